@@ -1,0 +1,51 @@
+"""Patch features that hold still over time: frozen image encoders plus one small projection.
+
+The public names load on first use, so that ``import cosettle_adapter`` costs milliseconds and
+touches neither torch nor any optional dependency.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "CoSettleAdapter": "cosettle_adapter.adapter",
+    "FeatureChunk": "cosettle_adapter.adapter",
+    "Geometry": "cosettle_adapter.frames.geometry",
+    "Projection": "cosettle_adapter.projection",
+    "ProjectionConfig": "cosettle_adapter.projection",
+    "list_models": "cosettle_adapter.adapter",
+    "load_backbone": "cosettle_adapter.backbones",
+}
+
+__all__ = [
+    "CoSettleAdapter",
+    "FeatureChunk",
+    "Geometry",
+    "Projection",
+    "ProjectionConfig",
+    "__version__",
+    "list_models",
+    "load_backbone",
+]
+
+if TYPE_CHECKING:
+    from cosettle_adapter.adapter import CoSettleAdapter, FeatureChunk, list_models
+    from cosettle_adapter.backbones import load_backbone
+    from cosettle_adapter.frames.geometry import Geometry
+    from cosettle_adapter.projection import Projection, ProjectionConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,70 @@
+"""Every error the package raises on purpose.
+
+All derive from :class:`CosettleError`, and each also from the built-in exception a caller would
+reach for first, so ``except ValueError`` keeps working in code that has never heard of us.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CosettleError(Exception):
+    """Root of the package's errors."""
+
+
+class MissingExtraError(CosettleError, ImportError):
+    """A feature needs an optional dependency that is not installed."""
+
+
+class UnknownModelError(CosettleError, ValueError):
+    """A name that is neither a registered model, a Hub repository nor a local folder."""
+
+
+class ProjectionUnavailableError(CosettleError, ValueError):
+    """A registered backbone for which no projection has been published."""
+
+
+class ProjectionFormatError(CosettleError, ValueError):
+    """A projection folder whose config or weights are not what the format says."""
+
+
+class BackboneMismatchError(CosettleError, ValueError):
+    """A projection put on a backbone other than the one it was fitted on."""
+
+
+class WeightsUnavailableError(CosettleError, OSError):
+    """No source could deliver a file; the message lists what was tried, in order."""
+
+
+class CorruptWeightsError(CosettleError, ValueError):
+    """A weight file that is truncated, tampered with, or not the model it claims to be."""
+
+
+class FrameError(CosettleError, ValueError):
+    """Frames or a frame source that cannot be used: shape, range, nothing to read."""
+
+
+class TruncatedVideoError(FrameError):
+    """A video that ends early or breaks in the middle.
+
+    Attributes:
+        frames_read: how many frames were delivered before the break.
+    """
+
+    def __init__(self, message: str, *, frames_read: int) -> None:
+        super().__init__(message)
+        self.frames_read = frames_read
+
+
+class GeometryError(CosettleError, ValueError):
+    """A frame, grid or stride that does not fit the backbone."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """Return ``" Did you mean 'a' or 'b'?"``, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(name.lower(), sorted(known), n=limit, cutoff=0.5)
+    if not close:
+        return ""
+    return f" Did you mean {' or '.join(repr(match) for match in close)}?"
