@@ -1,0 +1,254 @@
+"""The projection g: the small head that is trained or fitted on top of a frozen backbone.
+
+The paper's head (section 3.3; ``ST_adapter.py`` of the official code) is
+``Linear -> Tanh -> LayerNorm``, 592,128 parameters at width 768. It replaces the patch tokens:
+there is no residual connection, and its output is not of unit length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cosettle_adapter.errors import ProjectionFormatError
+from cosettle_adapter.files import atomic_path
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "projection.safetensors"
+
+Kind = Literal["linear", "mlp2", "mlp3", "affine"]
+Activation = Literal["tanh", "gelu", "relu"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
+_LINEAR_LAYERS: dict[str, int] = {"linear": 1, "mlp2": 2, "mlp3": 3, "affine": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionConfig:
+    """Everything there is to know about a projection; written to ``config.json`` beside it.
+
+    Attributes:
+        backbone: registry name of the backbone it was fitted on.
+        fingerprint: fingerprint of that backbone's tensors (``sha256:...``).
+        layers: 0-based transformer blocks that are read, concatenated along the channels.
+        norm: whether the backbone's final norm is applied to the tokens that are read.
+        in_width: channels read, summed over ``layers``.
+        out_width: channels returned.
+        kind: ``linear`` (the paper's), ``mlp2``, ``mlp3`` (its ablation), or ``affine`` for
+            closed-form weights, which have neither activation nor LayerNorm.
+        activation: nonlinearity of every kind but ``affine``.
+        backbone_revision: commit of the Hub repository the backbone came from, if it did.
+        fit: how the weights were found: method, data, settings, seed, package version.
+        figures: measured figures, each beside the command that printed it.
+        licence: licence of the projection and of the backbone it depends on.
+        format_version: version of this format.
+    """
+
+    backbone: str
+    fingerprint: str
+    layers: tuple[int, ...]
+    norm: bool
+    in_width: int
+    out_width: int
+    kind: Kind = "linear"
+    activation: Activation = "tanh"
+    backbone_revision: str | None = None
+    fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    licence: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ProjectionFormatError(
+                f"unknown projection kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}"
+            )
+        if self.activation not in get_args(Activation):
+            raise ProjectionFormatError(
+                f"unknown activation {self.activation!r}; "
+                f"expected one of {', '.join(get_args(Activation))}"
+            )
+        for field in ("in_width", "out_width"):
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
+                raise ProjectionFormatError(
+                    f"{field} must be a positive integer, got {getattr(self, field)!r}"
+                )
+        if not self.layers or any(not isinstance(layer, int) for layer in self.layers):
+            raise ProjectionFormatError(
+                f"layers must name at least one transformer block, got {self.layers!r}"
+            )
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+    def to_json(self) -> str:
+        """Return the text of ``config.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = CONFIG_FILE) -> ProjectionConfig:
+        """Read the text of ``config.json``.
+
+        Args:
+            text: the file's content.
+            source: what to call the file in an error.
+
+        Raises:
+            ProjectionFormatError: not JSON, another format version, or fields that are missing,
+                unknown or of the wrong kind.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ProjectionFormatError(f"{source} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ProjectionFormatError(
+                f"{source} holds a {type(values).__name__}, expected an object"
+            )
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ProjectionFormatError(
+                f"{source} has format_version {version!r}, and this version of cosettle-adapter "
+                f"reads {FORMAT_VERSION}. Upgrade with: pip install -U cosettle-adapter"
+            )
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - fields.keys())
+        required = {
+            name
+            for name, field in fields.items()
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        }
+        missing = sorted(required - values.keys())
+        if unknown or missing:
+            raise ProjectionFormatError(
+                f"{source}: missing fields {missing or 'none'}, unknown fields {unknown or 'none'}"
+            )
+        if not isinstance(values["layers"], list):
+            raise ProjectionFormatError(
+                f"{source}: layers must be a list of block numbers, got {values['layers']!r}"
+            )
+        return cls(**{**values, "layers": tuple(values["layers"])})
+
+
+class Projection(nn.Module):
+    """The projection g over patch tokens, described by its :class:`ProjectionConfig`.
+
+    A new projection is initialised as the official code does it for most backbones (truncated
+    normal of standard deviation 0.02, zero biases); an ``affine`` one starts as the identity.
+    """
+
+    def __init__(self, config: ProjectionConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.in_width] + [config.out_width] * _LINEAR_LAYERS[config.kind]
+        self.linears = nn.ModuleList(
+            nn.Linear(width, following)
+            for width, following in zip(widths[:-1], widths[1:], strict=True)
+        )
+        affine = config.kind == "affine"
+        self.activation = nn.Identity() if affine else _ACTIVATIONS[config.activation]()
+        self.norm = nn.Identity() if affine else nn.LayerNorm(config.out_width, eps=1e-5)
+        for linear in self.linears:
+            if affine:
+                nn.init.eye_(linear.weight)
+            else:
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project a feature map.
+
+        Args:
+            features: patch tokens ``(B, C, h, w)``, ``C = config.in_width``, floating point.
+
+        Returns:
+            ``(B, C', h, w)``, ``C' = config.out_width``, dtype of the projection's weights.
+
+        Raises:
+            ValueError: the map has another shape or width.
+        """
+        if features.ndim != 4 or features.shape[1] != self.config.in_width:
+            raise ValueError(
+                f"expected features (B, {self.config.in_width}, h, w), got {tuple(features.shape)}"
+            )
+        tokens = rearrange(features, "b c h w -> b h w c")
+        return rearrange(self.project(tokens), "b h w c -> b c h w").contiguous()
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Project tokens ``(..., C)`` to ``(..., C')``.
+
+        ``linear`` and ``affine`` apply the activation after their only matrix; ``mlp2`` and
+        ``mlp3`` apply it between matrices, as ``ST_adapter.py`` does.
+        """
+        tokens = tokens.to(self.linears[0].weight.dtype)
+        if len(self.linears) == 1:
+            return self.norm(self.activation(self.linears[0](tokens)))
+        for linear in self.linears[:-1]:
+            tokens = self.activation(linear(tokens))
+        return self.norm(self.linears[-1](tokens))
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``projection.safetensors`` into ``folder``, each atomically."""
+        folder = Path(folder)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_path(folder / WEIGHTS_FILE) as path:
+            save_file(tensors, path, metadata={"format_version": str(FORMAT_VERSION)})
+        with atomic_path(folder / CONFIG_FILE) as path:
+            path.write_text(self.config.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Projection:
+        """Read a projection that :meth:`save` wrote; in eval mode, gradients off.
+
+        Raises:
+            ProjectionFormatError: a file is missing or unreadable, or its tensors are not exactly
+                the ones the config describes, in float32.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise ProjectionFormatError(
+                    f"{folder} is not a projection: it has no {name}. A projection folder holds "
+                    f"{CONFIG_FILE} and {WEIGHTS_FILE}, as save_pretrained writes them"
+                )
+        config = ProjectionConfig.from_json(
+            (folder / CONFIG_FILE).read_text(encoding="utf-8"), source=str(folder / CONFIG_FILE)
+        )
+        try:
+            tensors = load_file(folder / WEIGHTS_FILE)
+        except (SafetensorError, OSError) as error:
+            raise ProjectionFormatError(
+                f"{folder / WEIGHTS_FILE} is truncated or not a safetensors file: {error}"
+            ) from error
+        with torch.device("meta"):
+            projection = cls(config)
+        _check_tensors(projection.state_dict(), tensors, source=folder / WEIGHTS_FILE)
+        projection.load_state_dict(tensors, strict=True, assign=True)
+        return projection.requires_grad_(False).eval()
+
+
+def _check_tensors(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path
+) -> None:
+    """Raise one error that lists everything by which ``found`` differs from ``expected``."""
+    faults = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    faults += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(expected.keys() & found.keys()):
+        if found[name].shape != expected[name].shape:
+            faults.append(
+                f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+            )
+        elif found[name].dtype != torch.float32:
+            faults.append(f"{name} is {found[name].dtype}, expected torch.float32")
+        elif not bool(torch.isfinite(found[name]).all()):
+            faults.append(f"{name} holds values that are not finite")
+    if faults:
+        raise ProjectionFormatError(f"{source} does not fit its {CONFIG_FILE}: {'; '.join(faults)}")
