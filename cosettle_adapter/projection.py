@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,11 +27,12 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "projection.safetensors"
 
-Kind = Literal["linear", "mlp2", "mlp3", "affine"]
+Kind = Literal["linear", "mlp2", "mlp3", "affine", "identity"]
 Activation = Literal["tanh", "gelu", "relu"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
-_LINEAR_LAYERS: dict[str, int] = {"linear": 1, "mlp2": 2, "mlp3": 3, "affine": 1}
+_LINEAR_LAYERS: dict[str, int] = {"linear": 1, "mlp2": 2, "mlp3": 3, "affine": 1, "identity": 0}
+_PLAIN = ("affine", "identity")  # neither activation nor LayerNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +46,10 @@ class ProjectionConfig:
         norm: whether the backbone's final norm is applied to the tokens that are read.
         in_width: channels read, summed over ``layers``.
         out_width: channels returned.
-        kind: ``linear`` (the paper's), ``mlp2``, ``mlp3`` (its ablation), or ``affine`` for
-            closed-form weights, which have neither activation nor LayerNorm.
-        activation: nonlinearity of every kind but ``affine``.
+        kind: ``linear`` (the paper's), ``mlp2``, ``mlp3`` (its ablation), ``affine`` for
+            closed-form weights, which have neither activation nor LayerNorm, or ``identity``,
+            which leaves the backbone's tokens as they are.
+        activation: nonlinearity of ``linear``, ``mlp2`` and ``mlp3``.
         backbone_revision: commit of the Hub repository the backbone came from, if it did.
         fit: how the weights were found: method, data, settings, seed, package version.
         figures: measured figures, each beside the command that printed it.
@@ -71,7 +74,8 @@ class ProjectionConfig:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ProjectionFormatError(
-                f"unknown projection kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}"
+                f"unknown projection kind {self.kind!r}; "
+                f"expected one of {', '.join(get_args(Kind))}"
             )
         if self.activation not in get_args(Activation):
             raise ProjectionFormatError(
@@ -83,6 +87,10 @@ class ProjectionConfig:
                 raise ProjectionFormatError(
                     f"{field} must be a positive integer, got {getattr(self, field)!r}"
                 )
+        if self.kind == "identity" and self.in_width != self.out_width:
+            raise ProjectionFormatError(
+                f"an identity keeps its width, got {self.in_width} and {self.out_width}"
+            )
         if not self.layers or any(not isinstance(layer, int) for layer in self.layers):
             raise ProjectionFormatError(
                 f"layers must name at least one transformer block, got {self.layers!r}"
@@ -149,19 +157,17 @@ class Projection(nn.Module):
         super().__init__()
         self.config = config
         widths = [config.in_width] + [config.out_width] * _LINEAR_LAYERS[config.kind]
-        self.linears = nn.ModuleList(
-            nn.Linear(width, following)
-            for width, following in zip(widths[:-1], widths[1:], strict=True)
-        )
-        affine = config.kind == "affine"
-        self.activation = nn.Identity() if affine else _ACTIVATIONS[config.activation]()
-        self.norm = nn.Identity() if affine else nn.LayerNorm(config.out_width, eps=1e-5)
-        for linear in self.linears:
-            if affine:
-                nn.init.eye_(linear.weight)
+        layers = [nn.Linear(width, following) for width, following in pairwise(widths)]
+        for layer in layers:
+            if config.kind == "affine":
+                nn.init.eye_(layer.weight)
             else:
-                nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.linears = nn.ModuleList(layers)
+        plain = config.kind in _PLAIN
+        self.activation = nn.Identity() if plain else _ACTIVATIONS[config.activation]()
+        self.norm = nn.Identity() if plain else nn.LayerNorm(config.out_width, eps=1e-5)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project a feature map.
@@ -188,12 +194,16 @@ class Projection(nn.Module):
         ``linear`` and ``affine`` apply the activation after their only matrix; ``mlp2`` and
         ``mlp3`` apply it between matrices, as ``ST_adapter.py`` does.
         """
-        tokens = tokens.to(self.linears[0].weight.dtype)
-        if len(self.linears) == 1:
-            return self.norm(self.activation(self.linears[0](tokens)))
-        for linear in self.linears[:-1]:
-            tokens = self.activation(linear(tokens))
-        return self.norm(self.linears[-1](tokens))
+        if not self.linears:
+            return tokens
+        first, *following = self.linears
+        tokens = first(tokens.to(next(first.parameters()).dtype))
+        if not following:
+            tokens = self.activation(tokens)
+        for linear in following:
+            tokens = linear(self.activation(tokens))
+        projected: Tensor = self.norm(tokens)
+        return projected
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``projection.safetensors`` into ``folder``, each atomically."""

@@ -60,7 +60,7 @@ class VisionTransformerBackbone(nn.Module):
         self._source_grid = (row.image_size // row.patch,) * 2
         # Learned positions stay float32 on the CPU, where bicubic resizing is exact and exists on
         # every build; only the result travels to the device.
-        self._learned_positions: Tensor = vit.pos_embed.detach().float().cpu()  # type: ignore[operator,union-attr]
+        self._learned_positions: Tensor = self.vit.pos_embed.detach().float().cpu()
         self._positions: dict[tuple[Grid, torch.device], Tensor] = {}
         self.requires_grad_(False)
         super().train(False)
@@ -166,7 +166,7 @@ class VisionTransformerBackbone(nn.Module):
         Returns:
             One ``(B, C, h, w)`` a requested block, in the order of ``layers``.
         """
-        blocks = [self._block(layer) for layer in layers]
+        blocks = [self.block(layer) for layer in layers]
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
         grid = self.grid(images.shape[-2], images.shape[-1])
@@ -179,7 +179,8 @@ class VisionTransformerBackbone(nn.Module):
                     read[index] = self._read(tokens, index, norm, grid)
         return [read[index] for index in blocks]
 
-    def _block(self, layer: int) -> int:
+    def block(self, layer: int) -> int:
+        """Return the 0-based number of a block that may be counted from the end."""
         if not -self.depth <= layer < self.depth:
             raise ValueError(
                 f"{self.row.name} has blocks 0 to {self.depth - 1} (or -1 to -{self.depth}), "

@@ -90,7 +90,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     def digest(name: str) -> bytes:
         tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
         values = hashlib.sha256(f"{name}{tuple(tensor.shape)}".encode())
-        values.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
+        values.update(tensor.numpy().data)
         return values.digest()
 
     # hashlib releases the lock, so tensors are hashed side by side.

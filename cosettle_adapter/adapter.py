@@ -1,0 +1,488 @@
+"""CoSettleAdapter: a frozen backbone and its projection, from frames to features."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from einops import pack, rearrange, unpack
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cosettle_adapter.backbones import (
+    REGISTRY,
+    HubOptions,
+    VisionTransformerBackbone,
+    load_backbone,
+)
+from cosettle_adapter.errors import BackboneMismatchError, ProjectionFormatError
+from cosettle_adapter.frames import open_frames, prefetch
+from cosettle_adapter.frames.arrays import as_frames
+from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
+from cosettle_adapter.frames.resampling import apply_geometry
+from cosettle_adapter.projection import CONFIG_FILE, Projection, ProjectionConfig
+from cosettle_adapter.published import bundled_folder, find_projection
+
+Size = int | tuple[int, int]
+
+DEFAULT_BATCH_SIZE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureChunk:
+    """Features of consecutive frames of a stream.
+
+    Attributes:
+        features: ``(N, C, h, w)``.
+        timestamps: ``(N,)`` float64, seconds.
+        geometry: how cells map to pixels of the source's frames.
+        start: number of frames delivered before this chunk.
+        backbone: ``(N, C, h, w)`` tokens before the projection, if they were asked for.
+    """
+
+    features: Tensor
+    timestamps: Tensor
+    geometry: Geometry
+    start: int
+    backbone: Tensor | None = None
+
+
+class CoSettleAdapter(nn.Module):
+    """A frozen backbone followed by the projection that settles its features over time.
+
+    Calling it is a pure function of the frames: no state is kept between calls, and the result
+    does not depend on how frames are batched.
+
+    Example:
+        >>> adapter = CoSettleAdapter.from_pretrained("dinov2-vits14-pypi")
+        >>> frames = torch.randint(0, 256, (4, 3, 280, 490), dtype=torch.uint8)
+        >>> adapter(frames).shape
+        torch.Size([4, 384, 20, 35])
+
+    Attributes:
+        backbone: the frozen encoder.
+        projection: the head; frozen as well until ``projection.requires_grad_(True)``.
+    """
+
+    def __init__(
+        self,
+        backbone: VisionTransformerBackbone,
+        projection: Projection,
+        *,
+        allow_mismatched_backbone: bool = False,
+    ) -> None:
+        """Put a projection on a backbone.
+
+        Args:
+            backbone: a loaded backbone.
+            projection: a projection fitted on that very backbone.
+            allow_mismatched_backbone: accept a projection fitted on other tensors.
+
+        Raises:
+            BackboneMismatchError: the projection was fitted on a backbone with another
+                fingerprint.
+            ProjectionFormatError: the projection reads another number of channels.
+        """
+        super().__init__()
+        config = projection.config
+        if config.in_width != backbone.width * len(config.layers):
+            raise ProjectionFormatError(
+                f"the projection reads {config.in_width} channels, but {len(config.layers)} "
+                f"block(s) of {backbone.row.name} have {backbone.width * len(config.layers)}"
+            )
+        if config.fingerprint != backbone.fingerprint and not allow_mismatched_backbone:
+            raise BackboneMismatchError(
+                f"this projection was fitted on {config.backbone} with fingerprint "
+                f"{_short(config.fingerprint)}, but the backbone here is {backbone.row.name} with "
+                f"fingerprint {_short(backbone.fingerprint)}. Load the backbone it names, fit a "
+                "projection for this one, or pass allow_mismatched_backbone=True if you know "
+                "that they are interchangeable"
+            )
+        self.backbone = backbone
+        self.projection = projection
+
+    @property
+    def config(self) -> ProjectionConfig:
+        """The projection's config."""
+        return self.projection.config
+
+    @property
+    def width(self) -> int:
+        """Channels of the features."""
+        return self.config.out_width
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the backbone, where features are computed and returned."""
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the backbone and of the features."""
+        return self.backbone.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        stride: int | None = None,
+        backbone_weights: str | Path | None = None,
+        allow_mismatched_backbone: bool = False,
+        requires_input_grad: bool = False,
+        cache_dir: str | Path | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> CoSettleAdapter:
+        """Load a backbone and its projection.
+
+        Args:
+            name: a registered name (``list_models()``), a Hub repository ``owner/name``, or a
+                folder that :meth:`save_pretrained` wrote (``./name`` where it could be mistaken).
+            device: where to put both.
+            dtype: dtype of the backbone and of the features (float32, bfloat16 or float16);
+                positions and the projection stay float32.
+            stride: step between patches in pixels; smaller than the patch makes them overlap.
+            backbone_weights: a safetensors file in timm's layout, in place of the registered
+                sources.
+            allow_mismatched_backbone: accept a projection fitted on other tensors.
+            requires_input_grad: let gradients reach the frames.
+            cache_dir: cache for backbone and projection, in place of ``HF_HOME``.
+            revision: branch, tag or commit of the repository ``name`` stands for: the
+                projection's for ``owner/name``, the backbone's for a registered name.
+            token: access token for private or gated repositories.
+            local_files_only: never touch the network, for the backbone or the projection.
+
+        Raises:
+            UnknownModelError: no such model; close names are suggested.
+            ProjectionUnavailableError: no projection is published for this backbone; the message
+                gives the command that fits one.
+            WeightsUnavailableError: a file could not be had; the message lists what was tried.
+            CorruptWeightsError, ProjectionFormatError: a file is not what it should be.
+            BackboneMismatchError: the projection belongs to another backbone.
+        """
+        options = HubOptions(
+            cache_dir=cache_dir, revision=revision, token=token, local_files_only=local_files_only
+        )
+        published = find_projection(name, options)
+        projection = Projection.load(published.folder)
+        if published.alias is None:
+            options = dataclasses.replace(options, revision=projection.config.backbone_revision)
+        backbone = load_backbone(
+            projection.config.backbone,
+            weights=backbone_weights,
+            device=device,
+            dtype=dtype,
+            stride=stride,
+            requires_input_grad=requires_input_grad,
+            options=options,
+        )
+        return cls(
+            backbone,
+            projection.to(device),
+            allow_mismatched_backbone=allow_mismatched_backbone,
+        )
+
+    @classmethod
+    def raw(
+        cls,
+        backbone: str | VisionTransformerBackbone,
+        *,
+        layer: int = -1,
+        norm: bool | None = None,
+        **loading: Any,
+    ) -> CoSettleAdapter:
+        """Put no projection on a backbone: its own tokens through the same interface.
+
+        What to compare a projection with, and the way to read any block of any backbone.
+
+        Args:
+            backbone: a registered name, or a loaded backbone.
+            layer: 0-based block, negative from the end.
+            norm: apply the final norm; by default as the registry says for the last block, and
+                not for earlier ones.
+            **loading: what :func:`load_backbone` takes, when ``backbone`` is a name.
+        """
+        if isinstance(backbone, str):
+            backbone = load_backbone(backbone, **loading)
+        block = backbone.block(layer)
+        if norm is None:
+            norm = block == backbone.depth - 1 and backbone.row.final_norm
+        config = ProjectionConfig(
+            backbone=backbone.row.name,
+            fingerprint=backbone.fingerprint,
+            layers=(block,),
+            norm=norm,
+            in_width=backbone.width,
+            out_width=backbone.width,
+            kind="identity",
+            fit={"method": "none: the backbone's own tokens"},
+            licence=backbone.row.licence,
+        )
+        return cls(backbone, Projection(config))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the projection and its config (not the backbone) into ``folder``."""
+        self.projection.save(folder)
+
+    def geometry(
+        self, height: int, width: int, *, size: Size | None = None, fit: Fit = "resize"
+    ) -> Geometry:
+        """Return how frames of ``height`` x ``width`` pixels become a grid of cells.
+
+        Args:
+            height: height of the frames in pixels.
+            width: width of the frames in pixels.
+            size: as in :meth:`forward`.
+            fit: as in :meth:`forward`.
+        """
+        return plan_geometry(
+            height,
+            width,
+            patch=self.backbone.patch,
+            stride=self.backbone.stride,
+            size=size,
+            fit=fit,
+        )
+
+    def preprocess(self, frames: Any, *, size: Size | None = None, fit: Fit = "resize") -> Tensor:
+        """Resize and normalise frames into what the backbone takes.
+
+        Args:
+            frames: as in :meth:`forward`, at most one leading dimension.
+            size: as in :meth:`forward`.
+            fit: as in :meth:`forward`.
+
+        Returns:
+            ``(T, 3, H', W')`` float32 on the adapter's device, normalised with the registry
+            row's mean and standard deviation.
+        """
+        frames = as_frames(frames)
+        frames = frames if frames.ndim == 4 else rearrange(frames, "c h w -> 1 c h w")
+        geometry = self.geometry(frames.shape[-2], frames.shape[-1], size=size, fit=fit)
+        return self._normalize(frames, geometry)
+
+    @overload
+    def forward(
+        self,
+        frames: Any,
+        *,
+        size: Size | None = ...,
+        fit: Fit = ...,
+        batch_size: int = ...,
+        normalize: bool = ...,
+        return_backbone: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        frames: Any,
+        *,
+        size: Size | None = ...,
+        fit: Fit = ...,
+        batch_size: int = ...,
+        normalize: bool = ...,
+        return_backbone: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        frames: Any,
+        *,
+        size: Size | None = None,
+        fit: Fit = "resize",
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        normalize: bool = False,
+        return_backbone: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return temporally consistent patch features.
+
+        Args:
+            frames: ``(T, 3, H, W)``, ``(B, T, 3, H, W)`` or ``(3, H, W)``, RGB, uint8 in
+                [0, 255] or floating point in [0, 1], not normalised; NumPy ``(T, H, W, 3)``
+                arrays and PIL images are taken as well.
+            size: what frames are resized to: ``None`` keeps their size, an integer sets the
+                shorter side, a pair sets ``(height, width)`` exactly.
+            fit: what happens to sides that are not whole patches: ``resize`` rounds each to the
+                nearest, ``pad`` keeps the aspect and repeats the bottom and right edge.
+            batch_size: frames a forward pass; bounds memory and does not change the result.
+            normalize: scale every cell's feature to unit length.
+            return_backbone: return the tokens the projection read as well.
+
+        Returns:
+            Features ``(T, C, h, w)`` with the leading dimensions of ``frames``; or
+            ``(backbone, features)`` if ``return_backbone``.
+
+        Raises:
+            FrameError: frames of another shape, range or dtype, or none at all.
+            GeometryError: frames smaller than a patch, or a size that does not fit the patch.
+            ValueError: ``batch_size`` below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        frames, leading = pack([as_frames(frames)], "* c h w")
+        geometry = self.geometry(frames.shape[-2], frames.shape[-1], size=size, fit=fit)
+        kept: list[Tensor] = []
+        projected: list[Tensor] = []
+        for batch in frames.split(batch_size):
+            tokens, features = self._encode(batch, geometry, normalize=normalize)
+            projected.append(features)
+            if return_backbone:
+                kept.append(tokens)
+        maps: Tensor = unpack(torch.cat(projected), leading, "* c h w")[0]
+        if not return_backbone:
+            return maps
+        return unpack(torch.cat(kept), leading, "* c h w")[0], maps
+
+    # nn.Module.__call__ is untyped; this keeps the overloads visible to callers.
+    __call__: Callable[..., Any]
+
+    def stream(
+        self,
+        source: Any,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        size: Size | None = None,
+        fit: Fit = "resize",
+        start: float | None = None,
+        end: float | None = None,
+        every: int = 1,
+        max_frames: int | None = None,
+        fps: float | None = None,
+        normalize: bool = False,
+        return_backbone: bool = False,
+    ) -> Iterator[FeatureChunk]:
+        """Yield the features of a video of any length at constant memory.
+
+        Args:
+            source: a video file, a folder or glob of images, an array, or an iterator of frames.
+            batch_size: frames a chunk.
+            size: as in :meth:`forward`.
+            fit: as in :meth:`forward`.
+            start: first second to read.
+            end: second to stop before.
+            every: keep every n-th frame.
+            max_frames: keep at most this many frames.
+            fps: frames per second of sources that have no timestamps; 1 by default.
+            normalize: as in :meth:`forward`.
+            return_backbone: fill ``chunk.backbone``.
+
+        Yields:
+            :class:`FeatureChunk` in order; decoding runs ahead in a thread.
+
+        Raises:
+            FrameError: nothing to read, or frames that cannot be used.
+            TruncatedVideoError: the video breaks off; everything readable was yielded before.
+        """
+        chunks = open_frames(
+            source,
+            start=start,
+            end=end,
+            every=every,
+            max_frames=max_frames,
+            chunk_size=batch_size,
+            fps=fps,
+        )
+        return self._stream(
+            chunks, size=size, fit=fit, normalize=normalize, return_backbone=return_backbone
+        )
+
+    def _stream(
+        self,
+        chunks: Iterator[Any],
+        *,
+        size: Size | None,
+        fit: Fit,
+        normalize: bool,
+        return_backbone: bool,
+    ) -> Iterator[FeatureChunk]:
+        for chunk in prefetch(chunks):
+            geometry = self.geometry(*chunk.frames.shape[-2:], size=size, fit=fit)
+            tokens, features = self._encode(chunk.frames, geometry, normalize=normalize)
+            yield FeatureChunk(
+                features=features,
+                timestamps=chunk.timestamps,
+                geometry=geometry,
+                start=chunk.start,
+                backbone=tokens if return_backbone else None,
+            )
+
+    def _encode(
+        self, frames: Tensor, geometry: Geometry, *, normalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and features, both ``(N, C, h, w)``, of frames that fit in one pass."""
+        images = self._normalize(frames, geometry)
+        read = self.backbone.intermediate_tokens(images, self.config.layers, norm=self.config.norm)
+        tokens = read[0] if len(read) == 1 else torch.cat(read, dim=1)
+        features = self.projection(tokens)
+        if normalize:
+            features = F.normalize(features, dim=1)
+        return tokens, features.to(self.dtype)
+
+    def _normalize(self, frames: Tensor, geometry: Geometry) -> Tensor:
+        frames = frames.to(self.device, non_blocking=True)
+        full_scale = 1.0 if frames.is_floating_point() else 255.0
+        images = apply_geometry(frames, geometry).float() / full_scale
+        mean = images.new_tensor(self.backbone.row.mean)
+        std = images.new_tensor(self.backbone.row.std)
+        return (images - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """One line of :func:`list_models`.
+
+    Attributes:
+        name: what ``from_pretrained`` takes.
+        family: pre-training method of the backbone.
+        patch: side of a patch in pixels.
+        width: channels of a patch token.
+        licence: licence of the backbone's weights.
+        projection: where the projection comes from, or ``"none published"``.
+        figures: measured figures of the projection.
+        note: what to know before choosing it.
+    """
+
+    name: str
+    family: str
+    patch: int
+    width: int
+    licence: str
+    projection: str
+    figures: Mapping[str, Any]
+    note: str
+
+
+def list_models() -> list[ModelInfo]:
+    """Return every registered model, those with a projection first."""
+    models = []
+    for row in REGISTRY.values():
+        folder = bundled_folder(row.name)
+        figures: Mapping[str, Any] = {}
+        if folder is not None:
+            text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+            figures = ProjectionConfig.from_json(text, source=str(folder / CONFIG_FILE)).figures
+        models.append(
+            ModelInfo(
+                name=row.name,
+                family=row.family,
+                patch=row.patch,
+                width=row.width,
+                licence=row.licence,
+                projection="in the package" if folder else "none published",
+                figures=figures,
+                note=row.note,
+            )
+        )
+    return sorted(models, key=lambda model: model.projection == "none published")
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint.partition(":")[2][:12] or fingerprint

@@ -1,0 +1,59 @@
+"""Tiny stand-ins and paths that several test modules use."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import timm
+import torch
+
+from cosettle_adapter import Projection, ProjectionConfig
+from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
+
+REAL = "dinov2-vits14-pypi"
+
+TINY = BackboneRow(
+    name="tiny-vit16",
+    family="random",
+    architecture="vit_tiny_patch16_224",
+    patch=16,
+    width=192,
+    depth=12,
+    image_size=224,
+    licence="Apache-2.0",
+)
+
+
+def shared_data() -> Path:
+    """Folder of the development clips; most checkouts do not have it."""
+    return Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def tiny_state(row: BackboneRow = TINY, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tensors for a row's architecture, the same for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = timm.create_model(row.architecture, num_classes=0)
+        return {
+            name: torch.randn_like(tensor) * 0.05 + (1.0 if "norm" in name else 0.0)
+            for name, tensor in model.state_dict().items()
+        }
+
+
+def projection_for(
+    backbone: VisionTransformerBackbone, *, seed: int = 0, **changes: object
+) -> Projection:
+    """A random projection that belongs to ``backbone``."""
+    config = ProjectionConfig(
+        backbone=backbone.row.name,
+        fingerprint=backbone.fingerprint,
+        layers=(7,),
+        norm=False,
+        in_width=backbone.width,
+        out_width=backbone.width,
+    )
+    config = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Projection(config).requires_grad_(False).eval()

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from cosettle_adapter import Projection, ProjectionConfig
+from cosettle_adapter.errors import ProjectionFormatError
+from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE
+
+CONFIG = ProjectionConfig(
+    backbone="dino-vitb16",
+    fingerprint="sha256:0",
+    layers=(11,),
+    norm=True,
+    in_width=24,
+    out_width=24,
+)
+
+
+def replace(**changes: object) -> ProjectionConfig:
+    return dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
+
+
+def test_the_papers_head_has_592128_parameters() -> None:
+    projection = Projection(replace(in_width=768, out_width=768))
+    assert sum(parameter.numel() for parameter in projection.parameters()) == 592_128
+
+
+def test_linear_is_linear_tanh_layernorm() -> None:
+    projection = Projection(CONFIG)
+    tokens = torch.randn(2, 5, 24)
+    weight, bias = projection.linears[0].weight, projection.linears[0].bias
+    hidden = torch.tanh(tokens @ weight.T + bias)
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(projection.project(tokens), expected)
+
+
+@pytest.mark.parametrize(("kind", "matrices"), [("mlp2", 2), ("mlp3", 3)])
+def test_mlps_put_the_activation_between_matrices(kind: str, matrices: int) -> None:
+    projection = Projection(replace(kind=kind))
+    assert len(projection.linears) == matrices
+    tokens = torch.randn(3, 24)
+    expected = tokens
+    for index, linear in enumerate(projection.linears):
+        expected = F.linear(expected, linear.weight, linear.bias)
+        if index < matrices - 1:
+            expected = torch.tanh(expected)
+    torch.testing.assert_close(projection.project(tokens), F.layer_norm(expected, (24,)))
+
+
+def test_affine_has_neither_activation_nor_norm() -> None:
+    projection = Projection(replace(kind="affine", out_width=8))
+    with torch.no_grad():
+        projection.linears[0].weight.normal_()
+        projection.linears[0].bias.normal_()
+    tokens = torch.randn(2, 24) * 100
+    linear = projection.linears[0]
+    torch.testing.assert_close(
+        projection.project(tokens), F.linear(tokens, linear.weight, linear.bias)
+    )
+
+
+def test_a_new_affine_is_the_identity_and_identity_has_no_weights() -> None:
+    features = torch.randn(1, 24, 2, 3)
+    torch.testing.assert_close(Projection(replace(kind="affine"))(features), features)
+    identity = Projection(replace(kind="identity"))
+    assert not list(identity.parameters())
+    assert torch.equal(identity(features), features)
+
+
+@given(height=st.integers(1, 5), width=st.integers(1, 5), batch=st.integers(1, 3))
+def test_a_map_is_projected_cell_by_cell(height: int, width: int, batch: int) -> None:
+    projection = Projection(replace(out_width=8))
+    features = torch.randn(batch, 24, height, width)
+    projected = projection(features)
+    assert projected.shape == (batch, 8, height, width)
+    assert projected.is_contiguous()
+    torch.testing.assert_close(projected[-1, :, -1, 0], projection.project(features[-1, :, -1, 0]))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2", "mlp3", "affine", "identity"])
+def test_save_and_load_are_bit_equal(kind: str, tmp_path: Path) -> None:
+    config = replace(
+        kind=kind, layers=(3, 7), fit={"method": "ridge"}, figures={"summary": "x"}, licence="MIT"
+    )
+    projection = Projection(config)
+    projection.save(tmp_path)
+    loaded = Projection.load(tmp_path)
+    assert loaded.config == config
+    assert loaded.state_dict().keys() == projection.state_dict().keys()
+    for name, tensor in projection.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+def test_features_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected features \(B, 24, h, w\), got \(1, 23, 2, 2\)"):
+        Projection(CONFIG)(torch.zeros(1, 23, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "mlp9"}, "unknown projection kind 'mlp9'; expected one of linear, mlp2"),
+        ({"activation": "swish"}, "unknown activation 'swish'; expected one of tanh"),
+        ({"in_width": 0}, "in_width must be a positive integer, got 0"),
+        ({"layers": ()}, "layers must name at least one transformer block"),
+        ({"kind": "identity", "out_width": 3}, "an identity keeps its width"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ProjectionFormatError, match=message):
+        replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda config: config.update(format_version=9), "format_version 9, and this version"),
+        (lambda config: config.pop("backbone"), r"missing fields \['backbone'\]"),
+        (lambda config: config.update(colour=1), r"unknown fields \['colour'\]"),
+        (lambda config: config.update(layers=7), "layers must be a list of block numbers, got 7"),
+    ],
+)
+def test_a_config_file_that_was_edited_is_refused(tmp_path: Path, edit, message: str) -> None:  # type: ignore[no-untyped-def]
+    Projection(CONFIG).save(tmp_path)
+    values = json.loads((tmp_path / CONFIG_FILE).read_text())
+    edit(values)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
+    with pytest.raises(ProjectionFormatError, match=message):
+        Projection.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_config_that_is_not_an_object_is_refused(tmp_path: Path, text: str) -> None:
+    Projection(CONFIG).save(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(text)
+    with pytest.raises(ProjectionFormatError, match=r"config\.json"):
+        Projection.load(tmp_path)
+
+
+def test_every_fault_of_the_weights_is_listed_at_once(tmp_path: Path) -> None:
+    Projection(CONFIG).save(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    tensors["extra"] = torch.zeros(1)
+    tensors["linears.0.weight"] = torch.zeros(24, 3)
+    tensors["norm.bias"] = tensors["norm.bias"].half()
+    del tensors["norm.weight"]
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ProjectionFormatError) as caught:
+        Projection.load(tmp_path)
+    for fault in (
+        "missing norm.weight",
+        "unexpected extra",
+        "linears.0.weight is (24, 3), expected (24, 24)",
+        "norm.bias is torch.float16, expected torch.float32",
+    ):
+        assert fault in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    projection = Projection(CONFIG)
+    with torch.no_grad():
+        projection.linears[0].bias[0] = torch.nan
+    projection.save(tmp_path)
+    with pytest.raises(ProjectionFormatError, match=r"linears\.0\.bias holds values"):
+        Projection.load(tmp_path)
+
+
+def test_truncated_weights_are_named(tmp_path: Path) -> None:
+    Projection(CONFIG).save(tmp_path)
+    weights = tmp_path / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ProjectionFormatError, match=r"projection\.safetensors is truncated"):
+        Projection.load(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_folder_without_one_of_the_files_is_refused(tmp_path: Path, missing: str) -> None:
+    Projection(CONFIG).save(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ProjectionFormatError, match=f"it has no {missing}"):
+        Projection.load(tmp_path)
