@@ -1,0 +1,24 @@
+"""Anything to uint8 frames and timestamps, one chunk at a time, and from pixels to cells."""
+
+from __future__ import annotations
+
+from cosettle_adapter.frames.arrays import as_frames, validate_frames
+from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
+from cosettle_adapter.frames.prefetch import prefetch
+from cosettle_adapter.frames.resampling import apply_geometry, resample_to_points
+from cosettle_adapter.frames.sources import FrameChunk, SourceInfo, open_frames, probe
+
+__all__ = [
+    "Fit",
+    "FrameChunk",
+    "Geometry",
+    "SourceInfo",
+    "apply_geometry",
+    "as_frames",
+    "open_frames",
+    "plan_geometry",
+    "prefetch",
+    "probe",
+    "resample_to_points",
+    "validate_frames",
+]
