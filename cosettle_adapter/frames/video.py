@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # Containers round durations and let audio outlast the picture, hence the slack.
 _MISSING_SHARE = 0.1
 _MISSING_SECONDS = 1.0
+# Containers whose frame count is that of a sample table; others (AVI) count frames never coded.
+_COUNTED = "mp4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def decode_video(
                 frames_read=seen,
             ) from error
         expected = _stated_seconds(stream)
-        stated = stream.frames
+        stated = stream.frames if _COUNTED in container.format.name else 0
     if reached_end:
         return
     if not seen and not start:
