@@ -57,3 +57,26 @@ def projection_for(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Projection(config).requires_grad_(False).eval()
+
+
+def write_video(
+    path: Path, *, frames: int, height: int, width: int, fps: int = 25, noisy: bool = False
+) -> Path:
+    """Encode a clip with a moving bright square; ``noisy`` makes the file large."""
+    import av
+
+    generator = torch.Generator().manual_seed(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"g": "10"}
+        for index in range(frames):
+            frame = torch.full((height, width, 3), 40, dtype=torch.uint8)
+            if noisy:
+                frame = torch.randint(0, 256, frame.shape, dtype=torch.uint8, generator=generator)
+            left = (2 * index) % (width - 16)
+            frame[8:24, left : left + 16] = 220
+            picture = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path

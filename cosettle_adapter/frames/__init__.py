@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from cosettle_adapter.frames.arrays import as_frames, validate_frames
 from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
+from cosettle_adapter.frames.photographs import photographs
 from cosettle_adapter.frames.prefetch import prefetch
+from cosettle_adapter.frames.rendered import RenderedClip, render_clip
 from cosettle_adapter.frames.resampling import apply_geometry, resample_to_points
 from cosettle_adapter.frames.sources import FrameChunk, SourceInfo, open_frames, probe
 
@@ -12,13 +14,16 @@ __all__ = [
     "Fit",
     "FrameChunk",
     "Geometry",
+    "RenderedClip",
     "SourceInfo",
     "apply_geometry",
     "as_frames",
     "open_frames",
+    "photographs",
     "plan_geometry",
     "prefetch",
     "probe",
+    "render_clip",
     "resample_to_points",
     "validate_frames",
 ]

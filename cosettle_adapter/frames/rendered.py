@@ -7,17 +7,18 @@ closed form, so tracks need no annotation.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.frames.arrays import validate_frames
+from cosettle_adapter.frames.paths import apply_homographies, camera_path, object_path
+from cosettle_adapter.frames.photometry import finish_like_a_camera
 from cosettle_adapter.frames.resampling import resize
 from cosettle_adapter.frames.sides import as_sides, check_side
 
@@ -66,17 +67,19 @@ class RenderedClip:
             FrameError: ``points`` is not (N, 2).
         """
         if points.ndim != 2 or points.shape[-1] != 2:
-            raise FrameError(f"got points of shape {tuple(points.shape)}, expected (N, 2) of (x, y)")
+            raise FrameError(
+                f"got points of shape {tuple(points.shape)}, expected (N, 2) of (x, y)"
+            )
         points = points.to(torch.float64)
-        positions = _project(self.homographies, points)
-        height, width = self.frames.shape[-2:]
+        positions = apply_homographies(self.homographies, points)
+        sides = self.frames.shape[-2], self.frames.shape[-1]
         if self.object_mask is None or self.object_homographies is None:
-            return positions, _inside(positions, height, width)
+            return positions, _inside(positions, sides)
         on_object = _lookup(self.object_mask[:1], points[None])
-        riding = _project(self.object_homographies, points)
+        riding = apply_homographies(self.object_homographies, points)
         covered = _lookup(self.object_mask, positions) & ~on_object
         positions = torch.where(rearrange(on_object, "1 n -> 1 n 1"), riding, positions)
-        return positions, _inside(positions, height, width) & ~covered
+        return positions, _inside(positions, sides) & ~covered
 
 
 def render_clip(
@@ -117,29 +120,116 @@ def render_clip(
         >>> clip = render_clip(photographs()["chelsea"], frames=16, motion="pan")
         >>> positions, visible = clip.track(torch.tensor([[160.5, 120.5]]))
     """
-    photo = _as_photo("photo", photo)
-    count = _check_arguments(frames, motion, amount, photometric)
-    height, width = as_sides("size", size)
+    count, sides = check_side("frames", frames), as_sides("size", size)
+    _check_choices(motion, amount, photometric)
+    _check_photo("photo", photo)
     generator = torch.Generator().manual_seed(seed)
-    camera = _camera_path(count, height, width, motion, amount, generator)
-    photo, camera = _fit_photo(photo, camera, height, width, generator)
+    camera = camera_path(count, sides, motion, amount, generator)
+    scene, camera = _fit_scene(photo, camera, sides, generator)
+    clip = torch.stack([_sample(scene, matrix, sides) for matrix in camera])
     homographies = torch.linalg.inv(camera) @ camera[0]
-    pose = None
-    if cutout is not None:
-        cutout = _as_photo("cutout", cutout)
-        cutout, pose = _object_path(cutout, count, height, width, amount, generator)
-    drift = _Drift(count, photometric, generator)
+    if cutout is None:
+        return RenderedClip(finish_like_a_camera(clip, photometric, generator), homographies)
 
-    rendered = torch.empty((count, 3, height, width), dtype=torch.uint8)
-    mask = torch.empty((count, height, width), dtype=torch.bool)
-    for t in range(count):
-        frame = _sample(photo, camera[t], height, width)
-        if cutout is not None and pose is not None:
-            to_cutout = torch.linalg.inv(pose[t])
-            alpha = _ellipse(cutout, to_cutout, height, width)
-            frame = torch.lerp(frame, _sample(cutout, to_cutout, height, width), alpha)
-            mask[t] = alpha > 0.5
-        rendered[t] = drift.apply(frame, t).round_().clamp_(0, 255).to(torch.uint8)
-    if pose is None:
-        return RenderedClip(rendered, homographies)
-    return RenderedClip(rendered, homographies, mask, pose @ torch.linalg.inv(pose[0]))
+    _check_photo("cutout", cutout)
+    sprite = _fit_sprite(cutout, sides)
+    height, width = sprite.shape[-2:]
+    pose = object_path(count, sides, (height, width), amount, generator)
+    mask = torch.empty((count, *sides), dtype=torch.bool)
+    for t, to_sprite in enumerate(torch.linalg.inv(pose)):
+        cover = _ellipse((height, width), to_sprite, sides)
+        clip[t] = torch.lerp(clip[t], _sample(sprite, to_sprite, sides), cover)
+        mask[t] = cover > 0.5
+    riding = pose @ torch.linalg.inv(pose[0])
+    return RenderedClip(
+        finish_like_a_camera(clip, photometric, generator), homographies, mask, riding
+    )
+
+
+def _fit_scene(
+    photo: Tensor, camera: Tensor, sides: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Scale the photograph to the camera's path, and place the path in the photograph."""
+    height, width = sides
+    corners = torch.tensor([[0, 0], [width, 0], [0, height], [width, height]], dtype=torch.float64)
+    seen = rearrange(apply_homographies(camera, corners), "t n xy -> (t n) xy")
+    low, high = seen.amin(0) - _MARGIN, seen.amax(0) + _MARGIN
+    photo_sides = torch.tensor([photo.shape[-1], photo.shape[-2]], dtype=torch.float64)
+    factor = ((high - low) / photo_sides).max()
+    scaled = torch.ceil(photo_sides * factor)
+    slack = scaled - (high - low)
+    place = slack * torch.rand(2, generator=generator, dtype=torch.float64)
+    camera = camera.clone()
+    camera[:, :2, 2] += place - low
+    return resize(photo[None], (int(scaled[1]), int(scaled[0])))[0], camera
+
+
+def _fit_sprite(cutout: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Scale the cut-out so that at its largest it takes its share of the frame."""
+    factor = _OBJECT_SIZE * min(sides) / max(cutout.shape[-2:])
+    height, width = (max(1, round(side * factor)) for side in cutout.shape[-2:])
+    return resize(cutout[None], (height, width))[0]
+
+
+def _sample(image: Tensor, to_image: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Look at an image through a similarity from frame pixels to the image's pixels."""
+    height, width = image.shape[-2:]
+    points = rearrange(_through(to_image, sides), "h w xy -> 1 h w xy")
+    grid = points / torch.tensor([width / 2, height / 2], dtype=torch.float64) - 1
+    return F.grid_sample(
+        image[None], grid.to(image.dtype), "bicubic", "border", align_corners=False
+    )[0]
+
+
+def _through(matrix: Tensor, sides: tuple[int, int]) -> Tensor:
+    """(H, W, 2) images of the pixels' centres under a homography."""
+    y, x = (torch.arange(side, dtype=torch.float64) + 0.5 for side in sides)
+    centres = rearrange(torch.stack(torch.meshgrid(x, y, indexing="xy")), "xy h w -> (h w) xy")
+    mapped = apply_homographies(matrix[None], centres)
+    return rearrange(mapped, "1 (h w) xy -> h w xy", h=sides[0])
+
+
+def _ellipse(sprite: tuple[int, int], to_sprite: Tensor, sides: tuple[int, int]) -> Tensor:
+    """(H, W) opacity of the cut-out: 1 inside the ellipse, falling softly to 0 at its rim."""
+    half_sides = torch.tensor([sprite[1] / 2, sprite[0] / 2], dtype=torch.float64)
+    # the soft rim must end inside the cut-out
+    radii = (half_sides - 2 * _SOFT_EDGE).clamp(min=0.5)
+    offset = (_through(to_sprite, sides) - half_sides) / radii
+    distance = torch.linalg.vector_norm(offset, dim=-1)
+    inwards = (1 - distance) * radii.min() / _SOFT_EDGE
+    cover = (0.5 + 0.5 * inwards).clamp(0, 1)
+    return (cover * cover * (3 - 2 * cover)).to(torch.float32)
+
+
+def _inside(positions: Tensor, sides: tuple[int, int]) -> Tensor:
+    x, y = positions.unbind(-1)
+    return (x >= 0) & (x < sides[1]) & (y >= 0) & (y < sides[0])
+
+
+def _lookup(masks: Tensor, positions: Tensor) -> Tensor:
+    """(T, N) bool: what (T, H, W) masks say at (T, N, 2) positions; False outside."""
+    height, width = masks.shape[-2:]
+    col = positions[..., 0].floor().clamp(0, width - 1).long()
+    row = positions[..., 1].floor().clamp(0, height - 1).long()
+    frame = rearrange(torch.arange(len(masks)), "t -> t 1")
+    return masks[frame, row, col] & _inside(positions, (height, width))
+
+
+def _check_choices(motion: str, amount: float, photometric: float) -> None:
+    if motion not in _MOTIONS:
+        raise FrameError(
+            f"got motion={motion!r}, expected one of {', '.join(_MOTIONS)}."
+            f"{did_you_mean(str(motion), _MOTIONS)}"
+        )
+    if not 0 <= amount <= _MOST:
+        raise FrameError(f"amount must be from 0 to {_MOST:g}, got {amount}")
+    if not 0 <= photometric <= 1:
+        raise FrameError(f"photometric must be from 0 to 1, got {photometric}")
+
+
+def _check_photo(name: str, photo: Tensor) -> None:
+    validate_frames(photo)
+    if photo.ndim != 3 or photo.dtype != torch.uint8:
+        raise FrameError(
+            f"{name} must be one (3, h, w) uint8 image, got {tuple(photo.shape)} {photo.dtype}"
+        )

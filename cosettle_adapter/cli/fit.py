@@ -1,0 +1,86 @@
+"""Fit a projection for a backbone on a folder of your own videos; no labels, no GPU needed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cosettle_adapter.cli.options import add_cache_arguments, frame_progress, rate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = "fit a projection on a folder of videos"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.add_argument("--backbone", required=True, help="registered name")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of videos")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--device", default="cpu", help="torch device of the encoder")
+    parser.add_argument("--layers", type=int, nargs="+", help="blocks to choose from")
+    parser.add_argument("--size", type=int, default=280, help="shorter side of the frames")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of frames from each clip")
+    parser.add_argument("--gap", type=int, default=3, help="frames between the two of a pair")
+    parser.add_argument("--rendered", type=int, default=12, help="rendered clips to choose by")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--licence", help="licence to record; the backbone's by default")
+    parser.add_argument("--about-data", default="", help="what the clips are, to record")
+    add_cache_arguments(parser)
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Fit, with a progress bar, and write the projection."""
+    from rich.table import Table
+
+    from cosettle_adapter.backbones import HubOptions, load_backbone
+    from cosettle_adapter.training.clips import find_clips
+    from cosettle_adapter.training.fit import FitSettings, fit_projection
+
+    clips = [clip for folder in options.data for clip in find_clips(folder)]
+    hub = HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline)
+    with console.status(f"loading {options.backbone}"):
+        backbone = load_backbone(options.backbone, device=options.device, options=hub)
+    settings = FitSettings(
+        layers=tuple(options.layers) if options.layers else None,
+        size=options.size,
+        pairs=options.pairs,
+        gap=options.gap,
+        rendered=options.rendered,
+        seed=options.seed,
+    )
+    with frame_progress(console) as progress:
+        task = progress.add_task("clips", total=len(clips), rate="")
+
+        def advance(done: int, total: int) -> None:
+            elapsed = progress.tasks[task].elapsed
+            progress.update(
+                task, completed=done, total=total, rate=rate(done, elapsed, unit="clips")
+            )
+
+        result = fit_projection(
+            backbone,
+            clips,
+            settings,
+            licence=options.licence or backbone.row.licence,
+            data=options.about_data or ", ".join(folder.name for folder in options.data),
+            on_clip=advance,
+        )
+    result.projection.save(options.output)
+    table = Table(title="Overlap on rendered clips, by block and ridge", title_justify="left")
+    table.add_column("block", justify="right")
+    ridges = sorted({ridge for _, ridge in result.scores})
+    for ridge in ridges:
+        table.add_column("centred" if ridge == float("inf") else f"{ridge:g}", justify="right")
+    for layer in sorted({layer for layer, _ in result.scores}):
+        table.add_row(str(layer), *(f"{result.scores[layer, ridge]:.3f}" for ridge in ridges))
+    console.print(table)
+    config = result.projection.config
+    console.print(f"block {config.layers[0]}, ridge {config.fit['ridge']}")
+    for clip, reason in result.skipped.items():
+        console.print(f"skipped {clip.name}: {reason}", markup=False)
+    name = options.output if options.output.is_absolute() else f"./{options.output}"
+    console.print(f"load it with CoSettleAdapter.from_pretrained('{name}')", markup=False)
+    return 0

@@ -1,0 +1,1 @@
+"""Finding projections: closed form (``fit``) and, later, gradient training."""

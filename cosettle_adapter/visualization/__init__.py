@@ -1,0 +1,9 @@
+"""Pictures of features: PCA colours, captioned panels, films (extra ``[viz]``)."""
+
+from __future__ import annotations
+
+from cosettle_adapter.visualization.films import write_film
+from cosettle_adapter.visualization.panels import side_by_side
+from cosettle_adapter.visualization.pca import PCABasis, fit_pca, pca_frames
+
+__all__ = ["PCABasis", "fit_pca", "pca_frames", "side_by_side", "write_film"]

@@ -1,0 +1,143 @@
+"""Films and pictures on disk, complete or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.extras import require
+from cosettle_adapter.files import atomic_path
+
+_SUFFIXES = (".mp4", ".gif", ".png", ".webp")
+_CRF = "18"  # visually lossless H.264
+_PALETTE_FRAMES = 8  # frames a GIF's one palette is chosen from
+
+
+def write_film(
+    frames: Tensor | Iterable[Tensor], path: str | os.PathLike[str], *, fps: float = 12
+) -> Path:
+    """Write frames as an H.264 film or an animated picture, by the suffix of ``path``.
+
+    The file is written under a temporary name beside ``path`` and renamed when it is complete: an
+    error or an interrupt leaves whatever stood there before.
+
+    Args:
+        frames: ``(T, 3, H, W)`` uint8, or an iterable of ``(3, H, W)`` uint8 frames, all of one
+            size. For ``.mp4`` they are encoded one by one as they come; an odd last row or
+            column is doubled, because H.264 wants even sides.
+        path: ``.mp4`` (H.264, needs PyAV), ``.gif``, ``.webp`` or ``.png`` (animated when there
+            is more than one frame; need Pillow). Missing folders are created.
+        fps: frames per second.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: an unknown suffix, or a frame rate that is not positive.
+        FrameError: no frames, or a frame that is not uint8 ``(3, H, W)`` or changes size.
+        MissingExtraError: PyAV or Pillow is not installed.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise ValueError(
+            f"got {path.name!r}, whose suffix {path.suffix!r} is not a film format; use one of "
+            f"{', '.join(_SUFFIXES)}."
+        )
+    if not fps > 0:
+        raise ValueError(f"got fps={fps}, expected a positive number of frames per second.")
+    first, every = _checked(frames)
+    with atomic_path(path) as temporary:
+        if suffix == ".mp4":
+            _write_h264(first, every, temporary, fps)
+        else:
+            _write_pillow(every, temporary, suffix, fps)
+    return path
+
+
+def _checked(frames: Tensor | Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
+    """Return the first frame, and all of them (the first again), each checked when it is taken."""
+    remaining = iter(frames)
+    try:
+        first = next(remaining)
+    except StopIteration:
+        raise FrameError("got no frames to write; a film needs at least one.") from None
+
+    def every() -> Iterator[Tensor]:
+        for index, frame in enumerate(chain([first], remaining)):
+            if frame.ndim != 3 or len(frame) != 3 or frame.dtype != torch.uint8:
+                raise FrameError(
+                    f"got frame {index} of shape {tuple(frame.shape)} and dtype {frame.dtype}, "
+                    "expected (3, H, W) uint8 in [0, 255]."
+                )
+            if frame.shape != first.shape:
+                raise FrameError(
+                    f"got frame {index} of shape {tuple(frame.shape)} after frames of shape "
+                    f"{tuple(first.shape)}; all frames of a film must have one size."
+                )
+            yield frame
+
+    return first, every()
+
+
+def _write_h264(first: Tensor, frames: Iterator[Tensor], path: Path, fps: float) -> None:
+    av = require("av", extra="viz", purpose="writing .mp4 films")
+    height, width = first.shape[1:]
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": _CRF})
+        stream.width, stream.height = width + width % 2, height + height % 2
+        stream.pix_fmt = "yuv420p"
+        # players guess the matrix of untagged films by their size; saying it keeps the colours
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
+        codec.color_range = 1  # limited
+        for frame in frames:
+            even = F.pad(frame[None].float(), (0, width % 2, 0, height % 2), mode="replicate")[0]
+            picture = av.VideoFrame.from_ndarray(_array(even.to(torch.uint8)), format="rgb24")
+            converted = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
+            container.mux(stream.encode(converted))
+        container.mux(stream.encode())
+
+
+def _write_pillow(frames: Iterator[Tensor], path: Path, suffix: str, fps: float) -> None:
+    image_module = require("PIL.Image", extra="viz", purpose=f"writing {suffix} pictures")
+    images = [image_module.fromarray(_array(frame)) for frame in frames]
+    options: dict[str, Any] = {"format": suffix[1:].upper()}
+    if len(images) > 1:
+        duration = round(1000 / fps)
+        options |= {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
+    if suffix == ".gif":
+        palette = _palette(images)
+        plain = image_module.Dither.NONE  # dithering noise would flicker
+        images = [image.quantize(palette=palette, dither=plain) for image in images]
+        options |= {"append_images": images[1:]} if len(images) > 1 else {}
+    if suffix == ".webp":
+        options |= {"quality": 90, "method": 4}
+    images[0].save(path, **options)
+
+
+def _palette(images: list[Any]) -> Any:
+    """One palette for all frames: one a frame would make still colours flicker."""
+    image_module = require("PIL.Image", extra="viz", purpose="writing .gif pictures")
+    chosen = images[:: max(1, len(images) // _PALETTE_FRAMES)]
+    width, height = images[0].size
+    mosaic = image_module.new("RGB", (width, height * len(chosen)))
+    for index, image in enumerate(chosen):
+        mosaic.paste(image, (0, index * height))
+    return mosaic.quantize(256)
+
+
+def _array(frame: Tensor) -> Any:
+    require("numpy", extra="viz", purpose="writing films")
+    return rearrange(frame, "c h w -> h w c").contiguous().cpu().numpy()

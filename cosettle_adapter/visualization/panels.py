@@ -1,0 +1,97 @@
+"""Clips beside one another under captions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.extras import require
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_BACKGROUND = (18, 20, 24)
+_TEXT = (236, 238, 241)
+_MARGIN = 8  # pixels between panels and around captions
+
+
+def side_by_side(panels: Mapping[str, Tensor]) -> Tensor:
+    """Place clips beside one another, each with its caption on a strip above.
+
+    Args:
+        panels: caption to clip, each ``(T, 3, H, W)`` uint8 in [0, 255] with the same ``T`` and
+            ``H``; widths may differ.
+
+    Returns:
+        ``(T, 3, H', W')`` uint8, both sides even (video codecs want them so).
+
+    Raises:
+        FrameError: no panels, or panels of another kind, length or height.
+        MissingExtraError: Pillow is not installed.
+    """
+    _check_panels(panels)
+    clips = [clip.cpu() for clip in panels.values()]
+    length, _, height, _ = clips[0].shape
+    strip = _caption_height(height) + 2 * _MARGIN
+    width = sum(clip.shape[-1] for clip in clips) + _MARGIN * (len(clips) - 1)
+    canvas = _plain(length, _even(strip + height), _even(width))
+    left = 0
+    for caption, clip in zip(panels, clips, strict=True):
+        right = left + clip.shape[-1]
+        canvas[:, :, :strip, left:right] = _caption(caption, strip, right - left)
+        canvas[:, :, strip : strip + height, left:right] = clip
+        left = right + _MARGIN
+    return canvas
+
+
+def _check_panels(panels: Mapping[str, Tensor]) -> None:
+    if not panels:
+        raise FrameError("got no panels; give a mapping such as {'frame': frames, 'PCA': colours}.")
+    for caption, clip in panels.items():
+        if clip.ndim != 4 or clip.shape[1] != 3 or clip.dtype != torch.uint8:
+            raise FrameError(
+                f"got panel {caption!r} of shape {tuple(clip.shape)} and dtype {clip.dtype}, "
+                "expected (T, 3, H, W) uint8."
+            )
+    sizes = {caption: (len(clip), clip.shape[2]) for caption, clip in panels.items()}
+    if len(set(sizes.values())) > 1:
+        raise FrameError(
+            f"got panels of different length or height, as (T, H): {sizes}. Cut them to the same "
+            "frames and resize them to the same height."
+        )
+
+
+def _even(length: int) -> int:
+    return length + length % 2
+
+
+def _plain(length: int, height: int, width: int) -> Tensor:
+    colour = rearrange(torch.tensor(_BACKGROUND, dtype=torch.uint8), "c -> c 1 1")
+    return colour.expand(length, 3, height, width).clone()
+
+
+def _caption_height(height: int) -> int:
+    return max(10, min(28, height // 10))
+
+
+def _caption(text: str, height: int, width: int) -> Tensor:
+    """``(3, height, width)`` uint8 strip with the text left-aligned, shrunk until it fits."""
+    image_module = require("PIL.Image", extra="viz", purpose="writing captions")
+    draw_module = require("PIL.ImageDraw", extra="viz", purpose="writing captions")
+    numpy = require("numpy", extra="viz", purpose="writing captions")
+    strip = image_module.new("RGB", (width, height), _BACKGROUND)
+    draw = draw_module.Draw(strip)
+    size = height - 2 * _MARGIN
+    while size > 6 and draw.textlength(text, font=_font(size)) > width - 2 * _MARGIN:
+        size -= 1
+    draw.text((_MARGIN, height / 2), text, fill=_TEXT, font=_font(size), anchor="lm")
+    return rearrange(torch.from_numpy(numpy.array(strip)), "h w c -> c h w")
+
+
+def _font(size: int) -> Any:
+    fonts = require("PIL.ImageFont", extra="viz", purpose="writing captions")
+    return fonts.load_default(size)

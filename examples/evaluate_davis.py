@@ -1,0 +1,138 @@
+"""Video object segmentation on DAVIS: what a projection changes, beside what needs none.
+
+    python examples/evaluate_davis.py --data DAVIS --model dinov2-vits14-pypi --every 3
+
+All columns come from one encoder pass a frame. Figures depend on frame size, on --every and on the
+propagation protocol: compare columns of one run. Published tables use every frame and 480 x 880
+(patch 16); with patch 14, 476 x 882 comes nearest to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.evaluation import (
+    DavisSequence,
+    SequenceScores,
+    davis_sequences,
+    evaluate_sequence,
+    mean_over_objects,
+)
+
+RAW = "last raw"
+
+# What a column makes of a clip's tokens (T, C, h, w): the last block's, the projection's.
+Variant = Callable[[Tensor, Tensor], Tensor]
+
+
+def main() -> None:
+    options = parse_options()
+    adapter = CoSettleAdapter.from_pretrained(options.model, device=options.device)
+    variants = make_variants(adapter)
+    sequences = davis_sequences(
+        options.data,
+        year=options.year,
+        sequences=options.sequences,
+        every=options.every,
+        max_frames=options.max_frames,
+    )
+    blocks = ", ".join(str(layer) for layer in adapter.config.layers)
+    print(f"{options.model}: projection of block {blocks}; frames at {options.size}")
+    print(f"protocol {options.protocol}, every {options.every} frame(s), J&F in percent\n")
+    print(f"{'':24}" + "".join(f"{name:>19}" for name in variants))
+
+    results: dict[str, list[SequenceScores]] = {name: [] for name in variants}
+    for sequence in sequences:
+        last, tokens = encode(adapter, sequence, tuple(options.size))
+        masks = sequence.read_masks()
+        for name, variant in variants.items():
+            scores = evaluate_sequence(variant(last, tokens), masks, protocol=options.protocol)
+            results[name].append(scores)
+        print_row(sequence.name, [results[name][-1].j_and_f for name in variants])
+
+    columns = list(results.values())
+    gains = [
+        [mine.j_and_f - raw.j_and_f for mine, raw in zip(column, results[RAW], strict=True)]
+        for column in columns
+    ]
+    print()
+    print_row("mean over objects", [mean_over_objects(column) for column in columns])
+    print_row("mean - raw, clips", [sum(gain) / len(gain) for gain in gains])
+    print_row("worst clip - raw", [min(gain) for gain in gains])
+
+
+@torch.inference_mode()
+def encode(
+    adapter: CoSettleAdapter, sequence: DavisSequence, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Tokens of a whole clip, of the last block and of those that the projection reads."""
+    layers = adapter.config.layers
+    last_block = adapter.backbone.depth - 1
+    # None: the last block with the final norm that the registry gives it, others without
+    norm = adapter.config.norm if last_block in layers else adapter.config.norm or None
+    last, tokens = [], []
+    for index in range(len(sequence.frames)):
+        images = adapter.preprocess(sequence.read_frame(index), size=size)
+        *read, final = adapter.backbone.intermediate_tokens(images, (*layers, -1), norm=norm)
+        last.append(final.float())
+        tokens.append(torch.cat(read, dim=1).float())
+    return torch.cat(last), torch.cat(tokens)
+
+
+def make_variants(adapter: CoSettleAdapter) -> dict[str, Variant]:
+    """Columns of the table, by name; each is a claim that the adapted one has to beat."""
+    variants: dict[str, Variant] = {
+        RAW: lambda last, tokens: last,
+        "last - clip mean": lambda last, tokens: without_mean(last),
+        "block raw": lambda last, tokens: tokens,
+        "block - clip mean": lambda last, tokens: without_mean(tokens),
+        "adapted": lambda last, tokens: project(adapter, tokens),
+    }
+    if adapter.config.kind == "affine" and adapter.config.in_width == adapter.config.out_width:
+        mean = stored_mean(adapter)
+        variants["block - stored mean"] = lambda last, tokens: tokens - mean
+    return variants
+
+
+@torch.inference_mode()
+def project(adapter: CoSettleAdapter, tokens: Tensor) -> Tensor:
+    return torch.cat([adapter.projection(chunk) for chunk in tokens.split(8)])
+
+
+def without_mean(tokens: Tensor) -> Tensor:
+    return tokens - reduce(tokens, "t c h w -> c 1 1", "mean")
+
+
+def stored_mean(adapter: CoSettleAdapter) -> Tensor:
+    """Return the token that an affine projection sends to zero: the mean it subtracts."""
+    linear = adapter.projection.linears[0]
+    mean = torch.linalg.lstsq(linear.weight.double(), -linear.bias.double()[:, None]).solution
+    return rearrange(mean.float().detach(), "c 1 -> c 1 1")
+
+
+def print_row(name: str, values: list[float]) -> None:
+    print(f"{name:24}" + "".join(f"{100 * value:19.1f}" for value in values), flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder with JPEGImages and Annotations")
+    parser.add_argument("--model", default="dinov2-vits14-pypi", help="name, repository or folder")
+    parser.add_argument("--size", type=int, nargs=2, default=(476, 882), metavar=("H", "W"))
+    parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")
+    parser.add_argument("--max-frames", type=int, help="keep at most this many frames of a clip")
+    parser.add_argument("--sequences", nargs="+", help="clips to take; all of val by default")
+    parser.add_argument("--year", choices=("2016", "2017"), help="by default the newest there is")
+    parser.add_argument("--protocol", choices=("crw", "dino"), default="crw")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
