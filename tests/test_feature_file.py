@@ -38,30 +38,29 @@ def test_what_was_appended_is_what_is_read(
     assert torch.equal(load_file(path)["features"], read.features)
 
 
+def append_all(path: Path, *chunks: torch.Tensor, error: Exception | None = None) -> None:
+    with write_features(path, GEOMETRY, {}) as writer:
+        for chunk in chunks:
+            writer.append(chunk, torch.zeros(len(chunk)))
+        if error is not None:
+            raise error
+
+
 def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
-    path = tmp_path / "clip.safetensors"
-    with pytest.raises(OSError, match="full"), write_features(path, GEOMETRY, {}) as writer:
-        writer.append(torch.zeros(1, 2, 2, 3), torch.zeros(1))
-        raise OSError("disk full")
+    with pytest.raises(OSError, match="full"):
+        append_all(tmp_path / "f", torch.zeros(1, 2, 2, 3), error=OSError("disk full"))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("other", [torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 3).half()])
 def test_one_file_holds_one_shape(tmp_path: Path, other: torch.Tensor) -> None:
-    with (
-        pytest.raises(ValueError, match="one file holds one shape"),
-        write_features(tmp_path / "clip.safetensors", GEOMETRY, {}) as writer,
-    ):
-        writer.append(torch.zeros(1, 2, 2, 3), torch.zeros(1))
-        writer.append(other, torch.zeros(1))
+    with pytest.raises(ValueError, match="one file holds one shape"):
+        append_all(tmp_path / "f", torch.zeros(1, 2, 2, 3), other)
 
 
 def test_integers_are_no_features(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match=r"features are torch\.int64"),
-        write_features(tmp_path / "clip.safetensors", GEOMETRY, {}) as writer,
-    ):
-        writer.append(torch.zeros(1, 2, 2, 3, dtype=torch.long), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"features are torch\.int64"):
+        append_all(tmp_path / "f", torch.zeros(1, 2, 2, 3, dtype=torch.long))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

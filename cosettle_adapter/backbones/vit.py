@@ -60,7 +60,7 @@ class VisionTransformerBackbone(nn.Module):
         self._source_grid = (row.image_size // row.patch,) * 2
         # Learned positions stay float32 on the CPU, where bicubic resizing is exact and exists on
         # every build; only the result travels to the device.
-        self._learned_positions: Tensor = self.vit.pos_embed.detach().float().cpu()
+        self._learned_positions = vit.get_parameter("pos_embed").detach().float().cpu()
         self._positions: dict[tuple[Grid, torch.device], Tensor] = {}
         self.requires_grad_(False)
         super().train(False)

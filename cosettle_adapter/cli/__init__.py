@@ -12,7 +12,7 @@ from cosettle_adapter import __version__
 from cosettle_adapter.errors import CosettleError, MissingExtraError
 from cosettle_adapter.extras import require
 
-COMMANDS = ("list", "download", "extract", "fit")
+COMMANDS = ("demo", "list", "download", "extract", "fit")
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130

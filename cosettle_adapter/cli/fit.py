@@ -75,7 +75,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     for ridge in ridges:
         table.add_column("centred" if ridge == float("inf") else f"{ridge:g}", justify="right")
     for layer in sorted({layer for layer, _ in result.scores}):
-        table.add_row(str(layer), *(f"{result.scores[layer, ridge]:.3f}" for ridge in ridges))
+        tried = (result.scores.get((layer, ridge)) for ridge in ridges)
+        table.add_row(str(layer), *("" if score is None else f"{score:.3f}" for score in tried))
     console.print(table)
     config = result.projection.config
     console.print(f"block {config.layers[0]}, ridge {config.fit['ridge']}")

@@ -7,12 +7,8 @@ needs torch alone.
 from __future__ import annotations
 
 from cosettle_adapter.correspondence.matching import mutual_nearest
-from cosettle_adapter.correspondence.propagation import (
-    PROTOCOLS,
-    LabelPropagator,
-    PropagationProtocol,
-    propagate_labels,
-)
+from cosettle_adapter.correspondence.propagation import LabelPropagator, propagate_labels
+from cosettle_adapter.correspondence.protocols import PROTOCOLS, PropagationProtocol
 from cosettle_adapter.correspondence.tracking import Tracks, track_points
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Label propagation: carry a segmentation of the first frame through a clip by its features.
 
-The two protocols in the literature differ in more than numbers, so each is a row of data. A
-figure is only comparable with others of the same protocol, frame size and frame rate.
+A clip's affinities are never held at once: a band of lines of the grid is compared with one context
+frame at a time, only with the lines within reach, and all that stays is its top-k.
 """
 
 from __future__ import annotations
@@ -10,79 +10,16 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange, reduce, repeat
+from einops import einsum, rearrange, repeat
 from torch import Tensor
 
+from cosettle_adapter.correspondence.affinity import locality_mask, topk_of_lines
 from cosettle_adapter.correspondence.maps import each_map, unit_map
+from cosettle_adapter.correspondence.protocols import PROTOCOLS, Protocol
 from cosettle_adapter.errors import FrameError, GeometryError
-
-Protocol = Literal["crw", "dino"]
-
-
-@dataclasses.dataclass(frozen=True)
-class PropagationProtocol:
-    """How labels reach a frame from the frames before it.
-
-    Attributes:
-        context: preceding frames that are looked at besides the first.
-        radius: how far from its own place a cell may look, in cells; ``math.inf`` for anywhere.
-        topk: most similar cells, over all context frames together, whose labels are averaged.
-        temperature: the average's weights are the softmax of cosine / temperature.
-        neighbourhood: ``disk`` is Euclidean distance strictly below the radius, ``square`` is
-            row and column distance up to and including it.
-        restrict_first: apply the neighbourhood to the first frame as well.
-        repeat_first: before ``context`` preceding frames exist, copies of the first frame (under
-            the neighbourhood) stand in for the missing ones and compete for the top-k.
-    """
-
-    context: int
-    radius: float
-    topk: int
-    temperature: float
-    neighbourhood: Literal["disk", "square"]
-    restrict_first: bool
-    repeat_first: bool
-
-    def __post_init__(self) -> None:
-        if self.context < 0:
-            raise ValueError(f"context must be 0 or more preceding frames, got {self.context}")
-        if self.topk < 1:
-            raise ValueError(f"topk must be at least 1 cell, got {self.topk}")
-        if not self.radius > 0:
-            raise ValueError(
-                f"radius must be above 0 cells, got {self.radius}; use math.inf to look anywhere"
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-
-
-PROTOCOLS: dict[str, PropagationProtocol] = {
-    # videowalk's test.py as SiamMAE and CropMAE use it. Its loader puts `context` copies of frame
-    # 0 before the clip: they lie in the sliding window, hence under the radius, and count once
-    # each. So frame 1 takes all seven votes from the single best cell near by: a plain copy.
-    "crw": PropagationProtocol(
-        context=20,
-        radius=20,
-        topk=7,
-        temperature=0.7,
-        neighbourhood="disk",
-        restrict_first=False,
-        repeat_first=True,
-    ),
-    # DINO's eval_video_segmentation.py: the queue starts empty and never holds frame 0.
-    "dino": PropagationProtocol(
-        context=7,
-        radius=12,
-        topk=5,
-        temperature=0.1,
-        neighbourhood="square",
-        restrict_first=True,
-        repeat_first=False,
-    ),
-}
 
 
 class _Frame(NamedTuple):
@@ -228,7 +165,9 @@ class LabelPropagator:
         queries = rearrange(cells[start:stop], "l s c -> (l s) c")
         reach = lines if math.isinf(self.protocol.radius) else math.floor(self.protocol.radius)
         low, high = max(0, start - reach), min(lines, stop + reach)
-        mask = self._mask(range(start, stop), range(low, high), short, queries)
+        mask = locality_mask(
+            self.protocol, range(start, stop), range(low, high), short, like=queries
+        )
         found: list[Tensor] = []
         where: list[Tensor] = []
         for position, (frame, restricted, copies) in enumerate(sources):
@@ -237,7 +176,7 @@ class LabelPropagator:
                 block = torch.addmm(mask, queries, keys)
             else:
                 block = queries @ rearrange(frame.cells, "l s c -> c (l s)")
-            cosine, index = _topk(block, short, self.protocol.topk)
+            cosine, index = topk_of_lines(block, short, self.protocol.topk)
             index = index + (position * lines + (low if restricted else 0)) * short
             copies = min(copies, self.protocol.topk)
             found.append(repeat(cosine, "q n -> q (copies n)", copies=copies))
@@ -245,18 +184,6 @@ class LabelPropagator:
         candidates = torch.cat(found, dim=1)
         cosine, chosen = candidates.topk(min(self.protocol.topk, candidates.shape[1]), dim=1)
         return cosine, torch.cat(where, dim=1).gather(1, chosen)
-
-    def _mask(self, queries: range, keys: range, short: int, like: Tensor) -> Tensor:
-        """0 where a query may look and -inf elsewhere, ``(lines short, lines short)``."""
-        along = _distances(queries, keys, like.device)
-        across = _distances(range(short), range(short), like.device)
-        along, across = rearrange(along, "a b -> a 1 b 1"), rearrange(across, "s t -> 1 s 1 t")
-        if self.protocol.neighbourhood == "disk":
-            near = along.square() + across.square() < self.protocol.radius**2
-        else:
-            near = torch.maximum(along, across) <= self.protocol.radius
-        mask = like.new_zeros(near.shape).masked_fill_(~near, -torch.inf)
-        return rearrange(mask, "a s b t -> (a s) (b t)")
 
 
 def propagate_labels(
@@ -313,22 +240,3 @@ def propagate_labels(
 def _wide(grid: tuple[int, ...]) -> bool:
     # bands run along the longer side, where the radius leaves the most out
     return grid[1] > grid[0]
-
-
-def _distances(a: range, b: range, device: torch.device) -> Tensor:
-    ends = (torch.arange(side.start, side.stop, device=device) for side in (a, b))
-    first, second = ends
-    return (rearrange(first, "a -> a 1") - second).abs()
-
-
-def _topk(block: Tensor, short: int, k: int) -> tuple[Tensor, Tensor]:
-    """Top-k of rows of whole lines; exact, as the k best cells lie in the k best lines."""
-    n = block.shape[1]
-    if n // short <= 2 * k:
-        values, index = block.topk(min(k, n), dim=1)
-        return values, index
-    lines = rearrange(block, "q (l s) -> q l s", s=short)
-    best = reduce(lines, "q l s -> q l", "max").topk(k, dim=1).indices
-    inside = lines.gather(1, repeat(best, "q n -> q n s", s=short))
-    values, chosen = rearrange(inside, "q n s -> q (n s)").topk(min(k, n), dim=1)
-    return values, best.gather(1, chosen // short) * short + chosen % short

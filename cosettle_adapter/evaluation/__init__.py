@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from cosettle_adapter.evaluation.davis import (
-    DavisSequence,
-    SequenceScores,
-    davis_sequences,
-    evaluate_sequence,
-    mean_over_objects,
-)
+from cosettle_adapter.evaluation.davis import DavisSequence, davis_sequences
 from cosettle_adapter.evaluation.metrics import (
     Summary,
     boundary_f,
     region_similarity,
     summarise,
+)
+from cosettle_adapter.evaluation.segmentation import (
+    SequenceScores,
+    evaluate_sequence,
+    mean_over_objects,
 )
 
 __all__ = [

@@ -1,78 +1,100 @@
-"""A producer that runs ahead of its consumer, in a thread, by a bounded number of items."""
+"""Produce ahead of the consumer, in a thread."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from cosettle_adapter.errors import FrameError
 
 Item = TypeVar("Item")
 
-_END = object()
-_POLL = 0.05  # seconds between looks at whether the consumer has gone
+# a producer that hangs in its own read must not hang the consumer's close
+_PATIENCE = 5.0
 
 
-class _Raised:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+@dataclass(frozen=True)
+class _Delivery(Generic[Item]):
+    item: Item
 
 
-def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
-    """Yield ``items`` in order while a thread produces up to ``depth`` of them ahead.
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None
 
-    An exception of the producer is raised where it belongs, after the items before it. When the
-    consumer stops early, the producer stops and its generator is closed.
+
+def prefetch(iterable: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
+    """Iterate in a daemon thread that runs ahead by up to ``depth`` items.
+
+    Order is kept. An exception of the producer is raised here, after the items before it. When
+    the consumer stops early, by closing this generator or dropping it, the producer stops after
+    the item it is at and closes ``iterable`` if that is a generator. The thread starts with the
+    first ``next``.
 
     Args:
-        items: what to produce; consumed in the thread alone.
-        depth: items waiting at most.
+        iterable: what to iterate; only the thread touches it.
+        depth: number of items to hold ready, at least 1.
+
+    Returns:
+        A generator of the same items.
 
     Raises:
-        ValueError: ``depth`` below 1.
+        FrameError: ``depth`` is below 1.
     """
     if depth < 1:
-        raise ValueError(f"depth must be at least 1, got {depth}")
-    return _consume(items, depth)
+        raise FrameError(f"depth must be at least 1, got {depth}")
+    return _consume(iterable, depth)
 
 
-def _consume(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    waiting: queue.Queue[Any] = queue.Queue(maxsize=depth)
+def _consume(iterable: Iterable[Item], depth: int) -> Generator[Item, None, None]:
+    ready: queue.Queue[_Delivery[Item] | _End] = queue.Queue(maxsize=depth)
     stop = threading.Event()
-    worker = threading.Thread(
-        target=_produce, args=(iter(items), waiting, stop), daemon=True, name="prefetch"
+    producer = threading.Thread(
+        target=_produce, args=(iterable, ready, stop), name="cosettle-prefetch", daemon=True
     )
-    worker.start()
+    del iterable  # the thread alone keeps it alive
+    producer.start()
+    message: _Delivery[Item] | _End | None = None
     try:
-        while (item := waiting.get()) is not _END:
-            if isinstance(item, _Raised):
-                raise item.error
-            yield item
+        while isinstance(message := ready.get(), _Delivery):
+            yield message.item
+            message = None  # not kept alive while the next one is awaited
+        if message.error is not None:
+            raise message.error
     finally:
+        message = None  # an error and its traceback would keep each other alive
         stop.set()
-        worker.join()
+        # room for the item the producer may be waiting to hand over
+        while not ready.empty():
+            ready.get_nowait()
+        # the collector may run in any thread, this one's producer included
+        if producer is not threading.current_thread():
+            producer.join(_PATIENCE)
 
 
-def _produce(items: Iterator[Any], waiting: queue.Queue[Any], stop: threading.Event) -> None:
-    last: Any = _END
+def _produce(
+    iterable: Iterable[Item],
+    ready: queue.Queue[_Delivery[Item] | _End],
+    stop: threading.Event,
+) -> None:
+    error: BaseException | None = None
+    iterator: Iterator[Item] | None = None
     try:
-        for item in items:
-            if not _put(waiting, item, stop):
+        iterator = iter(iterable)
+        for item in iterator:
+            ready.put(_Delivery(item))
+            del item
+            if stop.is_set():
                 break
-    except BaseException as error:  # handed to the consumer, who raises it
-        last = _Raised(error)
-    finally:
-        close = getattr(items, "close", None)
-        if close is not None:
-            close()
-        _put(waiting, last, stop)
-
-
-def _put(waiting: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
-    while not stop.is_set():
-        try:
-            waiting.put(item, timeout=_POLL)
-        except queue.Full:
-            continue
-        return True
-    return False
+    except BaseException as raised:  # the consumer raises it
+        error = raised
+    try:
+        if isinstance(iterator, Generator):
+            iterator.close()
+    except BaseException as raised:
+        error = error or raised
+    if not stop.is_set():
+        ready.put(_End(error))

@@ -195,7 +195,7 @@ def _ellipse(sprite: tuple[int, int], to_sprite: Tensor, sides: tuple[int, int])
     # the soft rim must end inside the cut-out
     radii = (half_sides - 2 * _SOFT_EDGE).clamp(min=0.5)
     offset = (_through(to_sprite, sides) - half_sides) / radii
-    distance = torch.linalg.vector_norm(offset, dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(offset, dim=-1)
     inwards = (1 - distance) * radii.min() / _SOFT_EDGE
     cover = (0.5 + 0.5 * inwards).clamp(0, 1)
     return (cover * cover * (3 - 2 * cover)).to(torch.float32)

@@ -1,14 +1,13 @@
-"""Anything that holds frames, as chunks of uint8 pixels with timestamps."""
+"""Whatever holds frames, as chunks of uint8 pixels with timestamps."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import glob
-import itertools
+import contextlib
+import math
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,18 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.extras import require
+from cosettle_adapter.frames import files, video
 from cosettle_adapter.frames.arrays import as_frames, is_array, is_image
-from cosettle_adapter.frames.video import decode_video, video_info
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-TimedFrame = tuple[Tensor, float]
+from cosettle_adapter.frames.timeline import PendingFrame, Selection
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrameChunk:
     """Consecutive frames of a source.
 
     Attributes:
-        frames: ``(N, 3, H, W)`` uint8.
-        timestamps: ``(N,)`` float64, seconds.
+        frames: (N, 3, H, W) uint8.
+        timestamps: (N,) float64 seconds.
         start: number of frames delivered before this chunk.
     """
 
@@ -41,15 +36,15 @@ class FrameChunk:
     start: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class SourceInfo:
-    """What can be told about a source without decoding it.
+    """What can be told of a source at little cost.
 
     Attributes:
-        frames: number of frames, or ``None`` if unknown.
-        height: height in pixels, or ``None``.
-        width: width in pixels, or ``None``.
-        fps: frames per second, or ``None``.
+        frames: number of frames, or None; for a video what its header promises.
+        height: height of the frames, or None.
+        width: width of the frames, or None.
+        fps: average frames per second of a video, None for other sources.
     """
 
     frames: int | None = None
@@ -67,216 +62,185 @@ def open_frames(
     max_frames: int | None = None,
     chunk_size: int = 8,
     fps: float | None = None,
-) -> Iterator[FrameChunk]:
-    """Read frames chunk by chunk, keeping no more than one chunk.
+) -> Generator[FrameChunk, None, None]:
+    """Read frames chunk by chunk; one chunk at a time is in memory.
 
     Args:
-        source: a video file, a folder of images (in natural order: 2 before 10), a glob pattern,
-            frames in memory (see :func:`~cosettle_adapter.frames.arrays.as_frames`), or an
-            iterator of single frames.
-        start: first second to read.
+        source: a video file; a folder of images or a glob pattern, read in natural order
+            (``frame2`` before ``frame10``); a list of image files; frames in memory as
+            :func:`as_frames` takes them; or an iterator of single frames, which is not closed.
+            Float frames in [0, 1] are rounded to uint8.
+        start: first second to read, at least 0.
         end: second to stop before.
         every: keep every n-th frame of those in range.
         max_frames: keep at most this many frames.
-        chunk_size: frames a chunk.
-        fps: frames per second of sources without timestamps; 1 by default, which makes the
-            timestamps of images their index.
+        chunk_size: frames in a chunk; the last one may hold fewer.
+        fps: frames per second of a source that is not a video; 1 by default, so that times are
+            positions.
 
     Returns:
-        An iterator of :class:`FrameChunk`.
+        A generator of :class:`FrameChunk`. If the source fails in the middle, the frames before
+        the failure are delivered first.
 
     Raises:
-        FrameError: a bad argument or a missing, empty or unreadable source (at once); frames of
-            differing sizes, or no frame in the range (while iterating).
-        TruncatedVideoError: a video breaks off, after the chunks that could be read.
+        FrameError: at once for an argument out of range and a source that is missing, empty or
+            of an unknown kind; while reading for a damaged file, a frame of another size than the
+            first, and a range without frames.
+        TruncatedVideoError: while reading, after the last readable frame of a video that breaks
+            off or ends before the length its header promises.
+        MissingExtraError: PyAV, Pillow or numpy is needed and not installed.
     """
-    for name, value, least in (
-        ("every", every, 1),
-        ("max_frames", max_frames, 1),
-        ("chunk_size", chunk_size, 1),
-        ("start", start, 0),
-    ):
-        if value is not None and value < least:
-            raise FrameError(f"{name} must be at least {least}, got {value}")
-    if end is not None and end <= (start or 0):
-        raise FrameError(f"end must be after start, got start {start or 0} and end {end}")
-    if fps is not None and not fps > 0:
+    selection = Selection(start, end, every, max_frames)
+    if chunk_size < 1:
+        raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
+    if fps is not None and not (0 < fps < math.inf):
         raise FrameError(f"fps must be positive, got {fps}")
-    timed = _timed_frames(source, start=start, end=end, fps=fps)
-    kept = itertools.islice(timed, 0, None, every)
-    return _chunks(itertools.islice(kept, max_frames), timed, chunk_size, source=source)
+    name = _name(source)
+    wanted = selection.of(_pending(source, start, fps), name)
+    return _chunks(wanted, chunk_size, name)
 
 
 def probe(source: Any) -> SourceInfo:
-    """Tell a source's number and size of frames, as far as that costs nothing.
+    """Tell the number and size of a source's frames without reading them all.
+
+    Args:
+        source: as for :func:`open_frames`. An iterator is not advanced, and little is known of
+            it.
 
     Raises:
-        FrameError: a missing or unreadable file.
+        FrameError: a source that is missing, empty, unreadable or of an unknown kind.
     """
-    if isinstance(source, str | os.PathLike):
-        files = _files(source)
-        if isinstance(files, list):
-            height, width = _read_image(files[0]).shape[-2:]
-            return SourceInfo(len(files), height, width)
-        info = video_info(files)
-        return SourceInfo(info.frames, info.height, info.width, info.fps)
-    if isinstance(source, Tensor | list | tuple) or is_array(source) or is_image(source):
-        frames = _stacked(source)
-        return SourceInfo(len(frames), frames.shape[-2], frames.shape[-1])
-    return SourceInfo()
+    if isinstance(source, (str, os.PathLike)):
+        found = files.resolve(source)
+        if isinstance(found, Path):
+            info = video.video_info(found)
+            return SourceInfo(info.frames, info.height, info.width, info.fps)
+        return SourceInfo(len(found), *files.read_image(found[0]).shape[-2:])
+    if _in_memory(source):
+        clip = _as_clip(source)
+        return SourceInfo(len(clip), *clip.shape[-2:])
+    if isinstance(source, (list, tuple)):
+        return SourceInfo(len(source), *_load_item(_nonempty(source)[0], 0).shape[-2:])
+    _check_iterable(source)
+    return SourceInfo(len(source) if isinstance(source, Sized) else None)
 
 
 def _chunks(
-    kept: Iterator[TimedFrame], timed: Iterator[TimedFrame], chunk_size: int, *, source: Any
-) -> Iterator[FrameChunk]:
+    wanted: Generator[PendingFrame, None, None], chunk_size: int, source: str
+) -> Generator[FrameChunk, None, None]:
     delivered = 0
-    frames: list[Tensor] = []
-    times: list[float] = []
-    broken: TruncatedVideoError | None = None
-    size: tuple[int, ...] | None = None
-
-    def chunk() -> FrameChunk:
-        return FrameChunk(torch.stack(frames), torch.tensor(times, dtype=torch.float64), delivered)
-
-    try:
-        while True:
+    first: tuple[int, ...] | None = None
+    failure: Exception | None = None
+    with contextlib.closing(wanted):
+        while failure is None:
+            times: list[float] = []
+            frames: Tensor | None = None
             try:
-                frame, time = next(kept)
-            except StopIteration:
+                while len(times) < chunk_size and (pending := next(wanted, None)) is not None:
+                    pixels = _to_bytes(pending.load())
+                    first = first or tuple(pixels.shape)
+                    if tuple(pixels.shape) != first:
+                        raise FrameError(
+                            f"{pending.name} of {source} is {_size(pixels.shape)}, but the first "
+                            f"frame is {_size(first)}; resize the frames to one size"
+                        )
+                    if frames is None:
+                        frames = pixels.new_empty((chunk_size, *first))
+                    frames[len(times)] = pixels
+                    times.append(pending.time)
+            except Exception as error:
+                failure = error
+            if frames is None:
                 break
-            except TruncatedVideoError as error:
-                broken = error
-                break
-            size = size or tuple(frame.shape)
-            if tuple(frame.shape) != size:
-                raise FrameError(
-                    f"frame {delivered + len(frames)} of {_describe(source)} is "
-                    f"{frame.shape[-2]} x {frame.shape[-1]}, those before it are "
-                    f"{size[-2]} x {size[-1]}; all frames of a source have one size"
-                )
-            frames.append(frame)
-            times.append(time)
-            if len(frames) == chunk_size:
-                yield chunk()
-                delivered += len(frames)
-                frames, times = [], []
-        if frames:
-            yield chunk()
-            delivered += len(frames)
-        if broken is not None:
-            raise broken
-        if not delivered:
-            raise FrameError(f"{_describe(source)} has no frames in the range asked for")
+            seconds = torch.tensor(times, dtype=torch.float64)
+            yield FrameChunk(frames[: len(times)], seconds, delivered)
+            delivered += len(times)
+    if isinstance(failure, TruncatedVideoError):
+        failure.frames_read = delivered
+    try:
+        if failure is not None:
+            raise failure
     finally:
-        close = getattr(timed, "close", None)
-        if close is not None:
-            close()
+        del failure  # it and its traceback would keep each other alive
 
 
-def _timed_frames(
-    source: Any, *, start: float | None, end: float | None, fps: float | None
-) -> Iterator[TimedFrame]:
-    rate = 1.0 if fps is None else fps
-    if isinstance(source, str | os.PathLike):
-        files = _files(source)
-        if not isinstance(files, list):
-            return decode_video(files, start=start, end=end)
-        first = 0 if start is None else -int(-start * rate // 1)
-        stop = len(files) if end is None else min(len(files), -int(-end * rate // 1))
-        return ((_read_image(files[i]), i / rate) for i in range(first, stop))
-    singles: Iterable[Any]
-    if isinstance(source, Tensor | list | tuple) or is_array(source) or is_image(source):
-        singles = _stacked(source)
-    elif isinstance(source, Iterable):
-        singles = (_single(item, index) for index, item in enumerate(source))
-    else:
-        raise FrameError(
-            f"cannot read frames from {type(source).__name__}; expected a path, a glob pattern, "
-            "frames in memory, or an iterator of frames"
-        )
-    return _in_range(singles, rate, start=start, end=end)
+def _pending(
+    source: Any, start: float | None, fps: float | None
+) -> Generator[PendingFrame, None, None]:
+    if isinstance(source, (str, os.PathLike)):
+        found = files.resolve(source)
+        if isinstance(found, Path):
+            if fps is not None:
+                raise FrameError(f"{source} is a video and has times of its own; leave out fps")
+            video.check_video(found)
+            return video.decode_video(found, start)
+        return _evenly(found, fps, _load_item)
+    if _in_memory(source):
+        return _evenly(_as_clip(source), fps, lambda frame, _: frame)
+    _check_iterable(source)
+    return _evenly(_nonempty(source), fps, _load_item)
 
 
-def _in_range(
-    singles: Iterable[Tensor], rate: float, *, start: float | None, end: float | None
-) -> Iterator[TimedFrame]:
-    for index, frame in enumerate(singles):
-        time = index / rate
-        if end is not None and time >= end:
-            return
-        if start is None or time >= start:
-            yield _to_bytes(frame), time
+def _evenly(
+    items: Iterable[Any], fps: float | None, load: Callable[[Any, int], Tensor]
+) -> Generator[PendingFrame, None, None]:
+    for index, item in enumerate(items):
+        name = str(item) if isinstance(item, (str, os.PathLike)) else f"frame {index}"
+        yield PendingFrame(index / (fps or 1.0), name, partial(load, item, index))
 
 
-def _single(item: Any, index: int) -> Tensor:
+def _load_item(item: Any, index: int) -> Tensor:
+    if isinstance(item, (str, os.PathLike)):
+        return files.read_image(Path(item))
     frame = as_frames(item)
     if frame.ndim != 3:
         raise FrameError(
-            f"item {index} of the iterator has shape {tuple(frame.shape)}, expected one frame "
-            "(3, H, W) or (H, W, 3)"
+            f"frame {index} has shape {tuple(frame.shape)}, expected one image, (3, H, W) or "
+            "(H, W, 3); an iterator or list yields single frames"
         )
     return frame
 
 
-def _stacked(source: Any) -> Tensor:
+def _in_memory(source: Any) -> bool:
+    return isinstance(source, Tensor) or is_array(source) or is_image(source)
+
+
+def _as_clip(source: Any) -> Tensor:
     frames = as_frames(source)
     if frames.ndim == 5:
         raise FrameError(
-            f"got {tuple(frames.shape)}: a stream is one video, so pass one item of the batch"
+            f"got a batch of clips, shape {tuple(frames.shape)}; "
+            "a source is one clip (T, 3, H, W), so open them one by one"
         )
     return frames if frames.ndim == 4 else rearrange(frames, "c h w -> 1 c h w")
 
 
+def _nonempty(items: Any) -> Any:
+    if isinstance(items, (list, tuple)) and not items:
+        raise FrameError("got zero frames: an empty list")
+    return items
+
+
+def _check_iterable(source: Any) -> None:
+    if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, Mapping)):
+        raise FrameError(
+            f"cannot read frames from an object of type {type(source).__name__}; expected a video "
+            "file, an image folder, a glob pattern, a tensor (T, 3, H, W), an array (T, H, W, 3), "
+            "or a list or iterator of single frames"
+        )
+
+
 def _to_bytes(frame: Tensor) -> Tensor:
-    if frame.is_floating_point():
-        return (frame.float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return frame
+    if frame.dtype == torch.uint8:
+        return frame
+    return (frame.detach().to(torch.float32) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _files(source: str | os.PathLike[str]) -> Path | list[Path]:
-    """A video file, or the images of a folder or pattern in natural order."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        images = _images(path.iterdir())
-        if not images:
-            raise FrameError(
-                f"the folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}); "
-                "a video is given by its own path"
-            )
-        return images
-    if path.is_file():
-        return [path] if path.suffix.lower() in IMAGE_SUFFIXES else path
-    if glob.has_magic(str(source)):
-        images = _images(Path(match) for match in glob.iglob(str(path)))  # noqa: PTH207 - absolute patterns
-        if not images:
-            raise FrameError(f"no images match the pattern {source}")
-        return images
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, siblings, n=3)
-    hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
-    raise FrameError(f"{source} does not exist.{hint}")
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[-2]} x {shape[-1]}"
 
 
-def _images(paths: Iterable[Path]) -> list[Path]:
-    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(images, key=_natural)
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    return [
-        (part.isdigit(), int(part) if part.isdigit() else 0, part)
-        for part in re.split(r"(\d+)", path.name)
-    ]
-
-
-def _read_image(path: Path) -> Tensor:
-    image = require("PIL.Image", extra="video", purpose="reading image files")
-    try:
-        with image.open(path) as opened:
-            return as_frames(opened)
-    except (OSError, SyntaxError) as error:
-        raise FrameError(f"{path} cannot be read as an image: {error}") from error
-
-
-def _describe(source: Any) -> str:
-    return str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+def _name(source: Any) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return str(source)
+    return f"the {type(source).__name__} of frames"

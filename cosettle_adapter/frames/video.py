@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import itertools
 import logging
-from collections.abc import Iterator
+import struct
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from cosettle_adapter import extras
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.extras import require
+from cosettle_adapter.frames.completeness import Completeness
+from cosettle_adapter.frames.timeline import PendingFrame
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+# (a, b, c, d) of a display matrix
+Turn = tuple[int, int, int, int]
 
 logger = logging.getLogger(__name__)
 
-# A stream that stops this much before the length its container states is taken for truncated.
-# Containers round durations and let audio outlast the picture, hence the slack.
-_MISSING_SHARE = 0.1
-_MISSING_SECONDS = 1.0
-# Containers whose frame count is that of a sample table; others (AVI) count frames never coded.
-_COUNTED = "mp4"
+# FFmpeg takes any text for a film of characters
+_TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")
+_ATTACHED_PICTURE = 0x0400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a song
+_LOADERS = {".npy": "numpy.load", ".npz": "numpy.load", ".pt": "torch.load", ".pth": "torch.load"}
+# how far before ``start`` to look for a keyframe, in turn, until one is found in time
+_SEEK_MARGINS = (0.0, 2.0, 16.0)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class VideoInfo:
-    """What a container states about its first video stream, before anything is decoded.
+    """What a video file says of itself.
 
     Attributes:
-        frames: number of frames, stated or computed from duration and rate; ``None`` if unknown.
-        height: height in pixels as stored, before rotation.
-        width: width in pixels as stored, before rotation.
-        fps: average frames per second, or ``None``.
+        frames: number of frames the header promises, or None; may be a little off.
+        height: height of the frames as they are delivered, upright.
+        width: width of the frames as they are delivered, upright.
+        fps: average frames per second, or None.
     """
 
     frames: int | None
@@ -44,117 +58,206 @@ class VideoInfo:
 
 
 def video_info(path: Path) -> VideoInfo:
-    """Read the header of a video file.
+    """Read a video file's header, and its first frame, which knows how it is turned.
 
     Raises:
-        FrameError: not a video.
+        FrameError: not a video, or nothing in it can be decoded.
     """
-    with _opened(path) as (_, stream):
+    with _opened(path) as (container, stream):
         fps = float(stream.average_rate) if stream.average_rate else None
-        frames = stream.frames or None
-        if frames is None and fps is not None:
-            seconds = _stated_seconds(stream)
-            frames = round(seconds * fps) if seconds else None
-        return VideoInfo(frames, stream.codec_context.height, stream.codec_context.width, fps)
+        seconds = Completeness(container, stream).seconds
+        frames = stream.frames or (round(seconds * fps) if seconds and fps else None)
+        with contextlib.closing(_timed_frames(path, container, stream)) as timed:
+            first, _ = next(timed)
+            turn = _display_matrix(first)
+        height, width = _upright(torch.empty(first.height, first.width, 0), turn).shape[:2]
+    return VideoInfo(frames, height, width, fps)
 
 
-def decode_video(
-    path: Path, *, start: float | None = None, end: float | None = None
-) -> Iterator[tuple[Tensor, float]]:
+def check_video(path: Path) -> None:
+    """Raise unless ``path`` is a video file with a stream that can be decoded.
+
+    Raises:
+        FrameError: it is not.
+    """
+    with _opened(path):
+        pass
+
+
+def decode_video(path: Path, start: float | None = None) -> Generator[PendingFrame, None, None]:
     """Yield the frames of a video file with their presentation times.
 
-    Rotation stored in the file is applied; every pixel format becomes 8-bit RGB and transparency
-    is dropped. Times are seconds from the stream's first frame, as variable-rate files have them.
+    Times are seconds from the start of the stream, as the file has them: frames need not be
+    evenly spaced. Pixels become 8-bit RGB whatever the format, upright as the file's display
+    matrix says; transparency is dropped and pixels are taken as stored, square or not.
 
     Args:
         path: the file.
-        start: first second; decoding begins at the keyframe before it.
-        end: second to stop before.
-
-    Yields:
-        ``(3, H, W)`` uint8 and its time.
+        start: seconds; earlier frames may be left out, as decoding begins at a keyframe.
 
     Raises:
         FrameError: not a video, or no frame in it.
-        TruncatedVideoError: it breaks in the middle or ends before its stated length; all that
+        TruncatedVideoError: it breaks, or ends before the length its header promises; all that
             is readable was yielded before.
     """
-    av = require("av", extra="video", purpose="reading video files")
-    seen = 0
-    time = -1.0
-    reached_end = False
-    with _opened(path) as (container, stream):
-        stream.thread_type = "AUTO"
-        origin = float((stream.start_time or 0) * stream.time_base)
-        step = 1 / float(stream.average_rate) if stream.average_rate else 0.0
-        if start:
-            container.seek(int((start + origin) / stream.time_base), stream=stream, backward=True)
-        try:
-            for frame in container.decode(stream):
-                time = frame.time - origin if frame.time is not None else time + step
-                seen += 1
-                if end is not None and time >= end:
-                    reached_end = True
-                    break
-                if start is None or time >= start:
-                    yield _pixels(frame), time
-        except av.error.FFmpegError as error:
-            raise TruncatedVideoError(
-                f"{path} breaks after {seen} frames ({_reason(error)}); it is truncated or damaged",
-                frames_read=seen,
-            ) from error
-        expected = _stated_seconds(stream)
-        stated = stream.frames if _COUNTED in container.format.name else 0
-    if reached_end:
-        return
-    if not seen and not start:
-        raise FrameError(f"{path} has a video stream but not a single frame could be decoded")
-    complete = not stated or start or seen >= stated - max(1, _MISSING_SHARE * stated)
-    if complete and expected is not None and seen:
-        slack = max(_MISSING_SECONDS, _MISSING_SHARE * expected)
-        complete = time + step >= expected - slack
-    if not complete:
-        length = f"{stated} frames" if stated else f"{expected:.1f} s"
-        raise TruncatedVideoError(
-            f"{path} ends after {seen} frames, though its header states {length}; it is truncated",
-            frames_read=seen,
-        )
+    start = start or 0.0
+    origins = [start - margin for margin in _SEEK_MARGINS if start > margin]
+    for origin in (*origins, None):
+        with _opened(path) as (container, stream):
+            stream.thread_type = "AUTO"
+            if origin is not None and not _seek(container, stream, origin):
+                continue
+            timed = _timed_frames(path, container, stream, from_start=origin is None)
+            with contextlib.closing(timed):
+                try:
+                    first = next(timed)
+                except FrameError:
+                    if origin is None:
+                        raise
+                    continue
+                if origin is not None and (first[0].pts is None or first[1] > start):
+                    continue
+                turn = _display_matrix(first[0])
+                for frame, time in itertools.chain([first], timed):
+                    load = partial(_pixels, frame, turn)
+                    yield PendingFrame(time, f"the frame at {time:g} s", load)
+                return
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    av = require("av", extra="video", purpose="reading video files")
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    purpose = "reading video files"
+    av = extras.require("av", extra="video", purpose=purpose)
+    extras.require("numpy", extra="video", purpose=purpose)
+    hint = "is it a video file?"
+    if path.suffix.lower() in _LOADERS:
+        hint = f"load it with {_LOADERS[path.suffix.lower()]} and pass the frames"
     try:
-        container = av.open(str(path))
+        # the prefix keeps a colon in a file's name from reading as a protocol
+        container = av.open(f"file:{path}", metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
-        raise FrameError(
-            f"{path} cannot be opened as a video ({_reason(error)}); it is another kind of file, "
-            "or its header is missing"
-        ) from error
+        raise FrameError(f"{path} cannot be read as a video ({_reason(error)}); {hint}") from error
     with container:
-        if not container.streams.video:
-            raise FrameError(f"{path} has no video stream")
-        yield container, container.streams.video[0]
+        streams = [
+            stream
+            for stream in container.streams.video
+            if not int(getattr(stream, "disposition", 0) or 0) & _ATTACHED_PICTURE
+        ]
+        if not streams:
+            kinds = ", ".join(stream.type for stream in container.streams) or "none"
+            raise FrameError(f"{path} has no video stream (streams: {kinds})")
+        if streams[0].codec_context is None:
+            raise FrameError(f"{path} holds video that this build of FFmpeg cannot decode")
+        if streams[0].codec_context.name in _TEXT_CODECS:
+            raise FrameError(f"{path} cannot be read as a video (it looks like text); {hint}")
+        try:
+            yield container, streams[0]
+        finally:
+            # the decoder's threads come to rest while others may run: PyAV frees a decoder with
+            # the interpreter locked, and a thread that is logging would wait for that lock
+            streams[0].codec_context.flush_buffers()
+
+
+def _seek(container: InputContainer, stream: VideoStream, seconds: float) -> bool:
+    av = extras.require("av", extra="video", purpose="reading video files")
+    if stream.time_base is None:
+        return False
+    target = int(seconds / stream.time_base) + (stream.start_time or 0)
+    try:
+        container.seek(target, stream=stream, backward=True)
+    except (av.error.FFmpegError, OSError):
+        return False  # not every container can
+    return True
+
+
+def _timed_frames(
+    path: Path, container: InputContainer, stream: VideoStream, *, from_start: bool = True
+) -> Generator[tuple[VideoFrame, float], None, None]:
+    """Decode to the end of the file, then say whether it came too early."""
+    av = extras.require("av", extra="video", purpose="reading video files")
+    completeness = Completeness(container, stream)
+    base = stream.time_base or 0
+    step = float(1 / stream.average_rate) if stream.average_rate else 0.0
+    origin, time, count, damaged = stream.start_time, -step, 0, 0
+    try:
+        for frame in _decode(container, stream, completeness):
+            if frame.pts is None:
+                time += step
+            else:
+                origin = frame.pts if origin is None else origin
+                time = float((frame.pts - origin) * base)
+            completeness.saw_frame(time, float((getattr(frame, "duration", 0) or 0) * base))
+            damaged += frame.is_corrupt
+            if damaged == 1 and frame.is_corrupt:
+                logger.warning("%s is damaged: the decoder patched up what it could", path)
+            yield frame, time
+            count += 1
+    except (av.error.FFmpegError, OSError) as error:
+        raise TruncatedVideoError(
+            f"{path} breaks off ({_reason(error)}): {completeness.promise(from_start=from_start)}",
+            frames_read=count,
+        ) from error
+    missing = completeness.shortfall(from_start=from_start)
+    if missing is not None:
+        raise TruncatedVideoError(f"{path} ends early: {missing}", frames_read=count)
+    if not count:
+        raise FrameError(f"{path} has a video stream, but no frame of it can be decoded")
+
+
+def _decode(
+    container: InputContainer, stream: VideoStream, completeness: Completeness
+) -> Iterator[VideoFrame]:
+    av = extras.require("av", extra="video", purpose="reading video files")
+    # a transport stream may be cut anywhere
+    whole = "mpegts" not in container.format.name
+    started = False
+    held: Packet[Any] | None = None
+    for packet in container.demux(completeness.streams):
+        if packet.stream_index != stream.index:
+            completeness.saw_packet(packet)
+            continue
+        at_end = not packet.size and packet.dts is None
+        if at_end and held is not None and whole:
+            completeness.partial_tail, held = True, None
+        ready = [p for p in (held, packet) if p is not None and (p.size or at_end)]
+        held = None
+        if packet.is_corrupt and packet.size:
+            held = ready.pop()  # if it is the last, it is half a frame
+        for complete in ready:
+            try:
+                frames = stream.decode(complete)
+            except av.error.InvalidDataError:
+                if started:
+                    raise
+                continue  # a recording may begin between keyframes
+            started = started or bool(frames)
+            yield from frames
+
+
+def _pixels(frame: VideoFrame, turn: Turn) -> Tensor:
+    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    return rearrange(_upright(pixels, turn), "h w c -> c h w")
+
+
+def _display_matrix(frame: VideoFrame) -> Turn:
+    # a frame asked for its side data is kept alive, with its decoder, until garbage is collected,
+    # so ask a small copy, and once a file
+    thumbnail = frame.reformat(width=16, height=16, format="gray")
+    matrix: Any = thumbnail.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    return a, b, c, d
+
+
+def _upright(pixels: Tensor, turn: Turn) -> Tensor:
+    """Turn and mirror (H, W, C) pixels: x' = a x + c y, y' = b x + d y, nearest quarter turn."""
+    a, b, c, d = turn
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels = rearrange(pixels, "h w c -> w h c")
+        a, d = c, b
+    return pixels.flip([axis for axis, sign in ((0, d), (1, a)) if sign < 0])
 
 
 def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
-
-
-def _stated_seconds(stream: Any) -> float | None:
-    if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    if stream.container.duration:
-        return float(stream.container.duration) / 1e6
-    return None
-
-
-def _pixels(frame: Any) -> Tensor:
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-    quarter_turns, remainder = divmod(round(getattr(frame, "rotation", 0) or 0), 90)
-    if remainder:
-        logger.debug("rotation of %s degrees is not a quarter turn; ignored", frame.rotation)
-        quarter_turns = 0
-    if quarter_turns % 4:
-        pixels = torch.rot90(pixels, quarter_turns % 4, dims=(0, 1))
-    return rearrange(pixels, "h w c -> c h w").contiguous()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from cosettle_adapter.training.statistics import StatisticsError, TokenStatistic
 
 logger = logging.getLogger(__name__)
 
-RIDGES = (0.03, 0.1, 0.3, 1.0, math.inf)
+RIDGES = (0.1, 0.3, 1.0, 3.0, math.inf)
+
+Candidate = tuple[int, float]  # a block and a ridge
 _HELD_OUT_EVERY = 5
 _RENDERED_FRAMES = 8
 _RENDERED_SIZE = (18, 32)  # cells
@@ -68,12 +70,12 @@ class Fit:
 
     Attributes:
         projection: the fitted projection; ``projection.config.fit`` tells how it was made.
-        scores: for each (block, ridge), the mean overlap on rendered clips it was chosen by.
+        scores: mean overlap on rendered clips of every (block, ridge) that was tried.
         skipped: clips that could not be read, and why.
     """
 
     projection: Projection
-    scores: dict[tuple[int, float], float]
+    scores: dict[Candidate, float]
     skipped: dict[Path, str]
 
 
@@ -127,9 +129,9 @@ def fit_projection(
     """Fit a projection for a backbone on unlabelled clips.
 
     Statistics of every candidate block come from one encoder pass over pairs of neighbouring
-    frames. Block and ridge are then chosen without labels: on clips rendered from frames of
-    held-out videos, in which a cut-out moves over a background, by how well propagating its known
-    mask keeps to it.
+    frames. The block and then its ridge are chosen without labels: on clips rendered from frames
+    of held-out videos, in which a cut-out moves over a background, by how well propagating its
+    known mask keeps to it.
 
     Args:
         backbone: the frozen encoder.
@@ -154,7 +156,7 @@ def fit_projection(
         held_out = list(clips)
     fitted_on = [clip for clip in clips if clip not in held_out] or list(clips)
     skipped: dict[Path, str] = {}
-    total = len(fitted_on) + settings.rendered
+    total = len(fitted_on) + 2 * settings.rendered
 
     statistics = {layer: TokenStatistics(backbone.width) for layer in layers}
     for done, clip in enumerate(fitted_on, start=1):
@@ -169,22 +171,26 @@ def fit_projection(
             skipped[clip] = str(error)
         on_clip(done, total)
 
+    rendered = _rendered_clips(held_out, backbone.patch, settings)
+
+    def choose(candidates: Sequence[Candidate], done: int) -> None:
+        for index, clip in enumerate(rendered, start=1):
+            for candidate, score in _overlaps(adapter, clip, candidates, solutions).items():
+                scores[candidate] = scores.get(candidate, 0.0) + score / len(rendered)
+            on_clip(done + index, total)
+
     solutions = {
         (layer, ridge): damping(statistics[layer], ridge)
         for layer in layers
         for ridge in settings.ridges
     }
-    scores = dict.fromkeys(solutions, 0.0)
-    rendered = _rendered_clips(held_out, backbone.patch, settings)
-    for done, clip_ in enumerate(rendered, start=1):
-        images = adapter.preprocess(clip_.frames)
-        maps = backbone.intermediate_tokens(images, layers, norm=False)
-        read = dict(zip(layers, maps, strict=True))
-        for (layer, ridge), (weight, bias) in solutions.items():
-            scores[layer, ridge] += mask_overlap(_apply(read[layer], weight, bias), clip_)
-        on_clip(len(fitted_on) + done, total)
-    scores = {key: score / max(len(rendered), 1) for key, score in scores.items()}
-    layer, ridge = max(scores, key=lambda key: scores[key])
+    scores: dict[Candidate, float] = {}
+    middle = settings.ridges[len(settings.ridges) // 2]
+    choose([(layer, middle) for layer in layers], len(fitted_on))
+    layer, _ = max(scores, key=lambda candidate: scores[candidate])
+    others = [(layer, ridge) for ridge in settings.ridges if ridge != middle]
+    choose(others, len(fitted_on) + len(rendered))
+    layer, ridge = max(scores, key=lambda candidate: scores[candidate])
 
     config = ProjectionConfig(
         backbone=backbone.row.name,
@@ -239,6 +245,23 @@ def _gather(statistics: TokenStatistics, tokens: Tensor) -> None:
         statistics.add_pairs(here, there)
 
 
+def _overlaps(
+    adapter: CoSettleAdapter,
+    clip: RenderedClip,
+    candidates: Sequence[Candidate],
+    solutions: Mapping[Candidate, tuple[Tensor, Tensor]],
+) -> dict[Candidate, float]:
+    """The overlap each candidate reaches on one clip, from one encoder pass."""
+    layers = sorted({layer for layer, _ in candidates})
+    images = adapter.preprocess(clip.frames)
+    maps = adapter.backbone.intermediate_tokens(images, layers, norm=False)
+    read = dict(zip(layers, maps, strict=True))
+    return {
+        candidate: mask_overlap(_apply(read[candidate[0]], *solutions[candidate]), clip)
+        for candidate in candidates
+    }
+
+
 def _apply(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     moved = F.linear(rearrange(tokens.float().cpu(), "t c h w -> t h w c"), weight, bias)
     return rearrange(moved, "t h w c -> t c h w")
@@ -274,7 +297,7 @@ def _record(
     statistics: TokenStatistics,
     layer: int,
     ridge: float,
-    scores: dict[tuple[int, float], float],
+    scores: dict[Candidate, float],
     clips: Sequence[Path],
     skipped: dict[Path, str],
     data: str,

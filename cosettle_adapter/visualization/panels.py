@@ -1,4 +1,4 @@
-"""Clips beside one another under captions."""
+"""Clips and their features beside one another under captions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extras import require
+from cosettle_adapter.visualization.pca import fit_pca, pca_frames
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,6 +18,63 @@ if TYPE_CHECKING:
 _BACKGROUND = (18, 20, 24)
 _TEXT = (236, 238, 241)
 _MARGIN = 8  # pixels between panels and around captions
+
+
+def feature_panels(
+    frames: Tensor, features: Mapping[str, Tensor], *, mode: str = "nearest"
+) -> dict[str, Tensor]:
+    """Return a clip and the PCA colours of its features, ready for :func:`side_by_side`.
+
+    Every panel has its own basis for the whole clip. The colours of the first features are their
+    principal components; those of the others are turned to agree with the first.
+
+    Args:
+        frames: ``(T, 3, H, W)`` uint8.
+        features: caption to ``(T, C, h, w)`` floats; all on one grid, widths ``C`` may differ.
+        mode: ``"nearest"`` or ``"bilinear"``, as in :func:`pca_frames`.
+
+    Returns:
+        ``(T, 3, H, W)`` uint8 for ``"frame"`` and each caption, in this order.
+
+    Raises:
+        GeometryError: features that :func:`fit_pca` cannot take, or on different grids.
+    """
+    height, width = frames.shape[-2:]
+    panels = {"frame": frames}
+    reference: Tensor | None = None
+    for caption, maps in features.items():
+        basis = fit_pca(maps, align_to=reference)
+        if reference is None:
+            reference = basis.scores(maps)
+        panels[caption] = pca_frames(maps, basis, size=(height, width), mode=mode)
+    return panels
+
+
+def stills(panels: Mapping[str, Tensor], *, moments: int = 3) -> Tensor:
+    """Lay out evenly spaced moments of clips as one picture, a row each, captioned once.
+
+    Args:
+        panels: as in :func:`side_by_side`.
+        moments: number of rows; no more than there are frames are shown.
+
+    Returns:
+        ``(3, H', W')`` uint8.
+
+    Raises:
+        FrameError: as in :func:`side_by_side`.
+        ValueError: ``moments`` below 1.
+    """
+    if moments < 1:
+        raise ValueError(f"got moments={moments}, expected at least 1.")
+    _check_panels(panels)
+    length = len(next(iter(panels.values())))
+    chosen = torch.linspace(0, length - 1, min(moments, length)).round().long()
+    columns = {}
+    for caption, clip in panels.items():
+        gap = _plain(len(chosen), _MARGIN, clip.shape[-1])
+        rows = torch.cat([clip.cpu()[chosen], gap], dim=2)
+        columns[caption] = rearrange(rows, "t c h w -> 1 c (t h) w")[:, :, :-_MARGIN]
+    return side_by_side(columns)[0]
 
 
 def side_by_side(panels: Mapping[str, Tensor]) -> Tensor:
@@ -36,7 +94,7 @@ def side_by_side(panels: Mapping[str, Tensor]) -> Tensor:
     _check_panels(panels)
     clips = [clip.cpu() for clip in panels.values()]
     length, _, height, _ = clips[0].shape
-    strip = _caption_height(height) + 2 * _MARGIN
+    strip = _caption_height(height, clips[0].shape[-1]) + 2 * _MARGIN
     width = sum(clip.shape[-1] for clip in clips) + _MARGIN * (len(clips) - 1)
     canvas = _plain(length, _even(strip + height), _even(width))
     left = 0
@@ -74,8 +132,8 @@ def _plain(length: int, height: int, width: int) -> Tensor:
     return colour.expand(length, 3, height, width).clone()
 
 
-def _caption_height(height: int) -> int:
-    return max(10, min(28, height // 10))
+def _caption_height(height: int, width: int) -> int:
+    return max(10, min(28, min(height, width) // 10))
 
 
 def _caption(text: str, height: int, width: int) -> Tensor:

@@ -117,9 +117,10 @@ def test_a_fit_is_a_projection_that_loads(
         on_clip=lambda *progress: done.append(progress),
     )  # fmt: skip
     assert done[-1][0] == done[-1][1]
-    assert result.scores.keys() == {(2, 0.1), (2, math.inf), (5, 0.1), (5, math.inf)}
     config = result.projection.config
     best = max(result.scores, key=lambda key: result.scores[key])
+    assert len(result.scores) == 3  # both blocks at one ridge, then the better one at the other
+    assert {layer for layer, _ in result.scores} == {2, 5}
     assert config.layers == (best[0],)
     assert (config.kind, config.licence, config.fit["data"]) == ("affine", "MIT", "squares")
     result.projection.save(tmp_path / "fitted")

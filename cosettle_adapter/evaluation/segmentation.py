@@ -1,0 +1,163 @@
+"""Video object segmentation by label propagation, scored as DAVIS scores it.
+
+Scores follow the official semi-supervised evaluation: every object of the first frame is one
+value a frame, first and last frame do not count, and a data set's figure is the mean over objects
+(for DAVIS-2016, with its one object a clip, the mean over clips).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from cosettle_adapter.correspondence import LabelPropagator
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation.metrics import boundary_f, region_similarity
+from cosettle_adapter.extras import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+VOID = 255  # pixels that belong to no object and do not count
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceScores:
+    """J and F of a clip, in [0, 1].
+
+    Attributes:
+        objects: ids of the objects of the first frame.
+        j: for every object, J of every frame that counts (all but the first and the last).
+        f: F likewise.
+    """
+
+    objects: tuple[int, ...]
+    j: tuple[tuple[float, ...], ...]
+    f: tuple[tuple[float, ...], ...]
+
+    @property
+    def per_object(self) -> list[float]:
+        """J&F of every object: the mean of its mean J and its mean F."""
+        return [(_mean(j) + _mean(f)) / 2 for j, f in zip(self.j, self.f, strict=True)]
+
+    @property
+    def j_and_f(self) -> float:
+        """J&F of the clip: the mean over its objects."""
+        return _mean(self.per_object)
+
+
+def evaluate_sequence(
+    features: Tensor | Iterable[Tensor],
+    masks: NDArray[np.uint8],
+    *,
+    protocol: Literal["crw", "dino"] = "crw",
+    **options: Any,
+) -> SequenceScores:
+    """Propagate the first mask of a clip by features and score the others.
+
+    The first mask is one-hot at its full size and brought to the grid: bilinear and soft for
+    ``crw``, nearest for ``dino``. Propagated labels are brought back bilinear to the size of the
+    masks (for ``dino`` each then stretched to [0, 1]) and the strongest one wins.
+
+    Args:
+        features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, one
+            for every mask; an iterable is consumed at constant memory.
+        masks: ``(T, H, W)`` uint8 object ids, 0 the background, 255 void.
+        protocol: ``crw`` or ``dino``.
+        **options: what :class:`~cosettle_adapter.correspondence.LabelPropagator` takes.
+
+    Raises:
+        FrameError: fewer than three masks, no object in the first one, or another number of
+            feature maps than masks.
+        GeometryError: features that do not fit together.
+    """
+    np: Any = require("numpy", extra="eval", purpose="measuring masks")
+    masks = np.asarray(masks)
+    if masks.ndim != 3 or len(masks) < 3 or masks.dtype != np.uint8:
+        raise FrameError(
+            f"got {masks.dtype} masks of shape {masks.shape}, expected uint8 (T, H, W) with T at "
+            "least 3: first and last frame do not count"
+        )
+    objects = tuple(int(i) for i in np.unique(masks[0]) if i not in (0, VOID))
+    if not objects:
+        raise FrameError(
+            "the first mask has no object (no value from 1 to 254), so there is nothing to "
+            "propagate; start the clip at a frame that shows one"
+        )
+    scores: list[list[tuple[float, float]]] = [[] for _ in objects]
+    count = 0
+    for count, labels in enumerate(_propagated(features, masks[0], objects, protocol, options), 1):
+        if count > len(masks):
+            break
+        if 1 < count < len(masks):
+            truth = masks[count - 1]
+            void = truth == VOID
+            ids = _decode(labels, truth.shape, protocol)
+            for index, object_id in enumerate(objects):
+                gt, pred = truth == object_id, ids == index + 1
+                score = region_similarity(gt, pred, void=void), boundary_f(gt, pred, void=void)
+                scores[index].append(score)
+    if count != len(masks):
+        raise FrameError(
+            f"got {len(masks)} masks, but {'more' if count > len(masks) else count} feature maps; "
+            "give one map for every mask"
+        )
+    return SequenceScores(
+        objects,
+        j=tuple(tuple(j for j, _ in frames) for frames in scores),
+        f=tuple(tuple(f for _, f in frames) for frames in scores),
+    )
+
+
+def mean_over_objects(scores: Iterable[SequenceScores]) -> float:
+    """Return the official figure of a data set: mean J&F over all objects of all clips."""
+    return _mean([value for score in scores for value in score.per_object])
+
+
+def _propagated(
+    features: Tensor | Iterable[Tensor],
+    mask: Any,
+    objects: tuple[int, ...],
+    protocol: Literal["crw", "dino"],
+    options: dict[str, Any],
+) -> Iterator[Tensor]:
+    propagator: LabelPropagator | None = None
+    for feature in features:
+        if propagator is None:
+            first = _first_labels(mask, objects, feature.shape[-2:], protocol).to(feature.device)
+            propagator = LabelPropagator(first, protocol=protocol, **options)
+        yield propagator.step(feature)
+
+
+def _first_labels(
+    mask: Any, objects: tuple[int, ...], grid: Sequence[int], protocol: str
+) -> Tensor:
+    ids = torch.from_numpy(mask.astype("int64"))
+    masks = torch.stack([ids == object_id for object_id in objects])
+    one_hot = torch.cat([~masks.any(0, keepdim=True), masks])
+    mode = "nearest-exact" if protocol == "dino" else "bilinear"
+    resized = F.interpolate(rearrange(one_hot, "k h w -> 1 k h w").float(), tuple(grid), mode=mode)
+    return rearrange(resized, "1 k h w -> k h w")
+
+
+def _decode(labels: Tensor, size: Sequence[int], protocol: str) -> NDArray[np.int64]:
+    """Label ids ``(H, W)``: 0 the background, then objects by position."""
+    soft = F.interpolate(rearrange(labels, "k h w -> 1 k h w"), tuple(size), mode="bilinear")
+    soft = rearrange(soft, "1 k h w -> k h w")
+    if protocol == "dino":
+        low = soft.amin((1, 2), keepdim=True)
+        height = soft.amax((1, 2), keepdim=True) - low
+        soft = torch.where(height > 0, (soft - low) / height, soft)
+    ids: NDArray[np.int64] = soft.argmax(0).cpu().numpy()
+    return ids
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,87 @@
+"""Frames that wait on a time line, and which of them are wanted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cosettle_adapter.errors import FrameError
+
+
+@dataclass(frozen=True, eq=False)
+class PendingFrame:
+    """A frame whose time is known and whose pixels cost something.
+
+    Attributes:
+        time: seconds from the start of the source.
+        name: what errors call it: a file, or a position.
+        load: makes the pixels, (3, H, W) uint8 or float in [0, 1].
+    """
+
+    time: float
+    name: str
+    load: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which frames of a source to keep.
+
+    Attributes:
+        start: first second, or None.
+        end: second to stop before, or None.
+        every: keep every n-th frame of those in range.
+        max_frames: keep at most this many, or None.
+
+    Raises:
+        FrameError: a value outside its range.
+    """
+
+    start: float | None = None
+    end: float | None = None
+    every: int = 1
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start is not None and not self.start >= 0:
+            raise FrameError(f"start must be at least 0 seconds, got {self.start}")
+        if self.end is not None and not self.end > (self.start or 0):
+            raise FrameError(f"end must come after start={self.start or 0}, got end={self.end}")
+        if self.every < 1:
+            raise FrameError(f"every must be at least 1 (every frame), got {self.every}")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise FrameError(f"max_frames must be at least 1, or None, got {self.max_frames}")
+
+    def of(
+        self, frames: Generator[PendingFrame, None, None], source: str
+    ) -> Generator[PendingFrame, None, None]:
+        """Yield the wanted ones of ``frames``, which come in order of time, then close them.
+
+        Raises:
+            FrameError: there are none.
+        """
+        kept = in_range = 0
+        times: list[float] = []
+        with contextlib.closing(frames):
+            for frame in frames:
+                times = [*times[:1], frame.time]
+                if self.start is not None and frame.time < self.start:
+                    continue
+                if self.end is not None and frame.time >= self.end:
+                    break
+                if in_range % self.every == 0:
+                    yield frame
+                    kept += 1
+                    if kept == self.max_frames:
+                        return
+                in_range += 1
+        if not times:
+            raise FrameError(f"{source} holds no frames")
+        if not kept:
+            raise FrameError(
+                f"{source} has no frame from start={self.start or 0} s to end={self.end} s; "
+                f"the frames met lie from {times[0]:g} s to {times[-1]:g} s"
+            )

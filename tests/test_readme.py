@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cosettle_adapter.backbones import REGISTRY, VisionTransformerBackbone
+from cosettle_adapter.cli import main
+from cosettle_adapter.feature_file import read_features
+
+from helpers import write_video
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def workplace(
+    real_backbone: VisionTransformerBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder with the clip and the clips/ that the README speaks of."""
+    write_video(tmp_path / "clip.mp4", frames=10, height=300, width=420)
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / "clips" / name, frames=12, height=140, width=140, noisy=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_snippet_prints_the_shapes_it_shows(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (snippet,) = blocks("python")
+    exec(compile(snippet, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == re.findall(r"print\(.*\)  # (torch\.Size.*)", snippet)
+    assert [line.split("]")[0] for line in printed[2:]] == [
+        "torch.Size([8, 384, 20, 28",
+        "torch.Size([2, 384, 20, 28",
+    ]
+    assert (workplace / "out" / "projection.safetensors").is_file()
+
+
+def test_the_commands_work(workplace: Path) -> None:
+    commands = [
+        shlex.split(line)[1:]
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("cosettle-adapter ")
+    ]
+    assert [command[0] for command in commands] == ["list", "extract", "fit"]
+    for command in commands:
+        # the README's own commands, made quick where they would fit all blocks on many frames
+        quick = ["--layers", "7", "--rendered", "1", "--pairs", "1", "--size", "56"]
+        assert main([*command, *(quick if command[0] == "fit" else [])]) == 0
+    features = read_features("clip.safetensors").features
+    assert tuple(features.shape) == (10, 384, 20, 28)
+    assert (workplace / "my-projection" / "config.json").is_file()
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "grep -m1 'pytest$' README.md" in ci
+    command = next(line for line in README.splitlines() if line.endswith("pytest"))
+    assert '".[dev]"' in command
+
+
+def test_what_it_links_to_is_there() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_weights_names_registered_backbones_with_their_licences() -> None:
+    rows = re.findall(r"^\| `([\w.-]+)` \|(.*)\|$", README, flags=re.MULTILINE)
+    assert {name for name, _ in rows} == set(REGISTRY)
+    for name, cells in rows:
+        assert REGISTRY[name].licence in cells
