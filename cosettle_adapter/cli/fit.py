@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=280, help="shorter side of the frames")
     parser.add_argument("--pairs", type=int, default=4, help="pairs of frames from each clip")
     parser.add_argument("--gap", type=int, default=3, help="frames between the two of a pair")
+    parser.add_argument("--ridge", type=float, default=1.0, help="damping; inf only centres")
     parser.add_argument("--rendered", type=int, default=12, help="rendered clips to choose by")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--licence", help="licence to record; the backbone's by default")
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         backbone = load_backbone(options.backbone, device=options.device, options=hub)
     settings = FitSettings(
         layers=tuple(options.layers) if options.layers else None,
+        ridge=options.ridge,
         size=options.size,
         pairs=options.pairs,
         gap=options.gap,
@@ -69,17 +71,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
             on_clip=advance,
         )
     result.projection.save(options.output)
-    table = Table(title="Overlap on rendered clips, by block and ridge", title_justify="left")
+    table = Table(title="Overlap on rendered clips", title_justify="left")
     table.add_column("block", justify="right")
-    ridges = sorted({ridge for _, ridge in result.scores})
-    for ridge in ridges:
-        table.add_column("centred" if ridge == float("inf") else f"{ridge:g}", justify="right")
-    for layer in sorted({layer for layer, _ in result.scores}):
-        tried = (result.scores.get((layer, ridge)) for ridge in ridges)
-        table.add_row(str(layer), *("" if score is None else f"{score:.3f}" for score in tried))
+    table.add_column("overlap", justify="right")
+    for layer, score in result.scores.items():
+        table.add_row(str(layer), f"{score:.3f}")
     console.print(table)
-    config = result.projection.config
-    console.print(f"block {config.layers[0]}, ridge {config.fit['ridge']}")
+    console.print(f"block {result.projection.config.layers[0]}")
     for clip, reason in result.skipped.items():
         console.print(f"skipped {clip.name}: {reason}", markup=False)
     name = options.output if options.output.is_absolute() else f"./{options.output}"

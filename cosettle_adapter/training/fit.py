@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,6 @@ from cosettle_adapter.training.statistics import StatisticsError, TokenStatistic
 
 logger = logging.getLogger(__name__)
 
-RIDGES = (0.1, 0.3, 1.0, 3.0, math.inf)
-
-Candidate = tuple[int, float]  # a block and a ridge
 _HELD_OUT_EVERY = 5
 _RENDERED_FRAMES = 8
 _RENDERED_SIZE = (18, 32)  # cells
@@ -47,16 +44,18 @@ class FitSettings:
 
     Attributes:
         layers: 0-based blocks to choose from; the upper two thirds by default.
-        ridges: ridges to choose from, in units of S's mean eigenvalue; infinity only centres.
+        ridge: in units of S's mean eigenvalue; infinity only centres. Not chosen on rendered
+            clips: their objects never change shape, so they favour smaller ridges than real
+            videos bear.
         size: shorter side of the frames in pixels; rounded to whole patches.
         pairs: pairs of frames taken from each clip.
         gap: frames between the two of a pair.
-        rendered: clips rendered for choosing block and ridge.
+        rendered: clips rendered for choosing the block.
         seed: of the rendered motion.
     """
 
     layers: tuple[int, ...] | None = None
-    ridges: tuple[float, ...] = RIDGES
+    ridge: float = 1.0
     size: int = 280
     pairs: int = 4
     gap: int = 3
@@ -70,12 +69,12 @@ class Fit:
 
     Attributes:
         projection: the fitted projection; ``projection.config.fit`` tells how it was made.
-        scores: mean overlap on rendered clips of every (block, ridge) that was tried.
+        scores: each block's mean overlap on rendered clips, by which it was chosen.
         skipped: clips that could not be read, and why.
     """
 
     projection: Projection
-    scores: dict[Candidate, float]
+    scores: dict[int, float]
     skipped: dict[Path, str]
 
 
@@ -129,9 +128,9 @@ def fit_projection(
     """Fit a projection for a backbone on unlabelled clips.
 
     Statistics of every candidate block come from one encoder pass over pairs of neighbouring
-    frames. The block and then its ridge are chosen without labels: on clips rendered from frames
-    of held-out videos, in which a cut-out moves over a background, by how well propagating its
-    known mask keeps to it.
+    frames. The block is then chosen without labels: on clips rendered from frames of held-out
+    videos, in which a cut-out moves over a background, by how well propagating its known mask
+    keeps to it.
 
     Args:
         backbone: the frozen encoder.
@@ -156,7 +155,7 @@ def fit_projection(
         held_out = list(clips)
     fitted_on = [clip for clip in clips if clip not in held_out] or list(clips)
     skipped: dict[Path, str] = {}
-    total = len(fitted_on) + 2 * settings.rendered
+    total = len(fitted_on) + settings.rendered
 
     statistics = {layer: TokenStatistics(backbone.width) for layer in layers}
     for done, clip in enumerate(fitted_on, start=1):
@@ -171,26 +170,17 @@ def fit_projection(
             skipped[clip] = str(error)
         on_clip(done, total)
 
+    solutions = {layer: damping(statistics[layer], settings.ridge) for layer in layers}
+    scores = dict.fromkeys(layers, 0.0)
     rendered = _rendered_clips(held_out, backbone.patch, settings)
-
-    def choose(candidates: Sequence[Candidate], done: int) -> None:
-        for index, clip in enumerate(rendered, start=1):
-            for candidate, score in _overlaps(adapter, clip, candidates, solutions).items():
-                scores[candidate] = scores.get(candidate, 0.0) + score / len(rendered)
-            on_clip(done + index, total)
-
-    solutions = {
-        (layer, ridge): damping(statistics[layer], ridge)
-        for layer in layers
-        for ridge in settings.ridges
-    }
-    scores: dict[Candidate, float] = {}
-    middle = settings.ridges[len(settings.ridges) // 2]
-    choose([(layer, middle) for layer in layers], len(fitted_on))
-    layer, _ = max(scores, key=lambda candidate: scores[candidate])
-    others = [(layer, ridge) for ridge in settings.ridges if ridge != middle]
-    choose(others, len(fitted_on) + len(rendered))
-    layer, ridge = max(scores, key=lambda candidate: scores[candidate])
+    for done, rendered_clip in enumerate(rendered, start=len(fitted_on) + 1):
+        images = adapter.preprocess(rendered_clip.frames)
+        maps = backbone.intermediate_tokens(images, layers, norm=False)
+        for layer, tokens in zip(layers, maps, strict=True):
+            features = _apply(tokens, *solutions[layer])
+            scores[layer] += mask_overlap(features, rendered_clip) / len(rendered)
+        on_clip(done, total)
+    layer = max(scores, key=lambda layer: scores[layer])
 
     config = ProjectionConfig(
         backbone=backbone.row.name,
@@ -202,10 +192,10 @@ def fit_projection(
         out_width=backbone.width,
         kind="affine",
         licence=licence,
-        fit=_record(settings, statistics[layer], layer, ridge, scores, clips, skipped, data),
+        fit=_record(settings, statistics[layer], scores, clips, skipped, data),
     )
     projection = Projection(config)
-    weight, bias = solutions[layer, ridge]
+    weight, bias = solutions[layer]
     projection.load_state_dict({"linears.0.weight": weight, "linears.0.bias": bias})
     return Fit(projection.requires_grad_(False).eval(), scores, skipped)
 
@@ -245,23 +235,6 @@ def _gather(statistics: TokenStatistics, tokens: Tensor) -> None:
         statistics.add_pairs(here, there)
 
 
-def _overlaps(
-    adapter: CoSettleAdapter,
-    clip: RenderedClip,
-    candidates: Sequence[Candidate],
-    solutions: Mapping[Candidate, tuple[Tensor, Tensor]],
-) -> dict[Candidate, float]:
-    """The overlap each candidate reaches on one clip, from one encoder pass."""
-    layers = sorted({layer for layer, _ in candidates})
-    images = adapter.preprocess(clip.frames)
-    maps = adapter.backbone.intermediate_tokens(images, layers, norm=False)
-    read = dict(zip(layers, maps, strict=True))
-    return {
-        candidate: mask_overlap(_apply(read[candidate[0]], *solutions[candidate]), clip)
-        for candidate in candidates
-    }
-
-
 def _apply(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     moved = F.linear(rearrange(tokens.float().cpu(), "t c h w -> t h w c"), weight, bias)
     return rearrange(moved, "t h w c -> t c h w")
@@ -295,16 +268,11 @@ def _rendered_clips(clips: Sequence[Path], patch: int, settings: FitSettings) ->
 def _record(
     settings: FitSettings,
     statistics: TokenStatistics,
-    layer: int,
-    ridge: float,
-    scores: dict[Candidate, float],
+    scores: dict[int, float],
     clips: Sequence[Path],
     skipped: dict[Path, str],
     data: str,
 ) -> dict[str, Any]:
-    best_of_block: dict[int, float] = {}
-    for (block, _), score in scores.items():
-        best_of_block[block] = max(score, best_of_block.get(block, 0.0))
     return {
         "method": "centre, then damp by the intra-video covariance: c (S + r I)^(-1/2) (x - mean)",
         "data": data,
@@ -312,11 +280,10 @@ def _record(
         "skipped": sorted(path.name for path in skipped),
         "tokens": statistics.tokens,
         "pairs": statistics.pairs,
-        "block": layer,
-        "ridge": None if math.isinf(ridge) else ridge,
-        "chosen_by": "overlap of the propagated mask of a cut-out on rendered clips",
-        "score_by_block": {str(block): round(score, 4) for block, score in best_of_block.items()},
+        "block_chosen_by": "overlap of the propagated mask of a cut-out on rendered clips",
+        "overlap_by_block": {str(layer): round(score, 4) for layer, score in scores.items()},
         "settings": {
+            "ridge": None if math.isinf(settings.ridge) else settings.ridge,
             "size": settings.size,
             "pairs": settings.pairs,
             "gap": settings.gap,

@@ -16,7 +16,7 @@ from cosettle_adapter.training.statistics import StatisticsError, TokenStatistic
 
 from helpers import write_video
 
-QUICK = FitSettings(layers=(2, 5), ridges=(0.1, math.inf), size=64, pairs=2, rendered=1)
+QUICK = FitSettings(layers=(2, 5), size=64, pairs=2, rendered=1)
 
 
 def statistics(*, noise: float = 3.0) -> TokenStatistics:
@@ -118,10 +118,8 @@ def test_a_fit_is_a_projection_that_loads(
     )  # fmt: skip
     assert done[-1][0] == done[-1][1]
     config = result.projection.config
-    best = max(result.scores, key=lambda key: result.scores[key])
-    assert len(result.scores) == 3  # both blocks at one ridge, then the better one at the other
-    assert {layer for layer, _ in result.scores} == {2, 5}
-    assert config.layers == (best[0],)
+    assert result.scores.keys() == {2, 5}
+    assert config.layers == (max(result.scores, key=lambda layer: result.scores[layer]),)
     assert (config.kind, config.licence, config.fit["data"]) == ("affine", "MIT", "squares")
     result.projection.save(tmp_path / "fitted")
     adapter = CoSettleAdapter(tiny_backbone, Projection.load(tmp_path / "fitted"))
