@@ -45,7 +45,7 @@ def main() -> None:
     blocks = ", ".join(str(layer) for layer in adapter.config.layers)
     print(f"{options.model}: projection of block {blocks}; frames at {options.size}")
     print(f"protocol {options.protocol}, every {options.every} frame(s), J&F in percent\n")
-    print(f"{'':24}" + "".join(f"{name:>19}" for name in variants))
+    print(f"{'':24}" + "".join(f"{name:>21}" for name in variants))
 
     results: dict[str, list[SequenceScores]] = {name: [] for name in variants}
     for sequence in sequences:
@@ -117,7 +117,7 @@ def stored_mean(adapter: CoSettleAdapter) -> Tensor:
 
 
 def print_row(name: str, values: list[float]) -> None:
-    print(f"{name:24}" + "".join(f"{100 * value:19.1f}" for value in values), flush=True)
+    print(f"{name:24}" + "".join(f"{100 * value:21.1f}" for value in values), flush=True)
 
 
 def parse_options() -> argparse.Namespace:

@@ -82,12 +82,10 @@ class Completeness:
         return self.promise(from_start=from_start)
 
     def promise(self, *, from_start: bool) -> str:
-        """Describe how much was read, and of how much."""
-        read = f"{self._read} frames were read" if from_start else "frames were read"
-        read += "" if self._last is None else f", up to {self._last:.2f} s"
-        promised = [f"{self.frames} frames"] * bool(self.frames)
-        promised += [f"{self.seconds:.2f} s"] * bool(self.seconds)
-        return f"{read}; its header promises {' and '.join(promised) or 'no length'}"
+        """Describe how much was read, and of how much the header promises."""
+        count = f"{self._read} of {self.frames or 'unknown'} frames, " if from_start else ""
+        length = "unknown length" if self.seconds is None else f"{self.seconds:.2f} s"
+        return f"read {count}{self._last or 0:.2f} s of {length}"
 
 
 def _base(stream: VideoStream) -> Any:

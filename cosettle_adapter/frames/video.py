@@ -129,7 +129,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     purpose = "reading video files"
     av = extras.require("av", extra="video", purpose=purpose)
     extras.require("numpy", extra="video", purpose=purpose)
-    hint = "is it a video file?"
+    hint = "it is no video, or its end, which holds the index, is missing"
     if path.suffix.lower() in _LOADERS:
         hint = f"load it with {_LOADERS[path.suffix.lower()]} and pass the frames"
     try:
@@ -213,7 +213,7 @@ def _decode(
     started = False
     held: Packet[Any] | None = None
     for packet in container.demux(completeness.streams):
-        if packet.stream_index != stream.index:
+        if packet.stream.index != stream.index:  # the last packets have no stream_index
             completeness.saw_packet(packet)
             continue
         at_end = not packet.size and packet.dts is None
