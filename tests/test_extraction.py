@@ -87,7 +87,7 @@ def test_a_full_disk_leaves_no_file(
 
 
 def test_a_range_without_frames(tiny_adapter: CoSettleAdapter, clip: Path, tmp_path: Path) -> None:
-    with pytest.raises(FrameError, match="no frames in the range asked for"):
+    with pytest.raises(FrameError, match=r"has no frame from 100\.0 s on"):
         extract(tiny_adapter, clip, tmp_path / "f.safetensors", start=100.0)
     assert not (tmp_path / "f.safetensors").exists()
 

@@ -83,9 +83,9 @@ class Completeness:
 
     def promise(self, *, from_start: bool) -> str:
         """Describe how much was read, and of how much the header promises."""
-        count = f"{self._read} of {self.frames or 'unknown'} frames, " if from_start else ""
+        frames = f"{self._read} of {self.frames} frames" if self.frames else f"{self._read} frames"
         length = "unknown length" if self.seconds is None else f"{self.seconds:.2f} s"
-        return f"read {count}{self._last or 0:.2f} s of {length}"
+        return f"read {frames + ', ' if from_start else ''}{self._last or 0:.2f} s of {length}"
 
 
 def _base(stream: VideoStream) -> Any:

@@ -82,6 +82,7 @@ class Selection:
             raise FrameError(f"{source} holds no frames")
         if not kept:
             raise FrameError(
-                f"{source} has no frame from start={self.start or 0} s to end={self.end} s; "
+                f"{source} has no frame from {self.start or 0} s "
+                f"{'on' if self.end is None else f'to {self.end} s'}; "
                 f"the frames met lie from {times[0]:g} s to {times[-1]:g} s"
             )
