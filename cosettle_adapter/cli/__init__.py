@@ -77,8 +77,12 @@ def _module(command: str) -> str:
 
 
 def _configure_logging(console: object, *, verbose: bool) -> None:
+    """Show our own log; the Hub client's retries only when asked for."""
     handler = require("rich.logging", extra="cli", purpose="the command line").RichHandler(
         console=console, show_path=False, show_time=verbose
     )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("cosettle_adapter").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    ours = logging.getLogger("cosettle_adapter")
+    ours.handlers = [handler]
+    ours.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if not verbose:
+        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)

@@ -29,15 +29,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
         console.print_json(json.dumps([dataclasses.asdict(model) for model in models]))
         return 0
     table = Table(title="Registered models", title_justify="left")
-    for column in ("name", "backbone", "licence", "projection"):
-        table.add_column(column)
+    for column in ("name", "licence", "projection"):
+        table.add_column(column, no_wrap=True)
     for column in ("patch", "width"):
         table.add_column(column, justify="right")
     table.add_column("measured")
     for model in models:
         table.add_row(
             model.name,
-            model.family,
             model.licence,
             model.projection,
             str(model.patch),

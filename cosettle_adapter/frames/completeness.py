@@ -36,6 +36,7 @@ class Completeness:
         self._reached = 0.0
         self._read = 0
         self._last: float | None = None
+        self._shown = 0.0
         self._widest_gap = 0.0
         tag = _tagged_seconds(stream.metadata)
         if self.frames and container.format.name == "avi":
@@ -62,7 +63,8 @@ class Completeness:
             self._widest_gap = max(self._widest_gap, time - self._last)
         self._read += 1
         self._last = time
-        self._reached = max(self._reached, time + duration)
+        self._shown = max(self._shown, time + duration)
+        self._reached = max(self._reached, self._shown)
 
     def shortfall(self, *, from_start: bool) -> str | None:
         """Say what is missing at the end of the file, or None if it is complete.
@@ -85,7 +87,7 @@ class Completeness:
         """Describe how much was read, and of how much the header promises."""
         frames = f"{self._read} of {self.frames} frames" if self.frames else f"{self._read} frames"
         length = "unknown length" if self.seconds is None else f"{self.seconds:.2f} s"
-        return f"read {frames + ', ' if from_start else ''}{self._last or 0:.2f} s of {length}"
+        return f"read {frames + ', ' if from_start else ''}{self._shown:.2f} s of {length}"
 
 
 def _base(stream: VideoStream) -> Any:

@@ -39,7 +39,8 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
         raise FrameError(f"{source} is a URL; download it and pass the path of the file")
     else:
         folder = path.parent
-        siblings = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        siblings = [name for name in names if not name.startswith(".")]
         raise FrameError(f"{path} does not exist.{did_you_mean(path.name, siblings)}")
     return found if found[0].suffix.lower() in IMAGE_SUFFIXES else found[0]
 

@@ -8,6 +8,7 @@ import logging
 import struct
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,21 +177,21 @@ def _timed_frames(
     """Decode to the end of the file, then say whether it came too early."""
     av = extras.require("av", extra="video", purpose="reading video files")
     completeness = Completeness(container, stream)
-    base = stream.time_base or 0
-    step = float(1 / stream.average_rate) if stream.average_rate else 0.0
-    origin, time, count, damaged = stream.start_time, -step, 0, 0
+    base = stream.time_base or Fraction(0)
+    step = 1 / stream.average_rate if stream.average_rate else Fraction(0)
+    origin, time, count, damaged = stream.start_time, -step, 0, False
     try:
         for frame in _decode(container, stream, completeness):
             if frame.pts is None:
                 time += step
             else:
                 origin = frame.pts if origin is None else origin
-                time = float((frame.pts - origin) * base)
-            completeness.saw_frame(time, float((getattr(frame, "duration", 0) or 0) * base))
-            damaged += frame.is_corrupt
-            if damaged == 1 and frame.is_corrupt:
+                time = (frame.pts - origin) * base
+            completeness.saw_frame(float(time), float((getattr(frame, "duration", 0) or 0) * base))
+            if frame.is_corrupt and not damaged:
+                damaged = True
                 logger.warning("%s is damaged: the decoder patched up what it could", path)
-            yield frame, time
+            yield frame, float(time)
             count += 1
     except (av.error.FFmpegError, OSError) as error:
         raise TruncatedVideoError(
