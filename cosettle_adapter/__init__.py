@@ -17,7 +17,7 @@ _PUBLIC = {
     "Geometry": "cosettle_adapter.frames.geometry",
     "Projection": "cosettle_adapter.projection",
     "ProjectionConfig": "cosettle_adapter.projection",
-    "list_models": "cosettle_adapter.adapter",
+    "list_models": "cosettle_adapter.published",
     "load_backbone": "cosettle_adapter.backbones",
 }
 
@@ -33,10 +33,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter, FeatureChunk, list_models
+    from cosettle_adapter.adapter import CoSettleAdapter, FeatureChunk
     from cosettle_adapter.backbones import load_backbone
     from cosettle_adapter.frames.geometry import Geometry
     from cosettle_adapter.projection import Projection, ProjectionConfig
+    from cosettle_adapter.published import list_models
 
 
 def __getattr__(name: str) -> Any:

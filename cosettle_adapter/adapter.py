@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import (
-    REGISTRY,
     HubOptions,
     VisionTransformerBackbone,
     load_backbone,
@@ -23,8 +22,8 @@ from cosettle_adapter.frames import open_frames, prefetch
 from cosettle_adapter.frames.arrays import as_frames
 from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
 from cosettle_adapter.frames.resampling import apply_geometry
-from cosettle_adapter.projection import CONFIG_FILE, Projection, ProjectionConfig
-from cosettle_adapter.published import bundled_folder, find_projection
+from cosettle_adapter.projection import Projection, ProjectionConfig
+from cosettle_adapter.published import find_projection
 
 Size = int | tuple[int, int]
 
@@ -433,55 +432,6 @@ class CoSettleAdapter(nn.Module):
         mean = images.new_tensor(self.backbone.row.mean)
         std = images.new_tensor(self.backbone.row.std)
         return (images - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelInfo:
-    """One line of :func:`list_models`.
-
-    Attributes:
-        name: what ``from_pretrained`` takes.
-        family: pre-training method of the backbone.
-        patch: side of a patch in pixels.
-        width: channels of a patch token.
-        licence: licence of the backbone's weights.
-        projection: where the projection comes from, or ``"none published"``.
-        figures: measured figures of the projection.
-        note: what to know before choosing it.
-    """
-
-    name: str
-    family: str
-    patch: int
-    width: int
-    licence: str
-    projection: str
-    figures: Mapping[str, Any]
-    note: str
-
-
-def list_models() -> list[ModelInfo]:
-    """Return every registered model, those with a projection first."""
-    models = []
-    for row in REGISTRY.values():
-        folder = bundled_folder(row.name)
-        figures: Mapping[str, Any] = {}
-        if folder is not None:
-            text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-            figures = ProjectionConfig.from_json(text, source=str(folder / CONFIG_FILE)).figures
-        models.append(
-            ModelInfo(
-                name=row.name,
-                family=row.family,
-                patch=row.patch,
-                width=row.width,
-                licence=row.licence,
-                projection="in the package" if folder else "none published",
-                figures=figures,
-                note=row.note,
-            )
-        )
-    return sorted(models, key=lambda model: model.projection == "none published")
 
 
 def _short(fingerprint: str) -> str:

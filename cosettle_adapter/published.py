@@ -1,11 +1,13 @@
-"""Where projections come from: a local folder, the wheel itself, or a Hub repository."""
+"""Which models there are, and where projections come from: a folder, the wheel, or the Hub."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -18,7 +20,7 @@ from cosettle_adapter.errors import (
     WeightsUnavailableError,
     did_you_mean,
 )
-from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE
+from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, ProjectionConfig
 
 _BUNDLED = Path(__file__).parent / "projections"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -80,6 +82,55 @@ def find_projection(name: str | Path, options: HubOptions) -> PublishedProjectio
         f"(owner/name).{did_you_mean(str(name), REGISTRY)} "
         f"`cosettle-adapter list` shows the {len(REGISTRY)} registered models."
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """One line of :func:`list_models`.
+
+    Attributes:
+        name: what ``from_pretrained`` takes.
+        family: pre-training method of the backbone.
+        patch: side of a patch in pixels.
+        width: channels of a patch token.
+        licence: licence of the backbone's weights.
+        projection: where the projection comes from, or ``"none published"``.
+        figures: measured figures of the projection.
+        note: what to know before choosing it.
+    """
+
+    name: str
+    family: str
+    patch: int
+    width: int
+    licence: str
+    projection: str
+    figures: Mapping[str, Any]
+    note: str
+
+
+def list_models() -> list[ModelInfo]:
+    """Return every registered model, those with a projection first."""
+    models = []
+    for row in REGISTRY.values():
+        folder = bundled_folder(row.name)
+        figures: Mapping[str, Any] = {}
+        if folder is not None:
+            text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+            figures = ProjectionConfig.from_json(text, source=str(folder / CONFIG_FILE)).figures
+        models.append(
+            ModelInfo(
+                name=row.name,
+                family=row.family,
+                patch=row.patch,
+                width=row.width,
+                licence=row.licence,
+                projection="in the package" if folder else "none published",
+                figures=figures,
+                note=row.note,
+            )
+        )
+    return sorted(models, key=lambda model: model.projection == "none published")
 
 
 def _unpublished(name: str) -> str:

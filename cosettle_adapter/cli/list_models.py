@@ -22,7 +22,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Print the models."""
     from rich.table import Table
 
-    from cosettle_adapter.adapter import list_models
+    from cosettle_adapter.published import list_models
 
     models = list_models()
     if options.json:

@@ -58,7 +58,7 @@ class Completeness:
             self._reached = max(self._reached, end - self._origin)
 
     def saw_frame(self, time: float, duration: float) -> None:
-        """Note a decoded frame: its time from the stream's start, how long it stands if known."""
+        """Note a decoded frame: its time from the stream's start, how long it stands."""
         if self._last is not None:
             self._widest_gap = max(self._widest_gap, time - self._last)
         self._read += 1

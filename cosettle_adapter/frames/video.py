@@ -187,7 +187,8 @@ def _timed_frames(
             else:
                 origin = frame.pts if origin is None else origin
                 time = (frame.pts - origin) * base
-            completeness.saw_frame(float(time), float((getattr(frame, "duration", 0) or 0) * base))
+            duration = (getattr(frame, "duration", 0) or 0) * base or step
+            completeness.saw_frame(float(time), float(duration))
             if frame.is_corrupt and not damaged:
                 damaged = True
                 logger.warning("%s is damaged: the decoder patched up what it could", path)

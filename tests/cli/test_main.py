@@ -118,7 +118,7 @@ def test_ctrl_c_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cosettle_adapter.adapter.list_models", interrupt)
+    monkeypatch.setattr("cosettle_adapter.published.list_models", interrupt)
     assert main(["list"]) == 130
 
 

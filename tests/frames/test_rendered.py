@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ MOTIONS = ("pan", "zoom", "rotate", "mixed")
 
 def smooth_photo(height: int = 200, width: int = 300, phase: float = 0.0) -> torch.Tensor:
     """(3, H, W) uint8 of broad waves, which interpolation hardly changes."""
-    y = torch.linspace(0, 3, height)[:, None]
-    x = torch.linspace(0, 4, width)
+    y = torch.linspace(0, 1.5, height)[:, None]
+    x = torch.linspace(0, 2, width)
     waves = [torch.sin(2.1 * x + y + phase), torch.cos(1.7 * y - x), torch.sin(x + 1.3 * y + 2)]
     return (127.5 + 110 * torch.stack(waves)).round().to(torch.uint8)
 
@@ -34,7 +35,10 @@ def differences(clip: RenderedClip, points: torch.Tensor) -> torch.Tensor:
     """(M,) differences of colour to frame 0, of all visible points at all times."""
     positions, visible = clip.track(points)
     seen = colours(clip.frames, positions)
-    return (seen - seen[:1]).abs().amax(1)[visible & visible[:1]]
+    # half a pixel from the edge there is nothing to interpolate with
+    sides = torch.tensor([clip.frames.shape[-1], clip.frames.shape[-2]])
+    visible &= ((positions >= 0.5) & (positions <= sides - 0.5)).all(-1)
+    return (seen - seen[:1]).abs().amax(1)[visible]
 
 
 def points_in(height: int, width: int, margin: float = 1.0, count: int = 400) -> torch.Tensor:
@@ -60,7 +64,6 @@ def test_colours_stay_with_their_points(
     assert clip.frames.shape == (4, 3, height, width)
     assert clip.frames.dtype == torch.uint8
     off = differences(clip, points_in(height, width))
-    # bytes are off by half at both ends, and one pixel's worth of the steepest wave is about 7
     assert off.max() <= 2.5
     assert off.mean() <= 0.7
 
@@ -70,15 +73,13 @@ def test_sub_pixel_positions_are_exact() -> None:
     y, x = torch.meshgrid(torch.arange(255.0), torch.arange(255.0), indexing="ij")
     photo = torch.stack([x, y, 0 * x]).to(torch.uint8)
     clip = render_clip(photo, frames=6, size=(100, 100), motion="mixed", amount=0.2, seed=3)
-    positions, visible = clip.track(points_in(100, 100, margin=4))
-    inside = (positions > 3).all(-1) & (positions < 97).all(-1) & visible
+    positions, _ = clip.track(points_in(100, 100, margin=4))
+    inside = ((positions > 3) & (positions < 97)).all(-1)
     told = colours(clip.frames, positions)[:, :2]
-    drift = (told - told[:1]).mean(-1, keepdim=True)[inside.all(1)] if inside.all() else None
-    # rounding to bytes averages out over many points, a shift of the sampling would not
-    for t in range(6):
-        offset = (told[t] - told[0])[:, inside[t] & inside[0]].mean(-1)
-        assert offset.abs().max() < 0.05
-    assert drift is None or drift.abs().max() < 0.1
+    for t in range(1, 6):
+        # rounding to bytes averages out over many points, a shift of the sampling would not
+        assert inside[t].sum() > 50
+        assert (told[t] - told[0])[:, inside[t]].mean(-1).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
@@ -139,26 +140,28 @@ def test_equal_arguments_give_equal_clips(photometric: float) -> None:
     assert not torch.equal(first.homographies, other.homographies)
 
 
-class TestObject:
-    @pytest.fixture(scope="class")
-    def clip(self) -> RenderedClip:
-        return render_clip(
-            smooth_photo(),
-            frames=8,
-            size=(120, 160),
-            motion="pan",
-            amount=0.5,
-            seed=5,
-            cutout=smooth_photo(120, 160, phase=2.5),
-        )
+@pytest.fixture(scope="module")
+def clip() -> RenderedClip:
+    """An object before a panned background."""
+    return render_clip(
+        smooth_photo(),
+        frames=8,
+        size=(120, 160),
+        motion="pan",
+        amount=0.5,
+        seed=5,
+        cutout=smooth_photo(120, 160, phase=2.5),
+    )
 
+
+class TestObject:
     def test_layers(self, clip: RenderedClip) -> None:
         assert clip.object_mask is not None
         assert clip.object_homographies is not None
         assert clip.object_mask.shape == (8, 120, 160)
         assert clip.object_mask.dtype == torch.bool
         areas = clip.object_mask.sum((1, 2)) / (120 * 160)
-        assert 0.03 < areas.min()
+        assert areas.min() > 0.03
         assert areas.max() < 0.2
         identity = torch.eye(3, dtype=torch.float64)
         torch.testing.assert_close(clip.object_homographies[0], identity)
@@ -255,12 +258,12 @@ def test_errors(options: dict[str, object], error: type[Exception], message: str
 
 class TestPhotographs:
     def test_they_come_from_the_installed_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        data = pytest.importorskip("skimage.data")
+        fetchers = pytest.importorskip("skimage.data._fetchers")
 
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("scikit-image was asked to fetch")
 
-        monkeypatch.setattr(data._fetchers, "_fetch", refuse)
+        monkeypatch.setattr(fetchers, "_fetch", refuse)
         photos = photographs()
         assert {"astronaut", "chelsea", "coffee", "rocket"} <= set(photos)
         assert photos["chelsea"].shape == (3, 300, 451)
@@ -275,7 +278,7 @@ class TestPhotographs:
             photographs()
 
     def test_without_scikit_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(__import__("sys").modules, "skimage.data", None)
+        monkeypatch.setitem(sys.modules, "skimage.data", None)
         with pytest.raises(MissingExtraError, match=r"demo photographs .*\[demo\]"):
             photographs()
 

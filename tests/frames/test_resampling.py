@@ -164,3 +164,16 @@ def test_resizing_and_sampling_agree_on_where_pixels_are() -> None:
     sampled = resample_to_points(cells, geometry, inner)[0]
     torch.testing.assert_close(sampled[0], (inner[..., 0] / 330).float(), rtol=0, atol=1e-3)
     torch.testing.assert_close(sampled[1], (inner[..., 1] / 210).float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_the_gpu_agrees() -> None:
+    geometry = plan_geometry(210, 330, patch=14, size=140, fit="pad")
+    frames = torch.randint(0, 256, (2, 3, 210, 330), dtype=torch.uint8)
+    torch.testing.assert_close(
+        apply_geometry(frames.cuda(), geometry).cpu(), apply_geometry(frames, geometry)
+    )
+    features = torch.randn(2, 5, *geometry.grid)
+    points = torch.rand(40, 2) * 200
+    sampled = resample_to_points(features.cuda(), geometry, points)
+    torch.testing.assert_close(sampled.cpu(), resample_to_points(features, geometry, points))
