@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from einops import pack, rearrange, unpack
@@ -340,8 +340,9 @@ class CoSettleAdapter(nn.Module):
             return maps
         return unpack(torch.cat(kept), leading, "* c h w")[0], maps
 
-    # nn.Module.__call__ is untyped; this keeps the overloads visible to callers.
-    __call__: Callable[..., Any]
+    if TYPE_CHECKING:
+        # nn.Module's own returns Any; callers get forward's overloads.
+        __call__ = forward
 
     def stream(
         self,
