@@ -71,6 +71,11 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert '".[dev]"' in command
 
 
+def test_no_figure_was_left_to_fill_in() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "weights_cards").glob("*.md")):
+        assert "@@" not in page.read_text(encoding="utf-8"), page
+
+
 def test_what_it_links_to_is_there() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if "://" not in target:
