@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-import cosettle_adapter
 from cosettle_adapter.adapter import DEFAULT_BATCH_SIZE, CoSettleAdapter, FeatureChunk, Size
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
 from cosettle_adapter.feature_file import FeatureWriter, write_features
 from cosettle_adapter.frames.geometry import Fit
+from cosettle_adapter.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,5 +124,5 @@ def _metadata(adapter: CoSettleAdapter, source: Any) -> dict[str, str]:
         "fingerprint": adapter.backbone.fingerprint,
         "layers": json.dumps(adapter.config.layers),
         "fit_method": str(adapter.config.fit.get("method", "")),
-        "cosettle_adapter": cosettle_adapter.__version__,
+        "cosettle_adapter": __version__,
     }
