@@ -64,7 +64,8 @@ class GeometryError(CosettleError, ValueError):
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """Return ``" Did you mean 'a' or 'b'?"``, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(name.lower(), sorted(known), n=limit, cutoff=0.5)
+    spelled = {candidate.lower(): candidate for candidate in sorted(known)}
+    close = difflib.get_close_matches(name.lower(), list(spelled), n=limit, cutoff=0.5)
     if not close:
         return ""
-    return f" Did you mean {' or '.join(repr(match) for match in close)}?"
+    return f" Did you mean {' or '.join(repr(spelled[match]) for match in close)}?"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import timm
 import torch
 
 from cosettle_adapter import Projection, ProjectionConfig
 from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
+from cosettle_adapter.backbones.architectures import meta_model
 
 REAL = "dinov2-vits14-pypi"
 
@@ -34,9 +34,9 @@ def tiny_state(row: BackboneRow = TINY, *, seed: int = 0) -> dict[str, torch.Ten
     """Random tensors for a row's architecture, the same for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = timm.create_model(row.architecture, num_classes=0)
+        model = meta_model(row)
         return {
-            name: torch.randn_like(tensor) * 0.05 + (1.0 if "norm" in name else 0.0)
+            name: torch.randn(tensor.shape) * 0.05 + (1.0 if "norm" in name else 0.0)
             for name, tensor in model.state_dict().items()
         }
 

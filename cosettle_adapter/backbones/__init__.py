@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cosettle_adapter.backbones.architectures import WRAPPERS, check_tensors, empty_model
+from cosettle_adapter.backbones.backbone import Backbone
+from cosettle_adapter.backbones.hub_options import HubOptions
+from cosettle_adapter.backbones.positions import Positions
 from cosettle_adapter.backbones.registry import REGISTRY, BackboneRow, lookup
 from cosettle_adapter.backbones.vit import VisionTransformerBackbone
-from cosettle_adapter.backbones.weights import HubOptions, load_weights
-from cosettle_adapter.errors import CorruptWeightsError
+from cosettle_adapter.backbones.weights import load_weights
 
 __all__ = [
     "REGISTRY",
+    "Backbone",
     "BackboneRow",
     "HubOptions",
+    "Positions",
     "VisionTransformerBackbone",
     "build_backbone",
     "load_backbone",
     "lookup",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 def load_backbone(
@@ -38,12 +38,13 @@ def load_backbone(
     stride: int | None = None,
     requires_input_grad: bool = False,
     options: HubOptions | None = None,
-) -> VisionTransformerBackbone:
+) -> Backbone:
     """Load a registered backbone, frozen and in eval mode.
 
     Args:
         name: registry name, for example ``"dinov2-vits14-pypi"``.
-        weights: a safetensors file in timm's layout to use in place of the registered sources.
+        weights: a file to use in place of the registered sources: safetensors or a PyTorch
+            checkpoint, in timm's, the authors', OpenAI's or Hugging Face's layout.
         device: where to put it.
         dtype: dtype of the weights; positions stay float32.
         stride: step between patches in pixels; the patch size by default.
@@ -78,20 +79,21 @@ def build_backbone(
     revision: str | None = None,
     stride: int | None = None,
     requires_input_grad: bool = False,
-) -> VisionTransformerBackbone:
+) -> Backbone:
     """Build a row's architecture around a state dict in timm's names.
 
     Raises:
         CorruptWeightsError: tensors are missing, unexpected or misshapen; all are listed.
     """
-    # On the meta device nothing is initialised only to be overwritten.
-    with torch.device("meta"):
-        vit: Any = timm.create_model(row.architecture, num_classes=0, pretrained=False)
-    _check_tensors(vit, tensors, row)
-    floats = {name: tensor.float() for name, tensor in tensors.items()}
-    vit.load_state_dict(floats, strict=True, assign=True)
-    return VisionTransformerBackbone(
-        vit,
+    model = empty_model(row)
+    check_tensors(model, tensors, row)
+    loaded = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+    model.load_state_dict(loaded, strict=True, assign=True)
+    return WRAPPERS[row.kind](
+        model,
         row,
         fingerprint=fingerprint,
         origin=origin,
@@ -99,17 +101,3 @@ def build_backbone(
         stride=stride,
         requires_input_grad=requires_input_grad,
     )
-
-
-def _check_tensors(vit: nn.Module, tensors: Mapping[str, Tensor], row: BackboneRow) -> None:
-    expected = vit.state_dict()
-    faults = [f"missing {name}" for name in expected if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in expected]
-    faults += [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if faults:
-        shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if faults[10:] else "")
-        raise CorruptWeightsError(f"these are not the weights of {row.name}: {shown}")

@@ -2,14 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosettle_adapter.backbones.registry import PositionInterpolation
+from cosettle_adapter.backbones.row import PositionInterpolation
 
 Grid = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """A positional embedding for one grid, resized or perturbed already.
+
+    Attributes:
+        absolute: ``(1 or B, prefix + h * w, C)``, added to the tokens before the first block.
+        rotary: ``(h * w, 2 D)``, sines then cosines, by which queries and keys are rotated in
+            every block; ``(depth, heads, h * w, 2 D)`` where blocks differ.
+    """
+
+    absolute: Tensor | None = None
+    rotary: Tensor | None = None
+
+    def to(self, device: torch.device) -> Positions:
+        """Return the same positions in float32 on a device."""
+        return Positions(
+            *(
+                None if kind is None else kind.to(device, torch.float32)
+                for kind in (self.absolute, self.rotary)
+            )
+        )
+
+    def check_like(self, own: Positions, grid: Grid) -> None:
+        """Raise unless these can take the place of a backbone's ``own`` positions.
+
+        Raises:
+            ValueError: another kind, or another shape; the absolute ones may have a batch.
+        """
+        for kind in ("absolute", "rotary"):
+            given, expected = getattr(self, kind), getattr(own, kind)
+            if (given is None) != (expected is None):
+                raise ValueError(
+                    f"{'no ' if given is None else ''}{kind} positions were given, but this "
+                    f"backbone has {'none' if expected is None else 'them'}"
+                )
+            if given is None:
+                continue
+            shape, wanted = tuple(given.shape), tuple(expected.shape)
+            batched = kind == "absolute" and len(shape) == 3
+            if shape[batched:] != wanted[batched:]:
+                leading = f"1 or B, {', '.join(map(str, wanted[1:]))}" if batched else str(wanted)
+                raise ValueError(
+                    f"expected {kind} positions ({leading.strip('()')}) for grid "
+                    f"{grid[0]} x {grid[1]}, got {shape}"
+                )
 
 
 def resize_positions(

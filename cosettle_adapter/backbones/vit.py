@@ -1,8 +1,9 @@
-"""One wrapper over timm's VisionTransformer family: images to patch tokens, frozen."""
+"""One wrapper over timm's transformers of constant resolution: ViT, and Eva for rotary ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,66 +11,46 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosettle_adapter.backbones.positions import Grid, resize_positions
-from cosettle_adapter.backbones.registry import BackboneRow
-from cosettle_adapter.errors import GeometryError
+from cosettle_adapter.backbones.backbone import Backbone
+from cosettle_adapter.backbones.positions import Grid, Positions, resize_positions
+from cosettle_adapter.backbones.row import BackboneRow
 
 _CACHED_GRIDS = 16
 
 
-class VisionTransformerBackbone(nn.Module):
-    """A frozen vision transformer that returns patch tokens as a map.
+class VisionTransformerBackbone(Backbone):
+    """A vision transformer: patches, class and register tokens or none, any grid, any stride.
 
-    It stays in eval mode whatever ``train()`` is asked for, its parameters never require
-    gradients, and no graph is recorded unless ``requires_input_grad`` says so.
-
-    Attributes:
-        row: the registry row it was built from.
-        patch: side of a patch in pixels.
-        stride: step between patches in pixels; smaller than ``patch`` makes them overlap.
-        width: channels of a patch token.
-        depth: number of transformer blocks.
-        fingerprint: hash over its tensors, as :func:`cosettle_adapter.backbones.weights` makes it.
-        origin: where the weights came from, for people.
-        revision: commit of the Hub repository they came from, if they did.
-        requires_input_grad: record a graph from images to tokens when gradients are enabled.
+    Positions are absolute (learned or sinusoidal), rotary, both, or none; whatever they are,
+    :meth:`positions` computes them for a grid and a caller may put others in their place.
     """
 
-    def __init__(
-        self,
-        vit: nn.Module,
-        row: BackboneRow,
-        *,
-        fingerprint: str,
-        origin: str = "",
-        revision: str | None = None,
-        stride: int | None = None,
-        requires_input_grad: bool = False,
-    ) -> None:
-        super().__init__()
-        self.row = row
-        self.patch, self.width, self.depth = row.patch, row.width, row.depth
-        self.stride = row.patch if stride is None else stride
-        if not 1 <= self.stride <= self.patch:
-            raise GeometryError(
-                f"stride must be between 1 and the patch size {self.patch}, got {stride}"
-            )
-        self.fingerprint, self.origin, self.revision = fingerprint, origin, revision
-        self.requires_input_grad = requires_input_grad
-        self.vit: Any = vit
+    def __init__(self, vit: Any, row: BackboneRow, **loaded: Any) -> None:
+        """Wrap a timm model whose parameters are loaded; ``loaded`` goes to :class:`Backbone`."""
+        super().__init__(
+            row, widths=(row.width,) * row.depth, default_layer=row.depth - 1, **loaded
+        )
+        self.vit = vit
         self._source_grid = (row.image_size // row.patch,) * 2
         # Learned positions stay float32 on the CPU, where bicubic resizing is exact and exists on
         # every build; only the result travels to the device.
-        self._learned_positions = vit.get_parameter("pos_embed").detach().float().cpu()
-        self._positions: dict[tuple[Grid, torch.device], Tensor] = {}
-        self.requires_grad_(False)
-        super().train(False)
+        learned = self.vit.pos_embed
+        self._learned = None if learned is None else learned.detach().float().cpu()
+        # So does what rotary positions are computed from; in a tuple, it is not cast with the rest.
+        rope = getattr(self.vit, "rope", None)
+        self._rope = None if rope is None else (copy.deepcopy(rope).float().cpu(),)
+        self._positions: dict[tuple[Grid, torch.device], Positions] = {}
+        self.freeze()
 
-    def train(self, mode: bool = True) -> VisionTransformerBackbone:
-        """Stay in eval mode: frozen means frozen."""
-        del mode
-        super().train(False)
-        return self
+    @staticmethod
+    def create_options(row: BackboneRow) -> Mapping[str, Any]:
+        """What ``timm.create_model`` must be told: no head, no pooling, so that ``norm`` is real.
+
+        Pooling by mean would turn timm's ``norm`` into an identity and load its weights nowhere.
+        """
+        # A rotary embedding built for dynamic sizes computes any grid in place of a stored one.
+        rotary = {"dynamic_img_size": True} if "rotary" in row.positions else {}
+        return {"num_classes": 0, "global_pool": "", **rotary, **row.options}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,126 +58,66 @@ class VisionTransformerBackbone(nn.Module):
         dtype: torch.dtype = self.vit.patch_embed.proj.weight.dtype
         return dtype
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        device: torch.device = self.vit.patch_embed.proj.weight.device
-        return device
+    def positions(self, grid: Grid) -> Positions:
+        """Return the positions of a grid, computed once.
 
-    def grid(self, height: int, width: int) -> Grid:
-        """Return ``(h, w)`` for images of ``height`` x ``width`` pixels.
-
-        Raises:
-            GeometryError: a side is not the patch plus a whole number of strides; the nearest
-                sides that are get named.
+        Returns:
+            ``absolute`` ``(1, prefix + h * w, C)`` and ``rotary`` ``(h * w, 2 D)``, sines then
+            cosines of ``D`` channels a head (``(depth, heads, h * w, 2 D)`` where they are
+            learned for each block); float32, ``None`` for a kind the backbone does not have.
         """
-        for axis, side in (("height", height), ("width", width)):
-            if side < self.patch or (side - self.patch) % self.stride:
-                below = self.patch + max(0, (side - self.patch) // self.stride) * self.stride
-                near = f"{below}" if side < below else f"{below} or {below + self.stride}"
-                raise GeometryError(
-                    f"{axis} {side} does not fit patch {self.patch} at stride {self.stride}; "
-                    f"the nearest that does is {near}"
-                )
-        return (height - self.patch) // self.stride + 1, (width - self.patch) // self.stride + 1
-
-    def positions(self, grid: Grid) -> Tensor:
-        """Return the positions ``(1, prefix + h * w, C)`` of a grid: float32, computed once."""
         key = (grid, self.device)
         if key not in self._positions:
             if len(self._positions) >= _CACHED_GRIDS:
                 self._positions.pop(next(iter(self._positions)))
-            resized = resize_positions(
-                self._learned_positions,
-                grid,
-                source_grid=self._source_grid,
-                prefix=self._prefix_positions,
-                interpolation=self.row.interpolation,
-            )
-            self._positions[key] = resized.to(self.device)
+            self._positions[key] = Positions(self._absolute(grid), self._rotary(grid))
         return self._positions[key]
+
+    def _absolute(self, grid: Grid) -> Tensor | None:
+        if self._learned is None:
+            return None
+        return resize_positions(
+            self._learned,
+            grid,
+            source_grid=self._source_grid,
+            prefix=self._prefix_positions,
+            interpolation=self.row.interpolation,
+        ).to(self.device)
+
+    def _rotary(self, grid: Grid) -> Tensor | None:
+        if self._rope is None:
+            return None
+        with torch.no_grad():
+            rotary: Tensor = self._rope[0].get_embed(shape=list(grid))
+        return rotary.to(self.device)
 
     @property
     def _prefix_positions(self) -> int:
         return 0 if self.vit.no_embed_class else int(self.vit.num_prefix_tokens)
 
-    def patch_tokens(
-        self,
-        images: Tensor,
-        *,
-        layer: int | None = None,
-        norm: bool | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """Return the patch tokens of one block as a map.
-
-        Args:
-            images: normalised images ``(B, 3, H, W)``, floating point.
-            layer: 0-based block, negative from the end; the last one by default.
-            norm: apply the final norm; by default as the row says for the last block, and not
-                for earlier ones.
-            positions: ``(1 or B, prefix + h * w, C)`` to use in place of the backbone's own.
-
-        Returns:
-            ``(B, C, h, w)``, dtype of the backbone.
-
-        Raises:
-            GeometryError: the sides do not fit the patch and stride.
-            ValueError: no such block, or positions of another shape.
-        """
-        layer = self.depth - 1 if layer is None else layer
-        return self.intermediate_tokens(images, (layer,), norm=norm, positions=positions)[0]
-
-    def intermediate_tokens(
-        self,
-        images: Tensor,
-        layers: Sequence[int],
-        *,
-        norm: bool | None = None,
-        positions: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Return the patch tokens of several blocks from one pass, which ends at the deepest.
-
-        Args:
-            images: as in :meth:`patch_tokens`.
-            layers: 0-based blocks, negative from the end, in any order.
-            norm: as in :meth:`patch_tokens`, for each block.
-            positions: as in :meth:`patch_tokens`.
-
-        Returns:
-            One ``(B, C, h, w)`` a requested block, in the order of ``layers``.
-        """
-        blocks = [self.block(layer) for layer in layers]
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
+    def _maps(
+        self, images: Tensor, layers: frozenset[int], norm: bool | None, positions: Positions | None
+    ) -> dict[int, Tensor]:
         grid = self.grid(images.shape[-2], images.shape[-1])
-        with torch.set_grad_enabled(self.requires_input_grad and torch.is_grad_enabled()):
-            tokens = self._embed(images.to(self.dtype), grid, positions)
-            read: dict[int, Tensor] = {}
-            for index in range(max(blocks) + 1):
-                tokens = self.vit.blocks[index](tokens)
-                if index in blocks:
-                    read[index] = self._read(tokens, index, norm, grid)
-        return [read[index] for index in blocks]
-
-    def block(self, layer: int) -> int:
-        """Return the 0-based number of a block that may be counted from the end."""
-        if not -self.depth <= layer < self.depth:
-            raise ValueError(
-                f"{self.row.name} has blocks 0 to {self.depth - 1} (or -1 to -{self.depth}), "
-                f"got layer {layer}"
-            )
-        return layer % self.depth
-
-    def _embed(self, images: Tensor, grid: Grid, positions: Tensor | None) -> Tensor:
-        """Patches, class and register tokens and their positions: ``(B, prefix + h * w, C)``."""
         own = self.positions(grid)
-        if positions is not None and positions.shape[1:] != own.shape[1:]:
-            raise ValueError(
-                f"expected positions (1 or B, {own.shape[1]}, {own.shape[2]}) for grid "
-                f"{grid[0]} x {grid[1]}, got {tuple(positions.shape)}"
-            )
-        added = own if positions is None else positions.to(own.device, torch.float32)
+        if positions is not None:
+            positions.check_like(own, grid)
+        used = own if positions is None else positions.to(self.device)
+        tokens = self._embed(images, used.absolute)
+        per_block = used.rotary is not None and used.rotary.ndim == 4
+        read: dict[int, Tensor] = {}
+        for index in range(max(layers) + 1):
+            if used.rotary is None:
+                tokens = self.vit.blocks[index](tokens)
+            else:
+                rope = used.rotary[index] if per_block else used.rotary
+                tokens = self.vit.blocks[index](tokens, rope=rope)
+            if index in layers:
+                read[index] = self._read(tokens, index, norm, grid)
+        return read
+
+    def _embed(self, images: Tensor, absolute: Tensor | None) -> Tensor:
+        """Patches, class and register tokens and their positions: ``(B, prefix + h * w, C)``."""
         projection = self.vit.patch_embed.proj
         cells = F.conv2d(images, projection.weight, projection.bias, stride=self.stride)
         tokens = rearrange(cells, "b c h w -> b (h w) c")
@@ -206,6 +127,7 @@ class VisionTransformerBackbone(nn.Module):
             for token in (self.vit.cls_token, self.vit.reg_token)
             if token is not None
         ]
+        added = 0.0 if absolute is None else absolute
         if self._prefix_positions:
             tokens = torch.cat([*prefix, tokens], dim=1) + added
         else:
@@ -217,10 +139,8 @@ class VisionTransformerBackbone(nn.Module):
         """Strip class and register tokens, apply the final norm if asked, fold into a map."""
         last = index == self.depth - 1
         if norm or (norm is None and last and self.row.final_norm):
+            if isinstance(self.vit.norm, nn.Identity):
+                raise ValueError(f"{self.row.name} has no final norm; leave norm=True away")
             tokens = self.vit.norm(tokens)
         patches = tokens[:, self.vit.num_prefix_tokens :]
         return rearrange(patches, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
-
-    def extra_repr(self) -> str:
-        """Name, patch and stride."""
-        return f"{self.row.name}, patch={self.patch}, stride={self.stride}"

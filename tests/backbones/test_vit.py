@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import timm
@@ -9,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cosettle_adapter.backbones import VisionTransformerBackbone, build_backbone
+from cosettle_adapter.backbones import (
+    Positions,
+    VisionTransformerBackbone,
+    build_backbone,
+    lookup,
+)
 from cosettle_adapter.backbones.registry import BackboneRow
 from cosettle_adapter.errors import CorruptWeightsError, GeometryError
 
@@ -118,7 +124,7 @@ def test_an_overlapping_patch_sees_its_own_pixels() -> None:
     patch = images[..., row * 8 : row * 8 + 16, column * 8 : column * 8 + 16]
     weight, bias = backbone.vit.patch_embed.proj.weight, backbone.vit.patch_embed.proj.bias
     expected = torch.einsum("bchw,ochw->bo", patch, weight) + bias
-    embedded = backbone._embed(images, (5, 5), torch.zeros(1, 26, 192))
+    embedded = backbone._embed(images, torch.zeros(1, 26, 192))
     torch.testing.assert_close(embedded[:, 1 + row * 5 + column], expected)
 
 
@@ -137,10 +143,23 @@ def test_positions_can_be_replaced() -> None:
     torch.testing.assert_close(
         backbone.patch_tokens(images, positions=own), backbone.patch_tokens(images)
     )
-    moved = backbone.patch_tokens(images, positions=own.roll(1, dims=1))
-    assert not torch.allclose(moved, backbone.patch_tokens(images))
-    with pytest.raises(ValueError, match=r"expected positions \(1 or B, 5, 192\) for grid 2 x 2"):
-        backbone.patch_tokens(images, positions=own[:, 1:])
+    assert own.absolute is not None
+    moved = Positions(own.absolute.roll(1, dims=1))
+    tokens = backbone.patch_tokens(images, positions=moved)
+    assert not torch.allclose(tokens, backbone.patch_tokens(images))
+    each = Positions(torch.cat([own.absolute, own.absolute.roll(1, dims=1)]))
+    torch.testing.assert_close(
+        backbone.patch_tokens(images, positions=each)[0], backbone.patch_tokens(images)[0]
+    )
+    torch.testing.assert_close(backbone.patch_tokens(images, positions=each)[1], tokens[1])
+    with pytest.raises(
+        ValueError, match=r"expected absolute positions \(1 or B, 5, 192\) for grid 2 x 2, got"
+    ):
+        backbone.patch_tokens(images, positions=Positions(own.absolute[:, 1:]))
+    with pytest.raises(ValueError, match="no absolute positions were given"):
+        backbone.patch_tokens(images, positions=Positions())
+    with pytest.raises(ValueError, match="rotary positions were given, but this backbone has none"):
+        backbone.patch_tokens(images, positions=Positions(own.absolute, torch.zeros(4, 8)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -149,7 +168,9 @@ def test_half_precision_keeps_positions_in_float32(dtype: torch.dtype) -> None:
     images = torch.randn(1, 3, 64, 64)
     tokens = backbone.patch_tokens(images)
     assert tokens.dtype == dtype
-    assert backbone.positions((4, 4)).dtype == torch.float32
+    absolute = backbone.positions((4, 4)).absolute
+    assert absolute is not None
+    assert absolute.dtype == torch.float32
     cosine = torch.cosine_similarity(tokens.float(), build().patch_tokens(images), dim=1)
     assert float(cosine.min()) > 0.99
 
@@ -209,8 +230,86 @@ def test_weights_of_another_model_are_listed() -> None:
     del state["norm.weight"]
     with pytest.raises(CorruptWeightsError) as caught:
         build_backbone(TINY, state, fingerprint="sha256:0")
-    for fault in ("missing norm.weight", "unexpected surprise", "norm.bias is (3,), expected"):
+    for fault in (
+        "1 missing (norm.weight)",
+        "1 unexpected (surprise)",
+        "1 misshapen (norm.bias is (3,), expected (192,))",
+    ):
         assert fault in str(caught.value)
+
+
+ROTARY = {
+    "timm:vit_small_patch16_dinov3.lvd1689m": "rotary",
+    "timm:eva02_tiny_patch14_224.mim_in22k": "absolute+rotary",
+    "timm:vit_pe_spatial_tiny_patch16_512.fb": "absolute+rotary",
+    "timm:vit_small_patch16_rope_mixed_224.naver_in1k": "rotary",
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("cells", [(5, 9), "stored"])
+def test_rotary_transformers_equal_timm(name: str, cells: tuple[int, int] | str) -> None:
+    row = dataclasses.replace(lookup(name), depth=2)
+    row = dataclasses.replace(row, options={"depth": 2})
+    assert row.positions == ROTARY[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = timm.create_model(
+            row.architecture, num_classes=0, global_pool="", depth=2, dynamic_img_size=True
+        ).eval()
+        state = {
+            key: torch.randn_like(tensor) * 0.1 + ("norm" in key)
+            for key, tensor in model.state_dict().items()
+        }
+    model.load_state_dict(state)
+    backbone = build_backbone(row, state, fingerprint="sha256:0")
+    h, w = (row.image_size // row.patch,) * 2 if isinstance(cells, str) else cells
+    images = torch.randn(2, 3, h * row.patch, w * row.patch)
+    with torch.no_grad():
+        expected = model.forward_intermediates(
+            images, indices=[0, 1], norm=row.final_norm, intermediates_only=True
+        )
+    tokens = backbone.intermediate_tokens(images, (0, 1), norm=row.final_norm)
+    for found, wanted in zip(tokens, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    rotary = backbone.positions((h, w)).rotary
+    assert rotary is not None
+    assert rotary.dtype == torch.float32
+    assert rotary.shape[-2] == h * w
+    half = build_backbone(row, state, fingerprint="sha256:0").to(torch.bfloat16)
+    assert half.patch_tokens(images).dtype == torch.bfloat16
+    again = half.positions((h, w)).rotary
+    assert again is not None
+    torch.testing.assert_close(again, rotary, atol=1e-6, rtol=1e-6)
+
+
+def test_rotary_positions_can_be_replaced() -> None:
+    row = dataclasses.replace(
+        lookup("timm:vit_small_patch16_dinov3.lvd1689m"), depth=2, options={"depth": 2}
+    )
+    backbone = build_backbone(row, tiny_state(row), fingerprint="sha256:0")
+    images = torch.randn(1, 3, 48, 64)
+    own = backbone.positions((3, 4))
+    torch.testing.assert_close(
+        backbone.patch_tokens(images, positions=own), backbone.patch_tokens(images)
+    )
+    assert own.rotary is not None
+    still = Positions(rotary=own.rotary[:1].expand_as(own.rotary))
+    assert not torch.allclose(
+        backbone.patch_tokens(images, positions=still), backbone.patch_tokens(images)
+    )
+    with pytest.raises(ValueError, match=r"expected rotary positions \(12, 128\) for grid 3 x 4"):
+        backbone.patch_tokens(images, positions=Positions(rotary=own.rotary[:5]))
+
+
+def test_building_leaves_the_random_state_alone() -> None:
+    row = dataclasses.replace(
+        lookup("timm:vit_small_patch16_dinov3.lvd1689m"), depth=1, options={"depth": 1}
+    )
+    state = tiny_state(row)
+    before = torch.random.get_rng_state()
+    build_backbone(row, state, fingerprint="sha256:0")
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_the_real_backbone_equals_timm(real_backbone: VisionTransformerBackbone) -> None:
