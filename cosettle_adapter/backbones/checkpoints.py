@@ -1,0 +1,146 @@
+"""Files of weights: safetensors, and other people's pickles, of which nothing is ever run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
+
+_STATE_DICTS = (  # where training codes keep the model, the first that is there
+    "model",
+    "state_dict",
+    "teacher",
+    "encoder",
+    "target_encoder",
+    "model_state_dict",
+    "module",
+)
+_SAFETENSORS_HEADER = 9  # a length of 8 bytes, then the opening brace of a JSON object
+_NOT_ALLOWED = "Unsupported global: GLOBAL "
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights holds.
+
+    Attributes:
+        tensors: the file's own names to tensors, on the CPU.
+        epoch: training epoch it was written after, where it says so.
+        arguments: settings of the training run that are plain values.
+    """
+
+    tensors: dict[str, Tensor]
+    epoch: int | None = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a safetensors file, or a PyTorch checkpoint as training codes save it.
+
+    A pickle is read by PyTorch's restricted unpickler, which knows tensors and plain containers;
+    ``argparse.Namespace`` is allowed beside them because many codes save their arguments.
+    Anything else is refused before it could run.
+
+    Args:
+        path: the file; its content decides the format, not its suffix.
+
+    Returns:
+        The state dict, found at the top or under one of the usual keys (``model``,
+        ``state_dict``, ``teacher``, ``encoder``, ...), and what stands beside it.
+
+    Raises:
+        WeightsUnavailableError: no such file.
+        CorruptWeightsError: truncated, holding code, or holding no tensors; one line says which.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsUnavailableError(f"{path} does not exist")
+    with path.open("rb") as file:
+        head = file.read(_SAFETENSORS_HEADER)
+    if path.suffix == ".safetensors" or (head[-1:] == b"{" and len(head) == _SAFETENSORS_HEADER):
+        return Checkpoint(_read_safetensors(path))
+    content = _read_pickle(path)
+    if not isinstance(content, Mapping):
+        raise CorruptWeightsError(f"{path} holds a {type(content).__name__}, expected a dictionary")
+    tensors = _state_dict(content, path)
+    epoch, arguments = content.get("epoch"), content.get("args")
+    return Checkpoint(
+        tensors,
+        epoch=epoch if isinstance(epoch, int) else None,
+        arguments=_plain(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {},
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CorruptWeightsError(
+            f"{path} is truncated or not a safetensors file ({error})"
+        ) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)
+    if mapped and _is_torchscript(path):
+        raise CorruptWeightsError(
+            f"{path} is a TorchScript archive, which is a program; load it where you trust it and "
+            "save its state_dict() as safetensors"
+        )
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapping the file skips the optimizer's moments, which nobody reads.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # anything may go wrong inside a damaged pickle
+        raise CorruptWeightsError(f"{path} {_cause(error)}") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _cause(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if _NOT_ALLOWED in text:
+        what = text.partition(_NOT_ALLOWED)[2].split()[0]
+        return f"is a pickle that holds more than tensors ({what}); it was not run and is not used"
+    if isinstance(error, (pickle.UnpicklingError, EOFError, RuntimeError)):
+        return f"is truncated or not a PyTorch checkpoint ({text[:120]})"
+    return f"cannot be read ({type(error).__name__}: {text[:120]})"
+
+
+def _state_dict(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    nested = next((content[key] for key in _STATE_DICTS if _holds_tensors(content.get(key))), None)
+    found = content if nested is None else nested
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        keys = ", ".join(map(str, list(content)[:10]))
+        raise CorruptWeightsError(f"{path} holds no tensors; at its top are: {keys or 'no keys'}")
+    return tensors
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in values.items()
+        if value is None or isinstance(value, (bool, int, float, str))
+    }

@@ -1,0 +1,233 @@
+"""Rows for open_clip's image towers: ``open_clip:<architecture>/<tag>[@<pixels a cell>]``.
+
+open_clip's own towers run at one resolution. The same tensors in timm's models run at any, so a
+row here is a timm architecture with options, and :mod:`cosettle_adapter.backbones.clip_layouts`
+renames the tensors; of open_clip only its lists of architectures and tags are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import posixpath
+from typing import Any
+
+from torch import nn
+
+from cosettle_adapter.backbones import timm_tags
+from cosettle_adapter.backbones.row import OPENAI_MEAN, OPENAI_STD, BackboneRow, HubFile
+from cosettle_adapter.errors import UnknownModelError, did_you_mean
+
+PREFIX = "open_clip:"
+_WEIGHTS = "open_clip_model.safetensors"
+_OLDER = ("open_clip_pytorch_model.bin",)  # what repositories had before safetensors
+_TAGS_SHOWN = 10
+
+_LICENCES = {  # pattern of "<Hub repository>:<tag>", the first that fits
+    "*:openai": "MIT",
+    "*:metaclip*": "CC-BY-NC-4.0",
+    "*:dfndr*": "LicenseRef-Apple-AMLR",
+    "*:datacompdr*": "LicenseRef-Apple-AMLR",
+    "apple/DFN*": "LicenseRef-Apple-ASCL",
+    "laion/*": "MIT",
+    "timm/*:laion*": "MIT",
+    "timm/eva*": "MIT",
+    "timm/resnet*": "MIT",
+    "timm/PE-Core-*": "Apache-2.0",
+    "timm/ViT-*-SigLIP*": "Apache-2.0",
+    "jienengchen/ViTamin*": "MIT",
+}
+_RESNETS = {  # blocks of each stage, width: timm's ResNet without the attention pooling
+    ((3, 4, 6, 3), 64): "resnet50_clip_gap",
+    ((3, 4, 23, 3), 64): "resnet101_clip_gap",
+    ((4, 6, 10, 6), 80): "resnet50x4_clip_gap",
+    ((6, 8, 18, 8), 96): "resnet50x16_clip_gap",
+    ((3, 15, 36, 10), 128): "resnet50x64_clip_gap",
+}
+_EXPRESSED = {  # fields of open_clip's config that a row passes on
+    "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value",
+    "no_ln_pre", "attentional_pool", "final_ln_after_pool", "act_kwargs", "norm_kwargs",
+}  # fmt: skip
+_WITHOUT_EFFECT = {  # on patch tokens at inference; sinusoidal positions are in the file
+    "patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "pool_type", "output_tokens",
+    "pos_embed_type", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
+    "timm_model_pretrained",
+}  # fmt: skip
+
+
+def resolve(rest: str) -> BackboneRow:
+    """Make the row of ``open_clip:<rest>``.
+
+    Weights trained with QuickGELU get it whether the architecture's name says so or only the tag
+    does; open_clip itself runs such a mismatched pair with GELU and warns.
+
+    Args:
+        rest: ``<architecture>/<tag>`` as open_clip lists them; the architecture alone where it
+            has no published weights. ``@<pixels>`` chooses a stage as for timm's models.
+
+    Raises:
+        UnknownModelError: open_clip has no such architecture or tag, or the tower is one that
+            timm cannot express.
+    """
+    import open_clip  # seconds, and only these names need it
+
+    name, _, cell = rest.partition("@")
+    architecture, _, tag = name.partition("/")
+    if architecture not in open_clip.list_models():
+        raise UnknownModelError(
+            f"open_clip {open_clip.__version__} has no architecture {architecture!r}."
+            f"{did_you_mean(architecture, open_clip.list_models())}"
+        )
+    tag = _known_tag(architecture, tag, open_clip.list_pretrained_tags_by_model(architecture))
+    config = open_clip.get_model_config(architecture)
+    weights = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
+    row_name = PREFIX + architecture + (f"/{tag}" if tag else "") + (f"@{cell}" if cell else "")
+
+    if vision.timm_model_name or isinstance(vision.layers, (list, tuple)):
+        timm_name = vision.timm_model_name or _resnet(vision, row_name)
+        row = timm_tags.resolve(timm_name + (f"@{cell}" if cell else ""))
+        notes: list[str] = []
+    else:
+        if cell:
+            raise UnknownModelError(
+                f"{architecture} has one resolution throughout; leave @{cell} away"
+            )
+        quick_gelu = bool(config.get("quick_gelu") or weights.get("quick_gelu"))
+        row, notes = _vit(vision, row_name, quick_gelu=quick_gelu)
+    hub = _hub_file(weights)
+    if hub is None:
+        url = weights.get("url")
+        notes.append(
+            f"not on the Hub: download {url} and give backbone_weights=PATH"
+            if url
+            else "open_clip publishes no weights of it: give backbone_weights=PATH"
+        )
+    return dataclasses.replace(
+        row,
+        name=row_name,
+        family=_family(config),
+        licence=_licence(hub, tag),
+        hub=hub,
+        mean=tuple(weights.get("mean") or OPENAI_MEAN),
+        std=tuple(weights.get("std") or OPENAI_STD),
+        note="; ".join(notes),
+    )
+
+
+def _known_tag(architecture: str, tag: str, tags: list[str]) -> str:
+    """Spell a tag as open_clip lists it."""
+    clean = tag.lower().replace("-", "_")
+    if clean in tags or (not tag and not tags):
+        return clean
+    if not tags:
+        raise UnknownModelError(
+            f"open_clip publishes no weights of {architecture}, so it has no tag {tag!r}; "
+            f"{PREFIX}{architecture} alone takes yours, with backbone_weights=PATH"
+        )
+    shown = ", ".join(tags[:_TAGS_SHOWN]) + (", ..." if len(tags) > _TAGS_SHOWN else "")
+    fault = f"has no tag {tag!r}" if tag else "needs a tag"
+    raise UnknownModelError(
+        f"open_clip's {architecture} {fault}.{did_you_mean(clean, tags) if tag else ''} "
+        f"Its tags: {shown}; write {PREFIX}{architecture}/{tags[0]}, for example"
+    )
+
+
+def _vit(vision: Any, name: str, *, quick_gelu: bool) -> tuple[BackboneRow, list[str]]:
+    """open_clip's own ViT, as options of timm's; what is worth a note besides."""
+    for field in dataclasses.fields(vision):
+        value = getattr(vision, field.name)
+        if field.name in _EXPRESSED | _WITHOUT_EFFECT or value in (field.default, "default"):
+            continue
+        raise _cannot(name, field.name, value)
+    side = _square(name, "image_size", vision.image_size)
+    patch = _square(name, "patch_size", vision.patch_size)
+    options: dict[str, Any] = {
+        "img_size": side,
+        "patch_size": patch,
+        "embed_dim": vision.width,
+        "depth": vision.layers,
+        "num_heads": vision.width // vision.head_width,
+        "mlp_ratio": vision.mlp_ratio,
+        "pre_norm": not vision.no_ln_pre,
+        "act_layer": _activation(vision, name, quick_gelu=quick_gelu),
+    }
+    if vision.norm_kwargs:
+        if set(vision.norm_kwargs) != {"eps"}:
+            raise _cannot(name, "norm_kwargs", vision.norm_kwargs)
+        options["norm_layer"] = functools.partial(nn.LayerNorm, **vision.norm_kwargs)
+    if vision.ls_init_value is not None:
+        options["init_values"] = vision.ls_init_value or 1.0  # timm reads 0 as none; not used
+    notes = ["QuickGELU"] if quick_gelu else []
+    if vision.attentional_pool:
+        if vision.attentional_pool is not True:  # "parallel" and "cascade"
+            raise _cannot(name, "attentional_pool", vision.attentional_pool)
+        options["final_norm"] = False
+        notes.append("no final norm: this tower's norm comes after its attention pooling")
+    elif vision.final_ln_after_pool:
+        notes.append("trained to normalise the mean of its patch tokens, not the tokens")
+    row = BackboneRow(
+        name=name,
+        family="",
+        architecture="vit_base_patch16_clip_224",
+        patch=patch,
+        width=vision.width,
+        depth=vision.layers,
+        licence="",
+        image_size=side,
+        options=options,
+        final_norm=not (vision.attentional_pool or vision.final_ln_after_pool),
+    )
+    return row, notes
+
+
+def _activation(vision: Any, name: str, *, quick_gelu: bool) -> str:
+    if not vision.act_kwargs:
+        return "quick_gelu" if quick_gelu else "gelu"
+    if quick_gelu or vision.act_kwargs != {"approximate": "tanh"}:
+        raise _cannot(name, "act_kwargs", vision.act_kwargs)
+    return "gelu_tanh"
+
+
+def _square(name: str, field: str, value: Any) -> int:
+    sides = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if len(set(sides)) != 1:
+        raise _cannot(name, field, value)
+    return int(sides[0])
+
+
+def _resnet(vision: Any, name: str) -> str:
+    architecture = _RESNETS.get((tuple(vision.layers), vision.width))
+    if architecture is None:
+        raise _cannot(name, "layers", f"{vision.layers} of width {vision.width}")
+    return architecture
+
+
+def _cannot(name: str, field: str, value: Any) -> UnknownModelError:
+    return UnknownModelError(
+        f"{name}: timm has no model for a tower with {field}={value!r}, so it cannot be a backbone "
+        "here"
+    )
+
+
+def _family(config: Any) -> str:
+    if "multimodal_cfg" in config:
+        return "CoCa"
+    return "SigLIP" if "init_logit_bias" in config else "CLIP"
+
+
+def _hub_file(weights: Any) -> HubFile | None:
+    """open_clip writes ``owner/name/`` for its usual file, ``owner/name/file`` for another."""
+    repo, filename = posixpath.split(weights.get("hf_hub") or "")
+    if not repo:
+        return None
+    return HubFile(repo, filename) if filename else HubFile(repo, _WEIGHTS, alternatives=_OLDER)
+
+
+def _licence(hub: HubFile | None, tag: str) -> str:
+    where = f"{'' if hub is None else hub.repo}:{tag}"
+    fitting = (
+        licence for pattern, licence in _LICENCES.items() if fnmatch.fnmatchcase(where, pattern)
+    )
+    return next(fitting, "unstated")

@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from cosettle_adapter.backbones import BackboneRow, build_backbone, lookup
+from cosettle_adapter.backbones.backbone import Backbone
+from cosettle_adapter.backbones.layouts import to_timm
+from cosettle_adapter.backbones.open_clip import resolve
+from cosettle_adapter.backbones.row import HALF, IMAGENET_MEAN, OPENAI_MEAN, OPENAI_STD
+from cosettle_adapter.errors import UnknownModelError
+
+WIDTH = 64
+SMALL_TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+Changes = Callable[..., None]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Changes:
+    """Make every architecture of open_clip a small one of the same kind."""
+
+    def shrink(**changes: object) -> None:
+        def config_of(name: str) -> dict[str, Any]:
+            config: dict[str, Any] = original(name)
+            vision = config["vision_cfg"]
+            if "timm_model_name" not in vision:
+                patch = vision["patch_size"]
+                vision |= {"layers": 2, "width": WIDTH, "head_width": 16, "image_size": 4 * patch}
+            vision |= changes
+            for text in ("text_cfg", "multimodal_cfg"):
+                if text in config:
+                    config[text] |= SMALL_TEXT
+            return config
+
+        original = open_clip.get_model_config
+        for module in (open_clip, open_clip.factory):
+            monkeypatch.setattr(module, "get_model_config", config_of)
+
+    return shrink
+
+
+@pytest.fixture
+def small_timm(monkeypatch: pytest.MonkeyPatch) -> Changes:
+    """Make every model timm creates a small one of the same kind."""
+    original = timm.create_model
+
+    def shrink(**sizes: object) -> None:
+        monkeypatch.setattr(
+            timm, "create_model", lambda name, **options: original(name, **{**sizes, **options})
+        )
+
+    return shrink
+
+
+def random_model(architecture: str, *, quick_gelu: bool = False) -> Any:
+    """open_clip's own whole model, text tower and all, no parameter as it was initialised."""
+    model = open_clip.create_model(
+        architecture, force_quick_gelu=quick_gelu, load_weights=False
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter + 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def backbone_of(model: Any, row: BackboneRow) -> Backbone:
+    tensors = to_timm(model.state_dict(), row)
+    return build_backbone(row, tensors, fingerprint="")
+
+
+def their_tokens(tower: Any, images: Tensor, *, norm: bool) -> list[Tensor]:
+    with torch.no_grad():
+        tokens: list[Tensor] = tower.forward_intermediates(
+            images, normalize_intermediates=norm, intermediates_only=True
+        )["image_intermediates"]
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "quick_gelu", "final_norm"),
+    [
+        ("ViT-B-16/openai", True, True),
+        ("ViT-B-16/datacomp_xl_s13b_b90k", False, True),
+        ("ViT-B-16-quickgelu/metaclip_400m", True, True),
+        ("ViT-L-14-336/openai", True, True),
+        ("ViT-H-14/laion2b_s32b_b79k", False, True),
+        ("ViT-H-14-378/dfn5b", True, True),
+        ("ViT-H-14-CLIPA/datacomp1b", False, False),
+        ("coca_ViT-B-32/laion2b_s13b_b90k", False, False),
+        ("ViT-M-16-alt", False, True),
+    ],
+)
+def test_own_towers(small: Changes, name: str, quick_gelu: bool, final_norm: bool) -> None:
+    small()
+    row = resolve(name)
+    assert row.name == f"open_clip:{name}"
+    assert (row.kind, row.width, row.depth, row.image_size) == ("vit", WIDTH, 2, 4 * row.patch)
+    assert row.final_norm == final_norm
+    assert ("QuickGELU" in row.note) == quick_gelu
+    model = random_model(name.partition("/")[0], quick_gelu=quick_gelu)
+    backbone = backbone_of(model, row)
+    images = torch.randn(2, 3, row.image_size, row.image_size)
+    found = backbone.intermediate_tokens(images, (0, 1), norm=False)
+    for mine, other in zip(found, their_tokens(model.visual, images, norm=False), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    if final_norm:
+        torch.testing.assert_close(
+            backbone.patch_tokens(images),
+            their_tokens(model.visual, images, norm=True)[1],
+            atol=1e-5,
+            rtol=1e-5,
+        )
+    else:
+        torch.testing.assert_close(backbone.patch_tokens(images), found[1])
+    other_size = torch.randn(1, 3, 2 * row.patch, 7 * row.patch)
+    assert backbone.patch_tokens(other_size).shape == (1, WIDTH, 2, 7)
+    with pytest.raises(RuntimeError):
+        their_tokens(model.visual, other_size, norm=True)
+
+
+def test_activation_makes_a_difference(small: Changes) -> None:
+    small()
+    model = random_model("ViT-B-16", quick_gelu=True)
+    images = torch.randn(1, 3, 64, 64)
+    gelu = backbone_of(model, resolve("ViT-B-16/datacomp_xl_s13b_b90k")).patch_tokens(images)
+    assert not torch.allclose(gelu, their_tokens(model.visual, images, norm=True)[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "option", "value"),
+    [
+        ({"ls_init_value": 0.0}, "init_values", 1.0),
+        ({"act_kwargs": {"approximate": "tanh"}}, "act_layer", "gelu_tanh"),
+    ],
+)
+def test_rarer_settings(small: Changes, changes: dict[str, Any], option: str, value: Any) -> None:
+    small(**changes)
+    row = resolve("ViT-B-16/laion2b_s34b_b88k")
+    assert row.options[option] == value
+    model = random_model("ViT-B-16")
+    images = torch.randn(1, 3, 64, 64)
+    expected = their_tokens(model.visual, images, norm=True)[1]
+    tokens = backbone_of(model, row).patch_tokens(images)
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_epsilon(small: Changes) -> None:
+    small(norm_kwargs={"eps": 0.1})
+    model = random_model("ViT-B-16")
+    images = torch.randn(1, 3, 64, 64)
+    tokens = backbone_of(model, resolve("ViT-B-16/laion2b_s34b_b88k")).patch_tokens(images)
+    expected = their_tokens(model.visual, images, norm=True)[1]
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+SMALL_VIT = {"depth": 2, "embed_dim": WIDTH, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        ("ViT-B-16-SigLIP2/webli", "absolute"),
+        ("EVA02-B-16/merged2b_s8b_b131k", "absolute+rotary"),
+        ("EVA01-g-14/laion400m_s11b_b41k", "absolute"),
+        ("PE-Core-B-16/meta", "absolute+rotary"),
+        ("MobileCLIP2-L-14/dfndr2b", "absolute"),
+    ],
+)
+def test_timms_vits(small: Changes, small_timm: Changes, name: str, positions: str) -> None:
+    small()
+    small_timm(**SMALL_VIT)
+    row = resolve(name)
+    assert (row.kind, row.width, row.depth, row.positions) == ("vit", WIDTH, 2, positions)
+    model = random_model(name.partition("/")[0])
+    backbone = backbone_of(model, row)
+    images = torch.randn(1, 3, row.image_size, row.image_size)
+    found = backbone.intermediate_tokens(images, (0, 1), norm=True)
+    for mine, other in zip(found, their_tokens(model.visual, images, norm=True), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    other_size = torch.randn(1, 3, 2 * row.patch, 7 * row.patch)
+    assert backbone.patch_tokens(other_size).shape == (1, WIDTH, 2, 7)
+    with pytest.raises((AssertionError, RuntimeError)):
+        their_tokens(model.visual, other_size, norm=True)
+
+
+def test_timms_feature_maps(small: Changes, small_timm: Changes) -> None:
+    small()
+    small_timm(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))
+    row = resolve("convnext_base_w/laion2b_s13b_b82k")
+    assert (row.kind, row.architecture, row.patch) == ("features", "convnext_base", 16)
+    assert (row.width, row.depth, row.final_norm) == (32, 4, False)
+    model = random_model("convnext_base_w")
+    images = torch.randn(1, 3, 96, 64)
+    tokens = backbone_of(model, dataclasses.replace(row, ignored=())).patch_tokens(images)
+    expected = their_tokens(model.visual, images, norm=False)[2]
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_stage_by_its_pixels(small_timm: Changes) -> None:
+    small_timm(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))
+    row = resolve("convnext_base_w/laion2b_s13b_b82k@8")
+    assert row.name == "open_clip:convnext_base_w/laion2b_s13b_b82k@8"
+    assert (row.patch, row.width) == (8, 16)
+    with pytest.raises(UnknownModelError, match="no stage with 7 pixels"):
+        resolve("convnext_base_w/laion2b_s13b_b82k@7")
+    with pytest.raises(UnknownModelError, match=r"ViT-B-16 has one resolution .* leave @8 away"):
+        resolve("ViT-B-16/openai@8")
+
+
+def test_openais_resnets() -> None:
+    row = resolve("RN50/openai")
+    assert (row.kind, row.architecture, row.patch) == ("features", "resnet50_clip_gap", 16)
+    assert (row.width, row.depth) == (1024, 5)
+    tower = open_clip.modified_resnet.ModifiedResNet([3, 4, 6, 3], 16, 8, image_size=32, width=64)
+    for name, tensor in tower.eval().state_dict().items():
+        if name.endswith("bn3.weight"):  # zero, so that blocks would do nothing
+            tensor.fill_(0.5)
+    model = torch.nn.ModuleDict({"visual": tower})
+    images = torch.randn(1, 3, 64, 96)
+    tokens = backbone_of(model, row).patch_tokens(images)
+    expected = their_tokens(tower, images, norm=False)[3]
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "timm_name"),
+    [
+        ("RN101", "resnet101_clip_gap"),
+        ("RN50x4-quickgelu", "resnet50x4_clip_gap"),
+        ("RN50x16", "resnet50x16_clip_gap"),
+        ("RN50x64", "resnet50x64_clip_gap"),
+    ],
+)
+def test_larger_resnets_have_timms_shapes(architecture: str, timm_name: str) -> None:
+    config = open_clip.get_model_config(architecture)["vision_cfg"]
+    with torch.device("meta"):
+        tower = open_clip.modified_resnet.ModifiedResNet(
+            config["layers"], 16, 8, image_size=config["image_size"], width=config["width"]
+        )
+        twin = timm.create_model(timm_name, num_classes=0).state_dict()
+    row = resolve(f"{architecture}/openai")
+    found = to_timm(
+        {f"visual.{name}": tensor for name, tensor in tower.state_dict().items()},
+        row,
+    )
+    assert row.architecture == timm_name
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in twin.items()
+    }
+
+
+def test_a_row_carries_what_its_tag_says() -> None:
+    row = lookup("open_clip:ViT-B-16/openai")
+    assert row.hub is not None
+    assert row.hub.repo == "timm/vit_base_patch16_clip_224.openai"
+    assert row.hub.filename == "open_clip_model.safetensors"
+    assert (row.mean, row.std, row.licence) == (OPENAI_MEAN, OPENAI_STD, "MIT")
+    assert (row.patch, row.width, row.depth, row.image_size) == (16, 768, 12, 224)
+    assert row.family == "CLIP"
+    siglip = lookup("open_clip:ViT-B-16-SigLIP2/webli")
+    assert (siglip.mean, siglip.std, siglip.family) == (HALF, HALF, "SigLIP")
+    assert siglip.licence == "Apache-2.0"
+    assert lookup("open_clip:ViT-L-14-CLIPA/datacomp1b").mean == IMAGENET_MEAN
+    assert lookup("open_clip:ViT-L-14-CLIPA/datacomp1b").licence == "unstated"
+    assert lookup("open_clip:ViT-B-16/metaclip_400m").licence == "CC-BY-NC-4.0"
+    assert lookup("open_clip:coca_ViT-L-14/laion2b_s13b_b90k").family == "CoCa"
+    vitamin = lookup("open_clip:ViTamin-S/datacomp1b").hub
+    assert vitamin is not None
+    assert (vitamin.repo, vitamin.filename) == ("jienengchen/ViTamin-S", "pytorch_model.bin")
+
+
+def test_tags_are_spelled_as_open_clip_lists_them() -> None:
+    assert resolve("ViT-B-16/LAION2B-s34B-b88K").name == "open_clip:ViT-B-16/laion2b_s34b_b88k"
+
+
+def test_weights_that_are_not_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        open_clip, "get_pretrained_cfg", lambda *_: {"url": "https://x.org/ViT-B-16.pt"}
+    )
+    row = resolve("ViT-B-16/openai")
+    assert row.hub is None
+    assert "download https://x.org/ViT-B-16.pt and give backbone_weights=PATH" in row.note
+    assert (row.mean, row.std) == (OPENAI_MEAN, OPENAI_STD)
+
+
+def test_architectures_without_published_weights() -> None:
+    row = resolve("ViT-L-14-worldwide-quickgelu")
+    assert row.name == "open_clip:ViT-L-14-worldwide-quickgelu"
+    assert row.hub is None
+    assert row.note.startswith("QuickGELU; ")
+    assert "give backbone_weights=PATH" in row.note
+    with pytest.raises(UnknownModelError, match=r"no weights of ViT-M-16, .* open_clip:ViT-M-16"):
+        resolve("ViT-M-16/openai")
+
+
+def test_unknown_architectures() -> None:
+    with pytest.raises(UnknownModelError, match=r"no architecture 'convnext_bass_w'.*convnext_bas"):
+        resolve("convnext_bass_w/laion2b_s13b_b82k")
+    with pytest.raises(UnknownModelError, match="no architecture 'hf-hub:someone'"):
+        resolve("hf-hub:someone/something")
+
+
+def test_unknown_tags() -> None:
+    with pytest.raises(UnknownModelError, match=r"no tag 'openia'\. Did you mean 'openai'"):
+        resolve("ViT-L-14-336/openia")
+    with pytest.raises(UnknownModelError, match=r"ViT-B-32 needs a tag\. .*, \.\.\.; write") as few:
+        resolve("ViT-B-32")
+    listed = re.search("Its tags: (.*), ...; write", str(few.value))
+    assert listed is not None
+    assert len(listed[1].split(", ")) == 10
+    assert "open_clip:ViT-B-32/openai, for example" in str(few.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"scaled_cosine_attn": True}, "scaled_cosine_attn=True"),
+        ({"qk_norm": True}, "qk_norm=True"),
+        ({"block_type": "custom"}, "block_type='custom'"),
+        ({"attentional_pool": "parallel"}, "attentional_pool='parallel'"),
+        ({"image_size": [224, 448]}, r"image_size=\[224, 448\]"),
+        ({"act_kwargs": {"approximate": "sigmoid"}}, "act_kwargs="),
+        ({"norm_kwargs": {"elementwise_affine": False}}, "norm_kwargs="),
+        ({"layers": [1, 1, 1, 1]}, r"layers='\[1, 1, 1, 1\] of width 64'"),
+    ],
+)
+def test_towers_timm_cannot_express(small: Changes, changes: dict[str, Any], named: str) -> None:
+    small(**changes)
+    with pytest.raises(UnknownModelError, match=rf"ViT-B-16/openai: timm has no model .*{named}"):
+        resolve("ViT-B-16/openai")
+
+
+def test_a_block_type_that_changes_nothing(small: Changes) -> None:
+    small(block_type="default", image_size=[64, 64])
+    assert resolve("ViT-B-16/openai").image_size == 64
+
+
+def test_every_own_tower_resolves() -> None:
+    for name in open_clip.list_models():
+        vision = open_clip.get_model_config(name)["vision_cfg"]
+        if "timm_model_name" in vision or isinstance(vision["layers"], list):
+            continue
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        for row in [resolve(f"{name}/{tag}") for tag in tags] or [resolve(name)]:
+            assert row.kind == "vit"
+            assert (row.hub is None) == (not tags)
+
+
+def test_open_clip_is_imported_only_when_asked_for() -> None:
+    code = (
+        "import sys, cosettle_adapter.backbones.open_clip as rows;"
+        "before = 'open_clip' in sys.modules;"
+        "rows.resolve('ViT-B-16/openai');"
+        "print(before, 'open_clip' in sys.modules)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.split() == ["False", "True"]
