@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import (
+    Backbone,
     HubOptions,
-    VisionTransformerBackbone,
     load_backbone,
 )
 from cosettle_adapter.errors import BackboneMismatchError, ProjectionFormatError
@@ -24,6 +24,9 @@ from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
 from cosettle_adapter.frames.resampling import apply_geometry
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.published import find_projection
+
+if TYPE_CHECKING:
+    from cosettle_adapter.hub import Pushed
 
 Size = int | tuple[int, int]
 
@@ -68,7 +71,7 @@ class CoSettleAdapter(nn.Module):
 
     def __init__(
         self,
-        backbone: VisionTransformerBackbone,
+        backbone: Backbone,
         projection: Projection,
         *,
         allow_mismatched_backbone: bool = False,
@@ -87,10 +90,11 @@ class CoSettleAdapter(nn.Module):
         """
         super().__init__()
         config = projection.config
-        if config.in_width != backbone.width * len(config.layers):
+        read = sum(backbone.widths[backbone.block(layer)] for layer in config.layers)
+        if config.in_width != read:
             raise ProjectionFormatError(
                 f"the projection reads {config.in_width} channels, but {len(config.layers)} "
-                f"block(s) of {backbone.row.name} have {backbone.width * len(config.layers)}"
+                f"block(s) of {backbone.row.name} have {read}"
             )
         if config.fingerprint != backbone.fingerprint and not allow_mismatched_backbone:
             raise BackboneMismatchError(
@@ -148,13 +152,13 @@ class CoSettleAdapter(nn.Module):
             dtype: dtype of the backbone and of the features (float32, bfloat16 or float16);
                 positions and the projection stay float32.
             stride: step between patches in pixels; smaller than the patch makes them overlap.
-            backbone_weights: a safetensors file in timm's layout, in place of the registered
-                sources.
+            backbone_weights: a file in place of the registered sources: safetensors or a PyTorch
+                checkpoint, in timm's, the authors', OpenAI's or Hugging Face's layout.
             allow_mismatched_backbone: accept a projection fitted on other tensors.
             requires_input_grad: let gradients reach the frames.
             cache_dir: cache for backbone and projection, in place of ``HF_HOME``.
-            revision: branch, tag or commit of the repository ``name`` stands for: the
-                projection's for ``owner/name``, the backbone's for a registered name.
+            revision: branch, tag or commit of the repository ``name`` stands for: the one the
+                projection comes from, or the backbone's where the projection is in the package.
             token: access token for private or gated repositories.
             local_files_only: never touch the network, for the backbone or the projection.
 
@@ -171,11 +175,11 @@ class CoSettleAdapter(nn.Module):
         )
         published = find_projection(name, options)
         projection = Projection.load(published.folder)
-        if published.alias is None:
+        if not published.bundled:
             options = dataclasses.replace(options, revision=projection.config.backbone_revision)
         backbone = load_backbone(
             projection.config.backbone,
-            weights=backbone_weights,
+            weights=backbone_weights or published.backbone_weights,
             device=device,
             dtype=dtype,
             stride=stride,
@@ -191,9 +195,9 @@ class CoSettleAdapter(nn.Module):
     @classmethod
     def raw(
         cls,
-        backbone: str | VisionTransformerBackbone,
+        backbone: str | Backbone,
         *,
-        layer: int = -1,
+        layer: int | None = None,
         norm: bool | None = None,
         **loading: Any,
     ) -> CoSettleAdapter:
@@ -203,14 +207,15 @@ class CoSettleAdapter(nn.Module):
 
         Args:
             backbone: a registered name, or a loaded backbone.
-            layer: 0-based block, negative from the end.
+            layer: 0-based block or feature map, negative from the end; by default the last
+                block, or the feature map that is the registered grid.
             norm: apply the final norm; by default as the registry says for the last block, and
                 not for earlier ones.
             **loading: what :func:`load_backbone` takes, when ``backbone`` is a name.
         """
         if isinstance(backbone, str):
             backbone = load_backbone(backbone, **loading)
-        block = backbone.block(layer)
+        block = backbone.default_layer if layer is None else backbone.block(layer)
         if norm is None:
             norm = block == backbone.depth - 1 and backbone.row.final_norm
         config = ProjectionConfig(
@@ -218,8 +223,8 @@ class CoSettleAdapter(nn.Module):
             fingerprint=backbone.fingerprint,
             layers=(block,),
             norm=norm,
-            in_width=backbone.width,
-            out_width=backbone.width,
+            in_width=backbone.widths[block],
+            out_width=backbone.widths[block],
             kind="identity",
             fit={"method": "none: the backbone's own tokens"},
             licence=backbone.row.licence,
@@ -229,6 +234,56 @@ class CoSettleAdapter(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the projection and its config (not the backbone) into ``folder``."""
         self.projection.save(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        card: str | None = None,
+        overwrite_card: bool = False,
+        extra_files: Mapping[str, Path] | None = None,
+    ) -> Pushed:
+        """Upload the projection, its config and a generated model card (not the backbone).
+
+        One commit; everything is as :func:`cosettle_adapter.hub.push` says.
+
+        Args:
+            repo_id: ``owner/name``, created if there is none.
+            private: create a private repository; an existing public one is refused.
+            token: access token with write permission; ``None`` uses the stored one.
+            commit_message: first line of the commit.
+            revision: branch to commit to.
+            create_pr: open a pull request in place of committing.
+            card: text of ``README.md`` in place of the generated one.
+            overwrite_card: replace a card that somebody edited on the Hub.
+            extra_files: path in the repository to local file, to upload with it.
+
+        Returns:
+            Page and id of the commit; the id is a ``revision`` for :meth:`from_pretrained`.
+
+        Raises:
+            UnknownModelError: ``repo_id`` cannot be the name of a repository.
+            HubUploadError: no token, no permission, no network, or the Hub refused.
+        """
+        from cosettle_adapter.hub import push
+
+        return push(
+            self.projection,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            card=card,
+            overwrite_card=overwrite_card,
+            extra_files=extra_files,
+        )
 
     def geometry(
         self, height: int, width: int, *, size: Size | None = None, fit: Fit = "resize"

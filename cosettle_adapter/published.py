@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -12,8 +13,14 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from cosettle_adapter.backbones import REGISTRY, HubOptions
+from cosettle_adapter.backbones import REGISTRY, BackboneRow, HubOptions, lookup
+from cosettle_adapter.backbones.hub_options import one_line
+from cosettle_adapter.backbones.registry import is_backbone_name
+from cosettle_adapter.backbones.released import BACKBONE_FILE, OFFICIAL_REPOSITORY
+from cosettle_adapter.backbones.wheels import check_sha256
+from cosettle_adapter.conversion import released_projection
 from cosettle_adapter.errors import (
+    CorruptWeightsError,
     ProjectionFormatError,
     ProjectionUnavailableError,
     UnknownModelError,
@@ -23,7 +30,10 @@ from cosettle_adapter.errors import (
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, ProjectionConfig
 
 _BUNDLED = Path(__file__).parent / "projections"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_STATUSES = ("fitted here", "by the authors", "none published")
 _PATH_PREFIXES = ("./", "../", "~", ".\\", "..\\")
 
 
@@ -33,11 +43,18 @@ class PublishedProjection:
 
     Attributes:
         folder: holds ``config.json`` and ``projection.safetensors``.
-        alias: the registered name that was asked for, or ``None`` for a folder or repository.
+        bundled: whether it travels in the package, so that a revision somebody asks for is the
+            backbone's and not the projection's.
     """
 
     folder: Path
-    alias: str | None = None
+    bundled: bool = False
+
+    @property
+    def backbone_weights(self) -> Path | None:
+        """The backbone that travels with the projection, if one does."""
+        path = self.folder / BACKBONE_FILE
+        return path if path.is_file() else None
 
 
 def bundled_folder(name: str) -> Path | None:
@@ -49,21 +66,25 @@ def bundled_folder(name: str) -> Path | None:
 def find_projection(name: str | Path, options: HubOptions) -> PublishedProjection:
     """Turn what a user typed into a projection folder.
 
-    A registered name always means that model, even where a folder of the same name exists; a
-    folder is named by a path (``./name``, an absolute path, or anything that is not a registered
-    name and is a directory); ``owner/name`` is otherwise a Hub repository.
+    A registered name always means that model, even where a folder of the same name exists; its
+    projection travels in the package, or the paper's authors released it. A folder is named by a
+    path (``./name``, an absolute path, or anything that is not a registered name and is a
+    directory); ``owner/name`` is otherwise a Hub repository.
 
     Raises:
-        ProjectionUnavailableError: a registered backbone without a published projection.
+        ProjectionUnavailableError: a backbone without a published projection.
         UnknownModelError: none of the three.
         WeightsUnavailableError: the Hub could not deliver the repository's files.
         ProjectionFormatError: a folder without a projection in it.
     """
-    if isinstance(name, str) and name in REGISTRY:
+    if isinstance(name, str) and is_backbone_name(name):
+        row = lookup(name)
         folder = bundled_folder(name)
-        if folder is None:
-            raise ProjectionUnavailableError(_unpublished(name))
-        return PublishedProjection(folder, alias=name)
+        if folder is None and row.release is None:
+            raise ProjectionUnavailableError(_unpublished(row.name))
+        if folder is not None:
+            return PublishedProjection(folder, bundled=True)
+        return PublishedProjection(_released(row, options))
     path = Path(name).expanduser()
     written_as_path = (
         isinstance(name, os.PathLike) or path.is_absolute() or name.startswith(_PATH_PREFIXES)
@@ -80,7 +101,7 @@ def find_projection(name: str | Path, options: HubOptions) -> PublishedProjectio
     raise UnknownModelError(
         f"{str(name)!r} is neither a registered model, a folder, nor a Hub repository "
         f"(owner/name).{did_you_mean(str(name), REGISTRY)} "
-        f"`cosettle-adapter list` shows the {len(REGISTRY)} registered models."
+        f"`cosettle-adapter list --backbones` shows the {len(REGISTRY)} registered ones."
     )
 
 
@@ -94,7 +115,11 @@ class ModelInfo:
         patch: side of a patch in pixels.
         width: channels of a patch token.
         licence: licence of the backbone's weights.
-        projection: where the projection comes from, or ``"none published"``.
+        positions: kind of positional embedding of the backbone.
+        image_size: side, in pixels, of the images its positions belong to.
+        source: where the backbone's weights come from: a Hub repository, if nothing else is said.
+        projection: ``"fitted here"`` (it is in the package), ``"by the authors"`` (converted
+            from their release) or ``"none published"``.
         figures: measured figures of the projection.
         note: what to know before choosing it.
     """
@@ -104,9 +129,17 @@ class ModelInfo:
     patch: int
     width: int
     licence: str
+    positions: str
+    image_size: int
+    source: str
     projection: str
     figures: Mapping[str, Any]
     note: str
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether ``from_pretrained`` finds a projection for it."""
+        return self.projection != _STATUSES[-1]
 
 
 def list_models() -> list[ModelInfo]:
@@ -125,30 +158,92 @@ def list_models() -> list[ModelInfo]:
                 patch=row.patch,
                 width=row.width,
                 licence=row.licence,
-                projection="in the package" if folder else "none published",
+                positions=row.positions,
+                image_size=row.image_size,
+                source=_source(row),
+                projection=_status(row, folder),
                 figures=figures,
                 note=row.note,
             )
         )
-    return sorted(models, key=lambda model: model.projection == "none published")
+    return sorted(models, key=lambda model: _STATUSES.index(model.projection))
+
+
+def _status(row: BackboneRow, folder: Path | None) -> str:
+    if folder is not None:
+        return _STATUSES[0]
+    return _STATUSES[1 if row.release is not None else 2]
+
+
+def _source(row: BackboneRow) -> str:
+    if row.hub is not None:
+        return row.hub.repo
+    if row.wheel is not None:
+        return f"{row.wheel.package} (package index)"
+    return OFFICIAL_REPOSITORY if row.release is not None else "your own file"
+
+
+def _released(row: BackboneRow, options: HubOptions) -> Path:
+    try:
+        return released_projection(row, options)
+    except WeightsUnavailableError as error:
+        raise WeightsUnavailableError(
+            f"the authors' projection of {row.name} could not be had from {OFFICIAL_REPOSITORY}: "
+            f"{error}. With network it is downloaded and converted once; their file, if you have "
+            f"it, is converted by: cosettle-adapter convert FILE --backbone {row.name} "
+            f"-o {row.name}-projection. {_fit_one(row.name)}"
+        ) from error
 
 
 def _unpublished(name: str) -> str:
-    published = [other for other in REGISTRY if bundled_folder(other)]
+    published = [
+        other for other, row in REGISTRY.items() if bundled_folder(other) or row.release is not None
+    ]
     return (
         f"no projection has been published for {name}, and an untrained one is never returned. "
+        f"{_fit_one(name)} Published: {', '.join(published)}."
+    )
+
+
+def _fit_one(name: str) -> str:
+    folder = re.sub(r"[^\w.-]+", "-", name) + "-projection"
+    return (
         "Fit one on a folder of your own videos, in minutes on a CPU:\n"
-        f"  cosettle-adapter fit --backbone {name} --data clips/ -o {name}-projection\n"
-        f"then load it with from_pretrained('./{name}-projection'). "
-        f"Published: {', '.join(published)}."
+        f"  cosettle-adapter fit --backbone {name} --data clips/ -o {folder}\n"
+        f"then load it with from_pretrained('./{folder}')."
     )
 
 
 def _download(repository: str, options: HubOptions) -> Path:
-    folder: Path | None = None
-    for filename in (CONFIG_FILE, WEIGHTS_FILE):
+    """Fetch a projection's files: config first, then the weights of the very same commit."""
+    config = _fetch(repository, CONFIG_FILE, options)
+    known = ProjectionConfig.from_json(  # a config that cannot be used ends it before the weights
+        config.read_text(encoding="utf-8"), source=f"{CONFIG_FILE} of {repository}"
+    )
+    commit = config.parent.name
+    if _COMMIT.fullmatch(commit):
+        options = dataclasses.replace(options, revision=commit)
+    weights = _fetch(repository, WEIGHTS_FILE, options)
+    checksum = weights.readlink().name if weights.is_symlink() else ""
+    if _SHA256.fullmatch(checksum):  # large files are cached under the sha256 the Hub announced
         try:
-            file = hf_hub_download(
+            check_sha256(weights, checksum, what=f"{WEIGHTS_FILE} of {repository}")
+        except CorruptWeightsError:
+            weights.resolve().unlink(missing_ok=True)
+            weights.unlink()
+            raise
+    row = REGISTRY.get(known.backbone)
+    if row is not None and row.release is not None:
+        # A converted release may come with the backbone it was trained on.
+        with contextlib.suppress(WeightsUnavailableError):
+            _fetch(repository, BACKBONE_FILE, options)
+    return weights.parent
+
+
+def _fetch(repository: str, filename: str, options: HubOptions) -> Path:
+    try:
+        return Path(
+            hf_hub_download(
                 repository,
                 filename,
                 cache_dir=options.hub_cache,
@@ -156,14 +251,11 @@ def _download(repository: str, options: HubOptions) -> Path:
                 token=options.token,
                 local_files_only=options.offline,
             )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            how = "the Hub cache only" if options.offline else "the Hub cache, then the Hub"
-            raise WeightsUnavailableError(
-                f"no {filename} from the Hub repository {repository} (tried {how}): "
-                f"{type(error).__name__}: {' '.join(str(error).split())}. "
-                "A local folder is given as a path, for example ./my-projection"
-            ) from error
-        folder = Path(file).parent
-    if folder is None:
-        raise WeightsUnavailableError(f"the Hub repository {repository} delivered no files")
-    return folder
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        how = "the Hub cache only" if options.offline else "the Hub cache, then the Hub"
+        raise WeightsUnavailableError(
+            f"no {filename} from the Hub repository {repository} (tried {how}): "
+            f"{one_line(error)}. "
+            "A local folder is given as a path, for example ./my-projection"
+        ) from error

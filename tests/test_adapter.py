@@ -303,7 +303,11 @@ def test_list_models_shows_every_row_with_published_ones_first() -> None:
     names = [model.name for model in models]
     assert {"dinov2-vitb14", "mae-vitl16", "clip-vitb16", REAL} <= set(names)
     assert names[0] == REAL
-    assert models[0].projection == "in the package"
+    assert models[0].projection == "fitted here"
+    order = ["fitted here", "by the authors", "none published"]
+    ranks = [order.index(model.projection) for model in models]
+    assert ranks == sorted(ranks)
+    assert ranks.count(1) == 8, "the paper's eight"
     assert json.dumps([dataclasses.asdict(model) for model in models])
 
 

@@ -19,15 +19,15 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-import cosettle_adapter
 from cosettle_adapter.adapter import CoSettleAdapter
-from cosettle_adapter.backbones import VisionTransformerBackbone
+from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.correspondence import mutual_nearest, propagate_labels
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.frames.rendered import RenderedClip, render_clip
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.training.clips import neighbouring_frames
 from cosettle_adapter.training.statistics import StatisticsError, TokenStatistics
+from cosettle_adapter.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def damping(statistics: TokenStatistics, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def fit_projection(
-    backbone: VisionTransformerBackbone,
+    backbone: Backbone,
     clips: Sequence[Path],
     settings: FitSettings | None = None,
     *,
@@ -157,7 +157,7 @@ def fit_projection(
     skipped: dict[Path, str] = {}
     total = len(fitted_on) + settings.rendered
 
-    statistics = {layer: TokenStatistics(backbone.width) for layer in layers}
+    statistics = {layer: TokenStatistics(backbone.widths[layer]) for layer in layers}
     for done, clip in enumerate(fitted_on, start=1):
         try:
             for frames in neighbouring_frames(clip, pairs=settings.pairs, gap=settings.gap):
@@ -188,8 +188,8 @@ def fit_projection(
         backbone_revision=backbone.revision,
         layers=(layer,),
         norm=False,
-        in_width=backbone.width,
-        out_width=backbone.width,
+        in_width=backbone.widths[layer],
+        out_width=backbone.widths[layer],
         kind="affine",
         licence=licence,
         fit=_record(settings, statistics[layer], scores, clips, skipped, data),
@@ -290,5 +290,5 @@ def _record(
             "rendered": settings.rendered,
             "seed": settings.seed,
         },
-        "cosettle_adapter": cosettle_adapter.__version__,
+        "cosettle_adapter": __version__,
     }
