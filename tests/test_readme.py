@@ -9,6 +9,7 @@ import pytest
 from cosettle_adapter.backbones import REGISTRY, VisionTransformerBackbone
 from cosettle_adapter.cli import main
 from cosettle_adapter.feature_file import read_features
+from cosettle_adapter.published import list_models
 
 from helpers import write_video
 
@@ -82,8 +83,29 @@ def test_what_it_links_to_is_there() -> None:
             assert (ROOT / target).exists(), target
 
 
-def test_the_table_of_weights_names_registered_backbones_with_their_licences() -> None:
-    rows = re.findall(r"^\| `([\w.-]+)` \|(.*)\|$", README, flags=re.MULTILINE)
-    assert {name for name, _ in rows} == set(REGISTRY)
+def test_the_table_of_weights_names_every_model_with_its_licence_and_reported_figures() -> None:
+    table = README.partition("## Weights")[2].partition("## Backbones")[0]
+    rows = re.findall(r"^\| `([\w.-]+)` \|(.*)\|$", table, flags=re.MULTILINE)
+    models = {model.name for model in list_models() if model.has_projection}
+    assert {name for name, _ in rows} == models
     for name, cells in rows:
-        assert REGISTRY[name].licence in cells
+        row = REGISTRY[name]
+        assert row.licence in cells
+        if row.release is not None:
+            alone, settled = row.release.reported["DAVIS J&F"]
+            assert f"reported {alone}, {settled}" in cells
+
+
+def test_every_other_backbone_is_named_with_its_positions() -> None:
+    table = README.partition("## Backbones")[2].partition("\n## ")[0]
+    listed = {
+        name: cells
+        for cells in table.splitlines()
+        if cells.startswith("| ")
+        for name in re.findall(r"`([\w.-]+)`", cells)
+    }
+    models = {model.name for model in list_models() if model.has_projection}
+    assert listed.keys() == REGISTRY.keys() - models
+    for name, cells in listed.items():
+        kinds = cells.rstrip(" |").rpartition("|")[2].strip()
+        assert kinds == REGISTRY[name].positions.replace("+", " and "), name

@@ -12,7 +12,7 @@ from cosettle_adapter import __version__
 from cosettle_adapter.errors import CosettleError, MissingExtraError
 from cosettle_adapter.extras import require
 
-COMMANDS = ("demo", "list", "download", "extract", "fit")
+COMMANDS = ("demo", "list", "download", "convert", "extract", "fit", "push", "cards")
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CosettleError, OSError, ValueError) as error:
         if options.verbose:
             errors.print_exception()
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_ERROR
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cosettle_adapter import __version__
-from cosettle_adapter.backbones import VisionTransformerBackbone
+from cosettle_adapter.backbones import REGISTRY, VisionTransformerBackbone
 from cosettle_adapter.cli import COMMANDS, main
 from cosettle_adapter.cli.options import size
 from cosettle_adapter.feature_file import read_features
@@ -37,11 +37,21 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 def test_list_shows_a_table_and_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "250")
     assert main(["list"]) == 0
     table = capsys.readouterr().out
     assert REAL in table
     assert "CC-BY-NC-4.0" in table
+    assert "dinov3-vitb16" not in table, "no projection yet"
+    assert main(["list", "--backbones"]) == 0
+    table = capsys.readouterr().out
+    for name, row in REGISTRY.items():
+        line = next(line for line in table.splitlines() if f" {name} " in line)
+        assert row.family in line
+        assert row.positions in line
+        assert row.licence in line
+        assert "by the authors" in line or row.release is None
+    assert "timm:<tag>" in table
     assert main(["list", "--json"]) == 0
     models = {model["name"]: model for model in json.loads(capsys.readouterr().out)}
     assert models["dinov2-vitl14"]["width"] == 1024
@@ -92,7 +102,7 @@ def test_a_truncated_source_is_told_and_fails(
     [
         (["extract", "nowhere.mp4", "-o", "x.safetensors"], "nowhere.mp4 does not exist"),
         (["extract", "x.mp4", "-o", "x", "--model", "dinov2-vitb41"], "Did you mean"),
-        (["extract", "x.mp4", "-o", "x", "--model", "mae-vitb16"], "cosettle-adapter fit"),
+        (["extract", "x.mp4", "-o", "x", "--model", "dinov3-vitb16"], "cosettle-adapter fit"),
         (["download", "clip-vitb61"], "unknown backbone 'clip-vitb61'"),
         (["fit", "--backbone", REAL, "--data", "nowhere", "-o", "x"], "nowhere is not a folder"),
     ],
