@@ -8,7 +8,10 @@ from cosettle_adapter.backbones.clip_layouts import CLIP_LAYOUTS
 from cosettle_adapter.backbones.layout import Tensors
 from cosettle_adapter.backbones.positions import resize_positions
 from cosettle_adapter.backbones.row import BackboneRow
+from cosettle_adapter.backbones.vit_layouts import VIT_LAYOUTS
 from cosettle_adapter.errors import CorruptWeightsError
+
+LAYOUTS = (*CLIP_LAYOUTS, *VIT_LAYOUTS)
 
 # A ViT that kept timm's names inside a larger model, by what stands before them; the first wins.
 _ENCODERS = (
@@ -41,7 +44,7 @@ def to_timm(tensors: Tensors, row: BackboneRow) -> Tensors:
     Raises:
         CorruptWeightsError: two encoders in one file and no way to tell which is meant, or none.
     """
-    layout = next((known for known in CLIP_LAYOUTS if _has_mark(tensors, known.mark)), None)
+    layout = next((known for known in LAYOUTS if _has_mark(tensors, known.mark)), None)
     tensors = layout.convert(tensors) if layout is not None else _select_encoder(tensors)
     tensors = {
         name: tensor

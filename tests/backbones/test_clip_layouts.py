@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import BackboneRow, build_backbone
-from cosettle_adapter.backbones.clip_layouts import CLIP_LAYOUTS
-from cosettle_adapter.backbones.layouts import to_timm
+from cosettle_adapter.backbones.layouts import LAYOUTS, to_timm
 from cosettle_adapter.errors import CorruptWeightsError
 
 WIDTH, HEADS, DEPTH, PATCH, SIDE = 32, 2, 2, 8, 32
@@ -56,9 +55,7 @@ def check(
     tower: BackboneRow, tensors: Tensors, reference: Callable[[Tensor], Tensor], **options: bool
 ) -> None:
     """The patch tokens of a converted file are the reference's, and exist at another size."""
-    backbone = build_backbone(
-        tower, to_timm(dict(tensors), tower), fingerprint=""
-    )
+    backbone = build_backbone(tower, to_timm(dict(tensors), tower), fingerprint="")
     images = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
         expected = rearrange(reference(images), "b (h w) c -> b c h w", h=SIDE // PATCH)
@@ -489,7 +486,7 @@ def test_marks_tell_layouts_apart(name: str) -> None:
     tensors = EXAMPLES[name]()
     marked = [
         layout.name
-        for layout in CLIP_LAYOUTS
+        for layout in LAYOUTS
         if any(tensor == layout.mark or tensor.endswith("." + layout.mark) for tensor in tensors)
     ]
     assert marked[0] == name
@@ -502,7 +499,7 @@ def test_timms_own_names_have_no_mark() -> None:
             names = timm.create_model(architecture).state_dict()
         assert not [
             layout.mark
-            for layout in CLIP_LAYOUTS
+            for layout in LAYOUTS
             if any(name == layout.mark or name.endswith("." + layout.mark) for name in names)
         ]
 
