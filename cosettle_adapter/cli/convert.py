@@ -41,8 +41,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     config = conversion.projection.config
     parameters = sum(parameter.numel() for parameter in conversion.projection.parameters())
     console.print(f"projection  {config.kind}, {parameters:,} parameters, for {config.backbone}")
-    console.print(f"backbone    {conversion.verdict}")
+    console.print(f"backbone    {conversion.verdict}", markup=False, soft_wrap=True)
     console.print(f"fingerprint {config.fingerprint}")
     console.print(f"licence     {config.licence}")
-    console.print(f'load it with CoSettleAdapter.from_pretrained("{options.output}")')
+    name = options.output if options.output.is_absolute() else f"./{options.output}"
+    console.print(f"load it with CoSettleAdapter.from_pretrained('{name}')", markup=False)
     return 0

@@ -6,7 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosettle_adapter.cli.options import add_cache_arguments, frame_progress, rate
+from cosettle_adapter.cli.options import (
+    add_cache_arguments,
+    add_weights_argument,
+    frame_progress,
+    rate,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +21,10 @@ HELP = "fit a projection on a folder of videos"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument("--backbone", required=True, help="registered name")
+    parser.add_argument(
+        "--backbone", required=True, help="registered name, timm:<tag> or open_clip:<arch>/<tag>"
+    )
+    add_weights_argument(parser)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of videos")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--device", default="cpu", help="torch device of the encoder")
@@ -43,7 +51,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
     clips = [clip for folder in options.data for clip in find_clips(folder)]
     hub = HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline)
     with console.status(f"loading {options.backbone}"):
-        backbone = load_backbone(options.backbone, device=options.device, options=hub)
+        backbone = load_backbone(
+            options.backbone,
+            weights=options.backbone_weights,
+            device=options.device,
+            options=hub,
+        )
     settings = FitSettings(
         layers=tuple(options.layers) if options.layers else None,
         ridge=options.ridge,

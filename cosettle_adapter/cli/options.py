@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,13 +19,26 @@ DEFAULT_MODEL = "dinov2-vits14-pypi"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, ``--device``, ``--dtype``, ``--offline`` and ``--cache-dir``."""
+    """Add the options that say which model, from where, on what device."""
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="registered name, Hub repository or folder"
+        "--model",
+        default=DEFAULT_MODEL,
+        help="registered name, Hub repository or folder; with --layer, any backbone",
     )
+    add_weights_argument(parser)
     parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone")
     add_cache_arguments(parser)
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--backbone-weights``."""
+    parser.add_argument(
+        "--backbone-weights",
+        type=Path,
+        default=None,
+        help="your own file of the backbone: safetensors or a PyTorch checkpoint",
+    )
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +75,19 @@ def load_adapter(
             device=options.device,
             dtype=dtype,
             stride=stride,
+            backbone_weights=options.backbone_weights,
             cache_dir=options.cache_dir,
             local_files_only=options.offline,
         )
     hub = HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline)
     return CoSettleAdapter.raw(
-        options.model, layer=layer, device=options.device, dtype=dtype, stride=stride, options=hub
+        options.model,
+        layer=layer,
+        device=options.device,
+        dtype=dtype,
+        stride=stride,
+        weights=options.backbone_weights,
+        options=hub,
     )
 
 
