@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cosettle_adapter.backbones.cnn import FeatureMapBackbone
 from cosettle_adapter.backbones.row import BackboneRow
+from cosettle_adapter.backbones.timm_features import prune
 from cosettle_adapter.backbones.vit import VisionTransformerBackbone
 from cosettle_adapter.errors import CorruptWeightsError
 
@@ -43,6 +44,8 @@ def empty_model(row: BackboneRow) -> nn.Module:
 def _create(row: BackboneRow) -> nn.Module:
     options: Mapping[str, Any] = WRAPPERS[row.kind].create_options(row)
     model: nn.Module = timm.create_model(row.architecture, pretrained=False, **options)
+    if row.kind == "features":
+        prune(model)
     return model
 
 

@@ -16,13 +16,12 @@ from cosettle_adapter.backbones.row import BackboneRow
 from cosettle_adapter.backbones.timm_features import (
     SIZE_ERRORS,
     Size,
-    family,
     feature_info,
     feature_maps,
-    fit_copy,
     own_size,
     takes,
 )
+from cosettle_adapter.backbones.timm_sizes import family, fit_copy
 from cosettle_adapter.errors import GeometryError
 
 _CACHED_SIZES = 4
@@ -35,8 +34,9 @@ class FeatureMapBackbone(Backbone):
     Cell ``(i, j)`` of a map with ``s`` pixels a cell stands for rows ``s i`` to ``s (i + 1)`` and
     columns ``s j`` to ``s (j + 1)`` of the image, as patches do: finer maps are averaged over the
     cells of the grid, coarser ones interpolated bilinearly between the centres of their cells.
-    (What strided convolutions with padding see, in a ResNet for one, is centred up to half a cell
-    above and left of that. It is so in every frame, and left as timm computes it.)
+    (What strided convolutions with padding see, in a ResNet for one, is centred half a cell above
+    and left of that; in models ported from TensorFlow, below and right. It is so in every frame,
+    and left as timm computes it.)
 
     Sides may be any multiple of ``row.patch``. Where stages leave the last pixels out (ConvNeXt
     rounds down), their last cell is repeated. Models that need whole windows (Hiera, HRNet, ...)
@@ -79,8 +79,11 @@ class FeatureMapBackbone(Backbone):
 
     @staticmethod
     def create_options(row: BackboneRow) -> Mapping[str, Any]:
-        """What ``timm.create_model`` must be told: no classifier, and images of any size."""
-        return {"num_classes": 0, **family(row.architecture).options, **row.options}
+        """What ``timm.create_model`` must be told: images of any size.
+
+        The classifier is made, so that a file's is known for one when :func:`prune` cuts it off.
+        """
+        return {**family(row.architecture).options, **row.options}
 
     def positions(self, grid: Grid) -> Positions:
         """Return none: timm adds what there are inside the model."""
@@ -116,17 +119,23 @@ class FeatureMapBackbone(Backbone):
         return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
     def _run(self, images: Tensor, size: Size, layers: list[int]) -> list[Tensor]:
+        own = own_size(self.model)
+        if self._family.own_size_only and size != own:
+            raise GeometryError(self._misfit(size, "its positions are for one size"))
         model = self._model_for(size)
         try:
             return feature_maps(model, images, layers)
         except SIZE_ERRORS as error:
-            if takes(model, size):
+            if takes(model, size) or not takes(self.model, own):
                 raise
-            made_for = " x ".join(map(str, own_size(self.model)))
-            raise GeometryError(
-                f"{self.row.name} does not take images of {size[0]} x {size[1]} pixels "
-                f"({type(error).__name__}: {error}); it was made for {made_for}"
-            ) from error
+            raise GeometryError(self._misfit(size, f"{type(error).__name__}: {error}")) from error
+
+    def _misfit(self, size: Size, reason: str) -> str:
+        own = own_size(self.model)
+        return (
+            f"{self.row.name} does not take images of {size[0]} x {size[1]} pixels ({reason}); it "
+            f"was made for {own[0]} x {own[1]}: give size=({own[0]}, {own[1]})"
+        )
 
     def _model_for(self, size: Size) -> Any:
         """The model, or a copy with resized positions and windows that shares all other tensors."""

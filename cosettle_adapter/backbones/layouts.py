@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.clip_layouts import CLIP_LAYOUTS
 from cosettle_adapter.backbones.layout import Tensors
 from cosettle_adapter.backbones.positions import resize_positions
 from cosettle_adapter.backbones.row import BackboneRow
+from cosettle_adapter.backbones.timm_features import own_tensors
 from cosettle_adapter.backbones.vit_layouts import VIT_LAYOUTS
 from cosettle_adapter.errors import CorruptWeightsError
 
@@ -45,7 +47,13 @@ def to_timm(tensors: Tensors, row: BackboneRow) -> Tensors:
         CorruptWeightsError: two encoders in one file and no way to tell which is meant, or none.
     """
     layout = next((known for known in LAYOUTS if _has_mark(tensors, known.mark)), None)
-    tensors = layout.convert(tensors) if layout is not None else _select_encoder(tensors)
+    if layout is not None:
+        tensors = layout.convert(tensors)
+    if row.kind == "features":
+        tensors = {_bare(name): tensor for name, tensor in tensors.items()}
+        return own_tensors(meta_model(row), tensors)
+    if layout is None:
+        tensors = _select_encoder(tensors)
     tensors = {
         name: tensor
         for name, tensor in tensors.items()
@@ -89,10 +97,10 @@ def _select_encoder(tensors: Tensors) -> Tensors:
     }
 
 
-def _bare(prefix: str) -> str:
-    while prefix.startswith(_WRAPPER):
-        prefix = prefix.removeprefix(_WRAPPER)
-    return prefix
+def _bare(name: str) -> str:
+    while name.startswith(_WRAPPER):
+        name = name.removeprefix(_WRAPPER)
+    return name
 
 
 def _rename(tensors: Tensors, old: str, new: str) -> None:

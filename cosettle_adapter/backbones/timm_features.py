@@ -1,9 +1,8 @@
-"""What timm's models of several resolutions need: any image size, and nothing they do not use."""
+"""Feature maps of timm's models, and which of a model's tensors they come from."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,12 +10,8 @@ from typing import Any
 
 import timm
 import torch
-from einops import rearrange
-from timm.models.hiera import Reroll, Unroll
 from torch import Tensor, nn
 
-from cosettle_adapter.backbones.positions import resize_positions
-from cosettle_adapter.backbones.row import BackboneRow, PositionInterpolation
 from cosettle_adapter.errors import UnknownModelError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +50,7 @@ def feature_maps(model: Any, images: Tensor, layers: Sequence[int]) -> list[Tens
 def takes(model: nn.Module, size: Size) -> bool:
     """Whether images of a size go through a model, whatever its tensors hold and where they are."""
     try:
-        _outline_maps(_copy(model, _without_data), size)
+        _outline_maps(copy_modules(model, _without_data), size)
     except SIZE_ERRORS:
         return False
     return True
@@ -71,7 +66,7 @@ def unused_modules(model: nn.Module) -> list[str]:
     Raises:
         UnknownModelError: timm cannot compute this model's feature maps.
     """
-    outline = _copy(model, _without_data).eval()
+    outline = copy_modules(model, _without_data).eval()
     used: set[int] = set()
     for module in outline.modules():
         module.register_forward_pre_hook(lambda module, _: used.add(id(module)))
@@ -147,7 +142,7 @@ def _current_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[s
     return converted
 
 
-def _copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> Any:
+def copy_modules(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> Any:
     """Copy the modules, but in place of each tensor put what ``tensor`` makes of it."""
     stored = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(each): tensor(each) for each in stored})
@@ -180,87 +175,3 @@ def _graph_leaves(outputs: list[Tensor]) -> set[int]:
         leaves.add(id(getattr(node, "variable", None)))
         nodes.extend(following for following, _ in node.next_functions)
     return leaves
-
-
-Fit = Callable[[Any, Size, PositionInterpolation], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What makes the models of one timm module take images of any size.
-
-    Attributes:
-        options: what ``timm.create_model`` is told.
-        whole_cells: sides must be whole cells of the coarsest stage.
-        fit: makes a copy of a model fit a size, where no option has timm do it on the way.
-    """
-
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    whole_cells: bool = False
-    fit: Fit | None = None
-
-
-def _fit_input_size(model: Any, size: Size, interpolation: PositionInterpolation) -> None:
-    """Resize windows and their tables of relative positions, where this version of timm can."""
-    del interpolation
-    if hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=size)
-
-
-def _fit_hiera(model: Any, size: Size, interpolation: PositionInterpolation) -> None:
-    """Resize positions and lay mask units out anew; timm does both for one size only."""
-    grid = tuple(side // step for side, step in zip(size, model.patch_stride, strict=True))
-    units = [side // unit for side, unit in zip(grid, model.mask_unit_size, strict=True)]
-    stored = model.pos_embed.detach().float()
-    if model.pos_embed_win is None:
-        source, within = tuple(model.tokens_spatial_shape), 0.0
-    else:  # positions of the whole image, and of the cells in each mask unit
-        source = tuple(stored.shape[-2:])
-        stored = rearrange(stored, "1 c h w -> 1 (h w) c")
-        tiled = model.pos_embed_win.detach().float().tile(units)
-        within = rearrange(tiled, "1 c h w -> 1 (h w) c")
-    positions = within + resize_positions(
-        stored, grid, source_grid=source, prefix=0, interpolation=interpolation
-    )
-    model.pos_embed = nn.Parameter(positions.to(model.pos_embed.dtype))
-    model.pos_embed_win = None
-    model.tokens_spatial_shape, model.mask_spatial_shape = list(grid), units
-    strides = model.unroll.schedule
-    model.unroll = Unroll(size, model.patch_stride, strides)
-    model.reroll = Reroll(size, model.patch_stride, strides, model.stage_ends, model.q_pool)
-
-
-_DYNAMIC = Family({"dynamic_img_size": True})
-_PADDED_WINDOWS = Family({"strict_img_size": False})
-_FAMILIES = {  # timm module: its family, where the default does not do
-    "beit": Family(fit=_fit_input_size),
-    "deit": _DYNAMIC,
-    "dla": Family(whole_cells=True),
-    "eva": _DYNAMIC,
-    "hiera": Family(whole_cells=True, fit=_fit_hiera),
-    "hieradet_sam2": Family(whole_cells=True),
-    "hrnet": Family(whole_cells=True),
-    "maxxvit": Family(whole_cells=True, fit=_fit_input_size),
-    "swin_transformer": _PADDED_WINDOWS,
-    "swin_transformer_v2": _PADDED_WINDOWS,
-    "swin_transformer_v2_cr": _PADDED_WINDOWS,
-    "vision_transformer": _DYNAMIC,
-    "vision_transformer_hybrid": _DYNAMIC,
-    "vision_transformer_relpos": Family(fit=_fit_input_size),
-}
-
-
-def family(architecture: str) -> Family:
-    """Return the family of a timm architecture."""
-    module: str = timm.model_entrypoint(architecture).__module__
-    return _FAMILIES.get(module.rpartition(".")[2], Family())
-
-
-def fit_copy(model: nn.Module, size: Size, row: BackboneRow) -> Any:
-    """Copy a model for images of ``size``, sharing all tensors that need not be resized."""
-    fit = family(row.architecture).fit
-    if fit is None:
-        return model
-    fitted = _copy(model, lambda tensor: tensor)
-    fit(fitted, size, row.interpolation)
-    return fitted.requires_grad_(False).eval()

@@ -9,6 +9,7 @@ import torch
 from cosettle_adapter.backbones import REGISTRY, lookup
 from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.row import IMAGENET_MEAN, IMAGENET_STD
+from cosettle_adapter.backbones.timm_features import feature_info
 from cosettle_adapter.errors import UnknownModelError
 
 TRANSFORMERS = [name for name, row in REGISTRY.items() if row.kind == "vit"]
@@ -26,6 +27,17 @@ def test_a_row_describes_its_architecture(name: str) -> None:
     absolute, rotary = vit.pos_embed is not None, getattr(vit, "rope", None) is not None
     kinds = [kind for kind, has in (("absolute", absolute), ("rotary", rotary)) if has]
     assert row.positions == "+".join(kinds)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.keys() - set(TRANSFORMERS)))
+def test_a_row_of_feature_maps_describes_its_architecture(name: str) -> None:
+    row = REGISTRY[name]
+    stages = feature_info(meta_model(row))
+    assert len(stages) == row.depth
+    assert (row.width, row.patch) in stages
+    assert not row.final_norm
+    absolute = any("pos_embed" in tensor for tensor in meta_model(row).state_dict())
+    assert row.positions == ("absolute" if absolute else "none")
 
 
 def test_every_family_of_positions_is_there() -> None:

@@ -1,0 +1,585 @@
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from einops import rearrange
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.backbones import BackboneRow, Positions, build_backbone, load_backbone
+from cosettle_adapter.backbones.architectures import meta_model
+from cosettle_adapter.backbones.cnn import FeatureMapBackbone, _on_grid
+from cosettle_adapter.backbones.timm_features import feature_info, feature_maps, own_tensors
+from cosettle_adapter.errors import CorruptWeightsError, GeometryError
+
+_WINDOWS = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
+_SMALL: dict[str, dict[str, Any]] = {  # timm architecture: options that make it smaller
+    "resnet18": {},
+    "convnext_atto": {"depths": (1, 1, 2, 1)},
+    "convnextv2_atto": {"depths": (1, 1, 2, 1)},
+    "efficientnet_b0": {},
+    "regnety_002": {},
+    "swin_tiny_patch4_window7_224": _WINDOWS,
+    "swinv2_tiny_window8_256": _WINDOWS,
+    "hiera_tiny_224": {"embed_dim": 32, "stages": (1, 1, 2, 1)},
+    "hiera_small_abswin_256": {"embed_dim": 32, "stages": (1, 1, 2, 1)},
+    "vit_tiny_r_s16_p8_224": {"depth": 2},
+    "beit_base_patch16_224": {"embed_dim": 48, "depth": 2, "num_heads": 2},
+    "samvit_base_patch16_224": {
+        "embed_dim": 48, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,), "neck_chans": 16
+    },
+    "test_maxvit": {},
+    "davit_tiny": {
+        "embed_dims": (16, 32, 64, 128), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)
+    },
+    "pvt_v2_b0": {"depths": (1, 1, 1, 1)},
+    "dla46x_c": {},
+    "levit_128s": {},
+    "mvitv2_tiny": {},
+}  # fmt: skip
+_PATCH = {"vit_tiny_r_s16_p8_224": 32}
+_AWKWARD = ("levit_128s", "mvitv2_tiny")  # they have tests of their own
+FAMILIES = [name for name in _SMALL if name not in _AWKWARD]
+_RECENT = ("beit_base_patch16_224", "dla46x_c", "mvitv2_tiny", "regnety_002", "test_maxvit")
+_TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3])
+ANY_SIZE_IN_TIMM = ["resnet18", "convnextv2_atto", "efficientnet_b0", "davit_tiny", "pvt_v2_b0"]
+
+
+def row_of(architecture: str, **changes: Any) -> BackboneRow:
+    values: dict[str, Any] = {
+        "name": f"small-{architecture}",
+        "family": "random",
+        "architecture": architecture,
+        "patch": _PATCH.get(architecture, 16),
+        "width": 0,
+        "depth": 0,
+        "image_size": 224,
+        "options": _SMALL[architecture],
+        "kind": "features",
+        "final_norm": False,
+        "licence": "Apache-2.0",
+        "ignored": (),
+    }
+    return BackboneRow(**{**values, **changes})
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give every tensor an effect: scales of zero and one would hide what is left out."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.is_floating_point() and (tensor.ndim == 1 or not tensor.abs().sum()):
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    return model.eval()
+
+
+@functools.cache
+def published(architecture: str) -> nn.Module:
+    """timm's model, classifier and all, as timm would publish it."""
+    if architecture in _RECENT and _TIMM < (1, 0, 31):
+        pytest.skip(f"timm {timm.__version__} is too early for all of {architecture}")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomise(timm.create_model(architecture, **_SMALL[architecture]))
+
+
+@functools.cache
+def kept(architecture: str) -> dict[str, Tensor]:
+    """What of the published tensors a backbone is built from."""
+    tensors = published(architecture).state_dict()
+    return own_tensors(meta_model(row_of(architecture)), tensors)
+
+
+def build(architecture: str, **options: Any) -> FeatureMapBackbone:
+    tensors = kept(architecture)
+    row = row_of(architecture, **options.pop("changes", {}))
+    backbone = build_backbone(row, tensors, fingerprint="sha256:0", **options)
+    assert isinstance(backbone, FeatureMapBackbone)
+    return backbone
+
+
+built = functools.cache(build)  # where a test does not change it
+
+
+def images_for(backbone: FeatureMapBackbone, rows: int, columns: int, batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    side = backbone.patch
+    return torch.randn(batch, 3, rows * side, columns * side, generator=generator)
+
+
+def own_images(architecture: str) -> Tensor:
+    height, width = published(architecture).pretrained_cfg["input_size"][-2:]
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(2))
+
+
+def timm_maps(architecture: str, images: Tensor, **options: Any) -> list[Tensor]:
+    """Maps of timm's own ``features_only`` model with the same tensors, ``(B, C, h', w')``."""
+    channels = built(architecture).widths
+    model = timm.create_model(
+        architecture,
+        features_only=True,
+        out_indices=tuple(range(len(channels))),
+        **_SMALL[architecture],
+        **options,
+    )
+    stored = {_plain(name): value for name, value in published(architecture).state_dict().items()}
+    model.load_state_dict({name: stored[_plain(name)] for name in model.state_dict()})
+    with torch.no_grad():
+        maps = model.eval()(images)
+    return [
+        cells if cells.shape[1] == wide else rearrange(cells, "b h w c -> b c h w")
+        for cells, wide in zip(maps, channels, strict=True)
+    ]
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what ``features_only`` does to it."""
+    return name.removeprefix("model.").replace("_", ".")
+
+
+def count_calls(modules: Iterator[nn.Module] | Sequence[nn.Module]) -> list[int]:
+    calls: list[int] = []
+    for index, module in enumerate(modules):
+        module.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    return calls
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_grids_stage_equals_timms(architecture: str) -> None:
+    backbone = built(architecture)
+    images = own_images(architecture)
+    tokens = backbone.patch_tokens(images)
+    assert tokens.shape == (2, backbone.width, *backbone.grid(*images.shape[-2:]))
+    expected = timm_maps(architecture, images)[backbone.default_layer]
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_any_multiple_of_a_cell_gives_all_layers_on_one_grid(architecture: str) -> None:
+    backbone = built(architecture)
+    images = images_for(backbone, 13, 17)
+    every = range(backbone.depth)
+    maps = backbone.intermediate_tokens(images, every)
+    for layer, tokens in zip(every, maps, strict=True):
+        assert tokens.shape == (1, backbone.widths[layer], 13, 17)
+        assert torch.isfinite(tokens).all()
+        assert tokens.std() > 0
+    torch.testing.assert_close(maps[backbone.default_layer], backbone.patch_tokens(images))
+
+
+@pytest.mark.parametrize("architecture", ANY_SIZE_IN_TIMM)
+def test_odd_sizes_equal_timms_where_timm_takes_them(architecture: str) -> None:
+    backbone = built(architecture)
+    images = images_for(backbone, 13, 17)
+    expected = timm_maps(architecture, images)[backbone.default_layer]
+    torch.testing.assert_close(backbone.patch_tokens(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"]
+)
+def test_swin_pads_its_windows(architecture: str) -> None:
+    backbone = built(architecture)
+    images = images_for(backbone, 13, 17)
+    expected = timm_maps(architecture, images, strict_img_size=False)[backbone.default_layer]
+    torch.testing.assert_close(backbone.patch_tokens(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["hiera_tiny_224", "hiera_small_abswin_256"])
+def test_hiera_equals_one_made_for_the_size(architecture: str) -> None:
+    backbone = built(architecture)
+    images = images_for(backbone, 13, 17)
+    size = (224, 288)  # whole mask units of 32 pixels
+    native = timm.create_model(architecture, img_size=size, **_SMALL[architecture]).eval()
+    tensors = dict(published(architecture).state_dict())
+    if architecture == "hiera_tiny_224":
+        tensors["pos_embed"] = resample_abs_pos_embed(
+            tensors["pos_embed"], [56, 72], [56, 56], num_prefix_tokens=0
+        )
+    native.load_state_dict(tensors)
+    padded = F.pad(images, (0, 16, 0, 16), mode="replicate")
+    with torch.no_grad():
+        (expected,) = native.forward_intermediates(
+            padded, indices=[backbone.default_layer], intermediates_only=True
+        )
+    torch.testing.assert_close(
+        backbone.patch_tokens(images), expected[..., :13, :17], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_beit_equals_one_made_for_the_size() -> None:
+    backbone = built("beit_base_patch16_224")
+    images = images_for(backbone, 13, 17)
+    native = timm.create_model("beit_base_patch16_224", **_SMALL["beit_base_patch16_224"]).eval()
+    native.load_state_dict(published("beit_base_patch16_224").state_dict())
+    native.set_input_size((208, 272))
+    with torch.no_grad():
+        expected = native.forward_intermediates(images, indices=[-1], intermediates_only=True)[0]
+    torch.testing.assert_close(backbone.patch_tokens(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["hiera_tiny_224", "beit_base_patch16_224", "test_maxvit"])
+def test_sizes_do_not_leak_into_each_other(architecture: str) -> None:
+    backbone = copy.deepcopy(built(architecture))
+    images = own_images(architecture)
+    before = backbone.patch_tokens(images)
+    for side in range(1, 8):
+        backbone.patch_tokens(images_for(backbone, side, side + 1))
+    assert 1 < len(backbone._fitted) <= 4
+    assert torch.equal(backbone.patch_tokens(images), before)
+
+
+def test_copies_for_a_size_share_the_weights() -> None:
+    backbone = copy.deepcopy(built("hiera_tiny_224"))
+    backbone.patch_tokens(images_for(backbone, 3, 4))
+    copied = list(backbone._fitted.values())[-1]
+    own = dict(backbone.model.named_parameters())
+    apart = [name for name, tensor in copied.named_parameters() if tensor is not own[name]]
+    assert apart == ["pos_embed"]
+
+
+def test_the_smallest_image_is_one_cell() -> None:
+    for architecture in ("convnextv2_atto", "resnet18", "swin_tiny_patch4_window7_224"):
+        backbone = built(architecture)
+        maps = backbone.intermediate_tokens(images_for(backbone, 1, 1), range(backbone.depth))
+        assert all(tokens.shape[-2:] == (1, 1) for tokens in maps)
+
+
+def test_pixels_that_a_stage_rounds_away_get_its_last_cell() -> None:
+    backbone = built("convnextv2_atto")  # 240 pixels are 7 cells of 32 and a half
+    images = images_for(backbone, 15, 15)
+    tokens = backbone.patch_tokens(images, layer=-1)
+    raw = timm_maps("convnextv2_atto", images)[-1]
+    assert raw.shape[-2:] == (7, 7)
+    assert tokens.shape[-2:] == (15, 15)
+    torch.testing.assert_close(tokens[..., -1, -1], raw[..., -1, -1])
+    torch.testing.assert_close(tokens[..., -2, -2], raw[..., -1, -1])
+    between = 0.75 * raw[..., 0, 0] + 0.25 * raw[..., 0, 1]  # centres at 24, of 16 and of 48
+    torch.testing.assert_close(tokens[..., 0, 1], between)
+
+
+def test_finer_stages_are_averaged_over_the_cell() -> None:
+    backbone = built("resnet18")
+    images = images_for(backbone, 13, 17)
+    quarter = timm_maps("resnet18", images)[1]
+    expected = rearrange(quarter, "b c (h y) (w x) -> b c h w (y x)", y=4, x=4).mean(-1)
+    torch.testing.assert_close(backbone.patch_tokens(images, layer=1), expected)
+
+
+def test_maps_of_another_pitch_span_the_image() -> None:
+    # Inception's convolutions without padding make 13 x 15 cells "of 16 pixels" of such an image.
+    cells = torch.randn(1, 8, 13, 15)
+    tokens = _on_grid(cells, (240, 272), 16, (15, 17), 16)
+    assert tokens.shape[-2:] == (15, 17)
+    torch.testing.assert_close(tokens[..., 0, 0], cells[..., 0, 0])
+    torch.testing.assert_close(tokens[..., -1, -1], cells[..., -1, -1])
+    torch.testing.assert_close(tokens[..., 7, 8], cells[..., 6, 7])
+
+
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    pixels=st.sampled_from([2, 4, 8, 16, 32, 64]),
+    rounding=st.sampled_from([math.floor, math.ceil]),
+    extra=st.integers(0, 2),
+)
+def test_a_map_of_where_its_cells_are_stays_one(
+    rows: int, columns: int, pixels: int, rounding: Any, extra: int
+) -> None:
+    """Cells that hold the pixel at their centre still do on the grid, away from the far edges."""
+    patch, padding = 16, 32 * extra
+    size = (rows * patch + padding, columns * patch + padding)
+    height, width = (max(1, rounding(side / pixels)) for side in size)
+    centres = [(torch.arange(count) + 0.5) * pixels for count in (height, width)]
+    cells = torch.stack(torch.meshgrid(*centres, indexing="ij"))[None]
+    tokens = _on_grid(cells, size, pixels, (rows, columns), patch)
+    assert tokens.shape == (1, 2, rows, columns)
+    for axis, count in ((0, rows), (1, columns)):
+        expected = (torch.arange(count) + 0.5) * patch
+        expected = expected.clamp(centres[axis][0], centres[axis][-1])
+        got = tokens[0, axis].amax(1 - axis)
+        torch.testing.assert_close(got, expected)
+
+
+def centre_of_sight(backbone: FeatureMapBackbone, layer: int, side: int) -> Tensor:
+    """Pixel coordinates (y, x) around which the middle cell's gradient lies."""
+    images = images_for(backbone, side, side).requires_grad_()
+    tokens = backbone.patch_tokens(images, layer=layer)
+    tokens[..., side // 2, side // 2].square().sum().backward()
+    assert images.grad is not None
+    weight = images.grad.abs().sum(dim=(0, 1))
+    pixels = torch.arange(len(weight)) + 0.5
+    return torch.stack([weight.sum(1) @ pixels, weight.sum(0) @ pixels]) / weight.sum()
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_cell_looks_at_its_own_pixels_whatever_the_layer(layer: int) -> None:
+    backbone = build("convnext_atto", requires_input_grad=True)
+    side = 21
+    centre = torch.full((2,), (side // 2 + 0.5) * 16)
+    torch.testing.assert_close(centre_of_sight(backbone, layer, side), centre, atol=4.0, rtol=0.0)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_moving_the_image_by_a_cell_moves_the_features_by_a_cell(layer: int) -> None:
+    backbone = built("resnet18")
+    scene = images_for(backbone, 18, 18)
+    here = backbone.patch_tokens(scene[..., :272, :272], layer=layer)
+    moved = backbone.patch_tokens(scene[..., 16:, 16:], layer=layer)
+    inside = slice(7, 9)  # 211 pixels are seen by a cell of the last of these layers
+    torch.testing.assert_close(
+        moved[..., inside, inside], here[..., 8:10, 8:10], atol=1e-4, rtol=1e-4
+    )
+    assert not torch.allclose(moved[..., inside, inside], here[..., inside, inside], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stages"),
+    [
+        ("resnet18", ["conv1", "layer1", "layer2", "layer3", "layer4"]),
+        ("convnextv2_atto", ["stages.0", "stages.1", "stages.2", "stages.3"]),
+        ("swin_tiny_patch4_window7_224", ["layers.0", "layers.1", "layers.2", "layers.3"]),
+        ("hiera_tiny_224", ["blocks.0", "blocks.1", "blocks.3", "blocks.4"]),
+        ("beit_base_patch16_224", ["blocks.0", "blocks.1"]),
+        ("test_maxvit", ["stem", "stages.0", "stages.1", "stages.2", "stages.3"]),
+        ("regnety_002", ["stem", "s1", "s2", "s3", "s4"]),
+    ],
+)
+def test_stages_after_the_deepest_asked_for_do_not_run(
+    architecture: str, stages: list[str]
+) -> None:
+    backbone = build(architecture)
+    calls = count_calls([backbone.model.get_submodule(name) for name in stages])
+    images = own_images(architecture)[:1]
+    for layer in range(len(stages)):
+        calls.clear()
+        backbone.intermediate_tokens(images, (layer, 0))
+        assert calls == list(range(layer + 1))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_tensor_of_the_model_is_used(architecture: str) -> None:
+    model = copy.deepcopy(built(architecture).model).requires_grad_(True)
+    maps = feature_maps(model, own_images(architecture), range(len(feature_info(model))))
+    torch.cat([cells.flatten() for cells in maps]).sum().backward()
+    assert [name for name, tensor in model.named_parameters() if tensor.grad is None] == []
+
+
+def test_layers_come_in_the_order_asked() -> None:
+    backbone = built("resnet18")
+    images = images_for(backbone, 4, 4)
+    last, second, again = backbone.intermediate_tokens(images, (-1, 1, 4))
+    assert torch.equal(last, again)
+    torch.testing.assert_close(last, backbone.patch_tokens(images, layer=4))
+    torch.testing.assert_close(second, backbone.patch_tokens(images, layer=1))
+
+
+def test_a_stage_is_chosen_by_its_pixels() -> None:
+    backbone = build("resnet18", changes={"patch": 8})
+    assert (backbone.default_layer, backbone.width, backbone.patch) == (2, 128, 8)
+    assert backbone.widths == (64, 64, 128, 256, 512)
+    images = images_for(backbone, 13, 17)
+    expected = timm_maps("resnet18", images)[2]
+    torch.testing.assert_close(backbone.patch_tokens(images), expected)
+
+
+def test_blocks_of_one_resolution_are_layers_too() -> None:
+    backbone = built("samvit_base_patch16_224")
+    assert (backbone.default_layer, backbone.widths) == (1, (48, 48))
+
+
+@pytest.mark.parametrize(
+    "architecture", ["resnet18", "convnextv2_atto", "hiera_tiny_224", "beit_base_patch16_224"]
+)
+def test_images_do_not_influence_each_other(architecture: str) -> None:
+    backbone = built(architecture)
+    images = images_for(backbone, 6, 7, batch=3)
+    together = backbone.patch_tokens(images)
+    alone = torch.cat([backbone.patch_tokens(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_frozen_means_frozen() -> None:
+    backbone = build("resnet18")
+    wrapped = nn.Sequential(backbone).train()
+    assert wrapped.training
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    before = copy.deepcopy(backbone.state_dict())
+    images = images_for(backbone, 4, 4, batch=2).requires_grad_()
+    assert not backbone.patch_tokens(images).requires_grad
+    after = backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)  # running means
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "hiera_tiny_224", "beit_base_patch16_224"])
+def test_input_gradients_on_request(architecture: str) -> None:
+    backbone = build(architecture, requires_input_grad=True)
+    images = images_for(backbone, 3, 5).requires_grad_()
+    backbone.patch_tokens(images).square().sum().backward()
+    assert images.grad is not None
+    assert (images.grad.abs().amax(dim=(0, 1)) > 0).float().mean() > 0.9
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_bfloat16(architecture: str) -> None:
+    backbone = copy.deepcopy(built(architecture))
+    images = images_for(backbone, 7, 6)
+    exact = backbone.intermediate_tokens(images, range(backbone.depth))
+    rough = backbone.to(torch.bfloat16).intermediate_tokens(images, range(backbone.depth))
+    for near, far in zip(exact, rough, strict=True):
+        assert far.dtype == torch.bfloat16
+        assert float(torch.cosine_similarity(far.float(), near, dim=1).mean()) > 0.99
+    back = backbone.to(torch.float32).patch_tokens(images)
+    assert back.dtype == torch.float32
+
+
+def test_maps_have_no_final_norm() -> None:
+    backbone = built("convnextv2_atto")
+    images = images_for(backbone, 2, 2)
+    with pytest.raises(ValueError, match="small-convnextv2_atto returns feature maps, which have"):
+        backbone.patch_tokens(images, norm=True)
+    assert torch.equal(backbone.patch_tokens(images, norm=False), backbone.patch_tokens(images))
+
+
+def test_there_are_no_positions_to_replace() -> None:
+    backbone = built("hiera_tiny_224")
+    images = images_for(backbone, 2, 2)
+    assert backbone.positions((2, 2)) == Positions()
+    tokens = backbone.patch_tokens(images, positions=Positions())
+    assert torch.equal(tokens, backbone.patch_tokens(images))
+    with pytest.raises(ValueError, match=r"absolute positions were given, .* has none"):
+        backbone.patch_tokens(images, positions=Positions(torch.zeros(1, 4, 384)))
+
+
+@pytest.mark.parametrize("stride", [8, 32])
+def test_there_is_no_stride_to_choose(stride: int) -> None:
+    with pytest.raises(GeometryError, match=f"no stride to choose, got {stride}.*@<pixels a cell>"):
+        build("resnet18", stride=stride)
+    assert build("resnet18", stride=16).stride == 16
+
+
+def test_a_stage_that_is_not_there() -> None:
+    with pytest.raises(
+        GeometryError, match="no stage with 14 pixels a cell; it has 2, 4, 8, 16, 32"
+    ):
+        build("resnet18", changes={"patch": 14})
+
+
+def test_a_layer_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match=r"0 to 4 .* got layer 5"):
+        built("resnet18").patch_tokens(torch.zeros(1, 3, 32, 32), layer=5)
+
+
+def test_sides_that_do_not_fit_name_those_that_do() -> None:
+    with pytest.raises(GeometryError, match=r"height 100 does not fit patch 16 .* is 96 or 112"):
+        built("resnet18").patch_tokens(torch.zeros(1, 3, 100, 96))
+
+
+def test_a_size_that_a_model_cannot_take() -> None:
+    backbone = built("levit_128s")
+    assert backbone.patch_tokens(torch.zeros(1, 3, 224, 224)).shape[-2:] == (14, 14)
+    message = r"levit_128s does not take images of 208 x 272 pixels \(.*\); .* size=\(224, 224\)"
+    with pytest.raises(GeometryError, match=message):
+        backbone.patch_tokens(torch.zeros(1, 3, 208, 272))
+
+
+def test_sizes_at_which_timm_computes_nonsense_are_refused() -> None:
+    backbone = built("mvitv2_tiny")
+    assert backbone.patch_tokens(torch.zeros(1, 3, 224, 224)).shape[-2:] == (14, 14)
+    with pytest.raises(GeometryError, match="its positions are for one size"):
+        backbone.patch_tokens(torch.zeros(1, 3, 208, 208))
+
+
+def test_other_faults_are_not_blamed_on_the_size() -> None:
+    backbone = build("resnet18")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    backbone.model.layer2.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        backbone.patch_tokens(torch.zeros(1, 3, 208, 272))
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("timm:resnet18.a1_in1k", {"fc.weight", "fc.bias"}),
+        ("timm:test_convnext.r160_in1k", {"head.norm.weight", "head.fc.weight"}),
+        ("timm:test_efficientnet.r160_in1k@8", {"conv_head.weight", "bn2.running_var"}),
+        # blocks.0.norm1 of four stages, not of four encoders
+        ("timm:pvt_v2_b0.in1k", {"head.weight"}),
+    ],
+)
+def test_a_file_that_timm_saved_classifier_and_all(
+    name: str, heads: set[str], tmp_path: Path
+) -> None:
+    model = randomise(timm.create_model(name.removeprefix("timm:").partition(".")[0]))
+    file = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), file)
+    backbone = load_backbone(name, weights=file)
+    assert backbone.row.name == name
+    assert heads <= model.state_dict().keys()
+    used = backbone.state_dict()
+    assert not heads & {stored.removeprefix("model.") for stored in used}
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model.forward_intermediates(
+            images, indices=[backbone.default_layer], intermediates_only=True
+        )[0]
+    torch.testing.assert_close(backbone.patch_tokens(images), expected)
+
+
+def test_a_classifier_does_not_change_the_fingerprint(tmp_path: Path) -> None:
+    tensors = published("resnet18").state_dict()
+    save_file(tensors, tmp_path / "whole.safetensors")
+    headless = {name: tensors[name] for name in tensors if not name.startswith("fc.")}
+    save_file(headless, tmp_path / "headless.safetensors")
+    found = {
+        load_backbone("timm:resnet18", weights=tmp_path / f"{file}.safetensors").fingerprint
+        for file in ("whole", "headless")
+    }
+    assert len(found) == 1
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    tensors = dict(published("resnet18").state_dict())
+    tensors["layer1.0.surprise"] = torch.zeros(1)
+    tensors["bn1.bias"] = torch.zeros(3)
+    del tensors["layer2.0.conv1.weight"]
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    with pytest.raises(CorruptWeightsError) as caught:
+        load_backbone("timm:resnet18", weights=file)
+    for fault in ("missing (layer2.0.conv1.weight)", "layer1.0.surprise", "bn1.bias is (3,)"):
+        assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", ["convnextv2_atto", "swin_tiny_patch4_window7_224"])
+def test_frames_go_through_it_like_through_any_backbone(architecture: str) -> None:
+    backbone = built(architecture)
+    adapter = CoSettleAdapter.raw(backbone)
+    frames = torch.randint(0, 256, (3, 3, 90, 130), dtype=torch.uint8)
+    features = adapter(frames, size=(96, 144))
+    assert features.shape == (3, backbone.width, 6, 9)
+    images = adapter.preprocess(frames, size=(96, 144))
+    torch.testing.assert_close(features, backbone.patch_tokens(images), atol=1e-5, rtol=1e-4)
+    deepest = CoSettleAdapter.raw(backbone, layer=-1)(frames, size=(96, 144))
+    assert deepest.shape == (3, backbone.widths[-1], 6, 9)
