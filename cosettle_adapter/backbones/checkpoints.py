@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ _STATE_DICTS = (  # where training codes keep the model, the first that is there
     "module",
 )
 _SAFETENSORS_HEADER = 9  # a length of 8 bytes, then the opening brace of a JSON object
-_NOT_ALLOWED = "Unsupported global: GLOBAL "
+_REFUSED = re.compile(r"\bGLOBAL (\S+)")  # how the restricted unpickler names what it refuses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +117,16 @@ def _is_torchscript(path: Path) -> bool:
 
 def _cause(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if _NOT_ALLOWED in text:
-        what = text.partition(_NOT_ALLOWED)[2].split()[0]
-        return f"is a pickle that holds more than tensors ({what}); it was not run and is not used"
+    refused = _REFUSED.search(text)
+    if refused is not None:
+        return (
+            f"is a pickle that holds more than tensors ({refused.group(1)}); it was not run and is "
+            "not used"
+        )
+    text = text.partition(". ")[0]
     if isinstance(error, (pickle.UnpicklingError, EOFError, RuntimeError)):
-        return f"is truncated or not a PyTorch checkpoint ({text[:120]})"
-    return f"cannot be read ({type(error).__name__}: {text[:120]})"
+        return f"is truncated or not a PyTorch checkpoint ({text})"
+    return f"cannot be read ({type(error).__name__}: {text})"
 
 
 def _state_dict(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     parameters = sum(parameter.numel() for parameter in conversion.projection.parameters())
     console.print(f"projection  {config.kind}, {parameters:,} parameters, for {config.backbone}")
     console.print(f"backbone    {conversion.verdict}", markup=False, soft_wrap=True)
-    console.print(f"fingerprint {config.fingerprint}")
+    console.print(f"fingerprint {config.fingerprint}", soft_wrap=True)
     console.print(f"licence     {config.licence}")
     name = options.output if options.output.is_absolute() else f"./{options.output}"
     console.print(f"load it with CoSettleAdapter.from_pretrained('{name}')", markup=False)

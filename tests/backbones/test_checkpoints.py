@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 from pathlib import Path
 
@@ -56,18 +57,26 @@ def test_safetensors_are_known_by_content(suffix: str, tmp_path: Path) -> None:
 
 
 class Payload:
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    """Creates a file when it is unpickled, by a function of pathlib or by the shell."""
 
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return (Path.touch, (self.target,))
+    def __init__(self, target: Path, *, shell: bool = False) -> None:
+        self.target, self.shell = target, shell
+
+    def __reduce__(self) -> tuple[object, tuple[object]]:
+        return (
+            (os.system, (f"touch {self.target}",)) if self.shell else (Path.touch, (self.target,))
+        )
 
 
+@pytest.mark.parametrize("shell", [True, False])
 @pytest.mark.parametrize("where", ["args", "model", "top"])
-def test_what_is_not_a_tensor_is_named_and_never_run(where: str, tmp_path: Path) -> None:
+def test_what_is_not_a_tensor_is_named_and_never_run(
+    where: str, shell: bool, tmp_path: Path
+) -> None:
     target = tmp_path / "payload"
-    content = {"args": {"model": TENSORS, "args": Payload(target)}, "model": {"a": Payload(target)}}
-    torch.save(content.get(where, Payload(target)), tmp_path / "c.pth")
+    payload = Payload(target, shell=shell)
+    content = {"args": {"model": TENSORS, "args": payload}, "model": {"a": payload}}
+    torch.save(content.get(where, payload), tmp_path / "c.pth")
     with pytest.raises(CorruptWeightsError, match=r"more than tensors \(.*\); it was not run"):
         read_checkpoint(tmp_path / "c.pth")
     assert not target.exists()
