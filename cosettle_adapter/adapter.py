@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -17,7 +18,9 @@ from cosettle_adapter.backbones import (
     HubOptions,
     load_backbone,
 )
+from cosettle_adapter.backbones.released import BACKBONE_FILE
 from cosettle_adapter.errors import BackboneMismatchError, ProjectionFormatError
+from cosettle_adapter.files import atomic_path
 from cosettle_adapter.frames import open_frames, prefetch
 from cosettle_adapter.frames.arrays import as_frames
 from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
@@ -106,6 +109,8 @@ class CoSettleAdapter(nn.Module):
             )
         self.backbone = backbone
         self.projection = projection
+        # A backbone that came with the projection and can be had from nowhere else.
+        self._backbone_file: Path | None = None
 
     @property
     def config(self) -> ProjectionConfig:
@@ -186,11 +191,14 @@ class CoSettleAdapter(nn.Module):
             requires_input_grad=requires_input_grad,
             options=options,
         )
-        return cls(
+        adapter = cls(
             backbone,
             projection.to(device),
             allow_mismatched_backbone=allow_mismatched_backbone,
         )
+        if backbone_weights is None and projection.config.backbone_revision is None:
+            adapter._backbone_file = published.backbone_weights
+        return adapter
 
     @classmethod
     def raw(
@@ -223,6 +231,7 @@ class CoSettleAdapter(nn.Module):
             fingerprint=backbone.fingerprint,
             layers=(block,),
             norm=norm,
+            backbone_revision=backbone.revision,
             in_width=backbone.widths[block],
             out_width=backbone.widths[block],
             kind="identity",
@@ -232,8 +241,16 @@ class CoSettleAdapter(nn.Module):
         return cls(backbone, Projection(config))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the projection and its config (not the backbone) into ``folder``."""
+        """Write the projection and its config into ``folder``.
+
+        The backbone stays out, unless it came with the projection and has no public source: a
+        converted release whose backbone is not the public one.
+        """
         self.projection.save(folder)
+        copy = Path(folder) / BACKBONE_FILE
+        if self._backbone_file is not None and copy.resolve() != self._backbone_file.resolve():
+            with atomic_path(copy) as path:
+                shutil.copyfile(self._backbone_file, path)
 
     def push_to_hub(
         self,
@@ -248,9 +265,10 @@ class CoSettleAdapter(nn.Module):
         overwrite_card: bool = False,
         extra_files: Mapping[str, Path] | None = None,
     ) -> Pushed:
-        """Upload the projection, its config and a generated model card (not the backbone).
+        """Upload the projection, its config and a generated model card.
 
-        One commit; everything is as :func:`cosettle_adapter.hub.push` says.
+        The backbone is uploaded only where :meth:`save_pretrained` would write it. One commit;
+        everything is as :func:`cosettle_adapter.hub.push` says.
 
         Args:
             repo_id: ``owner/name``, created if there is none.
@@ -272,6 +290,8 @@ class CoSettleAdapter(nn.Module):
         """
         from cosettle_adapter.hub import push
 
+        if self._backbone_file is not None:
+            extra_files = {BACKBONE_FILE: self._backbone_file, **(extra_files or {})}
         return push(
             self.projection,
             repo_id,

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cosettle_adapter.backbones import BackboneRow, HubOptions
 from cosettle_adapter.backbones.architectures import check_tensors, meta_model
-from cosettle_adapter.backbones.checkpoints import Checkpoint, read_checkpoint
+from cosettle_adapter.backbones.blobs import check_blob
+from cosettle_adapter.backbones.checkpoints import Checkpoint, is_whole, read_checkpoint
 from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.backbones.released import (
     BACKBONE_FILE,
@@ -35,12 +36,21 @@ from cosettle_adapter.backbones.weights import (
 )
 from cosettle_adapter.backbones.wheels import file_sha256
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
-from cosettle_adapter.projection import CONFIG_FILE, Kind, Projection, ProjectionConfig
+from cosettle_adapter.projection import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Kind,
+    Projection,
+    ProjectionConfig,
+)
 from cosettle_adapter.version import __version__
 
 logger = logging.getLogger(__name__)
 
+RELEASED = "trained by the paper's authors; converted from their checkpoint"  # how, in a config
+
 _HEAD = re.compile(r"^(?:module\.)*(?:visual\.)?adapter\.adapter\.(?P<name>.+)$")
+_ADAPTER = re.compile(r"^(?:module\.)*(?:visual\.)?adapter\.")
 _KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (  # ST_adapter.py's names, in order
     ("linear", ("adapter_linear",)),
     ("mlp2", ("adapter_linear1", "adapter_linear2")),
@@ -111,7 +121,9 @@ class Conversion:
         projection = copy.copy(self.projection)
         projection.config = dataclasses.replace(
             projection.config,
-            backbone_revision=reference.revision if comparison.same else None,
+            backbone_revision=reference.revision
+            if comparison.same
+            else projection.config.backbone_revision,
             fit={**projection.config.fit, "backbone": str(comparison)},
         )
         return dataclasses.replace(self, projection=projection, comparison=comparison)
@@ -130,7 +142,11 @@ class Conversion:
 
 
 def convert_checkpoint(
-    path: str | Path, row: BackboneRow, *, origin: str | None = None
+    path: str | Path,
+    row: BackboneRow,
+    *,
+    origin: str | None = None,
+    revision: str | None = None,
 ) -> Conversion:
     """Convert a checkpoint of the official code.
 
@@ -138,6 +154,7 @@ def convert_checkpoint(
         path: the file; pickles are read without running anything in them.
         row: the backbone it was trained on.
         origin: what to call the file in the config; its name by default.
+        revision: commit from which the row's sources give this very backbone again.
 
     Raises:
         WeightsUnavailableError: no such file.
@@ -146,11 +163,17 @@ def convert_checkpoint(
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
+    trained_on = checkpoint.arguments.get("base_model")  # names alone tell no ViT-B/16 from another
+    if row.release is not None and trained_on not in (None, row.release.name):
+        raise CorruptWeightsError(
+            f"{path} was trained on {trained_on!r}, not on {row.release.name!r} ({row.name})"
+        )
     head = _head(checkpoint.tensors, row, path)
     rest = {name: t for name, t in checkpoint.tensors.items() if _HEAD.match(name) is None}
     try:
         backbone = {name: tensor.float() for name, tensor in to_timm(rest, row).items()}
         check_tensors(meta_model(row), backbone, row)
+        _check_values(backbone)
     except CorruptWeightsError as error:
         raise CorruptWeightsError(f"{path}: {error}") from error
     kind = _kind(head, path)
@@ -164,6 +187,7 @@ def convert_checkpoint(
         kind=kind,
         activation="tanh",
         licence=row.licence,
+        backbone_revision=revision,
         fit=_record(checkpoint, origin or path.name, path),
     )
     with torch.device("meta"):
@@ -185,11 +209,16 @@ def released_projection(row: BackboneRow, options: HubOptions) -> Path:
     """
     released = released_checkpoint(row, options)
     folder = converted_folder(row, released.commit, options)
-    if (folder / CONFIG_FILE).is_file():
+    if _is_complete(folder):
         return folder
+    check_blob(released.path, what=released.filename)
     reference = public_weights(row, dataclasses.replace(options, local_files_only=True))
-    conversion = convert_checkpoint(released.path, row, origin=released.origin)
-    conversion = conversion.compared_with(reference)
+    conversion = convert_checkpoint(
+        released.path,
+        row,
+        origin=released.origin,
+        revision=released.commit if row.hub is None else None,
+    ).compared_with(reference)
     logger.info("%s: the backbone of %s is %s", row.name, released.origin, conversion.verdict)
     conversion.save(folder)
     return folder
@@ -227,6 +256,7 @@ def _head(tensors: Mapping[str, Tensor], row: BackboneRow, path: Path) -> dict[s
     """The head's tensors by their own names, float32."""
     matches = {name: _HEAD.match(name) for name in tensors}
     head = {match["name"]: tensors[name].float() for name, match in matches.items() if match}
+    strangers = [name for name in tensors if _ADAPTER.match(name) and not matches[name]]
     if not head:
         names = ", ".join(list(tensors)[:5])
         raise CorruptWeightsError(
@@ -239,10 +269,27 @@ def _head(tensors: Mapping[str, Tensor], row: BackboneRow, path: Path) -> dict[s
         for name, tensor in head.items()
         if tuple(tensor.shape) != (shape := width * (1 + _is_matrix(name)))
     ]
+    faults += [f"unexpected {name}" for name in strangers]
     faults += [f"{name} is not finite" for name, t in head.items() if not bool(t.isfinite().all())]
     if faults:
         raise CorruptWeightsError(f"{path} holds no projection of {row.name}: {'; '.join(faults)}")
     return head
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise CorruptWeightsError(f"{', '.join(broken[:8])} hold values that are not finite")
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a conversion in the cache is all there; the config is written last."""
+    backbone = folder / BACKBONE_FILE
+    return (
+        (folder / CONFIG_FILE).is_file()
+        and is_whole(folder / WEIGHTS_FILE)
+        and (not backbone.is_file() or is_whole(backbone))
+    )
 
 
 def _is_matrix(name: str) -> bool:
@@ -279,7 +326,7 @@ def _rename(head: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
 
 def _record(checkpoint: Checkpoint, origin: str, path: Path) -> dict[str, Any]:
     return {
-        "method": "trained by the paper's authors; converted from their checkpoint",
+        "method": RELEASED,
         "source": origin,
         "source_sha256": file_sha256(path),
         "epoch": checkpoint.epoch,

@@ -14,13 +14,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from cosettle_adapter.backbones import REGISTRY, BackboneRow, HubOptions, lookup
+from cosettle_adapter.backbones.blobs import check_blob
 from cosettle_adapter.backbones.hub_options import one_line
 from cosettle_adapter.backbones.registry import is_backbone_name
 from cosettle_adapter.backbones.released import BACKBONE_FILE, OFFICIAL_REPOSITORY
-from cosettle_adapter.backbones.wheels import check_sha256
 from cosettle_adapter.conversion import released_projection
 from cosettle_adapter.errors import (
-    CorruptWeightsError,
     ProjectionFormatError,
     ProjectionUnavailableError,
     UnknownModelError,
@@ -31,7 +30,6 @@ from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, ProjectionCon
 
 _BUNDLED = Path(__file__).parent / "projections"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _STATUSES = ("fitted here", "by the authors", "none published")
 _PATH_PREFIXES = ("./", "../", "~", ".\\", "..\\")
@@ -224,19 +222,13 @@ def _download(repository: str, options: HubOptions) -> Path:
     if _COMMIT.fullmatch(commit):
         options = dataclasses.replace(options, revision=commit)
     weights = _fetch(repository, WEIGHTS_FILE, options)
-    checksum = weights.readlink().name if weights.is_symlink() else ""
-    if _SHA256.fullmatch(checksum):  # large files are cached under the sha256 the Hub announced
-        try:
-            check_sha256(weights, checksum, what=f"{WEIGHTS_FILE} of {repository}")
-        except CorruptWeightsError:
-            weights.resolve().unlink(missing_ok=True)
-            weights.unlink()
-            raise
+    check_blob(weights, what=f"{WEIGHTS_FILE} of {repository}")
     row = REGISTRY.get(known.backbone)
     if row is not None and row.release is not None:
         # A converted release may come with the backbone it was trained on.
         with contextlib.suppress(WeightsUnavailableError):
-            _fetch(repository, BACKBONE_FILE, options)
+            file = _fetch(repository, BACKBONE_FILE, options)
+            check_blob(file, what=f"{BACKBONE_FILE} of {repository}")
     return weights.parent
 
 

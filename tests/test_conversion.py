@@ -12,7 +12,7 @@ from official import ENCODERS, features, random_state, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.backbones import REGISTRY, BackboneRow, registry
+from cosettle_adapter.backbones import REGISTRY, BackboneRow, load_backbone, registry
 from cosettle_adapter.backbones.weights import LoadedWeights, fingerprint
 from cosettle_adapter.cli import main
 from cosettle_adapter.conversion import compare, convert_checkpoint
@@ -294,3 +294,50 @@ def test_code_in_a_pickle_is_never_run(protocol: str, mae: BackboneRow, tmp_path
 def test_a_missing_file_is_told(mae: BackboneRow, tmp_path: Path) -> None:
     with pytest.raises(WeightsUnavailableError, match="does not exist"):
         convert_checkpoint(tmp_path / "nowhere.pth", mae)
+
+
+def test_a_checkpoint_says_itself_which_backbone_it_was_trained_on(
+    mae: BackboneRow, tmp_path: Path
+) -> None:
+    """Names alone do not tell one plain ViT-B/16 from another."""
+    file = save_checkpoint(tmp_path / "c.pth", mae_state(), base_model="dino")
+    with pytest.raises(CorruptWeightsError, match="was trained on 'dino', not on 'mae'"):
+        convert_checkpoint(file, mae)
+    convert_checkpoint(save_checkpoint(file, mae_state(), base_model="mae"), mae)
+
+
+@pytest.mark.parametrize("name", ["adapter.extra.weight", "adapter.adapter2.adapter_linear.weight"])
+def test_what_else_an_adapter_holds_is_not_swallowed(
+    name: str, mae: BackboneRow, tmp_path: Path
+) -> None:
+    file = save_checkpoint(tmp_path / "c.pth", mae_state(**{name: torch.ones(2)}))
+    with pytest.raises(CorruptWeightsError, match=f"unexpected {name}"):
+        convert_checkpoint(file, mae)
+
+
+def test_a_backbone_that_is_not_finite_is_refused(mae: BackboneRow, tmp_path: Path) -> None:
+    state = mae_state()
+    state["blocks.1.norm1.bias"][0] = float("nan")
+    with pytest.raises(CorruptWeightsError, match=r"blocks.1.norm1.bias hold values"):
+        convert_checkpoint(save_checkpoint(tmp_path / "c.pth", state), mae)
+
+
+def test_a_converted_folder_survives_saving(mae: BackboneRow, tmp_path: Path) -> None:
+    convert_checkpoint(save_checkpoint(tmp_path / "c.pth", mae_state()), mae).save(tmp_path / "a")
+    adapter = CoSettleAdapter.from_pretrained(tmp_path / "a")
+    adapter.save_pretrained(tmp_path / "b")
+    frames = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    again = CoSettleAdapter.from_pretrained(tmp_path / "b")
+    assert torch.equal(again(frames), adapter(frames))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_released_checkpoint_serves_as_backbone_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = small(REGISTRY[name])
+    monkeypatch.setitem(registry.REGISTRY, name, row)
+    state = random_state(ENCODERS[name], width=WIDTH, depth=DEPTH)
+    file = save_checkpoint(tmp_path / "c.pth", state)
+    converted = convert_checkpoint(file, row)
+    assert load_backbone(name, weights=file).fingerprint == fingerprint(converted.backbone)

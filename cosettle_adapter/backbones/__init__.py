@@ -15,6 +15,7 @@ from cosettle_adapter.backbones.positions import Positions
 from cosettle_adapter.backbones.registry import REGISTRY, BackboneRow, lookup
 from cosettle_adapter.backbones.vit import VisionTransformerBackbone
 from cosettle_adapter.backbones.weights import load_weights
+from cosettle_adapter.errors import CorruptWeightsError
 
 __all__ = [
     "REGISTRY",
@@ -86,7 +87,10 @@ def build_backbone(
         CorruptWeightsError: tensors are missing, unexpected or misshapen; all are listed.
     """
     model = empty_model(row)
-    check_tensors(model, tensors, row)
+    try:
+        check_tensors(model, tensors, row)
+    except CorruptWeightsError as error:
+        raise CorruptWeightsError(f"{origin}: {error}" if origin else str(error)) from error
     loaded = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()

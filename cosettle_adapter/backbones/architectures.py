@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cosettle_adapter.backbones.cnn import FeatureMapBackbone
 from cosettle_adapter.backbones.row import BackboneRow
@@ -37,8 +38,21 @@ def empty_model(row: BackboneRow) -> nn.Module:
     if all(name in stored for name, _ in model.named_buffers()):
         return model
     # Buffers that no file stores (rotary frequencies, window indices) must be computed for real.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _ParametersStayEmpty():
         return _create(row)
+
+
+class _ParametersStayEmpty(TorchFunctionMode):
+    """Skip what would fill parameters in place: initialising a large model takes many seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name: str = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and args and isinstance(args[0], nn.Parameter):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _create(row: BackboneRow) -> nn.Module:

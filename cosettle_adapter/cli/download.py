@@ -20,13 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Fetch each model's backbone."""
-    from cosettle_adapter.backbones import HubOptions, load_backbone
+    """Fetch each model's backbone, with the authors' projection where there is one."""
+    from cosettle_adapter.adapter import CoSettleAdapter
+    from cosettle_adapter.backbones import HubOptions, load_backbone, lookup
 
     hub = HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline)
     for name in options.models:
         with console.status(f"fetching {name}"):
-            backbone = load_backbone(name, options=hub)
+            if lookup(name).release is None:
+                backbone = load_backbone(name, options=hub)
+            else:
+                backbone = CoSettleAdapter.from_pretrained(
+                    name, cache_dir=options.cache_dir, local_files_only=options.offline
+                ).backbone
         console.print(f"{name}: {backbone.origin}")
         console.print(f"  fingerprint {backbone.fingerprint}, licence {backbone.row.licence}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from cosettle_adapter.published import ModelInfo
 
 HELP = "show models and backbones"
+
+_WIDE = 190  # columns that the table of backbones needs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         console.print_json(json.dumps([dataclasses.asdict(model) for model in everything]))
     elif options.backbones:
-        console.print(_backbones(everything))
+        if not console.is_terminal:
+            console.width = max(console.width, _WIDE)
+        console.print(_backbones(everything, wide=console.width >= _WIDE))
         console.print(
             "Any other encoder: timm:<tag>, timm:<tag>@<pixels a cell>, open_clip:<arch>/<tag>"
         )
@@ -56,26 +60,24 @@ def _models(models: Sequence[ModelInfo]) -> Table:
     return table
 
 
-def _backbones(models: Sequence[ModelInfo]) -> Table:
-    table = _table("Backbones", ("name",))
-    for column in ("family", "positions"):
-        table.add_column(column)
-    for column in ("patch", "width", "image"):
-        table.add_column(column, justify="right")
-    for column in ("licence", "source", "projection"):
-        table.add_column(column, overflow="fold")
+def _backbones(models: Sequence[ModelInfo], *, wide: bool) -> Table:
+    columns: dict[str, Callable[[ModelInfo], str]] = {
+        "name": lambda model: model.name,
+        "family": lambda model: model.family,
+        "positions": lambda model: model.positions,
+        "patch": lambda model: str(model.patch),
+        "width": lambda model: str(model.width),
+        "image": lambda model: str(model.image_size),
+        "licence": lambda model: model.licence.removeprefix("LicenseRef-"),
+        "source": lambda model: model.source,
+        "projection": lambda model: model.projection.replace("none published", "none"),
+    }
+    left_out = () if wide else ("family", "width", "image", "source")
+    shown = {name: cell for name, cell in columns.items() if name not in left_out}
+    title = "Backbones" if wide else f"Backbones (a wider terminal shows {', '.join(left_out)} too)"
+    table = _table(title, tuple(shown))
     for model in models:
-        table.add_row(
-            model.name,
-            model.family,
-            model.positions,
-            str(model.patch),
-            str(model.width),
-            str(model.image_size),
-            model.licence,
-            model.source,
-            model.projection.replace("none published", "none"),
-        )
+        table.add_row(*(cell(model) for cell in shown.values()))
     return table
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,10 @@ def test_a_file_without_tensors_says_what_it_holds(content: object, tmp_path: Pa
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(WeightsUnavailableError, match="does not exist"):
         read_checkpoint(tmp_path / "c.pth")
+
+
+def test_threads_do_not_disturb_each_other(tmp_path: Path) -> None:
+    torch.save({"model": TENSORS, "args": argparse.Namespace(lr=1.0)}, tmp_path / "c.pth")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: read_checkpoint(tmp_path / "c.pth"), range(64)))
+    assert all(same(checkpoint.tensors) for checkpoint in found)

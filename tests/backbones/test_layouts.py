@@ -128,3 +128,20 @@ def test_other_rows_refuse_positions_of_another_grid() -> None:
     tensors = {**prefixed(""), "pos_embed": torch.zeros(1, 24 * 24 + 1, 192)}
     with pytest.raises(CorruptWeightsError, match=r"1 misshapen \(pos_embed is \(1, 577, 192\)"):
         check_tensors(meta_model(SMALL), to_timm(tensors, SMALL), SMALL)
+
+
+@pytest.mark.parametrize("name", ["dinov2-vits14-reg", "dinov2-vitg14", "dinov2-vitg14-reg"])
+def test_metas_own_files_of_dinov2(name: str) -> None:
+    """Positions with the class token's, registers and SwiGLU under Meta's names."""
+    row = REGISTRY[name]
+    expected = meta_model(row).state_dict()
+    cells = (row.image_size // row.patch) ** 2
+    theirs = {
+        key.replace("reg_token", "register_tokens")
+        .replace("mlp.fc1", "mlp.w12" if "vitg" in name else "mlp.fc1")
+        .replace("mlp.fc2", "mlp.w3" if "vitg" in name else "mlp.fc2"): tensor
+        for key, tensor in expected.items()
+    }
+    theirs["pos_embed"] = torch.empty(1, cells + 1, row.width, device="meta")
+    theirs["mask_token"] = torch.empty(1, row.width, device="meta")
+    check_tensors(meta_model(row), to_timm(theirs, row), row)

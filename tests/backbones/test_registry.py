@@ -99,6 +99,14 @@ def test_clip_uses_quickgelu() -> None:
     assert vit.norm.eps == 1e-5
 
 
+@pytest.mark.parametrize("name", ["siglip2-vitb16", "siglip2-vitl16", "siglip2-so400m16"])
+def test_siglip_uses_the_gelu_it_was_trained_with(name: str) -> None:
+    model: Any = meta_model(REGISTRY[name])
+    values = torch.linspace(-3, 3, 7)
+    expected = torch.nn.functional.gelu(values, approximate="tanh")
+    torch.testing.assert_close(model.blocks[0].mlp.act(values), expected, rtol=0, atol=0)
+
+
 def test_an_unknown_name_gets_close_ones() -> None:
     with pytest.raises(UnknownModelError, match="Did you mean 'dinov2-vitb14'"):
         lookup("dinov2-vitb-14")

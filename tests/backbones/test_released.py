@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import FakeHub, use_fake_hub
+from fake_hub import TOKEN, FakeHub, use_fake_hub
 from official import ENCODERS, features, random_state, save_checkpoint
+from safetensors.torch import save
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import REGISTRY, BackboneRow, HubOptions, load_backbone, registry
@@ -20,6 +21,7 @@ from cosettle_adapter.backbones.released import (
 )
 from cosettle_adapter.backbones.row import HubFile
 from cosettle_adapter.backbones.weights import load_weights
+from cosettle_adapter.cli import main
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 
 WIDTH, DEPTH = 96, 2
@@ -216,8 +218,6 @@ def test_the_public_tag_is_compared_when_it_is_at_hand(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Equal to the public tag: nothing is stored twice, and the config pins the public commit."""
-    from safetensors.torch import save
-
     backbone = {name: t for name, t in state().items() if "adapter" not in name}
     commit = released.put(PUBLIC, "model.safetensors", save(backbone))
     public = dataclasses.replace(row, hub=HubFile(PUBLIC))
@@ -240,8 +240,6 @@ def test_a_public_tag_that_differs_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from safetensors.torch import save
-
     backbone = {name: t for name, t in state(seed=5).items() if "adapter" not in name}
     released.put(PUBLIC, "model.safetensors", save(backbone))
     public = dataclasses.replace(row, hub=HubFile(PUBLIC))
@@ -254,3 +252,92 @@ def test_a_public_tag_that_differs_is_not_used(
     frames = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     expected = features(state(), frames, ENCODERS[row.name], DEPTH)
     torch.testing.assert_close(adapter(frames), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def public(released: FakeHub, row: BackboneRow, monkeypatch: pytest.MonkeyPatch) -> BackboneRow:
+    """A row whose public weights are not those that the release was trained on."""
+    backbone = {name: t for name, t in state(seed=5).items() if "adapter" not in name}
+    released.put(PUBLIC, "model.safetensors", save(backbone))
+    row = dataclasses.replace(row, hub=HubFile(PUBLIC))
+    monkeypatch.setitem(registry.REGISTRY, row.name, row)
+    return row
+
+
+FRAMES = torch.randint(
+    0, 256, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+
+
+def test_a_release_on_its_own_backbone_survives_saving(public: BackboneRow, tmp_path: Path) -> None:
+    adapter = CoSettleAdapter.from_pretrained(public.name)
+    adapter.save_pretrained(tmp_path / "saved")
+    again = CoSettleAdapter.from_pretrained(tmp_path / "saved", local_files_only=True)
+    assert torch.equal(again(FRAMES), adapter(FRAMES))
+    again.save_pretrained(tmp_path / "saved again")
+    third = CoSettleAdapter.from_pretrained(tmp_path / "saved again", local_files_only=True)
+    assert torch.equal(third(FRAMES), adapter(FRAMES))
+    third.save_pretrained(tmp_path / "saved again")
+    assert (tmp_path / "saved again" / "backbone.safetensors").stat().st_size > 1000
+
+
+def test_a_release_on_its_own_backbone_survives_the_hub(
+    released: FakeHub, public: BackboneRow
+) -> None:
+    adapter = CoSettleAdapter.from_pretrained(public.name)
+    pushed = adapter.push_to_hub("user/settled", token=TOKEN)
+    assert "backbone.safetensors" in released.files("user/settled")
+    again = CoSettleAdapter.from_pretrained("user/settled", revision=pushed.commit)
+    assert torch.equal(again(FRAMES), adapter(FRAMES))
+
+
+def test_a_saved_release_is_pinned_to_the_authors_commit(
+    released: FakeHub, row: BackboneRow, tmp_path: Path
+) -> None:
+    adapter = CoSettleAdapter.from_pretrained(row.name)
+    assert adapter.config.backbone_revision == released.history(OFFICIAL_REPOSITORY)[0].oid
+    adapter.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "backbone.safetensors").exists(), "it can be had again"
+    released.put(OFFICIAL_REPOSITORY, f"{FOLDER}/checkpoint-9.pth", checkpoint(seed=9))
+    again = CoSettleAdapter.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(FRAMES), adapter(FRAMES))
+
+
+def test_raw_features_pin_the_backbone_they_come_from(released: FakeHub, row: BackboneRow) -> None:
+    commit = released.history(OFFICIAL_REPOSITORY)[0].oid
+    assert CoSettleAdapter.raw(row.name).config.backbone_revision == commit
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("what", ["adapter", "backbone"])
+def test_a_damaged_download_is_refused_and_the_next_one_heals(
+    what: str, released: FakeHub, row: BackboneRow, tmp_path: Path
+) -> None:
+    load = CoSettleAdapter.from_pretrained if what == "adapter" else load_backbone
+    released.spoil[f"{FOLDER}/checkpoint-4.pth"] = flipped
+    with pytest.raises((CorruptWeightsError, WeightsUnavailableError), match="sha256"):
+        load(row.name)
+    assert converted(tmp_path) == set()
+    released.spoil.clear()
+    load(row.name)
+
+
+@pytest.mark.parametrize("file", ["backbone.safetensors", "projection.safetensors"])
+def test_a_conversion_that_was_cut_is_made_again(
+    file: str, released: FakeHub, row: BackboneRow, tmp_path: Path
+) -> None:
+    expected = CoSettleAdapter.from_pretrained(row.name)(FRAMES)
+    path = next((tmp_path / "home").rglob(file))
+    path.write_bytes(path.read_bytes()[:-100])
+    assert torch.equal(CoSettleAdapter.from_pretrained(row.name)(FRAMES), expected)
+
+
+def test_download_makes_a_released_model_work_offline(
+    released: FakeHub, public: BackboneRow
+) -> None:
+    assert main(["download", public.name]) == 0
+    CoSettleAdapter.from_pretrained(public.name, local_files_only=True)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import timm
+import torch
 
 from cosettle_adapter.backbones import lookup
+from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.registry import REGISTRY
 from cosettle_adapter.backbones.row import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN
 from cosettle_adapter.errors import UnknownModelError
@@ -106,3 +108,20 @@ def test_registered_rows_say_what_timm_builds(row) -> None:  # type: ignore[no-u
     for field in ("architecture", "patch", "width", "depth", "kind", "positions",
                   "licence", "mean", "std", "final_norm", "hub", "image_size"):  # fmt: skip
         assert getattr(row, field) == getattr(published, field), field
+
+
+@pytest.mark.parametrize(
+    "tag", ["vit_base_patch16_clip_224.openai", "vit_large_patch14_clip_224.metaclip_400m"]
+)
+def test_weights_trained_with_quickgelu_get_it(tag: str) -> None:
+    row = lookup(f"timm:{tag}")
+    assert row.name == f"timm:{tag}"
+    assert row.note == "QuickGELU"
+    activation = meta_model(row).blocks[0].mlp.act
+    values = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(activation(values), values * torch.sigmoid(1.702 * values))
+
+
+def test_weights_trained_with_gelu_keep_it() -> None:
+    row = lookup("timm:vit_base_patch16_clip_224.laion2b")
+    assert row.architecture == "vit_base_patch16_clip_224"

@@ -43,7 +43,7 @@ def _mae(size: str, patch: int, release: Release | None = None) -> BackboneRow:
         licence="CC-BY-NC-4.0",
         hub=HubFile(f"timm/{architecture}.mae"),
         release=release,
-        note="non-commercial weights",
+        note=NON_COMMERCIAL,
     )
 
 

@@ -62,6 +62,7 @@ def _siglip2(size: str, timm_size: str, width: int, depth: int) -> BackboneRow:
         width=width,
         depth=depth,
         image_size=512,
+        options={"act_layer": "gelu_tanh"},  # as trained; timm's base and large have exact GELU
         licence="Apache-2.0",
         hub=HubFile(f"timm/{architecture}.v2_webli"),
         mean=HALF,
