@@ -226,3 +226,16 @@ def test_compare_features_reads_what_the_config_says(
     torch.testing.assert_close(variants[analysis.ADAPTED], adapter(frames))
     last = adapter.backbone.patch_tokens(adapter.preprocess(frames))
     torch.testing.assert_close(variants[analysis.RAW_LAST], last)
+
+
+def test_the_map_of_cells_that_come_home_has_the_accuracy_as_its_mean() -> None:
+    features = noise(4, 3, 4, 5)
+    home = analysis.comes_home(features, gap=2)
+    assert home.shape == (2, 4, 5)
+    assert home.dtype == torch.bool
+    assert float(home.float().mean()) == pytest.approx(cycle_accuracy(features, gap=2))
+    # a cell that is replaced by noise is lost, and only it
+    still = noise(1, 16, 4, 5).expand(2, -1, -1, -1).clone()
+    still[1, :, 2, 3] = noise(16, seed=1)
+    lost = (~analysis.comes_home(still)[0]).nonzero().tolist()
+    assert [2, 3] in lost

@@ -1,15 +1,11 @@
-"""What a projection changed: how steadily patch features follow the things they are on.
+"""How steadily patch features follow the things they are on, one clip at a time.
 
-The first two measures are those of the paper's Figure 1 (Co-Settle, arXiv:2603.26597), as its
-released ``cal_metric`` code defines them, taken here on patch tokens alone whatever the backbone.
 They say what the features do, not whether that is good: a constant feature has no neighbouring
 distance at all. :func:`tracking_error` needs clips whose motion is known, and does say it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,17 +13,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from cosettle_adapter.analysis.tokens import best_match, distances_to_next, token_frames
 from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.errors import FrameError, GeometryError
 
 if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter
     from cosettle_adapter.frames.geometry import Geometry
-
-RAW_LAST = "raw last block"
-RAW_SAME = "raw same block"
-CENTRED = "centred"
-ADAPTED = "adapted"
 
 
 @torch.no_grad()
@@ -53,22 +44,43 @@ def cycle_accuracy(
         FrameError: no more than ``gap`` frames.
         ValueError: ``gap`` or ``chunk`` below 1, ``tolerance`` below 0.
     """
+    return float(comes_home(features, gap=gap, tolerance=tolerance, chunk=chunk).float().mean())
+
+
+@torch.no_grad()
+def comes_home(features: Tensor, *, gap: int = 1, tolerance: int = 0, chunk: int = 1024) -> Tensor:
+    """Tell which cells come home: the map whose mean is :func:`cycle_accuracy`.
+
+    Args:
+        features: as in :func:`cycle_accuracy`, like the options.
+        gap: frames between the two ends.
+        tolerance: rows and columns a cell may be off and still count as home.
+        chunk: cells compared at a time.
+
+    Returns:
+        ``(T - gap, h, w)`` bool on the features' device.
+
+    Raises:
+        GeometryError: features that are not ``(T, C, h, w)`` floats.
+        FrameError: no more than ``gap`` frames.
+        ValueError: an option out of range.
+    """
     if gap < 1 or tolerance < 0 or chunk < 1:
         raise ValueError(
             f"got gap={gap}, tolerance={tolerance}, chunk={chunk}; "
             "gap and chunk must be at least 1, tolerance at least 0."
         )
-    frames = _token_frames(features, at_least=gap + 1)
+    frames = token_frames(features, at_least=gap + 1)
     width = features.shape[-1]
     own = torch.arange(frames.shape[1], device=frames.device)
-    shares = []
+    maps = []
     for here, there in zip(frames, frames[gap:], strict=False):
         here, there = F.normalize(here, dim=-1), F.normalize(there, dim=-1)
-        home = _best(there, here, chunk)[_best(here, there, chunk)]
+        home = best_match(there, here, chunk)[best_match(here, there, chunk)]
         rows = (home // width - own // width).abs()
         columns = (home % width - own % width).abs()
-        shares.append((torch.maximum(rows, columns) <= tolerance).float().mean())
-    return float(torch.stack(shares).mean())
+        maps.append(torch.maximum(rows, columns) <= tolerance)
+    return rearrange(maps, "t (h w) -> t h w", w=width)
 
 
 @torch.no_grad()
@@ -102,18 +114,13 @@ def neighbour_distance(
             f"got keep={keep}, percentile={percentile}, chunk={chunk}; expected keep in (0, 1], "
             "percentile in (0, 100] and chunk of at least 1."
         )
-    frames = _token_frames(features, at_least=2)
+    frames = token_frames(features, at_least=2)
     frames = frames - frames.mean(dim=(0, 1))
     kept = max(1, round(keep * frames.shape[1]))
-    distances = []
-    for here, there in pairwise(frames):
-        nearest = there[_nearest_euclidean(here, there, chunk)]
-        # measured anew: a distance read off the matrix product is far from 0 for equal patches
-        distance = (here - nearest).norm(dim=-1)
-        distances.append(distance.sort().values[:kept].mean())
+    distances = distances_to_next(frames, chunk).sort(dim=1).values[:, :kept]
     radius = rearrange(frames.norm(dim=-1), "t n -> (t n)")
     rank = max(1, round(percentile / 100 * len(radius)))
-    return float(torch.stack(distances).mean() / (2 * radius.kthvalue(rank).values))
+    return float(distances.mean() / (2 * radius.kthvalue(rank).values))
 
 
 @torch.no_grad()
@@ -148,7 +155,7 @@ def tracking_error(
         GeometryError: shapes that do not fit together.
         FrameError: no point is visible after frame 0.
     """
-    _token_frames(features, at_least=2)
+    token_frames(features, at_least=2)
     expected = (len(features), len(points))
     if visible.shape != expected or positions.shape != (*expected, 2):
         raise GeometryError(
@@ -169,89 +176,3 @@ def tracking_error(
     for threshold in thresholds:
         figures[f"pck@{threshold:g}"] = float((errors <= threshold).double().mean())
     return figures | {"count": float(len(errors))}
-
-
-def compare_features(
-    adapter: CoSettleAdapter,
-    frames: Tensor,
-    *,
-    size: int | tuple[int, int] | None = None,
-    batch_size: int = 4,
-    on_frames: Callable[[int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Return a clip's adapted features and what they must be compared with.
-
-    Most of what a projection seems to gain over the last block can come from reading another
-    block, or from no longer carrying the mean token; so both stand beside it. All are read in one
-    pass of the backbone.
-
-    Args:
-        adapter: backbone and projection.
-        frames: ``(T, 3, H, W)`` uint8.
-        size: what frames are resized to, as in the adapter's ``forward``.
-        batch_size: frames a forward pass.
-        on_frames: called with the number of frames done, after each pass.
-
-    Returns:
-        ``(T, C, h, w)`` float32 on the CPU for each of ``raw last block``, ``raw same block``
-        (the blocks that the projection reads; left out when that is the last block),
-        ``centred`` (those minus the clip's mean token) and ``adapted``.
-    """
-    last: list[Tensor] = []
-    same: list[Tensor] = []
-    adapted: list[Tensor] = []
-    done = 0
-    for batch in torch.split(frames, batch_size):
-        final, read = _read_blocks(adapter, adapter.preprocess(batch, size=size))
-        last.append(final.float().cpu())
-        same.append(read.float().cpu())
-        with torch.no_grad():
-            adapted.append(adapter.projection(read).float().cpu())
-        done += len(batch)
-        if on_frames is not None:
-            on_frames(done)
-    raw_last, raw_same = torch.cat(last), torch.cat(same)
-    variants = {RAW_LAST: raw_last}
-    if raw_same.shape != raw_last.shape or not torch.equal(raw_same, raw_last):
-        variants[RAW_SAME] = raw_same
-    variants[CENTRED] = raw_same - raw_same.mean(dim=(0, 2, 3), keepdim=True)
-    variants[ADAPTED] = torch.cat(adapted)
-    return variants
-
-
-def _read_blocks(adapter: CoSettleAdapter, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Last block's tokens, and those the projection reads, ``(B, C, h, w)``; one pass if it can."""
-    backbone, config = adapter.backbone, adapter.config
-    final = backbone.depth - 1
-    usual = [backbone.block(layer) == final and backbone.row.final_norm for layer in config.layers]
-    if all(norm == config.norm for norm in usual):
-        *read, last = backbone.intermediate_tokens(images, (*config.layers, final))
-    else:
-        read = backbone.intermediate_tokens(images, config.layers, norm=config.norm)
-        last = backbone.patch_tokens(images)
-    return last, torch.cat(read, dim=1)
-
-
-def _token_frames(features: Tensor, *, at_least: int) -> Tensor:
-    """``(T, h w, C)`` float32 or wider."""
-    if features.ndim != 4 or not features.is_floating_point():
-        raise GeometryError(
-            f"got features of shape {tuple(features.shape)} and dtype {features.dtype}, expected "
-            "floats of shape (T, C, h, w)."
-        )
-    if len(features) < at_least:
-        raise FrameError(f"got {len(features)} frames, expected at least {at_least}.")
-    wide = features if features.dtype == torch.float64 else features.float()
-    return rearrange(wide, "t c h w -> t (h w) c")
-
-
-def _best(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
-    """Index of the key with the largest inner product, for each query."""
-    return torch.cat([(block @ keys.T).argmax(dim=1) for block in torch.split(queries, chunk)])
-
-
-def _nearest_euclidean(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
-    """Index of the nearest key, for each query."""
-    offsets = keys.square().sum(dim=-1) / 2
-    chunks = torch.split(queries, chunk)
-    return torch.cat([(block @ keys.T - offsets).argmax(dim=1) for block in chunks])
