@@ -8,7 +8,7 @@ value a frame, first and last frame do not count, and a data set's figure is the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -58,6 +58,8 @@ def evaluate_sequence(
     masks: NDArray[np.uint8],
     *,
     protocol: Literal["crw", "dino"] = "crw",
+    annotated: Sequence[int] | None = None,
+    on_mask: Callable[[int, NDArray[np.uint8]], None] = lambda index, mask: None,
     **options: Any,
 ) -> SequenceScores:
     """Propagate the first mask of a clip by features and score the others.
@@ -69,8 +71,12 @@ def evaluate_sequence(
     Args:
         features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, one
             for every mask; an iterable is consumed at constant memory.
-        masks: ``(T, H, W)`` uint8 object ids, 0 the background, 255 void.
+        masks: ``(T, H, W)`` uint8 object ids, 0 the background, 255 void; fewer with
+            ``annotated``.
         protocol: ``crw`` or ``dino``.
+        annotated: frame of each mask, ascending from 0, where not every frame has one; the others
+            are propagated through and not scored.
+        on_mask: called with the index of every frame and its propagated object ids ``(H, W)``.
         **options: what :class:`~cosettle_adapter.correspondence.LabelPropagator` takes.
 
     Raises:
@@ -85,34 +91,46 @@ def evaluate_sequence(
             f"got {masks.dtype} masks of shape {masks.shape}, expected uint8 (T, H, W) with T at "
             "least 3: first and last frame do not count"
         )
+    if annotated is not None and (list(annotated[:1]) != [0] or len(annotated) != len(masks)):
+        raise FrameError(
+            f"got {len(masks)} masks for the frames {list(annotated)[:9]}, expected one for each, "
+            "of which the first is frame 0"
+        )
     objects = tuple(int(i) for i in np.unique(masks[0]) if i not in (0, VOID))
     if not objects:
         raise FrameError(
             "the first mask has no object (no value from 1 to 254), so there is nothing to "
             "propagate; start the clip at a frame that shows one"
         )
-    scores: list[list[tuple[float, float]]] = [[] for _ in objects]
+    frames = len(masks) if annotated is None else None
+    rows = {frame: row for row, frame in enumerate(annotated or range(len(masks)))}
+    scores: list[dict[int, tuple[float, float]]] = [{} for _ in objects]
     count = 0
-    for count, labels in enumerate(_propagated(features, masks[0], objects, protocol, options), 1):
-        if count > len(masks):
+    propagated = propagate_masks(features, masks[0], (0, *objects), protocol=protocol, **options)
+    for count, ids in enumerate(propagated, start=1):
+        if frames is not None and count > frames:
             break
-        if 1 < count < len(masks):
-            truth = masks[count - 1]
-            void = truth == VOID
-            ids = _decode(labels, truth.shape, protocol)
-            for index, object_id in enumerate(objects):
-                gt, pred = truth == object_id, ids == index + 1
-                score = region_similarity(gt, pred, void=void), boundary_f(gt, pred, void=void)
-                scores[index].append(score)
-    if count != len(masks):
+        on_mask(count - 1, ids)
+        if count == 1 or count - 1 not in rows:
+            continue
+        truth = masks[rows[count - 1]]
+        void = truth == VOID
+        for object_id, found in zip(objects, scores, strict=True):
+            gt, pred = truth == object_id, ids == object_id
+            j, f = region_similarity(gt, pred, void=void), boundary_f(gt, pred, void=void)
+            found[count - 1] = (j, f)
+    if (frames is not None and count != frames) or count <= max(rows):
+        more = "more" if frames is not None and count > frames else count
         raise FrameError(
-            f"got {len(masks)} masks, but {'more' if count > len(masks) else count} feature maps; "
-            "give one map for every mask"
+            f"got masks up to frame {max(rows)}, but {more} feature maps; give one map for every "
+            "frame, and a mask for every frame unless annotated says which have one"
         )
+    for found in scores:
+        found.pop(count - 1, None)  # the last frame does not count
     return SequenceScores(
         objects,
-        j=tuple(tuple(j for j, _ in frames) for frames in scores),
-        f=tuple(tuple(f for _, f in frames) for frames in scores),
+        j=tuple(tuple(j for j, _ in found.values()) for found in scores),
+        f=tuple(tuple(f for _, f in found.values()) for found in scores),
     )
 
 
@@ -121,26 +139,40 @@ def mean_over_objects(scores: Iterable[SequenceScores]) -> float:
     return _mean([value for score in scores for value in score.per_object])
 
 
-def _propagated(
+def propagate_masks(
     features: Tensor | Iterable[Tensor],
-    mask: Any,
-    objects: tuple[int, ...],
-    protocol: Literal["crw", "dino"],
-    options: dict[str, Any],
-) -> Iterator[Tensor]:
+    mask: NDArray[np.uint8],
+    classes: Sequence[int],
+    *,
+    protocol: Literal["crw", "dino"] = "crw",
+    **options: Any,
+) -> Iterator[NDArray[np.uint8]]:
+    """Propagate a label map through a clip, frame by frame, at constant memory.
+
+    Args:
+        features: as in :func:`evaluate_sequence`.
+        mask: ``(H, W)`` uint8 label map of the first frame.
+        classes: labels to propagate, the first of them the background, which takes whatever has
+            no other of these labels.
+        protocol: ``crw`` or ``dino``.
+        **options: what :class:`~cosettle_adapter.correspondence.LabelPropagator` takes.
+
+    Yields:
+        The label map ``(H, W)`` of every frame, decoded as :func:`evaluate_sequence` says.
+    """
+    np: Any = require("numpy", extra="eval", purpose="measuring masks")
+    names = np.asarray(classes, dtype=np.uint8)
     propagator: LabelPropagator | None = None
     for feature in features:
         if propagator is None:
-            first = _first_labels(mask, objects, feature.shape[-2:], protocol).to(feature.device)
+            first = _first_labels(mask, classes, feature.shape[-2:], protocol).to(feature.device)
             propagator = LabelPropagator(first, protocol=protocol, **options)
-        yield propagator.step(feature)
+        yield names[_decode(propagator.step(feature), mask.shape, protocol)]
 
 
-def _first_labels(
-    mask: Any, objects: tuple[int, ...], grid: Sequence[int], protocol: str
-) -> Tensor:
+def _first_labels(mask: Any, classes: Sequence[int], grid: Sequence[int], protocol: str) -> Tensor:
     ids = torch.from_numpy(mask.astype("int64"))
-    masks = torch.stack([ids == object_id for object_id in objects])
+    masks = torch.stack([ids == label for label in classes[1:]])
     one_hot = torch.cat([~masks.any(0, keepdim=True), masks])
     mode = "nearest-exact" if protocol == "dino" else "bilinear"
     resized = F.interpolate(rearrange(one_hot, "k h w -> 1 k h w").float(), tuple(grid), mode=mode)
@@ -148,7 +180,7 @@ def _first_labels(
 
 
 def _decode(labels: Tensor, size: Sequence[int], protocol: str) -> NDArray[np.int64]:
-    """Label ids ``(H, W)``: 0 the background, then objects by position."""
+    """Positions ``(H, W)`` of the strongest label among the classes."""
     soft = F.interpolate(rearrange(labels, "k h w -> 1 k h w"), tuple(size), mode="bilinear")
     soft = rearrange(soft, "1 k h w -> k h w")
     if protocol == "dino":

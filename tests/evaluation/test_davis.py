@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.evaluation import (
+    Clip,
     SequenceScores,
     boundary_f,
     davis_sequences,
@@ -110,7 +112,7 @@ def test_the_mean_is_over_objects_not_over_clips() -> None:
 
 @pytest.mark.parametrize(
     ("maps", "message"),
-    [(4, "5 masks, but 4 feature maps"), (7, "5 masks, but more feature maps")],
+    [(4, "but 4 feature maps"), (7, "but more feature maps")],
 )
 def test_every_mask_needs_a_map(maps: int, message: str) -> None:
     features, masks = moving_squares(frames=7)
@@ -136,6 +138,7 @@ def test_the_official_2017_layout(tmp_path: Path) -> None:
     sequences = davis_sequences(root)
     assert [sequence.name for sequence in sequences] == ["walk", "run"]
     np.testing.assert_array_equal(sequences[0].read_masks(), masks)
+    assert all(isinstance(sequence, Clip) and len(sequence) == 5 for sequence in sequences)
     assert sequences[1].read_frame(3).shape == (48, 80, 3)
     assert abs(int(sequences[1].read_frame(3).mean()) - 3) <= 1
 
@@ -166,18 +169,56 @@ def test_frames_can_be_thinned_and_cut(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FrameError, match=r"expected .*ImageSets.2016.val.txt or"):
+    with pytest.raises(
+        FrameError, match="expected JPEGImages, Annotations, ImageSets in it, found"
+    ):
         davis_sequences(tmp_path)
-    root = write_davis(tmp_path, {"walk": moving_squares()[1]})
-    with pytest.raises(FrameError, match="no DAVIS-2017 train list"):
+    root = write_davis(tmp_path / "DAVIS", {"walk": moving_squares()[1]})
+    with pytest.raises(FrameError, match=r"found DAVIS\. Did you mean .*DAVIS\?"):
+        davis_sequences(tmp_path)
+    with pytest.raises(FrameError, match=r"DAVSI does not exist, .* Did you mean 'DAVIS'\?"):
+        davis_sequences(tmp_path / "DAVSI")
+    with pytest.raises(FrameError, match=r"val.txt is a file, expected the folder of DAVIS"):
+        davis_sequences(root / "ImageSets" / "2017" / "val.txt")
+    with pytest.raises(FrameError, match=r"no DAVIS-2017 train list in .*train.txt"):
         davis_sequences(root, subset="train")
+    with pytest.raises(FrameError, match=r"no DAVIS-2017 vall list in .* Did you mean 'val'\?"):
+        davis_sequences(root, subset="vall")
+    with pytest.raises(FrameError, match=r"expected .*ImageSets.2016.val.txt or"):
+        davis_sequences(root, year="2016")
     with pytest.raises(FrameError, match=r"no clip 'wlak'.* Did you mean 'walk'"):
         davis_sequences(root, sequences=["wlak"])
-    (root / "Annotations" / "480p" / "walk" / "00003.png").unlink()
-    with pytest.raises(FrameError, match=r"'walk' is not complete: no .*00003.png"):
-        davis_sequences(root)
-    with pytest.raises(FrameError, match=r"'walk' is not complete: no .*1080p.walk.\*.jpg"):
+    with pytest.raises(FrameError, match=r"no 1080p folder in .*JPEGImages.* '480p'"):
         davis_sequences(root, resolution="1080p")
+
+
+def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path) -> None:
+    masks = moving_squares()[1]
+    root = write_davis(tmp_path, {"run": masks, "walk": masks, "gone": masks})
+    (root / "Annotations" / "480p" / "walk" / "00003.png").unlink()
+    shutil.rmtree(root / "JPEGImages" / "480p" / "gone")
+    good, unannotated, gone = davis_sequences(root)
+    assert good.problem is None
+    assert good.read_masks().shape == masks.shape
+    assert unannotated.annotated == (0, 1, 2, 3, 4)
+    for read in (unannotated.read_masks, lambda: unannotated.read_frame(0)):
+        with pytest.raises(FrameError, match=r"'walk' is not complete: no .*00003.png"):
+            read()
+    assert len(gone) == 0
+    with pytest.raises(FrameError, match=r"'gone' is not complete: no .*gone.\*.jpg"):
+        gone.read_masks()
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    root = write_davis(tmp_path, {"walk": moving_squares()[1]})
+    (root / "JPEGImages" / "480p" / "walk" / "00001.jpg").write_bytes(b"not a picture")
+    (root / "Annotations" / "480p" / "walk" / "00002.png").write_bytes(b"not a picture")
+    clip = davis_sequences(root)[0]
+    assert clip.read_frame(0).dtype == np.uint8
+    with pytest.raises(FrameError, match=r"00001.jpg cannot be read as an image"):
+        clip.read_frame(1)
+    with pytest.raises(FrameError, match=r"00002.png cannot be read as a mask"):
+        clip.read_masks()
 
 
 def test_masks_of_another_kind_are_refused(tmp_path: Path) -> None:

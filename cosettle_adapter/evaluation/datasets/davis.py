@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cosettle_adapter.errors import FrameError, did_you_mean
+from cosettle_adapter.evaluation.datasets.clips import MaskClip
+from cosettle_adapter.evaluation.datasets.layout import (
+    entries,
+    existing_folder,
+    pick,
+    require_entries,
+)
 from cosettle_adapter.extras import require
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+WHAT = "the folder of DAVIS that holds JPEGImages, Annotations and ImageSets"
+
 
 @dataclasses.dataclass(frozen=True)
-class DavisSequence:
+class DavisSequence(MaskClip):
     """One clip of DAVIS, read when asked.
 
     Attributes:
@@ -24,49 +33,21 @@ class DavisSequence:
         frames: paths of its frames, in order.
         annotations: paths of its masks, one for every frame.
         merge: take all objects of a mask as one, as DAVIS-2016 does.
+        problem: what is missing of it, or None; then reading raises it.
     """
 
-    name: str
-    frames: tuple[Path, ...]
-    annotations: tuple[Path, ...]
     merge: bool
-
-    def read_frame(self, index: int) -> NDArray[np.uint8]:
-        """Read one frame: ``(H, W, 3)`` uint8, RGB."""
-        np: Any = require("numpy", extra="eval", purpose="reading DAVIS")
-        image: Any = require("PIL.Image", extra="eval", purpose="reading DAVIS")
-        with image.open(self.frames[index]) as opened:
-            frame: NDArray[np.uint8] = np.asarray(opened.convert("RGB"))
-        return frame
 
     def read_masks(self) -> NDArray[np.uint8]:
         """Read all masks: ``(T, H, W)`` uint8 object ids, 0 the background, 255 void.
 
         Raises:
-            FrameError: a mask that is not a palette or grey image, or of another size.
+            FrameError: the clip is not complete, or a mask that is damaged, not a palette or grey
+                image, or of another size.
         """
         np: Any = require("numpy", extra="eval", purpose="reading DAVIS")
-        masks = [self._read_mask(path) for path in self.annotations]
-        for path, mask in zip(self.annotations, masks, strict=True):
-            if mask.shape != masks[0].shape:
-                raise FrameError(
-                    f"{path} is {mask.shape[0]} x {mask.shape[1]}, but the sequence's first mask "
-                    f"is {masks[0].shape[0]} x {masks[0].shape[1]}; all must have one size"
-                )
-        stacked: NDArray[np.uint8] = np.stack(masks)
-        return (stacked > 0).astype(np.uint8) if self.merge else stacked
-
-    def _read_mask(self, path: Path) -> NDArray[np.uint8]:
-        np: Any = require("numpy", extra="eval", purpose="reading DAVIS")
-        image: Any = require("PIL.Image", extra="eval", purpose="reading DAVIS")
-        with image.open(path) as opened:
-            if opened.mode not in ("P", "L", "1"):
-                raise FrameError(
-                    f"{path} is a {opened.mode} image, expected a palette (P) or grey (L) PNG "
-                    "whose values are object ids; take DAVIS's own annotations"
-                )
-            mask: NDArray[np.uint8] = np.asarray(opened).astype(np.uint8)
-        return mask
+        masks = super().read_masks()
+        return (masks > 0).astype(np.uint8) if self.merge else masks
 
 
 def davis_sequences(
@@ -95,25 +76,26 @@ def davis_sequences(
         max_frames: keep at most this many frames of a clip; likewise.
 
     Returns:
-        The clips, in the order of ``sequences`` or of the subset's list.
+        The clips, in the order of ``sequences`` or of the subset's list. One of which files are
+        missing has a ``problem`` and raises it when read.
 
     Raises:
-        FrameError: a folder, list, clip or annotation that should be there is not.
+        FrameError: a folder or list that should be there is not, or a clip that is not listed.
         ValueError: an option out of range.
     """
     if every < 1 or (max_frames is not None and max_frames < 1):
         raise ValueError(
             f"got every={every} and max_frames={max_frames}, expected at least 1 for both"
         )
-    root = Path(root)
+    root = existing_folder(root, WHAT)
+    require_entries(root, ["JPEGImages", "Annotations", "ImageSets"], WHAT)
     year = year or _newest(root)
     listed = _listed(root, year, subset)
+    for kind in ("JPEGImages", "Annotations"):
+        held = entries(root / kind)
+        pick(resolution, held, f"{resolution} folder in {root / kind}; pass resolution= for others")
     for name in sequences or ():
-        if name not in listed:
-            raise FrameError(
-                f"no clip {name!r} in the {subset} subset of DAVIS-{year} in {root}."
-                + (did_you_mean(name, listed) or f" It has {len(listed)}: {', '.join(listed[:9])}")
-            )
+        pick(name, listed, f"clip {name!r} in the {subset} subset of DAVIS-{year} in {root}")
     found = []
     for name in listed if sequences is None else sequences:
         pattern = root / "JPEGImages" / resolution / name / "*.jpg"
@@ -121,12 +103,17 @@ def davis_sequences(
         folder = root / "Annotations" / resolution / name
         annotations = [folder / f"{frame.stem}.png" for frame in frames]
         missing = next((path for path in annotations if not path.is_file()), None)
+        problem = None
         if not frames or missing:
-            raise FrameError(
+            problem = (
                 f"DAVIS clip {name!r} is not complete: no {missing or pattern}; unpack the "
                 f"{resolution} archive of DAVIS-{year} again, or leave the clip out of sequences"
             )
-        found.append(DavisSequence(name, tuple(frames), tuple(annotations), merge=year == "2016"))
+        found.append(
+            DavisSequence(
+                name, tuple(frames), tuple(annotations), merge=year == "2016", problem=problem
+            )
+        )
     return found
 
 
@@ -143,10 +130,11 @@ def _listed(root: Path, year: str, subset: str) -> list[str]:
         lists.append(root / "ImageSets" / "480p" / f"{subset}.txt")
     for path in lists:
         if path.is_file():
-            entries = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-            names = [Path(entry).parent.name if "/" in entry else entry for entry in entries]
+            named = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+            names = [Path(entry).parent.name if "/" in entry else entry for entry in named]
             return list(dict.fromkeys(names))
+    known = [Path(name).stem for path in lists for name in entries(path.parent)]
     raise FrameError(
-        f"no DAVIS-{year} {subset} list in {root}: expected {' or '.join(map(str, lists))}; give "
-        "the folder that holds JPEGImages, Annotations and ImageSets"
+        f"no DAVIS-{year} {subset} list in {root}: expected {' or '.join(map(str, lists))}."
+        + did_you_mean(subset, known)
     )

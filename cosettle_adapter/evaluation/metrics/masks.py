@@ -34,6 +34,33 @@ class Summary(NamedTuple):
     decay: float
 
 
+class MaskScores(NamedTuple):
+    """J and F of one object over a clip.
+
+    Attributes:
+        j: region similarity of every frame that counts, in order, in [0, 1].
+        f: boundary measure likewise.
+    """
+
+    j: tuple[float, ...]
+    f: tuple[float, ...]
+
+    @property
+    def j_summary(self) -> Summary:
+        """Mean, recall and decay of J."""
+        return summarise(self.j)
+
+    @property
+    def f_summary(self) -> Summary:
+        """Mean, recall and decay of F."""
+        return summarise(self.f)
+
+    @property
+    def j_and_f(self) -> float:
+        """J&F: the mean of mean J and mean F."""
+        return (self.j_summary.mean + self.f_summary.mean) / 2
+
+
 def region_similarity(gt: ArrayLike, pred: ArrayLike, *, void: ArrayLike | None = None) -> float:
     """Return J, the intersection over union of two masks.
 
@@ -85,6 +112,51 @@ def boundary_f(
     recall = _share_near(truth_points, guess_points, reach)
     precision = _share_near(guess_points, truth_points, reach)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def j_and_f(
+    gt: ArrayLike,
+    pred: ArrayLike,
+    *,
+    void: ArrayLike | None = None,
+    tolerance: float = 0.008,
+    exclude_ends: bool = True,
+) -> MaskScores:
+    """Score one object over a clip.
+
+    Args:
+        gt: ``(T, H, W)`` boolean annotation of the object.
+        pred: ``(T, H, W)`` boolean prediction.
+        void: ``(T, H, W)`` boolean, pixels that do not count.
+        tolerance: of the boundary, as for :func:`boundary_f`.
+        exclude_ends: leave out the first frame, which is given, and the last, as the official
+            semi-supervised evaluation does.
+
+    Returns:
+        J and F of the frames that count.
+
+    Raises:
+        FrameError: masks of different shapes or not boolean, or too few frames.
+        ValueError: ``tolerance`` is negative.
+    """
+    np: Any = require("numpy", extra="eval", purpose="measuring masks")
+    clips = {"gt": np.asarray(gt), "pred": np.asarray(pred)}
+    if void is not None:
+        clips["void"] = np.asarray(void)
+    needed = 3 if exclude_ends else 1
+    for name, clip in clips.items():
+        if clip.ndim != 3 or clip.shape != clips["gt"].shape or len(clip) < needed:
+            raise FrameError(
+                f"got {name} of shape {clip.shape}, expected (T, H, W) like gt "
+                f"{clips['gt'].shape} with T at least {needed}"
+                + (": first and last frame do not count" if exclude_ends else "")
+            )
+    frames = range(len(clips["gt"]))[1:-1] if exclude_ends else range(len(clips["gt"]))
+    pairs = [{name: clip[t] for name, clip in clips.items()} for t in frames]
+    return MaskScores(
+        j=tuple(region_similarity(**pair) for pair in pairs),
+        f=tuple(boundary_f(**pair, tolerance=tolerance) for pair in pairs),
+    )
 
 
 def summarise(values: ArrayLike) -> Summary:

@@ -1,0 +1,74 @@
+"""Frames and label maps from image files, as NumPy arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from einops import rearrange
+
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.extras import require
+from cosettle_adapter.frames import files
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def read_frame(path: Path) -> NDArray[np.uint8]:
+    """Read an image: ``(H, W, 3)`` uint8, RGB, upright as its EXIF orientation says.
+
+    Raises:
+        FrameError: the file is missing, damaged or not an image.
+    """
+    frame: NDArray[np.uint8] = (
+        rearrange(files.read_image(path), "c h w -> h w c").contiguous().numpy()
+    )
+    return frame
+
+
+def read_labels(path: Path, *, colours: bool = False) -> NDArray[np.uint8]:
+    """Read a label map: ``(H, W)`` uint8, the palette index or grey value of every pixel.
+
+    Args:
+        path: a PNG.
+        colours: take an image in colours as well, as 1 where any colour is above 0.
+
+    Raises:
+        FrameError: the file is missing or damaged, or its pixels are not labels.
+    """
+    np: Any = require("numpy", extra="eval", purpose="reading masks")
+    pillow: Any = require("PIL.Image", extra="eval", purpose="reading masks")
+    try:
+        with pillow.open(path) as opened:
+            if opened.mode in ("P", "L", "1"):
+                labels: NDArray[np.uint8] = np.asarray(opened).astype(np.uint8)
+                return labels
+            if not colours:
+                raise FrameError(
+                    f"{path} is a {opened.mode} image, expected a palette (P) or grey (L) PNG "
+                    "whose values are object ids; take the data set's own annotations, or save "
+                    "your masks as one number a pixel"
+                )
+            bright: NDArray[np.uint8] = (np.asarray(opened.convert("RGB")).max(2) > 0).astype(
+                np.uint8
+            )
+            return bright
+    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
+        raise FrameError(f"{path} cannot be read as a mask: {error}") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) from an image's header.
+
+    Raises:
+        FrameError: the file is missing, damaged or not an image.
+    """
+    pillow: Any = require("PIL.Image", extra="eval", purpose="reading frames")
+    try:
+        with pillow.open(path) as opened:
+            width, height = opened.size
+    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
+        raise FrameError(f"{path} cannot be read as an image: {error}") from error
+    return height, width

@@ -1,0 +1,117 @@
+"""Mean intersection over union from one confusion matrix, as semantic benchmarks take it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from einops import rearrange
+
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.extras import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+
+class ConfusionMatrix:
+    """Counts of (annotated, predicted) classes over any number of frames.
+
+    One matrix over all frames of all clips is what VIP's published evaluation uses: frames with
+    many pixels of a class count for more, and a class that is absent from a clip is not a perfect
+    score there. VIP has 20 classes, of which 0 is the background and counts like any other, and
+    its figures include the first frame, whose labels are given.
+
+    Attributes:
+        counts: ``(K, K)`` int64, rows the annotated class, columns the predicted one.
+
+    Example:
+        >>> matrix = ConfusionMatrix(2)
+        >>> matrix.add([[0, 1]], [[0, 0]])
+        >>> matrix.mean_iou()
+        0.25
+    """
+
+    def __init__(self, classes: int) -> None:
+        """Start with no frames.
+
+        Args:
+            classes: K, the background included; 20 for VIP.
+
+        Raises:
+            ValueError: fewer than one class.
+        """
+        if classes < 1:
+            raise ValueError(f"got {classes} classes, expected at least 1, background included")
+        np: Any = require("numpy", extra="eval", purpose="measuring label maps")
+        self.counts: NDArray[np.int64] = np.zeros((classes, classes), dtype=np.int64)
+
+    def add(self, gt: ArrayLike, pred: ArrayLike, ignore: int | None = 255) -> None:
+        """Count the pixels of one frame, or of several of one size.
+
+        Args:
+            gt: ``(..., H, W)`` whole numbers, the annotated class of every pixel.
+            pred: like ``gt``, the predicted class.
+            ignore: pixels annotated with this value do not count; None if all do.
+
+        Raises:
+            FrameError: shapes that differ, values that are not whole numbers, or a class outside
+                [0, K) in a pixel that counts; the matrix is then as it was.
+        """
+        np: Any = require("numpy", extra="eval", purpose="measuring label maps")
+        classes = len(self.counts)
+        truth, guess = np.asarray(gt), np.asarray(pred)
+        if truth.shape != guess.shape:
+            raise FrameError(
+                f"got pred of shape {guess.shape}, expected {truth.shape} like gt: bring the "
+                "prediction to the size of the annotation first (nearest)"
+            )
+        for name, labels in (("gt", truth), ("pred", guess)):
+            if labels.dtype.kind not in "biu":
+                raise FrameError(
+                    f"got {name} of dtype {labels.dtype}, expected whole numbers; for soft labels "
+                    "take the argmax"
+                )
+        if ignore is not None:
+            counted = truth != ignore
+            truth, guess = truth[counted], guess[counted]
+        for name, labels in (("gt", truth), ("pred", guess)):
+            wrong = labels[(labels < 0) | (labels >= classes)]
+            if wrong.size:
+                raise FrameError(
+                    f"{name} has class {int(wrong.flat[0])}, expected 0 to {classes - 1}; make "
+                    f"the matrix with more classes"
+                    + (", or pass that value as ignore" if name == "gt" else "")
+                )
+        pairs = truth.astype(np.int64) * classes + guess.astype(np.int64)
+        counts = np.bincount(rearrange(pairs, "... -> (...)"), minlength=classes**2)
+        self.counts += rearrange(counts, "(truth guess) -> truth guess", truth=classes)
+
+    def per_class_iou(self) -> NDArray[np.float64]:
+        """Return ``(K,)`` IoU in [0, 1]; NaN for a class neither annotated nor predicted."""
+        np: Any = require("numpy", extra="eval", purpose="measuring label maps")
+        correct = np.diag(self.counts)
+        union = self.counts.sum(0) + self.counts.sum(1) - correct
+        iou: NDArray[np.float64] = np.full(len(union), np.nan)
+        np.divide(correct, union, out=iou, where=union > 0)
+        return iou
+
+    def mean_iou(self, over: Literal["seen", "annotated"] = "seen") -> float:
+        """Return the mean IoU over classes, each counting once.
+
+        Args:
+            over: ``"seen"``, as VIP's published evaluation: classes annotated or predicted
+                somewhere, so that one that is only predicted counts as 0; ``"annotated"``: only
+                classes that are annotated somewhere.
+
+        Returns:
+            mIoU in [0, 1]; NaN before any pixel was counted.
+
+        Raises:
+            ValueError: an unknown ``over``.
+        """
+        if over not in ("seen", "annotated"):
+            raise ValueError(f"got over={over!r}, expected 'seen' or 'annotated'")
+        iou = self.per_class_iou()
+        iou = iou[self.counts.sum(1) > 0] if over == "annotated" else iou[iou == iou]
+        return float(iou.mean()) if len(iou) else float("nan")
