@@ -1,0 +1,183 @@
+"""Videos in a folder for each class, and how they are split."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.frames.files import IMAGE_SUFFIXES
+
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm")
+
+Part = Literal["train", "val"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledVideo:
+    """A video of a class.
+
+    Attributes:
+        path: a video file, or a folder of images.
+        label: its class.
+        name: path below the data folder, with forward slashes.
+        part: the part it was given in, None where there are no parts.
+    """
+
+    path: Path
+    label: str
+    name: str
+    part: Part | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Split(NamedTuple):
+    """Rows of videos to learn from, and rows to be judged by."""
+
+    train: list[int]
+    val: list[int]
+
+
+def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
+    """List the videos of ``DIR/<class>/<video>``, or of ``DIR/train`` and ``DIR/val``.
+
+    A video is a video file or a folder of images. When ``train`` and ``val`` are the only folders
+    of the data folder, each is read as a folder of classes. Nothing is opened.
+
+    Args:
+        root: the data folder.
+
+    Returns:
+        Videos in order of name.
+
+    Raises:
+        FrameError: no such folder, no classes, a class without videos, or a class of ``val``
+            that ``train`` lacks.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise FrameError(f"{root} is not a folder; expected {root.name}/<class>/<video>")
+    folders = _folders(root)
+    if {folder.name for folder in folders} != {"train", "val"}:
+        return _classes(root, root, None)
+    train = _classes(root / "train", root, "train")
+    val = _classes(root / "val", root, "val")
+    missing = sorted({video.label for video in val} - {video.label for video in train})
+    if missing:
+        raise FrameError(
+            f"{root / 'val'} has classes that {root / 'train'} lacks: {some_of(missing)}; give "
+            "both the same classes"
+        )
+    return train + val
+
+
+def split_videos(
+    videos: Sequence[LabelledVideo], *, validation: float = 0.25, seed: int = 0
+) -> Split:
+    """Split videos into those to learn from and those to be judged by.
+
+    A given split is kept. Otherwise each class gives the share ``validation`` of its videos, at
+    least one and never all; which ones depends on names and seed alone, not on order or platform,
+    and a video that is added or missing moves few others.
+
+    Args:
+        videos: at least two of each class.
+        validation: share, in (0, 1).
+        seed: of the choice.
+
+    Raises:
+        FrameError: a class with one video, or a given split with an empty part or with classes
+            to be judged that there is nothing to learn from.
+        ValueError: ``validation`` is out of range.
+    """
+    if not 0 < validation < 1:
+        raise ValueError(f"got validation={validation}, expected a share between 0 and 1")
+    if any(video.part for video in videos):
+        train = [row for row, video in enumerate(videos) if video.part != "val"]
+        val = [row for row, video in enumerate(videos) if video.part == "val"]
+        known = {videos[row].label for row in train}
+        unknown = sorted({videos[row].label for row in val} - known)
+        if not train or not val or unknown:
+            raise FrameError(
+                f"got {len(train)} videos to train on and {len(val)} to validate"
+                + (f", and none to train on of {some_of(unknown)}" if unknown else "")
+                + "; both parts need readable videos of the same classes"
+            )
+        return Split(train, val)
+    lonely = sorted(name for name, n in Counter(video.label for video in videos).items() if n < 2)
+    if lonely:
+        raise FrameError(
+            f"got a single readable video of {some_of(lonely)}, expected at least 2 a class: "
+            "one to learn from, one to be judged by. Add videos or leave the class out"
+        )
+    names = [video.name for video in videos]
+    val = held_out(names, [video.label for video in videos], share=validation, seed=seed)
+    chosen = set(val)
+    return Split([row for row in range(len(videos)) if row not in chosen], val)
+
+
+def held_out(names: Sequence[str], labels: Sequence[str], *, share: float, seed: int) -> list[int]:
+    """Choose rows of every class: the nearest to ``share`` of it, at least one, never all.
+
+    Classes of one row give none.
+    """
+    by_label: defaultdict[str, list[int]] = defaultdict(list)
+    for row, label in enumerate(labels):
+        by_label[label].append(row)
+    chosen: list[int] = []
+    for rows in by_label.values():
+        if len(rows) > 1:
+            count = min(max(1, math.floor(share * len(rows) + 0.5)), len(rows) - 1)
+            chosen += sorted(rows, key=lambda row: _lot(names[row], seed))[:count]
+    return sorted(chosen)
+
+
+def _lot(name: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+
+
+def _classes(folder: Path, root: Path, part: Part | None) -> list[LabelledVideo]:
+    classes = _folders(folder)
+    if not classes:
+        raise FrameError(
+            f"{folder} has no folders; expected one for each class, {folder.name}/<class>/<video>"
+        )
+    videos = []
+    for label in classes:
+        found = [path for path in sorted(label.iterdir()) if _is_video(path)]
+        if not found:
+            raise FrameError(
+                f"{label} holds no videos: expected video files ({', '.join(VIDEO_SUFFIXES)}) or "
+                "folders of images. Fill the folder or remove it"
+            )
+        videos += [
+            LabelledVideo(path, label.name, path.relative_to(root).as_posix(), part)
+            for path in found
+        ]
+    return videos
+
+
+def _is_video(path: Path) -> bool:
+    if path.name.startswith("."):
+        return False
+    if path.is_dir():
+        return any(image.suffix.lower() in IMAGE_SUFFIXES for image in path.iterdir())
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Quote the first few names and count the rest."""
+    listed = [repr(name) for name in names]
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
