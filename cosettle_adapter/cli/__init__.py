@@ -12,7 +12,7 @@ from cosettle_adapter import __version__
 from cosettle_adapter.errors import CosettleError, MissingExtraError
 from cosettle_adapter.extras import require
 
-COMMANDS = ("demo", "list", "download", "convert", "extract", "fit", "push", "cards")
+COMMANDS = ("demo", "list", "download", "convert", "extract", "fit", "evaluate", "push", "cards")
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130

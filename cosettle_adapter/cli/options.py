@@ -62,14 +62,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def load_adapter(
-    options: argparse.Namespace, *, layer: int | None = None, stride: int | None = None
+    options: argparse.Namespace,
+    *,
+    raw: bool = False,
+    layer: int | None = None,
+    stride: int | None = None,
 ) -> CoSettleAdapter:
-    """Load what ``add_model_arguments`` describes; the bare backbone if a ``layer`` is named."""
+    """Load what ``add_model_arguments`` describes; the bare backbone if ``raw`` or a ``layer``."""
     from cosettle_adapter.adapter import CoSettleAdapter
     from cosettle_adapter.backbones import HubOptions
 
     dtype = torch_dtype(options.dtype)
-    if layer is None:
+    if not raw and layer is None:
         return CoSettleAdapter.from_pretrained(
             options.model,
             device=options.device,

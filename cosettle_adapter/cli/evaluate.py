@@ -1,0 +1,180 @@
+"""Measure a model on a benchmark: raw, centred and adapted features side by side in one run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosettle_adapter.cli.options import add_model_arguments, frame_progress, load_adapter, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cosettle_adapter.evaluation.run import Evaluation
+    from cosettle_adapter.evaluation.tasks import Task
+
+HELP = "measure a model on a benchmark"
+
+CLIP_TASKS = ("davis", "folder", "vip", "jhmdb", "badja", "tapvid")
+VIDEO_TASKS = ("representation", "classification", "retrieval", "localisation")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.add_argument("task", choices=(*CLIP_TASKS, *VIDEO_TASKS), help="the benchmark")
+    parser.add_argument("--data", type=Path, required=True, help="its folder")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--raw", action="store_true", help="score the backbone alone; no projection is needed"
+    )
+    parser.add_argument("--layer", type=int, help="with --raw, the block to read; the last one")
+    parser.add_argument("--stride", type=int, help="step between patches")
+    parser.add_argument("--size", type=size, help="HEIGHTxWIDTH in place of the protocol's")
+    parser.add_argument("--clips", nargs="+", help="names of the clips; all by default")
+    parser.add_argument("--protocol", choices=("crw", "dino"), help="of label propagation")
+    parser.add_argument("--topk", type=int, help="in place of the protocol's")
+    parser.add_argument("--context", type=int, help="preceding frames, in place of the protocol's")
+    parser.add_argument("--radius", type=float, help="cells, in place of the protocol's")
+    parser.add_argument("--year", choices=("2016", "2017"), help="of DAVIS")
+    parser.add_argument("--every", type=int, default=1, help="keep every n-th frame of DAVIS")
+    parser.add_argument("--max-frames", type=int, help="keep at most this many frames of DAVIS")
+    parser.add_argument("--mode", choices=("first", "strided"), help="of TAP-Vid's queries")
+    parser.add_argument("--davis", type=Path, help="DAVIS folder that BADJA's frames are in")
+    parser.add_argument("--batch-size", type=int, default=8, help="frames a forward pass")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="JSON of the results; a run that broke off is continued"
+    )
+    parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write predictions")
+    videos = parser.add_argument_group("representation, classification, retrieval, localisation")
+    videos.add_argument("--frames", type=int, help="at most this many of a video")
+    videos.add_argument("--rate", type=float, help="frames a second")
+    videos.add_argument("--ks", type=int, nargs="+", help="numbers of neighbours, or ranks")
+    videos.add_argument("--segments", type=Path, help="CSV for localisation: video,start,end,label")
+    videos.add_argument("--seed", type=int, help="of splits and sampled positions")
+    videos.add_argument("--report", type=Path, help="representation: page to write (HTML)")
+    videos.add_argument(
+        "--results", type=Path, nargs="+", help="JSON of other tasks to show in the report"
+    )
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Evaluate, with a progress bar, and print a table by clip and the figures."""
+    if options.task in VIDEO_TASKS:
+        from cosettle_adapter.cli import evaluate_videos
+
+        return evaluate_videos.run(options, console)
+    from cosettle_adapter.evaluation.run import evaluate
+
+    task = make_task(options)
+    if isinstance(options.size, int):
+        raise ValueError(f"--size needs both sides, got {options.size}; write HEIGHTxWIDTH")
+    with console.status(f"loading {options.model}"):
+        adapter = adapter_of(options)
+    with frame_progress(console) as progress:
+        bar = progress.add_task(task.name, total=None, rate="")
+
+        def show(done: int, total: int, name: str) -> None:
+            progress.update(bar, completed=done, total=total, rate=name)
+
+        result = evaluate(
+            task,
+            adapter,
+            model=str(options.model),
+            output=options.output,
+            predictions=options.save_predictions,
+            size=options.size,
+            raw_only=options.raw,
+            batch_size=options.batch_size,
+            on_clip=show,
+        )
+    print_result(result, console)
+    if options.output:
+        console.print(f"results in {options.output}", markup=False)
+    return 1 if result.failed else 0
+
+
+def make_task(options: argparse.Namespace) -> Task[Any]:
+    """Make the task that the options describe.
+
+    Raises:
+        ValueError: an option that the task does not have.
+    """
+    from cosettle_adapter.evaluation import tasks
+
+    propagation = {"protocol", "topk", "context", "radius"}
+    known: dict[str, tuple[type[Task[Any]], set[str]]] = {
+        "davis": (tasks.Davis, propagation | {"year", "every", "max_frames"}),
+        "folder": (tasks.Folder, propagation),
+        "vip": (tasks.Vip, propagation),
+        "jhmdb": (tasks.Jhmdb, propagation),
+        "badja": (tasks.Badja, {"davis"}),
+        "tapvid": (tasks.TapVid, {"mode"}),
+    }
+    kind, accepted = known[options.task]
+    video_options = {"frames", "rate", "ks", "segments", "seed", "report", "results"}
+    every_option = propagation | {"year", "every", "max_frames", "davis", "mode"} | video_options
+    given = {
+        name: getattr(options, name)
+        for name in every_option
+        if getattr(options, name) is not None and not (name == "every" and options.every == 1)
+    }
+    wrong = sorted(given.keys() - accepted)
+    if wrong:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise ValueError(f"{options.task} has no {names}; leave it away")
+    make: Any = kind
+    task: Task[Any] = make(options.data, clips=options.clips, **given)
+    return task
+
+
+def adapter_of(options: argparse.Namespace) -> Any:
+    """Load the model, or the backbone alone with ``--raw``."""
+    if options.layer is not None and not options.raw:
+        raise ValueError("--layer goes with --raw: a projection reads the blocks it was fitted on")
+    return load_adapter(options, raw=options.raw, layer=options.layer, stride=options.stride)
+
+
+def print_result(result: Evaluation, console: Console) -> None:
+    """Print a row a clip by the first measure, then every figure of the data set."""
+    first = result.measures[0]
+    console.print(_table(f"{first} by clip, in percent", result, _clip_rows(result)))
+    rows = [
+        (measure, [result.total[kind][measure] for kind in result.kinds])
+        for measure in result.measures
+    ]
+    console.print(_table(f"{result.task}: {len(result.clips)} clips, in percent", result, rows))
+    for kind in result.kinds[1:]:
+        name, gain = result.worst(kind)
+        console.print(
+            f"{kind}: least gain over {result.kinds[0]} {100 * gain:+.1f} ({name})",
+            markup=False,
+            soft_wrap=True,
+        )
+    for name, reason in result.failed.items():
+        console.print(f"not scored: {name}: {reason}", markup=False, style="red", soft_wrap=True)
+    kept = {key: value for key, value in result.settings.items() if value is not None}
+    shown = ("protocol", "frame_size", "every", "max_frames", "mode", "layers", "patch", "stride")
+    console.print(", ".join(f"{key} {kept[key]}" for key in shown if key in kept), markup=False)
+
+
+def _clip_rows(result: Evaluation) -> list[tuple[str, list[float]]]:
+    first = result.measures[0]
+    nothing = float("nan")
+    return [
+        (name, [row[kind].values[first] if kind in row else nothing for kind in result.kinds])
+        for name, row in result.clips.items()
+    ]
+
+
+def _table(title: str, result: Evaluation, rows: list[tuple[str, list[float]]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for kind in result.kinds:
+        table.add_column(kind, justify="right")
+    for name, figures in rows:
+        table.add_row(name, *(f"{100 * figure:.1f}" for figure in figures))
+    return table

@@ -1,0 +1,245 @@
+"""A task on all its clips: every kind of features from one encoder pass, resumable, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cosettle_adapter.analysis import ADAPTED, RAW_LAST
+from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
+from cosettle_adapter.evaluation.clip_features import KINDS, clip_features
+from cosettle_adapter.evaluation.plain_json import numbers, plain, write_json
+from cosettle_adapter.evaluation.tasks import ClipScores, Task
+from cosettle_adapter.frames.geometry import plan_geometry
+from cosettle_adapter.frames.sides import nearest_valid
+from cosettle_adapter.version import __version__
+
+if TYPE_CHECKING:
+    from cosettle_adapter.adapter import CoSettleAdapter
+
+logger = logging.getLogger(__name__)
+
+Scores = dict[str, dict[str, ClipScores]]  # clip, kind of features
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Figures of a model on a task.
+
+    Attributes:
+        task: its name.
+        measures: names of its figures, the one to compare by first.
+        settings: everything the figures depend on.
+        clips: clip to kind of features to scores.
+        total: kind of features to measure to the data set's figure.
+        failed: clip to why it could not be scored; those do not count.
+    """
+
+    task: str
+    measures: tuple[str, ...]
+    settings: Mapping[str, Any]
+    clips: Mapping[str, Mapping[str, ClipScores]]
+    total: Mapping[str, Mapping[str, float]]
+    failed: Mapping[str, str]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of features that were scored, in the order of a table."""
+        found = {kind for row in self.clips.values() for kind in row}
+        return [kind for kind in KINDS if kind in found]
+
+    def worst(self, kind: str, against: str = RAW_LAST) -> tuple[str, float]:
+        """The clip that gains least by the first measure, and how much; negative is a loss."""
+        gains = {
+            name: row[kind].values[self.measures[0]] - row[against].values[self.measures[0]]
+            for name, row in self.clips.items()
+            if kind in row and against in row
+        }
+        known = {name: gain for name, gain in gains.items() if gain == gain}
+        if not known:
+            return "", float("nan")
+        name = min(known, key=lambda clip: known[clip])
+        return name, known[name]
+
+
+def evaluate(
+    task: Task[Any],
+    adapter: CoSettleAdapter,
+    *,
+    model: str = "",
+    output: Path | None = None,
+    predictions: Path | None = None,
+    size: tuple[int, int] | None = None,
+    raw_only: bool = False,
+    batch_size: int = 8,
+    on_clip: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> Evaluation:
+    """Evaluate a model on a task, beside what needs no projection.
+
+    Args:
+        task: what to solve.
+        adapter: the model.
+        model: what to call it in the results.
+        output: JSON file that is written after every clip. One of an earlier run with the same
+            settings is continued: clips it has are not encoded again.
+        predictions: folder for predictions, ``<kind of features>/<clip>/...``.
+        size: ``(height, width)`` in place of the protocol's; sides go to the nearest whole patch.
+        raw_only: score the backbone's own features only.
+        batch_size: frames a forward pass.
+        on_clip: called with the number of clips done, their number and the name of the next.
+
+    Raises:
+        FrameError: no clips, or not one that could be scored; the reasons are given.
+        ValueError: ``output`` holds results of other settings.
+    """
+    clips = task.clips()
+    if not clips:
+        raise FrameError(f"no clips for {task.name}: nothing to evaluate")
+    settings = _settings(task, adapter, model=model, size=size)
+    scores, failed = _resumed(output, settings), dict[str, str]()
+    for number, clip in enumerate(clips):
+        on_clip(number, len(clips), clip.name)
+        if _complete(scores.get(clip.name), adapter, raw_only=raw_only):
+            continue
+        try:
+            scores[clip.name] = _score(
+                task,
+                adapter,
+                clip,
+                size=size,
+                raw_only=raw_only,
+                batch_size=batch_size,
+                predictions=predictions,
+            )
+        except MissingExtraError:
+            raise
+        except (CosettleError, OSError) as error:
+            logger.warning("%s: %s", clip.name, error)
+            failed[clip.name] = str(error)
+        if output is not None:
+            write_json(_summarised(task, settings, scores, failed), output)
+    on_clip(len(clips), len(clips), "")
+    wanted = {clip.name: scores[clip.name] for clip in clips if clip.name in scores}
+    if not wanted:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:3])
+        raise FrameError(f"none of {len(clips)} clips could be scored. {reasons}")
+    result = _summarised(task, settings, wanted, failed)
+    if output is not None:
+        write_json(result, output)
+    return result
+
+
+def _score(
+    task: Task[Any],
+    adapter: CoSettleAdapter,
+    clip: Any,
+    *,
+    size: tuple[int, int] | None,
+    raw_only: bool,
+    batch_size: int,
+    predictions: Path | None,
+) -> dict[str, ClipScores]:
+    if clip.problem is not None:
+        raise FrameError(clip.problem)
+    patch, stride = adapter.backbone.patch, adapter.backbone.stride
+    height, width = size or task.size(clip)
+    sides = nearest_valid(height, patch, stride), nearest_valid(width, patch, stride)
+    frame = clip.read_frame(0).shape
+    geometry = plan_geometry(frame[0], frame[1], patch=patch, stride=stride, size=sides)
+    found: dict[str, ClipScores] = {}
+    for kind, features in clip_features(adapter, clip, size=sides, batch_size=batch_size).items():
+        if raw_only and kind == ADAPTED:
+            continue
+        folder = None if predictions is None else predictions / kind.replace(" ", "-") / clip.name
+        found[kind] = task.score(clip, features, geometry, predictions=folder)
+    return found
+
+
+def _settings(
+    task: Task[Any], adapter: CoSettleAdapter, *, model: str, size: tuple[int, int] | None
+) -> dict[str, Any]:
+    config, backbone = adapter.config, adapter.backbone
+    return {
+        "task": task.name,
+        **task.settings(),
+        "frame_size": "the protocol's" if size is None else list(size),
+        "model": model or config.backbone,
+        "backbone": config.backbone,
+        "fingerprint": backbone.fingerprint,
+        "layers": list(config.layers),
+        "norm": config.norm,
+        "projection": _checksum(adapter),
+        "patch": backbone.patch,
+        "stride": backbone.stride,
+        "dtype": str(adapter.dtype).removeprefix("torch."),
+        "seed": None,  # nothing is drawn
+        "cosettle_adapter": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _checksum(adapter: CoSettleAdapter) -> str:
+    from cosettle_adapter.backbones.weights import fingerprint
+
+    tensors = dict(adapter.projection.state_dict())
+    return fingerprint(tensors) if tensors else adapter.config.kind
+
+
+def _resumed(output: Path | None, settings: Mapping[str, Any]) -> Scores:
+    if output is None or not output.is_file():
+        return {}
+    try:
+        stored = json.loads(output.read_text(encoding="utf-8"))
+        same = stored["settings"] == plain(settings)
+        clips = {
+            name: {kind: ClipScores(**numbers(scores)) for kind, scores in row.items()}
+            for name, row in stored["clips"].items()
+        }
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{output} is not a results file ({error}); move it away or choose another"
+        ) from error
+    if not same:
+        changed = sorted(
+            key
+            for key in {*stored["settings"], *settings}
+            if stored["settings"].get(key) != plain(settings.get(key))
+        )
+        raise ValueError(
+            f"{output} holds results of other settings (different: {', '.join(changed)}); move it "
+            "away or choose another file"
+        )
+    return clips
+
+
+def _complete(
+    row: Mapping[str, ClipScores] | None, adapter: CoSettleAdapter, *, raw_only: bool
+) -> bool:
+    if row is None:
+        return False
+    return raw_only or adapter.config.kind == "identity" or ADAPTED in row
+
+
+def _summarised(
+    task: Task[Any],
+    settings: Mapping[str, Any],
+    clips: Mapping[str, Mapping[str, ClipScores]],
+    failed: Mapping[str, str],
+) -> Evaluation:
+    by_kind: dict[str, Sequence[ClipScores]] = {
+        kind: [row[kind] for row in clips.values() if kind in row] for kind in KINDS
+    }
+    return Evaluation(
+        task=task.name,
+        measures=task.measures,
+        settings=settings,
+        clips=clips,
+        total={kind: task.total(scores) for kind, scores in by_kind.items() if scores},
+        failed=failed,
+    )

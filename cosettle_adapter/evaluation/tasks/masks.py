@@ -1,0 +1,137 @@
+"""Video object segmentation: DAVIS, and folders of frames and masks of one's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from cosettle_adapter.evaluation.datasets import MaskClip, davis_sequences, folder_clips
+from cosettle_adapter.evaluation.metrics import summarise
+from cosettle_adapter.evaluation.palette import save_labels
+from cosettle_adapter.evaluation.segmentation import evaluate_sequence
+from cosettle_adapter.evaluation.tasks.base import ClipScores, Task, mean
+from cosettle_adapter.frames.geometry import Geometry
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FRAME_SIZE = (480, 880)  # the published protocol squashes frames to it
+
+
+class _Masks(Task[MaskClip]):
+    """J and F of propagated masks."""
+
+    measures = ("J&F", "J mean", "J recall", "J decay", "F mean", "F recall", "F decay")
+
+    def __init__(
+        self,
+        list_clips: Callable[[], Sequence[MaskClip]],
+        *,
+        protocol: Literal["crw", "dino"] = "crw",
+        **options: Any,
+    ) -> None:
+        self._list_clips = list_clips
+        self.protocol: Literal["crw", "dino"] = protocol
+        self.options = {key: value for key, value in options.items() if value is not None}
+
+    def clips(self) -> Sequence[MaskClip]:
+        """List the clips."""
+        return self._list_clips()
+
+    def size(self, clip: MaskClip) -> tuple[int, int]:
+        """480 x 880, whatever the clip's aspect."""
+        del clip
+        return FRAME_SIZE
+
+    def score(
+        self,
+        clip: MaskClip,
+        features: Tensor,
+        geometry: Geometry,
+        *,
+        predictions: Path | None = None,
+    ) -> ClipScores:
+        """Propagate the first mask and score the others; every object counts once."""
+        del geometry
+
+        def save(index: int, labels: NDArray[np.uint8]) -> None:
+            if predictions is not None:
+                save_labels(labels, predictions / f"{clip.frames[index].stem}.png")
+
+        found = evaluate_sequence(
+            features,
+            clip.read_masks(),
+            protocol=self.protocol,
+            annotated=clip.annotated,
+            on_mask=save,
+            **self.options,
+        )
+        objects = []
+        for j, f in zip(found.j, found.f, strict=True):
+            by_measure = {"J": summarise(j), "F": summarise(f)}
+            objects.append(
+                {
+                    f"{measure} {statistic}": getattr(summary, statistic)
+                    for measure, summary in by_measure.items()
+                    for statistic in ("mean", "recall", "decay")
+                }
+            )
+        return ClipScores(_over_objects(objects), counts={"objects": objects})
+
+    def total(self, scores: Sequence[ClipScores]) -> dict[str, float]:
+        """Mean over all objects of all clips, as the official evaluation has it."""
+        return _over_objects([each for clip in scores for each in clip.counts["objects"]])
+
+    def settings(self) -> dict[str, Any]:
+        """Protocol and what differs from it."""
+        return {"protocol": self.protocol, **self.options}
+
+
+def _over_objects(objects: Sequence[dict[str, float]]) -> dict[str, float]:
+    measures = _Masks.measures[1:]
+    figures = {measure: mean([each[measure] for each in objects]) for measure in measures}
+    return {"J&F": (figures["J mean"] + figures["F mean"]) / 2, **figures}
+
+
+class Davis(_Masks):
+    """DAVIS-2016 or 2017 in the official layout."""
+
+    name = "davis"
+
+    def __init__(
+        self,
+        data: Path,
+        *,
+        clips: Sequence[str] | None = None,
+        every: int = 1,
+        max_frames: int | None = None,
+        year: Literal["2016", "2017"] | None = None,
+        **options: Any,
+    ) -> None:
+        """See :func:`~cosettle_adapter.evaluation.datasets.davis_sequences`."""
+        listing = functools.partial(
+            davis_sequences, data, year=year, sequences=clips, every=every, max_frames=max_frames
+        )
+        super().__init__(listing, **options)
+        self._frames = {"every": every, "max_frames": max_frames, "year": year}
+
+    def settings(self) -> dict[str, Any]:
+        """Protocol, and which frames."""
+        return super().settings() | self._frames
+
+
+class Folder(_Masks):
+    """Clips of one's own: ``frames/`` and ``masks/``, or several such folders."""
+
+    name = "folder"
+
+    def __init__(self, data: Path, *, clips: Sequence[str] | None = None, **options: Any) -> None:
+        """See :func:`~cosettle_adapter.evaluation.datasets.folder_clips`."""
+        super().__init__(
+            functools.partial(folder_clips, data, clips=clips, late_labels="void"), **options
+        )

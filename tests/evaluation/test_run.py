@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_davis import moving_squares, write_davis
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.backbones import VisionTransformerBackbone
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation import davis_sequences, evaluate_sequence
+from cosettle_adapter.evaluation.clip_features import clip_features
+from cosettle_adapter.evaluation.plain_json import numbers, plain
+from cosettle_adapter.evaluation.run import Evaluation, evaluate
+from cosettle_adapter.evaluation.tasks import Davis
+
+SIZE = (48, 80)
+RAW, SAME, CENTRED, ADAPTED = "raw last block", "raw same block", "centred", "adapted"
+
+
+@pytest.fixture
+def davis(tmp_path: Path) -> Path:
+    _, masks = moving_squares()
+    return write_davis(tmp_path / "davis", {"one": masks, "two": masks[:, ::-1], "three": masks})
+
+
+def run(davis: Path, adapter: CoSettleAdapter, **options: object) -> Evaluation:
+    return evaluate(Davis(davis, context=2), adapter, size=SIZE, **options)  # type: ignore[arg-type]
+
+
+def test_every_kind_of_features_is_scored_from_one_pass(
+    davis: Path, tiny_adapter: CoSettleAdapter
+) -> None:
+    result = run(davis, tiny_adapter)
+    assert list(result.clips) == ["one", "two", "three"]
+    assert result.kinds == [RAW, SAME, CENTRED, ADAPTED]
+    assert not result.failed
+    clip = davis_sequences(davis)[0]
+    features = clip_features(tiny_adapter, clip, size=SIZE)
+    frames = torch.stack([torch.from_numpy(clip.read_frame(t)) for t in range(len(clip))])
+    frames = frames.permute(0, 3, 1, 2)
+    raw, adapted = tiny_adapter(frames, size=SIZE, return_backbone=True)
+    torch.testing.assert_close(features[SAME], raw, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features[ADAPTED], adapted, rtol=1e-4, atol=1e-5)
+    centred = raw - raw.mean((0, 2, 3), keepdim=True)
+    torch.testing.assert_close(features[CENTRED], centred, rtol=1e-4, atol=1e-5)
+    for kind, maps in features.items():
+        scores = evaluate_sequence(maps, clip.read_masks(), context=2)
+        assert result.clips["one"][kind].values["J&F"] == pytest.approx(scores.j_and_f), kind
+
+
+def test_the_backbone_alone_needs_no_projection(
+    davis: Path, tiny_backbone: VisionTransformerBackbone, tiny_adapter: CoSettleAdapter
+) -> None:
+    assert ADAPTED not in run(davis, CoSettleAdapter.raw(tiny_backbone)).kinds
+    assert ADAPTED not in run(davis, tiny_adapter, raw_only=True).kinds
+
+
+def test_one_bad_clip_does_not_lose_the_others(davis: Path, tiny_adapter: CoSettleAdapter) -> None:
+    (davis / "Annotations" / "480p" / "two" / "00002.png").unlink()
+    broken = davis / "JPEGImages" / "480p" / "three" / "00003.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    result = run(davis, tiny_adapter)
+    assert list(result.clips) == ["one"]
+    assert result.failed.keys() == {"two", "three"}
+    assert "00002.png" in result.failed["two"]
+    assert "00003.jpg" in result.failed["three"]
+
+
+def test_nothing_but_bad_clips_is_an_error(davis: Path, tiny_adapter: CoSettleAdapter) -> None:
+    for name in ("one", "two", "three"):
+        (davis / "Annotations" / "480p" / name / "00000.png").unlink()
+    with pytest.raises(FrameError, match=r"none of 3 clips could be scored. one: "):
+        run(davis, tiny_adapter)
+
+
+def test_a_run_that_broke_off_goes_on(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+
+    def interrupt(done: int, total: int, name: str) -> None:
+        if name == "three":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(davis, tiny_adapter, output=output, on_clip=interrupt)
+    stored = json.loads(output.read_text())
+    assert list(stored["clips"]) == ["one", "two"]
+    stored["clips"]["one"][RAW]["values"]["J&F"] = 0.123  # a sign that it is not computed again
+    output.write_text(json.dumps(stored))
+    result = run(davis, tiny_adapter, output=output)
+    assert list(result.clips) == ["one", "two", "three"]
+    assert result.clips["one"][RAW].values["J&F"] == 0.123
+    whole = run(davis, tiny_adapter)
+    assert result.clips["three"] == whole.clips["three"]
+    assert json.loads(output.read_text())["total"].keys() == whole.total.keys()
+
+
+def test_results_of_other_settings_are_not_mixed(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    run(davis, tiny_adapter, output=output)
+    with pytest.raises(ValueError, match=r"other settings \(different: context\)"):
+        evaluate(Davis(davis, context=3), tiny_adapter, size=SIZE, output=output)
+    output.write_text("{}")
+    with pytest.raises(ValueError, match="is not a results file"):
+        run(davis, tiny_adapter, output=output)
+    assert output.read_text() == "{}"
+
+
+def test_a_run_with_the_projection_completes_a_raw_one(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    run(davis, tiny_adapter, output=output, raw_only=True)
+    assert ADAPTED in run(davis, tiny_adapter, output=output).kinds
+
+
+def test_the_file_says_everything_the_figures_depend_on(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    run(davis, tiny_adapter, output=tmp_path / "r.json", model="mine")
+    settings = json.loads((tmp_path / "r.json").read_text())["settings"]
+    expected = {"task", "protocol", "context", "every", "frame_size", "model", "fingerprint"}
+    expected |= {"layers", "projection", "patch", "stride", "dtype", "seed", "torch"}
+    assert expected <= settings.keys()
+    assert settings["frame_size"] == list(SIZE)
+    assert settings["model"] == "mine"
+
+
+def test_sides_go_to_whole_patches(davis: Path, tiny_adapter: CoSettleAdapter) -> None:
+    exact, near = (
+        run(davis, tiny_adapter),
+        evaluate(Davis(davis, context=2), tiny_adapter, size=(50, 85)),
+    )
+    assert near.total == exact.total
+
+
+def test_predictions_are_what_the_official_evaluation_reads(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    run(davis, tiny_adapter, predictions=tmp_path / "predictions")
+    folders = sorted(path.name for path in (tmp_path / "predictions").iterdir())
+    assert folders == ["adapted", "centred", "raw-last-block", "raw-same-block"]
+    predicted = tmp_path / "predictions" / "adapted" / "two"
+    truth = davis / "Annotations" / "480p" / "two"
+    assert {p.name for p in predicted.iterdir()} == {p.name for p in truth.iterdir()}
+    with Image.open(predicted / "00001.png") as mine, Image.open(truth / "00001.png") as theirs:
+        assert mine.mode == theirs.mode == "P"
+        assert mine.size == theirs.size
+        assert set(np.unique(np.asarray(mine))) <= {0, 1, 2}
+
+
+def test_the_worst_clip_is_named(davis: Path, tiny_adapter: CoSettleAdapter) -> None:
+    result = run(davis, tiny_adapter)
+    name, gain = result.worst(ADAPTED)
+    gains = {
+        clip: row[ADAPTED].values["J&F"] - row[RAW].values["J&F"]
+        for clip, row in result.clips.items()
+    }
+    assert gain == min(gains.values()) == gains[name]
+
+
+def test_plain_json_has_no_nan() -> None:
+    value = {"a": [1.0, math.nan, math.inf], 2: (True, None, "x"), "path": Path("y")}
+    assert plain(value) == {"a": [1.0, None, None], "2": [True, None, "x"], "path": "y"}
+    assert math.isnan(numbers({"a": [None]})["a"][0])
