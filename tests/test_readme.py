@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cosettle_adapter.backbones import REGISTRY, VisionTransformerBackbone
 from cosettle_adapter.cli import main
@@ -30,8 +33,20 @@ def workplace(
     (tmp_path / "clips").mkdir()
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / "clips" / name, frames=12, height=140, width=140, noisy=True)
+    write_masks(tmp_path / "my-clips" / "square", frames=4, height=140, width=196)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_masks(folder: Path, *, frames: int, height: int, width: int) -> None:
+    """A moving square as ``frames/`` and ``masks/``."""
+    for kind in ("frames", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for t in range(frames):
+        mask = np.zeros((height, width), dtype=np.uint8)
+        mask[40:100, 30 + 14 * t : 90 + 14 * t] = 1
+        Image.fromarray(mask).save(folder / "masks" / f"{t:03d}.png")
+        Image.fromarray(60 + 150 * mask).convert("RGB").save(folder / "frames" / f"{t:03d}.png")
 
 
 def test_the_snippet_prints_the_shapes_it_shows(
@@ -55,14 +70,19 @@ def test_the_commands_work(workplace: Path) -> None:
         for line in block.splitlines()
         if line.startswith("cosettle-adapter ")
     ]
-    assert [command[0] for command in commands] == ["list", "extract", "fit"]
+    assert [command[0] for command in commands] == ["list", "extract", "fit", "evaluate"]
     for command in commands:
         # the README's own commands, made quick where they would fit all blocks on many frames
-        quick = ["--layers", "7", "--rendered", "1", "--pairs", "1", "--size", "56"]
-        assert main([*command, *(quick if command[0] == "fit" else [])]) == 0
+        quick = {
+            "fit": ["--layers", "7", "--rendered", "1", "--pairs", "1", "--size", "56"],
+            "evaluate": ["--size", "140x196"],
+        }
+        assert main([*command, *quick.get(command[0], [])]) == 0
     features = read_features("clip.safetensors").features
     assert tuple(features.shape) == (10, 384, 20, 28)
     assert (workplace / "my-projection" / "config.json").is_file()
+    results = json.loads((workplace / "results.json").read_text())
+    assert results["total"]["adapted"]["J mean"] > 0.5
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
