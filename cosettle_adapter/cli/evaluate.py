@@ -155,7 +155,9 @@ def print_result(result: Evaluation, console: Console) -> None:
     for name, reason in result.failed.items():
         console.print(f"not scored: {name}: {reason}", markup=False, style="red", soft_wrap=True)
     kept = {key: value for key, value in result.settings.items() if value is not None}
-    shown = ("protocol", "frame_size", "every", "max_frames", "mode", "layers", "patch", "stride")
+    shown = ("protocol", "every", "max_frames", "mode", "layers", "patch", "stride")
+    sizes = sorted({f"{height} x {width}" for height, width in result.sizes.values()})
+    console.print(f"frames encoded at {', '.join(sizes)}", markup=False)
     console.print(", ".join(f"{key} {kept[key]}" for key in shown if key in kept), markup=False)
 
 

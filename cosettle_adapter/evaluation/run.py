@@ -36,6 +36,7 @@ class Evaluation:
         task: its name.
         measures: names of its figures, the one to compare by first.
         settings: everything the figures depend on.
+        sizes: clip to the ``(height, width)`` that its frames were encoded at.
         clips: clip to kind of features to scores.
         total: kind of features to measure to the data set's figure.
         failed: clip to why it could not be scored; those do not count.
@@ -44,6 +45,7 @@ class Evaluation:
     task: str
     measures: tuple[str, ...]
     settings: Mapping[str, Any]
+    sizes: Mapping[str, tuple[int, int]]
     clips: Mapping[str, Mapping[str, ClipScores]]
     total: Mapping[str, Mapping[str, float]]
     failed: Mapping[str, str]
@@ -102,34 +104,37 @@ def evaluate(
     if not clips:
         raise FrameError(f"no clips for {task.name}: nothing to evaluate")
     settings = _settings(task, adapter, model=model, size=size)
-    scores, failed = _resumed(output, settings), dict[str, str]()
+    scores, sizes = _resumed(output, settings)
+    failed: dict[str, str] = {}
     for number, clip in enumerate(clips):
         on_clip(number, len(clips), clip.name)
         if _complete(scores.get(clip.name), adapter, raw_only=raw_only):
             continue
         try:
+            sides = _sides(task, adapter, clip, size)
             scores[clip.name] = _score(
                 task,
                 adapter,
                 clip,
-                size=size,
+                sides=sides,
                 raw_only=raw_only,
                 batch_size=batch_size,
                 predictions=predictions,
             )
+            sizes[clip.name] = sides
         except MissingExtraError:
             raise
         except (CosettleError, OSError) as error:
             logger.warning("%s: %s", clip.name, error)
             failed[clip.name] = str(error)
         if output is not None:
-            write_json(_summarised(task, settings, scores, failed), output)
+            write_json(_summarised(task, settings, sizes, scores, failed), output)
     on_clip(len(clips), len(clips), "")
     wanted = {clip.name: scores[clip.name] for clip in clips if clip.name in scores}
     if not wanted:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:3])
         raise FrameError(f"none of {len(clips)} clips could be scored. {reasons}")
-    result = _summarised(task, settings, wanted, failed)
+    result = _summarised(task, settings, sizes, wanted, failed)
     if output is not None:
         write_json(result, output)
     return result
@@ -140,16 +145,12 @@ def _score(
     adapter: CoSettleAdapter,
     clip: Any,
     *,
-    size: tuple[int, int] | None,
+    sides: tuple[int, int],
     raw_only: bool,
     batch_size: int,
     predictions: Path | None,
 ) -> dict[str, ClipScores]:
-    if clip.problem is not None:
-        raise FrameError(clip.problem)
     patch, stride = adapter.backbone.patch, adapter.backbone.stride
-    height, width = size or task.size(clip)
-    sides = nearest_valid(height, patch, stride), nearest_valid(width, patch, stride)
     frame = clip.read_frame(0).shape
     geometry = plan_geometry(frame[0], frame[1], patch=patch, stride=stride, size=sides)
     found: dict[str, ClipScores] = {}
@@ -159,6 +160,17 @@ def _score(
         folder = None if predictions is None else predictions / kind.replace(" ", "-") / clip.name
         found[kind] = task.score(clip, features, geometry, predictions=folder)
     return found
+
+
+def _sides(
+    task: Task[Any], adapter: CoSettleAdapter, clip: Any, size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Sides that frames are encoded at: the protocol's or those asked for, in whole patches."""
+    if clip.problem is not None:
+        raise FrameError(clip.problem)
+    patch, stride = adapter.backbone.patch, adapter.backbone.stride
+    height, width = size or task.size(clip)
+    return nearest_valid(height, patch, stride), nearest_valid(width, patch, stride)
 
 
 def _settings(
@@ -191,9 +203,11 @@ def _checksum(adapter: CoSettleAdapter) -> str:
     return fingerprint(tensors) if tensors else adapter.config.kind
 
 
-def _resumed(output: Path | None, settings: Mapping[str, Any]) -> Scores:
+def _resumed(
+    output: Path | None, settings: Mapping[str, Any]
+) -> tuple[Scores, dict[str, tuple[int, int]]]:
     if output is None or not output.is_file():
-        return {}
+        return {}, {}
     try:
         stored = json.loads(output.read_text(encoding="utf-8"))
         same = stored["settings"] == plain(settings)
@@ -201,6 +215,7 @@ def _resumed(output: Path | None, settings: Mapping[str, Any]) -> Scores:
             name: {kind: ClipScores(**numbers(scores)) for kind, scores in row.items()}
             for name, row in stored["clips"].items()
         }
+        sizes = {name: (int(h), int(w)) for name, (h, w) in stored["sizes"].items()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{output} is not a results file ({error}); move it away or choose another"
@@ -215,7 +230,7 @@ def _resumed(output: Path | None, settings: Mapping[str, Any]) -> Scores:
             f"{output} holds results of other settings (different: {', '.join(changed)}); move it "
             "away or choose another file"
         )
-    return clips
+    return clips, sizes
 
 
 def _complete(
@@ -229,6 +244,7 @@ def _complete(
 def _summarised(
     task: Task[Any],
     settings: Mapping[str, Any],
+    sizes: Mapping[str, tuple[int, int]],
     clips: Mapping[str, Mapping[str, ClipScores]],
     failed: Mapping[str, str],
 ) -> Evaluation:
@@ -239,6 +255,7 @@ def _summarised(
         task=task.name,
         measures=task.measures,
         settings=settings,
+        sizes={name: sizes[name] for name in clips},
         clips=clips,
         total={kind: task.total(scores) for kind, scores in by_kind.items() if scores},
         failed=failed,

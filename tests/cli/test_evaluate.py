@@ -62,7 +62,8 @@ def test_davis_ends_with_raw_centred_and_adapted_side_by_side(
         assert column in printed
     for row in ("astronaut", "chelsea", "J&F", "J recall", "F decay", "least gain"):
         assert row in printed
-    assert "protocol crw, frame_size [84, 112]" in printed
+    assert "frames encoded at 84 x 112" in printed
+    assert "protocol crw" in printed
     stored = json.loads(output.read_text())
     shown = [float(number) for number in re.search(r"│ J&F +│(.*)│", printed)[1].split("│")]  # type: ignore[index]
     assert shown == [

@@ -141,6 +141,7 @@ def test_sides_go_to_whole_patches(davis: Path, tiny_adapter: CoSettleAdapter) -
         evaluate(Davis(davis, context=2), tiny_adapter, size=(50, 85)),
     )
     assert near.total == exact.total
+    assert set(near.sizes.values()) == {SIZE}
 
 
 def test_predictions_are_what_the_official_evaluation_reads(
