@@ -68,7 +68,7 @@ def compare_features(
 def _read_blocks(adapter: CoSettleAdapter, images: Tensor) -> tuple[Tensor, Tensor]:
     """Last block's tokens, and those the projection reads, ``(B, C, h, w)``; one pass if it can."""
     backbone, config = adapter.backbone, adapter.config
-    final = backbone.depth - 1
+    final = backbone.default_layer
     usual = [backbone.block(layer) == final and backbone.row.final_norm for layer in config.layers]
     if all(norm == config.norm for norm in usual):
         *read, last = backbone.intermediate_tokens(images, (*config.layers, final))

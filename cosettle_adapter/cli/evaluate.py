@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--davis", type=Path, help="DAVIS folder that BADJA's frames are in")
     parser.add_argument("--batch-size", type=int, default=8, help="frames a forward pass")
     parser.add_argument(
-        "-o", "--output", type=Path, help="JSON of the results; a run that broke off is continued"
+        "-o",
+        "--output",
+        type=Path,
+        help="JSON of the results; a run on clips goes on",
     )
     parser.add_argument("--save-predictions", type=Path, metavar="DIR", help="write predictions")
     videos = parser.add_argument_group("representation, classification, retrieval, localisation")

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         }
         write_json(stored, options.output)
         console.print(f"results in {options.output}", markup=False)
-    return 0
+    return 1 if result.skipped else 0
 
 
 def representation(
@@ -285,6 +285,7 @@ def _check(options: argparse.Namespace) -> None:
         "clips",
     )
     wrong = [name for name in others if getattr(options, name) is not None and name not in known]
+    wrong += ["every"] if options.every != 1 else []
     if wrong:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         raise ValueError(f"{options.task} has no {names}; leave it away")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from einops import reduce
 from torch import Tensor
@@ -37,10 +37,8 @@ def clip_features(
     Raises:
         FrameError: a frame that cannot be read.
     """
-    frames: Any = (clip.read_frame(index) for index in range(len(clip)))
+    frames = (clip.read_frame(index) for index in range(len(clip)))
     features, _ = joined(encoded_chunks(adapter, frames, size=size, batch_size=batch_size))
     same = features.get(RAW_SAME, features[RAW_LAST])
     features[CENTRED] = same - reduce(same, "t c h w -> 1 c 1 1", "mean")
-    if adapter.config.kind == "identity":
-        features.pop(ADAPTED, None)
     return {kind: features[kind] for kind in KINDS if kind in features}

@@ -6,12 +6,12 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from cosettle_adapter.analysis import CENTRED, compare_features
+from cosettle_adapter.analysis import ADAPTED, CENTRED, compare_features
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
 from cosettle_adapter.frames import open_frames, probe
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str]
+Frames = Source | Iterable[Any]  # or frames one by one
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -44,7 +45,7 @@ class EncodedChunk:
 
 def encoded_chunks(
     adapter: CoSettleAdapter,
-    source: Source,
+    source: Frames,
     *,
     every: int = 1,
     max_frames: int | None = None,
@@ -56,7 +57,7 @@ def encoded_chunks(
 
     Args:
         adapter: backbone and projection.
-        source: a video file, or a folder or glob of images.
+        source: a video file, a folder or glob of images, or frames one by one.
         every: keep every n-th frame.
         max_frames: keep at most this many.
         size: what frames are resized to, as in the adapter's ``forward``.
@@ -71,6 +72,8 @@ def encoded_chunks(
         frames = chunk.frames if crop is None else central_square(chunk.frames, crop)
         features = compare_features(adapter, frames, size=size, batch_size=batch_size)
         del features[CENTRED]
+        if adapter.config.kind == "identity":  # no projection: nothing was adapted
+            del features[ADAPTED]
         yield EncodedChunk(features, chunk.timestamps, frames)
 
 
@@ -150,8 +153,7 @@ def each_readable(
 
 def joined(chunks: Iterable[EncodedChunk]) -> tuple[dict[str, Tensor], Tensor]:
     """Features and times of all chunks, each one tensor."""
-    parts = list(chunks)
-    features = {
-        name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features
-    }
-    return features, torch.cat([part.times for part in parts])
+    # Chunks hold frames as well, which would pile up.
+    parts = [(chunk.features, chunk.times) for chunk in chunks]
+    features = {name: torch.cat([found[name] for found, _ in parts]) for name in parts[0][0]}
+    return features, torch.cat([times for _, times in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from cosettle_adapter.correspondence import propagate_labels
 
 _SIGMA = 0.5  # cells
+_REACH = 3  # standard deviations that are drawn
 _BEST = 5  # cells whose centroid is a joint's position
 
 
@@ -24,14 +26,15 @@ def joint_heat_maps(cells: Tensor, grid: tuple[int, int], *, sigma: float = _SIG
         sigma: standard deviation in cells.
 
     Returns:
-        ``(J, h, w)`` float32, 1 where a joint lies on a cell's centre.
+        ``(J, h, w)`` float32, 1 where a joint lies on a cell's centre, 0 beyond three standard
+        deviations (in whole cells): a joint well outside the frame leaves its map empty.
     """
     rows, columns = (torch.arange(side, dtype=torch.float32) for side in grid)
     row, column = cells.float().unbind(-1)
-    squared = (rearrange(rows, "h -> 1 h 1") - rearrange(row, "j -> j 1 1")) ** 2 + (
-        rearrange(columns, "w -> 1 1 w") - rearrange(column, "j -> j 1 1")
-    ) ** 2
-    return torch.exp(-squared / (2 * sigma**2))
+    down = rearrange(rows, "h -> 1 h 1") - rearrange(row, "j -> j 1 1")
+    right = rearrange(columns, "w -> 1 1 w") - rearrange(column, "j -> j 1 1")
+    near = (down.abs() <= math.ceil(_REACH * sigma)) & (right.abs() <= math.ceil(_REACH * sigma))
+    return torch.exp(-(down**2 + right**2) / (2 * sigma**2)) * near
 
 
 def decode_joints(heat_maps: Tensor, *, best: int = _BEST) -> tuple[Tensor, Tensor]:

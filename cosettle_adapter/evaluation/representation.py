@@ -68,7 +68,7 @@ class RepresentationSettings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LostCells:
-    """The moment at which the adapted features of a video lose the most cells.
+    """The moment at which the adapted features of a video (raw ones, without) lose most cells.
 
     Attributes:
         video: its name.
@@ -142,9 +142,10 @@ def evaluate_representation(
         features, times = joined(chunks)
         _check(features, settings)
         same = features.get(RAW_SAME, features[RAW_LAST])
-        adapted = features.pop(ADAPTED)
+        adapted = features.pop(ADAPTED, None)
         features[CENTRED] = same - same.mean(dim=(0, 2, 3), keepdim=True)
-        features[ADAPTED] = adapted
+        if adapted is not None:
+            features[ADAPTED] = adapted
         for kind, maps in features.items():
             if kind not in metrics:
                 metrics[kind] = RepresentationMetrics(
@@ -153,12 +154,13 @@ def evaluate_representation(
             metrics[kind].add(maps, name=name)
         statistics.add(same)
         frames = torch.cat([chunk.frames for chunk in chunks])
-        worst.append(_lost_cells(name, paths[name], adapted, frames, times, settings.gap))
+        judged = same if adapted is None else adapted
+        worst.append(_lost_cells(name, paths[name], judged, frames, times, settings.gap))
         worst.sort(key=lambda moment: moment.cycle_accuracy)
         del worst[failures:]
 
     each_readable(list(paths), measure, skipped, on_video)
-    enough = statistics.videos > 1 and statistics.pairs > 0
+    enough = statistics.videos > 1 and statistics.pairs > 0 and ADAPTED in metrics
     return RepresentationReport(
         results={kind: gathered.result() for kind, gathered in metrics.items()},
         spectrum=statistics.spectrum(adapter.projection.project) if enough else None,
@@ -196,7 +198,7 @@ def _read(
 def _check(features: Mapping[str, Tensor], settings: RepresentationSettings) -> None:
     """Refuse a video before anything of it is counted."""
     needed = max(2 * settings.trim + 2, settings.gap + 1, settings.spectrum_gap + 1)
-    found = len(features[ADAPTED])
+    found = len(features[RAW_LAST])
     if found < needed:
         raise FrameError(
             f"got {found} frames at {settings.rate:g} a second, expected at least {needed}; take "

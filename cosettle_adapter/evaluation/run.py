@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ class Evaluation:
         measures: names of its figures, the one to compare by first.
         settings: everything the figures depend on.
         sizes: clip to the ``(height, width)`` that its frames were encoded at.
+        inputs: clip to a digest of its files, by which a continued run knows them again.
         clips: clip to kind of features to scores.
         total: kind of features to measure to the data set's figure.
         failed: clip to why it could not be scored; those do not count.
@@ -46,6 +48,7 @@ class Evaluation:
     measures: tuple[str, ...]
     settings: Mapping[str, Any]
     sizes: Mapping[str, tuple[int, int]]
+    inputs: Mapping[str, str]
     clips: Mapping[str, Mapping[str, ClipScores]]
     total: Mapping[str, Mapping[str, float]]
     failed: Mapping[str, str]
@@ -89,7 +92,8 @@ def evaluate(
         adapter: the model.
         model: what to call it in the results.
         output: JSON file that is written after every clip. One of an earlier run with the same
-            settings is continued: clips it has are not encoded again.
+            settings is continued: clips it has are not encoded again, unless their files changed
+            or predictions are wanted that are not there. Clips not asked for stay in it.
         predictions: folder for predictions, ``<kind of features>/<clip>/...``.
         size: ``(height, width)`` in place of the protocol's; sides go to the nearest whole patch.
         raw_only: score the backbone's own features only.
@@ -104,15 +108,19 @@ def evaluate(
     if not clips:
         raise FrameError(f"no clips for {task.name}: nothing to evaluate")
     settings = _settings(task, adapter, model=model, size=size)
-    scores, sizes = _resumed(output, settings)
+    stored = _resumed(output, settings)
     failed: dict[str, str] = {}
     for number, clip in enumerate(clips):
         on_clip(number, len(clips), clip.name)
-        if _complete(scores.get(clip.name), adapter, raw_only=raw_only):
+        digest = _digest(clip)
+        if digest == stored.inputs.get(clip.name) and _complete(
+            stored.clips[clip.name], adapter, raw_only, predictions, clip.name
+        ):
             continue
+        stored.forget(clip.name)
         try:
             sides = _sides(task, adapter, clip, size)
-            scores[clip.name] = _score(
+            scores = _score(
                 task,
                 adapter,
                 clip,
@@ -121,23 +129,60 @@ def evaluate(
                 batch_size=batch_size,
                 predictions=predictions,
             )
-            sizes[clip.name] = sides
         except MissingExtraError:
             raise
         except (CosettleError, OSError) as error:
             logger.warning("%s: %s", clip.name, error)
             failed[clip.name] = str(error)
+        else:
+            stored.add(clip.name, digest, sides, scores)
         if output is not None:
-            write_json(_summarised(task, settings, sizes, scores, failed), output)
+            write_json(_summarised(task, settings, stored, failed), output)
     on_clip(len(clips), len(clips), "")
-    wanted = {clip.name: scores[clip.name] for clip in clips if clip.name in scores}
-    if not wanted:
+    wanted = stored.only([clip.name for clip in clips])
+    if not wanted.clips:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:3])
         raise FrameError(f"none of {len(clips)} clips could be scored. {reasons}")
-    result = _summarised(task, settings, sizes, wanted, failed)
-    if output is not None:
-        write_json(result, output)
-    return result
+    return _summarised(task, settings, wanted, failed)
+
+
+@dataclasses.dataclass
+class _Stored:
+    """Clips that are scored: their scores, the sizes and digests that those belong to."""
+
+    clips: Scores = dataclasses.field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(
+        self, name: str, digest: str, size: tuple[int, int], scores: dict[str, ClipScores]
+    ) -> None:
+        self.clips[name], self.sizes[name], self.inputs[name] = scores, size, digest
+
+    def forget(self, name: str) -> None:
+        for part in (self.clips, self.sizes, self.inputs):
+            part.pop(name, None)
+
+    def only(self, names: Sequence[str]) -> _Stored:
+        known = [name for name in names if name in self.clips]
+        return _Stored(
+            {name: self.clips[name] for name in known},
+            {name: self.sizes[name] for name in known},
+            {name: self.inputs[name] for name in known},
+        )
+
+
+def _digest(clip: Any) -> str:
+    """Digest of what a clip is made of: names and sizes of its files, or its arrays."""
+    digest = hashlib.sha256(f"{clip.name} {len(clip)}".encode())
+    for field in ("frames", "annotations", "segmentations", "joints_file"):
+        paths = getattr(clip, field, ())
+        for path in (paths,) if isinstance(paths, Path) else paths:
+            size = path.stat().st_size if path.is_file() else None
+            digest.update(f"{field} {path.name} {size}".encode())
+    for field in ("points", "occluded"):
+        digest.update(bytes(getattr(clip, field, b"")))
+    return digest.hexdigest()
 
 
 def _score(
@@ -157,7 +202,7 @@ def _score(
     for kind, features in clip_features(adapter, clip, size=sides, batch_size=batch_size).items():
         if raw_only and kind == ADAPTED:
             continue
-        folder = None if predictions is None else predictions / kind.replace(" ", "-") / clip.name
+        folder = None if predictions is None else _folder(predictions, kind, clip.name)
         found[kind] = task.score(clip, features, geometry, predictions=folder)
     return found
 
@@ -203,19 +248,20 @@ def _checksum(adapter: CoSettleAdapter) -> str:
     return fingerprint(tensors) if tensors else adapter.config.kind
 
 
-def _resumed(
-    output: Path | None, settings: Mapping[str, Any]
-) -> tuple[Scores, dict[str, tuple[int, int]]]:
+def _resumed(output: Path | None, settings: Mapping[str, Any]) -> _Stored:
     if output is None or not output.is_file():
-        return {}, {}
+        return _Stored()
     try:
         stored = json.loads(output.read_text(encoding="utf-8"))
         same = stored["settings"] == plain(settings)
-        clips = {
-            name: {kind: ClipScores(**numbers(scores)) for kind, scores in row.items()}
-            for name, row in stored["clips"].items()
-        }
-        sizes = {name: (int(h), int(w)) for name, (h, w) in stored["sizes"].items()}
+        found = _Stored(
+            clips={
+                name: {kind: ClipScores(**numbers(scores)) for kind, scores in row.items()}
+                for name, row in stored["clips"].items()
+            },
+            sizes={name: (int(h), int(w)) for name, (h, w) in stored["sizes"].items()},
+            inputs=dict(stored["inputs"]),
+        )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{output} is not a results file ({error}); move it away or choose another"
@@ -230,33 +276,41 @@ def _resumed(
             f"{output} holds results of other settings (different: {', '.join(changed)}); move it "
             "away or choose another file"
         )
-    return clips, sizes
+    return found
 
 
 def _complete(
-    row: Mapping[str, ClipScores] | None, adapter: CoSettleAdapter, *, raw_only: bool
+    row: Mapping[str, ClipScores],
+    adapter: CoSettleAdapter,
+    raw_only: bool,
+    predictions: Path | None,
+    name: str,
 ) -> bool:
-    if row is None:
-        return False
+    """Whether a clip has all kinds of features, and predictions where they are wanted."""
+    if predictions is not None:
+        folders = [_folder(predictions, kind, name) for kind in row]
+        if not all(folder.is_dir() for folder in folders):
+            return False
     return raw_only or adapter.config.kind == "identity" or ADAPTED in row
 
 
+def _folder(predictions: Path, kind: str, name: str) -> Path:
+    return predictions / kind.replace(" ", "-") / name
+
+
 def _summarised(
-    task: Task[Any],
-    settings: Mapping[str, Any],
-    sizes: Mapping[str, tuple[int, int]],
-    clips: Mapping[str, Mapping[str, ClipScores]],
-    failed: Mapping[str, str],
+    task: Task[Any], settings: Mapping[str, Any], stored: _Stored, failed: Mapping[str, str]
 ) -> Evaluation:
     by_kind: dict[str, Sequence[ClipScores]] = {
-        kind: [row[kind] for row in clips.values() if kind in row] for kind in KINDS
+        kind: [row[kind] for row in stored.clips.values() if kind in row] for kind in KINDS
     }
     return Evaluation(
         task=task.name,
         measures=task.measures,
         settings=settings,
-        sizes={name: sizes[name] for name in clips},
-        clips=clips,
+        sizes=dict(stored.sizes),
+        inputs=dict(stored.inputs),
+        clips=dict(stored.clips),
         total={kind: task.total(scores) for kind, scores in by_kind.items() if scores},
-        failed=failed,
+        failed=dict(failed),
     )

@@ -86,10 +86,14 @@ def evaluate_sequence(
     """
     np: Any = require("numpy", extra="eval", purpose="measuring masks")
     masks = np.asarray(masks)
-    if masks.ndim != 3 or len(masks) < 3 or masks.dtype != np.uint8:
+    if masks.ndim != 3 or masks.dtype != np.uint8:
         raise FrameError(
-            f"got {masks.dtype} masks of shape {masks.shape}, expected uint8 (T, H, W) with T at "
-            "least 3: first and last frame do not count"
+            f"got {masks.dtype} masks of shape {masks.shape}, expected uint8 (T, H, W)"
+        )
+    if annotated is None and len(masks) < 3:
+        raise FrameError(
+            f"a clip of {len(masks)} frame(s) cannot be scored: the first and the last do not "
+            "count, so at least 3 are needed"
         )
     if annotated is not None and (list(annotated[:1]) != [0] or len(annotated) != len(masks)):
         raise FrameError(
@@ -127,6 +131,11 @@ def evaluate_sequence(
         )
     for found in scores:
         found.pop(count - 1, None)  # the last frame does not count
+    if not scores[0]:
+        raise FrameError(
+            f"none of the masks of the frames {list(rows)[:9]} counts: the first and the last "
+            f"frame of the clip's {count} do not; annotate one between them"
+        )
     return SequenceScores(
         objects,
         j=tuple(tuple(j for j, _ in found.values()) for found in scores),

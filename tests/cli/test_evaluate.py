@@ -122,6 +122,7 @@ def test_a_clip_that_failed_is_named_and_is_the_status(
         (["davis", "--data", ".", "--frames", "3"], "davis has no --frames"),
         (["retrieval", "--data", ".", "--protocol", "crw"], "retrieval has no --protocol"),
         (["davis", "--data", ".", "--layer", "3"], "--layer goes with --raw"),
+        (["retrieval", "--data", ".", "--every", "2"], "retrieval has no --every"),
         (["davis", "--data", ".", "--size", "224"], "write HEIGHTxWIDTH"),
     ],
 )
@@ -172,6 +173,9 @@ def test_classification_and_retrieval(
     printed = capsys.readouterr().out
     for measure in ("R@1", "R@3", "mAP"):
         assert measure in printed
+    assert "adapted" in printed
+    assert main(["evaluate", "retrieval", *common, "--ks", "1", "--raw"]) == 0
+    assert "adapted" not in capsys.readouterr().out
 
 
 def test_localisation(

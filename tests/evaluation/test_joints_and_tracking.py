@@ -39,6 +39,12 @@ def test_a_heat_map_is_a_gaussian_of_half_a_cell() -> None:
     assert float(heat[3, 4]) == pytest.approx(np.exp(-2 / (2 * 0.5**2)))
 
 
+@pytest.mark.parametrize(("outside", "found"), [(-1.0, True), (-2.5, False), (-7.0, False)])
+def test_a_joint_well_outside_the_frame_is_not_drawn(outside: float, found: bool) -> None:
+    heat = joint_heat_maps(torch.tensor([[outside, 3.0]]), (5, 7))
+    assert decode_joints(heat)[1].tolist() == [found]
+
+
 def test_decoding_weighs_the_five_best_cells() -> None:
     heat = torch.zeros(1, 4, 5)
     heat[0, 1, 1], heat[0, 1, 3] = 3.0, 1.0

@@ -11,7 +11,9 @@ from PIL import Image
 from test_davis import moving_squares, write_davis
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.backbones import VisionTransformerBackbone
+from cosettle_adapter.analysis import compare_features
+from cosettle_adapter.backbones import VisionTransformerBackbone, build_backbone, lookup
+from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import davis_sequences, evaluate_sequence
 from cosettle_adapter.evaluation.clip_features import clip_features
@@ -173,3 +175,64 @@ def test_plain_json_has_no_nan() -> None:
     value = {"a": [1.0, math.nan, math.inf], 2: (True, None, "x"), "path": Path("y")}
     assert plain(value) == {"a": [1.0, None, None], "2": [True, None, "x"], "path": "y"}
     assert math.isnan(numbers({"a": [None]})["a"][0])
+
+
+def test_other_files_of_the_same_name_are_scored_anew(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    run(davis, tiny_adapter, output=output)
+    stored = json.loads(output.read_text())
+    stored["clips"]["one"][RAW]["values"]["J&F"] = 0.123  # a sign of what is not computed again
+    output.write_text(json.dumps(stored))
+    _, masks = moving_squares(frames=6)
+    other = write_davis(tmp_path / "other", {"one": masks, "two": masks, "three": masks})
+    second = run(other, tiny_adapter, output=output)
+    assert second.clips["one"][RAW].values["J&F"] != 0.123
+    assert second.clips == run(other, tiny_adapter).clips
+
+
+def test_clips_that_were_not_asked_for_stay_in_the_file(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    run(davis, tiny_adapter, output=output)
+    task = Davis(davis, clips=["two"], context=2)
+    result = evaluate(task, tiny_adapter, size=SIZE, output=output)
+    assert list(result.clips) == ["two"]
+    assert json.loads(output.read_text())["clips"].keys() == {"one", "two", "three"}
+
+
+def test_predictions_wanted_later_are_made(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    run(davis, tiny_adapter, output=output)
+    run(davis, tiny_adapter, output=output, predictions=tmp_path / "p")
+    assert len(list((tmp_path / "p").rglob("*.png"))) == 4 * 3 * 5
+
+
+def test_the_release_that_was_read_is_told(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    run(davis, tiny_adapter, output=output)
+    stored = json.loads(output.read_text())
+    assert stored["settings"]["year"] == "2017"
+    assert stored["sizes"] == {name: list(SIZE) for name in ("one", "two", "three")}
+
+
+def test_feature_maps_are_compared_at_the_registered_grid() -> None:
+    row = lookup("timm:test_resnet")
+    state = {
+        name: torch.randn(tensor.shape) * 0.05
+        if tensor.is_floating_point()
+        else torch.zeros(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in meta_model(row).state_dict().items()
+    }
+    state = {name: t.abs() + 0.5 if "running_var" in name else t for name, t in state.items()}
+    backbone = build_backbone(row, state, fingerprint="sha256:0")
+    frames = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    features = compare_features(CoSettleAdapter.raw(backbone), frames)
+    assert SAME not in features
+    assert features[RAW].shape[1] == backbone.width

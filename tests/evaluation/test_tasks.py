@@ -112,6 +112,9 @@ def test_sizes_follow_the_protocols() -> None:
 
     assert CASES["davis"][0].size(Shaped()) == (480, 880)
     assert CASES["jhmdb"][0].size(Shaped()) == (320, 320)
+    dino = Davis(Path(), protocol="dino")
+    assert dino.size(Shaped(shape=(480, 854))) == (480, 832)
+    assert dino.size(Shaped(shape=(854, 480))) == (832, 480)
     vip, tapvid = CASES["vip"][0], CASES["tapvid"][0]
     assert vip.size(Shaped()) == (448, 880), "495 floored to a multiple of 64"
     assert vip.size(Shaped(shape=(1280, 720))) == (880, 448)
@@ -192,4 +195,5 @@ def constant(features: Tensor) -> Tensor:
 def test_features_that_are_all_equal_still_give_numbers(name: str) -> None:
     task, clip = CASES[name]
     total = task.total([task.score(clip, constant(KNOWS), GEOMETRY)])
-    assert all(np.isfinite(list(total.values())))
+    lost = name == "jhmdb"  # all joints may be lost, and lost ones do not count
+    assert lost or all(np.isfinite(list(total.values())))

@@ -15,7 +15,11 @@ from cosettle_adapter.evaluation.datasets.clips import (
     Joints,
     MaskClip,
 )
-from cosettle_adapter.evaluation.datasets.davis import DavisSequence, davis_sequences
+from cosettle_adapter.evaluation.datasets.davis import (
+    DavisSequence,
+    davis_sequences,
+    newest_year,
+)
 from cosettle_adapter.evaluation.datasets.folder import FolderClip, folder_clips
 from cosettle_adapter.evaluation.datasets.jhmdb import JHMDB_JOINTS, JhmdbClip, jhmdb_clips
 from cosettle_adapter.evaluation.datasets.tapvid import (
@@ -45,6 +49,7 @@ __all__ = [
     "folder_clips",
     "iter_tapvid_clips",
     "jhmdb_clips",
+    "newest_year",
     "tapvid_clips",
     "vip_clips",
 ]

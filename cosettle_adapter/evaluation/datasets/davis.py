@@ -89,7 +89,7 @@ def davis_sequences(
         )
     root = existing_folder(root, WHAT)
     require_entries(root, ["JPEGImages", "Annotations", "ImageSets"], WHAT)
-    year = year or _newest(root)
+    year = year or newest_year(root)
     listed = _listed(root, year, subset)
     for kind in ("JPEGImages", "Annotations"):
         held = entries(root / kind)
@@ -117,8 +117,9 @@ def davis_sequences(
     return found
 
 
-def _newest(root: Path) -> Literal["2016", "2017"]:
-    if (root / "ImageSets" / "2017").is_dir():
+def newest_year(root: str | Path) -> Literal["2016", "2017"]:
+    """Return the newest release that a folder of DAVIS has lists of."""
+    if (Path(root) / "ImageSets" / "2017").is_dir():
         return "2017"
     return "2016"
 

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from cosettle_adapter.evaluation.datasets import MaskClip, davis_sequences, folder_clips
+from cosettle_adapter.evaluation.datasets import (
+    MaskClip,
+    davis_sequences,
+    folder_clips,
+    newest_year,
+)
 from cosettle_adapter.evaluation.metrics import summarise
 from cosettle_adapter.evaluation.palette import save_labels
 from cosettle_adapter.evaluation.segmentation import evaluate_sequence
@@ -44,9 +49,13 @@ class _Masks(Task[MaskClip]):
         return self._list_clips()
 
     def size(self, clip: MaskClip) -> tuple[int, int]:
-        """480 x 880, whatever the clip's aspect."""
-        del clip
-        return FRAME_SIZE
+        """``crw``: 480 x 880, whatever the aspect; ``dino``: 480 and what is left of 64s."""
+        if self.protocol == "crw":
+            return FRAME_SIZE
+        height, width = clip.read_frame(0).shape[:2]
+        short, step = FRAME_SIZE[0], 64
+        long = int(short * max(height, width) / min(height, width)) // step * step
+        return (long, short) if height > width else (short, long)
 
     def score(
         self,
@@ -119,10 +128,12 @@ class Davis(_Masks):
         )
         super().__init__(listing, **options)
         self._frames = {"every": every, "max_frames": max_frames, "year": year}
+        self._data = data
 
     def settings(self) -> dict[str, Any]:
         """Protocol, and which frames."""
-        return super().settings() | self._frames
+        year = self._frames["year"] or newest_year(self._data)
+        return super().settings() | self._frames | {"year": year}
 
 
 class Folder(_Masks):

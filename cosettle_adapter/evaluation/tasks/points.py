@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.evaluation.datasets import TapVidClip, tapvid_clips
+from cosettle_adapter.evaluation.datasets.layout import pick
 from cosettle_adapter.evaluation.metrics import queries_first, queries_strided, tapvid_metrics
 from cosettle_adapter.evaluation.tasks.base import ClipScores, Task, save_positions
 from cosettle_adapter.evaluation.tracking import track_queries
@@ -41,7 +42,12 @@ class TapVid(Task[TapVidClip]):
     def clips(self) -> Sequence[TapVidClip]:
         """List the videos."""
         found = tapvid_clips(self._data)
-        return [clip for clip in found if self._wanted is None or clip.name in self._wanted]
+        if self._wanted is None:
+            return found
+        names = [clip.name for clip in found]
+        for name in self._wanted:
+            pick(name, names, f"video {name!r} in {self._data}")
+        return [clip for clip in found if clip.name in self._wanted]
 
     def size(self, clip: TapVidClip) -> tuple[int, int]:
         """Shorter side 480, aspect kept."""
