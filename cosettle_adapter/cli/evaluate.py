@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="preceding frames, in place of the protocol's")
     parser.add_argument("--radius", type=float, help="cells, in place of the protocol's")
     parser.add_argument("--year", choices=("2016", "2017"), help="of DAVIS")
+    parser.add_argument(
+        "--late-labels",
+        choices=("error", "void"),
+        help="of a folder: labels that the first mask does not have; an error by default",
+    )
     parser.add_argument("--every", type=int, default=1, help="keep every n-th frame of DAVIS")
     parser.add_argument("--max-frames", type=int, help="keep at most this many frames of DAVIS")
     parser.add_argument("--mode", choices=("first", "strided"), help="of TAP-Vid's queries")
@@ -109,7 +114,7 @@ def make_task(options: argparse.Namespace) -> Task[Any]:
     propagation = {"protocol", "topk", "context", "radius"}
     known: dict[str, tuple[type[Task[Any]], set[str]]] = {
         "davis": (tasks.Davis, propagation | {"year", "every", "max_frames"}),
-        "folder": (tasks.Folder, propagation),
+        "folder": (tasks.Folder, propagation | {"late_labels"}),
         "vip": (tasks.Vip, propagation),
         "jhmdb": (tasks.Jhmdb, propagation),
         "badja": (tasks.Badja, {"davis"}),
@@ -117,7 +122,8 @@ def make_task(options: argparse.Namespace) -> Task[Any]:
     }
     kind, accepted = known[options.task]
     video_options = {"frames", "rate", "ks", "segments", "seed", "report", "results"}
-    every_option = propagation | {"year", "every", "max_frames", "davis", "mode"} | video_options
+    every_option = propagation | video_options
+    every_option |= {"year", "every", "max_frames", "davis", "mode", "late_labels"}
     given = {
         name: getattr(options, name)
         for name in every_option

@@ -281,6 +281,7 @@ def _check(options: argparse.Namespace) -> None:
     }[options.task]
     others = (
         *("protocol", "topk", "context", "radius", "year", "max_frames", "mode", "davis"),
+        "late_labels",
         *("save_predictions", "frames", "rate", "ks", "segments", "seed", "report", "results"),
         "clips",
     )

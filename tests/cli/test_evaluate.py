@@ -235,7 +235,7 @@ def test_on_real_clips(
         "davis": ["davis_dev", "--clips", "blackswan", "--max-frames", "6"],
         "badja": ["badja", "--clips", "cows"],
         "jhmdb": ["jhmdb"],
-        "folder": ["multi_object", "--clips", "stefan"],
+        "folder": ["multi_object", "--clips", "stefan", "--late-labels", "void"],
     }[task]
     data = shared_data() / options[0]
     size = {"davis": "140x252", "badja": "112x196", "jhmdb": "112x112", "folder": "84x126"}[task]
@@ -246,3 +246,26 @@ def test_on_real_clips(
     assert cells is not None
     floor = {"davis": 50, "badja": 25, "jhmdb": 15, "folder": 10}[task]
     assert float(cells[1].split("│")[-1]) > floor
+
+
+def test_a_label_that_comes_late_is_told_with_the_way_out(
+    real_backbone: VisionTransformerBackbone,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for kind in ("frames", "masks"):
+        (tmp_path / "mine" / kind).mkdir(parents=True)
+    for t in range(4):
+        mask = np.zeros((84, 112), dtype=np.uint8)
+        mask[20:60, 20:60] = 1
+        mask[70:, 70:] = 2 * (t > 1)
+        Image.fromarray(mask).save(tmp_path / "mine" / "masks" / f"{t}.png")
+        Image.fromarray(80 * mask).convert("RGB").save(tmp_path / "mine" / "frames" / f"{t}.png")
+    command = ["evaluate", "folder", "--data", str(tmp_path), *SMALL]
+    assert main(command) == 1
+    message = capsys.readouterr().err
+    assert "2.png of 'mine' has label(s) 2" in message
+    assert "--late-labels void" in message
+    assert main([*command, "--late-labels", "void"]) == 0

@@ -88,7 +88,8 @@ class FolderClip(MaskClip):
             raise FrameError(
                 f"{self.annotations[position]} of {self.name!r} has label(s) {names}, which the "
                 "first mask does not have, so they cannot be propagated; start the clip at a frame "
-                'that shows all objects, or pass late_labels="void" to leave them out of the scores'
+                'that shows all objects, or pass late_labels="void" (--late-labels void) to leave '
+                "them out of the scores"
             )
         masks[late] = VOID
         return masks

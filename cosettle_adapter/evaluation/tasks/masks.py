@@ -141,8 +141,19 @@ class Folder(_Masks):
 
     name = "folder"
 
-    def __init__(self, data: Path, *, clips: Sequence[str] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        data: Path,
+        *,
+        clips: Sequence[str] | None = None,
+        late_labels: Literal["error", "void"] = "error",
+        **options: Any,
+    ) -> None:
         """See :func:`~cosettle_adapter.evaluation.datasets.folder_clips`."""
-        super().__init__(
-            functools.partial(folder_clips, data, clips=clips, late_labels="void"), **options
-        )
+        listing = functools.partial(folder_clips, data, clips=clips, late_labels=late_labels)
+        super().__init__(listing, **options)
+        self._late_labels = late_labels
+
+    def settings(self) -> dict[str, Any]:
+        """Protocol, and what becomes of labels that the first mask does not have."""
+        return super().settings() | {"late_labels": self._late_labels}
