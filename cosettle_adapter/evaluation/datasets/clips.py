@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -124,7 +125,7 @@ class MaskClip(ImageClip):
 
 
 @dataclasses.dataclass(frozen=True)
-class JointClip(ImageClip):
+class JointClip(ImageClip, abc.ABC):
     """A clip with joints, for all frames or some.
 
     Attributes:
@@ -137,10 +138,10 @@ class JointClip(ImageClip):
     annotated: tuple[int, ...]
     joint_names: tuple[str, ...]
 
+    @abc.abstractmethod
     def read_joints(self) -> Joints:
         """Read the joints of all annotated frames.
 
         Raises:
             FrameError: the clip has a problem, or the file is not what it should be.
         """
-        raise NotImplementedError
