@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cosettle_adapter.analysis import ADAPTED, RAW_LAST
+from cosettle_adapter.backbones.weights import fingerprint
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
 from cosettle_adapter.evaluation.clip_features import KINDS, clip_features
 from cosettle_adapter.evaluation.plain_json import numbers, plain, write_json
@@ -242,8 +243,6 @@ def _settings(
 
 
 def _checksum(adapter: CoSettleAdapter) -> str:
-    from cosettle_adapter.backbones.weights import fingerprint
-
     tensors = dict(adapter.projection.state_dict())
     return fingerprint(tensors) if tensors else adapter.config.kind
 
