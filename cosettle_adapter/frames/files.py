@@ -16,6 +16,7 @@ from cosettle_adapter.frames.arrays import image_to_frame
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 _MAGIC = re.compile(r"[*?\[]")
+_NUMBER = re.compile(r"([0-9]+)")
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
@@ -100,10 +101,11 @@ def _is_image_file(path: Path) -> bool:
 
 
 def _natural_order(paths: Iterable[Path]) -> list[Path]:
-    return sorted(paths, key=_natural_key)
+    return sorted(paths, key=lambda path: natural_key(path.as_posix()))
 
 
-def _natural_key(path: Path) -> tuple[list[str | int], str]:
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Return a key that sorts names as people do: ``frame2`` before ``frame10``."""
     # the pattern has one group, so texts and digits alternate and compare like with like
-    pieces = re.split(r"([0-9]+)", path.as_posix().casefold())
-    return [int(p) if i % 2 else p for i, p in enumerate(pieces)], path.as_posix()
+    pieces = _NUMBER.split(name.casefold())
+    return [int(p) if i % 2 else p for i, p in enumerate(pieces)], name
