@@ -6,11 +6,15 @@ import abc
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from cosettle_adapter.backbones.positions import Grid, Positions
+from cosettle_adapter.backbones.positions import Positions
 from cosettle_adapter.backbones.row import BackboneRow
+from cosettle_adapter.backbones.zoom import Grid, crop_corners, zoomed_side
 from cosettle_adapter.errors import GeometryError
+
+Read = tuple[int, bool | None]  # layer, and whether the final norm is applied; None: by the row
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -116,11 +120,38 @@ class Backbone(nn.Module, abc.ABC):
     def positions(self, grid: Grid) -> Positions:
         """Return the positions of a grid in float32, computed once."""
 
+    def perturbed_positions(self, grid: Grid, offsets: Tensor, *, ratio: float = 10.0) -> Positions:
+        """Return positions that do not tell patches where they are (the paper's PEA).
+
+        This is what backbones without positions to replace do in its stead (feature maps: their
+        zero padding and windows tell cells where they are all the same). The picture is moved to
+        another place of a canvas that is the picture repeated in both directions, and cut to the
+        size it has; maps are moved back, so that cells keep their content. It moves as far as a
+        crop of the zoomed grid would: by up to ``ratio / (1 + ratio)`` of a side, in whole cells.
+
+        Args:
+            grid: ``(h, w)`` of the images.
+            offsets: ``(S, 2)`` in [0, 1), (row, column): one for all images, or one for each.
+            ratio: by how much more than once the grid is zoomed; 0 changes nothing.
+
+        Returns:
+            ``S`` variants, on the device of the backbone.
+
+        Raises:
+            ValueError: offsets of another shape or range, or a negative ratio.
+        """
+        corners = crop_corners(offsets, grid, ratio)
+        moved = [
+            corner * side // zoomed_side(side, ratio)
+            for corner, side in zip(corners, grid, strict=True)
+        ]
+        return Positions(shift=torch.stack(moved, dim=1).to(self.device))
+
     @abc.abstractmethod
     def _maps(
-        self, images: Tensor, layers: frozenset[int], norm: bool | None, positions: Positions | None
-    ) -> dict[int, Tensor]:
-        """Run no further than the deepest of ``layers``; ``{layer: (B, C, h, w)}``."""
+        self, images: Tensor, reads: frozenset[Read], positions: Positions | None
+    ) -> dict[Read, Tensor]:
+        """Run no further than the deepest of the layers read; ``(B, C, h, w)`` for each read."""
 
     def patch_tokens(
         self,
@@ -138,8 +169,8 @@ class Backbone(nn.Module, abc.ABC):
             norm: apply the final norm; by default as the row says for the last layer, and not
                 for earlier ones.
             positions: positions to use in place of the backbone's own, in the shapes of
-                :meth:`positions`; the absolute ones may differ from image to image
-                ``(B, prefix + h * w, C)``.
+                :meth:`positions`; they may differ from image to image, as
+                :class:`~cosettle_adapter.backbones.positions.Positions` says.
 
         Returns:
             ``(B, C, h, w)``, dtype of the backbone.
@@ -156,7 +187,7 @@ class Backbone(nn.Module, abc.ABC):
         images: Tensor,
         layers: Sequence[int],
         *,
-        norm: bool | None = None,
+        norm: bool | Sequence[bool | None] | None = None,
         positions: Positions | None = None,
     ) -> list[Tensor]:
         """Return the patch tokens of several layers from one pass, which ends at the deepest.
@@ -164,19 +195,55 @@ class Backbone(nn.Module, abc.ABC):
         Args:
             images: as in :meth:`patch_tokens`.
             layers: 0-based layers, negative from the end, in any order.
-            norm: as in :meth:`patch_tokens`, for each layer.
+            norm: as in :meth:`patch_tokens`; one for all layers, or one for each.
             positions: as in :meth:`patch_tokens`.
 
         Returns:
             One ``(B, C, h, w)`` a requested layer, in the order of ``layers``.
         """
-        wanted = [self.block(layer) for layer in layers]
+        norms = norm if isinstance(norm, Sequence) else [norm] * len(layers)
+        wanted = [(self.block(layer), each) for layer, each in zip(layers, norms, strict=True)]
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
+        if positions is not None:
+            grid = self.grid(images.shape[-2], images.shape[-1])
+            positions.check_like(self.positions(grid), grid, images=len(images))
+        shift = self._shift(positions)
         with torch.set_grad_enabled(self.requires_input_grad and torch.is_grad_enabled()):
-            maps = self._maps(images.to(self.dtype), frozenset(wanted), norm, positions)
-        return [maps[layer] for layer in wanted]
+            images = images.to(self.dtype)
+            if shift is not None:
+                images = _roll(images, shift * self.patch)
+            maps = self._maps(images, frozenset(wanted), positions)
+            if shift is not None:
+                maps = {read: _roll(cells, -shift) for read, cells in maps.items()}
+        return [maps[read] for read in wanted]
+
+    def _shift(self, positions: Positions | None) -> Tensor | None:
+        if positions is None or positions.shift is None:
+            return None
+        if self.stride != self.patch:
+            raise GeometryError(
+                f"pictures cannot be moved by whole cells where patches overlap (patch "
+                f"{self.patch}, stride {self.stride}); leave the stride out"
+            )
+        return positions.for_images(positions.shift).to(self.device)
 
     def extra_repr(self) -> str:
         """Name, patch and stride."""
         return f"{self.row.name}, patch={self.patch}, stride={self.stride}"
+
+
+def _roll(images: Tensor, shift: Tensor) -> Tensor:
+    """Move each of ``(B, C, H, W)`` down and right by its ``(B or 1, 2)``, round the edges."""
+    rows, columns = (
+        (torch.arange(side, device=images.device) - rearrange(moved, "b -> b 1")) % side
+        for side, moved in zip(images.shape[-2:], shift.unbind(1), strict=True)
+    )
+    which = torch.arange(len(images), device=images.device)
+    rolled = images[
+        rearrange(which, "b -> b 1 1"),
+        :,
+        rearrange(rows, "b h -> b h 1"),
+        rearrange(columns, "b w -> b 1 w"),
+    ]
+    return rearrange(rolled, "b h w c -> b c h w")

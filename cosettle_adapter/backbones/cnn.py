@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosettle_adapter.backbones.backbone import Backbone
-from cosettle_adapter.backbones.positions import Grid, Positions
+from cosettle_adapter.backbones.backbone import Backbone, Read
+from cosettle_adapter.backbones.positions import Positions
 from cosettle_adapter.backbones.row import BackboneRow
 from cosettle_adapter.backbones.timm_features import (
     SIZE_ERRORS,
@@ -22,6 +22,7 @@ from cosettle_adapter.backbones.timm_features import (
     takes,
 )
 from cosettle_adapter.backbones.timm_sizes import family, fit_copy
+from cosettle_adapter.backbones.zoom import Grid
 from cosettle_adapter.errors import GeometryError
 
 _CACHED_SIZES = 4
@@ -91,23 +92,22 @@ class FeatureMapBackbone(Backbone):
         return Positions()
 
     def _maps(
-        self, images: Tensor, layers: frozenset[int], norm: bool | None, positions: Positions | None
-    ) -> dict[int, Tensor]:
-        if norm:
+        self, images: Tensor, reads: frozenset[Read], positions: Positions | None
+    ) -> dict[Read, Tensor]:
+        if any(norm for _, norm in reads):
             raise ValueError(
                 f"{self.row.name} returns feature maps, which have no final norm: give norm=None"
             )
         grid = self.grid(images.shape[-2], images.shape[-1])
-        if positions is not None:
-            positions.check_like(self.positions(grid), grid)
-        wanted = sorted(layers)
+        del positions  # checked to be none; a picture that is moved comes moved
+        wanted = sorted({layer for layer, _ in reads})
         images = self._pad(images)
         size = (images.shape[-2], images.shape[-1])
-        maps = zip(wanted, self._run(images, size, wanted), strict=True)
-        return {
+        maps = {
             layer: _on_grid(cells, size, self._pixels[layer], grid, self.patch)
-            for layer, cells in maps
+            for layer, cells in zip(wanted, self._run(images, size, wanted), strict=True)
         }
+        return {(layer, norm): maps[layer] for layer, norm in reads}
 
     def _pad(self, images: Tensor) -> Tensor:
         """Repeat the last row and column until there is a whole cell of every stage."""

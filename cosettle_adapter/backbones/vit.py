@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosettle_adapter.backbones.backbone import Backbone
-from cosettle_adapter.backbones.positions import Grid, Positions, resize_positions
+from cosettle_adapter.backbones.backbone import Backbone, Read
+from cosettle_adapter.backbones.positions import (
+    Positions,
+    perturb_positions,
+    resize_positions,
+)
+from cosettle_adapter.backbones.rotary import perturb_rotary, rotary_angles
 from cosettle_adapter.backbones.row import BackboneRow
+from cosettle_adapter.backbones.zoom import Grid
 
 _CACHED_GRIDS = 16
 
@@ -40,6 +46,7 @@ class VisionTransformerBackbone(Backbone):
         rope = getattr(self.vit, "rope", None)
         self._rope = None if rope is None else (copy.deepcopy(rope).float().cpu(),)
         self._positions: dict[tuple[Grid, torch.device], Positions] = {}
+        self._angles: dict[Grid, Tensor] = {}
         self.freeze()
 
     @staticmethod
@@ -73,6 +80,38 @@ class VisionTransformerBackbone(Backbone):
             self._positions[key] = Positions(self._absolute(grid), self._rotary(grid))
         return self._positions[key]
 
+    def perturbed_positions(self, grid: Grid, offsets: Tensor, *, ratio: float = 10.0) -> Positions:
+        """Return positions that do not tell patches where they are (the paper's PEA).
+
+        Absolute and rotary positions are those of a crop of the zoomed grid, as
+        :func:`~cosettle_adapter.backbones.positions.perturb_positions` and
+        :func:`~cosettle_adapter.backbones.rotary.perturb_rotary` say. A transformer without any
+        does not know where its patches are, and is left as it is.
+
+        Args:
+            grid: ``(h, w)`` of the images.
+            offsets: ``(S, 2)`` in [0, 1), (row, column): one for all images, or one for each.
+            ratio: by how much more than once the grid is zoomed; 0 changes nothing.
+
+        Returns:
+            ``S`` variants in the shapes of :meth:`positions`, ``rotary`` with a leading ``S``.
+
+        Raises:
+            ValueError: offsets of another shape or range, or a negative ratio.
+        """
+        absolute, rotary = self.positions(grid).absolute, None
+        if absolute is not None:
+            absolute = perturb_positions(
+                absolute, offsets, grid=grid, prefix=self._prefix_positions, ratio=ratio
+            )
+        if self._rope is not None:
+            if grid not in self._angles:  # one is enough: training has one grid
+                self._angles = {grid: rotary_angles(self._rope[0], grid)}
+            rotary = perturb_rotary(
+                self._angles[grid], offsets, grid=grid, ratio=ratio, device=self.device
+            )
+        return Positions(absolute, rotary)
+
     def _absolute(self, grid: Grid) -> Tensor | None:
         if self._learned is None:
             return None
@@ -96,25 +135,38 @@ class VisionTransformerBackbone(Backbone):
         return 0 if self.vit.no_embed_class else int(self.vit.num_prefix_tokens)
 
     def _maps(
-        self, images: Tensor, layers: frozenset[int], norm: bool | None, positions: Positions | None
-    ) -> dict[int, Tensor]:
+        self, images: Tensor, reads: frozenset[Read], positions: Positions | None
+    ) -> dict[Read, Tensor]:
         grid = self.grid(images.shape[-2], images.shape[-1])
-        own = self.positions(grid)
-        if positions is not None:
-            positions.check_like(own, grid)
-        used = own if positions is None else positions.to(self.device)
-        tokens = self._embed(images, used.absolute)
-        per_block = used.rotary is not None and used.rotary.ndim == 4
-        read: dict[int, Tensor] = {}
-        for index in range(max(layers) + 1):
-            if used.rotary is None:
+        used = self.positions(grid) if positions is None else positions.to(self.device)
+        absolute = None if used.absolute is None else used.for_images(used.absolute)
+        tokens = self._embed(images, absolute)
+        rotations = self._rotations(used)
+        found: dict[Read, Tensor] = {}
+        for index in range(max(layer for layer, _ in reads) + 1):
+            if rotations is None:
                 tokens = self.vit.blocks[index](tokens)
             else:
-                rope = used.rotary[index] if per_block else used.rotary
-                tokens = self.vit.blocks[index](tokens, rope=rope)
-            if index in layers:
-                read[index] = self._read(tokens, index, norm, grid)
-        return read
+                tokens = self.vit.blocks[index](tokens, rope=rotations(index))
+            for layer, norm in reads:
+                if layer == index:
+                    found[layer, norm] = self._read(tokens, index, norm, grid)
+        return found
+
+    @staticmethod
+    def _rotations(positions: Positions) -> Callable[[int], Tensor] | None:
+        """What each block rotates by: ``(h * w, 2 D)``, or ``(1 or B, 1 or heads, h * w, 2 D)``."""
+        rotary = positions.rotary
+        if rotary is None:
+            return None
+        if rotary.ndim < 4:  # the same in every block
+            if rotary.ndim == 3:
+                rotary = positions.for_images(rearrange(rotary, "s n d -> s 1 n d"))
+            return lambda block: rotary
+        if rotary.ndim == 4:
+            return lambda block: rotary[block]
+        # Block by block: copies for every image at once would be large.
+        return lambda block: positions.for_images(rotary[:, block])
 
     def _embed(self, images: Tensor, absolute: Tensor | None) -> Tensor:
         """Patches, class and register tokens and their positions: ``(B, prefix + h * w, C)``."""

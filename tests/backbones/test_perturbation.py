@@ -1,0 +1,461 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import pytest
+import timm
+import torch
+from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cosettle_adapter.backbones import (
+    BackboneRow,
+    Positions,
+    VisionTransformerBackbone,
+    build_backbone,
+    lookup,
+)
+from cosettle_adapter.backbones.cnn import FeatureMapBackbone
+from cosettle_adapter.backbones.positions import join_positions, perturb_positions
+from cosettle_adapter.backbones.rotary import perturb_rotary, rotary_angles
+from cosettle_adapter.backbones.timm_features import own_tensors
+from cosettle_adapter.backbones.zoom import crop_corners, zoomed_side
+from cosettle_adapter.errors import GeometryError
+
+from helpers import TINY, tiny_state
+
+OFFSETS = torch.tensor([[0.0, 0.999], [0.37, 0.61], [0.5, 0.0]], dtype=torch.float64)
+
+
+def cubic(distance: float) -> float:
+    """Keys' cubic with a = -0.75, which torch calls bicubic."""
+    a, d = -0.75, abs(distance)
+    if d <= 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    if d < 2:
+        return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    return 0.0
+
+
+def reference_pea(
+    cells: Tensor, first: tuple[int, int], ratio: float
+) -> Tensor:  # (h, w, C) float64, cell by cell
+    h, w, _ = cells.shape
+    zoomed = int((1 + ratio) * h), int((1 + ratio) * w)
+    perturbed = torch.zeros_like(cells)
+    for i in range(h):
+        for j in range(w):
+            y = (first[0] + i + 0.5) * h / zoomed[0] - 0.5
+            x = (first[1] + j + 0.5) * w / zoomed[1] - 0.5
+            for row in range(math.floor(y) - 1, math.floor(y) + 3):
+                for column in range(math.floor(x) - 1, math.floor(x) + 3):
+                    weight = cubic(y - row) * cubic(x - column)
+                    inside = min(max(row, 0), h - 1), min(max(column, 0), w - 1)
+                    perturbed[i, j] += weight * cells[inside]
+    return perturbed
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio"), [((14, 14), 10.0), ((16, 16), 10.0), ((5, 8), 3.0), ((6, 4), 0.5)]
+)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_pea_equals_its_definition(grid: tuple[int, int], ratio: float, prefix: int) -> None:
+    h, w = grid
+    positions = torch.randn(1, prefix + h * w, 3, dtype=torch.float64)
+    perturbed = perturb_positions(positions, OFFSETS, grid=grid, prefix=prefix, ratio=ratio)
+    single = perturb_positions(positions.float(), OFFSETS, grid=grid, prefix=prefix, ratio=ratio)
+    assert (perturbed.dtype, single.dtype) == (torch.float64, torch.float32)
+    for offset, variant, rounded in zip(OFFSETS, perturbed, single, strict=True):
+        places = int((1 + ratio) * h) - h + 1, int((1 + ratio) * w) - w + 1
+        first = int(offset[0] * places[0]), int(offset[1] * places[1])
+        cells = rearrange(positions[0, prefix:], "(h w) c -> h w c", h=h)
+        expected = rearrange(reference_pea(cells, first, ratio), "h w c -> (h w) c")
+        torch.testing.assert_close(variant[prefix:], expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(rounded[prefix:].double(), expected, atol=1e-5, rtol=0)
+        assert torch.equal(variant[:prefix], positions[0, :prefix])
+
+
+def test_pea_equals_zooming_with_torch_and_cropping() -> None:
+    """What the official code computes, with its sides (14 to 154; 16 to 176 for patches of 14)."""
+    for side, zoomed in ((14, 154), (16, 176)):
+        assert zoomed_side(side, 10.0) == zoomed
+        positions = torch.randn(1, 1 + side * side, 8)
+        cells = rearrange(positions[:, 1:], "1 (h w) c -> 1 c h w", h=side)
+        large = F.interpolate(cells, size=(zoomed, zoomed), mode="bicubic", align_corners=False)
+        offsets = (torch.tensor([[31, 140], [0, 7]]) + 0.5).double() / (zoomed - side + 1)
+        found = perturb_positions(positions, offsets, grid=(side, side), prefix=1)
+        for variant, (top, left) in zip(found, ((31, 140), (0, 7)), strict=True):
+            crop = large[0, :, top : top + side, left : left + side]
+            expected = rearrange(crop, "c h w -> (h w) c")
+            torch.testing.assert_close(variant[1:], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_no_zoom_changes_nothing() -> None:
+    positions = torch.randn(1, 1 + 5 * 7, 4)
+    same = perturb_positions(positions, OFFSETS, grid=(5, 7), prefix=1, ratio=0.0)
+    torch.testing.assert_close(same, positions.expand(3, -1, -1), atol=1e-6, rtol=0)
+
+
+def test_autocast_leaves_pea_exact() -> None:
+    positions = torch.randn(1, 14 * 14, 8)
+    plain = perturb_positions(positions, OFFSETS, grid=(14, 14), prefix=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = perturb_positions(positions, OFFSETS, grid=(14, 14), prefix=0)
+    assert torch.equal(plain, cast)
+
+
+@given(
+    row=st.floats(0, 1, exclude_max=True),
+    column=st.floats(0, 1, exclude_max=True),
+    h=st.integers(1, 40),
+    w=st.integers(1, 40),
+    ratio=st.floats(0, 20),
+)
+def test_crops_lie_inside_the_zoomed_grid(
+    row: float, column: float, h: int, w: int, ratio: float
+) -> None:
+    offsets = torch.tensor([[row, column]], dtype=torch.float64)
+    for first, side in zip(crop_corners(offsets, (h, w), ratio), (h, w), strict=True):
+        assert 0 <= int(first) <= zoomed_side(side, ratio) - side
+
+
+def test_every_crop_is_as_likely() -> None:
+    shares = (torch.arange(141 * 8, dtype=torch.float64) + 0.5) / (141 * 8)
+    first, _ = crop_corners(torch.stack([shares, shares], dim=1), (14, 14), 10.0)
+    assert torch.equal(first.bincount(), torch.full((141,), 8))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "ratio", "message"),
+    [
+        (torch.rand(2), 10.0, r"offsets \(S, 2\).* got \(2,\)"),
+        (torch.zeros(1, 2, dtype=torch.int64), 10.0, "floating point, .* torch.int64"),
+        (torch.tensor([[0.0, 1.0]]), 10.0, r"in \[0, 1\), got 0.0 to 1.0"),
+        (torch.tensor([[0.0, math.nan]]), 10.0, r"in \[0, 1\), got nan"),
+        (torch.rand(1, 2), -1.0, "must be 0 or more, got -1.0"),
+        (torch.rand(1, 2), math.inf, "must be 0 or more, got inf"),
+    ],
+)
+def test_offsets_and_ratios_that_make_no_sense(offsets: Tensor, ratio: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        perturb_positions(torch.zeros(1, 4, 3), offsets, grid=(2, 2), prefix=0, ratio=ratio)
+
+
+def test_positions_of_another_grid() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 5, C\) for 1 tokens and a grid of 2 x 2, got"):
+        perturb_positions(torch.zeros(1, 4, 3), OFFSETS, grid=(2, 2), prefix=1)
+
+
+# Rotary positions -----------------------------------------------------------------------------
+
+KINDS = {
+    "absolute": TINY,
+    "registers": dataclasses.replace(
+        TINY, architecture="vit_small_patch14_reg4_dinov2", patch=14, width=384, image_size=518
+    ),
+    "none": dataclasses.replace(TINY, positions="none", options={"pos_embed": "none"}),
+    "rotary": lookup("timm:vit_small_patch16_dinov3.lvd1689m"),
+    "absolute+rotary": lookup("timm:eva02_tiny_patch14_224.mim_in22k"),
+    "absolute+rotary, columns first": lookup("timm:vit_pe_spatial_tiny_patch16_512.fb"),
+    "rotary, each block its own": lookup("timm:vit_small_patch16_rope_mixed_224.naver_in1k"),
+}
+ROTARY = [kind for kind in KINDS if "rotary" in kind]
+
+
+@functools.cache
+def small(kind: str) -> VisionTransformerBackbone:
+    """Two random blocks of a kind of transformer, with strong positions."""
+    row = KINDS[kind]
+    row = dataclasses.replace(row, depth=2, options={**row.options, "depth": 2})
+    state = tiny_state(row)
+    for name, tensor in state.items():
+        if name == "rope.freqs":
+            tensor.mul_(10)
+        elif name == "pos_embed":
+            tensor.mul_(20)
+    backbone = build_backbone(row, state, fingerprint="sha256:0")
+    assert isinstance(backbone, VisionTransformerBackbone)
+    return backbone
+
+
+def images_for(backbone: Any, h: int, w: int, *, batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 3, h * backbone.patch, w * backbone.patch, generator=generator)
+
+
+def places(first: int, side: int, ratio: float) -> Tensor:
+    """Where the cells of a crop lie in the grid in use, in cells."""
+    zoom = int((1 + ratio) * side) / side
+    return torch.tensor([(first + k + 0.5) / zoom - 0.5 for k in range(side)], dtype=torch.float64)
+
+
+def test_rotary_pea_of_dinov3_equals_its_definition() -> None:
+    """Coordinates from -1 to 1 over the image; angles 2 pi coordinate / period, rows first."""
+    h, w, ratio = 6, 9, 10.0
+    backbone = small("rotary")
+    periods = 100.0 ** (torch.arange(16, dtype=torch.float64) / 16)
+    found = backbone.perturbed_positions((h, w), OFFSETS, ratio=ratio).rotary
+    assert found is not None
+    for offset, variant in zip(OFFSETS, found, strict=True):
+        y = places(int(offset[0] * (66 - h + 1)), h, ratio)
+        x = places(int(offset[1] * (99 - w + 1)), w, ratio)
+        for cell in range(h * w):
+            coordinates = [2 * (y[cell // w] + 0.5) / h - 1, 2 * (x[cell % w] + 0.5) / w - 1]
+            half = torch.cat([2 * math.pi * coordinate / periods for coordinate in coordinates])
+            angles = torch.cat([half, half])
+            expected = torch.cat([angles.sin(), angles.cos()])
+            torch.testing.assert_close(variant[cell].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_rotary_pea_of_mixed_frequencies_equals_its_definition() -> None:
+    """Angles x f_x + y f_y in cells, with frequencies of each block and head."""
+    h, w, ratio = 5, 4, 10.0
+    backbone = small("rotary, each block its own")
+    frequencies = backbone.vit.rope.freqs.double()  # (2, depth, heads, D / 2), columns first
+    found = backbone.perturbed_positions((h, w), OFFSETS, ratio=ratio).rotary
+    assert found is not None
+    assert found.shape == (3, 2, 6, h * w, 128)
+    for offset, variant in zip(OFFSETS, found, strict=True):
+        y = places(int(offset[0] * (55 - h + 1)), h, ratio)
+        x = places(int(offset[1] * (44 - w + 1)), w, ratio)
+        for cell in range(h * w):
+            half = x[cell % w] * frequencies[0] + y[cell // w] * frequencies[1]
+            angles = half.repeat_interleave(2, dim=-1)
+            expected = torch.cat([angles.sin(), angles.cos()], dim=-1)
+            torch.testing.assert_close(variant[:, :, cell].double(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("grid", [(16, 16), (3, 5), (1, 4), (1, 1)])
+def test_rotary_pea_without_zoom_is_timms_own(kind: str, grid: tuple[int, int]) -> None:
+    backbone = small(kind)
+    own, same = backbone.positions(grid), backbone.perturbed_positions(grid, OFFSETS, ratio=0.0)
+    assert own.rotary is not None
+    assert same.rotary is not None
+    for variant in same.rotary:
+        torch.testing.assert_close(variant, own.rotary, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rotary_pea_passes_through_the_cells_of_the_grid(kind: str) -> None:
+    """Zoomed three times, every third cell lies on a cell of the grid."""
+    grid = (6, 9)
+    backbone = small(kind)
+    offsets = (torch.tensor([[4, 7]]) + 0.5).double() / torch.tensor([13.0, 19.0])
+    own, found = backbone.positions(grid), backbone.perturbed_positions(grid, offsets, ratio=2.0)
+    assert own.rotary is not None
+    assert found.rotary is not None
+    own_cells = rearrange(own.rotary, "... (h w) d -> h w ... d", h=6)
+    cells = rearrange(found.rotary[0], "... (h w) d -> h w ... d", h=6)
+    # cell k of the crop is cell 4 + k of the zoomed column, at (4 + k - 1) / 3 of the grid's
+    torch.testing.assert_close(cells[0::3, 0::3], own_cells[1:3, 2:5], atol=1e-5, rtol=0)
+
+
+def test_an_embedding_that_is_not_known_is_refused() -> None:
+    class Other(nn.Module):
+        def get_embed(self, shape: list[int]) -> Tensor:
+            angles = torch.arange(math.prod(shape), dtype=torch.float32)[:, None]
+            return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    with pytest.raises(ValueError, match="rotary positions of Other cannot be perturbed"):
+        rotary_angles(Other(), (3, 3))
+
+
+def test_perturbed_angles_are_affine() -> None:
+    angles = torch.randn(4 * 5, 6)
+    once = perturb_rotary(angles, OFFSETS, grid=(4, 5))
+    assert once.shape == (3, 20, 12)
+    sines, cosines = once.chunk(2, dim=-1)
+    torch.testing.assert_close(sines.square() + cosines.square(), torch.ones_like(sines))
+
+
+# Positions of each image ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_image_gets_its_own_positions(kind: str) -> None:
+    backbone = small(kind)
+    images = images_for(backbone, 4, 6, batch=3)
+    together = backbone.patch_tokens(
+        images, positions=backbone.perturbed_positions((4, 6), OFFSETS)
+    )
+    for image, offset, tokens in zip(images, OFFSETS, together, strict=True):
+        one = backbone.perturbed_positions((4, 6), offset[None])
+        alone = backbone.patch_tokens(image[None], positions=one)[0]
+        torch.testing.assert_close(tokens, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_says_which_positions_are_whose(kind: str) -> None:
+    backbone = small(kind)
+    images = images_for(backbone, 4, 6).expand(4, -1, -1, -1)
+    perturbed = backbone.perturbed_positions((4, 6), OFFSETS)
+    index = torch.tensor([3, 0, 1, 0])
+    joined = join_positions(backbone.positions((4, 6)), perturbed, index)
+    found = backbone.patch_tokens(images, positions=joined)
+    own = backbone.patch_tokens(images[:1])
+    apart = [own] + [
+        backbone.patch_tokens(
+            images[:1], positions=backbone.perturbed_positions((4, 6), offset[None])
+        )
+        for offset in OFFSETS
+    ]
+    for tokens, variant in zip(found, index.tolist(), strict=True):
+        torch.testing.assert_close(tokens, apart[variant][0], atol=1e-5, rtol=1e-5)
+    if kind == "none":
+        assert torch.equal(apart[1], own)
+    else:
+        assert float((apart[1] - own).abs().mean()) > 0.01 * float(own.abs().mean())
+
+
+@pytest.mark.parametrize("kind", ["absolute", "rotary", "rotary, each block its own"])
+def test_perturbed_positions_reach_half_precision(kind: str) -> None:
+    row = dataclasses.replace(small(kind).row)
+    tensors = small(kind).vit.state_dict()
+    half = build_backbone(row, tensors, fingerprint="sha256:0").to(torch.bfloat16)
+    images = images_for(half, 4, 4, batch=3)
+    tokens = half.patch_tokens(images, positions=half.perturbed_positions((4, 4), OFFSETS))
+    assert tokens.dtype == torch.bfloat16
+    exact = small(kind).patch_tokens(
+        images, positions=small(kind).perturbed_positions((4, 4), OFFSETS)
+    )
+    assert float(F.cosine_similarity(tokens.float(), exact, dim=1).min()) > 0.98
+
+
+def test_positions_that_do_not_go_with_the_images() -> None:
+    backbone = small("absolute+rotary")
+    images = images_for(backbone, 2, 3, batch=2)
+    perturbed = backbone.perturbed_positions((2, 3), OFFSETS)
+    assert perturbed.absolute is not None
+    assert perturbed.rotary is not None
+
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            backbone.patch_tokens(images, positions=dataclasses.replace(perturbed, **changes))
+
+    refused("3 variants of absolute positions were given for 2 images: give 1, or one for each")
+    refused(
+        "3 variants of rotary positions were given for 2 images", absolute=perturbed.absolute[:2]
+    )
+    refused(r"expected an index \(2,\) int64, .* got \(3,\)", index=torch.tensor([0, 1, 2]))
+    refused("expected an index .* torch.float32", index=torch.zeros(2))
+    refused("names variants 1 to 3, but there are 0 to 2", index=torch.tensor([1, 3]))
+    refused("names variants -1 to 0, but", index=torch.tensor([0, -1]))
+    refused(
+        r"expected rotary positions \(6, 128\) for grid 2 x 3, or one for each image "
+        r"\(B, 6, 128\), got \(3, 5, 128\)",
+        rotary=perturbed.rotary[:, 1:],
+    )
+    refused(r"expected a shift \(1 or B, 2\) .* got \(2, 2\) torch.float32", shift=torch.rand(2, 2))
+    index = torch.tensor([2, 0])
+    tokens = backbone.patch_tokens(images, positions=dataclasses.replace(perturbed, index=index))
+    assert bool(torch.isfinite(tokens).all())
+
+
+# Backbones without positions to replace -------------------------------------------------------
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "convnext_atto": {"depths": (1, 1, 2, 1)},
+    "resnet18": {},
+    "swin_tiny_patch4_window7_224": {
+        "embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)
+    },
+    "hiera_tiny_224": {"embed_dim": 32, "stages": (1, 1, 2, 1)},
+}  # fmt: skip
+
+
+def feature_maps(architecture: str, *, pointwise: bool = False) -> FeatureMapBackbone:
+    """A random backbone; ``pointwise`` cells see nothing but their own pixels."""
+    options = ARCHITECTURES[architecture]
+    row = BackboneRow(
+        name=f"small-{architecture}", family="random", architecture=architecture, patch=16,
+        width=0, depth=0, image_size=224, licence="Apache-2.0", options=options, kind="features",
+        final_norm=False, ignored=(),
+    )  # fmt: skip
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, **options)
+        for name, tensor in model.named_parameters():
+            if tensor.ndim == 1:
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+            elif pointwise and "conv_dw" in name:
+                centre = tensor[..., 3, 3].clone()
+                tensor.zero_()[..., 3, 3] = centre
+    tensors = own_tensors(model, model.state_dict())
+    backbone = build_backbone(row, tensors, fingerprint="sha256:0")
+    assert isinstance(backbone, FeatureMapBackbone)
+    return backbone
+
+
+def test_a_moved_picture_has_its_cells_in_their_places() -> None:
+    """A network that is the same everywhere does not notice that the picture was moved."""
+    backbone = feature_maps("convnext_atto", pointwise=True)
+    images = images_for(backbone, 5, 7, batch=3)
+    own = backbone.patch_tokens(images)
+    moved = backbone.perturbed_positions((5, 7), OFFSETS)
+    assert moved.shift is not None
+    assert moved.shift.tolist() == [[0, 6], [1, 3], [2, 0]]
+    torch.testing.assert_close(
+        backbone.patch_tokens(images, positions=moved), own, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_moved_picture_is_the_picture_moved(architecture: str) -> None:
+    backbone = feature_maps(architecture)
+    images = images_for(backbone, 4, 6, batch=2)
+    shift = torch.tensor([[1, 4], [0, 0]])
+    tokens = backbone.patch_tokens(images, positions=Positions(shift=shift))
+    rolled = images[:1].roll((16, 4 * 16), dims=(2, 3))
+    expected = backbone.patch_tokens(rolled).roll((-1, -4), dims=(2, 3))
+    torch.testing.assert_close(tokens[:1], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tokens[1:], backbone.patch_tokens(images[1:]), atol=1e-4, rtol=1e-4)
+    own = backbone.patch_tokens(images)
+    cells = F.normalize(
+        rearrange(tokens[0] - own.mean((0, 2, 3))[:, None, None], "c h w -> (h w) c")
+    )
+    others = F.normalize(rearrange(own[0] - own.mean((0, 2, 3))[:, None, None], "c h w -> (h w) c"))
+    likeness = cells @ others.T
+    away = ~torch.eye(24, dtype=torch.bool)
+    assert float(likeness.diagonal().mean()) > float(likeness[away].mean()) + 0.3
+
+
+@settings(max_examples=30)
+@given(h=st.integers(1, 30), w=st.integers(1, 30), ratio=st.floats(0, 20), seed=st.integers(0, 99))
+def test_pictures_move_as_far_as_crops_do(h: int, w: int, ratio: float, seed: int) -> None:
+    offsets = torch.rand(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    shift = feature_map_backbone().perturbed_positions((h, w), offsets, ratio=ratio).shift
+    assert shift is not None
+    assert shift.dtype == torch.int64
+    for moved, side in zip(shift.unbind(1), (h, w), strict=True):
+        assert int(moved.min()) >= 0
+        assert int(moved.max()) <= side * ratio / (1 + ratio)
+
+
+@functools.cache
+def feature_map_backbone() -> FeatureMapBackbone:
+    return feature_maps("convnext_atto")
+
+
+def test_on_blank_pictures_only_the_place_moves() -> None:
+    """Zero padding alone tells cells where they are; after moving, it tells them another place."""
+    backbone = feature_maps("resnet18")
+    images = torch.ones(1, 3, 8 * 16, 8 * 16)
+    own = backbone.patch_tokens(images)
+    assert float(own[0, :, 0, 0].sub(own[0, :, 4, 4]).abs().mean()) > 0.01
+    moved = backbone.patch_tokens(images, positions=Positions(shift=torch.tensor([[3, 5]])))
+    torch.testing.assert_close(moved, own.roll((-3, -5), dims=(2, 3)))
+
+
+def test_overlapping_patches_cannot_be_moved() -> None:
+    backbone = build_backbone(TINY, tiny_state(), fingerprint="sha256:0", stride=8)
+    own = backbone.positions((3, 3))
+    moved = Positions(own.absolute, shift=torch.tensor([[1, 1]]))
+    with pytest.raises(GeometryError, match=r"cannot be moved .* overlap \(patch 16, stride 8\)"):
+        backbone.patch_tokens(torch.zeros(1, 3, 32, 32), positions=moved)
