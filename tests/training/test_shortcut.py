@@ -1,0 +1,160 @@
+"""The paper's shortcut: a head can close cycles by knowing where patches are, and PEA forbids it.
+
+Pairs of unrelated photographs have nothing to follow. The cycle over them can close because the
+way home ends on the frame where it began, or because tokens tell their places; on three unrelated
+photographs (there on one, back on another) nothing but places is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cosettle_adapter import Projection, ProjectionConfig
+from cosettle_adapter.backbones import Backbone, VisionTransformerBackbone
+from cosettle_adapter.frames.photographs import photographs
+from cosettle_adapter.frames.resampling import resize
+from cosettle_adapter.training.objective import ObjectiveSettings, Views, draw_offsets, objective
+
+pytest.importorskip("skimage")
+
+PEA = ObjectiveSettings(pea="batch", separability_weight=0.0)
+OFF = dataclasses.replace(PEA, pea="off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Tokens of crops of photographs: plain, and under each of several perturbations."""
+
+    photo: Tensor  # (F,)
+    plain: Tensor  # (F, N, C)
+    perturbed: Tensor  # (K, F, N, C)
+    grid: tuple[int, int]
+
+    def draw(
+        self, count: int, among: slice, generator: torch.Generator, *, home: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices (out, there, home) of pictures of other photographs each; ``home`` is where the
+        way back leads to: the ``same`` picture it began on, or an ``other``."""
+        candidates = torch.arange(len(self.photo))[among]
+        rows: list[Tensor] = []
+        while len(rows) < count:
+            three = candidates[torch.randperm(len(candidates), generator=generator)[:3]]
+            if len(self.photo[three].unique()) == 3:
+                rows.append(three)
+        first, second, third = torch.stack(rows).unbind(1)
+        return first, second, first if home == "same" else third
+
+    def views(self, drawn: tuple[Tensor, Tensor, Tensor], perturbation: int | None) -> Views:
+        out, there, home = drawn
+        back = self.plain if perturbation is None else self.perturbed[perturbation]
+        forward = torch.stack([self.plain[out], self.plain[there]], dim=1)
+        return Views(forward, back[home][:, None], self.grid)
+
+
+def encode_pictures(
+    backbone: Backbone, *, count: int, side: int, layer: int, perturbations: int
+) -> Pictures:
+    photos = list(photographs().values())
+    generator = torch.Generator().manual_seed(0)
+    photo = torch.arange(count) % len(photos)
+    crops = []
+    for index in photo.tolist():
+        sides = photos[index].shape[-2:]
+        large = int(torch.randint(side, min(sides) + 1, (), generator=generator))
+        top, left = (
+            int(torch.randint(0, whole - large + 1, (), generator=generator)) for whole in sides
+        )
+        crop = photos[index][None, :, top : top + large, left : left + large]
+        crop = resize(crop, (side, side)) / 255
+        # any way up, for the sky is above and light falls from there
+        turns, mirrored = torch.randint(0, 4, (2,), generator=generator).tolist()
+        crop = crop.rot90(turns, dims=(2, 3))
+        crops.append(crop.flip(3) if mirrored % 2 else crop)
+    grid = backbone.grid(side, side)
+    mean, std = (
+        torch.tensor(each)[:, None, None] for each in (backbone.row.mean, backbone.row.std)
+    )
+    images = (torch.cat(crops) - mean) / std
+    tokens = []
+    for step in range(-1, perturbations):
+        offsets = draw_offsets(PEA, seed=0, step=step, sample_seeds=photo)
+        positions = None if step < 0 else backbone.perturbed_positions(grid, offsets)
+        maps = backbone.patch_tokens(images, layer=layer, norm=True, positions=positions)
+        tokens.append(rearrange(maps, "f c h w -> f (h w) c"))
+    return Pictures(photo, tokens[0], torch.stack(tokens[1:]), grid)
+
+
+def train_head(
+    pictures: Pictures, among: slice, settings: ObjectiveSettings, *, steps: int, lr: float
+) -> Projection:
+    width = pictures.plain.shape[-1]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = Projection(
+            ProjectionConfig("any", "any", (0,), norm=True, in_width=width, out_width=width)
+        )
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        drawn = pictures.draw(12, among, generator, home="same")
+        perturbation = None if settings.pea == "off" else step % len(pictures.perturbed)
+        optimizer.zero_grad()
+        objective(head.project, pictures.views(drawn, perturbation), settings).total.backward()
+        optimizer.step()
+    return head
+
+
+def accuracy(
+    head: Projection, pictures: Pictures, among: slice, perturbation: int | None, *, home: str
+) -> float:
+    drawn = pictures.draw(64, among, torch.Generator().manual_seed(2), home=home)
+    with torch.no_grad():
+        return float(objective(head.project, pictures.views(drawn, perturbation), PEA).accuracy)
+
+
+def figures(
+    backbone: Backbone, *, side: int, count: int, perturbations: int, steps: int
+) -> dict[tuple[str, str], float]:
+    """Cycle accuracy of heads on block 6, on pictures and an offset they were not trained on."""
+    pictures = encode_pictures(
+        backbone, count=count, side=side, layer=5, perturbations=perturbations + 1
+    )
+    seen, unseen = slice(0, count - 18), slice(count - 18, count)
+    given = dataclasses.replace(pictures, perturbed=pictures.perturbed[:-1])
+    heads = {
+        "untrained": (train_head(given, seen, OFF, steps=0, lr=1e-3), perturbations),
+        "without PEA": (train_head(given, seen, OFF, steps=steps, lr=1e-3), None),
+        "with PEA": (train_head(given, seen, PEA, steps=steps, lr=1e-3), perturbations),
+    }
+    return {
+        (name, home): accuracy(head, pictures, unseen, perturbation, home=home)
+        for name, (head, perturbation) in heads.items()
+        for home in ("same", "other")
+    }
+
+
+def test_pea_takes_the_shortcut_away(real_backbone: VisionTransformerBackbone) -> None:
+    found = figures(real_backbone, side=112, count=54, perturbations=3, steps=30)
+    chance = 1 / 16
+    # Without PEA the head learns places: every cycle closes, on whatever pictures.
+    assert found["without PEA", "same"] > 0.9
+    assert found["without PEA", "other"] > 0.9
+    # With it, no more than a picture gives by being the same as itself, and no places.
+    assert found["with PEA", "same"] < 0.35
+    assert found["with PEA", "other"] < 2 * chance
+    assert found["with PEA", "other"] < found["untrained", "other"] + chance
+
+
+@pytest.mark.slow
+def test_pea_takes_the_shortcut_away_at_the_papers_grid(
+    real_backbone: VisionTransformerBackbone,
+) -> None:
+    found = figures(real_backbone, side=196, count=72, perturbations=8, steps=80)
+    assert min(found["without PEA", home] for home in ("same", "other")) > 0.9
+    assert found["with PEA", "same"] < 0.35
+    assert found["with PEA", "other"] < 2 / 49
