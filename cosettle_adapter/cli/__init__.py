@@ -12,7 +12,19 @@ from cosettle_adapter import __version__
 from cosettle_adapter.errors import CosettleError, MissingExtraError
 from cosettle_adapter.extras import require
 
-COMMANDS = ("demo", "list", "download", "convert", "extract", "fit", "evaluate", "push", "cards")
+COMMANDS = (
+    "demo",
+    "list",
+    "download",
+    "convert",
+    "extract",
+    "fit",
+    "train",
+    "prepare",
+    "evaluate",
+    "push",
+    "cards",
+)
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -33,14 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return EXIT_ERROR
     errors = console(stderr=True)
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(words)
+    options.words = words[words.index(options.command) :]
     _configure_logging(errors, verbose=options.verbose)
     try:
         command = importlib.import_module(f"cosettle_adapter.cli.{_module(options.command)}")
         status: int = command.run(options, console())
         return status
-    except KeyboardInterrupt:
-        errors.print("interrupted; nothing half-written was left behind")
+    except KeyboardInterrupt as interruption:
+        said = str(interruption) or "nothing half-written was left behind"
+        errors.print(f"interrupted; {said}", markup=False, highlight=False, soft_wrap=True)
         return EXIT_INTERRUPTED
     except (CosettleError, OSError, ValueError) as error:
         if options.verbose:

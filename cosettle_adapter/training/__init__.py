@@ -1,1 +1,1 @@
-"""Finding projections: closed form (``fit``) and, later, gradient training."""
+"""Finding projections: in closed form (``fit``), and by gradients (``train``)."""

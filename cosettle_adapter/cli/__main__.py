@@ -1,0 +1,10 @@
+"""``python -m cosettle_adapter.cli``: what launchers of several processes are given."""
+
+from __future__ import annotations
+
+import sys
+
+from cosettle_adapter.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

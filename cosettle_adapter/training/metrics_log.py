@@ -1,0 +1,119 @@
+"""What a run measures while it goes: JSON lines always, TensorBoard where asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cosettle_adapter.extras import require
+from cosettle_adapter.files import atomic_path
+from cosettle_adapter.training.checkpoint import disk_full_in_a_sentence
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """How a run is doing after a step.
+
+    Attributes:
+        step: steps done.
+        steps: of the whole run.
+        epoch: 1-based epoch of the step.
+        loss: mean total over the step's samples.
+        cycle: its cycle-consistency part.
+        kl: its separability part, before its weight.
+        accuracy: share of cycles that end where they began, in [0, 1].
+        lr: learning rate of the step.
+        grad_norm: length of the gradient.
+        clips_per_second: samples over seconds, of this step alone.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    cycle: float
+    kl: float
+    accuracy: float
+    lr: float
+    grad_norm: float
+    clips_per_second: float
+
+
+class MetricsLog:
+    """Appends a line a logged step to ``metrics.jsonl``, and the same to TensorBoard."""
+
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
+        """Go on after ``step``: lines of later steps, which will come again, are removed.
+
+        Args:
+            folder: of the run.
+            step: steps done.
+            tensorboard: write event files into ``folder/tensorboard`` as well.
+
+        Raises:
+            MissingExtraError: TensorBoard is not installed.
+        """
+        self._folder = folder
+        self._writer = None
+        if tensorboard:
+            module = require(
+                "torch.utils.tensorboard", extra="tensorboard", purpose="writing TensorBoard files"
+            )
+            self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        file = folder / METRICS_FILE
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= step)
+        with disk_full_in_a_sentence(folder), atomic_path(file) as path:
+            path.write_text(kept, encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a line; numbers that are not finite become null.
+
+        Raises:
+            DiskFullError: no space left.
+        """
+        line = {"step": step, **values}
+        text = json.dumps({key: _finite(value) for key, value in line.items()})
+        with disk_full_in_a_sentence(self._folder):
+            with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+            if self._writer is not None:
+                for key, value in values.items():
+                    if isinstance(value, (int, float)) and key != "epoch":
+                        self._writer.add_scalar(key, value, step)
+
+    def write_report(self, report: StepReport) -> None:
+        """Add the line of a step."""
+        values = dataclasses.asdict(report)
+        for name in ("step", "steps"):
+            values.pop(name)
+        self.write(report.step, values)
+
+    def close(self) -> None:
+        """Finish TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's ``metrics.jsonl``."""
+    text = (Path(folder) / METRICS_FILE).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _step_of(line: str) -> float:
+    """Step of a line; a line that was cut off belongs to no step that was saved."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,126 @@
+"""A small encoder and samples made of nothing, for tests of the training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cosettle_adapter.backbones import REGISTRY, Backbone, BackboneRow, build_backbone
+from cosettle_adapter.backbones.weights import fingerprint
+from cosettle_adapter.training.objective import ObjectiveSettings
+from cosettle_adapter.training.seeds import generator_of
+from cosettle_adapter.training.settings import TrainSettings
+
+from helpers import tiny_state
+
+SIZE = 64
+
+SMALL_VIT = BackboneRow(
+    name="small-vit16",
+    family="random",
+    architecture="vit_tiny_patch16_224",
+    patch=16,
+    width=32,
+    depth=2,
+    image_size=SIZE,
+    licence="Apache-2.0",
+    options={"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": SIZE},
+)
+SMALL_CLIP = dataclasses.replace(
+    REGISTRY["clip-vitb16"],
+    options={**REGISTRY["clip-vitb16"].options, "embed_dim": 48, "depth": 2},
+    width=48,
+    depth=2,
+    hub=None,
+)
+
+# 24 samples in batches of 4: six steps an epoch, 24 in all
+QUICK = TrainSettings(
+    epochs=4,
+    batch_size=4,
+    size=SIZE,
+    base_lr=0.05,
+    seed=3,
+    objective=ObjectiveSettings(pea="batch"),
+)
+
+
+def small_backbone(row: BackboneRow = SMALL_VIT) -> Backbone:
+    """The row's architecture with random weights, the same every time."""
+    state = tiny_state(row)
+    return build_backbone(row, state, fingerprint=fingerprint(state), origin="random")
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeBatch:
+    frames: torch.Tensor
+    seeds: torch.Tensor
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass
+class FakeData:
+    """Blurred noise that moves by a few pixels from frame to frame.
+
+    Attributes:
+        samples: of an epoch.
+        broken: indices of samples that are not finite.
+        missing: indices of samples that cannot be read.
+        skips: indices of samples that were drawn in place of a broken video.
+    """
+
+    samples: int = 24
+    frames: int = 2
+    size: int = SIZE
+    seed: int = 0
+    broken: tuple[int, ...] = ()
+    missing: tuple[int, ...] = ()
+    skips: tuple[int, ...] = ()
+    seen: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    @property
+    def clips(self) -> int:
+        return self.samples
+
+    @property
+    def digest(self) -> str:
+        return f"{self.samples} fakes of {self.frames} frames, seed {self.seed}"
+
+    def name(self, index: int) -> str:
+        return f"clip{index:02d}.mp4"
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        from cosettle_adapter.errors import FrameError
+
+        epoch, index = key
+        self.seen.append(key)
+        if index in self.missing:
+            raise FrameError(f"{self.name(index)} cannot be read")
+        generator = generator_of(self.seed, epoch, index)
+        scene = torch.rand(3, 10, 10, generator=generator)
+        wide = torch.nn.functional.interpolate(
+            scene[None], size=(2 * self.size, 2 * self.size), mode="bicubic"
+        )[0]
+        shift = int(torch.randint(4, 12, (), generator=generator))
+        views = [
+            wide[:, t * shift : t * shift + self.size, : self.size] for t in range(self.frames)
+        ]
+        frames = torch.stack(views)
+        if index in self.broken:
+            frames = frames * float("nan")
+        skipped = ((f"gone{index:02d}.mp4", "not a video"),) if index in self.skips else ()
+        return {"frames": frames, "seed": 1000 * epoch + index, "skipped": skipped}
+
+    @staticmethod
+    def collate(samples: Sequence[dict[str, Any]]) -> FakeBatch:
+        return FakeBatch(
+            torch.stack([sample["frames"] for sample in samples]),
+            torch.tensor([sample["seed"] for sample in samples]),
+            tuple(skipped for sample in samples for skipped in sample["skipped"]),
+        )
