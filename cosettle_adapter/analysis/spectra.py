@@ -12,12 +12,12 @@ from torch import Tensor
 from cosettle_adapter.analysis.comparison import RAW_LAST, RAW_SAME, compare_features
 from cosettle_adapter.analysis.gain import directional_gain
 from cosettle_adapter.analysis.prediction import Spectrum
-from cosettle_adapter.analysis.statistics import (
+from cosettle_adapter.analysis.tokens import token_frames
+from cosettle_adapter.closed_form import (
     StatisticsError,
     TokenStatistics,
     corresponding_patches,
 )
-from cosettle_adapter.analysis.tokens import token_frames
 from cosettle_adapter.errors import GeometryError
 
 if TYPE_CHECKING:

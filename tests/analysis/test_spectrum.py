@@ -15,13 +15,12 @@ from cosettle_adapter import Projection, ProjectionConfig, analysis
 from cosettle_adapter.analysis import (
     Spectrum,
     SpectrumStatistics,
-    StatisticsError,
     compare_features,
-    corresponding_patches,
     directional_gain,
     spearman,
     spectrum,
 )
+from cosettle_adapter.closed_form import StatisticsError, corresponding_patches
 from cosettle_adapter.correspondence import mutual_nearest
 from cosettle_adapter.errors import FrameError, GeometryError
 

@@ -1,0 +1,50 @@
+"""Projections without gradients: statistics of tokens, and the affine maps that follow from them.
+
+Statistics of many clips and a solver give a projection to be stored (:data:`SOLVERS`); statistics
+of a single clip settle that clip's features on top of any projection (:class:`Settler`).
+"""
+
+from __future__ import annotations
+
+from cosettle_adapter.closed_form.affine import AffineMap
+from cosettle_adapter.closed_form.blocks import block_scale, solve_blocks
+from cosettle_adapter.closed_form.correspondences import (
+    corresponding_patches,
+    soft_correspondences,
+)
+from cosettle_adapter.closed_form.settling import Settler, apply_to_maps, settle_clip
+from cosettle_adapter.closed_form.solvers import (
+    NUISANCES,
+    Nuisance,
+    centre,
+    nuisance_covariance,
+    ridge_shrinkage,
+    soft_threshold,
+    surrogate,
+    whiten,
+)
+from cosettle_adapter.closed_form.statistics import StatisticsError, TokenStatistics
+from cosettle_adapter.closed_form.table import SOLVERS, Solver
+
+__all__ = [
+    "NUISANCES",
+    "SOLVERS",
+    "AffineMap",
+    "Nuisance",
+    "Settler",
+    "Solver",
+    "StatisticsError",
+    "TokenStatistics",
+    "apply_to_maps",
+    "block_scale",
+    "centre",
+    "corresponding_patches",
+    "nuisance_covariance",
+    "ridge_shrinkage",
+    "settle_clip",
+    "soft_correspondences",
+    "soft_threshold",
+    "solve_blocks",
+    "surrogate",
+    "whiten",
+]

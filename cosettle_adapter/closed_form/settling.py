@@ -1,0 +1,192 @@
+"""Settling a single clip's features by the clip's own statistics, at test time, in frame order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cosettle_adapter.closed_form.affine import AffineMap
+from cosettle_adapter.closed_form.correspondences import corresponding_patches
+from cosettle_adapter.closed_form.statistics import StatisticsError
+
+RIDGE = 1.0
+PRIOR_PAIRS = 2000.0
+_LONGEST_WAIT = 8  # frames
+
+
+class Settler:
+    """Running statistics of one clip's features, and the map that settles them.
+
+    The features may come from any projection, or from none. The map takes off the clip's mean
+    token and damps the directions in which corresponding patches of adjacent frames differ::
+
+        y = k (P + r s I)^(-1/2) (x - mean),   P = (n S + n0 s I) / (n + n0)
+
+    with S the clip's intra-video covariance from n pairs, s its mean eigenvalue, and k such that
+    P = s I gives k (...) = I. The prior is that the projection left all directions alike, which
+    is what a stored one was fitted for: few pairs (or frames that stand still) move little from
+    it and the clip is only centred; no frames leave features as they are.
+
+    Features must be added in frame order. Memory is one frame and a ``(C, C)`` matrix.
+
+    Attributes:
+        frames: number of frames seen.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        ridge: float = RIDGE,
+        prior_pairs: float = PRIOR_PAIRS,
+        forgetting: float = 1.0,
+    ) -> None:
+        """Begin a clip.
+
+        Args:
+            width: channels of the features.
+            ridge: r, in units of S's mean eigenvalue; infinity only centres.
+            prior_pairs: n0, the number of pairs at which the clip counts as much as the prior.
+            forgetting: by what all earlier frames are multiplied when one is added; 1 forgets
+                nothing, 0.99 remembers about 100 frames.
+
+        Raises:
+            ValueError: an option out of its range.
+        """
+        if not (ridge > 0 and 0 <= prior_pairs < math.inf and 0 < forgetting <= 1):
+            raise ValueError(
+                f"got ridge={ridge}, prior_pairs={prior_pairs} and forgetting={forgetting}, "
+                "expected a positive ridge, no negative number of pairs, and forgetting in (0, 1]"
+            )
+        self.frames = 0
+        self._width = width
+        self._ridge, self._prior, self._forgetting = ridge, prior_pairs, forgetting
+        self._cells = 0.0
+        self._pairs = 0.0
+        self._sum = torch.zeros(width, dtype=torch.float64)
+        self._differences = torch.zeros(width, width, dtype=torch.float64)
+        self._before: Tensor | None = None
+        self._weight: Tensor | None = None
+        self._solved_at = 0
+
+    @property
+    def pairs(self) -> float:
+        """Number of corresponding patches seen, those forgotten not counted."""
+        return self._pairs
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> None:
+        """Add the clip's next frames.
+
+        Args:
+            features: ``(N, C, h, w)`` floats.
+
+        Raises:
+            ValueError: another shape or width.
+            StatisticsError: features that are not finite.
+        """
+        if features.ndim != 4 or features.shape[1] != self._width:
+            raise ValueError(
+                f"expected features (N, {self._width}, h, w), got {tuple(features.shape)}"
+            )
+        for frame in features.float():
+            self._add(frame)
+
+    @torch.no_grad()
+    def settle(self, features: Tensor) -> Tensor:
+        """Add the clip's next frames, and settle each by what was seen up to it.
+
+        The damping is solved again when the clip has grown by a quarter, and every eight frames
+        at the latest; the mean is always up to date. When depends on the number of frames alone,
+        so the result does not depend on how frames are split over calls.
+
+        Args:
+            features: ``(N, C, h, w)`` floats.
+
+        Returns:
+            ``(N, C, h, w)`` in the dtype of ``features``.
+        """
+        settled = []
+        for frame in features:
+            self.update(rearrange(frame, "c h w -> 1 c h w"))
+            wait = min(max(self.frames // 4, 1), _LONGEST_WAIT)
+            if self._weight is None or self.frames - self._solved_at >= wait:
+                self._weight, self._solved_at = self._damping(), self.frames
+            damping = AffineMap(self._weight, -(self._weight @ (self._sum / self._cells)))
+            settled.append(apply_to_maps(damping, rearrange(frame, "c h w -> 1 c h w")))
+        return torch.cat(settled) if settled else features
+
+    @torch.no_grad()
+    def solution(self) -> AffineMap:
+        """Return the map for all frames seen; float64 on their device.
+
+        The identity where none were.
+        """
+        if not self._cells:
+            return AffineMap.identity(self._width)
+        weight = self._damping()
+        return AffineMap(weight, -(weight @ (self._sum / self._cells)))
+
+    def _damping(self) -> Tensor:
+        eye = torch.eye(self._width, dtype=torch.float64, device=self._sum.device)
+        total = self._differences.diagonal().sum()
+        if math.isinf(self._ridge) or not float(total) > 0:
+            return eye
+        # Everything in units of s, so that P's trace is the width.
+        intra = self._differences * (self._width / total)
+        share = self._pairs / (self._pairs + self._prior)
+        values, vectors = torch.linalg.eigh(share * intra + (1 - share + self._ridge) * eye)
+        gain = ((1 + self._ridge) / values.clamp_min(self._ridge)).sqrt()
+        weight: Tensor = (vectors * gain) @ vectors.T
+        return weight
+
+    def _add(self, frame: Tensor) -> None:
+        if not self.frames:
+            # MPS has no float64.
+            device = "cpu" if frame.device.type == "mps" else frame.device
+            self._sum, self._differences = self._sum.to(device), self._differences.to(device)
+        cells = rearrange(frame, "c h w -> (h w) c")
+        total = cells.sum(0, dtype=torch.float32).to(self._sum)
+        if not bool(torch.isfinite(total).all()):
+            raise StatisticsError(
+                f"features of frame {self.frames} are not finite; compute them in float32 or "
+                "bfloat16"
+            )
+        self._sum = self._forgetting * self._sum + total
+        self._cells = self._forgetting * self._cells + len(cells)
+        self._pairs *= self._forgetting
+        self._differences *= self._forgetting
+        if self._before is not None and self._before.shape == frame.shape:
+            here, there = corresponding_patches(self._before, frame)
+            difference = here - there
+            self._pairs += len(difference)
+            self._differences += (difference.T @ difference).to(self._differences)
+        self._before = frame
+        self.frames += 1
+
+
+def apply_to_maps(affine: AffineMap, features: Tensor) -> Tensor:
+    """Apply a map of tokens to feature maps ``(N, C, h, w)`` in float32; keep their dtype."""
+    moved = affine(rearrange(features.float(), "n c h w -> n h w c"))
+    return rearrange(moved, "n h w c -> n c h w").to(features.dtype).contiguous()
+
+
+def settle_clip(
+    features: Tensor, *, ridge: float = RIDGE, prior_pairs: float = PRIOR_PAIRS
+) -> Tensor:
+    """Settle a whole clip's features by all of its frames.
+
+    Args:
+        features: ``(T, C, h, w)`` floats of one clip, in frame order.
+        ridge: as for :class:`Settler`.
+        prior_pairs: as for :class:`Settler`.
+
+    Returns:
+        ``(T, C, h, w)`` in the dtype of ``features``.
+    """
+    settler = Settler(features.shape[1], ridge=ridge, prior_pairs=prior_pairs)
+    settler.update(features)
+    return apply_to_maps(settler.solution(), features)

@@ -1,0 +1,222 @@
+"""Second-order statistics of patch tokens, gathered in one pass at constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cosettle_adapter.errors import CosettleError
+
+_TOKENS = ("tokens", "sum", "outer")
+_PAIRS = ("pairs", "differences")
+_CLIPS = ("clips", "clip_sum", "clip_outer")
+_VIEWS = ("views", "view_sum", "view_outer")
+_EVERY = (*_TOKENS, *_PAIRS, *_CLIPS, *_VIEWS)
+_VECTORS = ("sum", "clip_sum", "view_sum")
+_MATRICES = ("outer", "differences", "clip_outer", "view_outer")
+
+
+class StatisticsError(CosettleError, ValueError):
+    """Too little data to say anything."""
+
+
+class TokenStatistics:
+    """What closed-form projections need to know of patch tokens.
+
+    * **Total**: mean and covariance of all tokens.
+    * **Intra-video**: covariance of a patch around its own mean over time, from corresponding
+      patches of two frames.
+    * **Between clips**: covariance of the clips' mean tokens.
+    * **Position leakage**: covariance of what a patch's token changes by when its position is
+      hidden from the encoder.
+
+    All are kept as plain sums in float64, so that merging the statistics of parts equals one pass
+    over the whole, in any order. Memory is a few ``(C, C)`` matrices.
+
+    Attributes:
+        width: channels of a token.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._sums: dict[str, Tensor] = {}
+        # Of the clip that is being added.
+        self._clip_tokens, self._clip_sum = 0, torch.zeros(width, dtype=torch.float64)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens seen."""
+        return int(self._get("tokens"))
+
+    @property
+    def pairs(self) -> int:
+        """Number of corresponding pairs seen; the sum of their weights where they had any."""
+        return round(float(self._get("pairs")))
+
+    @property
+    def clips(self) -> int:
+        """Number of clips that ended."""
+        return int(self._get("clips"))
+
+    @property
+    def views(self) -> int:
+        """Number of tokens seen with and without their position."""
+        return int(self._get("views"))
+
+    def add_tokens(self, tokens: Tensor) -> None:
+        """Add tokens ``(N, C)``."""
+        tokens = self._taken(tokens)
+        total = tokens.sum(0)
+        self._add("tokens", len(tokens))
+        self._add("sum", total)
+        self._add("outer", tokens.T @ tokens)
+        self._clip_tokens += len(tokens)
+        self._clip_sum += total
+
+    def end_clip(self) -> None:
+        """Say that the tokens since the last end were those of one clip."""
+        if self._clip_tokens:
+            mean = self._clip_sum / self._clip_tokens
+            self._add("clips", 1)
+            self._add("clip_sum", mean)
+            self._add("clip_outer", torch.outer(mean, mean))
+        self._clip_tokens, self._clip_sum = 0, torch.zeros_like(self._clip_sum)
+
+    def add_pairs(self, here: Tensor, there: Tensor) -> None:
+        """Add corresponding tokens ``(M, C)`` of two frames of one video."""
+        difference = self._taken(here) - self._taken(there)
+        self._add("pairs", len(difference))
+        self._add("differences", difference.T @ difference)
+
+    def add_soft_pairs(self, here: Tensor, there: Tensor, weights: Tensor) -> None:
+        """Add every pair of tokens of two frames, each by how far the two correspond.
+
+        Args:
+            here: ``(N, C)``.
+            there: ``(M, C)`` of another frame of the video.
+            weights: ``(N, M)``, not negative.
+        """
+        here, there = self._taken(here), self._taken(there)
+        weights = weights.to("cpu", torch.float64)
+        # sum_ij w_ij (x_i - y_j)(x_i - y_j)^T, without forming the N M differences
+        cross = here.T @ (weights @ there)
+        outer = (here.T * weights.sum(1)) @ here + (there.T * weights.sum(0)) @ there
+        self._add("pairs", weights.sum())
+        self._add("differences", outer - cross - cross.T)
+
+    def add_views(self, plain: Tensor, perturbed: Tensor) -> None:
+        """Add the same tokens ``(N, C)`` as they are and with their positions perturbed."""
+        difference = self._taken(plain) - self._taken(perturbed)
+        self._add("views", len(difference))
+        self._add("view_sum", difference.sum(0))
+        self._add("view_outer", difference.T @ difference)
+
+    def merge(self, other: TokenStatistics) -> None:
+        """Add what another pass saw of other clips.
+
+        Raises:
+            ValueError: statistics of another width.
+        """
+        if other.width != self.width:
+            raise ValueError(
+                f"got statistics of {other.width} channels, expected {self.width}: "
+                "merge statistics of the same blocks of one backbone"
+            )
+        for name, value in other._sums.items():
+            self._add(name, value)
+
+    def scaled(self, scale: Tensor) -> TokenStatistics:
+        """Return the statistics of tokens whose channels are multiplied by ``scale`` ``(C,)``."""
+        scale = scale.to("cpu", torch.float64)
+        both = torch.outer(scale, scale)
+        factor = dict.fromkeys(_VECTORS, scale) | dict.fromkeys(_MATRICES, both)
+        found = TokenStatistics(self.width)
+        found._sums = {name: value * factor.get(name, 1.0) for name, value in self._sums.items()}
+        return found
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return all sums, float64, ready for ``safetensors``."""
+        width = torch.tensor(self.width, dtype=torch.float64)
+        return {"width": width} | {name: value.clone() for name, value in self._sums.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TokenStatistics:
+        """Make statistics of what :meth:`to_tensors` returned.
+
+        Raises:
+            StatisticsError: tensors of another kind.
+        """
+        unknown = sorted(tensors.keys() - {"width", *_EVERY})
+        if "width" not in tensors or unknown:
+            raise StatisticsError(
+                f"expected the tensors of token statistics, got {', '.join(sorted(tensors))}"
+            )
+        found = cls(int(tensors["width"]))
+        for name, value in tensors.items():
+            if name != "width":
+                if value.shape != found._get(name).shape:
+                    raise StatisticsError(f"{name} is {tuple(value.shape)} at width {found.width}")
+                found._add(name, value)
+        return found
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean token ``(C,)`` float64."""
+        self._require("tokens", "tokens")
+        return self._get("sum") / self._get("tokens")
+
+    @property
+    def covariance(self) -> Tensor:
+        """Total covariance ``(C, C)`` float64."""
+        mean = self.mean
+        return self._get("outer") / self._get("tokens") - torch.outer(mean, mean)
+
+    @property
+    def intra_covariance(self) -> Tensor:
+        """Covariance ``(C, C)`` of a patch around its own mean over neighbouring frames.
+
+        Half the mean outer product of differences: for two draws of one distribution that is its
+        covariance.
+        """
+        self._require("pairs", "corresponding pairs")
+        return self._get("differences") / (2 * self._get("pairs"))
+
+    @property
+    def clip_covariance(self) -> Tensor:
+        """Covariance ``(C, C)`` of the clips' mean tokens, every clip counting alike."""
+        self._require("clips", "whole clips")
+        mean = self._get("clip_sum") / self._get("clips")
+        return self._get("clip_outer") / self._get("clips") - torch.outer(mean, mean)
+
+    @property
+    def leakage_covariance(self) -> Tensor:
+        """Covariance ``(C, C)`` of a token around the mean of itself with and without position.
+
+        Half the covariance of the difference. What perturbing adds to all tokens alike is not
+        part of it: centring takes that off.
+        """
+        self._require("views", "tokens with perturbed positions")
+        mean = self._get("view_sum") / self._get("views")
+        return (self._get("view_outer") / self._get("views") - torch.outer(mean, mean)) / 2
+
+    def _taken(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2 or tokens.shape[1] != self.width:
+            raise ValueError(f"expected tokens (N, {self.width}), got {tuple(tokens.shape)}")
+        return tokens.to("cpu", torch.float64)
+
+    def _get(self, name: str) -> Tensor:
+        if name in self._sums:
+            return self._sums[name]
+        sides = {**dict.fromkeys(_VECTORS, 1), **dict.fromkeys(_MATRICES, 2)}.get(name, 0)
+        return torch.zeros([self.width] * sides, dtype=torch.float64)
+
+    def _add(self, name: str, value: Tensor | int) -> None:
+        self._sums[name] = self._get(name) + value
+
+    def _require(self, name: str, what: str) -> None:
+        if not float(self._get(name)) > 0:
+            raise StatisticsError(
+                f"no {what} were gathered: every clip was unreadable, too short, or without motion"
+            )

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from einops import rearrange, reduce
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from cosettle_adapter.analysis import cycle_accuracy
+from cosettle_adapter.closed_form import Settler, StatisticsError, settle_clip
+
+WIDTH = 12
+
+
+def moving(frames: int, *, seed: int = 0, noise: float = 1.0) -> torch.Tensor:
+    """Features (T, C, 5, 6) that move over the grid; the first two channels flicker."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(WIDTH, 5, 6, generator=generator)
+    shifted = torch.stack([torch.roll(first, t, dims=2) for t in range(frames)])
+    shifted[:, :2] += noise * torch.randn(frames, 2, 5, 6, generator=generator)
+    shifted[:, 2:] += 0.1 * torch.randn(frames, WIDTH - 2, 5, 6, generator=generator)
+    return shifted + 3
+
+
+def settled_by(clip: torch.Tensor, **options: float) -> Settler:
+    settler = Settler(WIDTH, **options)
+    settler.update(clip)
+    return settler
+
+
+def test_no_frames_change_nothing() -> None:
+    found = Settler(WIDTH).solution()
+    tokens = torch.randn(7, WIDTH)
+    assert torch.equal(found(tokens), tokens)
+    assert Settler(WIDTH).settle(torch.empty(0, WIDTH, 5, 6)).shape == (0, WIDTH, 5, 6)
+
+
+def test_one_frame_or_still_frames_are_only_centred() -> None:
+    frame = moving(1)
+    centred = frame - reduce(frame, "t c h w -> 1 c 1 1", "mean")
+    torch.testing.assert_close(settle_clip(frame), centred, atol=1e-5, rtol=0)
+    still = frame.expand(9, -1, -1, -1)
+    expected = centred.expand(9, -1, -1, -1)
+    torch.testing.assert_close(settle_clip(still), expected, atol=1e-5, rtol=0)
+
+
+def test_channels_that_flicker_are_damped() -> None:
+    gains = settled_by(moving(20), prior_pairs=10).solution().weight.diagonal()
+    assert float(gains[:2].max()) < 0.7 * float(gains[2:].min())
+
+
+def test_the_solution_is_what_it_says() -> None:
+    settler = settled_by(moving(6), prior_pairs=50, ridge=0.5)
+    found = settler.solution()
+    blended = torch.linalg.inv(found.weight @ found.weight)
+    mean = reduce(moving(6).double(), "t c h w -> c", "mean")
+    torch.testing.assert_close(found.bias, -found.weight @ mean, atol=1e-4, rtol=0)
+    # (P + r s I) / ((1 + r) s) has trace C, and n S / s takes the share n / (n + n0) of P / s
+    assert float(blended.trace()) == pytest.approx(WIDTH, rel=1e-6)
+    share = settler.pairs / (settler.pairs + 50)
+    least = (1 - share + 0.5) / 1.5
+    values = torch.linalg.eigvalsh(blended)
+    assert least - 1e-6 <= float(values[0]) < least + 0.1
+    intra = blended * 1.5 - (1.5 - share) * torch.eye(WIDTH).double()
+    assert float(intra[:2, :2].trace() / intra.trace()) > 0.9
+
+
+@given(prior=st.floats(0, 1e6), ridge=st.floats(0.05, 100))
+@hypothesis_settings(max_examples=20)
+def test_the_more_prior_or_ridge_the_closer_to_centring(prior: float, ridge: float) -> None:
+    clip = moving(8)
+
+    def departure(**options: float) -> float:
+        weight = settled_by(clip, **options).solution().weight
+        return float((weight - torch.eye(WIDTH)).norm())
+
+    assert departure(prior_pairs=2 * prior + 1, ridge=ridge) <= departure(
+        prior_pairs=prior, ridge=ridge
+    )
+    assert departure(prior_pairs=prior, ridge=2 * ridge) <= departure(
+        prior_pairs=prior, ridge=ridge
+    )
+    assert departure(prior_pairs=prior, ridge=math.inf) == 0
+
+
+@given(cuts=st.lists(st.integers(0, 23), max_size=4))
+@hypothesis_settings(max_examples=15)
+def test_how_frames_are_split_over_calls_does_not_matter(cuts: list[int]) -> None:
+    clip = moving(24)
+    whole = Settler(WIDTH, forgetting=0.9)
+    expected = whole.settle(clip)
+    parts = Settler(WIDTH, forgetting=0.9)
+    edges = [0, *sorted(cuts), 24]
+    pieces = [parts.settle(clip[a:b]) for a, b in itertools.pairwise(edges)]
+    torch.testing.assert_close(torch.cat(pieces), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parts.solution().weight, whole.solution().weight)
+
+
+def test_a_frame_is_settled_by_the_frames_up_to_it() -> None:
+    clip = moving(12)
+    changed = torch.cat([clip[:7], moving(5, seed=3)])
+    first, second = Settler(WIDTH).settle(clip), Settler(WIDTH).settle(changed)
+    assert torch.equal(first[:7], second[:7])
+    assert not torch.equal(first[7:], second[7:])
+
+
+def test_the_last_frame_of_a_stream_is_nearly_as_settled_as_the_whole_clip() -> None:
+    clip = moving(40)
+    last = Settler(WIDTH, prior_pairs=50).settle(clip)[-1]
+    whole = settle_clip(clip, prior_pairs=50)[-1]
+    cosine = torch.cosine_similarity(last, whole, dim=0)
+    assert float(cosine.min()) > 0.99
+
+
+def test_forgetting_forgets() -> None:
+    before, after = moving(30), moving(30, seed=5) - 7
+    remembering = settled_by(torch.cat([before, after])).solution()
+    forgetful = settled_by(torch.cat([before, after]), forgetting=0.7)
+    fresh = settled_by(after).solution()
+    mean = reduce(after.double(), "t c h w -> c", "mean")
+    assert float(forgetful.solution()(mean).norm()) < 0.2
+    assert float(remembering(mean).norm()) > 5
+    assert forgetful.pairs < 30 / 0.3
+    torch.testing.assert_close(fresh(mean), torch.zeros(WIDTH).double(), atol=1e-4, rtol=0)
+
+
+def test_settling_helps_where_channels_flicker() -> None:
+    clip = moving(16, noise=4.0)
+    settled = settle_clip(clip, prior_pairs=50, ridge=0.1)
+    assert cycle_accuracy(settled) > cycle_accuracy(clip) + 0.02
+
+
+def test_the_total_scale_stays() -> None:
+    clip = moving(12)
+    tokens = rearrange(clip, "t c h w -> (t h w) c")
+    settled = rearrange(settle_clip(clip, prior_pairs=0), "t c h w -> (t h w) c")
+    assert 0.5 < float(settled.var(0).mean() / tokens.var(0).mean()) < 2
+
+
+def test_dtype_is_kept() -> None:
+    assert settle_clip(moving(3).bfloat16()).dtype == torch.bfloat16
+
+
+def test_frames_of_another_size_begin_anew_but_keep_what_is_known() -> None:
+    settler = settled_by(moving(4))
+    pairs = settler.pairs
+    settler.update(moving(1)[..., :4, :4])
+    assert settler.pairs == pairs
+    assert settler.frames == 5
+
+
+def test_wrong_features_and_options_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"expected features \(N, 12, h, w\), got \(3, 5, 4, 4\)"):
+        Settler(WIDTH).update(torch.zeros(3, 5, 4, 4))
+    broken = moving(2)
+    broken[1, 0, 0, 0] = float("nan")
+    with pytest.raises(StatisticsError, match="features of frame 1 are not finite"):
+        Settler(WIDTH).update(broken)
+    for options in ({"ridge": 0.0}, {"prior_pairs": -1.0}, {"forgetting": 0.0}):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(options))}={next(iter(options.values()))}"
+        ):
+            Settler(WIDTH, **options)
