@@ -17,6 +17,7 @@ _PUBLIC = {
     "Geometry": "cosettle_adapter.frames.geometry",
     "Projection": "cosettle_adapter.projection",
     "ProjectionConfig": "cosettle_adapter.projection",
+    "fit": "cosettle_adapter.training.fit",
     "list_models": "cosettle_adapter.published",
     "load_backbone": "cosettle_adapter.backbones",
 }
@@ -28,6 +29,7 @@ __all__ = [
     "Projection",
     "ProjectionConfig",
     "__version__",
+    "fit",
     "list_models",
     "load_backbone",
 ]
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from cosettle_adapter.frames.geometry import Geometry
     from cosettle_adapter.projection import Projection, ProjectionConfig
     from cosettle_adapter.published import list_models
+    from cosettle_adapter.training.fit import fit
 
 
 def __getattr__(name: str) -> Any:

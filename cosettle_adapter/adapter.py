@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,13 @@ from cosettle_adapter.backbones import (
     load_backbone,
 )
 from cosettle_adapter.backbones.released import BACKBONE_FILE
-from cosettle_adapter.errors import BackboneMismatchError, ProjectionFormatError
+from cosettle_adapter.closed_form import Settler, settle_clip
+from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
+from cosettle_adapter.errors import (
+    BackboneMismatchError,
+    ProjectionFormatError,
+    TruncatedVideoError,
+)
 from cosettle_adapter.files import atomic_path
 from cosettle_adapter.frames import open_frames, prefetch
 from cosettle_adapter.frames.arrays import as_frames
@@ -27,9 +34,12 @@ from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
 from cosettle_adapter.frames.resampling import apply_geometry
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.published import find_projection
+from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
     from cosettle_adapter.hub import Pushed
+
+logger = logging.getLogger(__name__)
 
 Size = int | tuple[int, int]
 
@@ -59,7 +69,9 @@ class CoSettleAdapter(nn.Module):
     """A frozen backbone followed by the projection that settles its features over time.
 
     Calling it is a pure function of the frames: no state is kept between calls, and the result
-    does not depend on how frames are batched.
+    does not depend on how frames are batched. On top of any projection, features can be settled
+    by the statistics of the very clip they come from: :meth:`settle` looks at a clip first,
+    ``stream(..., settle=True)`` learns as frames arrive.
 
     Example:
         >>> adapter = CoSettleAdapter.from_pretrained("dinov2-vits14-pypi")
@@ -70,6 +82,8 @@ class CoSettleAdapter(nn.Module):
     Attributes:
         backbone: the frozen encoder.
         projection: the head; frozen as well until ``projection.requires_grad_(True)``.
+        settles: whether features are settled unless a call says otherwise, as they are after
+            ``from_pretrained(name, projection="settle")``.
     """
 
     def __init__(
@@ -109,8 +123,11 @@ class CoSettleAdapter(nn.Module):
             )
         self.backbone = backbone
         self.projection = projection
+        self.settles = False
         # A backbone that came with the projection and can be had from nowhere else.
         self._backbone_file: Path | None = None
+        # What was settled; in a tuple, since a module would be registered and moved twice.
+        self._unsettled: tuple[CoSettleAdapter, ...] = ()
 
     @property
     def config(self) -> ProjectionConfig:
@@ -137,6 +154,7 @@ class CoSettleAdapter(nn.Module):
         cls,
         name: str | Path,
         *,
+        projection: Literal["settle"] | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         stride: int | None = None,
@@ -153,6 +171,10 @@ class CoSettleAdapter(nn.Module):
         Args:
             name: a registered name (``list_models()``), a Hub repository ``owner/name``, or a
                 folder that :meth:`save_pretrained` wrote (``./name`` where it could be mistaken).
+            projection: ``"settle"`` uses no stored projection, whether or not there is one:
+                ``name`` is any backbone (``timm:`` and ``open_clip:`` ones included), whose
+                default block is settled by the statistics of each clip, on the frames of the
+                call in :meth:`forward`, as frames arrive in :meth:`stream`.
             device: where to put both.
             dtype: dtype of the backbone and of the features (float32, bfloat16 or float16);
                 positions and the projection stay float32.
@@ -170,7 +192,8 @@ class CoSettleAdapter(nn.Module):
         Raises:
             UnknownModelError: no such model; close names are suggested.
             ProjectionUnavailableError: no projection is published for this backbone; the message
-                gives the command that fits one.
+                gives the command that fits one, and ``projection="settle"``.
+            ValueError: ``projection`` is something else.
             WeightsUnavailableError: a file could not be had; the message lists what was tried.
             CorruptWeightsError, ProjectionFormatError: a file is not what it should be.
             BackboneMismatchError: the projection belongs to another backbone.
@@ -178,26 +201,48 @@ class CoSettleAdapter(nn.Module):
         options = HubOptions(
             cache_dir=cache_dir, revision=revision, token=token, local_files_only=local_files_only
         )
+        loading: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "stride": stride,
+            "requires_input_grad": requires_input_grad,
+        }
+        if projection is not None:
+            if projection != "settle":
+                raise ValueError(
+                    f"projection must be None, for the published one, or 'settle', got "
+                    f"{projection!r}; a projection of your own is loaded by its folder's name"
+                )
+            backbone = load_backbone(
+                str(name), weights=backbone_weights, options=options, **loading
+            )
+            return cls._settling(backbone)
         published = find_projection(name, options)
-        projection = Projection.load(published.folder)
+        stored = Projection.load(published.folder)
         if not published.bundled:
-            options = dataclasses.replace(options, revision=projection.config.backbone_revision)
+            options = dataclasses.replace(options, revision=stored.config.backbone_revision)
         backbone = load_backbone(
-            projection.config.backbone,
+            stored.config.backbone,
             weights=backbone_weights or published.backbone_weights,
-            device=device,
-            dtype=dtype,
-            stride=stride,
-            requires_input_grad=requires_input_grad,
             options=options,
+            **loading,
         )
         adapter = cls(
             backbone,
-            projection.to(device),
+            stored.to(device),
             allow_mismatched_backbone=allow_mismatched_backbone,
         )
-        if backbone_weights is None and projection.config.backbone_revision is None:
+        if backbone_weights is None and stored.config.backbone_revision is None:
             adapter._backbone_file = published.backbone_weights
+        return adapter
+
+    @classmethod
+    def _settling(cls, backbone: Backbone) -> CoSettleAdapter:
+        """The default block, settled on each clip."""
+        adapter = cls.raw(backbone)
+        fit = {"method": "none: the backbone's own tokens, settled on each clip as it comes"}
+        adapter.projection = Projection(dataclasses.replace(adapter.config, fit=fit))
+        adapter.settles = True
         return adapter
 
     @classmethod
@@ -245,7 +290,12 @@ class CoSettleAdapter(nn.Module):
 
         The backbone stays out, unless it came with the projection and has no public source: a
         converted release whose backbone is not the public one.
+
+        Raises:
+            ProjectionFormatError: there is nothing to save, because the adapter settles on every
+                clip anew.
         """
+        self._check_stored()
         self.projection.save(folder)
         copy = Path(folder) / BACKBONE_FILE
         if self._backbone_file is not None and copy.resolve() != self._backbone_file.resolve():
@@ -290,6 +340,7 @@ class CoSettleAdapter(nn.Module):
         """
         from cosettle_adapter.hub import push
 
+        self._check_stored()
         if self._backbone_file is not None:
             extra_files = {BACKBONE_FILE: self._backbone_file, **(extra_files or {})}
         return push(
@@ -304,6 +355,14 @@ class CoSettleAdapter(nn.Module):
             overwrite_card=overwrite_card,
             extra_files=extra_files,
         )
+
+    def _check_stored(self) -> None:
+        if self.settles:
+            raise ProjectionFormatError(
+                "this adapter has no projection to store: it settles on every clip anew. Store "
+                "the one it finds on a clip, adapter.settle(clip), or fit one on many clips: "
+                f"cosettle-adapter fit --backbone {self.backbone.row.name} --data clips/"
+            )
 
     def geometry(
         self, height: int, width: int, *, size: Size | None = None, fit: Fit = "resize"
@@ -392,7 +451,8 @@ class CoSettleAdapter(nn.Module):
 
         Returns:
             Features ``(T, C, h, w)`` with the leading dimensions of ``frames``; or
-            ``(backbone, features)`` if ``return_backbone``.
+            ``(backbone, features)`` if ``return_backbone``. Where the adapter ``settles``, each
+            clip by its own T frames, in the order they have.
 
         Raises:
             FrameError: frames of another shape, range or dtype, or none at all.
@@ -406,11 +466,17 @@ class CoSettleAdapter(nn.Module):
         kept: list[Tensor] = []
         projected: list[Tensor] = []
         for batch in frames.split(batch_size):
-            tokens, features = self._encode(batch, geometry, normalize=normalize)
-            projected.append(features)
+            tokens, features = self._encode(batch, geometry)
+            projected.append(features if self.settles else self._finished(features, normalize))
             if return_backbone:
                 kept.append(tokens)
-        maps: Tensor = unpack(torch.cat(projected), leading, "* c h w")[0]
+        flat = torch.cat(projected)
+        if self.settles:
+            length = leading[0][-1] if leading[0] else 1
+            clips = rearrange(flat, "(b t) c h w -> b t c h w", t=length)
+            flat = torch.cat([settle_clip(clip) for clip in clips])
+            flat = self._finished(flat, normalize)
+        maps: Tensor = unpack(flat, leading, "* c h w")[0]
         if not return_backbone:
             return maps
         return unpack(torch.cat(kept), leading, "* c h w")[0], maps
@@ -433,6 +499,8 @@ class CoSettleAdapter(nn.Module):
         fps: float | None = None,
         normalize: bool = False,
         return_backbone: bool = False,
+        settle: bool | None = None,
+        forgetting: float = 1.0,
     ) -> Iterator[FeatureChunk]:
         """Yield the features of a video of any length at constant memory.
 
@@ -448,6 +516,12 @@ class CoSettleAdapter(nn.Module):
             fps: frames per second of sources that have no timestamps; 1 by default.
             normalize: as in :meth:`forward`.
             return_backbone: fill ``chunk.backbone``.
+            settle: settle every frame by the statistics of the frames up to it, which is all a
+                live stream has; by default as ``settles`` says. The first frames are hardly
+                changed beyond being centred. Where the whole clip is there, :meth:`settle` on it
+                first treats all frames alike.
+            forgetting: with ``settle``, by what earlier frames are multiplied when one arrives;
+                below 1 for streams that change: 0.99 remembers about 100 frames.
 
         Yields:
             :class:`FeatureChunk` in order; decoding runs ahead in a thread.
@@ -455,7 +529,11 @@ class CoSettleAdapter(nn.Module):
         Raises:
             FrameError: nothing to read, or frames that cannot be used.
             TruncatedVideoError: the video breaks off; everything readable was yielded before.
+            ValueError: ``forgetting`` outside (0, 1].
         """
+        settler = None
+        if self.settles if settle is None else settle:
+            settler = Settler(self.width, forgetting=forgetting)
         chunks = open_frames(
             source,
             start=start,
@@ -466,8 +544,101 @@ class CoSettleAdapter(nn.Module):
             fps=fps,
         )
         return self._stream(
-            chunks, size=size, fit=fit, normalize=normalize, return_backbone=return_backbone
+            chunks,
+            size=size,
+            fit=fit,
+            normalize=normalize,
+            return_backbone=return_backbone,
+            settler=settler,
         )
+
+    @torch.no_grad()
+    def settle(
+        self,
+        source: Any,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        size: Size | None = None,
+        fit: Fit = "resize",
+        start: float | None = None,
+        end: float | None = None,
+        every: int = 1,
+        max_frames: int | None = None,
+        ridge: float = RIDGE,
+        prior_pairs: float = PRIOR_PAIRS,
+    ) -> CoSettleAdapter:
+        """Return an adapter refined on one clip, by that clip's own statistics.
+
+        One pass over the clip: its mean token is taken off, and directions in which corresponding
+        patches of adjacent frames differ are damped, the less the fewer of them there were (see
+        :class:`~cosettle_adapter.closed_form.Settler`). It takes seconds beyond the pass, on any
+        CPU. This adapter is left as it was; the new one shares its backbone and has it as
+        :attr:`unsettled`. A settled adapter settles from there again, not on top.
+
+        The new projection can be saved like any other. On an ``affine`` one (all closed forms)
+        or none, it is again a single ``affine`` one; other heads get a further layer.
+
+        Args:
+            source: as in :meth:`stream`, in frame order: the clip whose features are wanted.
+            batch_size: frames a forward pass.
+            size: as in :meth:`forward`; best what the features will be computed at.
+            fit: as in :meth:`forward`.
+            start: first second to read.
+            end: second to stop before.
+            every: keep every n-th frame; best as the features will be.
+            max_frames: keep at most this many frames.
+            ridge: damping, in units of the mean temporal variance; the larger, the gentler, and
+                infinity only centres.
+            prior_pairs: number of corresponding patches at which the clip counts as much as the
+                projection it already has.
+
+        Raises:
+            FrameError: nothing to read, or frames that cannot be used.
+            ValueError: ``ridge`` or ``prior_pairs`` out of range.
+        """
+        base = self.unsettled
+        settler = Settler(base.width, ridge=ridge, prior_pairs=prior_pairs)
+        frames = open_frames(
+            source,
+            start=start,
+            end=end,
+            every=every,
+            max_frames=max_frames,
+            chunk_size=batch_size,
+        )
+        try:
+            for chunk in prefetch(frames):
+                geometry = base.geometry(*chunk.frames.shape[-2:], size=size, fit=fit)
+                settler.update(base._encode(chunk.frames, geometry)[1])
+        except TruncatedVideoError as error:
+            if not settler.frames:
+                raise
+            logger.warning("settled on the readable part of the clip: %s", error)
+        named = isinstance(source, str | Path)
+        record = {
+            "method": "settled on one clip: centred, then damped by the clip's own intra-video "
+            "covariance, after the projection under base",
+            "clip": Path(source).name if named else type(source).__name__,
+            "frames": settler.frames,
+            "pairs": round(settler.pairs),
+            "ridge": ridge if ridge < float("inf") else None,
+            "prior_pairs": prior_pairs,
+            "cosettle_adapter": __version__,
+        }
+        projection = base.projection.followed_by(settler.solution(), record)
+        settled = CoSettleAdapter(base.backbone, projection, allow_mismatched_backbone=True)
+        settled._backbone_file = base._backbone_file
+        settled._unsettled = (base,)
+        return settled
+
+    @property
+    def unsettled(self) -> CoSettleAdapter:
+        """The adapter this one was settled from; itself, if it was not settled (or was loaded)."""
+        if not self._unsettled:
+            return self
+        (base,) = self._unsettled
+        base.projection.to(self.device)
+        return base
 
     def _stream(
         self,
@@ -477,29 +648,30 @@ class CoSettleAdapter(nn.Module):
         fit: Fit,
         normalize: bool,
         return_backbone: bool,
+        settler: Settler | None,
     ) -> Iterator[FeatureChunk]:
         for chunk in prefetch(chunks):
             geometry = self.geometry(*chunk.frames.shape[-2:], size=size, fit=fit)
-            tokens, features = self._encode(chunk.frames, geometry, normalize=normalize)
+            tokens, features = self._encode(chunk.frames, geometry)
+            if settler is not None:
+                features = settler.settle(features)
             yield FeatureChunk(
-                features=features,
+                features=self._finished(features, normalize),
                 timestamps=chunk.timestamps,
                 geometry=geometry,
                 start=chunk.start,
                 backbone=tokens if return_backbone else None,
             )
 
-    def _encode(
-        self, frames: Tensor, geometry: Geometry, *, normalize: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _encode(self, frames: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """Tokens and features, both ``(N, C, h, w)``, of frames that fit in one pass."""
         images = self._normalize(frames, geometry)
         read = self.backbone.intermediate_tokens(images, self.config.layers, norm=self.config.norm)
         tokens = read[0] if len(read) == 1 else torch.cat(read, dim=1)
-        features = self.projection(tokens)
-        if normalize:
-            features = F.normalize(features, dim=1)
-        return tokens, features.to(self.dtype)
+        return tokens, self.projection(tokens)
+
+    def _finished(self, features: Tensor, normalize: bool) -> Tensor:
+        return (F.normalize(features, dim=1) if normalize else features).to(self.dtype)
 
     def _normalize(self, frames: Tensor, geometry: Geometry) -> Tensor:
         frames = frames.to(self.device, non_blocking=True)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cosettle_adapter.closed_form import AffineMap
 from cosettle_adapter.errors import ProjectionFormatError
 from cosettle_adapter.files import atomic_path
 
@@ -54,6 +55,7 @@ class ProjectionConfig:
         fit: how the weights were found: method, data, settings, seed, package version.
         figures: measured figures, each beside the command that printed it.
         licence: licence of the projection and of the backbone it depends on.
+        settled: whether an affine map, found on a clip, comes after everything else.
         format_version: version of this format.
     """
 
@@ -69,6 +71,7 @@ class ProjectionConfig:
     fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     licence: str = ""
+    settled: bool = False
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -168,6 +171,10 @@ class Projection(nn.Module):
         plain = config.kind in _PLAIN
         self.activation = nn.Identity() if plain else _ACTIVATIONS[config.activation]()
         self.norm = nn.Identity() if plain else nn.LayerNorm(config.out_width, eps=1e-5)
+        self.settling = nn.Linear(config.out_width, config.out_width) if config.settled else None
+        if self.settling is not None:
+            nn.init.eye_(self.settling.weight)
+            nn.init.zeros_(self.settling.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project a feature map.
@@ -195,15 +202,58 @@ class Projection(nn.Module):
         ``mlp3`` apply it between matrices, as ``ST_adapter.py`` does.
         """
         if not self.linears:
-            return tokens
+            return self._settled(tokens)
         first, *following = self.linears
         tokens = first(tokens.to(next(first.parameters()).dtype))
         if not following:
             tokens = self.activation(tokens)
         for linear in following:
             tokens = linear(self.activation(tokens))
-        projected: Tensor = self.norm(tokens)
-        return projected
+        return self._settled(self.norm(tokens))
+
+    def _settled(self, tokens: Tensor) -> Tensor:
+        if self.settling is None:
+            return tokens
+        settled: Tensor = self.settling(tokens.to(self.settling.weight.dtype))
+        return settled
+
+    def followed_by(self, affine: AffineMap, fit: Mapping[str, Any]) -> Projection:
+        """Return a new projection: this one, then an affine map of its features.
+
+        Where this one is itself affine, or the identity, the two become a single ``affine`` one,
+        which costs no more than either; other heads get the map as a layer of its own. Figures
+        measured with this one are not those of the new one, and are left out.
+
+        Args:
+            affine: maps ``C = config.out_width`` channels to as many.
+            fit: record of how the map was found; this one's own goes under ``base``.
+
+        Returns:
+            In eval mode, gradients off, on this one's device.
+        """
+        config = dataclasses.replace(
+            self.config, figures={}, fit={**fit, "base": dict(self.config.fit)}
+        )
+        foldable = self.config.kind in _PLAIN and self.settling is None
+        if foldable:
+            config = dataclasses.replace(config, kind="affine")
+            last, name = next(iter(self.linears), None), "linears.0"
+        else:
+            config = dataclasses.replace(config, settled=True)
+            last, name = self.settling, "settling"
+        before = AffineMap.identity(self.config.out_width)
+        if isinstance(last, nn.Linear):
+            before = AffineMap(last.weight.detach().double(), last.bias.detach().double())
+        both = affine.to(before.weight.device).after(before)
+        projection = Projection(config).to(before.weight.device)
+        projection.load_state_dict(
+            {
+                **self.state_dict(),
+                f"{name}.weight": both.weight.float(),
+                f"{name}.bias": both.bias.float(),
+            }
+        )
+        return projection.requires_grad_(False).eval()
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``projection.safetensors`` into ``folder``, each atomically."""

@@ -199,7 +199,9 @@ def _unpublished(name: str) -> str:
     ]
     return (
         f"no projection has been published for {name}, and an untrained one is never returned. "
-        f"{_fit_one(name)} Published: {', '.join(published)}."
+        f"{_fit_one(name)} Or use none, and settle the features of each clip by the clip's own "
+        f"statistics: from_pretrained('{name}', projection='settle'). "
+        f"Published: {', '.join(published)}."
     )
 
 
