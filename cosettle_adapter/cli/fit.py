@@ -18,6 +18,29 @@ if TYPE_CHECKING:
 
 HELP = "fit a projection on a folder of videos"
 
+# spelled out, so that --help needs no torch; a test compares them with the table
+SOLVER_NAMES = (
+    "centre",
+    "shrink",
+    "whiten",
+    "whiten-quarter",
+    "whiten-total",
+    "whiten-total-quarter",
+    "soft-threshold",
+    "surrogate",
+)
+AUTO = (-1,)
+
+
+def blocks(text: str) -> tuple[int, ...]:
+    """Parse one set of ``--concatenate``: ``5+7+9+11``, or ``auto``."""
+    if text == "auto":
+        return AUTO
+    numbers = text.split("+")
+    if len(numbers) < 2 or not all(number.isdigit() for number in numbers):
+        raise argparse.ArgumentTypeError(f"expected blocks such as 7+11, or auto, got {text!r}")
+    return tuple(map(int, numbers))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
@@ -28,12 +51,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of videos")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--device", default="cpu", help="torch device of the encoder")
-    parser.add_argument("--layers", type=int, nargs="+", help="blocks to choose from")
+    parser.add_argument(
+        "--layers", type=int, nargs="*", help="single blocks to choose from; none if empty"
+    )
+    parser.add_argument(
+        "--concatenate",
+        type=blocks,
+        nargs="+",
+        default=[],
+        metavar="N+N",
+        help="blocks to be read together, to choose from as well: 7+11, or auto for a few sets",
+    )
+    parser.add_argument(
+        "--solver", nargs="+", default=["whiten"], metavar="NAME", help=", ".join(SOLVER_NAMES)
+    )
+    parser.add_argument(
+        "--strengths",
+        "--ridge",
+        type=float,
+        nargs="*",
+        help="of the solvers, to choose from; all that are listed for a solver if empty",
+    )
+    parser.add_argument(
+        "--nuisance",
+        choices=("intra", "intra+clips", "intra+positions"),
+        default="intra",
+        help="what to damp besides the change within videos",
+    )
     parser.add_argument("--size", type=int, default=280, help="shorter side of the frames")
-    parser.add_argument("--pairs", type=int, default=4, help="pairs of frames from each clip")
-    parser.add_argument("--gap", type=int, default=3, help="frames between the two of a pair")
-    parser.add_argument("--ridge", type=float, default=1.0, help="damping; inf only centres")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of a clip, at each gap")
+    parser.add_argument(
+        "--gap", type=int, nargs="+", default=[3], help="frames between the two of a pair"
+    )
+    parser.add_argument(
+        "--correspondences",
+        choices=("hard", "soft"),
+        default="hard",
+        help="mutual nearest neighbours, or all pairs of patches by weight",
+    )
     parser.add_argument("--rendered", type=int, default=12, help="rendered clips to choose by")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--licence", help="licence to record; the backbone's by default")
     parser.add_argument("--about-data", default="", help="what the clips are, to record")
@@ -45,6 +102,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
     from cosettle_adapter.backbones import HubOptions, load_backbone
+    from cosettle_adapter.training.candidates import labels, usual_concatenations
     from cosettle_adapter.training.clips import find_clips
     from cosettle_adapter.training.fit import FitSettings, fit_projection
 
@@ -57,12 +115,19 @@ def run(options: argparse.Namespace, console: Console) -> int:
             device=options.device,
             options=hub,
         )
+    concatenations = [one for one in options.concatenate if one != AUTO]
+    if AUTO in options.concatenate:
+        concatenations += usual_concatenations(backbone.depth)
     settings = FitSettings(
-        layers=tuple(options.layers) if options.layers else None,
-        ridge=options.ridge,
+        layers=None if options.layers is None else tuple(options.layers),
+        concatenations=tuple(concatenations),
+        solvers=tuple(options.solver),
+        strengths=None if options.strengths is None else tuple(options.strengths),
+        nuisance=options.nuisance,
         size=options.size,
         pairs=options.pairs,
-        gap=options.gap,
+        gaps=tuple(options.gap),
+        correspondences=options.correspondences,
         rendered=options.rendered,
         seed=options.seed,
     )
@@ -81,16 +146,19 @@ def run(options: argparse.Namespace, console: Console) -> int:
             settings,
             licence=options.licence or backbone.row.licence,
             data=options.about_data or ", ".join(folder.name for folder in options.data),
+            workers=options.workers,
             on_clip=advance,
         )
     result.projection.save(options.output)
-    table = Table(title="Overlap on rendered clips", title_justify="left")
-    table.add_column("block", justify="right")
-    table.add_column("overlap", justify="right")
-    for layer, score in result.scores.items():
-        table.add_row(str(layer), f"{score:.3f}")
-    console.print(table)
-    console.print(f"block {result.projection.config.layers[0]}")
+    names = labels([result.chosen, *result.scores])
+    if result.scores:
+        table = Table(title="Overlap on rendered clips", title_justify="left")
+        table.add_column("block", justify="right")
+        table.add_column("overlap", justify="right")
+        for each, score in result.scores.items():
+            table.add_row(names[each], f"{score:.3f}")
+        console.print(table)
+    console.print(f"block {names[result.chosen]}", markup=False)
     for clip, reason in result.skipped.items():
         console.print(f"skipped {clip.name}: {reason}", markup=False)
     name = options.output if options.output.is_absolute() else f"./{options.output}"

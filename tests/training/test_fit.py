@@ -1,82 +1,24 @@
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import cosettle_adapter
 from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import VisionTransformerBackbone
+from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.frames import render_clip
 from cosettle_adapter.training.clips import find_clips, neighbouring_frames
-from cosettle_adapter.training.fit import FitSettings, damping, fit_projection, mask_overlap
-from cosettle_adapter.training.statistics import StatisticsError, TokenStatistics
+from cosettle_adapter.training.fit import FitSettings, fit_projection, mask_overlap
 
 from helpers import write_video
 
 QUICK = FitSettings(layers=(2, 5), size=64, pairs=2, rendered=1)
-
-
-def statistics(*, noise: float = 3.0) -> TokenStatistics:
-    """Tokens whose first channel alone changes over time."""
-    gathered = TokenStatistics(4)
-    tokens = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)) + 5
-    later = tokens.clone()
-    later[:, 0] += noise * torch.randn(4000, generator=torch.Generator().manual_seed(1))
-    gathered.add_tokens(tokens)
-    gathered.add_pairs(tokens, later)
-    return gathered
-
-
-def test_damping_centres_and_shrinks_what_moves() -> None:
-    gathered = statistics()
-    weight, bias = damping(gathered, ridge=0.1)
-    centred = gathered.mean.float() @ weight.T + bias
-    torch.testing.assert_close(centred, torch.zeros(4), atol=1e-5, rtol=0)
-    gains = weight.diagonal()
-    assert float(gains[0]) < 0.5 * float(gains[1:].min())
-    variance = weight.double() @ gathered.covariance @ weight.T.double()
-    assert float(variance.diagonal().mean()) == pytest.approx(1.0, abs=1e-5)
-
-
-def test_damping_solves_its_equation() -> None:
-    gathered = statistics()
-    weight, _ = damping(gathered, ridge=0.5)
-    intra = gathered.intra_covariance
-    ridged = intra + 0.5 * intra.diagonal().mean() * torch.eye(4).double()
-    identity = weight.double() @ ridged @ weight.T.double()
-    torch.testing.assert_close(identity / identity[1, 1], torch.eye(4).double(), atol=1e-5, rtol=0)
-
-
-def test_an_infinite_ridge_only_centres() -> None:
-    weight, _ = damping(statistics(), ridge=math.inf)
-    torch.testing.assert_close(weight, weight[0, 0] * torch.eye(4))
-
-
-def test_degenerate_statistics_are_errors_not_nan() -> None:
-    still = TokenStatistics(4)
-    tokens = torch.randn(10, 4)
-    still.add_tokens(tokens)
-    still.add_pairs(tokens, tokens)
-    with pytest.raises(StatisticsError, match="the clips have no motion"):
-        damping(still, ridge=0.1)
-    flat = TokenStatistics(4)
-    flat.add_tokens(torch.ones(10, 4))
-    with pytest.raises(StatisticsError, match="all tokens are equal"):
-        damping(flat, ridge=math.inf)
-    with pytest.raises(ValueError, match="ridge must be positive, got 0"):
-        damping(statistics(), ridge=0)
-
-
-def test_one_pair_of_frames_is_enough() -> None:
-    few = TokenStatistics(8)
-    few.add_tokens(torch.randn(5, 8))
-    few.add_pairs(torch.randn(2, 8), torch.randn(2, 8))
-    weight, bias = damping(few, ridge=0.1)
-    assert bool(torch.isfinite(weight).all())
-    assert bool(torch.isfinite(bias).all())
 
 
 @pytest.fixture
@@ -118,8 +60,10 @@ def test_a_fit_is_a_projection_that_loads(
     )  # fmt: skip
     assert done[-1][0] == done[-1][1]
     config = result.projection.config
-    assert result.scores.keys() == {2, 5}
-    assert config.layers == (max(result.scores, key=lambda layer: result.scores[layer]),)
+    assert {each.blocks for each in result.scores} == {(2,), (5,)}
+    assert config.layers == result.chosen.blocks
+    assert result.scores[result.chosen] == max(result.scores.values())
+    assert config.fit["overlap_by_block"].keys() == {"2", "5"}
     assert (config.kind, config.licence, config.fit["data"]) == ("affine", "MIT", "squares")
     result.projection.save(tmp_path / "fitted")
     adapter = CoSettleAdapter(tiny_backbone, Projection.load(tmp_path / "fitted"))
@@ -147,8 +91,94 @@ def test_no_readable_clip_is_an_error(
     tiny_backbone: VisionTransformerBackbone, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
-    with pytest.raises(StatisticsError, match="no tokens were gathered"):
+    with pytest.raises(StatisticsError, match="no corresponding pairs were gathered"):
         fit_projection(tiny_backbone, [tmp_path / "broken.mp4"], QUICK)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_fits(
+    tiny_backbone: VisionTransformerBackbone, clips: Path, solver: str, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(QUICK, layers=(3,), solvers=(solver,), rendered=0, pairs=1)
+    result = fit_projection(tiny_backbone, find_clips(clips)[:1], settings)
+    assert result.scores == {}
+    fit = result.projection.config.fit
+    assert fit["method"] == SOLVERS[solver].formula
+    assert (fit["settings"]["solver"], fit["settings"]["strength"]) == (
+        solver,
+        SOLVERS[solver].strength,
+    )
+    assert "overlap_by_block" not in fit
+    result.projection.save(tmp_path / "fitted")
+    json.loads((tmp_path / "fitted" / "config.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_blocks_read_together_cost_no_more_than_one(
+    tiny_backbone: VisionTransformerBackbone, clips: Path
+) -> None:
+    settings = FitSettings(layers=(), concatenations=((5, 7, 9, -1),), size=64, pairs=2, rendered=0)
+    result = fit_projection(tiny_backbone, find_clips(clips), settings)
+    config = result.projection.config
+    assert (config.layers, config.norm) == ((5, 7, 9, 11), False)
+    assert (config.in_width, config.out_width, config.kind) == (768, 192, "affine")
+    features = CoSettleAdapter(tiny_backbone, result.projection)(
+        torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    )
+    assert features.shape == (2, 192, 4, 6)
+    assert bool(torch.isfinite(features).all())
+
+
+def test_options_change_the_statistics_and_are_recorded(
+    tiny_backbone: VisionTransformerBackbone, clips: Path
+) -> None:
+    write_video(clips / "dark.mp4", frames=30, height=64, width=96)
+    plain = dataclasses.replace(QUICK, layers=(5,), rendered=0)
+    changes = {
+        "nothing": {},
+        "gaps": {"gaps": (3, 9)},
+        "correspondences": {"correspondences": "soft"},
+        "clips": {"nuisance": "intra+clips"},
+        "positions": {"nuisance": "intra+positions"},
+    }
+    weights = {}
+    for name, change in changes.items():
+        settings = dataclasses.replace(plain, **change)  # type: ignore[arg-type]
+        result = fit_projection(tiny_backbone, find_clips(clips), settings)
+        weights[name] = result.projection.linears[0].weight
+        for option, value in change.items():
+            recorded = result.projection.config.fit["settings"][option]
+            assert recorded == (list(value) if isinstance(value, tuple) else value)
+    for name, weight in weights.items():
+        assert bool(torch.isfinite(weight).all())
+        assert name == "nothing" or not torch.equal(weight, weights["nothing"])
+
+
+def test_solvers_and_strengths_are_chosen_from(
+    tiny_backbone: VisionTransformerBackbone, clips: Path
+) -> None:
+    settings = dataclasses.replace(
+        QUICK, layers=(5,), solvers=("whiten", "surrogate"), strengths=(0.5, 4.0)
+    )
+    result = fit_projection(tiny_backbone, find_clips(clips), settings)
+    assert result.projection.config.fit["overlap_by_block"].keys() == {
+        "5 whiten 0.5", "5 whiten 4", "5 surrogate 0.5", "5 surrogate 4",
+    }  # fmt: skip
+    assert result.projection.config.fit["settings"]["solver"] == result.chosen.solver
+    with pytest.raises(ValueError, match="4 projections to choose from and no rendered clips"):
+        fit_projection(tiny_backbone, find_clips(clips), dataclasses.replace(settings, rendered=0))
+
+
+def test_a_fit_in_one_call_is_an_adapter(
+    tiny_backbone: VisionTransformerBackbone, clips: Path
+) -> None:
+    settings = dataclasses.replace(QUICK, layers=(5,), rendered=0)
+    adapter = cosettle_adapter.fit(tiny_backbone, clips, settings, data="squares")
+    assert isinstance(adapter, CoSettleAdapter)
+    assert adapter.backbone is tiny_backbone
+    assert (adapter.config.licence, adapter.config.fit["data"]) == ("Apache-2.0", "squares")
+    again = cosettle_adapter.fit(tiny_backbone, [str(clip) for clip in find_clips(clips)], settings)
+    frames = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    assert torch.equal(adapter(frames), again(frames))
 
 
 def test_overlap_is_high_where_features_follow_the_object() -> None:

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from cosettle_adapter import CoSettleAdapter, Projection
+from cosettle_adapter.backbones import VisionTransformerBackbone
+from cosettle_adapter.cli import fit, main
+from cosettle_adapter.closed_form import NUISANCES, SOLVERS
+
+from helpers import write_video
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    (tmp_path / "clips").mkdir()
+    for name in "ab":
+        write_video(tmp_path / "clips" / f"{name}.mp4", frames=12, height=48, width=64, noisy=True)
+    return tmp_path / "clips"
+
+
+def test_the_options_are_the_tables() -> None:
+    assert set(SOLVERS) == set(fit.SOLVER_NAMES)
+    parser = argparse.ArgumentParser()
+    fit.add_arguments(parser)
+    (nuisance,) = [each for each in parser._actions if each.dest == "nuisance"]
+    assert nuisance.choices == NUISANCES
+
+
+def test_concatenations_are_parsed() -> None:
+    assert fit.blocks("5+7+9") == (5, 7, 9)
+    for wrong in ("7", "5,7", "5+x"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"blocks such as 7\+11, or auto"):
+            fit.blocks(wrong)
+
+
+def test_every_option_reaches_the_fit(
+    tiny_backbone: VisionTransformerBackbone,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("cosettle_adapter.backbones.load_backbone", lambda *_, **__: tiny_backbone)
+    output = tmp_path / "fitted"
+    command = f"fit --backbone tiny --data {clips} -o {output} --layers --concatenate 7+9 auto"
+    command += " --solver whiten centre --strengths 2 --gap 2 4 --correspondences soft"
+    command += " --nuisance intra+clips --size 48 --pairs 1 --rendered 1"
+    assert main(command.split()) == 0
+    config = Projection.load(output).config
+    assert len(config.layers) > 1
+    assert config.out_width == 192
+    settings = config.fit["settings"]
+    assert (settings["gaps"], settings["correspondences"]) == ([2, 4], "soft")
+    assert (settings["nuisance"], settings["strength"]) == ("intra+clips", 2)
+    tried = config.fit["overlap_by_block"]
+    assert {"7+9 whiten 2", "5+7+9+11 centre 2", "6+10 whiten 2"} <= tried.keys()
+    printed = capsys.readouterr().out
+    assert "5+7+9+11 whiten 2" in printed
+    CoSettleAdapter(tiny_backbone, Projection.load(output))
+
+
+def test_an_unknown_solver_is_an_error(
+    tiny_backbone: VisionTransformerBackbone,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("cosettle_adapter.backbones.load_backbone", lambda *_, **__: tiny_backbone)
+    command = f"fit --backbone tiny --data {clips} -o {tmp_path / 'no'} --solver pca"
+    assert main(command.split()) == 1
+    assert "unknown solver pca" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("task", ["representation", "retrieval"])
+def test_settling_is_for_clips(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", task, "--data", str(tmp_path), "--settle"]) == 1
+    assert f"{task} has no --settle" in " ".join(capsys.readouterr().err.split())
