@@ -11,7 +11,12 @@ from cosettle_adapter.analysis.comparison import (
     CENTRED,
     RAW_LAST,
     RAW_SAME,
+    SETTLED,
+    FeatureKind,
+    centred,
     compare_features,
+    feature_kinds,
+    read_blocks,
 )
 from cosettle_adapter.analysis.consistency import (
     comes_home,
@@ -27,31 +32,28 @@ from cosettle_adapter.analysis.representation import (
     VideoRepresentation,
 )
 from cosettle_adapter.analysis.spectra import SpectrumStatistics, spectrum
-from cosettle_adapter.analysis.statistics import (
-    StatisticsError,
-    TokenStatistics,
-    corresponding_patches,
-)
 
 __all__ = [
     "ADAPTED",
     "CENTRED",
     "RAW_LAST",
     "RAW_SAME",
+    "SETTLED",
+    "FeatureKind",
     "Prediction",
     "Representation",
     "RepresentationMetrics",
     "Spectrum",
     "SpectrumStatistics",
-    "StatisticsError",
-    "TokenStatistics",
     "VideoRepresentation",
+    "centred",
     "comes_home",
     "compare_features",
-    "corresponding_patches",
     "cycle_accuracy",
     "directional_gain",
+    "feature_kinds",
     "neighbour_distance",
+    "read_blocks",
     "spearman",
     "spectrum",
     "tracking_error",

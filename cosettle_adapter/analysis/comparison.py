@@ -1,20 +1,139 @@
-"""A clip's features before and after the projection, from one pass of the backbone."""
+"""A clip's features before and after projections, from one pass of the backbone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from einops import reduce
 from torch import Tensor
+
+from cosettle_adapter.closed_form import settle_clip
+from cosettle_adapter.errors import BackboneMismatchError
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
+    from cosettle_adapter.backbones import Backbone
+    from cosettle_adapter.projection import Projection
 
 RAW_LAST = "raw last block"
 RAW_SAME = "raw same block"
 CENTRED = "centred"
 ADAPTED = "adapted"
+SETTLED = "settled"
+
+Blocks = tuple[tuple[int, ...], bool]  # blocks read, and whether the final norm is applied
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureKind:
+    """One kind of features: what is read of the backbone, and what becomes of it.
+
+    Attributes:
+        name: what tables call it.
+        blocks: which are read, and whether through the final norm.
+        projection: what every frame's tokens ``(N, C, h, w)`` go through, if anything.
+        finish: what is done to a whole clip's ``(T, C, h, w)`` after that, if anything.
+    """
+
+    name: str
+    blocks: Blocks
+    projection: Projection | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+
+    @torch.no_grad()
+    def of_frames(self, tokens: Tensor) -> Tensor:
+        """Apply ``projection``; float32."""
+        return tokens.float() if self.projection is None else self.projection(tokens).float()
+
+    @torch.no_grad()
+    def of_clip(self, tokens: Tensor) -> Tensor:
+        """Apply ``projection`` and ``finish``; float32."""
+        features = self.of_frames(tokens)
+        return features if self.finish is None else self.finish(features)
+
+
+def centred(features: Tensor) -> Tensor:
+    """Return a clip's features ``(T, C, h, w)`` minus their mean token."""
+    return features - reduce(features, "t c h w -> 1 c 1 1", "mean")
+
+
+def feature_kinds(
+    adapter: CoSettleAdapter,
+    *,
+    beside: Mapping[str, Projection] | None = None,
+    settle: bool | None = None,
+) -> list[FeatureKind]:
+    """Return an adapter's features and what they must be compared with.
+
+    Most of what a projection seems to gain over the last block can come from reading another
+    block, or from no longer carrying the mean token; so both stand beside it.
+
+    Args:
+        adapter: backbone and projection.
+        beside: name to other projections of the same backbone.
+        settle: settle what the adapter returns, and each projection beside, by each clip's own
+            statistics as well; by default where the adapter was loaded with
+            ``projection="settle"``.
+
+    Returns:
+        ``raw last block``, ``raw same block`` (the blocks that the projection reads, unless that
+        is the last block), ``centred`` (those minus the clip's mean token), ``adapted`` (unless
+        there is no projection), ``settled`` if asked for, and those beside.
+
+    Raises:
+        BackboneMismatchError: a projection of another backbone.
+    """
+    backbone, config = adapter.backbone, adapter.config
+    last: Blocks = ((backbone.default_layer,), backbone.row.final_norm)
+    same: Blocks = (tuple(backbone.block(layer) for layer in config.layers), config.norm)
+    kinds = [FeatureKind(RAW_LAST, last)]
+    if same != last:
+        kinds.append(FeatureKind(RAW_SAME, same))
+    kinds.append(FeatureKind(CENTRED, same, finish=centred))
+    if config.kind != "identity":
+        kinds.append(FeatureKind(ADAPTED, same, adapter.projection))
+    settle = adapter.settles if settle is None else settle
+    if settle:
+        kinds.append(FeatureKind(SETTLED, same, adapter.projection, finish=settle_clip))
+    for name, projection in (beside or {}).items():
+        other = projection.config
+        if other.fingerprint != adapter.config.fingerprint:
+            raise BackboneMismatchError(
+                f"{name} was fitted on another backbone ({other.backbone}) than the model here "
+                f"({config.backbone}); compare projections of one backbone"
+            )
+        blocks = (tuple(backbone.block(layer) for layer in other.layers), other.norm)
+        kinds.append(FeatureKind(name, blocks, projection))
+        if settle:
+            kinds.append(FeatureKind(f"{name}, settled", blocks, projection, finish=settle_clip))
+    return kinds
+
+
+def read_blocks(
+    backbone: Backbone, images: Tensor, wanted: Sequence[Blocks]
+) -> dict[Blocks, Tensor]:
+    """Read several sets of blocks in one pass of the backbone.
+
+    Args:
+        backbone: the frozen encoder.
+        images: normalised ``(B, 3, H, W)``.
+        wanted: sets of blocks; those of one set are concatenated along the channels.
+
+    Returns:
+        Set of blocks to ``(B, C, h, w)``.
+    """
+    singles = sorted({(layer, norm) for layers, norm in wanted for layer in layers})
+    maps = backbone.intermediate_tokens(
+        images, [layer for layer, _ in singles], norm=[norm for _, norm in singles]
+    )
+    found = dict(zip(singles, maps, strict=True))
+    return {
+        (layers, norm): torch.cat([found[layer, norm] for layer in layers], dim=1)
+        for layers, norm in wanted
+    }
 
 
 def compare_features(
@@ -27,10 +146,6 @@ def compare_features(
 ) -> dict[str, Tensor]:
     """Return a clip's adapted features and what they must be compared with.
 
-    Most of what a projection seems to gain over the last block can come from reading another
-    block, or from no longer carrying the mean token; so both stand beside it. All are read in one
-    pass of the backbone.
-
     Args:
         adapter: backbone and projection.
         frames: ``(T, 3, H, W)`` uint8.
@@ -39,40 +154,19 @@ def compare_features(
         on_frames: called with the number of frames done, after each pass.
 
     Returns:
-        ``(T, C, h, w)`` float32 on the CPU for each of ``raw last block``, ``raw same block``
-        (the blocks that the projection reads; left out when that is the last block),
-        ``centred`` (those minus the clip's mean token) and ``adapted``.
+        ``(T, C, h, w)`` float32 on the CPU for each of :func:`feature_kinds`.
     """
-    last: list[Tensor] = []
-    same: list[Tensor] = []
-    adapted: list[Tensor] = []
+    kinds = feature_kinds(adapter)
+    parts: dict[str, list[Tensor]] = {kind.name: [] for kind in kinds}
     done = 0
     for batch in torch.split(frames, batch_size):
-        final, read = _read_blocks(adapter, adapter.preprocess(batch, size=size))
-        last.append(final.float().cpu())
-        same.append(read.float().cpu())
-        with torch.no_grad():
-            adapted.append(adapter.projection(read).float().cpu())
+        images = adapter.preprocess(batch, size=size)
+        tokens = read_blocks(adapter.backbone, images, [kind.blocks for kind in kinds])
+        for kind in kinds:
+            parts[kind.name].append(kind.of_frames(tokens[kind.blocks]).cpu())
         done += len(batch)
         if on_frames is not None:
             on_frames(done)
-    raw_last, raw_same = torch.cat(last), torch.cat(same)
-    variants = {RAW_LAST: raw_last}
-    if raw_same.shape != raw_last.shape or not torch.equal(raw_same, raw_last):
-        variants[RAW_SAME] = raw_same
-    variants[CENTRED] = raw_same - raw_same.mean(dim=(0, 2, 3), keepdim=True)
-    variants[ADAPTED] = torch.cat(adapted)
-    return variants
-
-
-def _read_blocks(adapter: CoSettleAdapter, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Last block's tokens, and those the projection reads, ``(B, C, h, w)``; one pass if it can."""
-    backbone, config = adapter.backbone, adapter.config
-    final = backbone.default_layer
-    usual = [backbone.block(layer) == final and backbone.row.final_norm for layer in config.layers]
-    if all(norm == config.norm for norm in usual):
-        *read, last = backbone.intermediate_tokens(images, (*config.layers, final))
-    else:
-        read = backbone.intermediate_tokens(images, config.layers, norm=config.norm)
-        last = backbone.patch_tokens(images)
-    return last, torch.cat(read, dim=1)
+    clips = {kind.name: torch.cat(parts[kind.name]) for kind in kinds}
+    finish = {kind.name: kind.finish for kind in kinds if kind.finish is not None}
+    return {name: finish[name](clip) if name in finish else clip for name, clip in clips.items()}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from cosettle_adapter.evaluation.run import Evaluation
     from cosettle_adapter.evaluation.tasks import Task
+    from cosettle_adapter.projection import Projection
 
 HELP = "measure a model on a benchmark"
 
@@ -28,6 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--raw", action="store_true", help="score the backbone alone; no projection is needed"
+    )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="PROJECTION",
+        help="other projections of the same backbone (names or folders) to score in the same run",
+    )
+    parser.add_argument(
+        "--settle",
+        action="store_true",
+        help="clips: score the features settled by each clip's own statistics as well",
     )
     parser.add_argument("--layer", type=int, help="with --raw, the block to read; the last one")
     parser.add_argument("--stride", type=int, help="step between patches")
@@ -94,6 +107,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             predictions=options.save_predictions,
             size=options.size,
             raw_only=options.raw,
+            beside=projections_beside(options),
+            settle=options.settle,
             batch_size=options.batch_size,
             on_clip=show,
         )
@@ -143,6 +158,26 @@ def adapter_of(options: argparse.Namespace) -> Any:
     if options.layer is not None and not options.raw:
         raise ValueError("--layer goes with --raw: a projection reads the blocks it was fitted on")
     return load_adapter(options, raw=options.raw, layer=options.layer, stride=options.stride)
+
+
+def projections_beside(options: argparse.Namespace) -> dict[str, Projection]:
+    """Load the projections of ``--beside``, by the name of their folder.
+
+    Raises:
+        ValueError: two of one name.
+    """
+    from cosettle_adapter.backbones import HubOptions
+    from cosettle_adapter.projection import Projection
+    from cosettle_adapter.published import find_projection
+
+    hub = HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline)
+    found: dict[str, Projection] = {}
+    for given in options.beside:
+        name = Path(given).name
+        if name in found:
+            raise ValueError(f"two projections beside are called {name}; rename a folder")
+        found[name] = Projection.load(find_projection(given, hub).folder).to(options.device)
+    return found
 
 
 def print_result(result: Evaluation, console: Console) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosettle_adapter.cli.evaluate import adapter_of
+from cosettle_adapter.cli.evaluate import adapter_of, projections_beside
 from cosettle_adapter.cli.options import frame_progress
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def representation(
         find_videos(options.data, wanted=options.clips),
         settings,
         batch_size=options.batch_size,
+        kinds=_kinds(options, adapter),
         on_video=advance,
     )
     figures: dict[str, Callable[[Any], float]] = {
@@ -208,6 +209,7 @@ def localisation(
         rate=rate,
         size=options.size or 224,
         batch_size=options.batch_size,
+        kinds=_kinds(options, adapter),
         on_video=advance,
     )
     found = localise(videos, segments, ks=ks, skipped=skipped)
@@ -258,6 +260,12 @@ def find_videos(data: Path, *, wanted: Sequence[str] | None = None) -> list[Path
     return [by_name[name] for name in wanted]
 
 
+def _kinds(options: argparse.Namespace, adapter: CoSettleAdapter) -> Any:
+    from cosettle_adapter.analysis import feature_kinds
+
+    return feature_kinds(adapter, beside=projections_beside(options))
+
+
 def _pooled(options: argparse.Namespace, adapter: CoSettleAdapter, advance: Advance) -> Any:
     from cosettle_adapter.evaluation.labelled_videos import labelled_videos
     from cosettle_adapter.evaluation.pooling import pool_videos
@@ -268,6 +276,7 @@ def _pooled(options: argparse.Namespace, adapter: CoSettleAdapter, advance: Adva
         frames=options.frames or 16,
         size=options.size or 224,
         batch_size=options.batch_size,
+        kinds=_kinds(options, adapter),
         on_video=advance,
     )
 
@@ -287,6 +296,7 @@ def _check(options: argparse.Namespace) -> None:
     )
     wrong = [name for name in others if getattr(options, name) is not None and name not in known]
     wrong += ["every"] if options.every != 1 else []
+    wrong += ["settle"] if options.settle else []
     if wrong:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         raise ValueError(f"{options.task} has no {names}; leave it away")

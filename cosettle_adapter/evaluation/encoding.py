@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from cosettle_adapter.analysis import ADAPTED, CENTRED, compare_features
+from cosettle_adapter.analysis import FeatureKind, feature_kinds, read_blocks
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
 from cosettle_adapter.frames import open_frames, probe
 
@@ -31,9 +31,8 @@ class EncodedChunk:
     """Features of consecutive frames.
 
     Attributes:
-        features: kind of features to ``(N, C, h, w)`` float32 on the CPU, as
-            :func:`~cosettle_adapter.analysis.compare_features` names them; without the centred
-            ones, which need more than a chunk.
+        features: kind of features to ``(N, C, h, w)`` float32 on the CPU; without those that
+            need a whole clip, as the centred ones do.
         times: ``(N,)`` float64 seconds.
         frames: ``(N, 3, H, W)`` uint8, what was encoded before it was resized.
     """
@@ -52,6 +51,7 @@ def encoded_chunks(
     size: Size | None = None,
     crop: float | None = None,
     batch_size: int = 8,
+    kinds: Sequence[FeatureKind] | None = None,
 ) -> Iterator[EncodedChunk]:
     """Encode a video chunk by chunk, each in one pass of the backbone.
 
@@ -63,17 +63,18 @@ def encoded_chunks(
         size: what frames are resized to, as in the adapter's ``forward``.
         crop: side of a central square, as a share of the short side; by default whole frames.
         batch_size: frames a chunk.
+        kinds: those of :func:`~cosettle_adapter.analysis.feature_kinds` by default.
 
     Raises:
         FrameError: a source that cannot be read to its end.
     """
+    kinds = [kind for kind in kinds or feature_kinds(adapter) if kind.finish is None]
+    wanted = [kind.blocks for kind in kinds]
     chunks = open_frames(source, every=every, max_frames=max_frames, chunk_size=batch_size)
     for chunk in chunks:
         frames = chunk.frames if crop is None else central_square(chunk.frames, crop)
-        features = compare_features(adapter, frames, size=size, batch_size=batch_size)
-        del features[CENTRED]
-        if adapter.config.kind == "identity":  # no projection: nothing was adapted
-            del features[ADAPTED]
+        tokens = read_blocks(adapter.backbone, adapter.preprocess(frames, size=size), wanted)
+        features = {kind.name: kind.of_frames(tokens[kind.blocks]).cpu() for kind in kinds}
         yield EncodedChunk(features, chunk.timestamps, frames)
 
 

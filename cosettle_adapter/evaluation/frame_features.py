@@ -17,6 +17,7 @@ from cosettle_adapter.evaluation.segments import Segment
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter, Size
+    from cosettle_adapter.analysis import FeatureKind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ def frame_features(
     max_frames: int | None = None,
     size: Size | None = 224,
     batch_size: int = 8,
+    kinds: Sequence[FeatureKind] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Encode a video of any length into one feature a frame, the mean over its patches.
 
@@ -52,6 +54,7 @@ def frame_features(
         max_frames: keep at most this many.
         size: what frames are resized to.
         batch_size: frames a forward pass.
+        kinds: as for :func:`~cosettle_adapter.evaluation.encoding.encoded_chunks`.
 
     Returns:
         Kind of features to ``(T, C)`` float32, and times ``(T,)`` float64 in seconds.
@@ -62,7 +65,13 @@ def frame_features(
     pooled: dict[str, list[Tensor]] = {}
     times: list[Tensor] = []
     for chunk in encoded_chunks(
-        adapter, source, every=every, max_frames=max_frames, size=size, batch_size=batch_size
+        adapter,
+        source,
+        every=every,
+        max_frames=max_frames,
+        size=size,
+        batch_size=batch_size,
+        kinds=kinds,
     ):
         for name, maps in chunk.features.items():
             pooled.setdefault(name, []).append(reduce(maps, "t c h w -> t c", "mean"))
@@ -78,6 +87,7 @@ def encode_videos(
     rate: float = 4.0,
     size: Size | None = 224,
     batch_size: int = 8,
+    kinds: Sequence[FeatureKind] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[VideoFrames], dict[str, str]]:
     """Encode the videos that segments name.
@@ -90,6 +100,7 @@ def encode_videos(
             positions.
         size: what frames are resized to.
         batch_size: frames a forward pass.
+        kinds: as for :func:`~cosettle_adapter.evaluation.encoding.encoded_chunks`.
         on_video: called with the number of videos done and their number.
 
     Returns:
@@ -107,7 +118,7 @@ def encode_videos(
         path = root / name
         every = step_of(path, rate=rate)
         features, times = frame_features(
-            adapter, path, every=every, size=size, batch_size=batch_size
+            adapter, path, every=every, size=size, batch_size=batch_size, kinds=kinds
         )
         return VideoFrames(name, times, features)
 

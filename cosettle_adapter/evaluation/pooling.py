@@ -10,13 +10,14 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from cosettle_adapter.analysis import ADAPTED, CENTRED, RAW_LAST, RAW_SAME
+from cosettle_adapter.analysis import CENTRED, RAW_LAST, RAW_SAME
 from cosettle_adapter.evaluation.encoding import each_readable, step_of
 from cosettle_adapter.evaluation.frame_features import frame_features
 from cosettle_adapter.evaluation.labelled_videos import LabelledVideo
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter, Size
+    from cosettle_adapter.analysis import FeatureKind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ def pool_videos(
     frames: int = 16,
     size: Size | None = 224,
     batch_size: int = 8,
+    kinds: Sequence[FeatureKind] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> PooledVideos:
     """Encode videos, one pass of the backbone for all kinds of features.
@@ -56,6 +58,7 @@ def pool_videos(
         frames: about how many of a video, evenly spread over it.
         size: what frames are resized to; the shorter side by default.
         batch_size: frames a forward pass.
+        kinds: as for :func:`~cosettle_adapter.evaluation.encoding.encoded_chunks`.
         on_video: called with the number of videos done and their number.
 
     Returns:
@@ -71,7 +74,13 @@ def pool_videos(
     def read(video: LabelledVideo) -> tuple[LabelledVideo, dict[str, Tensor]]:
         every = step_of(video.path, frames=frames)
         pooled, _ = frame_features(
-            adapter, video.path, every=every, max_frames=frames, size=size, batch_size=batch_size
+            adapter,
+            video.path,
+            every=every,
+            max_frames=frames,
+            size=size,
+            batch_size=batch_size,
+            kinds=kinds,
         )
         return video, {name: reduce(values, "t c -> c", "mean") for name, values in pooled.items()}
 
@@ -93,14 +102,10 @@ def with_centred(
         reference: kind to ``(M, C)``, whose mean is taken off.
 
     Returns:
-        The features in the order raw, centred, adapted.
+        The features in the order raw, centred, all others.
     """
     same = RAW_SAME if RAW_SAME in features else RAW_LAST
     if same not in features:
         return dict(features)
-    centred = features[same] - reference[same].mean(dim=0)
-    ordered = {name: values for name, values in features.items() if name != ADAPTED}
-    ordered[CENTRED] = centred
-    if ADAPTED in features:
-        ordered[ADAPTED] = features[ADAPTED]
-    return ordered
+    raw = {name: features[name] for name in (RAW_LAST, RAW_SAME) if name in features}
+    return {**raw, CENTRED: features[same] - reference[same].mean(dim=0), **features}

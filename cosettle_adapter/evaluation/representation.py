@@ -17,10 +17,12 @@ from cosettle_adapter.analysis import (
     CENTRED,
     RAW_LAST,
     RAW_SAME,
+    FeatureKind,
     Representation,
     RepresentationMetrics,
     Spectrum,
     SpectrumStatistics,
+    centred,
     comes_home,
 )
 from cosettle_adapter.errors import FrameError
@@ -112,6 +114,7 @@ def evaluate_representation(
     *,
     failures: int = 6,
     batch_size: int = 8,
+    kinds: Sequence[FeatureKind] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> RepresentationReport:
     """Measure what stays together within videos and apart between them.
@@ -124,6 +127,7 @@ def evaluate_representation(
         settings: see :class:`RepresentationSettings`.
         failures: how many worst moments to keep.
         batch_size: frames a forward pass.
+        kinds: as for :func:`~cosettle_adapter.evaluation.encoding.encoded_chunks`.
         on_video: called with the number of videos done and their number.
 
     Raises:
@@ -138,14 +142,13 @@ def evaluate_representation(
     paths = _named(videos)
 
     def measure(name: str) -> None:
-        chunks = list(_read(adapter, paths[name], settings, batch_size))
+        chunks = list(_read(adapter, paths[name], settings, batch_size, kinds))
         features, times = joined(chunks)
         _check(features, settings)
         same = features.get(RAW_SAME, features[RAW_LAST])
-        adapted = features.pop(ADAPTED, None)
-        features[CENTRED] = same - same.mean(dim=(0, 2, 3), keepdim=True)
-        if adapted is not None:
-            features[ADAPTED] = adapted
+        adapted = features.get(ADAPTED)
+        raw = {name: features.pop(name) for name in (RAW_LAST, RAW_SAME) if name in features}
+        features = {**raw, CENTRED: centred(same), **features}
         for kind, maps in features.items():
             if kind not in metrics:
                 metrics[kind] = RepresentationMetrics(
@@ -178,7 +181,11 @@ def _named(videos: Sequence[Source]) -> dict[str, Path]:
 
 
 def _read(
-    adapter: CoSettleAdapter, path: Path, settings: RepresentationSettings, batch_size: int
+    adapter: CoSettleAdapter,
+    path: Path,
+    settings: RepresentationSettings,
+    batch_size: int,
+    kinds: Sequence[FeatureKind] | None,
 ) -> Iterator[EncodedChunk]:
     """Chunks of a video whose frames, once encoded, are small."""
     for chunk in encoded_chunks(
@@ -189,6 +196,7 @@ def _read(
         size=settings.size,
         crop=settings.crop,
         batch_size=batch_size,
+        kinds=kinds,
     ):
         side = min(_THUMBNAIL, chunk.frames.shape[-1])
         small = resize(chunk.frames, (side, side)).round().to(torch.uint8)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosettle_adapter.analysis import ADAPTED, RAW_LAST
+from cosettle_adapter.analysis import ADAPTED, RAW_LAST, FeatureKind, feature_kinds
 from cosettle_adapter.backbones.weights import fingerprint
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
-from cosettle_adapter.evaluation.clip_features import KINDS, clip_features
+from cosettle_adapter.evaluation.clip_features import clip_features
 from cosettle_adapter.evaluation.plain_json import numbers, plain, write_json
 from cosettle_adapter.evaluation.tasks import ClipScores, Task
 from cosettle_adapter.frames.geometry import plan_geometry
@@ -24,6 +24,7 @@ from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
+    from cosettle_adapter.projection import Projection
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,7 @@ class Evaluation:
     @property
     def kinds(self) -> list[str]:
         """Kinds of features that were scored, in the order of a table."""
-        found = {kind for row in self.clips.values() for kind in row}
-        return [kind for kind in KINDS if kind in found]
+        return list(self.total)
 
     def worst(self, kind: str, against: str = RAW_LAST) -> tuple[str, float]:
         """The clip that gains least by the first measure, and how much; negative is a loss."""
@@ -83,6 +83,8 @@ def evaluate(
     predictions: Path | None = None,
     size: tuple[int, int] | None = None,
     raw_only: bool = False,
+    beside: Mapping[str, Projection] | None = None,
+    settle: bool | None = None,
     batch_size: int = 8,
     on_clip: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> Evaluation:
@@ -93,40 +95,52 @@ def evaluate(
         adapter: the model.
         model: what to call it in the results.
         output: JSON file that is written after every clip. One of an earlier run with the same
-            settings is continued: clips it has are not encoded again, unless their files changed
-            or predictions are wanted that are not there. Clips not asked for stay in it.
+            settings is continued: what it has is not computed again, unless a clip's files changed
+            or predictions are wanted that are not there. Clips and kinds of features not asked
+            for stay in it.
         predictions: folder for predictions, ``<kind of features>/<clip>/...``.
         size: ``(height, width)`` in place of the protocol's; sides go to the nearest whole patch.
         raw_only: score the backbone's own features only.
+        beside: name to other projections of the same backbone to score in the same pass.
+        settle: score features settled by each clip's own statistics as well, as
+            :func:`~cosettle_adapter.analysis.feature_kinds` says.
         batch_size: frames a forward pass.
         on_clip: called with the number of clips done, their number and the name of the next.
 
     Raises:
         FrameError: no clips, or not one that could be scored; the reasons are given.
         ValueError: ``output`` holds results of other settings.
+        BackboneMismatchError: a projection of another backbone beside.
     """
+    kinds = [
+        kind
+        for kind in feature_kinds(adapter, beside=beside, settle=settle)
+        if not (raw_only and kind.name == ADAPTED)
+    ]
     clips = task.clips()
     if not clips:
         raise FrameError(f"no clips for {task.name}: nothing to evaluate")
     settings = _settings(task, adapter, model=model, size=size)
+    settings["kinds"] = {kind.name: _checksum(kind) for kind in kinds}
     stored = _resumed(output, settings)
     failed: dict[str, str] = {}
     for number, clip in enumerate(clips):
         on_clip(number, len(clips), clip.name)
         digest = _digest(clip)
-        if digest == stored.inputs.get(clip.name) and _complete(
-            stored.clips[clip.name], adapter, raw_only, predictions, clip.name
-        ):
+        if digest != stored.inputs.get(clip.name):
+            stored.forget(clip.name)
+        row = stored.clips.get(clip.name, {})
+        missing = [kind for kind in kinds if not _done(row, kind.name, predictions, clip.name)]
+        if not missing:
             continue
-        stored.forget(clip.name)
         try:
             sides = _sides(task, adapter, clip, size)
             scores = _score(
                 task,
                 adapter,
                 clip,
+                missing,
                 sides=sides,
-                raw_only=raw_only,
                 batch_size=batch_size,
                 predictions=predictions,
             )
@@ -136,15 +150,15 @@ def evaluate(
             logger.warning("%s: %s", clip.name, error)
             failed[clip.name] = str(error)
         else:
-            stored.add(clip.name, digest, sides, scores)
+            stored.add(clip.name, digest, sides, {**row, **scores})
         if output is not None:
-            write_json(_summarised(task, settings, stored, failed), output)
+            write_json(_summarised(task, settings, stored, failed, kinds), output)
     on_clip(len(clips), len(clips), "")
     wanted = stored.only([clip.name for clip in clips])
     if not wanted.clips:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:3])
         raise FrameError(f"none of {len(clips)} clips could be scored. {reasons}")
-    return _summarised(task, settings, wanted, failed)
+    return _summarised(task, settings, wanted, failed, kinds)
 
 
 @dataclasses.dataclass
@@ -190,9 +204,9 @@ def _score(
     task: Task[Any],
     adapter: CoSettleAdapter,
     clip: Any,
+    kinds: Sequence[FeatureKind],
     *,
     sides: tuple[int, int],
-    raw_only: bool,
     batch_size: int,
     predictions: Path | None,
 ) -> dict[str, ClipScores]:
@@ -200,9 +214,8 @@ def _score(
     frame = clip.read_frame(0).shape
     geometry = plan_geometry(frame[0], frame[1], patch=patch, stride=stride, size=sides)
     found: dict[str, ClipScores] = {}
-    for kind, features in clip_features(adapter, clip, size=sides, batch_size=batch_size).items():
-        if raw_only and kind == ADAPTED:
-            continue
+    each = clip_features(adapter, clip, kinds, size=sides, batch_size=batch_size)
+    for kind, features in each:
         folder = None if predictions is None else _folder(predictions, kind, clip.name)
         found[kind] = task.score(clip, features, geometry, predictions=folder)
     return found
@@ -220,7 +233,11 @@ def _sides(
 
 
 def _settings(
-    task: Task[Any], adapter: CoSettleAdapter, *, model: str, size: tuple[int, int] | None
+    task: Task[Any],
+    adapter: CoSettleAdapter,
+    *,
+    model: str,
+    size: tuple[int, int] | None,
 ) -> dict[str, Any]:
     config, backbone = adapter.config, adapter.backbone
     return {
@@ -232,7 +249,7 @@ def _settings(
         "fingerprint": backbone.fingerprint,
         "layers": list(config.layers),
         "norm": config.norm,
-        "projection": _checksum(adapter),
+        "projection": _tensors(adapter.projection),
         "patch": backbone.patch,
         "stride": backbone.stride,
         "dtype": str(adapter.dtype).removeprefix("torch."),
@@ -242,17 +259,26 @@ def _settings(
     }
 
 
-def _checksum(adapter: CoSettleAdapter) -> str:
-    tensors = dict(adapter.projection.state_dict())
-    return fingerprint(tensors) if tensors else adapter.config.kind
+def _tensors(projection: Projection) -> str:
+    tensors = dict(projection.state_dict())
+    return fingerprint(tensors) if tensors else projection.config.kind
 
 
-def _resumed(output: Path | None, settings: Mapping[str, Any]) -> _Stored:
+def _checksum(kind: FeatureKind) -> str:
+    """Text that differs where a kind's features do."""
+    layers, norm = kind.blocks
+    read = f"blocks {', '.join(map(str, layers))}{', normed' if norm else ''}"
+    made = "as they are" if kind.projection is None else _tensors(kind.projection)
+    return "; ".join([read, made] + ([] if kind.finish is None else [kind.finish.__name__]))
+
+
+def _resumed(output: Path | None, settings: dict[str, Any]) -> _Stored:
+    """What an earlier run found; the kinds of features that it had join the settings."""
     if output is None or not output.is_file():
         return _Stored()
     try:
         stored = json.loads(output.read_text(encoding="utf-8"))
-        same = stored["settings"] == plain(settings)
+        scored = stored["settings"].pop("kinds", {})
         found = _Stored(
             clips={
                 name: {kind: ClipScores(**numbers(scores)) for kind, scores in row.items()}
@@ -265,32 +291,26 @@ def _resumed(output: Path | None, settings: Mapping[str, Any]) -> _Stored:
         raise ValueError(
             f"{output} is not a results file ({error}); move it away or choose another"
         ) from error
-    if not same:
-        changed = sorted(
-            key
-            for key in {*stored["settings"], *settings}
-            if stored["settings"].get(key) != plain(settings.get(key))
-        )
+    expected = plain({key: value for key, value in settings.items() if key != "kinds"})
+    changed = sorted(
+        key
+        for key in {*stored["settings"], *expected}
+        if stored["settings"].get(key) != expected.get(key)
+    )
+    changed += [name for name, made in settings["kinds"].items() if scored.get(name, made) != made]
+    if changed:
         raise ValueError(
             f"{output} holds results of other settings (different: {', '.join(changed)}); move it "
             "away or choose another file"
         )
+    settings["kinds"] = {**settings["kinds"], **scored}
     return found
 
 
-def _complete(
-    row: Mapping[str, ClipScores],
-    adapter: CoSettleAdapter,
-    raw_only: bool,
-    predictions: Path | None,
-    name: str,
-) -> bool:
-    """Whether a clip has all kinds of features, and predictions where they are wanted."""
-    if predictions is not None:
-        folders = [_folder(predictions, kind, name) for kind in row]
-        if not all(folder.is_dir() for folder in folders):
-            return False
-    return raw_only or adapter.config.kind == "identity" or ADAPTED in row
+def _done(row: Mapping[str, ClipScores], kind: str, predictions: Path | None, name: str) -> bool:
+    """Whether a clip has scores of a kind, and predictions where they are wanted."""
+    written = predictions is None or _folder(predictions, kind, name).is_dir()
+    return kind in row and written
 
 
 def _folder(predictions: Path, kind: str, name: str) -> Path:
@@ -298,10 +318,17 @@ def _folder(predictions: Path, kind: str, name: str) -> Path:
 
 
 def _summarised(
-    task: Task[Any], settings: Mapping[str, Any], stored: _Stored, failed: Mapping[str, str]
+    task: Task[Any],
+    settings: Mapping[str, Any],
+    stored: _Stored,
+    failed: Mapping[str, str],
+    kinds: Sequence[FeatureKind],
 ) -> Evaluation:
+    # an earlier run may have scored more kinds
+    names = [kind.name for kind in kinds] + [kind for row in stored.clips.values() for kind in row]
     by_kind: dict[str, Sequence[ClipScores]] = {
-        kind: [row[kind] for row in stored.clips.values() if kind in row] for kind in KINDS
+        kind: [row[kind] for row in stored.clips.values() if kind in row]
+        for kind in dict.fromkeys(names)
     }
     return Evaluation(
         task=task.name,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,15 +12,16 @@ from PIL import Image
 from test_davis import moving_squares, write_davis
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.analysis import compare_features
+from cosettle_adapter.analysis import compare_features, feature_kinds
 from cosettle_adapter.backbones import VisionTransformerBackbone, build_backbone, lookup
 from cosettle_adapter.backbones.architectures import meta_model
-from cosettle_adapter.errors import FrameError
+from cosettle_adapter.errors import BackboneMismatchError, FrameError
 from cosettle_adapter.evaluation import davis_sequences, evaluate_sequence
 from cosettle_adapter.evaluation.clip_features import clip_features
 from cosettle_adapter.evaluation.plain_json import numbers, plain
 from cosettle_adapter.evaluation.run import Evaluation, evaluate
 from cosettle_adapter.evaluation.tasks import Davis
+from cosettle_adapter.projection import Projection
 
 SIZE = (48, 80)
 RAW, SAME, CENTRED, ADAPTED = "raw last block", "raw same block", "centred", "adapted"
@@ -43,7 +45,8 @@ def test_every_kind_of_features_is_scored_from_one_pass(
     assert result.kinds == [RAW, SAME, CENTRED, ADAPTED]
     assert not result.failed
     clip = davis_sequences(davis)[0]
-    features = clip_features(tiny_adapter, clip, size=SIZE)
+    kinds = feature_kinds(tiny_adapter)
+    features = dict(clip_features(tiny_adapter, clip, kinds, size=SIZE))
     frames = torch.stack([torch.from_numpy(clip.read_frame(t)) for t in range(len(clip))])
     frames = frames.permute(0, 3, 1, 2)
     raw, adapted = tiny_adapter(frames, size=SIZE, return_backbone=True)
@@ -236,3 +239,38 @@ def test_feature_maps_are_compared_at_the_registered_grid() -> None:
     features = compare_features(CoSettleAdapter.raw(backbone), frames)
     assert SAME not in features
     assert features[RAW].shape[1] == backbone.width
+
+
+def test_projections_beside_are_scored_in_the_same_pass_and_join_earlier_results(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.json"
+    alone = run(davis, tiny_adapter, output=output)
+    config = dataclasses.replace(tiny_adapter.config, layers=(-1,), kind="affine")
+    other = Projection(config)  # the identity on the last block, without its final norm
+    both = run(davis, tiny_adapter, output=output, beside={"other": other, "same": adapted(other)})
+    assert both.kinds == [RAW, SAME, CENTRED, ADAPTED, "other", "same"]
+    assert both.clips["one"][ADAPTED] == alone.clips["one"][ADAPTED]
+    assert both.clips["one"]["other"] == both.clips["one"]["same"]
+    again = run(davis, tiny_adapter, output=output)  # what was scored stays
+    assert again.kinds == both.kinds
+    assert json.loads(output.read_text())["settings"]["kinds"].keys() == set(both.kinds)
+    with torch.no_grad():
+        other.linears[0].weight.mul_(2)
+    with pytest.raises(ValueError, match=r"other settings \(different: other\)"):
+        run(davis, tiny_adapter, output=output, beside={"other": other})
+
+
+def test_a_projection_of_another_backbone_cannot_stand_beside(
+    davis: Path, tiny_adapter: CoSettleAdapter
+) -> None:
+    config = dataclasses.replace(tiny_adapter.config, fingerprint="sha256:other")
+    with pytest.raises(BackboneMismatchError, match="stranger was fitted on another backbone"):
+        run(davis, tiny_adapter, beside={"stranger": Projection(config)})
+
+
+def adapted(projection: Projection) -> Projection:
+    """Another projection with the same features up to their length."""
+    copy = Projection(projection.config)
+    copy.load_state_dict({name: 3 * tensor for name, tensor in projection.state_dict().items()})
+    return copy
