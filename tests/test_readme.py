@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import REGISTRY, VisionTransformerBackbone
 from cosettle_adapter.cli import main
 from cosettle_adapter.feature_file import read_features
@@ -16,6 +20,7 @@ from cosettle_adapter.published import list_models
 
 from helpers import write_video
 
+QUICK_TRAINING = ["--epochs", "1", "--size", "56", "--batch-size", "2", "--pairs-per-clip", "2"]
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -70,10 +75,13 @@ def test_the_commands_work(workplace: Path) -> None:
         for line in block.splitlines()
         if line.startswith("cosettle-adapter ")
     ]
-    assert [command[0] for command in commands] == ["list", "extract", "fit", "evaluate"]
+    assert [command[0] for command in commands] == [
+        "list", "extract", "fit", "train", "train", "prepare", "evaluate",
+    ]  # fmt: skip
     for command in commands:
         # the README's own commands, made quick where they would fit all blocks on many frames
         quick = {
+            "train": [] if "--resume" in command else QUICK_TRAINING,
             "fit": ["--layers", "7", "--rendered", "1", "--pairs", "1", "--size", "56"],
             "evaluate": ["--size", "140x196"],
         }
@@ -81,8 +89,27 @@ def test_the_commands_work(workplace: Path) -> None:
     features = read_features("clip.safetensors").features
     assert tuple(features.shape) == (10, 384, 20, 28)
     assert (workplace / "my-projection" / "config.json").is_file()
+    assert CoSettleAdapter.from_pretrained("trained").config.fit["method"] == "train"
+    assert len(list((workplace / "frames").rglob("*.jpg"))) == 24
     results = json.loads((workplace / "results.json").read_text())
     assert results["total"]["adapted"]["J mean"] > 0.5
+
+
+def test_two_processes_train_as_the_readme_says(workplace: Path) -> None:
+    (line,) = [
+        line for block in blocks("bash") for line in block.splitlines() if "torchrun" in line
+    ]
+    launcher, *arguments = shlex.split(line)
+    assert launcher == "torchrun"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+    subprocess.run(
+        [*command, *QUICK_TRAINING, "--device", "cpu"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
+    config = json.loads((workplace / "by-two" / "config.json").read_text())
+    assert config["fit"]["processes"] == 2
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
