@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.training.samples import views_writing
 from cosettle_adapter.training.corpora.corpus import Corpus
 from cosettle_adapter.training.encoding import Views, encode_views
 from cosettle_adapter.training.errors import DiskFullError, TrainingError
 from cosettle_adapter.training.objective import ObjectiveSettings, draw_offsets, objective
+from cosettle_adapter.training.samples import views_writing
 from cosettle_adapter.training.samples.dataset import TrainingPairs
 from cosettle_adapter.training.samples.views import CachedViews
 
