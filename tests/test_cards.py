@@ -42,7 +42,8 @@ def section(card: str, heading: str) -> str:
 
 def test_the_cards_are_what_the_registry_says() -> None:
     """If this fails, run `cosettle-adapter cards`."""
-    written = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
+    cards = [path for path in FOLDER.iterdir() if not path.stem.isupper()]  # TRAIN.md is a study
+    written = {path.name: path.read_text(encoding="utf-8") for path in cards}
     assert written == weights_cards()
 
 

@@ -21,7 +21,11 @@ LR_SAMPLES = 256
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """How a projection is trained; the defaults are the paper's, but for ``objective.pea``.
+    """How a projection is trained.
+
+    The defaults are the paper's, with these differences: ``objective.pea`` (see there), ``squash``
+    (whole frames are cropped, which keeps their aspect), 128 samples a step in one process where
+    the paper has 512 in four, and on small corpora ``pairs_per_clip`` and ``base_lr``.
 
     Only the encoder runs in half precision, and no gradient passes through it: the head, its
     gradients and the losses are float32 throughout, so there is no loss to scale.
@@ -31,7 +35,8 @@ class TrainSettings:
         batch_size: samples a process and forward pass; lowered where there are fewer samples.
         accumulation: forward passes a step. One step sees ``batch_size * processes *
             accumulation`` samples, and it is the same step however that product comes about.
-        base_lr: learning rate for 256 samples a step.
+        base_lr: learning rate for 256 samples a step; ``None`` for the paper's, raised on short
+            runs as :func:`~cosettle_adapter.training.schedule.learning_rate` says.
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
         warmup_epochs: linear warm-up from 0, in epochs; ``None`` for one epoch, or a fifth of a
@@ -65,7 +70,7 @@ class TrainSettings:
     epochs: int = 5
     batch_size: int = 128
     accumulation: int = 1
-    base_lr: float = 1e-4
+    base_lr: float | None = None
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_epochs: float | None = None
@@ -96,7 +101,7 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise TrainingError(f"{name} must be at least {least}, got {value}")
-        if not self.base_lr > 0 or not self.weight_decay >= 0:
+        if (self.base_lr is not None and not self.base_lr > 0) or not self.weight_decay >= 0:
             raise TrainingError(
                 f"got base_lr={self.base_lr} and weight_decay={self.weight_decay}; "
                 "expected a positive rate and a decay of at least 0"

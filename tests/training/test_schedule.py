@@ -50,7 +50,16 @@ def test_warm_up_is_an_epoch_or_a_fifth_of_a_short_run(epochs: int, warmup: floa
 
 
 def test_the_rate_grows_with_the_samples_of_a_step() -> None:
-    assert learning_rate(TrainSettings(), 512) == pytest.approx(2e-4), "the paper's 4 x 128"
+    paper = learning_rate(TrainSettings(), 512, steps=5 * 240_000 // 512)
+    assert paper == pytest.approx(2e-4, rel=1e-3), "the paper's 4 x 128"
+    assert learning_rate(TrainSettings(), 128, steps=10_000) == pytest.approx(5e-5)
+    assert learning_rate(TrainSettings(), 512, steps=100_000) == pytest.approx(2e-4)
+
+
+def test_a_short_run_gets_a_rate_that_moves_it_as_far_up_to_a_limit() -> None:
+    assert learning_rate(TrainSettings(), 32, steps=1000) == pytest.approx(2344 * 2e-4 / 1000)
+    assert learning_rate(TrainSettings(), 32, steps=75) == 1e-3
+    assert learning_rate(TrainSettings(base_lr=1e-4), 128, steps=75) == pytest.approx(5e-5)
 
 
 def test_only_matrices_decay() -> None:
