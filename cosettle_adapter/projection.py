@@ -17,7 +17,8 @@ from typing import Any, Literal, get_args
 import torch
 from einops import rearrange
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from cosettle_adapter.closed_form import AffineMap
@@ -259,8 +260,10 @@ class Projection(nn.Module):
         """Write ``config.json`` and ``projection.safetensors`` into ``folder``, each atomically."""
         folder = Path(folder)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        # Through memory: the format's own writer hides that it was the disk that is full.
+        content = to_safetensors(tensors, metadata={"format_version": str(FORMAT_VERSION)})
         with atomic_path(folder / WEIGHTS_FILE) as path:
-            save_file(tensors, path, metadata={"format_version": str(FORMAT_VERSION)})
+            path.write_bytes(content)
         with atomic_path(folder / CONFIG_FILE) as path:
             path.write_text(self.config.to_json(), encoding="utf-8")
 

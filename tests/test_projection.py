@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -192,3 +193,17 @@ def test_a_folder_without_one_of_the_files_is_refused(tmp_path: Path, missing: s
     (tmp_path / missing).unlink()
     with pytest.raises(ProjectionFormatError, match=f"it has no {missing}"):
         Projection.load(tmp_path)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(OSError, match="No space left"):
+        Projection(CONFIG).save(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -66,7 +66,11 @@ def _add_head_arguments(group: argparse._ArgumentGroup) -> None:
         "--norm", action=argparse.BooleanOptionalAction, help="apply the backbone's final norm"
     )
     group.add_argument("--stride", type=int, help="pixels between patches; the patch by default")
-    group.add_argument("--base-lr", type=float, default=1e-4, help="for 256 samples a step")
+    group.add_argument(
+        "--base-lr",
+        type=float,
+        help="for 256 samples a step; the paper's 1e-4, more on short runs",
+    )
     group.add_argument("--weight-decay", type=float, default=0.05, help="of matrices")
     group.add_argument("--warmup", type=float, help="epochs; one, or a fifth of a short run")
 
@@ -223,7 +227,6 @@ def _train(
             views_folder=options.views_folder or options.output / _VIEWS_FOLDER,
             on_sample=progress.encoded,
         )
-        progress.begin(len(data))
         trained = train(
             backbone,
             data,
@@ -237,6 +240,7 @@ def _train(
             licence=options.licence or "",
             about_data=options.about_data or ", ".join(Path(place).name for place in options.data),
             command=words,
+            on_start=progress.begin,
             on_step=progress.stepped,
         )
     for name, reason in corpus.problems:

@@ -99,8 +99,13 @@ class Checkpoint:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Tell whether ``folder`` holds a run."""
-    return (folder / CHECKPOINT_FILE).is_file()
+    """Tell whether ``folder`` holds a run that did a step; without one there is nothing to lose."""
+    if not (folder / CHECKPOINT_FILE).is_file():
+        return False
+    try:
+        return Checkpoint.load(folder).step > 0
+    except CheckpointError:  # of another version, say: not ours to throw away
+        return True
 
 
 def remove_unfinished(folder: Path) -> None:

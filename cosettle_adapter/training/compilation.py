@@ -9,7 +9,8 @@ def compile_encoder(backbone: Backbone, *, backend: str = "inductor") -> None:
     """Compile a backbone's blocks in place, each by itself.
 
     All blocks of a transformer share one compiled graph, so that this takes seconds rather than
-    minutes; an encoder without blocks is compiled whole. It stays compiled afterwards.
+    minutes; an encoder without blocks is compiled whole. It stays compiled afterwards, and what
+    is compiled already is left as it is.
 
     Args:
         backbone: to compile; nothing happens before it runs.
@@ -23,4 +24,5 @@ def compile_encoder(backbone: Backbone, *, backend: str = "inductor") -> None:
         for block in group.children()
     ]
     for module in blocks or backbone.children():
-        module.compile(backend=backend)
+        if module._compiled_call_impl is None:
+            module.compile(backend=backend)

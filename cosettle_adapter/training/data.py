@@ -10,6 +10,7 @@ import torch
 
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.training.batches import TrainingData
+from cosettle_adapter.training.compilation import compile_encoder
 from cosettle_adapter.training.corpora.corpus import Corpus
 from cosettle_adapter.training.distribution import on_main
 from cosettle_adapter.training.samples.dataset import TrainingPairs
@@ -36,7 +37,8 @@ def open_data(
 
     Args:
         corpus: clips.
-        backbone: the frozen encoder; moves to the accelerator's device if it has to encode.
+        backbone: the frozen encoder; where views are kept, it moves to the accelerator's device
+            and is compiled if the settings say so.
         settings: of the run.
         accelerator: of this process.
         views_folder: where views are kept.
@@ -59,6 +61,8 @@ def open_data(
         return pairs
     backbone.grid(settings.size, settings.size)
     backbone.to(accelerator.device)
+    if settings.compile:
+        compile_encoder(backbone)
     config = settings.head_config(backbone)
     half = settings.precision != "float32"
 

@@ -22,4 +22,4 @@ class DiskFullError(CosettleError, OSError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; the run was saved, and the message says how to go on."""
+    """Ctrl-C or SIGTERM; what was done is saved, and the message says how to go on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -16,7 +17,7 @@ from cosettle_adapter.training.distribution import make_accelerator, on_main
 from cosettle_adapter.training.errors import TrainingInterrupted
 from cosettle_adapter.training.head import Head, new_head
 from cosettle_adapter.training.metrics_log import MetricsLog, StepReport
-from cosettle_adapter.training.result import prepare_folder
+from cosettle_adapter.training.result import prepared_folder
 from cosettle_adapter.training.run import Run, Trained
 from cosettle_adapter.training.schedule import make_optimizer
 from cosettle_adapter.training.settings import TrainSettings
@@ -49,6 +50,7 @@ def train(
     licence: str = "",
     about_data: str = "",
     command: Sequence[str] = (),
+    on_start: Callable[[int], None] = lambda samples: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> Trained:
     """Train a projection for a backbone on unlabelled clips.
@@ -74,13 +76,16 @@ def train(
         licence: licence to record; the backbone's by default.
         about_data: what the clips are, to record.
         command: words of the command line, to record.
+        on_start: called in the main process before the first step that is to be done, with the
+            samples of an epoch.
         on_step: called in the main process after every step.
 
     Returns:
         The projection, and what was measured.
 
     Raises:
-        TrainingError: it cannot begin: the folder holds a run, or there are too few samples.
+        TrainingError: it cannot begin: the folder holds a run, another process is writing into it,
+            or there are too few samples.
         CheckpointError: there is nothing to resume, or it is another run.
         NonFiniteLossError: naming the clips; the last checkpoint is kept.
         DiskFullError: no space left; the last checkpoint is kept.
@@ -111,44 +116,52 @@ def train(
     )
     start = "random" if resume else settings.init
     head = Head(new_head(config, init=start, seed=settings.seed)).to(accelerator.device)
-    on_main(accelerator, lambda: prepare_folder(folder, resume=resume, overwrite=overwrite))
-    setup = Setup(
-        accelerator,
-        backbone,
-        data,
-        folder,
-        plan,
-        settings,
-        validation_digest=None if validation is None else validation.digest,
-        about_data=about_data,
-        command=tuple(command),
-    )
-    optimizer, scheduler = make_optimizer(
-        head, settings, samples=plan.samples_per_step, steps_per_epoch=plan.steps_per_epoch
-    )
-    run = Run(setup, head, optimizer, scheduler)
-    run.skipped.update(getattr(data, "skipped", ()))
-    if resume:
-        run.restore()
-    backbone.to(accelerator.device)
-    if settings.compile:
-        compile_encoder(backbone)
-    stepper = Stepper(setup, head, optimizer, scheduler, run.skipped)
-    if validation is not None:
-        clips = validation
-        size, seed = settings.size, settings.seed
-        run.begin_validation(lambda: Validation(backbone, clips, config, size=size, seed=seed))
-    log = on_main(accelerator, lambda: MetricsLog(folder, step=run.step, tensorboard=tensorboard))
-    try:
-        _run_to_the_end(run, stepper, log, on_step)
-    finally:
-        if log is not None:
-            log.close()
-    return run.finish()
+    with contextlib.ExitStack() as held:
+        prepared = prepared_folder(folder, resume=resume, overwrite=overwrite)
+        on_main(accelerator, lambda: held.enter_context(prepared))
+        setup = Setup(
+            accelerator,
+            backbone,
+            data,
+            folder,
+            plan,
+            settings,
+            validation_digest=None if validation is None else validation.digest,
+            about_data=about_data,
+            command=tuple(command),
+        )
+        optimizer, scheduler = make_optimizer(
+            head, settings, samples=plan.samples_per_step, steps_per_epoch=plan.steps_per_epoch
+        )
+        run = Run(setup, head, optimizer, scheduler)
+        run.skipped.update(getattr(data, "skipped", ()))
+        if resume:
+            run.restore()
+        backbone.to(accelerator.device)
+        if settings.compile:
+            compile_encoder(backbone)
+        stepper = Stepper(setup, head, optimizer, scheduler, run.skipped)
+        if validation is not None:
+            clips = validation
+            size, seed = settings.size, settings.seed
+            run.begin_validation(lambda: Validation(backbone, clips, config, size=size, seed=seed))
+        log = on_main(
+            accelerator, lambda: MetricsLog(folder, step=run.step, tensorboard=tensorboard)
+        )
+        try:
+            _run_to_the_end(run, stepper, log, on_start, on_step)
+        finally:
+            if log is not None:
+                log.close()
+        return run.finish()
 
 
 def _run_to_the_end(
-    run: Run, stepper: Stepper, log: MetricsLog | None, on_step: Callable[[StepReport], None]
+    run: Run,
+    stepper: Stepper,
+    log: MetricsLog | None,
+    on_start: Callable[[int], None],
+    on_step: Callable[[StepReport], None],
 ) -> None:
     """Do the steps that are left; ``log`` is ``None`` in all processes but the first."""
     setup = run.setup
@@ -163,6 +176,8 @@ def _run_to_the_end(
         if run.step == 0:
             _validate(run, log, epoch=0)
             run.save()
+        if log is not None and run.step < plan.steps:
+            on_start(plan.samples)
         for step in range(run.step, plan.steps):
             began = time.monotonic()
             result = stepper.run(

@@ -49,7 +49,7 @@ def cycle_consistency_loss(
         ValueError: shapes that do not fit each other or the grid, vectors longer than 1, a
             temperature that is not positive, or a window larger than the grid.
     """
-    x1, x2, x1_perturbed = _unit_vectors(x1=x1, x2=x2, x1_perturbed=x1_perturbed)
+    x1, x2, x1_perturbed = _unit_vectors(False, x1=x1, x2=x2, x1_perturbed=x1_perturbed)
     if x1.ndim != 3 or not x1.shape == x2.shape == x1_perturbed.shape:
         raise ValueError(
             "expected x1, x2 and x1_perturbed (B, N, C) of one shape, got "
@@ -60,7 +60,13 @@ def cycle_consistency_loss(
 
 
 def multi_frame_cycle_loss(
-    forward: Tensor, backward: Tensor, grid: Grid, temperature: float = 0.03, pool: int = 2
+    forward: Tensor,
+    backward: Tensor,
+    grid: Grid,
+    temperature: float = 0.03,
+    pool: int = 2,
+    *,
+    normalised: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Walk out over frames and back, for every number of frames, and average over the cycles.
 
@@ -75,6 +81,7 @@ def multi_frame_cycle_loss(
         grid: as in :func:`cycle_consistency_loss`.
         temperature: as in :func:`cycle_consistency_loss`.
         pool: as in :func:`cycle_consistency_loss`.
+        normalised: the vectors are known to be of unit length; a look at them waits for a GPU.
 
     Returns:
         Loss and accuracy, each the mean over the cycles.
@@ -82,7 +89,7 @@ def multi_frame_cycle_loss(
     Raises:
         TypeError, ValueError: as :func:`cycle_consistency_loss`.
     """
-    forward, backward = _unit_vectors(forward=forward, backward=backward)
+    forward, backward = _unit_vectors(normalised, forward=forward, backward=backward)
     b, t, *vectors = forward.shape
     if forward.ndim != 4 or t < 2 or tuple(backward.shape) != (b, t - 1, *vectors):
         raise ValueError(
@@ -133,7 +140,9 @@ def _mean_over_cycles(out: Tensor, back: Tensor, temperature: float) -> tuple[Te
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
-def semantic_separability_loss(original: Tensor, projected: Tensor) -> Tensor:
+def semantic_separability_loss(
+    original: Tensor, projected: Tensor, *, normalised: bool = False
+) -> Tensor:
     """Divergence of the projected tokens from the backbone's, as distributions over channels.
 
     The paper's semantic separability regularisation (section 3.3; ``forward_kl_loss`` in each
@@ -145,6 +154,7 @@ def semantic_separability_loss(original: Tensor, projected: Tensor) -> Tensor:
     Args:
         original: ``(B, ..., C)`` unit vectors of the backbone.
         projected: ``(B, ..., C)`` unit vectors after the projection.
+        normalised: as in :func:`multi_frame_cycle_loss`.
 
     Returns:
         A scalar, float32 (float64 for float64 vectors).
@@ -153,7 +163,7 @@ def semantic_separability_loss(original: Tensor, projected: Tensor) -> Tensor:
         TypeError: vectors that are not floating-point tensors.
         ValueError: another shape for each, or vectors longer than 1.
     """
-    original, projected = _unit_vectors(original=original, projected=projected)
+    original, projected = _unit_vectors(normalised, original=original, projected=projected)
     if original.ndim < 2 or original.shape != projected.shape:
         raise ValueError(
             "expected original and projected vectors (B, ..., C) of one shape, got "
@@ -177,7 +187,7 @@ def _transition(here: Tensor, there: Tensor, temperature: float) -> Tensor:
     return F.softmax(here @ rearrange(there, "b n c -> b c n") / temperature, dim=-1)
 
 
-def _unit_vectors(**given: Tensor) -> Sequence[Tensor]:
+def _unit_vectors(normalised: bool, **given: Tensor) -> Sequence[Tensor]:
     """The vectors in float32, or float64, if they can be unit vectors."""
     for name, vectors in given.items():
         if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
@@ -185,8 +195,8 @@ def _unit_vectors(**given: Tensor) -> Sequence[Tensor]:
             raise TypeError(f"expected {name} as a floating-point tensor, got {kind}")
         if vectors.ndim < 2 or not vectors.numel():
             raise ValueError(f"expected {name} (B, ..., C), got {tuple(vectors.shape)}")
-        if torch.compiler.is_compiling():
-            continue  # a look at the values would break the graph
+        if normalised or torch.compiler.is_compiling():
+            continue  # a look at the values would wait for the device, or break the graph
         longest = float(torch.linalg.vector_norm(vectors.detach(), dim=-1).max())
         if longest > _LONGEST:
             raise ValueError(

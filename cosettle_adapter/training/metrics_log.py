@@ -49,7 +49,9 @@ class MetricsLog:
     """Appends a line a logged step to ``metrics.jsonl``, and the same to TensorBoard."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
-        """Go on after ``step``: lines of later steps, which will come again, are removed.
+        """Go on after ``step``: lines that will come again are removed.
+
+        These are the lines of later steps; at step 0, which is measured anew, all of them.
 
         Args:
             folder: of the run.
@@ -60,15 +62,16 @@ class MetricsLog:
             MissingExtraError: TensorBoard is not installed.
         """
         self._folder = folder
+        first = step + 1 if step else 0
         self._writer = None
         if tensorboard:
             module = require(
                 "torch.utils.tensorboard", extra="tensorboard", purpose="writing TensorBoard files"
             )
-            self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         file = folder / METRICS_FILE
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= step)
+        kept = "".join(f"{line}\n" for line in lines if _step_of(line) < first)
         with disk_full_in_a_sentence(folder), atomic_path(file) as path:
             path.write_text(kept, encoding="utf-8")
 

@@ -135,7 +135,9 @@ def objective(
         frames = views.forward.shape[1]
         forward, backward = projected[:, :frames], projected[:, frames:]
         cycles = [
-            multi_frame_cycle_loss(forward, backward, views.grid, temperature, settings.pool)
+            multi_frame_cycle_loss(
+                forward, backward, views.grid, temperature, settings.pool, normalised=True
+            )
             for temperature in settings.temperatures
         ]
         cycle, accuracy = (torch.stack(each).mean() for each in zip(*cycles, strict=True))
@@ -147,7 +149,8 @@ def objective(
 def _separability(tokens: Tensor, projected: Tensor, weight: float) -> Tensor:
     width, projected_width = tokens.shape[-1], projected.shape[-1]
     if width == projected_width:
-        return semantic_separability_loss(F.normalize(tokens, dim=-1), projected)
+        original = F.normalize(tokens, dim=-1)
+        return semantic_separability_loss(original, projected, normalised=True)
     if weight:
         raise ValueError(
             f"the separability loss compares channels one by one, but the head makes "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cosettle_adapter.training.checkpoint import (
     remove_unfinished,
 )
 from cosettle_adapter.training.errors import TrainingError
+from cosettle_adapter.training.locking import exclusive
 from cosettle_adapter.training.metrics_log import METRICS_FILE, read_metrics
 
 CARD_FILE = "README.md"
@@ -32,34 +34,43 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder with something in it that nobody said what to do with.
 
     Raises:
-        TrainingError: it holds a run or a projection, and neither ``resume`` nor ``overwrite``
-            was asked for; or both were; or it is a file.
+        TrainingError: it holds a run that did a step, or a projection, and neither ``resume`` nor
+            ``overwrite`` was asked for; or both were; or it is a file.
     """
     if resume and overwrite:
         raise TrainingError("--resume goes on with a run and --overwrite removes it: give one")
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file; the output is a folder")
-    held = [name for name in (CHECKPOINT_FILE, WEIGHTS_FILE) if (folder / name).exists()]
-    if held and not resume and not overwrite:
-        way_on = f"go on with --resume {folder}, or " if has_checkpoint(folder) else ""
+    if resume or overwrite:
+        return
+    resumable = has_checkpoint(folder)
+    if resumable or (folder / WEIGHTS_FILE).exists():
+        held = CHECKPOINT_FILE if resumable else WEIGHTS_FILE
+        way_on = f"go on with --resume {folder}, or " if resumable else ""
         raise TrainingError(
-            f"{folder} already holds a {held[0]}: {way_on}begin anew with --overwrite, "
+            f"{folder} already holds a {held}: {way_on}begin anew with --overwrite, "
             "which removes it"
         )
 
 
-def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the output folder ready for a run.
+@contextlib.contextmanager
+def prepared_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Make the output folder ready for a run, and keep others out of it while the block runs.
 
     Raises:
-        TrainingError: as :func:`check_folder`.
+        TrainingError: as :func:`check_folder`, or another process is writing into it.
     """
     check_folder(folder, resume=resume, overwrite=overwrite)
-    for name in _FILES if overwrite else ():
-        (folder / name).unlink(missing_ok=True)
     with disk_full_in_a_sentence(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
+    refusal = f"another run is writing into {folder}: wait until it ends, or use another folder"
+    with exclusive(folder, refusal=refusal):
+        # A run that ended since the first look left something.
+        check_folder(folder, resume=resume, overwrite=overwrite)
+        for name in _FILES if overwrite else ():
+            (folder / name).unlink(missing_ok=True)
+        remove_unfinished(folder)
+        yield
 
 
 def write_result(folder: Path, projection: Projection) -> None:

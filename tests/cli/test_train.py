@@ -4,6 +4,7 @@ import argparse
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from training_fakes import SMALL_VIT
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.backbones import registry
+from cosettle_adapter.backbones import Backbone, registry
 from cosettle_adapter.cli import main
 from cosettle_adapter.cli.train import _settings, add_arguments
 from cosettle_adapter.cli.training_progress import TrainingProgress
@@ -62,6 +63,7 @@ def test_a_folder_of_videos_becomes_an_adapter(
     (workplace / "clips" / "broken.mp4").write_bytes(b"not a video")
     assert train("--about-data", "squares") == 0
     printed = capsys.readouterr().out
+    assert "16 samples an epoch; the first step is under way" in printed
     assert "step 8 of 8, epoch 2: loss" in printed
     assert "clips/s" in printed
     assert "skipped 1 videos" in printed
@@ -134,6 +136,42 @@ def test_validation_chooses_the_best(workplace: Path, capsys: pytest.CaptureFixt
     assert config["kind"] == "mlp2"
 
 
+def test_ctrl_c_while_views_are_encoded_keeps_them(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(self: TrainingProgress, done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    arguments = ["--cache-views", "16", "--views-folder", "views"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "encoded", pressed)
+        assert train(*arguments) == 130
+    said = "interrupted; the views of 1 of 3 clips are kept in views; run the same again to go on"
+    assert said in capsys.readouterr().err
+    assert train(*arguments) == 0
+
+
+def test_an_encoder_is_compiled_before_views_are_encoded(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    at_first: list[int] = []
+    tokens = Backbone.intermediate_tokens
+
+    def compile_module(self: torch.nn.Module, **_: object) -> None:
+        compiled.append(self)
+        self._compiled_call_impl = self._call_impl
+
+    def encode(self: Backbone, *arguments: Any, **options: Any) -> Any:
+        at_first.append(len(compiled))
+        return tokens(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    monkeypatch.setattr(Backbone, "intermediate_tokens", encode)
+    assert train("--cache-views", "2", "--compile") == 0
+    assert at_first[0] == len(compiled) == SMALL_VIT.depth, "once"
+
+
 def test_views_are_encoded_once(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +217,7 @@ def test_a_mistake_is_a_sentence(
     printed = capsys.readouterr()
     assert message in printed.err
     assert "Traceback" not in printed.err
+    assert "under way" not in printed.out or "--data" in arguments, "settings are checked first"
     assert not (workplace / "out" / "projection.safetensors").exists()
 
 

@@ -146,6 +146,16 @@ def test_lines_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
     assert lines[0]["kl"] is None, "JSON has no NaN"
 
 
+def test_a_run_resumed_at_its_beginning_is_measured_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        log = MetricsLog(tmp_path, step=0)
+        log.write(0, {"raw/overlap": 0.5})
+        log.close()
+    assert read_metrics(tmp_path) == [{"step": 0, "raw/overlap": 0.5}]
+    MetricsLog(tmp_path, step=1).close()
+    assert len(read_metrics(tmp_path)) == 1, "not measured again"
+
+
 def test_a_new_run_begins_an_empty_log(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     MetricsLog(tmp_path, step=0)

@@ -23,6 +23,15 @@ def test_a_compiled_encoder_gives_the_same_tokens() -> None:
     assert len(compiled) == backbone.depth
 
 
+def test_an_encoder_is_compiled_once() -> None:
+    backbone = small_backbone()
+    compile_encoder(backbone, backend="eager")
+    before = [module._compiled_call_impl for module in backbone.modules()]
+    compile_encoder(backbone, backend="eager")
+    after = [module._compiled_call_impl for module in backbone.modules()]
+    assert all(one is other for one, other in zip(before, after, strict=True))
+
+
 @pytest.fixture
 def on_gpu() -> Iterator[None]:
     """Accelerate keeps the device of a process; other tests took the CPU."""

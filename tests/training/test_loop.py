@@ -27,6 +27,7 @@ from cosettle_adapter.training.errors import (
     TrainingError,
     TrainingInterrupted,
 )
+from cosettle_adapter.training.locking import exclusive
 from cosettle_adapter.training.loop import StepReport, Trained, train
 from cosettle_adapter.training.metrics_log import read_metrics
 from cosettle_adapter.training.settings import TrainSettings
@@ -264,6 +265,58 @@ def test_a_full_disk_keeps_what_was_saved(
         fit(backbone, tmp_path, dataclasses.replace(QUICK, save_every=1))
     assert Checkpoint.load(tmp_path).step == 3
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_at_the_end_keeps_the_run(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name.startswith(".projection"):
+            written(path, data[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written(path, data)
+
+    one = dataclasses.replace(QUICK, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(DiskFullError, match=r"no space left .*--resume"):
+            fit(backbone, tmp_path, one)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "metrics.jsonl"}
+    assert fit(backbone, tmp_path, one, resume=True).steps == 6
+
+
+def test_a_run_that_did_no_step_is_in_nobodys_way(backbone: Backbone, tmp_path: Path) -> None:
+    one = dataclasses.replace(QUICK, epochs=1)
+    with pytest.raises(FrameError, match="cannot be read"):
+        fit(backbone, tmp_path, one, FakeData(missing=tuple(range(24))))
+    started: list[int] = []
+    trained = fit(backbone, tmp_path, one, FakeData(seed=1), on_start=started.append)
+    assert (trained.steps, started) == (6, [24])
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7))
+    (tmp_path / "projection.safetensors").unlink()
+    (tmp_path / "checkpoint.pt").write_bytes(b"what another version wrote")
+    with pytest.raises(TrainingError, match=r"already holds a checkpoint\.pt"):
+        fit(backbone, tmp_path, one)
+
+
+def test_two_runs_do_not_share_a_folder(backbone: Backbone, tmp_path: Path) -> None:
+    refusals: list[str] = []
+
+    def meanwhile(report: StepReport) -> None:
+        if report.step == 2:
+            for how in ({"resume": True}, {"overwrite": True}):
+                with pytest.raises(TrainingError, match="another run is writing into") as caught:
+                    fit(backbone, tmp_path, QUICK, **how)  # type: ignore[arg-type]
+                refusals.append(str(caught.value))
+
+    one = dataclasses.replace(QUICK, epochs=1, save_every=1)
+    fit(backbone, tmp_path, one, on_step=meanwhile)
+    assert len(refusals) == 2
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7))
+    with exclusive(tmp_path, refusal="still held"):
+        pass
 
 
 def test_skipped_videos_are_counted_over_a_resume(backbone: Backbone, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosettle_adapter.backbones import Backbone, VisionTransformerBackbone, build_backbone, lookup
 from cosettle_adapter.errors import GeometryError
@@ -342,3 +343,23 @@ def test_an_untrained_network_comes_back_by_chance() -> None:
     with torch.no_grad():
         accuracy = float(objective(head.project, views, settings).accuracy)
     assert accuracy == pytest.approx(1 / 49, abs=4 * math.sqrt(1 / 49 / (clips * 49)))
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often a value is brought to Python, for which it waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_objective_does_not_wait_for_the_device() -> None:
+    views = views_for()
+    with Looks() as looks:
+        objective(nn.Linear(8, 8), views, PAPER)
+    assert looks.count == 0
+    with Looks() as looks, pytest.raises(ValueError, match="as unit vectors"):
+        multi_frame_cycle_loss(views.forward, views.backward, views.grid)
+    assert looks.count == 1

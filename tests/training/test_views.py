@@ -17,10 +17,11 @@ from numbered import encode_numbered
 from torch.utils.data import DataLoader
 
 from cosettle_adapter.backbones import VisionTransformerBackbone
-from cosettle_adapter.errors import FrameError
+from cosettle_adapter.errors import FrameError, MissingExtraError
 from cosettle_adapter.training.corpora.corpus import Corpus
 from cosettle_adapter.training.encoding import Views, encode_views
-from cosettle_adapter.training.errors import DiskFullError, TrainingError
+from cosettle_adapter.training.errors import DiskFullError, TrainingError, TrainingInterrupted
+from cosettle_adapter.training.locking import exclusive
 from cosettle_adapter.training.objective import ObjectiveSettings, draw_offsets, objective
 from cosettle_adapter.training.samples import views_writing
 from cosettle_adapter.training.samples.dataset import TrainingPairs
@@ -177,7 +178,9 @@ class TestResuming:
             return encode(*arguments)
 
         monkeypatch.setattr(views_writing, "_encode", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(
+            TrainingInterrupted, match=rf"views of {2 * fails_after} of 6 clips are kept .* go on"
+        ):
             read(tmp_path, pairs, tiny_backbone)
         assert json.loads((tmp_path / "views.json").read_text())["done"] == 2 * fails_after
         with (tmp_path / "tokens.f16").open("ab") as tokens:
@@ -290,6 +293,29 @@ class TestRefusals:
         (tmp_path / "tokens.f16").write_bytes(b"1234")
         with pytest.raises(TrainingError, match=r"is damaged: it has 4 bytes, and its index says"):
             read(tmp_path, pairs, tiny_backbone)
+
+    def test_a_folder_that_another_run_is_building(
+        self, tmp_path: Path, complete: Path, pairs: TrainingPairs,
+        tiny_backbone: VisionTransformerBackbone,
+    ) -> None:  # fmt: skip
+        with exclusive(tmp_path, refusal="the test holds it"):
+            with pytest.raises(TrainingError, match=r"another run is encoding views into .*: wait"):
+                read(tmp_path, pairs, tiny_backbone)
+            assert not (tmp_path / "views.json").exists()
+        with exclusive(complete, refusal="the test holds it"):
+            read(complete, pairs, tiny_backbone)  # who only reads needs no lock
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_what_ends_the_run_is_told_in_a_sentence(
+        self, workers: int, tmp_path: Path, pairs: TrainingPairs,
+        tiny_backbone: VisionTransformerBackbone, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        def fail(*_: Any) -> None:
+            raise MissingExtraError("reading video files needs av")
+
+        monkeypatch.setattr(TrainingPairs, "draw_all", fail)
+        with pytest.raises(MissingExtraError, match=r"^reading video files needs av$"):
+            read(tmp_path, pairs, tiny_backbone, workers=workers)
 
     def test_no_readable_video(
         self, tmp_path: Path, tiny_backbone: VisionTransformerBackbone

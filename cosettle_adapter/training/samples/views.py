@@ -101,7 +101,7 @@ class CachedViews(Dataset[CachedSample]):
 
         A folder that is complete is used as it is. What is written counts only once a whole chunk
         of clips is on disk, so that a killed process costs the chunk it was at. One process at a
-        time may build a folder.
+        time may build a folder; any number may read a complete one.
 
         Args:
             folder: made if it is not there.
@@ -118,10 +118,11 @@ class CachedViews(Dataset[CachedSample]):
 
         Raises:
             TrainingError: the folder holds other views (the message says what differs), is
-                damaged, or the tokens do not fit float16.
+                damaged, another process is building it, or the tokens do not fit float16.
             DiskFullError: there is not room for all views, which is found out before anything is
                 encoded, or there is no more; whole chunks are kept.
             FrameError: no video can be read.
+            TrainingInterrupted: Ctrl-C; whole chunks are kept.
         """
         layout = ViewsLayout.of(
             pairs, backbone, settings,

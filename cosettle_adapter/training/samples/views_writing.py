@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.errors import FrameError
+from cosettle_adapter.errors import CosettleError, FrameError
 from cosettle_adapter.training.encoding import encode_views
-from cosettle_adapter.training.errors import DiskFullError, TrainingError
+from cosettle_adapter.training.errors import DiskFullError, TrainingError, TrainingInterrupted
+from cosettle_adapter.training.locking import exclusive
 from cosettle_adapter.training.objective import ObjectiveSettings, draw_offsets
 from cosettle_adapter.training.samples.dataset import TrainingPairs
 from cosettle_adapter.training.samples.views_file import TOKENS_NAME, ViewsFile, ViewsLayout
@@ -25,12 +26,16 @@ from cosettle_adapter.training.samples.views_file import TOKENS_NAME, ViewsFile,
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Clip:
-    """All views of a clip to encode, (K, T, 3, S, S), or why there are none."""
+    """All views of a clip to encode, (K, T, 3, S, S), or why there are none.
+
+    A failure ends the run; pickled by the loader it would become a printed traceback.
+    """
 
     name: str
     frames: Tensor | None
     seeds: Tensor
     problem: str = ""
+    failure: Exception | None = None
 
 
 def write_views(
@@ -49,14 +54,27 @@ def write_views(
     if not file.complete:
         check_room(file)
         file.folder.mkdir(parents=True, exist_ok=True)
-        decoded = iter(_decoded(pairs, layout.views, range(file.done, layout.clips), workers))
-        with _tokens_file(file) as tokens:
-            for first in range(file.done, layout.clips, layout.chunk):
-                chunk = [next(decoded) for _ in range(min(layout.chunk, layout.clips - first))]
-                encoded = _encode(chunk, backbone, settings, layout, autocast, batch_size)
-                file = _append(file, tokens, chunk, encoded)
-                if on_sample is not None:
-                    on_sample(file.done * layout.views, layout.clips * layout.views)
+        refusal = (
+            f"another run is encoding views into {file.folder}: wait until it is done with them, "
+            "or use another folder"
+        )
+        with exclusive(file.folder, refusal=refusal):
+            file = ViewsFile.open(file.folder, layout)  # another run may just have gone on
+            decoded = _decoded(pairs, layout.views, range(file.done, layout.clips), workers)
+            with _tokens_file(file) as tokens:
+                try:
+                    for first in range(file.done, layout.clips, layout.chunk):
+                        count = min(layout.chunk, layout.clips - first)
+                        chunk = [next(decoded) for _ in range(count)]
+                        encoded = _encode(chunk, backbone, settings, layout, autocast, batch_size)
+                        file = _append(file, tokens, chunk, encoded)
+                        if on_sample is not None:
+                            on_sample(file.done * layout.views, layout.clips * layout.views)
+                except KeyboardInterrupt as interruption:
+                    raise TrainingInterrupted(
+                        f"the views of {file.done} of {layout.clips} clips are kept in "
+                        f"{file.folder}; run the same again to go on"
+                    ) from interruption
     if len(file.skipped) == layout.clips:
         name, problem = file.skipped[0]
         raise FrameError(
@@ -109,10 +127,13 @@ class _Draws(Dataset[_Clip]):
 
     def __getitem__(self, clip: int) -> _Clip:
         name = self._pairs.corpus.videos[clip].name
+        nothing = torch.empty(0, dtype=torch.int64)
         try:
             samples = self._pairs.draw_all(clip, range(self._views))
         except FrameError as error:
-            return _Clip(name, None, torch.empty(0, dtype=torch.int64), str(error) or "unreadable")
+            return _Clip(name, None, nothing, str(error) or "unreadable")
+        except (CosettleError, OSError) as error:
+            return _Clip(name, None, nothing, failure=error)
         seeds = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
         return _Clip(name, torch.stack([sample.frames for sample in samples]), seeds)
 
@@ -123,8 +144,8 @@ def _itself(clip: Any) -> Any:
 
 def _decoded(
     pairs: TrainingPairs, views: int, clips: Sequence[int], workers: int
-) -> DataLoader[_Clip]:
-    return DataLoader(
+) -> Iterator[_Clip]:
+    loader: DataLoader[_Clip] = DataLoader(
         _Draws(pairs, views),
         batch_size=None,
         sampler=clips,
@@ -133,6 +154,10 @@ def _decoded(
         # the loader's own draw stays out of the global state
         generator=torch.Generator().manual_seed(0),
     )
+    for clip in loader:
+        if clip.failure is not None:
+            raise clip.failure
+        yield clip
 
 
 def _encode(
