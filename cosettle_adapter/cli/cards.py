@@ -28,7 +28,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     cards = weights_cards()
     folder: Path = options.output
     stale = [name for name, text in cards.items() if _text(folder / name) != text]
-    unknown = sorted(path.name for path in folder.glob("*.md") if path.name not in cards)
+    pages = [path for path in folder.glob("*.md") if not path.stem.isupper()]  # studies are
+    unknown = sorted(path.name for path in pages if path.name not in cards)
     for name in [] if options.check else stale:
         with atomic_path(folder / name) as path:
             path.write_text(cards[name], encoding="utf-8", newline="\n")

@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights_argument(parser)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of videos")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--candidates",
+        type=Path,
+        metavar="DIR",
+        help="write each projection that it chooses from here, for evaluate --beside",
+    )
     parser.add_argument("--device", default="cpu", help="torch device of the encoder")
     parser.add_argument(
         "--layers", type=int, nargs="*", help="single blocks to choose from; none if empty"
@@ -149,6 +155,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
             workers=options.workers,
             on_clip=advance,
         )
+    if options.candidates is not None:
+        for candidate, projection in result.projections.items():
+            projection.save(options.candidates / str(candidate))
     result.projection.save(options.output)
     names = labels([result.chosen, *result.scores])
     if result.scores:

@@ -8,7 +8,7 @@ from cosettle_adapter.frames.photographs import photographs
 from cosettle_adapter.frames.prefetch import prefetch
 from cosettle_adapter.frames.rendered import RenderedClip, render_clip
 from cosettle_adapter.frames.resampling import apply_geometry, resample_to_points
-from cosettle_adapter.frames.sources import FrameChunk, SourceInfo, open_frames, probe
+from cosettle_adapter.frames.sources import FrameChunk, SourceInfo, open_frames, pinned, probe
 
 __all__ = [
     "Fit",
@@ -20,6 +20,7 @@ __all__ = [
     "as_frames",
     "open_frames",
     "photographs",
+    "pinned",
     "plan_geometry",
     "prefetch",
     "probe",

@@ -49,6 +49,8 @@ def as_frames(frames: Any) -> Tensor:
 def validate_frames(frames: Tensor) -> None:
     """Check that a tensor holds RGB frames as this package takes them.
 
+    Under ``torch.compile`` the range of floats is not checked.
+
     Args:
         frames: (3, H, W), (T, 3, H, W) or (B, T, 3, H, W), uint8 or float in [0, 1].
 
@@ -60,6 +62,8 @@ def validate_frames(frames: Tensor) -> None:
         return
     if frames.dtype not in _FLOATS:
         _refuse_dtype(frames.dtype)
+    if torch.compiler.is_compiling():  # values are not known then, and looking would break the graph
+        return
     low, high = (bound.item() for bound in torch.aminmax(frames.detach()))
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         _refuse_range(low, high)

@@ -60,6 +60,7 @@ def open_frames(
     end: float | None = None,
     every: int = 1,
     max_frames: int | None = None,
+    skip: int = 0,
     chunk_size: int = 8,
     fps: float | None = None,
 ) -> Generator[FrameChunk, None, None]:
@@ -74,6 +75,8 @@ def open_frames(
         end: second to stop before.
         every: keep every n-th frame of those in range.
         max_frames: keep at most this many frames.
+        skip: pass over the first ones of those kept, without making their pixels: for going on
+            where an earlier reading ended. ``start`` of the first chunk is this number.
         chunk_size: frames in a chunk; the last one may hold fewer.
         fps: frames per second of a source that is not a video; 1 by default, so that times are
             positions.
@@ -90,14 +93,21 @@ def open_frames(
             off or ends before the length its header promises.
         MissingExtraError: PyAV, Pillow or numpy is needed and not installed.
     """
-    selection = Selection(start, end, every, max_frames)
+    selection = Selection(start, end, every, max_frames, skip)
     if chunk_size < 1:
         raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
     if fps is not None and not (0 < fps < math.inf):
         raise FrameError(f"fps must be positive, got {fps}")
     name = _name(source)
     wanted = selection.of(_pending(source, start, fps), name)
-    return _chunks(wanted, chunk_size, name)
+    return _chunks(wanted, chunk_size, name, skip)
+
+
+def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, None, None]:
+    """Move frames into page-locked memory, from which a GPU copies while it computes."""
+    with contextlib.closing(chunks):
+        for chunk in chunks:
+            yield FrameChunk(chunk.frames.pin_memory(), chunk.timestamps, chunk.start)
 
 
 def probe(source: Any) -> SourceInfo:
@@ -126,9 +136,9 @@ def probe(source: Any) -> SourceInfo:
 
 
 def _chunks(
-    wanted: Generator[PendingFrame, None, None], chunk_size: int, source: str
+    wanted: Generator[PendingFrame, None, None], chunk_size: int, source: str, skipped: int
 ) -> Generator[FrameChunk, None, None]:
-    delivered = 0
+    delivered = skipped
     first: tuple[int, ...] | None = None
     failure: Exception | None = None
     with contextlib.closing(wanted):

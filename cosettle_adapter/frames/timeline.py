@@ -35,6 +35,7 @@ class Selection:
         end: second to stop before, or None.
         every: keep every n-th frame of those in range.
         max_frames: keep at most this many, or None.
+        skip: of those kept, pass over this many: they count, and their pixels are not made.
 
     Raises:
         FrameError: a value outside its range.
@@ -44,6 +45,7 @@ class Selection:
     end: float | None = None
     every: int = 1
     max_frames: int | None = None
+    skip: int = 0
 
     def __post_init__(self) -> None:
         if self.start is not None and not self.start >= 0:
@@ -54,6 +56,8 @@ class Selection:
             raise FrameError(f"every must be at least 1 (every frame), got {self.every}")
         if self.max_frames is not None and self.max_frames < 1:
             raise FrameError(f"max_frames must be at least 1, or None, got {self.max_frames}")
+        if self.skip < 0:
+            raise FrameError(f"skip must be at least 0, got {self.skip}")
 
     def of(
         self, frames: Generator[PendingFrame, None, None], source: str
@@ -73,7 +77,8 @@ class Selection:
                 if self.end is not None and frame.time >= self.end:
                     break
                 if in_range % self.every == 0:
-                    yield frame
+                    if kept >= self.skip:
+                        yield frame
                     kept += 1
                     if kept == self.max_frames:
                         return

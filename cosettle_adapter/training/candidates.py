@@ -32,6 +32,10 @@ class Candidate:
     solver: str
     strength: float
 
+    def __str__(self) -> str:
+        """Name it in full, as in ``7-whiten-1``."""
+        return f"{'+'.join(map(str, self.blocks))}-{self.solver}-{self.strength:g}"
+
 
 def block_sets(
     backbone: Backbone,

@@ -10,11 +10,7 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.frames import open_frames, probe
-
-VIDEO_SUFFIXES = (
-    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
-    ".ogv", ".ts", ".webm", ".wmv",
-)  # fmt: skip
+from cosettle_adapter.frames.files import VIDEO_SUFFIXES
 
 
 def find_clips(folder: str | os.PathLike[str]) -> list[Path]:

@@ -71,17 +71,22 @@ class Fit:
     """What :func:`fit_projection` returns.
 
     Attributes:
-        projection: the fitted projection; ``projection.config.fit`` tells how it was made.
+        projections: each candidate's; ``projection.config.fit`` tells how it was made.
         chosen: what was chosen.
         scores: each candidate's mean overlap on rendered clips, by which it was chosen; empty
             if none were rendered.
         skipped: clips that could not be read, and why.
     """
 
-    projection: Projection
+    projections: dict[Candidate, Projection]
     chosen: Candidate
     scores: dict[Candidate, float]
     skipped: dict[Path, str]
+
+    @property
+    def projection(self) -> Projection:
+        """The chosen one."""
+        return self.projections[self.chosen]
 
 
 def fit(
@@ -160,7 +165,7 @@ def fit_projection(
         on_clip: called with the clips done and their number.
 
     Returns:
-        The projection, the scores it was chosen by, and the clips that were skipped.
+        The projections, the scores one was chosen by, and the clips that were skipped.
 
     Raises:
         StatisticsError: no clip gave a pair of frames.
@@ -206,14 +211,22 @@ def fit_projection(
         )
         scores = overlaps(backbone, solutions, rendered, on_clip=advance)
     chosen = max(scores, key=lambda each: scores[each]) if scores else every[0]
-    record = _record(settings, chosen, gathered, scores, len(clips), data)
-    projection = _projection(backbone, chosen, solutions[chosen], record, licence)
-    return Fit(projection, chosen, scores, gathered.skipped)
+    projections = {
+        each: _projection(
+            backbone,
+            each,
+            solution,
+            _record(settings, each, gathered, scores, len(clips), data),
+            licence,
+        )
+        for each, solution in solutions.items()
+    }
+    return Fit(projections, chosen, scores, gathered.skipped)
 
 
 def _projection(
     backbone: Backbone,
-    chosen: Candidate,
+    candidate: Candidate,
     solution: AffineMap,
     record: Mapping[str, Any],
     licence: str,
@@ -222,7 +235,7 @@ def _projection(
         backbone=backbone.row.name,
         fingerprint=backbone.fingerprint,
         backbone_revision=backbone.revision,
-        layers=chosen.blocks,
+        layers=candidate.blocks,
         norm=False,
         in_width=solution.weight.shape[1],
         out_width=solution.weight.shape[0],
@@ -239,16 +252,16 @@ def _projection(
 
 def _record(
     settings: FitSettings,
-    chosen: Candidate,
+    candidate: Candidate,
     gathered: Gathered,
     scores: Mapping[Candidate, float],
     clips: int,
     data: str,
 ) -> dict[str, Any]:
-    statistics: TokenStatistics = gathered.statistics[chosen.blocks]
+    statistics: TokenStatistics = gathered.statistics[candidate.blocks]
     names = labels(list(scores))
     record: dict[str, Any] = {
-        "method": SOLVERS[chosen.solver].formula,
+        "method": SOLVERS[candidate.solver].formula,
         "data": data,
         "clips": clips,
         "skipped": sorted(path.name for path in gathered.skipped),
@@ -261,8 +274,8 @@ def _record(
             names[each]: round(score, 4) for each, score in scores.items()
         }
     record["settings"] = {
-        "solver": chosen.solver,
-        "strength": None if math.isinf(chosen.strength) else chosen.strength,
+        "solver": candidate.solver,
+        "strength": None if math.isinf(candidate.strength) else candidate.strength,
         "nuisance": settings.nuisance,
         "size": settings.size,
         "pairs": settings.pairs,

@@ -13,6 +13,7 @@ import torch
 
 from cosettle_adapter.cards import model_card
 from cosettle_adapter.files import atomic_path
+from cosettle_adapter.locking import exclusive
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection
 from cosettle_adapter.training.checkpoint import (
     CHECKPOINT_FILE,
@@ -21,7 +22,6 @@ from cosettle_adapter.training.checkpoint import (
     remove_unfinished,
 )
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.locking import exclusive
 from cosettle_adapter.training.metrics_log import METRICS_FILE, read_metrics
 
 CARD_FILE = "README.md"
@@ -64,7 +64,7 @@ def prepared_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[
     with disk_full_in_a_sentence(folder):
         folder.mkdir(parents=True, exist_ok=True)
     refusal = f"another run is writing into {folder}: wait until it ends, or use another folder"
-    with exclusive(folder, refusal=refusal):
+    with exclusive(folder, refusal=TrainingError(refusal)):
         # A run that ended since the first look left something.
         check_folder(folder, resume=resume, overwrite=overwrite)
         for name in _FILES if overwrite else ():

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
 
 from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import VisionTransformerBackbone
@@ -47,9 +48,10 @@ def test_every_option_reaches_the_fit(
     output = tmp_path / "fitted"
     command = f"fit --backbone tiny --data {clips} -o {output} --layers --concatenate 7+9 auto"
     command += " --solver whiten centre --strengths 2 --gap 2 4 --correspondences soft"
-    command += " --nuisance intra+clips --size 48 --pairs 1 --rendered 1"
+    command += f" --nuisance intra+clips --size 48 --pairs 1 --rendered 1 --candidates {output}s"
     assert main(command.split()) == 0
-    config = Projection.load(output).config
+    chosen = Projection.load(output)
+    config = chosen.config
     assert len(config.layers) > 1
     assert config.out_width == 192
     settings = config.fit["settings"]
@@ -57,6 +59,9 @@ def test_every_option_reaches_the_fit(
     assert (settings["nuisance"], settings["strength"]) == ("intra+clips", 2)
     tried = config.fit["overlap_by_block"]
     assert {"7+9 whiten 2", "5+7+9+11 centre 2", "6+10 whiten 2"} <= tried.keys()
+    written = {folder.name: Projection.load(folder) for folder in Path(f"{output}s").iterdir()}
+    assert written.keys() == {name.replace(" ", "-") for name in tried}
+    assert any(torch.equal(w.linears[0].weight, chosen.linears[0].weight) for w in written.values())
     printed = capsys.readouterr().out
     assert "5+7+9+11 whiten 2" in printed
     CoSettleAdapter(tiny_backbone, Projection.load(output))

@@ -18,6 +18,7 @@ from training_fakes import QUICK, SMALL_VIT, FakeData, small_backbone
 from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import FrameError, GeometryError
+from cosettle_adapter.locking import exclusive
 from cosettle_adapter.training.checkpoint import Checkpoint
 from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import (
@@ -27,7 +28,6 @@ from cosettle_adapter.training.errors import (
     TrainingError,
     TrainingInterrupted,
 )
-from cosettle_adapter.training.locking import exclusive
 from cosettle_adapter.training.loop import StepReport, Trained, train
 from cosettle_adapter.training.metrics_log import read_metrics
 from cosettle_adapter.training.settings import TrainSettings
@@ -315,7 +315,7 @@ def test_two_runs_do_not_share_a_folder(backbone: Backbone, tmp_path: Path) -> N
     fit(backbone, tmp_path, one, on_step=meanwhile)
     assert len(refusals) == 2
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7))
-    with exclusive(tmp_path, refusal="still held"):
+    with exclusive(tmp_path, refusal=TrainingError("still held")):
         pass
 
 

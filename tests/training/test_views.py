@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.errors import FrameError, MissingExtraError
+from cosettle_adapter.locking import exclusive
 from cosettle_adapter.training.corpora.corpus import Corpus
 from cosettle_adapter.training.encoding import Views, encode_views
 from cosettle_adapter.training.errors import DiskFullError, TrainingError, TrainingInterrupted
-from cosettle_adapter.training.locking import exclusive
 from cosettle_adapter.training.objective import ObjectiveSettings, draw_offsets, objective
 from cosettle_adapter.training.samples import views_writing
 from cosettle_adapter.training.samples.dataset import TrainingPairs
@@ -298,11 +298,11 @@ class TestRefusals:
         self, tmp_path: Path, complete: Path, pairs: TrainingPairs,
         tiny_backbone: VisionTransformerBackbone,
     ) -> None:  # fmt: skip
-        with exclusive(tmp_path, refusal="the test holds it"):
+        with exclusive(tmp_path, refusal=TrainingError("the test holds it")):
             with pytest.raises(TrainingError, match=r"another run is encoding views into .*: wait"):
                 read(tmp_path, pairs, tiny_backbone)
             assert not (tmp_path / "views.json").exists()
-        with exclusive(complete, refusal="the test holds it"):
+        with exclusive(complete, refusal=TrainingError("the test holds it")):
             read(complete, pairs, tiny_backbone)  # who only reads needs no lock
 
     @pytest.mark.parametrize("workers", [0, 1])

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cosettle_adapter.errors import FrameError, did_you_mean
-from cosettle_adapter.frames.files import IMAGE_SUFFIXES
-from cosettle_adapter.training.clips import VIDEO_SUFFIXES
+from cosettle_adapter.frames.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cosettle_adapter.training.corpora.found import Discovery, Found
 from cosettle_adapter.training.corpora.index import INDEX_NAME, is_current, read_index
 from cosettle_adapter.training.corpora.listing import LIST_SUFFIXES, read_list

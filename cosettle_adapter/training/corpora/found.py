@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.files import IMAGE_SUFFIXES
-from cosettle_adapter.training.clips import VIDEO_SUFFIXES
+from cosettle_adapter.frames.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cosettle_adapter.training.corpora.shards import SHARD_SUFFIX, index_shard
 
 

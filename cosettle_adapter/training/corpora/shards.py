@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.frames.streams import FileRange
-from cosettle_adapter.training.clips import VIDEO_SUFFIXES
+from cosettle_adapter.frames.files import VIDEO_SUFFIXES
 
 SHARD_SUFFIX = ".tar"
 

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import CosettleError, FrameError
+from cosettle_adapter.locking import exclusive
 from cosettle_adapter.training.encoding import encode_views
 from cosettle_adapter.training.errors import DiskFullError, TrainingError, TrainingInterrupted
-from cosettle_adapter.training.locking import exclusive
 from cosettle_adapter.training.objective import ObjectiveSettings, draw_offsets
 from cosettle_adapter.training.samples.dataset import TrainingPairs
 from cosettle_adapter.training.samples.views_file import TOKENS_NAME, ViewsFile, ViewsLayout
@@ -58,7 +58,7 @@ def write_views(
             f"another run is encoding views into {file.folder}: wait until it is done with them, "
             "or use another folder"
         )
-        with exclusive(file.folder, refusal=refusal):
+        with exclusive(file.folder, refusal=TrainingError(refusal)):
             file = ViewsFile.open(file.folder, layout)  # another run may just have gone on
             decoded = _decoded(pairs, layout.views, range(file.done, layout.clips), workers)
             with _tokens_file(file) as tokens:

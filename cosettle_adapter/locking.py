@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cosettle_adapter.training.errors import TrainingError
-
 LOCK_FILE = ".lock"
 
 logger = logging.getLogger(__name__)
@@ -20,7 +18,7 @@ _HELD: set[int] = set()
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, refusal: str) -> Iterator[None]:
+def exclusive(folder: Path, *, refusal: Exception) -> Iterator[None]:
     """Keep other processes out of ``folder`` while the block runs.
 
     The lock is the system's: it ends with the process, however that ends, and the file is removed
@@ -28,10 +26,10 @@ def exclusive(folder: Path, *, refusal: str) -> Iterator[None]:
 
     Args:
         folder: existing folder.
-        refusal: the error where another process is in.
+        refusal: what to raise where another process is in.
 
     Raises:
-        TrainingError: another process is in.
+        Exception: ``refusal``, where another process is in.
     """
     if sys.platform == "win32":
         yield
@@ -47,7 +45,7 @@ def exclusive(folder: Path, *, refusal: str) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(path: Path, refusal: str) -> int:
+def _acquire(path: Path, refusal: Exception) -> int:
     import fcntl  # Windows has none
 
     while True:
@@ -57,7 +55,7 @@ def _acquire(path: Path, refusal: str) -> int:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(handle)
-                raise TrainingError(refusal) from error
+                raise refusal from error
             logger.debug("no lock in %s: %s", path.parent, error)
             return handle
         # Its last holder may have removed the file since it was opened.
