@@ -29,16 +29,13 @@ SOLVER_NAMES = (
     "soft-threshold",
     "surrogate",
 )
-AUTO = (-1,)
 
 
 def blocks(text: str) -> tuple[int, ...]:
-    """Parse one set of ``--concatenate``: ``5+7+9+11``, or ``auto``."""
-    if text == "auto":
-        return AUTO
+    """Parse one set of ``--concatenate``: ``5+7+9+11``."""
     numbers = text.split("+")
     if len(numbers) < 2 or not all(number.isdigit() for number in numbers):
-        raise argparse.ArgumentTypeError(f"expected blocks such as 7+11, or auto, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected blocks such as 7+11, got {text!r}")
     return tuple(map(int, numbers))
 
 
@@ -63,13 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--concatenate",
         type=blocks,
-        nargs="+",
-        default=[],
+        nargs="*",
         metavar="N+N",
-        help="blocks to be read together, to choose from as well: 7+11, or auto for a few sets",
+        help="blocks to be read together, to choose from as well; none if empty. By default the "
+        "last beside each earlier one, and none beside --layers",
     )
     parser.add_argument(
-        "--solver", nargs="+", default=["whiten"], metavar="NAME", help=", ".join(SOLVER_NAMES)
+        "--solver", nargs="+", default=["shrink"], metavar="NAME", help=", ".join(SOLVER_NAMES)
     )
     parser.add_argument(
         "--strengths",
@@ -108,7 +105,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
     from cosettle_adapter.backbones import HubOptions, load_backbone
-    from cosettle_adapter.training.candidates import labels, usual_concatenations
+    from cosettle_adapter.training.candidates import labels
     from cosettle_adapter.training.clips import find_clips
     from cosettle_adapter.training.fit import FitSettings, fit_projection
 
@@ -121,12 +118,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
             device=options.device,
             options=hub,
         )
-    concatenations = [one for one in options.concatenate if one != AUTO]
-    if AUTO in options.concatenate:
-        concatenations += usual_concatenations(backbone.depth)
     settings = FitSettings(
         layers=None if options.layers is None else tuple(options.layers),
-        concatenations=tuple(concatenations),
+        concatenations=None if options.concatenate is None else tuple(options.concatenate),
         solvers=tuple(options.solver),
         strengths=None if options.strengths is None else tuple(options.strengths),
         nuisance=options.nuisance,

@@ -16,6 +16,7 @@ from cosettle_adapter.closed_form import (
 )
 
 Blocks = tuple[int, ...]  # 0-based, ascending; several are concatenated
+_MOST_PAIRS = 8  # the statistics of one are three matrices of (2 C)^2 doubles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +41,21 @@ class Candidate:
 def block_sets(
     backbone: Backbone,
     layers: Sequence[int] | None = None,
-    concatenations: Sequence[Sequence[int]] = (),
+    concatenations: Sequence[Sequence[int]] | None = None,
 ) -> list[Blocks]:
     """Return the sets of blocks to choose from.
 
     Args:
         backbone: the encoder.
         layers: single blocks, negative ones from the end; the upper two thirds by default.
-        concatenations: sets of blocks to be read together.
+        concatenations: sets of blocks to be read together; by default :func:`pairs_with_last`,
+            and none where ``layers`` are given.
 
     Raises:
         ValueError: no such block, or nothing to choose from.
     """
+    if concatenations is None:
+        concatenations = pairs_with_last(backbone.depth) if layers is None else ()
     singles = range(backbone.depth // 3, backbone.depth) if layers is None else layers
     wanted = [(layer,) for layer in sorted({backbone.block(layer) for layer in singles})]
     joined = [tuple(sorted({backbone.block(layer) for layer in one})) for one in concatenations]
@@ -61,21 +65,18 @@ def block_sets(
     return found
 
 
-def usual_concatenations(depth: int) -> list[Blocks]:
-    """Return a few sets worth trying: two and four blocks spread over the upper two thirds.
+def pairs_with_last(depth: int) -> list[Blocks]:
+    """Return the last block beside each other one of the upper two thirds, eight at most.
 
-    The last four as well; fewer where there are not as many blocks.
+    Middle blocks tell places apart, the last one what they show (``weights_cards/FIT.md``).
     """
-    upper = range(depth // 3, depth)
-    spread = tuple(sorted({upper[(2 * part + 1) * len(upper) // 8] for part in range(4)}))
-    middle = tuple(sorted({upper[(2 * part + 1) * len(upper) // 4] for part in range(2)}))
-    sets = dict.fromkeys([middle, spread, tuple(upper[-4:])])
-    return [blocks for blocks in sets if len(blocks) > 1]
+    lower = range(depth // 3, depth - 1)
+    return [(block, depth - 1) for block in lower[:: -(-len(lower) // _MOST_PAIRS) or 1]]
 
 
 def candidates(
     sets: Sequence[Blocks],
-    solvers: Sequence[str] = ("whiten",),
+    solvers: Sequence[str] = ("shrink",),
     strengths: Sequence[float] | None = None,
 ) -> list[Candidate]:
     """Return every combination.

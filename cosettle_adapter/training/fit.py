@@ -36,10 +36,11 @@ class FitSettings:
 
     Attributes:
         layers: 0-based single blocks to choose from; the upper two thirds by default.
-        concatenations: sets of blocks to be read together, to choose from as well.
+        concatenations: sets of blocks to be read together, to choose from as well; the last block
+            beside each earlier one by default, none by default where ``layers`` are given.
         solvers: names of solvers (``cosettle_adapter.closed_form.SOLVERS``) to choose from.
         strengths: to choose from, in units of the solvers, which are S's mean eigenvalue for the
-            ridge of ``whiten``, where infinity only centres. Each solver's default by default;
+            ridge of ``shrink``, where infinity only centres. Each solver's default by default;
             all that the table lists for it if empty. Rendered clips are a poor judge of them:
             their objects never change shape, so they favour less damping than real videos bear.
         nuisance: what to damp: S, S and the covariance of the clips' means (``intra+clips``), or
@@ -54,8 +55,8 @@ class FitSettings:
     """
 
     layers: tuple[int, ...] | None = None
-    concatenations: tuple[tuple[int, ...], ...] = ()
-    solvers: tuple[str, ...] = ("whiten",)
+    concatenations: tuple[tuple[int, ...], ...] | None = None
+    solvers: tuple[str, ...] = ("shrink",)
     strengths: tuple[float, ...] | None = None
     nuisance: Nuisance = "intra"
     size: int = 280

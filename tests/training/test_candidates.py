@@ -11,14 +11,17 @@ from cosettle_adapter.training.candidates import (
     block_sets,
     candidates,
     labels,
-    usual_concatenations,
+    pairs_with_last,
 )
 
 
-def test_single_blocks_of_the_upper_two_thirds_are_the_default(
+def test_the_upper_two_thirds_and_each_beside_the_last_are_the_default(
     tiny_backbone: VisionTransformerBackbone,
 ) -> None:
-    assert block_sets(tiny_backbone) == [(layer,) for layer in range(4, 12)]
+    singles = [(layer,) for layer in range(4, 12)]
+    assert block_sets(tiny_backbone) == singles + [(layer, 11) for layer in range(4, 11)]
+    assert block_sets(tiny_backbone, concatenations=()) == singles
+    assert block_sets(tiny_backbone, (7,)) == [(7,)]
     assert block_sets(tiny_backbone, (-1, 3, 11), [(9, -5)]) == [(3,), (11,), (7, 9)]
     with pytest.raises(ValueError, match="no blocks to choose from"):
         block_sets(tiny_backbone, ())
@@ -26,22 +29,19 @@ def test_single_blocks_of_the_upper_two_thirds_are_the_default(
         block_sets(tiny_backbone, (), [(7, 12)])
 
 
-def test_the_usual_concatenations() -> None:
-    assert usual_concatenations(12) == [(6, 10), (5, 7, 9, 11), (8, 9, 10, 11)]
-
-
 @given(depth=st.integers(1, 48))
-def test_usual_concatenations_are_sets_of_upper_blocks(depth: int) -> None:
-    for blocks in usual_concatenations(depth):
-        assert 1 < len(blocks) <= 4
-        assert list(blocks) == sorted(set(blocks))
-        assert depth // 3 <= blocks[0]
-        assert blocks[-1] < depth
+def test_few_blocks_are_paired_with_the_last(depth: int) -> None:
+    pairs = pairs_with_last(depth)
+    lower = depth - 1 - depth // 3
+    assert min(lower, 4) <= len(pairs) <= min(lower, 8)
+    assert len(set(pairs)) == len(pairs)
+    for earlier, last in pairs:
+        assert depth // 3 <= earlier < last == depth - 1
 
 
 def test_every_combination_is_a_candidate() -> None:
     default = candidates([(3,), (7, 9)])
-    assert default == [Candidate((3,), "whiten", 1.0), Candidate((7, 9), "whiten", 1.0)]
+    assert default == [Candidate((3,), "shrink", 1.0), Candidate((7, 9), "shrink", 1.0)]
     assert list(labels(default).values()) == ["3", "7+9"]
     every = candidates([(3,)], ("whiten", "surrogate"), ())
     listed = [each.strength for each in every if each.solver == "surrogate"]
