@@ -21,6 +21,7 @@ from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.visualization import (
     feature_panels,
     fit_pca,
+    pca_film,
     pca_frames,
     side_by_side,
     stills,
@@ -106,6 +107,16 @@ def test_a_sample_gives_nearly_the_same_components_and_repeats() -> None:
     full = fit_pca(features)
     overlap = (sampled.components[0] * full.components[0]).sum().abs()
     assert 0.9 < overlap < 0.99999
+
+
+def test_a_sample_is_drawn_from_the_whole_clip() -> None:
+    features = noise(8, 4, 5, 5)
+    features[6:, 0] *= 100  # what varies most does so at the end
+    basis = fit_pca(features, samples=60)
+    assert basis.components[0].argmax() == 0
+    assert basis.components[0, 0] > 0.99
+    half = fit_pca(features.half(), samples=60)
+    torch.testing.assert_close(half.components, basis.components, atol=1e-2, rtol=0)
 
 
 def test_clips_of_different_grids_can_share_a_basis() -> None:
@@ -218,6 +229,20 @@ def test_feature_panels_share_the_colours_of_shared_structure() -> None:
     difference = (panels["raw"].int() - panels["turned"].int()).abs()
     assert panels["raw"].shape == frames.shape
     assert difference.max() <= 1
+
+
+def test_a_pca_film_shows_the_clip_and_the_panels(tmp_path: Path) -> None:
+    frames, raw = film(3, 24, 28), uneven(3)
+    path = pca_film(frames, {"raw": raw, "turned": raw.flip(1)}, tmp_path / "film.png", fps=5)
+    panels = feature_panels(frames, {"raw": raw, "turned": raw.flip(1)})
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+        assert image.size == tuple(side_by_side(panels).shape[:-3:-1])
+    assert len(decoded(pca_film(frames, raw, tmp_path / "film.mp4", mode="bilinear"))) == 3
+    with pytest.raises(FrameError, match=r"\(3, 24, 28\)"):
+        pca_film(frames[0], raw, tmp_path / "film.mp4")
+    with pytest.raises(FrameError, match="different length"):
+        pca_film(frames[:2], raw, tmp_path / "film.mp4")
 
 
 # films

@@ -18,16 +18,20 @@ COMMANDS = (
     "download",
     "convert",
     "extract",
+    "export",
+    "view",
     "fit",
     "train",
     "prepare",
     "evaluate",
+    "benchmark",
     "push",
     "cards",
 )
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+WIDE = 190  # columns that our widest table needs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging(errors, verbose=options.verbose)
     try:
         command = importlib.import_module(f"cosettle_adapter.cli.{_module(options.command)}")
-        status: int = command.run(options, console())
+        output = console()
+        if not output.is_terminal:  # a file or another program: tables in full
+            output.width = max(output.width, WIDE)
+        status: int = command.run(options, output)
         return status
     except KeyboardInterrupt as interruption:
         said = str(interruption) or "nothing half-written was left behind"

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 HELP = "show models and backbones"
 
-_WIDE = 190  # columns that the table of backbones needs
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
@@ -29,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Print the models or the backbones."""
+    from cosettle_adapter.cli import WIDE
     from cosettle_adapter.published import list_models
 
     everything = list_models()
@@ -36,9 +35,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         console.print_json(json.dumps([dataclasses.asdict(model) for model in everything]))
     elif options.backbones:
-        if not console.is_terminal:
-            console.width = max(console.width, _WIDE)
-        console.print(_backbones(everything, wide=console.width >= _WIDE))
+        console.print(_backbones(everything, wide=console.width >= WIDE))
         console.print(
             "Any other encoder: timm:<tag>, timm:<tag>@<pixels a cell>, open_clip:<arch>/<tag>"
         )

@@ -1,17 +1,38 @@
-"""Pictures of features: PCA colours, captioned panels, films (extra ``[viz]``)."""
+"""Pictures of features: PCA colours, masks, tracks and similarity over frames (extra ``[viz]``)."""
 
 from __future__ import annotations
 
+from cosettle_adapter.visualization.colours import colour_scale, distinct_colours
 from cosettle_adapter.visualization.films import write_film
-from cosettle_adapter.visualization.panels import feature_panels, side_by_side, stills
+from cosettle_adapter.visualization.masks import overlay_masks
+from cosettle_adapter.visualization.panels import (
+    feature_panels,
+    pca_film,
+    side_by_side,
+    stills,
+)
 from cosettle_adapter.visualization.pca import PCABasis, fit_pca, pca_frames
+from cosettle_adapter.visualization.similarity import (
+    similarity_frames,
+    similarity_maps,
+    similarity_peaks,
+)
+from cosettle_adapter.visualization.trails import draw_tracks
 
 __all__ = [
     "PCABasis",
+    "colour_scale",
+    "distinct_colours",
+    "draw_tracks",
     "feature_panels",
     "fit_pca",
+    "overlay_masks",
+    "pca_film",
     "pca_frames",
     "side_by_side",
+    "similarity_frames",
+    "similarity_maps",
+    "similarity_peaks",
     "stills",
     "write_film",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extras import require
+from cosettle_adapter.visualization.films import write_film
 from cosettle_adapter.visualization.pca import fit_pca, pca_frames
+from cosettle_adapter.visualization.pixels import check_frames
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,6 +52,40 @@ def feature_panels(
             reference = basis.scores(maps)
         panels[caption] = pca_frames(maps, basis, size=(height, width), mode=mode)
     return panels
+
+
+def pca_film(
+    frames: Tensor,
+    features: Tensor | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    fps: float = 12,
+    mode: str = "nearest",
+) -> Path:
+    """Write a film of a clip beside the PCA colours of its features.
+
+    Args:
+        frames: ``(T, 3, H, W)`` uint8.
+        features: ``(T, C, h, w)`` floats, or several by caption, as in :func:`feature_panels`.
+        path: ``.mp4``, ``.gif``, ``.webp`` or ``.png``, as in :func:`write_film`.
+        fps: frames per second.
+        mode: ``"nearest"`` or ``"bilinear"``, as in :func:`pca_frames`.
+
+    Returns:
+        The path written.
+
+    Raises:
+        FrameError: frames of another kind, or not one for each feature map.
+        GeometryError: features that :func:`fit_pca` cannot take, or on different grids.
+        MissingExtraError: Pillow, or PyAV for ``.mp4``, is not installed.
+
+    Example:
+        >>> raw, features = adapter(frames, return_backbone=True)  # doctest: +SKIP
+        >>> pca_film(frames, {"raw": raw, "adapted": features}, "film.mp4")  # doctest: +SKIP
+    """
+    check_frames(frames)
+    named = {"features": features} if isinstance(features, Tensor) else features
+    return write_film(side_by_side(feature_panels(frames, named, mode=mode)), path, fps=fps)
 
 
 def stills(panels: Mapping[str, Tensor], *, moments: int = 3) -> Tensor:

@@ -7,7 +7,7 @@ the clip; whatever still flickers is in the features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,23 +103,23 @@ def fit_pca(
             f"got components={components} for {patches} patches of {width} channels, expected "
             f"1 to {min(width, patches - 1)}. Give more frames or ask for fewer components."
         )
-    tokens = torch.cat([_tokens(clip) for clip in clips])
-    if not tokens.isfinite().all():
-        raise FrameError(
-            "got features with NaN or infinite values, which have no principal components. "
-            "Look for the first frame where features.isfinite().all() is False."
-        )
+    for frame in _frames(clips):
+        if not frame.isfinite().all():
+            raise FrameError(
+                "got features with NaN or infinite values, which have no principal components. "
+                "Look for the first frame where features.isfinite().all() is False."
+            )
 
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(patches, generator=generator)[:samples]
-    sample = tokens[chosen].double()
+    sample = _sample(clips, patches, samples, seed)
     mean = sample.mean(dim=0)
     centred = sample - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred / len(sample))  # ascending
     rows = vectors[:, -components:].flip(-1).T
     rows = rows * _largest_loading(rows).sign()
 
-    scores = (tokens - mean.float()) @ rows.float().T
+    # frame by frame: a float32 copy of a long clip would be the largest thing here
+    tokens = (_tokens(frame) for frame in _frames(clips))
+    scores = torch.cat([(each - mean.float()) @ rows.float().T for each in tokens])
     if align_to is not None:
         rotation = _procrustes(scores, _reference_scores(align_to, clips, components))
         rows, scores = rotation.T @ rows, scores @ rotation.float()
@@ -175,6 +175,25 @@ def _check_maps(clips: Sequence[Tensor]) -> int:
             "of one kind. Fit a basis for each kind."
         )
     return widths[0]
+
+
+def _frames(clips: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield every frame of every clip, ``(1, C, h, w)``."""
+    for clip in clips:
+        yield from torch.split(clip, 1)
+
+
+def _sample(clips: Sequence[Tensor], patches: int, samples: int, seed: int) -> Tensor:
+    """Draw ``(samples, C)`` float64 patches of all clips without repetition."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(patches, generator=generator)[:samples].sort().values
+    drawn, passed = [], 0
+    for frame in _frames(clips):
+        count = frame.shape[2] * frame.shape[3]
+        here = chosen[(chosen >= passed) & (chosen < passed + count)]
+        drawn.append(_tokens(frame)[here - passed].double())
+        passed += count
+    return torch.cat(drawn)
 
 
 def _tokens(clip: Tensor) -> Tensor:

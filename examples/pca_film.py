@@ -1,0 +1,73 @@
+"""Write a film of a clip beside its patch features in colour, raw and adapted.
+
+Try: python examples/pca_film.py
+     python examples/pca_film.py clip.mp4 -o film.gif --size 280 --every 2
+
+Colours are three principal components with one basis for the whole clip: where a colour flickers,
+the feature does. The adapted panel's are turned to match the raw one's. Without a clip, one is
+rendered.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.analysis import ADAPTED, RAW_LAST, compare_features
+from cosettle_adapter.frames import open_frames, photographs, render_clip
+from cosettle_adapter.visualization import pca_film
+
+
+def main() -> None:
+    options = parse_options()
+    if options.clip is None:
+        frames = rendered(options.frames)
+    else:
+        chunks = open_frames(options.clip, every=options.every, max_frames=options.frames)
+        frames = torch.cat([chunk.frames for chunk in chunks])
+
+    adapter = CoSettleAdapter.from_pretrained(options.model)
+    features = compare_features(adapter, frames, size=options.size)
+    shown = {name: features[name] for name in (RAW_LAST, ADAPTED)}  # each (T, C, h, w)
+    mode = "bilinear" if options.smooth else "nearest"
+    path = pca_film(frames, shown, options.output, fps=options.fps, mode=mode)
+    print(f"{len(frames)} frames: {path}")
+
+
+def rendered(frames: int) -> Tensor:
+    """A cat moves over a table under a moving camera, ``(T, 3, H, W)`` uint8."""
+    photos = photographs()
+    clip = render_clip(
+        photos["coffee"],
+        cutout=photos["chelsea"],
+        frames=frames,
+        size=(280, 490),
+        seed=7,
+        photometric=0.3,
+    )
+    return clip.frames
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("clip", nargs="?", type=Path, help="video file or folder of images")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("pca.mp4"), help=".mp4, .gif, .webp or .png"
+    )
+    parser.add_argument("--model", default="dinov2-vits14-pypi", help="name, repository or folder")
+    parser.add_argument("--size", type=int, default=224, help="shorter side, as encoded")
+    parser.add_argument("--smooth", action="store_true", help="blend between patches")
+    parser.add_argument("--fps", type=float, default=12, help="of the film")
+    parser.add_argument("--frames", type=int, default=16, help="at most this many")
+    parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

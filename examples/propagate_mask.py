@@ -1,0 +1,101 @@
+"""Carry the masks of a first frame through a clip, and write the overlay as a film.
+
+Try: python examples/propagate_mask.py
+     python examples/propagate_mask.py clip.mp4 --mask first_frame.png --size 280
+
+Without a clip, one is rendered whose masks are known, and the overlap with them is printed. A mask
+is a picture of the first frame's size: palette or grey, 0 the background, one value an object.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.correspondence import propagate_labels
+from cosettle_adapter.frames import open_frames, photographs, render_clip
+from cosettle_adapter.visualization import overlay_masks, side_by_side, write_film
+
+
+def main() -> None:
+    options = parse_options()
+    truth = None
+    if options.clip is None:
+        frames, truth = rendered(options.frames)
+        ids = truth[0].long()
+    else:
+        frames = read(options.clip, options.frames, options.every)
+        ids = torch.from_numpy(np.array(Image.open(options.mask))).long()
+        if tuple(ids.shape) != tuple(frames.shape[-2:]):
+            raise SystemExit(
+                f"{options.mask} is {tuple(ids.shape)}, but the frames are "
+                f"{tuple(frames.shape[-2:])}; expected one palette or grey mask of their size"
+            )
+
+    adapter = CoSettleAdapter.from_pretrained(options.model)
+    geometry = adapter.geometry(*frames.shape[-2:], size=options.size)
+    with torch.inference_mode():
+        features = adapter(frames, size=options.size)
+
+    # soft labels on the grid of features, the background first
+    values = [0, *(value for value in ids.unique().tolist() if value not in (0, 255))]
+    one_hot = torch.stack([ids == value for value in values]).float()
+    first = F.interpolate(rearrange(one_hot, "k h w -> 1 k h w"), geometry.grid, mode="area")
+    labels = propagate_labels(features, rearrange(first, "1 k h w -> k h w"))  # (T, K, h, w)
+
+    overlay = overlay_masks(frames, labels[:, 1:], geometry=geometry)
+    path = write_film(side_by_side({"clip": frames, "masks": overlay}), options.output, fps=12)
+    print(f"{len(values) - 1} object(s) through {len(frames)} frames: {path}")
+    if truth is not None:
+        found = F.interpolate(labels, tuple(frames.shape[-2:]), mode="bilinear").argmax(dim=1) == 1
+        overlap = (found & truth).sum((1, 2)) / (found | truth).sum((1, 2))
+        print(f"overlap (IoU) with the true masks: {100 * overlap[1:].mean():.1f} %")
+
+
+def rendered(frames: int) -> tuple[Tensor, Tensor]:
+    """A cat moves over a table, and where it is: ``(T, 3, H, W)`` and ``(T, H, W)`` bool."""
+    photos = photographs()
+    clip = render_clip(
+        photos["coffee"],
+        cutout=photos["chelsea"],
+        frames=frames,
+        size=(280, 490),
+        seed=7,
+        photometric=0.3,
+    )
+    assert clip.object_mask is not None
+    return clip.frames, clip.object_mask
+
+
+def read(clip: Path, frames: int, every: int) -> Tensor:
+    chunks = open_frames(clip, every=every, max_frames=frames)
+    return torch.cat([chunk.frames for chunk in chunks])
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("clip", nargs="?", type=Path, help="video file or folder of images")
+    parser.add_argument("--mask", type=Path, help="masks of the clip's first frame, a PNG")
+    parser.add_argument("-o", "--output", type=Path, default=Path("masks.mp4"), help=".mp4 or .gif")
+    parser.add_argument("--model", default="dinov2-vits14-pypi", help="name, repository or folder")
+    parser.add_argument("--size", type=int, default=224, help="shorter side, as encoded")
+    parser.add_argument("--frames", type=int, default=16, help="at most this many")
+    parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")
+    options = parser.parse_args()
+    if (options.clip is None) != (options.mask is None):
+        parser.error("a clip and the --mask of its first frame go together")
+    return options
+
+
+if __name__ == "__main__":
+    main()
