@@ -81,7 +81,9 @@ def feature_kinds(
     Returns:
         ``raw last block``, ``raw same block`` (the blocks that the projection reads, unless that
         is the last block), ``centred`` (those minus the clip's mean token), ``adapted`` (unless
-        there is no projection), ``settled`` if asked for, and those beside.
+        there is no projection), ``settled`` if asked for, and those beside. A projection that
+        reads several blocks also stands beside each earlier one alone, ``raw block 7`` and
+        ``centred block 7``.
 
     Raises:
         BackboneMismatchError: a projection of another backbone.
@@ -93,6 +95,10 @@ def feature_kinds(
     if same != last:
         kinds.append(FeatureKind(RAW_SAME, same))
     kinds.append(FeatureKind(CENTRED, same, finish=centred))
+    for block in _earlier_blocks(same[0]):
+        alone: Blocks = ((block,), config.norm)
+        kinds.append(FeatureKind(f"raw block {block}", alone))
+        kinds.append(FeatureKind(f"centred block {block}", alone, finish=centred))
     if config.kind != "identity":
         kinds.append(FeatureKind(ADAPTED, same, adapter.projection))
     settle = adapter.settles if settle is None else settle
@@ -110,6 +116,11 @@ def feature_kinds(
         if settle:
             kinds.append(FeatureKind(f"{name}, settled", blocks, projection, finish=settle_clip))
     return kinds
+
+
+def _earlier_blocks(blocks: Sequence[int]) -> Sequence[int]:
+    """Return all but the latest of several blocks, and none of one."""
+    return sorted(blocks)[:-1]
 
 
 def read_blocks(

@@ -23,6 +23,8 @@ from cosettle_adapter.evaluation.run import Evaluation, evaluate
 from cosettle_adapter.evaluation.tasks import Davis
 from cosettle_adapter.projection import Projection
 
+from helpers import projection_for
+
 SIZE = (48, 80)
 RAW, SAME, CENTRED, ADAPTED = "raw last block", "raw same block", "centred", "adapted"
 
@@ -57,6 +59,20 @@ def test_every_kind_of_features_is_scored_from_one_pass(
     for kind, maps in features.items():
         scores = evaluate_sequence(maps, clip.read_masks(), context=2)
         assert result.clips["one"][kind].values["J&F"] == pytest.approx(scores.j_and_f), kind
+
+
+def test_several_blocks_stand_beside_each_earlier_one(
+    davis: Path, tiny_backbone: VisionTransformerBackbone
+) -> None:
+    projection = projection_for(tiny_backbone, layers=(5, 11), in_width=2 * tiny_backbone.width)
+    adapter = CoSettleAdapter(tiny_backbone, projection)
+    singles = ["raw block 5", "centred block 5"]
+    assert run(davis, adapter).kinds == [RAW, SAME, CENTRED, *singles, ADAPTED]
+    raw = run(davis, CoSettleAdapter.raw(tiny_backbone, layer=5))
+    both = run(davis, adapter)
+    for name, scores in both.clips.items():
+        assert scores["raw block 5"] == raw.clips[name][SAME]
+        assert scores["centred block 5"] == raw.clips[name][CENTRED]
 
 
 def test_the_backbone_alone_needs_no_projection(
