@@ -196,7 +196,7 @@ def _decode(labels: Tensor, size: Sequence[int], protocol: str) -> NDArray[np.in
         low = soft.amin((1, 2), keepdim=True)
         height = soft.amax((1, 2), keepdim=True) - low
         soft = torch.where(height > 0, (soft - low) / height, soft)
-    ids: NDArray[np.int64] = soft.argmax(0).cpu().numpy()
+    ids: NDArray[np.int64] = soft.max(0).indices.cpu().numpy()
     return ids
 
 

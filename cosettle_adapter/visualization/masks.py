@@ -134,7 +134,7 @@ def _shares(masks: Tensor, objects: int, geometry: Geometry | None) -> Tensor:
 def _winner(shares: Tensor) -> Tensor:
     """``(H, W)`` the strongest object, counted from 1; 0 where the background is stronger."""
     background = 1 - shares.sum(0, keepdim=True)
-    return torch.cat([background, shares]).argmax(0)
+    return torch.cat([background, shares]).max(0).indices
 
 
 def _line(winner: Tensor, width: int) -> Tensor:
