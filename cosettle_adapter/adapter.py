@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -28,7 +28,7 @@ from cosettle_adapter.errors import (
     TruncatedVideoError,
 )
 from cosettle_adapter.files import atomic_path
-from cosettle_adapter.frames import open_frames, prefetch
+from cosettle_adapter.frames import FrameChunk, open_frames, pinned, prefetch
 from cosettle_adapter.frames.arrays import as_frames
 from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
 from cosettle_adapter.frames.resampling import apply_geometry
@@ -285,6 +285,21 @@ class CoSettleAdapter(nn.Module):
         )
         return cls(backbone, Projection(config))
 
+    def without_projection(self) -> CoSettleAdapter:
+        """Return the tokens the projection reads through the same interface: what it is beside.
+
+        The backbone is shared.
+        """
+        config = dataclasses.replace(
+            self.config,
+            kind="identity",
+            out_width=self.config.in_width,
+            settled=False,
+            fit={"method": "none: the backbone's own tokens"},
+            figures={},
+        )
+        return CoSettleAdapter(self.backbone, Projection(config), allow_mismatched_backbone=True)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the projection and its config into ``folder``.
 
@@ -496,6 +511,7 @@ class CoSettleAdapter(nn.Module):
         end: float | None = None,
         every: int = 1,
         max_frames: int | None = None,
+        skip: int = 0,
         fps: float | None = None,
         normalize: bool = False,
         return_backbone: bool = False,
@@ -513,6 +529,8 @@ class CoSettleAdapter(nn.Module):
             end: second to stop before.
             every: keep every n-th frame.
             max_frames: keep at most this many frames.
+            skip: pass over the first ones of those kept without encoding them, to go on where
+                an earlier stream ended.
             fps: frames per second of sources that have no timestamps; 1 by default.
             normalize: as in :meth:`forward`.
             return_backbone: fill ``chunk.backbone``.
@@ -540,6 +558,7 @@ class CoSettleAdapter(nn.Module):
             end=end,
             every=every,
             max_frames=max_frames,
+            skip=skip,
             chunk_size=batch_size,
             fps=fps,
         )
@@ -642,7 +661,7 @@ class CoSettleAdapter(nn.Module):
 
     def _stream(
         self,
-        chunks: Iterator[Any],
+        chunks: Generator[FrameChunk, None, None],
         *,
         size: Size | None,
         fit: Fit,
@@ -650,6 +669,8 @@ class CoSettleAdapter(nn.Module):
         return_backbone: bool,
         settler: Settler | None,
     ) -> Iterator[FeatureChunk]:
+        if self.device.type == "cuda":
+            chunks = pinned(chunks)
         for chunk in prefetch(chunks):
             geometry = self.geometry(*chunk.frames.shape[-2:], size=size, fit=fit)
             tokens, features = self._encode(chunk.frames, geometry)
@@ -665,7 +686,10 @@ class CoSettleAdapter(nn.Module):
 
     def _encode(self, frames: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """Tokens and features, both ``(N, C, h, w)``, of frames that fit in one pass."""
-        images = self._normalize(frames, geometry)
+        return self._encode_images(self._normalize(frames, geometry))
+
+    def _encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and features of what :meth:`preprocess` returns."""
         read = self.backbone.intermediate_tokens(images, self.config.layers, norm=self.config.norm)
         tokens = read[0] if len(read) == 1 else torch.cat(read, dim=1)
         return tokens, self.projection(tokens)

@@ -16,62 +16,48 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.evaluation import (
-    DavisSequence,
-    SequenceScores,
-    davis_sequences,
-    evaluate_sequence,
-    mean_over_objects,
-)
+from cosettle_adapter import CoSettleAdapter, evaluation
 
 RAW = "last raw"
 
-# What a column makes of a clip's tokens (T, C, h, w): the last block's, the projection's.
-Variant = Callable[[Tensor, Tensor], Tensor]
 
-
+@torch.inference_mode()
 def main() -> None:
     options = parse_options()
     adapter = CoSettleAdapter.from_pretrained(options.model, device=options.device)
     variants = make_variants(adapter)
-    sequences = davis_sequences(
+    sequences = evaluation.davis_sequences(
         options.data,
         year=options.year,
         sequences=options.sequences,
         every=options.every,
         max_frames=options.max_frames,
     )
-    blocks = ", ".join(str(layer) for layer in adapter.config.layers)
-    print(f"{options.model}: projection of block {blocks}; frames at {options.size}")
+    print(f"{options.model}, projection of {adapter.config.layers}; frames at {options.size}")
     print(f"protocol {options.protocol}, every {options.every} frame(s), J&F in percent\n")
     print(f"{'':24}" + "".join(f"{name:>21}" for name in variants))
 
-    results: dict[str, list[SequenceScores]] = {name: [] for name in variants}
+    results = {name: [] for name in variants}
     for sequence in sequences:
         last, tokens = encode(adapter, sequence, tuple(options.size))
         masks = sequence.read_masks()
         for name, variant in variants.items():
-            scores = evaluate_sequence(variant(last, tokens), masks, protocol=options.protocol)
+            features = variant(last, tokens)
+            scores = evaluation.evaluate_sequence(features, masks, protocol=options.protocol)
             results[name].append(scores)
         print_row(sequence.name, [results[name][-1].j_and_f for name in variants])
 
     columns = list(results.values())
-    gains = [
-        [mine.j_and_f - raw.j_and_f for mine, raw in zip(column, results[RAW], strict=True)]
-        for column in columns
-    ]
+    raw = [scores.j_and_f for scores in results[RAW]]
+    gains = [[mine.j_and_f - its for mine, its in zip(each, raw, strict=True)] for each in columns]
     print()
-    print_row("mean over objects", [mean_over_objects(column) for column in columns])
+    print_row("mean over objects", [evaluation.mean_over_objects(each) for each in columns])
     print_row("mean - raw, clips", [sum(gain) / len(gain) for gain in gains])
     print_row("worst clip - raw", [min(gain) for gain in gains])
 
 
-@torch.inference_mode()
-def encode(
-    adapter: CoSettleAdapter, sequence: DavisSequence, size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Tokens of a whole clip, of the last block and of those that the projection reads."""
+def encode(adapter: CoSettleAdapter, sequence: evaluation.DavisSequence, size: tuple[int, int]):
+    """A clip's tokens, each (T, C, h, w): of the last block, of those that the projection reads."""
     layers = adapter.config.layers
     last_block = adapter.backbone.depth - 1
     # None: the last block with the final norm that the registry gives it, others without
@@ -85,24 +71,19 @@ def encode(
     return torch.cat(last), torch.cat(tokens)
 
 
-def make_variants(adapter: CoSettleAdapter) -> dict[str, Variant]:
-    """Columns of the table, by name; each is a claim that the adapted one has to beat."""
-    variants: dict[str, Variant] = {
+def make_variants(adapter: CoSettleAdapter) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Columns of the table: what each makes of both tokens, for the adapted one to beat."""
+    variants = {
         RAW: lambda last, tokens: last,
         "last - clip mean": lambda last, tokens: without_mean(last),
         "block raw": lambda last, tokens: tokens,
         "block - clip mean": lambda last, tokens: without_mean(tokens),
-        "adapted": lambda last, tokens: project(adapter, tokens),
+        "adapted": lambda last, tokens: torch.cat([*map(adapter.projection, tokens.split(8))]),
     }
     if adapter.config.kind == "affine" and adapter.config.in_width == adapter.config.out_width:
         mean = stored_mean(adapter)
         variants["block - stored mean"] = lambda last, tokens: tokens - mean
     return variants
-
-
-@torch.inference_mode()
-def project(adapter: CoSettleAdapter, tokens: Tensor) -> Tensor:
-    return torch.cat([adapter.projection(chunk) for chunk in tokens.split(8)])
 
 
 def without_mean(tokens: Tensor) -> Tensor:

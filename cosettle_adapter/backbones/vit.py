@@ -175,7 +175,7 @@ class VisionTransformerBackbone(Backbone):
         tokens = rearrange(cells, "b c h w -> b (h w) c")
         tokens = self.vit.patch_embed.norm(tokens)
         prefix = [
-            token.expand(len(images), -1, -1)
+            token.expand(images.shape[0], -1, -1)
             for token in (self.vit.cls_token, self.vit.reg_token)
             if token is not None
         ]

@@ -1,0 +1,202 @@
+"""Adapters as ONNX files."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.export.errors import ExportError
+from cosettle_adapter.export.parity import Parity
+from cosettle_adapter.export.program import OneSize, Traced, reason, trace
+from cosettle_adapter.export.signature import Exported, Signature, check_suffix, plan_signature
+from cosettle_adapter.extras import require
+
+logger = logging.getLogger(__name__)
+
+OPSET = 18
+_FIRST_TORCH = (2, 6)  # its exporter takes torch.export programs
+_LARGEST_FILE = 2**31 - 2**24  # protobuf's 2 GB, less what the graph takes
+
+
+def to_onnx(
+    adapter: CoSettleAdapter,
+    path: str | Path,
+    size: tuple[int, int],
+    *,
+    preprocessing: bool = True,
+    normalize: bool = False,
+    static_batch: int | None = None,
+    opset: int = OPSET,
+    check: bool = True,
+    check_on: Any = None,
+) -> Exported:
+    """Write an adapter at one frame size as an ONNX model.
+
+    The model's metadata says which backbone, fingerprint and blocks it is, and its patch, stride
+    and grid; :class:`~cosettle_adapter.export.Signature` lists them.
+
+    Args:
+        adapter: frozen backbone and projection, float32 or float16.
+        path: an ``.onnx`` file. Weights of more than 2 GB, which ONNX files cannot hold, go into
+            a second file, ``<name>.onnx.data``, which has to stay beside it.
+        size: ``(H, W)`` of the frames, whole patches; positions are resized for it and stored.
+            Resizing is not part of the model.
+        preprocessing: take uint8 frames; otherwise images as ``adapter.preprocess`` returns them.
+        normalize: scale every cell's feature to unit length.
+        static_batch: take exactly so many frames at a time; ``None`` takes any number.
+        opset: version of ONNX's operators.
+        check: run the file in ONNX Runtime, where it is installed, and keep it only if it
+            computes the same.
+        check_on: frames to check on, of any kind and size that the adapter takes; rendered ones
+            by default.
+
+    Raises:
+        MissingExtraError: the exporter's packages are not installed.
+        GeometryError: ``size`` is not made of whole patches.
+        ExportError: this torch is too old or cannot export this model, or the file computes
+            something else.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    check_suffix(path, ".onnx")
+    check_exporter()
+    if adapter.dtype not in (torch.float32, torch.float16):
+        raise ExportError(
+            f"ONNX runtimes have few kernels for {adapter.dtype}; load the adapter with "
+            "dtype=torch.float16 or torch.float32, or export a .pt2 file"
+        )
+    signature = plan_signature(
+        adapter, size, preprocessing=preprocessing, normalize=normalize, static_batch=static_batch
+    )
+    model = OneSize(adapter, preprocessing=preprocessing, normalize=normalize)
+    with _quiet():
+        traced = trace(model, signature, unfused=True)
+        onnx_program = _translate(traced, signature, opset)
+    external = _weights_of(traced.program) > _LARGEST_FILE
+    with _staged(path) as temporary:
+        onnx_program.save(temporary, external_data=external)
+        parity = _check(temporary, traced, check_on) if check else None
+        written = sum(file.stat().st_size for file in temporary.parent.iterdir())
+    return Exported(path, written, signature, parity)
+
+
+def _weights_of(program: Any) -> int:
+    """Bytes of a program's tensors."""
+    tensors = (*program.state_dict.values(), *program.constants.values())
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def check_exporter() -> None:
+    """Raise unless what writes ONNX files is installed, which can be said before a model is loaded.
+
+    Raises:
+        MissingExtraError: a package is missing.
+        ExportError: this torch is too old.
+    """
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _FIRST_TORCH:
+        raise ExportError(
+            f"exporting ONNX needs torch {'.'.join(map(str, _FIRST_TORCH))} or newer, this is "
+            f"{torch.__version__}: upgrade with pip install -U torch, or export a .pt2 file"
+        )
+    for package in ("onnx", "onnxscript"):
+        require(package, extra="export", purpose="exporting ONNX models")
+
+
+def _translate(traced: Traced, signature: Signature, opset: int) -> Any:
+    try:
+        program: Any = torch.onnx.export(
+            traced.program,
+            (),
+            dynamo=True,
+            input_names=[signature.input.name],
+            output_names=[signature.output.name],
+            dynamic_shapes=traced.dynamic_shapes,
+            opset_version=opset,
+            verbose=False,
+        )
+    except Exception as error:  # torch raises errors of its exporter's many parts
+        raise ExportError(
+            f"torch {torch.__version__} cannot export {signature.metadata['backbone']} to ONNX: "
+            f"{reason(error)}. A newer torch may, and so may a .pt2 file"
+        ) from error
+    reached = program.model.opset_imports.get("")
+    if reached != opset:
+        raise ExportError(
+            f"torch {torch.__version__} wrote operators of version {reached}, not {opset}; "
+            f"{OPSET} is what its exporter is made for"
+        )
+    program.model.metadata_props.update(signature.texts())
+    for node in program.model.graph:  # names of Python functions, several times the graph's size
+        node.metadata_props.clear()
+    return program
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what the exporter says about its own work."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+@contextlib.contextmanager
+def _staged(final: Path) -> Iterator[Path]:
+    """Yield a path of the final name in a temporary folder, since a model names its data file.
+
+    All files are moved into place when the block succeeds, the model last; none stays otherwise.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.stem}.") as folder:
+        model = Path(folder) / final.name
+        yield model
+        beside = [file for file in sorted(model.parent.iterdir()) if file != model]
+        for file in (*beside, model):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        if beside:  # an earlier model must not meet the weights of this one
+            final.unlink(missing_ok=True)
+        for file in (*beside, model):
+            file.replace(final.parent / file.name)
+
+
+def _check(path: Path, traced: Traced, check_on: Any) -> Parity | None:
+    try:
+        runtime: Any = importlib.import_module("onnxruntime")
+    except ImportError:
+        logger.warning("not compared with PyTorch without ONNX Runtime: pip install onnxruntime")
+        return None
+    name, version = traced.signature.input.name, f"ONNX Runtime {runtime.__version__}"
+    try:
+        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of types that it names by numbers
+        raise ExportError(
+            f"{version} cannot load the model, so it was not kept: {reason(error)}. Upgrade it "
+            f"with pip install -U onnxruntime, or export for opset {OPSET}; check=False "
+            "(--no-check) keeps the file"
+        ) from error
+
+    def run(inputs: Tensor) -> Tensor:
+        (found,) = session.run(None, {name: inputs.cpu().numpy()})
+        return torch.from_numpy(found)
+
+    return traced.compared(run, version, check_on)
