@@ -1,32 +1,22 @@
-"""Feature files: safetensors written frame by frame, without knowing their number beforehand.
-
-A safetensors file begins with a header that holds every tensor's shape. Room for it is reserved,
-the features are appended as they come, and the header is written last; so memory is constant and
-any safetensors reader opens the result.
-"""
+"""Reading what ``extract`` wrote, whatever its format."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import struct
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
-from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cosettle_adapter.errors import CorruptWeightsError
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.extraction.formats import FORMATS, Format, format_of
+from cosettle_adapter.extraction.formats.base import Description
+from cosettle_adapter.extraction.sidecar import read_sidecar, sidecar_path
 from cosettle_adapter.frames.geometry import Geometry
-
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_ALIGNMENT = 8
-_SPARE = 512  # for the digits of the frame count and offsets, unknown until the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,128 +27,64 @@ class FeatureFile:
         features: ``(T, C, h, w)``.
         timestamps: ``(T,)`` float64, seconds.
         geometry: how cells map to pixels of the source's frames.
-        metadata: model, fingerprint and the rest of what was written.
+        metadata: source, backbone, fingerprint, layers, settings and versions.
     """
 
     features: Tensor
     timestamps: Tensor
     geometry: Geometry
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
 
 
-class FeatureWriter:
-    """Appends feature maps to an open file; :func:`write_features` makes one."""
+def read_features(
+    path: str | os.PathLike[str], *, start: int | None = None, stop: int | None = None
+) -> FeatureFile:
+    """Read a feature file of any format.
 
-    def __init__(self, file: BinaryIO, geometry: Geometry, metadata: Mapping[str, str]) -> None:
-        self._file = file
-        self._metadata = {**metadata, "geometry": json.dumps(geometry.to_dict())}
-        self._timestamps: list[Tensor] = []
-        self._shape: tuple[int, ...] | None = None
-        self._dtype = torch.float32
-        reserved = len(self._header(frames=0)) + _SPARE
-        self._reserved = -(-reserved // _ALIGNMENT) * _ALIGNMENT
-        file.write(b"\0" * (8 + self._reserved))
-
-    @property
-    def frames(self) -> int:
-        """Frames written so far."""
-        return sum(len(timestamps) for timestamps in self._timestamps)
-
-    def append(self, features: Tensor, timestamps: Tensor) -> None:
-        """Append ``(N, C, h, w)`` features and their ``(N,)`` timestamps.
-
-        Raises:
-            ValueError: another shape or dtype than what was appended before.
-        """
-        shape = tuple(features.shape[1:])
-        if self._shape is None:
-            if features.dtype not in _DTYPES:
-                raise ValueError(f"features are {features.dtype}, expected one of {list(_DTYPES)}")
-            self._shape, self._dtype = shape, features.dtype
-        if (shape, features.dtype) != (self._shape, self._dtype):
-            raise ValueError(
-                f"got features {shape} {features.dtype} after {self._shape} {self._dtype}; "
-                "one file holds one shape"
-            )
-        # A flat view of bytes: torch writes bfloat16, which NumPy does not know.
-        flat = rearrange(features.detach().cpu().contiguous(), "n c h w -> (n c h w)")
-        self._file.write(flat.view(torch.uint8).numpy().data)
-        self._timestamps.append(timestamps.to("cpu", torch.float64))
-
-    def finish(self) -> None:
-        """Write timestamps and the header."""
-        size = self._feature_bytes()
-        self._file.write(b"\0" * (-size % _ALIGNMENT))
-        if self._timestamps:
-            self._file.write(torch.cat(self._timestamps).numpy().data)
-        header = self._header(frames=self.frames).ljust(self._reserved)
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._reserved) + header)
-
-    def _feature_bytes(self) -> int:
-        cells = 1
-        for side in self._shape or (0,):
-            cells *= side
-        return self.frames * cells * self._dtype.itemsize
-
-    def _header(self, *, frames: int) -> bytes:
-        end = self._feature_bytes() if frames else 0
-        padded = end + -end % _ALIGNMENT
-        tensors: dict[str, object] = {
-            "__metadata__": self._metadata,
-            "features": {
-                "dtype": _DTYPES[self._dtype],
-                "shape": [frames, *(self._shape or (0, 0, 0))],
-                "data_offsets": [0, end],
-            },
-        }
-        if padded > end:  # the format allows no holes
-            tensors["padding"] = {
-                "dtype": "U8",
-                "shape": [padded - end],
-                "data_offsets": [end, padded],
-            }
-        tensors["timestamps"] = {
-            "dtype": "F64",
-            "shape": [frames],
-            "data_offsets": [padded, padded + 8 * frames],
-        }
-        return json.dumps(tensors).encode()
-
-
-@contextlib.contextmanager
-def write_features(
-    path: str | Path, geometry: Geometry, metadata: Mapping[str, str]
-) -> Iterator[FeatureWriter]:
-    """Write a feature file that appears under ``path`` when the block succeeds, or not at all.
+    Safetensors and ``.npy`` files are mapped from disk, not copied, as long as the whole is asked
+    for; zarr is read into memory.
 
     Args:
-        path: the file, conventionally ``.safetensors``.
-        geometry: how cells map to pixels.
-        metadata: strings to keep with the features.
-    """
-    with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-        writer = FeatureWriter(file, geometry, metadata)
-        yield writer
-        writer.finish()
-
-
-def read_features(path: str | Path) -> FeatureFile:
-    """Read a feature file; tensors are mapped from disk, not copied.
+        path: the file, or the folder that a zarr group is; its sidecar lies beside it. Without
+            one, safetensors and zarr are read by what they say of themselves.
+        start: first frame.
+        stop: frame to stop before.
 
     Raises:
+        FileNotFoundError: no such file.
         CorruptWeightsError: truncated, or not a feature file.
+        MissingExtraError: the format needs a package that is not installed.
     """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    row = _row(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return FeatureFile(
-                features=file.get_tensor("features"),
-                timestamps=file.get_tensor("timestamps"),
-                geometry=Geometry.from_dict(json.loads(metadata["geometry"])),
-                metadata=metadata,
-            )
-    except (SafetensorError, KeyError) as error:
+        features = row.read(path, start, stop)
+        said = _description(path, row)
+    except (SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
         raise CorruptWeightsError(
             f"{path} is truncated or not a file that `cosettle-adapter extract` wrote: {error}"
         ) from error
+    return FeatureFile(features, said.timestamps[start:stop], said.geometry, said.metadata)
+
+
+def _row(path: Path) -> Format:
+    sidecar = read_sidecar(path)
+    row = FORMATS.get(sidecar["format"]) if sidecar is not None else format_of(path)
+    if row is None:
+        known = ", ".join(each.suffix for each in FORMATS.values())
+        raise CorruptWeightsError(f"{path} is no feature file: its suffix is none of {known}")
+    return row
+
+
+def _description(path: Path, row: Format) -> Description:
+    sidecar = read_sidecar(path)
+    if sidecar is not None:
+        metadata = dict(sidecar)
+        timestamps = torch.tensor(metadata.pop("timestamps"), dtype=torch.float64)
+        geometry = Geometry.from_dict(metadata.pop("geometry"))
+        return Description(timestamps, geometry, metadata)
+    if row.describe is None:
+        raise ValueError(f"its sidecar {sidecar_path(path).name} is missing")
+    return row.describe(path)

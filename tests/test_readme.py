@@ -76,7 +76,7 @@ def test_the_commands_work(workplace: Path) -> None:
         if line.startswith("cosettle-adapter ")
     ]
     assert [command[0] for command in commands] == [
-        "list", "extract", "fit", "train", "train", "prepare", "evaluate",
+        "list", "extract", "extract", "export", "fit", "train", "train", "prepare", "evaluate",
     ]  # fmt: skip
     for command in commands:
         # the README's own commands, made quick where they would fit all blocks on many frames
@@ -84,10 +84,13 @@ def test_the_commands_work(workplace: Path) -> None:
             "train": [] if "--resume" in command else QUICK_TRAINING,
             "fit": ["--layers", "7", "--rendered", "1", "--pairs", "1", "--size", "56"],
             "evaluate": ["--size", "140x196"],
+            "export": ["--size", "56", "70"],
         }
         assert main([*command, *quick.get(command[0], [])]) == 0
     features = read_features("clip.safetensors").features
     assert tuple(features.shape) == (10, 384, 20, 28)
+    assert len(list((workplace / "features").glob("*.zarr"))) == len(list(Path("clips").iterdir()))
+    assert (workplace / "adapter.onnx").is_file()
     assert (workplace / "my-projection" / "config.json").is_file()
     assert CoSettleAdapter.from_pretrained("trained").config.fit["method"] == "train"
     assert len(list((workplace / "frames").rglob("*.jpg"))) == 24

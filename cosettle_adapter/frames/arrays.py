@@ -62,7 +62,7 @@ def validate_frames(frames: Tensor) -> None:
         return
     if frames.dtype not in _FLOATS:
         _refuse_dtype(frames.dtype)
-    if torch.compiler.is_compiling():  # values are not known then, and looking would break the graph
+    if torch.compiler.is_compiling():  # looking at values would break the graph
         return
     low, high = (bound.item() for bound in torch.aminmax(frames.detach()))
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):

@@ -79,10 +79,10 @@ def test_extract_writes_features(
     assert main([*command, "--storage", "float16"]) == 0
     assert "(3, 384, 4, 6)" in capsys.readouterr().out.replace("\n", " ")
     assert tuple(read_features(out).features.shape) == (3, 384, 4, 6)
-    assert main([*command, "--layer", "3", "--stride", "7"]) == 0
+    assert main([*command, "--layer", "3", "--stride", "7", "--overwrite"]) == 0
     read = read_features(out)
     assert tuple(read.features.shape) == (3, 384, 7, 11)
-    assert read.metadata["layers"] == "[3]"
+    assert read.metadata["layers"] == [3]
 
 
 def test_a_truncated_source_is_told_and_fails(

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from training_fakes import small_backbone
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.cli import extract, main
+from cosettle_adapter.errors import ProjectionUnavailableError
+from cosettle_adapter.extraction.formats import FORMATS
+from cosettle_adapter.feature_file import read_features
+
+from helpers import projection_for, write_video
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """A small adapter in place of the real one, and how it was asked for."""
+    calls: list[dict[str, object]] = []
+    backbone = small_backbone()
+
+    def load_adapter(options: argparse.Namespace, **asked: object) -> CoSettleAdapter:
+        calls.append({"device": options.device, **asked})
+        if asked.get("raw") or asked.get("layer") is not None:
+            return CoSettleAdapter.raw(backbone, layer=asked.get("layer"))  # type: ignore[arg-type]
+        if options.model == "unpublished":
+            raise ProjectionUnavailableError("no projection")
+        return CoSettleAdapter(backbone, projection_for(backbone, layers=(1,)))
+
+    monkeypatch.setattr(extract, "load_adapter", load_adapter)
+    monkeypatch.setenv("COLUMNS", "300")
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.fixture
+def videos(tmp_path: Path, loaded: list[dict[str, object]]) -> Path:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in "abc":
+        write_video(folder / f"{name}.mp4", frames=6, height=48, width=64)
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_formats_are_the_table() -> None:
+    assert set(extract._FORMATS) == set(FORMATS)
+
+
+def test_a_folder_of_videos_becomes_a_folder_of_files(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (videos / "bad.mp4").write_bytes(b"no video")
+    command = ["extract", str(videos), "-o", str(tmp_path / "out"), "--format", "npy-memmap"]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "4 videos" in said
+    assert "3 written, 1 failed" in said
+    assert f"failed: {videos / 'bad.mp4'} cannot be read as a video" in said
+    assert names(tmp_path / "out") == [f"{n}.npy{s}" for n in "abc" for s in ("", ".json")]
+    (videos / "bad.mp4").unlink()
+    assert main(command) == 0
+    assert "3 there already" in capsys.readouterr().out
+    assert main([*command, "--overwrite"]) == 0
+    assert "3 written" in capsys.readouterr().out
+
+
+def test_finished_files_of_other_settings_are_refused(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.safetensors")]
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "is there already: features (6, 32, 3, 4)" in capsys.readouterr().out
+    assert main([*command, "--every", "2"]) == 1
+    assert "every was 1 and is 2; begin anew with --overwrite" in capsys.readouterr().out
+    assert main([*command, "--every", "2", "--overwrite"]) == 0
+    assert len(read_features(tmp_path / "a.safetensors").features) == 3
+
+
+def test_shards_share_the_videos(
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["extract", str(videos), "-o", str(tmp_path / "out")]
+    assert main([*command, "--shard", "0/2"]) == 0
+    assert "3 videos; 2 in shard 0/2 (--shard)" in capsys.readouterr().out
+    assert names(tmp_path / "out")[::2] == ["a.safetensors", "c.safetensors"]
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert main(command) == 0
+    assert "1 in shard 1/2 (SLURM_PROCID)" in capsys.readouterr().out
+    assert names(tmp_path / "out")[::2] == [f"{name}.safetensors" for name in "abc"]
+    assert main([*command, "--shard", "3/2"]) == 1
+
+
+def test_a_bad_video_does_not_have_torchrun_end_the_other_shards(
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (videos / "a.mp4").write_bytes(b"no video")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["extract", str(videos), "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "1 written, 1 failed" in said
+    assert "torchrun would end the other shards" in said
+    output = str(tmp_path / "out")
+    command = ["extract", str(videos), "-o", output, "--storage", "bfloat16", "--format", "zarr"]
+    assert main(command) == 1, "a mistake in the command is everybody's"
+
+
+def test_raw_is_what_the_projection_reads_and_layer_a_block(
+    videos: Path, tmp_path: Path, loaded: list[dict[str, object]]
+) -> None:
+    source = str(videos / "a.mp4")
+    files = [tmp_path / f"{index}.safetensors" for index in range(4)]
+    assert main(["extract", source, "-o", str(files[0]), "--raw"]) == 0
+    adapter = extract.load_adapter(argparse.Namespace(device="cpu", model=""))
+    (chunk,) = adapter.stream(source, return_backbone=True)
+    assert chunk.backbone is not None
+    assert torch.equal(read_features(files[0]).features, chunk.backbone)
+    assert main(["extract", source, "-o", str(files[1]), "--layer", "0"]) == 0
+    assert read_features(files[1]).metadata["layers"] == [0]
+    unpublished = ["extract", source, "--model", "unpublished", "-o"]
+    assert main([*unpublished, str(files[2])]) == 1
+    assert main([*unpublished, str(files[2]), "--raw"]) == 0
+    assert main([*unpublished, str(files[3]), "--settle"]) == 0
+    assert not torch.equal(read_features(files[2]).features, read_features(files[3]).features)
+    with pytest.raises(SystemExit):
+        main(["extract", source, "-o", str(files[0]), "--raw", "--layer", "0"])
+
+
+def test_where_outputs_go(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(videos / "a.mp4")
+    assert main(["extract", source, "-o", str(tmp_path / "new")]) == 0
+    assert names(tmp_path / "new") == ["a.safetensors", "a.safetensors.json"]
+    assert main(["extract", str(videos), "-o", str(tmp_path / "x.npy")]) == 1
+    assert "3 sources need a folder to write to" in capsys.readouterr().err
+    assert main(["extract", source, "-o", str(tmp_path / "x.npy"), "--format", "zarr"]) == 1
+    assert "its suffix tells npy-memmap" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_that_the_work_is_kept(
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cosettle_adapter.extraction.work.Work.append", interrupt)
+    assert main(["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.npy")]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
