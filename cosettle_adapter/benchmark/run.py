@@ -19,7 +19,7 @@ from cosettle_adapter.benchmark.row import Row, Table
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.evaluation.plain_json import write_json
 
-NAMES = ("inference", "stream", "propagation", "masks", "training", "fit", "load", "size")
+NAMES = ("inference", "stream", "propagation", "masks", "training", "fit", "settle", "load", "size")
 
 FORMAT, VERSION = "cosettle-benchmark", 1
 

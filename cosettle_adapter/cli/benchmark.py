@@ -33,6 +33,7 @@ ABOUT = {
     "training": "a training step, decoding included, beside the official code's; and with cached "
     "views",
     "fit": "fit beside one encoder pass over the same frames",
+    "settle": "settling a clip by its own statistics beside one encoder pass over its frames",
     "load": "from_pretrained from a warm cache beside timm; what the import adds",
     "size": "our own share of the time from 16 x 16 to 74 x 74 cells; propagation against context",
 }
