@@ -76,8 +76,10 @@ def test_the_shapes_are_those_of_the_model(name: str) -> None:
     assert frames is not None
     count, height, width = map(int, frames.groups())
     grid = plan_geometry(height, width, patch=row.patch, stride=row.patch).grid
-    shape = torch.Size((count, row.width, *grid))
-    assert re.findall(r"print\(.*\)  # (.*)", snippet) == [str(shape)] * 2
+    shown = re.findall(r"print\(.*\)  # (.*)", snippet)
+    projection = bundled_folder(name)
+    read = row.width if projection is None else Projection.load(projection).config.in_width
+    assert shown == [str(torch.Size((count, width, *grid))) for width in (row.width, read)]
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -115,9 +117,9 @@ def test_the_shipped_card_keeps_its_caveats() -> None:
     card = weights_card(lookup(REAL), bundled())
     assert "**No figure here is a figure of Meta's DINOv2.**" in card
     assert "**This choice is not free of the DAVIS figures below.**" in card
-    assert "| overlap | 0.789 | 0.808 | 0.802 | **0.817** |" in card
-    assert "a smaller ridge would win" in card
-    assert "Nearly all of the gain over the last block" in section(card, "Limits")
+    assert "| 0.801 | 0.801 | 0.829 | **0.836** | 0.815 |" in card
+    assert "a weaker one might win" in card
+    assert "Most of the gain over the last block" in section(card, "Limits")
 
 
 def test_a_model_card_is_the_same_card_behind_front_matter() -> None:
@@ -184,7 +186,7 @@ def test_what_somebody_just_fitted() -> None:
     assert r"| method | centre \| damp |" in data
     assert "| clips | 12,345 |" in data
     assert "skipped" not in data
-    assert "| block | 4 | 5 |\n|---|---|---|\n| overlap | 0.700 | **0.810** |" in data
+    assert "| blocks | 4 | 5 |\n|---|---|---|\n| overlap | 0.700 | **0.810** |" in data
     assert "```bash\ncosettle-adapter fit --data clips\n```" in data
 
 

@@ -21,9 +21,10 @@ _GRID = (20, 35)  # cells of the example's frames
 _HEADS = {"affine": "a closed-form projection", "identity": "nothing on top"}
 _UNKNOWN = "recorded when the checkpoint is converted"
 _CLOSED_FORM = (
-    "`y = c (S + r I)^(-1/2) (x - mean)`: `mean` is the mean patch token, `S` the covariance by "
-    "which mutually nearest patches of neighbouring frames (`gap` apart) differ, `r` the ridge "
-    "times the mean eigenvalue of `S`, and `c` gives the features unit variance per channel."
+    "In the method, `mean` is the mean patch token, `S` the covariance by which mutually nearest "
+    "patches of neighbouring frames (`gaps` apart) differ, `r` the strength times the mean "
+    "eigenvalue of `S`, and `c` gives the features unit variance per channel. Several blocks are "
+    "first scaled to one variance, and reduced to the width of one in the end."
 )
 _LABELS = {"cosettle_adapter": "cosettle-adapter", "source_sha256": "sha256 of the source"}
 _CITATION = f"""@inproceedings{{liu2026cosettle,
@@ -169,8 +170,8 @@ def _fit(config: ProjectionConfig) -> list[str]:
         best = max(overlap.values())
         shares = [f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in overlap.values()]
         sections += [_CLOSED_FORM] if config.kind == "affine" else []
-        sections.append("What the block was chosen by, for each block:")
-        sections.append(table(("block", *overlap), [("overlap", *shares)]))
+        sections.append("What the blocks were chosen by, for each and for several read together:")
+        sections.append(table(("blocks", *overlap), [("overlap", *shares)]))
     if command:
         sections += ["Fitted by", code(command, "bash")]
     return sections + paragraphs(config.figures.get("choice"))

@@ -270,7 +270,7 @@ def _record(
         "pairs": statistics.pairs,
     }
     if scores:
-        record["block_chosen_by"] = "overlap of the propagated mask of a cut-out on rendered clips"
+        record["blocks_chosen_by"] = "overlap of the propagated mask of a cut-out on rendered clips"
         record["overlap_by_block"] = {
             names[each]: round(score, 4) for each, score in scores.items()
         }
