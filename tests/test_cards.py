@@ -118,7 +118,7 @@ def test_the_shipped_card_keeps_its_caveats() -> None:
     assert "**No figure here is a figure of Meta's DINOv2.**" in card
     assert "**This choice is not free of the DAVIS figures below.**" in card
     assert "| 0.801 | 0.801 | 0.829 | **0.836** | 0.815 |" in card
-    assert "a weaker one might win" in card
+    assert "prefer 3 by a hair" in card
     assert "Most of the gain over the last block" in section(card, "Limits")
 
 
