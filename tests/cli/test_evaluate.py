@@ -69,9 +69,7 @@ def test_davis_ends_with_raw_centred_and_adapted_side_by_side(
     assert "frames encoded at 84 x 112" in printed
     assert "protocol crw" in printed
     shown = [float(number) for number in re.search(r"│ J&F +│(.*)│", printed)[1].split("│")]  # type: ignore[index]
-    assert shown == [
-        pytest.approx(100 * stored["total"][kind]["J&F"], abs=0.051) for kind in kinds
-    ]
+    assert shown == [pytest.approx(100 * stored["total"][kind]["J&F"], abs=0.051) for kind in kinds]
     assert len(list(predictions.rglob("*.png"))) == len(kinds) * 2 * 4
     assert main(command) == 0, "a second run continues the first"
 
