@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,7 @@ from torch import Tensor
 from cosettle_adapter.extraction.formats.base import Layout
 
 
-class FlatStore:
+class FlatStore(abc.ABC):
     """A store of that kind; formats say what header and what end make it whole."""
 
     def __init__(self, path: Path, layout: Layout, *, reserved: int) -> None:
@@ -75,9 +76,9 @@ class FlatStore:
         """Close the file."""
         self._file.close()
 
+    @abc.abstractmethod
     def header(self, frames: int) -> bytes:
         """Return the header of a file of so many frames."""
-        raise NotImplementedError
 
     def ending(self, frames: int, timestamps: Tensor) -> bytes:
         """Return what follows the features."""
