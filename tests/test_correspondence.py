@@ -145,12 +145,36 @@ def test_an_iterable_of_maps_equals_the_tensor() -> None:
     torch.testing.assert_close(torch.stack([propagator.step(f) for f in features]), whole)
 
 
-def test_streaming_keeps_the_context_alone() -> None:
-    propagator = LabelPropagator(one_hot(4, 5), context=2)
-    for frame in clip(9, 4, 5):
+def held(propagator: LabelPropagator) -> int:
+    """Bytes of the tensors that a propagator and its parts hold."""
+    values = [*vars(propagator).values(), *vars(propagator._recent).values()]
+    return sum(each.untyped_storage().nbytes() for each in values if isinstance(each, Tensor))
+
+
+@pytest.mark.parametrize("context", [0, 1, 2, 7])
+def test_streaming_keeps_the_context_alone(context: int) -> None:
+    features = clip(20, 4, 5)
+    propagator = LabelPropagator(one_hot(4, 5), context=context)
+    for frame in features[: context + 1]:
         propagator.step(frame)
-    kept = [value for value in vars(propagator).values() if hasattr(value, "maxlen")]
-    assert [len(queue) for queue in kept] == [2]
+    full = held(propagator)
+    # the context and the first frame, all cells and three labels
+    assert full == (context + 1) * (features[0].nbytes + 3 * 4 * 5 * 4)
+    for frame in features[context + 1 :]:
+        propagator.step(frame)
+    assert held(propagator) == full
+
+
+@pytest.mark.parametrize("protocol", ["crw", "dino"])
+def test_frames_compared_together_or_one_by_one_give_the_same(
+    protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, labels = clip(9, 6, 28), one_hot(6, 28)
+    together = propagate_labels(features, labels, protocol=protocol, context=5)  # type: ignore[arg-type]
+    for cells in (1, 300, 2 * 6 * 28):
+        monkeypatch.setattr("cosettle_adapter.correspondence.propagation._AGAINST", cells)
+        apart = propagate_labels(features, labels, protocol=protocol, context=5, chunk=6)  # type: ignore[arg-type]
+        torch.testing.assert_close(apart, together)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

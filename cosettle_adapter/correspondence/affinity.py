@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor
 
 from cosettle_adapter.correspondence.protocols import PropagationProtocol
@@ -34,23 +34,31 @@ def locality_mask(
     return rearrange(mask, "a s b t -> (a s) (b t)")
 
 
-def topk_of_lines(block: Tensor, short: int, k: int) -> tuple[Tensor, Tensor]:
-    """Return the top-k of every row of ``block``, a row being whole lines of ``short`` cells.
+def topk_of_lines(blocks: Tensor, short: int, k: int) -> tuple[Tensor, Tensor]:
+    """Return the top-k of every query over several frames, of whole lines of ``short`` cells each.
 
     Exact: the k best cells lie in the k lines with the best maxima, and a maximum is much cheaper
     than a sort.
 
+    Args:
+        blocks: ``(f, q, n)``, frames by queries by cells.
+        short: cells a line.
+        k: how many.
+
     Returns:
-        Values and indices, ``(q, k)``, or fewer columns where a row has fewer.
+        Values and indices into the ``f n`` cells, ``(q, k)``, or fewer columns where there are
+        fewer cells.
     """
-    n = block.shape[1]
-    if n // short <= 2 * k:
-        values, index = block.topk(min(k, n), dim=1)
+    frames, _, n = blocks.shape
+    if frames * n // short <= 2 * k:
+        values, index = rearrange(blocks, "f q n -> q (f n)").topk(min(k, frames * n), dim=1)
         return values, index
-    lines = rearrange(block, "q (l s) -> q l s", s=short)
-    best = reduce(lines, "q l s -> q l", "max").topk(k, dim=1).indices
-    inside = lines.gather(1, repeat(best, "q n -> q n s", s=short))
-    values, chosen = rearrange(inside, "q n s -> q (n s)").topk(k, dim=1)
+    lines = rearrange(blocks, "f q (l s) -> f q l s", s=short)
+    maxima = rearrange(reduce(lines, "f q l s -> f q l", "max"), "f q l -> q (f l)")
+    best = maxima.topk(k, dim=1).indices  # of the f l lines
+    query = rearrange(torch.arange(len(best), device=best.device), "q -> q 1")
+    inside = lines[best // lines.shape[2], query, best % lines.shape[2]]
+    values, chosen = rearrange(inside, "q k s -> q (k s)").topk(k, dim=1)
     return values, best.gather(1, chosen // short) * short + chosen % short
 
 

@@ -1,16 +1,14 @@
 """Label propagation: carry a segmentation of the first frame through a clip by its features.
 
-A clip's affinities are never held at once: a band of lines of the grid is compared with one context
-frame at a time, only with the lines within reach, and all that stays is its top-k.
+A clip's affinities are never held at once: a band of lines of the grid is compared with a few context
+frames at a time, only with the lines within reach, and all that stays is its top-k.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -22,15 +20,44 @@ from cosettle_adapter.correspondence.protocols import PROTOCOLS, Protocol
 from cosettle_adapter.errors import FrameError, GeometryError
 
 
-class _Frame(NamedTuple):
-    cells: Tensor  # (long, short, C), unit length; the grid's longer side first
-    labels: Tensor  # (long short, K)
+_CHUNK, _CHUNK_ON_CPU = 8192, 256  # cells of a frame
+_AGAINST = 8192  # cells of the context that a chunk is compared with, about
 
 
-class _Source(NamedTuple):
-    frame: _Frame
-    restricted: bool
-    copies: int
+class _Window:
+    """The last frames, at most ``size``, in one tensor, so that they are compared together."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._added = size, 0
+        self._cells = torch.empty(0)
+        self._labels = torch.empty(0)
+
+    def __len__(self) -> int:
+        return min(self._added, self._size)
+
+    @property
+    def cells(self) -> Tensor:
+        """``(n, long, short, C)``, in no order."""
+        return self._cells[: len(self)]
+
+    @property
+    def labels(self) -> Tensor:
+        """``(n, long short, K)``."""
+        return self._labels[: len(self)]
+
+    def add(self, cells: Tensor, labels: Tensor) -> None:
+        """Put a frame in the place of the oldest."""
+        if not self._size:
+            return
+        if self._added == len(self._cells) < self._size:
+            room = min(self._size, max(4, 2 * self._added))
+            grown = cells.new_empty(room, *cells.shape), labels.new_empty(room, *labels.shape)
+            if self._added:
+                grown[0][: self._added], grown[1][: self._added] = self._cells, self._labels
+            self._cells, self._labels = grown
+        place = self._added % self._size
+        self._cells[place], self._labels[place] = cells, labels
+        self._added += 1
 
 
 class LabelPropagator:
@@ -90,9 +117,8 @@ class LabelPropagator:
                 "one-hot the label ids over K, bring them to the grid and call .float()"
             )
         self._first_labels = first_labels
-        self._first: _Frame | None = None
-        self._recent: deque[_Frame] = deque(maxlen=self.protocol.context)
-        self._steps = 0
+        self._first: Tensor | None = None  # (long, short, C), unit length; the longer side first
+        self._recent = _Window(self.protocol.context)
 
     @torch.no_grad()
     def step(self, features: Tensor) -> Tensor:
@@ -118,72 +144,83 @@ class LabelPropagator:
                 "(bilinear, from the full-size one-hot masks)"
             )
         cells = rearrange(unit, "c h w -> w h c" if _wide(grid) else "c h w -> h w c").contiguous()
+        to_cells = "k h w -> (w h) k" if _wide(grid) else "k h w -> (h w) k"
         if self._first is None:
-            labels = self._first_labels.to(cells.device)
-            pattern = "k h w -> (w h) k" if _wide(grid) else "k h w -> (h w) k"
-            self._first = _Frame(cells, rearrange(labels, pattern).contiguous())
-        else:
-            if cells.shape != self._first.cells.shape:
-                raise GeometryError(
-                    f"got features of {cells.shape[-1]} channels after a first frame of "
-                    f"{self._first.cells.shape[-1]}; start a new LabelPropagator for other features"
-                )
-            frame = _Frame(cells, self._propagate(cells, list(self._sources(self._first))))
-            self._recent.append(frame)
-            pattern = "(w h) k -> k h w" if _wide(grid) else "(h w) k -> k h w"
-            labels = rearrange(frame.labels, pattern, h=grid[0])
-        self._steps += 1
-        return labels
+            self._first = cells
+            self._first_labels = self._first_labels.to(cells.device)
+            return self._first_labels
+        if cells.shape != self._first.shape:
+            raise GeometryError(
+                f"got features of {cells.shape[-1]} channels after a first frame of "
+                f"{self._first.shape[-1]}; start a new LabelPropagator for other features"
+            )
+        first_labels = rearrange(self._first_labels, to_cells)
+        found = self._propagate(cells, self._first, first_labels)
+        self._recent.add(cells, found)
+        before, _, after = to_cells.partition(" -> ")
+        return rearrange(found, f"{after} -> {before}", h=grid[0])
 
-    def _sources(self, first: _Frame) -> Iterator[_Source]:
-        yield _Source(first, restricted=self.protocol.restrict_first, copies=1)
-        missing = self.protocol.context - len(self._recent)
-        if self.protocol.repeat_first and missing > 0:
-            yield _Source(first, restricted=True, copies=missing)
-        for frame in self._recent:
-            yield _Source(frame, restricted=True, copies=1)
-
-    def _propagate(self, cells: Tensor, sources: list[_Source]) -> Tensor:
+    def _propagate(self, cells: Tensor, first: Tensor, first_labels: Tensor) -> Tensor:
         """Labels ``(long short, K)`` of ``cells``, a band of lines at a time."""
         lines, short, _ = cells.shape
-        chunk = self.chunk or (256 if cells.device.type == "cpu" else 8192)
-        height = max(1, chunk // short)
-        labels = torch.cat([source.frame.labels for source in sources])
+        height = max(1, self._chunk(cells.device) // short)
+        recent = self._recent.labels
+        labels = torch.cat([first_labels, *recent])
         bands = []
         for start in range(0, lines, height):
             stop = min(start + height, lines)
-            cosine, index = self._nearest(cells, start, stop, sources)
+            cosine, index = self._nearest(cells, first, start, stop)
             weights = torch.softmax(cosine / self.protocol.temperature, dim=1).to(labels.dtype)
             bands.append(einsum(weights, labels[index], "q n, q n k -> q k"))
         return torch.cat(bands)
 
     def _nearest(
-        self, cells: Tensor, start: int, stop: int, sources: list[_Source]
+        self, cells: Tensor, first: Tensor, start: int, stop: int
     ) -> tuple[Tensor, Tensor]:
-        """Top-k of a band of lines: cosines and indices into the sources' cells, ``(q, k)``."""
+        """Top-k of a band of lines: cosines and indices into first and recent cells, ``(q, k)``."""
         lines, short, _ = cells.shape
+        protocol = self.protocol
         queries = rearrange(cells[start:stop], "l s c -> (l s) c")
-        reach = lines if math.isinf(self.protocol.radius) else math.floor(self.protocol.radius)
+        reach = lines if math.isinf(protocol.radius) else math.floor(protocol.radius)
         low, high = max(0, start - reach), min(lines, stop + reach)
-        mask = locality_mask(
-            self.protocol, range(start, stop), range(low, high), short, like=queries
+        mask = locality_mask(protocol, range(start, stop), range(low, high), short, like=queries)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def add(blocks: Tensor, first_cell: int, copies: int = 1) -> None:
+            cosine, index = topk_of_lines(blocks, short, protocol.topk)
+            n = blocks.shape[2]
+            index = first_cell + index // n * (lines * short) + index % n
+            copies = min(copies, protocol.topk)
+            cosine, index = (
+                repeat(each, "q n -> q (copies n)", copies=copies) for each in (cosine, index)
+            )
+            found.append((cosine, index))
+
+        # The first frame, anywhere or within reach; then as often as preceding frames are missing.
+        missing = protocol.context - len(self._recent) if protocol.repeat_first else 0
+        if protocol.restrict_first:
+            near = torch.addmm(mask, queries, rearrange(first[low:high], "l s c -> c (l s)"))
+            add(rearrange(near, "q n -> 1 q n"), low * short)
+        else:
+            block = queries @ rearrange(first, "l s c -> c (l s)")
+            near = block[:, low * short : high * short] + mask
+            add(rearrange(block, "q n -> 1 q n"), 0)
+        if missing:
+            add(rearrange(near, "q n -> 1 q n"), low * short, missing)
+        # The preceding frames, a few together.
+        together = max(1, self._chunk(cells.device) * _AGAINST // mask.numel())
+        for begin in range(0, len(self._recent), together):
+            keys = self._recent.cells[begin : begin + together, low:high]
+            keys = rearrange(keys, "f l s c -> f c (l s)")
+            blocks = torch.baddbmm(mask, repeat(queries, "q c -> f q c", f=len(keys)), keys)
+            add(blocks, ((1 + begin) * lines + low) * short)
+        cosine, chosen = torch.cat([cosine for cosine, _ in found], dim=1).topk(
+            min(protocol.topk, sum(cosine.shape[1] for cosine, _ in found)), dim=1
         )
-        found: list[Tensor] = []
-        where: list[Tensor] = []
-        for position, (frame, restricted, copies) in enumerate(sources):
-            if restricted:
-                keys = rearrange(frame.cells[low:high], "l s c -> c (l s)")
-                block = torch.addmm(mask, queries, keys)
-            else:
-                block = queries @ rearrange(frame.cells, "l s c -> c (l s)")
-            cosine, index = topk_of_lines(block, short, self.protocol.topk)
-            index = index + (position * lines + (low if restricted else 0)) * short
-            copies = min(copies, self.protocol.topk)
-            found.append(repeat(cosine, "q n -> q (copies n)", copies=copies))
-            where.append(repeat(index, "q n -> q (copies n)", copies=copies))
-        candidates = torch.cat(found, dim=1)
-        cosine, chosen = candidates.topk(min(self.protocol.topk, candidates.shape[1]), dim=1)
-        return cosine, torch.cat(where, dim=1).gather(1, chosen)
+        return cosine, torch.cat([index for _, index in found], dim=1).gather(1, chosen)
+
+    def _chunk(self, device: torch.device) -> int:
+        return self.chunk or (_CHUNK_ON_CPU if device.type == "cpu" else _CHUNK)
 
 
 def propagate_labels(
