@@ -76,6 +76,7 @@ def run(bench: Bench) -> Iterator[Row]:
         yield longer(
             bench.in_turn(f"{NAME}, {words}", ours, other, repeats=bench.repeats(3)),
             benchmark=NAME,
+            title=f"`fit`, {words}, time against one encoder pass",
             what=f"fit, {words}: {backbone.row.name}, {count} films of 480p, {frames} frames "
             f"encoded at {size} on the shorter side, {bench.weights}",
             beside=f"timm's own model on the same {frames} frames in memory, batches of {_BATCH}",

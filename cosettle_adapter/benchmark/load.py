@@ -20,7 +20,7 @@ ABOUT = "from_pretrained from a warm cache beside timm; what the import adds"
 
 _MODULES = {
     "import cosettle_adapter": "cosettle_adapter",
-    "CoSettleAdapter": "cosettle_adapter.adapter",
+    "from cosettle_adapter import CoSettleAdapter": "cosettle_adapter.adapter",
 }
 
 
@@ -72,6 +72,7 @@ def _loading(bench: Bench) -> Row:
         scale=1e3,
         unit="ms",
         benchmark=NAME,
+        title="`from_pretrained`, warm cache, time against timm",
         what=f"from_pretrained: {settings.model}, {size:.0f} MiB, cache warm, to the CPU",
         beside="timm.create_model(checkpoint_path=the same tensors), unverified",
         target=Target(1.2, at_least=False),
@@ -91,7 +92,8 @@ def _importing(bench: Bench) -> Iterator[Row]:
             unit="ms",
             form="{:.0f} ms",
             benchmark=NAME,
-            what=f"what importing {what} adds" if "." in module else f"what {what} adds",
+            title=f"`{what}`, on top of what it must import",
+            what=f"what `{what}` adds",
             beside=f"after {', '.join(importing.NEEDED)}, which it must import",
             target=Target(50, at_least=False),
             check="each in a process of its own, byte code cached",

@@ -1,15 +1,16 @@
-"""Reports of several machines as one page of Markdown."""
+"""Reports of several machines as one page of Markdown, and its summary in other pages."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cosettle_adapter.benchmark.errors import BenchmarkError
 from cosettle_adapter.benchmark.run import FORMAT, VERSION
-from cosettle_adapter.benchmark.words import HEADERS, cells, number
+from cosettle_adapter.benchmark.words import HEADERS, bound, cells, measured, number
 
 _INTRODUCTION = """\
 # Benchmarks
@@ -18,8 +19,10 @@ Two sides run in turn in one process (memory and imports: in processes of their 
 the median and, in brackets, the quartiles; the figure is a ratio of medians, with a 95 % bootstrap
 interval over pairs of runs. Every comparison first makes sure that both sides compute the same.
 The other sides are in `cosettle_adapter/benchmark/others/`, each with a word on what it stands for.
-A row that misses its target keeps its figure.
+A row that misses its target keeps its figure, and a word on why is at the end.
 """
+
+BEGIN, END = "<!-- benchmark summary -->", "<!-- end of benchmark summary -->"
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def page(reports: Sequence[Mapping[str, Any]], *, findings: str = "") -> str:
         reports: as JSON has them; those of one machine and device go under one heading.
         findings: Markdown to end with: what profiling showed.
     """
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION, summary(reports)]
     by_machine: dict[str, list[Mapping[str, Any]]] = {}
     for report in reports:
         by_machine.setdefault(_heading(report["machine"]), []).append(report)
@@ -59,6 +62,55 @@ def page(reports: Sequence[Mapping[str, Any]], *, findings: str = "") -> str:
     if findings:
         parts.append(findings.strip() + "\n")
     return "\n".join(parts)
+
+
+def summary(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of every row that is held to a target, with a column for each machine.
+
+    Of rows that share a title, such as one for each size, the one farthest from its target.
+    """
+    machines = list(dict.fromkeys(_heading(report["machine"]) for report in reports))
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for report in reports:
+        for row in report["rows"]:
+            if row["target"] is not None:
+                by_machine = found.setdefault(row["title"], {each: [] for each in machines})
+                by_machine[_heading(report["machine"])].append(row)
+    lines = []
+    for title, by_machine in found.items():
+        worst = [min(rows, key=_margin, default=None) for rows in by_machine.values()]
+        target = next(bound(row) for row in worst if row is not None)
+        lines.append((title, target, *map(_figure, worst)))
+    return _table(("what", "target", *machines), lines)
+
+
+def put_summary(text: str, page: Path) -> str:
+    """Return the text of a page of Markdown with ``text`` between the marks for it.
+
+    Raises:
+        BenchmarkError: the page has no such marks, or several.
+    """
+    content = page.read_text("utf-8")
+    between = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
+    changed, places = between.subn(lambda _: f"\n{text}\n", content)
+    if places != 1:
+        raise BenchmarkError(
+            f"{page} has {places} places for a summary, expected one: a line {BEGIN} and, below "
+            f"it, a line {END}"
+        )
+    return changed
+
+
+def _margin(row: Mapping[str, Any]) -> float:
+    value, target = row["figure"]["value"], row["target"]
+    margin: float = value - target["value"]
+    return margin if target["at_least"] else -margin
+
+
+def _figure(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return measured(row) if row["met"] else f"{measured(row)} (missed)"
 
 
 def _heading(machine: Mapping[str, Any]) -> str:

@@ -130,6 +130,7 @@ def _time(bench: Bench, grid: tuple[int, int], context: int, channels: int) -> R
         scale=1e3,
         unit="ms/frame",
         benchmark=NAME,
+        title=f"label propagation, {grid[0]} x {grid[1]} cells, speed against dense",
         what=f"time of a frame: {_words(grid, context, channels)}",
         beside=_BESIDE,
         check=sides.check(),
@@ -164,6 +165,7 @@ def _memory(bench: Bench, grid: tuple[int, int], context: int, channels: int) ->
         whole[side] = measured["peak"] / 2**20
     return Row(
         benchmark=NAME,
+        title=f"label propagation, {grid[0]} x {grid[1]} cells, memory against dense",
         what=f"peak memory of a frame above what the clip itself takes: "
         f"{_words(grid, context, channels)}",
         beside=_BESIDE,

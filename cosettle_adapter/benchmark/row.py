@@ -33,6 +33,7 @@ class Row:
 
     Attributes:
         benchmark: the sub-command it belongs to.
+        title: both sides in a few words; rows that share one are a row of the summary together.
         what: what was measured, with its sizes.
         beside: what it was compared with.
         figure: the ratio, or the measured value, that the target speaks of, with its interval.
@@ -48,6 +49,7 @@ class Row:
     """
 
     benchmark: str
+    title: str
     what: str
     beside: str
     figure: Ratio

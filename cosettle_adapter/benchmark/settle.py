@@ -43,6 +43,7 @@ def run(bench: Bench) -> Iterator[Row]:
                 repeats=bench.repeats(5),
             ),
             benchmark=NAME,
+            title="`settle_clip`, time against one encoder pass",
             what=f"settle_clip(features): {bench.settings.model}, {count} frames of {size[0]} x "
             f"{size[1]}, {bench.settings.dtype}, {bench.weights}",
             beside=f"timm's own model on the same frames, normalised already, batches of {_BATCH}",

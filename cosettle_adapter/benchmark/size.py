@@ -78,6 +78,7 @@ def _grid(bench: Bench, side: int) -> Row:
     per_frame = 1e3 / count
     return Row(
         benchmark=NAME,
+        title="our own share of the time, 16 x 16 to 74 x 74 cells, at most",
         what=f"our own share at {side} x {side} cells: {bench.settings.model}, {count} frames of "
         f"{pixels} x {pixels}, {bench.settings.dtype}",
         beside="the backbone by itself",
@@ -136,6 +137,7 @@ def _context(bench: Bench) -> Iterator[Row | Table]:
         unit="of the variance",
         form="{:.3f}",
         benchmark=NAME,
+        title="label propagation, variance of its time that a line in the context explains",
         what=f"how much of the time of propagation a line in its context explains, {words}",
         beside="a least-squares line",
         target=Target(0.98, at_least=True),

@@ -70,6 +70,7 @@ def _speed(bench: Bench) -> Row:
         count,
         unit="frames/s",
         benchmark=NAME,
+        title="mp4 to feature file, frames/s against the bare backbone on frames in memory",
         what=f"extract: {bench.settings.model}, {count} frames of {frame} H.264 to a safetensors "
         f"file, encoded at {height} x {width}, batches of {batch}, {bench.settings.dtype}, "
         f"{bench.weights}",
@@ -108,6 +109,7 @@ def _memory(bench: Bench) -> Iterator[Row]:
             peaks[count].append(peak / _MEBIBYTE)
     yield Row(
         benchmark=NAME,
+        title=f"mp4 to feature file, peak memory of {long:,} frames against {short}",
         what=f"peak memory of extract over {long} frames of {sides[0]} x {sides[1]}, "
         f"{bench.settings.model}, the whole process",
         beside=f"over {short} frames",

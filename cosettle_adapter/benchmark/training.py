@@ -88,6 +88,7 @@ def run(bench: Bench) -> Iterator[Row]:
             batch,
             unit="clips/s",
             benchmark=NAME,
+            title=f"{words}, clips/s against the official code's",
             what=f"{words}: {what}",
             beside="the official code's step: four frames decoded, three encoder calls",
             target=Target(target, at_least=True),

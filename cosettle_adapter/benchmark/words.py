@@ -11,20 +11,31 @@ HEADERS = ("what", "ours", "beside it", "figure", "95 %", "target", "met")
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a row, as JSON has it, under :data:`HEADERS`."""
     figure, form = row["figure"], row["form"]
-    target = row["target"]
-    bound = ""
-    if target is not None:
-        bound = ("≥ " if target["at_least"] else "≤ ") + form.format(target["value"])
     other = row["other"]
     return (
         row["what"],
         spread(row["ours"], row["unit"]),
         "" if other is None else spread(other, row["unit"]),
-        form.format(figure["value"]),
+        measured(row),
         f"{form.format(figure['low'])} to {form.format(figure['high'])}",
-        bound,
+        bound(row),
         {True: "yes", False: "no", None: ""}[row["met"]],
     )
+
+
+def measured(row: Mapping[str, Any]) -> str:
+    """Return the figure of a row as words."""
+    words: str = row["form"].format(row["figure"]["value"])
+    return words
+
+
+def bound(row: Mapping[str, Any]) -> str:
+    """Return the target of a row as words: ``≥ 5.00 x as fast``, or nothing."""
+    target = row["target"]
+    if target is None:
+        return ""
+    words: str = row["form"].format(target["value"])
+    return f"{'≥' if target['at_least'] else '≤'} {words}"
 
 
 def spread(values: Mapping[str, Any], unit: str) -> str:

@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     page.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="JSON of -o")
     page.add_argument("-o", "--output", type=Path, required=True, help="the page, FILE.md")
     page.add_argument("--findings", type=Path, help="Markdown to end with: what profiling showed")
+    page.add_argument(
+        "--summary-in",
+        type=Path,
+        metavar="FILE.md",
+        help="another page, such as README.md, whose marked place gets the summary",
+    )
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,12 +217,16 @@ def _set_threads(threads: int) -> None:
 
 
 def _write_page(options: argparse.Namespace, console: Console) -> int:
-    from cosettle_adapter.benchmark import page, read_report
+    from cosettle_adapter.benchmark import page, put_summary, read_report, summary
     from cosettle_adapter.files import atomic_path
 
     reports = [read_report(path) for path in options.reports]
     findings = options.findings.read_text("utf-8") if options.findings is not None else ""
-    with atomic_path(options.output) as temporary:
-        temporary.write_text(page(reports, findings=findings), encoding="utf-8")
-    console.print(f"wrote {options.output}", markup=False, highlight=False)
+    pages = {options.output: page(reports, findings=findings)}
+    if options.summary_in is not None:
+        pages[options.summary_in] = put_summary(summary(reports), options.summary_in)
+    for path, text in pages.items():
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        console.print(f"wrote {path}", markup=False, highlight=False)
     return 0

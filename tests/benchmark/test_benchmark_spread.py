@@ -69,7 +69,7 @@ def test_sides_are_run_in_the_order_abba() -> None:
 
 def test_rates_and_times_are_ratios_the_right_way_round() -> None:
     timed = Timed(ours=[2.0, 2.0], other=[1.0, 1.0])
-    about = {"benchmark": "b", "what": "w", "beside": "o"}
+    about = {"benchmark": "b", "title": "t", "what": "w", "beside": "o"}
     slower = faster(timed, 10, unit="frames/s", target=Target(0.97, at_least=True), **about)
     assert slower.other is not None
     assert (slower.figure.value, slower.ours.median, slower.other.median) == (0.5, 5, 10)
@@ -85,6 +85,7 @@ def test_rows_are_told_in_words() -> None:
         scale=1e3,
         unit="ms",
         benchmark="b",
+        title="t",
         what="w",
         beside="o",
         target=Target(1.2, at_least=False),
