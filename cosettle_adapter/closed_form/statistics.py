@@ -68,12 +68,29 @@ class TokenStatistics:
     def add_tokens(self, tokens: Tensor) -> None:
         """Add tokens ``(N, C)``."""
         tokens = self._taken(tokens)
-        total = tokens.sum(0)
-        self._add("tokens", len(tokens))
+        self.add_moments(len(tokens), tokens.sum(0), tokens.T @ tokens)
+
+    def add_moments(self, count: int, total: Tensor, outer: Tensor) -> None:
+        """Add tokens of which the sums are known already.
+
+        Args:
+            count: number of tokens.
+            total: their sum ``(C,)`` float64.
+            outer: sum of their outer products ``(C, C)`` float64.
+
+        Raises:
+            ValueError: sums of another width.
+        """
+        if total.shape != (self.width,) or outer.shape != (self.width, self.width):
+            raise ValueError(
+                f"expected sums ({self.width},) and ({self.width}, {self.width}), "
+                f"got {tuple(total.shape)} and {tuple(outer.shape)}"
+            )
+        self._add("tokens", count)
         self._add("sum", total)
-        self._add("outer", tokens.T @ tokens)
-        self._clip_tokens += len(tokens)
-        self._clip_sum += total
+        self._add("outer", outer)
+        self._clip_tokens += count
+        self._clip_sum += total.cpu()
 
     def end_clip(self) -> None:
         """Say that the tokens since the last end were those of one clip."""
@@ -99,7 +116,7 @@ class TokenStatistics:
             weights: ``(N, M)``, not negative.
         """
         here, there = self._taken(here), self._taken(there)
-        weights = weights.to("cpu", torch.float64)
+        weights = weights.to(here)
         # sum_ij w_ij (x_i - y_j)(x_i - y_j)^T, without forming the N M differences
         cross = here.T @ (weights @ there)
         outer = (here.T * weights.sum(1)) @ here + (there.T * weights.sum(0)) @ there
@@ -204,7 +221,7 @@ class TokenStatistics:
     def _taken(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 2 or tokens.shape[1] != self.width:
             raise ValueError(f"expected tokens (N, {self.width}), got {tuple(tokens.shape)}")
-        return tokens.to("cpu", torch.float64)
+        return exact(tokens)
 
     def _get(self, name: str) -> Tensor:
         if name in self._sums:
@@ -213,10 +230,16 @@ class TokenStatistics:
         return torch.zeros([self.width] * sides, dtype=torch.float64)
 
     def _add(self, name: str, value: Tensor | int) -> None:
-        self._sums[name] = self._get(name) + value
+        self._sums[name] = self._get(name) + (value.cpu() if isinstance(value, Tensor) else value)
 
     def _require(self, name: str, what: str) -> None:
         if not float(self._get(name)) > 0:
             raise StatisticsError(
                 f"no {what} were gathered: every clip was unreadable, too short, or without motion"
             )
+
+
+def exact(tokens: Tensor) -> Tensor:
+    """Return tokens in float64, on their device if it knows such numbers."""
+    device = "cpu" if tokens.device.type == "mps" else tokens.device
+    return tokens.to(device, torch.float64)

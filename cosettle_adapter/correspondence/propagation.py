@@ -1,7 +1,7 @@
 """Label propagation: carry a segmentation of the first frame through a clip by its features.
 
-A clip's affinities are never held at once: a band of lines of the grid is compared with a few context
-frames at a time, only with the lines within reach, and all that stays is its top-k.
+A clip's affinities are never held at once: a band of lines of the grid is compared with a few
+context frames at a time, only with the lines within reach, and all that stays is its top-k.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cosettle_adapter.correspondence.maps import each_map, unit_map
 from cosettle_adapter.correspondence.protocols import PROTOCOLS, Protocol
 from cosettle_adapter.errors import FrameError, GeometryError
 
-
 _CHUNK, _CHUNK_ON_CPU = 8192, 256  # cells of a frame
+_SMALL = 1024  # cells of a frame that is not worth splitting
 _AGAINST = 8192  # cells of the context that a chunk is compared with, about
 
 
@@ -91,7 +91,7 @@ class LabelPropagator:
             temperature: of the softmax, in place of the protocol's.
             protocol: ``crw`` (videowalk, SiamMAE, CropMAE, Co-Settle) or ``dino``.
             chunk: cells of a frame compared at a time; bounds memory and does not change the
-                result. By default 256 on a CPU and 8192 elsewhere.
+                result. By default 8192, and 256 of a frame of more than 1024 on a CPU.
 
         Raises:
             GeometryError: labels of another shape or dtype.
@@ -163,7 +163,7 @@ class LabelPropagator:
     def _propagate(self, cells: Tensor, first: Tensor, first_labels: Tensor) -> Tensor:
         """Labels ``(long short, K)`` of ``cells``, a band of lines at a time."""
         lines, short, _ = cells.shape
-        height = max(1, self._chunk(cells.device) // short)
+        height = max(1, self._chunk(cells) // short)
         recent = self._recent.labels
         labels = torch.cat([first_labels, *recent])
         bands = []
@@ -208,7 +208,7 @@ class LabelPropagator:
         if missing:
             add(rearrange(near, "q n -> 1 q n"), low * short, missing)
         # The preceding frames, a few together.
-        together = max(1, self._chunk(cells.device) * _AGAINST // mask.numel())
+        together = max(1, self._chunk(cells) * _AGAINST // mask.numel())
         for begin in range(0, len(self._recent), together):
             keys = self._recent.cells[begin : begin + together, low:high]
             keys = rearrange(keys, "f l s c -> f c (l s)")
@@ -219,8 +219,11 @@ class LabelPropagator:
         )
         return cosine, torch.cat([index for _, index in found], dim=1).gather(1, chosen)
 
-    def _chunk(self, device: torch.device) -> int:
-        return self.chunk or (_CHUNK_ON_CPU if device.type == "cpu" else _CHUNK)
+    def _chunk(self, cells: Tensor) -> int:
+        if self.chunk is not None:
+            return self.chunk
+        count = cells.shape[0] * cells.shape[1]
+        return _CHUNK_ON_CPU if cells.device.type == "cpu" and count > _SMALL else _CHUNK
 
 
 def propagate_labels(

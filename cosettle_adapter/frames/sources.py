@@ -99,8 +99,36 @@ def open_frames(
     if fps is not None and not (0 < fps < math.inf):
         raise FrameError(f"fps must be positive, got {fps}")
     name = _name(source)
-    wanted = selection.of(_pending(source, start, fps), name)
+    wanted = selection.of(pending_frames(source, start, fps), name)
     return _chunks(wanted, chunk_size, name, skip)
+
+
+def pending_frames(
+    source: Any, start: float | None = None, fps: float | None = None
+) -> Generator[PendingFrame, None, None]:
+    """Yield frames whose times are known and whose pixels are only made when they are asked for.
+
+    Args:
+        source: as for :func:`open_frames`.
+        start: seconds; frames of a video before it may be left out.
+        fps: as for :func:`open_frames`.
+
+    Raises:
+        FrameError: as in :func:`open_frames`.
+        TruncatedVideoError: likewise.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        found = files.resolve(source)
+        if isinstance(found, Path):
+            if fps is not None:
+                raise FrameError(f"{source} is a video and has times of its own; leave out fps")
+            video.check_video(found)
+            return video.decode_video(found, start)
+        return _evenly(found, fps, _load_item)
+    if _in_memory(source):
+        return _evenly(_as_clip(source), fps, lambda frame, _: frame)
+    _check_iterable(source)
+    return _evenly(_nonempty(source), fps, _load_item)
 
 
 def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, None, None]:
@@ -172,23 +200,6 @@ def _chunks(
             raise failure
     finally:
         del failure  # it and its traceback would keep each other alive
-
-
-def _pending(
-    source: Any, start: float | None, fps: float | None
-) -> Generator[PendingFrame, None, None]:
-    if isinstance(source, (str, os.PathLike)):
-        found = files.resolve(source)
-        if isinstance(found, Path):
-            if fps is not None:
-                raise FrameError(f"{source} is a video and has times of its own; leave out fps")
-            video.check_video(found)
-            return video.decode_video(found, start)
-        return _evenly(found, fps, _load_item)
-    if _in_memory(source):
-        return _evenly(_as_clip(source), fps, lambda frame, _: frame)
-    _check_iterable(source)
-    return _evenly(_nonempty(source), fps, _load_item)
 
 
 def _evenly(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames import open_frames, probe
+from cosettle_adapter.frames import probe
 from cosettle_adapter.frames.files import VIDEO_SUFFIXES
+from cosettle_adapter.frames.sources import pending_frames
+
+_KEYFRAMES = 10.0  # seconds between two, at most, as most encoders set them
 
 
 def find_clips(folder: str | os.PathLike[str]) -> list[Path]:
@@ -45,9 +51,30 @@ def neighbouring_frames(clip: Path, *, pairs: int, gap: int) -> Iterator[Tensor]
     info = probe(clip)
     seconds = info.frames / info.fps if info.frames and info.fps else 0.0
     reach = (gap + 1) / info.fps if info.fps else 0.0
-    starts = [max(seconds - reach, 0.0) * index / pairs for index in range(pairs)]
-    for start in sorted(set(starts)):
-        chunks = open_frames(clip, start=start, every=gap, max_frames=2, chunk_size=2)
-        frames = next(chunks).frames
-        if len(frames) == 2:
-            yield frames
+    starts = sorted({max(seconds - reach, 0.0) * index / pairs for index in range(pairs)})
+    while starts:
+        # To go on is quicker than to come again from a keyframe, unless there is one in between.
+        far = (n for n in range(1, len(starts)) if starts[n] - starts[n - 1] > _KEYFRAMES)
+        reading = next(far, len(starts))
+        yield from _pairs_from(clip, deque(starts[:reading]), gap)
+        starts = starts[reading:]
+
+
+def _pairs_from(clip: Path, starts: deque[float], gap: int) -> Iterator[Tensor]:
+    """Pairs that begin at each of ``starts``, in one reading."""
+    begun: deque[tuple[int, Tensor]] = deque()
+    with contextlib.closing(pending_frames(clip, starts[0])) as frames:
+        for index, frame in enumerate(frames):
+            while begun and begun[0][0] + gap == index:
+                first, second = begun.popleft()[1], frame.load()
+                if first.shape != second.shape:
+                    raise FrameError(
+                        f"{frame.name} of {clip} is {tuple(second.shape[1:])}, but {gap} frames "
+                        f"before it is {tuple(first.shape[1:])}; cut the video where it changes"
+                    )
+                yield torch.stack([first, second])
+            if not starts and not begun:
+                return
+            while starts and frame.time >= starts[0]:
+                starts.popleft()
+                begun.append((index, frame.load()))

@@ -7,13 +7,13 @@ import dataclasses
 import logging
 import multiprocessing
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Literal
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from cosettle_adapter.closed_form import (
     corresponding_patches,
     soft_correspondences,
 )
+from cosettle_adapter.closed_form.statistics import exact
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.training.candidates import Blocks
 from cosettle_adapter.training.clips import neighbouring_frames
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 Correspondences = Literal["hard", "soft"]
 _SHARDS_PER_WORKER = 4
+_PAIRS_AT_ONCE = 4  # in the encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ def gather(
     adapter = CoSettleAdapter.raw(backbone)
     for clip in clips:
         try:
-            for frames in _pairs(clip, gathering):
+            for frames in _batches(clip, gathering):
                 _add(found, adapter, frames, gathering, clip)
         except (CosettleError, OSError) as error:
             logger.warning("skipped %s: %s", clip, error)
@@ -147,15 +149,50 @@ def gather(
     return found
 
 
-def _pairs(clip: Path, gathering: Gathering) -> Iterator[Tensor]:
+def _batches(clip: Path, gathering: Gathering) -> Iterator[Tensor]:
+    """Frames ``(2 P, 3, H, W)`` of a few pairs at a time; those read before an error come first."""
     for gap in gathering.gaps:
-        yield from neighbouring_frames(clip, pairs=gathering.pairs, gap=gap)
+        together: list[Tensor] = []
+        try:
+            for pair in neighbouring_frames(clip, pairs=gathering.pairs, gap=gap):
+                together.append(pair)
+                if len(together) == _PAIRS_AT_ONCE:
+                    yield torch.cat(together)
+                    together = []
+        except (CosettleError, OSError):
+            if together:
+                yield torch.cat(together)
+            raise
+        if together:
+            yield torch.cat(together)
+
+
+class _Moments:
+    """Sums over tokens of single blocks, made once for all sets that the blocks are in."""
+
+    def __init__(self, tokens: Mapping[int, Tensor]) -> None:
+        self._tokens = {
+            block: exact(rearrange(each, "t c h w -> (t h w) c")) for block, each in tokens.items()
+        }
+        self._products: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, blocks: Blocks) -> tuple[int, Tensor, Tensor]:
+        """What :meth:`TokenStatistics.add_moments` takes, of concatenated blocks."""
+        tokens = [self._tokens[block] for block in blocks]
+        outer = [torch.cat([self._outer(a, b) for b in blocks], dim=1) for a in blocks]
+        return len(tokens[0]), torch.cat([each.sum(0) for each in tokens]), torch.cat(outer)
+
+    def _outer(self, first: int, second: int) -> Tensor:
+        if (second, first) not in self._products:
+            self._products[second, first] = self._tokens[second].T @ self._tokens[first]
+            self._products[first, second] = self._products[second, first].T
+        return self._products[first, second]
 
 
 def _add(
     found: Gathered, adapter: CoSettleAdapter, frames: Tensor, gathering: Gathering, clip: Path
 ) -> None:
-    """Encode two frames once, for all sets of blocks."""
+    """Encode pairs of frames once, for all sets of blocks."""
     backbone = adapter.backbone
     images = adapter.preprocess(frames, size=gathering.size)
     layers = sorted({block for blocks in gathering.sets for block in blocks})
@@ -167,18 +204,22 @@ def _add(
         # by the clip's name, so that it does not matter which process has it
         seed = zlib.crc32(f"{gathering.seed} {clip.name}".encode())
         offsets = torch.rand(2, 2, generator=torch.Generator().manual_seed(seed))
+        offsets = repeat(offsets, "two yx -> (pairs two) yx", pairs=len(frames) // 2)
         positions = backbone.perturbed_positions(grid, offsets)
         maps = backbone.intermediate_tokens(images, layers, norm=False, positions=positions)
         hidden = dict(zip(layers, (each.float() for each in maps), strict=True))
+    moments = _Moments(tokens)
     for blocks, statistics in found.statistics.items():
         widths = [backbone.widths[block] for block in blocks]
         joined = torch.cat([tokens[block] for block in blocks], dim=1)
-        flat = rearrange(joined, "t c h w -> (t h w) c")
-        statistics.add_tokens(flat)
-        _add_pairs(statistics, joined, widths, gathering.correspondences)
+        statistics.add_moments(*moments.of(blocks))
+        for pair in rearrange(joined, "(pairs two) c h w -> pairs two c h w", two=2):
+            _add_pairs(statistics, pair, widths, gathering.correspondences)
         if gathering.leakage:
             other = torch.cat([hidden[block] for block in blocks], dim=1)
-            statistics.add_views(flat, rearrange(other, "t c h w -> (t h w) c"))
+            statistics.add_views(
+                rearrange(joined, "t c h w -> (t h w) c"), rearrange(other, "t c h w -> (t h w) c")
+            )
 
 
 def _add_pairs(

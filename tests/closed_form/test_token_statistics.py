@@ -75,6 +75,20 @@ def test_the_definitions() -> None:
     torch.testing.assert_close(statistics.leakage_covariance, leakage)
 
 
+def test_sums_that_are_known_already_are_not_made_again() -> None:
+    tokens = torch.randn(9, 4, dtype=torch.float64)
+    once, known = TokenStatistics(4), TokenStatistics(4)
+    once.add_tokens(tokens)
+    known.add_moments(9, tokens.sum(0), tokens.T @ tokens)
+    for statistics in (once, known):
+        statistics.end_clip()
+    assert once.to_tensors().keys() == known.to_tensors().keys()
+    for name, value in once.to_tensors().items():
+        torch.testing.assert_close(known.to_tensors()[name], value)
+    with pytest.raises(ValueError, match=r"expected sums \(4,\) and \(4, 4\), got \(3,\)"):
+        known.add_moments(9, torch.zeros(3), torch.zeros(4, 4))
+
+
 def test_intra_covariance_recovers_the_covariance_of_independent_draws() -> None:
     root = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     draws = torch.randn(2, 100_000, 4, generator=torch.Generator().manual_seed(2)).double() @ root

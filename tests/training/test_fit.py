@@ -12,9 +12,10 @@ from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames import render_clip
+from cosettle_adapter.frames import open_frames, probe, render_clip
 from cosettle_adapter.training.clips import find_clips, neighbouring_frames
 from cosettle_adapter.training.fit import FitSettings, fit_projection, mask_overlap
+from cosettle_adapter.training.gathering import Gathering, gather
 
 from helpers import write_video
 
@@ -48,6 +49,41 @@ def test_pairs_are_a_gap_apart(clips: Path) -> None:
     ]
     assert all(count >= 10 for pair in bright for count in pair)
     assert not torch.equal(pairs[0][0], pairs[0][1])
+
+
+@pytest.mark.parametrize("keyframes", [0.0, 0.3, 10.0])  # a reading a pair, a few, one for all
+@pytest.mark.parametrize(("pairs", "gap"), [(1, 1), (4, 3), (9, 5), (40, 2)])
+def test_pairs_are_the_same_in_however_many_readings(
+    clips: Path, pairs: int, gap: int, keyframes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = clips / "a.mp4"
+    info = probe(clip)
+    assert info.frames is not None
+    assert info.fps is not None
+    last = (info.frames - gap - 1) / info.fps
+    expected = []
+    for index in range(pairs):
+        chunks = open_frames(clip, start=last * index / pairs, every=gap, max_frames=2)
+        expected.append(next(chunks).frames)
+    monkeypatch.setattr("cosettle_adapter.training.clips._KEYFRAMES", keyframes)
+    found = list(neighbouring_frames(clip, pairs=pairs, gap=gap))
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected))
+
+
+def test_pairs_before_the_end_of_a_broken_clip_are_used(
+    tiny_backbone: VisionTransformerBackbone, tmp_path: Path
+) -> None:
+    whole = write_video(tmp_path / "whole.mkv", frames=60, height=64, width=96, noisy=True)
+    broken = tmp_path / "broken.mkv"
+    broken.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+    read = []
+    with pytest.raises(FrameError):
+        read.extend(neighbouring_frames(broken, pairs=6, gap=3))
+    assert 0 < len(read) < 6
+    plan = Gathering(sets=((2,),), size=64, pairs=6)
+    found = gather(tiny_backbone, [broken], plan)
+    assert found.skipped.keys() == {broken}
+    assert found.statistics[(2,)].tokens == len(read) * 2 * (64 // 16) * (96 // 16)
 
 
 def test_a_fit_is_a_projection_that_loads(
