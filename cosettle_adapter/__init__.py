@@ -6,9 +6,9 @@ touches neither torch nor any optional dependency.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cosettle_adapter.lazy import load_on_use
 from cosettle_adapter.version import __version__
 
 _PUBLIC = {
@@ -43,12 +43,7 @@ if TYPE_CHECKING:
     from cosettle_adapter.training.fit import fit
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = load_on_use(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

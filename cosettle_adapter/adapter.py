@@ -698,12 +698,18 @@ class CoSettleAdapter(nn.Module):
         return (F.normalize(features, dim=1) if normalize else features).to(self.dtype)
 
     def _normalize(self, frames: Tensor, geometry: Geometry) -> Tensor:
-        frames = frames.to(self.device, non_blocking=True)
+        images = apply_geometry(frames.to(self.device, non_blocking=True), geometry)
         full_scale = 1.0 if frames.is_floating_point() else 255.0
-        images = apply_geometry(frames, geometry).float() / full_scale
-        mean = images.new_tensor(self.backbone.row.mean)
-        std = images.new_tensor(self.backbone.row.std)
-        return (images - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
+        mean, std = (
+            rearrange(torch.tensor(each, dtype=torch.float64), "c -> c 1 1")
+            for each in (self.backbone.row.mean, self.backbone.row.std)
+        )
+        # bytes are multiplied as they are, which saves a float copy of them
+        images = images.float() if images.is_floating_point() else images
+        scale, shift = (
+            each.to(images.device, torch.float32) for each in (1 / (full_scale * std), mean / std)
+        )
+        return (images * scale).sub_(shift)
 
 
 def _short(fingerprint: str) -> str:

@@ -18,7 +18,6 @@ from cosettle_adapter.backbones.blobs import check_blob
 from cosettle_adapter.backbones.hub_options import one_line
 from cosettle_adapter.backbones.registry import is_backbone_name
 from cosettle_adapter.backbones.released import BACKBONE_FILE, OFFICIAL_REPOSITORY
-from cosettle_adapter.conversion import released_projection
 from cosettle_adapter.errors import (
     ProjectionFormatError,
     ProjectionUnavailableError,
@@ -182,6 +181,8 @@ def _source(row: BackboneRow) -> str:
 
 
 def _released(row: BackboneRow, options: HubOptions) -> Path:
+    from cosettle_adapter.conversion import released_projection  # most models need none of it
+
     try:
         return released_projection(row, options)
     except WeightsUnavailableError as error:

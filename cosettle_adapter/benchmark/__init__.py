@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cosettle_adapter.benchmark.bench import Settings
 from cosettle_adapter.benchmark.errors import BenchmarkError
-from cosettle_adapter.benchmark.page import page, put_summary, read_report, summary
+from cosettle_adapter.benchmark.page import findings_of, page, put_summary, read_report, summary
 from cosettle_adapter.benchmark.row import Row, Table, Target
 from cosettle_adapter.benchmark.run import NAMES, Report, run
 
@@ -20,6 +20,7 @@ __all__ = [
     "Settings",
     "Table",
     "Target",
+    "findings_of",
     "page",
     "put_summary",
     "read_report",

@@ -84,6 +84,7 @@ def _loading(bench: Bench) -> Row:
 def _importing(bench: Bench) -> Iterator[Row]:
     for what, module in _MODULES.items():
         measured: list[float] = []
+        importing.added_in_a_child(module)
         for turn in range(bench.settings.repeats or bench.pick(7, 1)):
             bench.say(f"{NAME}: {what} in a process of its own, {turn + 1}")
             measured.append(1e3 * importing.added_in_a_child(module))

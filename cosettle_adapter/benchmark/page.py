@@ -22,6 +22,7 @@ The other sides are in `cosettle_adapter/benchmark/others/`, each with a word on
 A row that misses its target keeps its figure, and a word on why is at the end.
 """
 
+FINDINGS = "## Findings"
 BEGIN, END = "<!-- benchmark summary -->", "<!-- end of benchmark summary -->"
 
 
@@ -49,7 +50,7 @@ def page(reports: Sequence[Mapping[str, Any]], *, findings: str = "") -> str:
 
     Args:
         reports: as JSON has them; those of one machine and device go under one heading.
-        findings: Markdown to end with: what profiling showed.
+        findings: Markdown to end with, under the heading :data:`FINDINGS`: what profiling showed.
     """
     parts = [_INTRODUCTION, summary(reports)]
     by_machine: dict[str, list[Mapping[str, Any]]] = {}
@@ -82,6 +83,13 @@ def summary(reports: Sequence[Mapping[str, Any]]) -> str:
         target = next(bound(row) for row in worst if row is not None)
         lines.append((title, target, *map(_figure, worst)))
     return _table(("what", "target", *machines), lines)
+
+
+def findings_of(page: Path) -> str:
+    """Return the findings that a page ends with, nothing if there are none or no page."""
+    text = page.read_text("utf-8") if page.exists() else ""
+    _, heading, findings = text.partition(f"\n{FINDINGS}\n")
+    return heading.lstrip() + findings
 
 
 def put_summary(text: str, page: Path) -> str:

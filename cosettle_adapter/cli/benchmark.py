@@ -53,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     page = kinds.add_parser("page", help="reports as one page of Markdown")
     page.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="JSON of -o")
     page.add_argument("-o", "--output", type=Path, required=True, help="the page, FILE.md")
-    page.add_argument("--findings", type=Path, help="Markdown to end with: what profiling showed")
+    page.add_argument(
+        "--findings",
+        type=Path,
+        help="Markdown to end with, from '## Findings' on; what the page has already, by default",
+    )
     page.add_argument(
         "--summary-in",
         type=Path,
@@ -217,11 +221,15 @@ def _set_threads(threads: int) -> None:
 
 
 def _write_page(options: argparse.Namespace, console: Console) -> int:
-    from cosettle_adapter.benchmark import page, put_summary, read_report, summary
+    from cosettle_adapter.benchmark import findings_of, page, put_summary, read_report, summary
     from cosettle_adapter.files import atomic_path
 
     reports = [read_report(path) for path in options.reports]
-    findings = options.findings.read_text("utf-8") if options.findings is not None else ""
+    findings = (
+        findings_of(options.output)
+        if options.findings is None
+        else options.findings.read_text("utf-8")
+    )
     pages = {options.output: page(reports, findings=findings)}
     if options.summary_in is not None:
         pages[options.summary_in] = put_summary(summary(reports), options.summary_in)

@@ -6,10 +6,15 @@ needs torch alone.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cosettle_adapter.correspondence.matching import mutual_nearest
-from cosettle_adapter.correspondence.propagation import LabelPropagator, propagate_labels
-from cosettle_adapter.correspondence.protocols import PROTOCOLS, PropagationProtocol
-from cosettle_adapter.correspondence.tracking import Tracks, track_points
+from cosettle_adapter.lazy import load_on_use
+
+if TYPE_CHECKING:
+    from cosettle_adapter.correspondence.propagation import LabelPropagator, propagate_labels
+    from cosettle_adapter.correspondence.protocols import PROTOCOLS, PropagationProtocol
+    from cosettle_adapter.correspondence.tracking import Tracks, track_points
 
 __all__ = [
     "PROTOCOLS",
@@ -20,3 +25,16 @@ __all__ = [
     "propagate_labels",
     "track_points",
 ]
+
+# closed forms need matching alone
+__getattr__ = load_on_use(
+    __name__,
+    {
+        "PROTOCOLS": "cosettle_adapter.correspondence.protocols",
+        "LabelPropagator": "cosettle_adapter.correspondence.propagation",
+        "PropagationProtocol": "cosettle_adapter.correspondence.protocols",
+        "Tracks": "cosettle_adapter.correspondence.tracking",
+        "propagate_labels": "cosettle_adapter.correspondence.propagation",
+        "track_points": "cosettle_adapter.correspondence.tracking",
+    },
+)

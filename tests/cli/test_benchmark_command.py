@@ -9,6 +9,7 @@ import pytest
 
 from cosettle_adapter.benchmark import NAMES, child
 from cosettle_adapter.benchmark.errors import BenchmarkError
+from cosettle_adapter.benchmark.page import BEGIN, END
 from cosettle_adapter.cli import benchmark, main
 
 MODEL = "--model timm:test_vit.r160_in1k --random-weights --offline --quick"
@@ -74,6 +75,7 @@ def test_each_runs_and_says_what_it_found(
     assert report["failed"] == {}
     for row, held in zip(report["rows"], TARGETS[name], strict=True):
         assert row["benchmark"] == name
+        assert row["title"]
         assert row["what"]
         assert row["beside"]
         figure = row["figure"]
@@ -119,6 +121,14 @@ def test_one_that_cannot_be_run_does_not_stop_the_others(
     assert text.count("| what | ours | beside it |") == 2
     assert "`training` was not measured" in text
     assert text.endswith("## Findings\n\nIt is the decoder.\n")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n", "utf-8")
+    assert main(f"benchmark page {output} -o {page} --summary-in {readme}".split()) == 0
+    assert page.read_text("utf-8").endswith("## Findings\n\nIt is the decoder.\n")
+    table = readme.read_text("utf-8").removeprefix(f"{BEGIN}\n\n").removesuffix(f"\n{END}\n")
+    assert table.startswith("| what | target | ")
+    assert "J and F of masks" in table
+    assert table in page.read_text("utf-8")
 
 
 @pytest.mark.parametrize(
