@@ -45,7 +45,7 @@ def run(bench: Bench) -> Iterator[Row]:
         NAME,
         lambda: adapter(frames, batch_size=count),
         lambda: bare(images),
-        repeats=bench.repeats(100 if bench.on_gpu else 20),
+        repeats=bench.repeats(100 if bench.on_gpu else 40),
         warmup=bench.pick(10 if bench.on_gpu else 1, 1),
     )
     details: dict[str, Any] = {"layers": list(adapter.config.layers), "head": adapter.config.kind}
