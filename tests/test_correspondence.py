@@ -165,6 +165,27 @@ def test_streaming_keeps_the_context_alone(context: int) -> None:
     assert held(propagator) == full
 
 
+def test_frames_of_inference_mode_and_others_may_follow_each_other() -> None:
+    features, labels = clip(6, 5, 7), one_hot(5, 7)
+    propagator = LabelPropagator(labels, context=2)
+    found = []
+    for t, frame in enumerate(features):
+        with torch.inference_mode(t < 3):
+            found.append(propagator.step(frame.clone()))
+    torch.testing.assert_close(torch.stack(found), propagate_labels(features, labels, context=2))
+
+
+def test_what_a_caller_does_to_labels_changes_nothing_later() -> None:
+    features, labels = clip(4, 5, 7), one_hot(5, 7)
+    expected = propagate_labels(features, labels)
+    propagator = LabelPropagator(labels)
+    labels.zero_()
+    for frame, wanted in zip(features, expected, strict=True):
+        found = propagator.step(frame)
+        torch.testing.assert_close(found, wanted)
+        found.zero_()
+
+
 @pytest.mark.parametrize("protocol", ["crw", "dino"])
 def test_frames_compared_together_or_one_by_one_give_the_same(
     protocol: str, monkeypatch: pytest.MonkeyPatch

@@ -77,6 +77,7 @@ def test_the_commands_work(workplace: Path) -> None:
     ]
     assert [command[0] for command in commands] == [
         "list", "extract", "extract", "export", "fit", "train", "train", "prepare", "evaluate",
+        "benchmark", "benchmark",
     ]  # fmt: skip
     for command in commands:
         # the README's own commands, made quick where they would fit all blocks on many frames
@@ -85,6 +86,7 @@ def test_the_commands_work(workplace: Path) -> None:
             "fit": ["--layers", "7", "--rendered", "1", "--pairs", "1", "--size", "56"],
             "evaluate": ["--size", "140x196"],
             "export": ["--size", "56", "70"],
+            "benchmark": [] if "page" in command else ["--quick"],
         }
         assert main([*command, *quick.get(command[0], [])]) == 0
     features = read_features("clip.safetensors").features
@@ -96,6 +98,7 @@ def test_the_commands_work(workplace: Path) -> None:
     assert len(list((workplace / "frames").rglob("*.jpg"))) == 24
     results = json.loads((workplace / "results.json").read_text())
     assert results["total"]["adapted"]["J mean"] > 0.5
+    assert "frames/s against the bare timm backbone" in Path("costs.md").read_text("utf-8")
 
 
 def test_two_processes_train_as_the_readme_says(workplace: Path) -> None:

@@ -62,7 +62,7 @@ def run(bench: Bench) -> Iterator[Row]:
             scale=1e3 / count,
             unit="ms/frame",
             benchmark=NAME,
-            title=f"{together} of masks at 480p, speed against {plain}",
+            title=f"{together} of masks at {size[0]}p, speed against {plain}",
             what=f"{together} of one object in frames of {size[0]} x {size[1]}",
             beside=f"whole-frame masks, {plain}",
             check=check,

@@ -19,7 +19,7 @@ Two sides run in turn in one process (memory and imports: in processes of their 
 the median and, in brackets, the quartiles; the figure is a ratio of medians, with a 95 % bootstrap
 interval over pairs of runs. Every comparison first makes sure that both sides compute the same.
 The other sides are in `cosettle_adapter/benchmark/others/`, each with a word on what it stands for.
-A row that misses its target keeps its figure, and a word on why is at the end.
+A row that misses its target keeps its figure.
 """
 
 FINDINGS = "## Findings"
@@ -61,14 +61,14 @@ def page(reports: Sequence[Mapping[str, Any]], *, findings: str = "") -> str:
         for report in together:
             parts.extend(_section(report))
     if findings:
-        parts.append(findings.strip() + "\n")
+        parts.append(f"{FINDINGS}\n\n{findings.removeprefix(FINDINGS).strip()}\n")
     return "\n".join(parts)
 
 
 def summary(reports: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of every row that is held to a target, with a column for each machine.
 
-    Of rows that share a title, such as one for each size, the one farthest from its target.
+    Of rows that share a title, such as one for each size, the one that does worst by its target.
     """
     machines = list(dict.fromkeys(_heading(report["machine"]) for report in reports))
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}

@@ -221,9 +221,18 @@ def _set_threads(threads: int) -> None:
 
 
 def _write_page(options: argparse.Namespace, console: Console) -> int:
-    from cosettle_adapter.benchmark import findings_of, page, put_summary, read_report, summary
+    from cosettle_adapter.benchmark import (
+        BenchmarkError,
+        findings_of,
+        page,
+        put_summary,
+        read_report,
+        summary,
+    )
     from cosettle_adapter.files import atomic_path
 
+    if options.summary_in is not None and options.summary_in.resolve() == options.output.resolve():
+        raise BenchmarkError(f"--summary-in {options.summary_in} is what -o writes already")
     reports = [read_report(path) for path in options.reports]
     findings = (
         findings_of(options.output)

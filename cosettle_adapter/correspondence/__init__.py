@@ -38,3 +38,7 @@ __getattr__ = load_on_use(
         "track_points": "cosettle_adapter.correspondence.tracking",
     },
 )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

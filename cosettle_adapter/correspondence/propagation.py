@@ -51,7 +51,8 @@ class _Window:
             return
         if self._added == len(self._cells) < self._size:
             room = min(self._size, max(4, 2 * self._added))
-            grown = cells.new_empty(room, *cells.shape), labels.new_empty(room, *labels.shape)
+            with torch.inference_mode(False):  # else nothing could be put in outside that mode
+                grown = cells.new_empty(room, *cells.shape), labels.new_empty(room, *labels.shape)
             if self._added:
                 grown[0][: self._added], grown[1][: self._added] = self._cells, self._labels
             self._cells, self._labels = grown
@@ -116,7 +117,7 @@ class LabelPropagator:
                 f"got first_labels of dtype {first_labels.dtype}, expected floating point: "
                 "one-hot the label ids over K, bring them to the grid and call .float()"
             )
-        self._first_labels = first_labels
+        self._first_labels = first_labels.clone()
         self._first: Tensor | None = None  # (long, short, C), unit length; the longer side first
         self._recent = _Window(self.protocol.context)
 
@@ -148,7 +149,7 @@ class LabelPropagator:
         if self._first is None:
             self._first = cells
             self._first_labels = self._first_labels.to(cells.device)
-            return self._first_labels
+            return self._first_labels.clone()
         if cells.shape != self._first.shape:
             raise GeometryError(
                 f"got features of {cells.shape[-1]} channels after a first frame of "
@@ -203,12 +204,13 @@ class LabelPropagator:
             add(rearrange(near, "q n -> 1 q n"), low * short)
         else:
             block = queries @ rearrange(first, "l s c -> c (l s)")
-            near = block[:, low * short : high * short] + mask
             add(rearrange(block, "q n -> 1 q n"), 0)
+            near = block[:, low * short : high * short]
+            near = near + mask if missing else near
         if missing:
             add(rearrange(near, "q n -> 1 q n"), low * short, missing)
         # The preceding frames, a few together.
-        together = max(1, self._chunk(cells) * _AGAINST // mask.numel())
+        together = max(1, _AGAINST // mask.shape[1])
         for begin in range(0, len(self._recent), together):
             keys = self._recent.cells[begin : begin + together, low:high]
             keys = rearrange(keys, "f l s c -> f c (l s)")

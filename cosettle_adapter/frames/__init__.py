@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from cosettle_adapter.frames.arrays import as_frames, validate_frames
 from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
+from cosettle_adapter.frames.photographs import photographs
 from cosettle_adapter.frames.prefetch import prefetch
 from cosettle_adapter.frames.resampling import apply_geometry, resample_to_points
 from cosettle_adapter.frames.sources import FrameChunk, SourceInfo, open_frames, pinned, probe
 from cosettle_adapter.lazy import load_on_use
 
 if TYPE_CHECKING:
-    from cosettle_adapter.frames.photographs import photographs
     from cosettle_adapter.frames.rendered import RenderedClip, render_clip
 
 __all__ = [
@@ -39,7 +39,10 @@ __getattr__ = load_on_use(
     __name__,
     {
         "RenderedClip": "cosettle_adapter.frames.rendered",
-        "photographs": "cosettle_adapter.frames.photographs",
         "render_clip": "cosettle_adapter.frames.rendered",
     },
 )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

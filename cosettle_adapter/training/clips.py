@@ -16,7 +16,7 @@ from cosettle_adapter.frames import probe
 from cosettle_adapter.frames.files import VIDEO_SUFFIXES
 from cosettle_adapter.frames.sources import pending_frames
 
-_KEYFRAMES = 10.0  # seconds between two, at most, as most encoders set them
+_FAR = 4.0  # seconds; about as much lies between a frame and its keyframe
 
 
 def find_clips(folder: str | os.PathLike[str]) -> list[Path]:
@@ -46,15 +46,18 @@ def neighbouring_frames(clip: Path, *, pairs: int, gap: int) -> Iterator[Tensor]
         ``(2, 3, H, W)`` uint8.
 
     Raises:
-        FrameError: the clip cannot be read.
+        FrameError: the clip cannot be read, or not to its end: after the pairs before that. Or a
+            gap below 1.
     """
+    if gap < 1:
+        raise FrameError(f"the two frames of a pair must be at least 1 frame apart, got {gap}")
     info = probe(clip)
     seconds = info.frames / info.fps if info.frames and info.fps else 0.0
     reach = (gap + 1) / info.fps if info.fps else 0.0
     starts = sorted({max(seconds - reach, 0.0) * index / pairs for index in range(pairs)})
     while starts:
-        # To go on is quicker than to come again from a keyframe, unless there is one in between.
-        far = (n for n in range(1, len(starts)) if starts[n] - starts[n - 1] > _KEYFRAMES)
+        # Nearer than that, to go on is quicker than to come again from a keyframe.
+        far = (n for n in range(1, len(starts)) if starts[n] - starts[n - 1] > _FAR)
         reading = next(far, len(starts))
         yield from _pairs_from(clip, deque(starts[:reading]), gap)
         starts = starts[reading:]
@@ -67,12 +70,8 @@ def _pairs_from(clip: Path, starts: deque[float], gap: int) -> Iterator[Tensor]:
         for index, frame in enumerate(frames):
             while begun and begun[0][0] + gap == index:
                 first, second = begun.popleft()[1], frame.load()
-                if first.shape != second.shape:
-                    raise FrameError(
-                        f"{frame.name} of {clip} is {tuple(second.shape[1:])}, but {gap} frames "
-                        f"before it is {tuple(first.shape[1:])}; cut the video where it changes"
-                    )
-                yield torch.stack([first, second])
+                if first.shape == second.shape:  # else the video changes its size between them
+                    yield torch.stack([first, second])
             if not starts and not begun:
                 return
             while starts and frame.time >= starts[0]:

@@ -155,10 +155,11 @@ def _batches(clip: Path, gathering: Gathering) -> Iterator[Tensor]:
         together: list[Tensor] = []
         try:
             for pair in neighbouring_frames(clip, pairs=gathering.pairs, gap=gap):
-                together.append(pair)
-                if len(together) == _PAIRS_AT_ONCE:
+                other_size = together and pair.shape != together[0].shape
+                if other_size or len(together) == _PAIRS_AT_ONCE:
                     yield torch.cat(together)
                     together = []
+                together.append(pair)
         except (CosettleError, OSError):
             if together:
                 yield torch.cat(together)

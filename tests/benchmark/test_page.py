@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cosettle_adapter.benchmark import BenchmarkError, put_summary, summary
+from cosettle_adapter.benchmark import BenchmarkError, findings_of, page, put_summary, summary
 from cosettle_adapter.benchmark.page import BEGIN, END
 from cosettle_adapter.benchmark.row import Target, value
 
@@ -20,7 +20,11 @@ def report(figures: list[tuple[str, float, Target | None]], *, gpu: str = "") ->
         ).to_dict()
         for title, figure, target in figures
     ]  # fmt: skip
-    return {"machine": {"cpu": "a CPU", "cores": 2, "gpu": gpu}, "rows": rows}
+    machine = {"cpu": "a CPU", "cores": 2, "gpu": gpu, "threads": 2, "versions": {}, "load": None}
+    return {
+        "machine": machine, "rows": rows, "tables": [], "failed": {}, "command": "benchmark b",
+        "began": "2026-01-01",
+    }  # fmt: skip
 
 
 def test_the_summary_has_the_worst_of_each_title_on_each_machine() -> None:
@@ -41,21 +45,31 @@ def test_the_summary_has_the_worst_of_each_title_on_each_machine() -> None:
 
 
 def test_the_summary_is_put_between_its_marks(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{BEGIN}\n\nold | \\1\n\n{END}\nafter\n", "utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\n\nold | \\1\n\n{END}\nafter\n", "utf-8")
     for table in ("| new \\1 |\n", "| newer |\n"):  # a second time, too
-        text = put_summary(table, page)
+        text = put_summary(table, readme)
         assert text == f"before\n{BEGIN}\n\n{table}\n{END}\nafter\n"
-        page.write_text(text, "utf-8")
+        readme.write_text(text, "utf-8")
 
 
 @pytest.mark.parametrize("text", ["no marks", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n" * 2])
 def test_a_page_without_one_place_for_it_is_an_error(text: str, tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(text, "utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(text, "utf-8")
     with pytest.raises(BenchmarkError, match="places for a summary, expected one"):
-        put_summary("table", page)
-    assert page.read_text("utf-8") == text
+        put_summary("table", readme)
+    assert readme.read_text("utf-8") == text
+
+
+def test_findings_are_those_of_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    assert findings_of(path) == ""
+    for given in ("## Findings\n\nA decoder.\n", "A decoder."):
+        path.write_text(page([report([])], findings=given), "utf-8")
+        assert findings_of(path) == "## Findings\n\nA decoder.\n"
+    path.write_text(page([report([])]), "utf-8")
+    assert findings_of(path) == ""
 
 
 def test_the_readme_shows_the_summary_of_the_benchmarks() -> None:

@@ -129,6 +129,8 @@ def test_one_that_cannot_be_run_does_not_stop_the_others(
     assert table.startswith("| what | target | ")
     assert "J and F of masks" in table
     assert table in page.read_text("utf-8")
+    assert main(f"benchmark page {output} -o {page} --summary-in {page}".split()) == 1
+    assert "is what -o writes already" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -178,6 +180,17 @@ def test_random_weights_cannot_pass_for_known_ones(capsys: pytest.CaptureFixture
 def test_a_process_of_its_own_answers() -> None:
     assert child.call("statistics", "fmean", data=[1, 2, 3]) == 2
     assert child.peak_bytes() >= child.resident_bytes() > 0
+    taken = child.call(
+        "cosettle_adapter.benchmark.propagation",
+        "peak_of_a_frame",
+        side="ours",
+        grid=[20, 20],
+        context=3,
+        channels=64,
+        device="cpu",
+    )
+    # more than the affinity of 400 cells to those of a frame, and not the whole process
+    assert 400 * 400 * 4 <= taken["above"] < taken["peak"]
 
 
 def test_what_went_wrong_in_a_process_of_its_own_is_told(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.frames import open_frames, probe, render_clip
+from cosettle_adapter.frames.sources import SourceInfo
+from cosettle_adapter.frames.timeline import PendingFrame
 from cosettle_adapter.training.clips import find_clips, neighbouring_frames
 from cosettle_adapter.training.fit import FitSettings, fit_projection, mask_overlap
 from cosettle_adapter.training.gathering import Gathering, gather
@@ -51,10 +54,10 @@ def test_pairs_are_a_gap_apart(clips: Path) -> None:
     assert not torch.equal(pairs[0][0], pairs[0][1])
 
 
-@pytest.mark.parametrize("keyframes", [0.0, 0.3, 10.0])  # a reading a pair, a few, one for all
+@pytest.mark.parametrize("far", [0.0, 0.3, 10.0])  # a reading a pair, a few, one for all
 @pytest.mark.parametrize(("pairs", "gap"), [(1, 1), (4, 3), (9, 5), (40, 2)])
 def test_pairs_are_the_same_in_however_many_readings(
-    clips: Path, pairs: int, gap: int, keyframes: float, monkeypatch: pytest.MonkeyPatch
+    clips: Path, pairs: int, gap: int, far: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = clips / "a.mp4"
     info = probe(clip)
@@ -65,9 +68,30 @@ def test_pairs_are_the_same_in_however_many_readings(
     for index in range(pairs):
         chunks = open_frames(clip, start=last * index / pairs, every=gap, max_frames=2)
         expected.append(next(chunks).frames)
-    monkeypatch.setattr("cosettle_adapter.training.clips._KEYFRAMES", keyframes)
+    monkeypatch.setattr("cosettle_adapter.training.clips._FAR", far)
     found = list(neighbouring_frames(clip, pairs=pairs, gap=gap))
     torch.testing.assert_close(torch.stack(found), torch.stack(expected))
+
+
+def test_a_pair_is_of_two_frames(clips: Path) -> None:
+    with pytest.raises(FrameError, match="at least 1 frame apart, got 0"):
+        next(neighbouring_frames(clips / "a.mp4", pairs=2, gap=0))
+
+
+def test_a_pair_of_two_sizes_is_passed_over(monkeypatch: pytest.MonkeyPatch, clips: Path) -> None:
+    shapes = [(3, 8, 8)] * 10 + [(3, 4, 8)] * 10
+    frames = [
+        PendingFrame(t / 8, f"frame {t}", partial(torch.full, shape, t))
+        for t, shape in enumerate(shapes)
+    ]
+    monkeypatch.setattr(
+        "cosettle_adapter.training.clips.pending_frames", lambda *_: (each for each in frames)
+    )
+    monkeypatch.setattr(
+        "cosettle_adapter.training.clips.probe", lambda clip: SourceInfo(frames=20, fps=8.0)
+    )
+    found = list(neighbouring_frames(clips / "a.mp4", pairs=4, gap=3))
+    assert [pair[:, 0, 0, 0].tolist() for pair in found] == [[0, 3], [4, 7], [12, 15]]
 
 
 def test_pairs_before_the_end_of_a_broken_clip_are_used(

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from einops import rearrange
 
+from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import TokenStatistics
+from cosettle_adapter.training.clips import neighbouring_frames
 from cosettle_adapter.training.gathering import Gathered, Gathering, gather
 
 from helpers import write_video
@@ -51,6 +55,61 @@ def test_one_encoder_pass_serves_all_sets_of_blocks(
     assert single.clips == joined.clips == 3
     assert single.tokens == joined.tokens == single.views == 3 * 2 * 2 * 12
     torch.testing.assert_close(joined.covariance[:192, :192], single.covariance)
+
+
+def test_shared_products_are_those_of_the_joined_tokens(
+    tiny_backbone: VisionTransformerBackbone, clips: list[Path]
+) -> None:
+    sets = ((1,), (3, 1), (1, 2, 3))
+    found = gather(tiny_backbone, clips[:1], Gathering(sets=sets, size=48, pairs=2))
+    adapter = CoSettleAdapter.raw(tiny_backbone)
+    frames = torch.cat(list(neighbouring_frames(clips[0], pairs=2, gap=3)))
+    images = adapter.preprocess(frames, size=48)
+    maps = tiny_backbone.intermediate_tokens(images, [1, 2, 3], norm=False)
+    tokens = dict(zip((1, 2, 3), maps, strict=True))
+    for blocks in sets:
+        joined = torch.cat([tokens[block] for block in blocks], dim=1).double()
+        flat = rearrange(joined, "t c h w -> (t h w) c")
+        torch.testing.assert_close(found.statistics[blocks].mean, flat.mean(0))
+        torch.testing.assert_close(
+            found.statistics[blocks].covariance, torch.cov(flat.T, correction=0)
+        )
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_pairs_encoded_together_or_one_by_one_give_the_same(
+    tiny_backbone: VisionTransformerBackbone,
+    clips: list[Path],
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = dataclasses.replace(PLAN, pairs=4)
+    together = gather(tiny_backbone, clips, plan)
+    monkeypatch.setattr("cosettle_adapter.training.gathering._PAIRS_AT_ONCE", at_once)
+    apart = gather(tiny_backbone, clips, plan)
+    assert together.skipped == apart.skipped
+    for blocks, statistics in together.statistics.items():
+        other = apart.statistics[blocks]
+        assert (statistics.pairs, statistics.clips) == (other.pairs, other.clips)
+        for name in ("covariance", "intra_covariance", "clip_covariance", "leakage_covariance"):
+            # the encoder's float32 sums depend on the size of its batch
+            torch.testing.assert_close(
+                getattr(statistics, name), getattr(other, name), atol=1e-4, rtol=1e-4
+            )
+
+
+def test_a_clip_that_changes_its_size_is_read_to_the_end(
+    tiny_backbone: VisionTransformerBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(48, 64), (48, 64), (64, 48), (48, 64)]
+    pairs = [torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8) for size in sizes]
+    monkeypatch.setattr(
+        "cosettle_adapter.training.gathering.neighbouring_frames", lambda *_, **__: iter(pairs)
+    )
+    plan = Gathering(sets=((2,),), size=48)
+    found = gather(tiny_backbone, [Path("turned.mp4")], plan)
+    assert not found.skipped
+    assert found.statistics[(2,)].tokens == 4 * 2 * 12
 
 
 def test_two_halves_are_one_pass(
