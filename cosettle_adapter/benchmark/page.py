@@ -148,9 +148,11 @@ def _section(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _remarks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    remarks = []
     for row in rows:
-        remarks = [f"beside {row['beside']}", row["check"], row["note"]]
-        yield f"- {row['what']}: {'; '.join(remark for remark in remarks if remark)}"
+        words = [f"beside {row['beside']}", row["check"], row["note"]]
+        remarks.append(f"- {row['title']}: {'; '.join(each for each in words if each)}")
+    yield from dict.fromkeys(remarks)
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
