@@ -12,6 +12,7 @@ from cosettle_adapter.correspondence.matching import mutual_nearest
 from cosettle_adapter.lazy import load_on_use
 
 if TYPE_CHECKING:
+    from cosettle_adapter.correspondence.fusion import TemporalFusion, temporal_fusion
     from cosettle_adapter.correspondence.propagation import LabelPropagator, propagate_labels
     from cosettle_adapter.correspondence.protocols import PROTOCOLS, PropagationProtocol
     from cosettle_adapter.correspondence.tracking import Tracks, track_points
@@ -20,9 +21,11 @@ __all__ = [
     "PROTOCOLS",
     "LabelPropagator",
     "PropagationProtocol",
+    "TemporalFusion",
     "Tracks",
     "mutual_nearest",
     "propagate_labels",
+    "temporal_fusion",
     "track_points",
 ]
 
@@ -33,8 +36,10 @@ __getattr__ = load_on_use(
         "PROTOCOLS": "cosettle_adapter.correspondence.protocols",
         "LabelPropagator": "cosettle_adapter.correspondence.propagation",
         "PropagationProtocol": "cosettle_adapter.correspondence.protocols",
+        "TemporalFusion": "cosettle_adapter.correspondence.fusion",
         "Tracks": "cosettle_adapter.correspondence.tracking",
         "propagate_labels": "cosettle_adapter.correspondence.propagation",
+        "temporal_fusion": "cosettle_adapter.correspondence.fusion",
         "track_points": "cosettle_adapter.correspondence.tracking",
     },
 )
