@@ -43,7 +43,7 @@ SHARE = 0.75
 MATCHES = 5
 TEMPERATURE = 0.1
 WINDOW = 3
-CUT = 0.25
+CUT = 0.35
 
 _BAND = 1 << 21  # cosines held at a time: 8 MB
 
