@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import logging
 import shutil
 from collections.abc import Generator, Iterator, Mapping
@@ -22,18 +24,20 @@ from cosettle_adapter.backbones import (
 from cosettle_adapter.backbones.released import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler, settle_clip
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
+from cosettle_adapter.correspondence.fusion import FusionMode, TemporalFusion
 from cosettle_adapter.errors import (
     BackboneMismatchError,
     ProjectionFormatError,
     TruncatedVideoError,
 )
 from cosettle_adapter.files import atomic_path
+from cosettle_adapter.fitting import find_recipe, fitted_projection
 from cosettle_adapter.frames import FrameChunk, open_frames, pinned, prefetch
 from cosettle_adapter.frames.arrays import as_frames
 from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
 from cosettle_adapter.frames.resampling import apply_geometry
 from cosettle_adapter.projection import Projection, ProjectionConfig
-from cosettle_adapter.published import find_projection
+from cosettle_adapter.published import PublishedProjection, find_projection, is_published
 from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
@@ -118,7 +122,7 @@ class CoSettleAdapter(nn.Module):
                 f"this projection was fitted on {config.backbone} with fingerprint "
                 f"{_short(config.fingerprint)}, but the backbone here is {backbone.row.name} with "
                 f"fingerprint {_short(backbone.fingerprint)}. Load the backbone it names, fit a "
-                "projection for this one, or pass allow_mismatched_backbone=True if you know "
+                "projection for this one (projection='fit'), or pass allow_mismatched_backbone=True if you know "
                 "that they are interchangeable"
             )
         self.backbone = backbone
@@ -154,7 +158,8 @@ class CoSettleAdapter(nn.Module):
         cls,
         name: str | Path,
         *,
-        projection: Literal["settle"] | None = None,
+        projection: Literal["published", "fit", "settle"] | str | Path | None = None,
+        recipe: int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         stride: int | None = None,
@@ -171,10 +176,15 @@ class CoSettleAdapter(nn.Module):
         Args:
             name: a registered name (``list_models()``), a Hub repository ``owner/name``, or a
                 folder that :meth:`save_pretrained` wrote (``./name`` where it could be mistaken).
-            projection: ``"settle"`` uses no stored projection, whether or not there is one:
-                ``name`` is any backbone (``timm:`` and ``open_clip:`` ones included), whose
-                default block is settled by the statistics of each clip, on the frames of the
-                call in :meth:`forward`, as frames arrive in :meth:`stream`.
+            projection: by default the published one, if ``name`` has one; else the one in the
+                cache; else one is fitted there and then, on photographs in the package, in a
+                minute or so. To say it: ``"published"``; ``"fit"``, which leaves a published one
+                out; the folder of a projection for the backbone ``name``; or ``"settle"``, which
+                uses no stored one: the backbone's default block is settled by the statistics of
+                each clip, on the frames of the call in :meth:`forward`, as frames arrive in
+                :meth:`stream`.
+            recipe: version of the recipe that the projection must have been fitted by; the
+                newest if not given.
             device: where to put both.
             dtype: dtype of the backbone and of the features (float32, bfloat16 or float16);
                 positions and the projection stay float32.
@@ -191,9 +201,9 @@ class CoSettleAdapter(nn.Module):
 
         Raises:
             UnknownModelError: no such model; close names are suggested.
-            ProjectionUnavailableError: no projection is published for this backbone; the message
-                gives the command that fits one, and ``projection="settle"``.
-            ValueError: ``projection`` is something else.
+            ValueError: ``projection`` is something else, no such recipe, or a projection made
+                by another one.
+            StatisticsError: the backbone's features are of no use, so nothing can be fitted.
             WeightsUnavailableError: a file could not be had; the message lists what was tried.
             CorruptWeightsError, ProjectionFormatError: a file is not what it should be.
             BackboneMismatchError: the projection belongs to another backbone.
@@ -207,22 +217,38 @@ class CoSettleAdapter(nn.Module):
             "stride": stride,
             "requires_input_grad": requires_input_grad,
         }
-        if projection is not None:
-            if projection != "settle":
-                raise ValueError(
-                    f"projection must be None, for the published one, or 'settle', got "
-                    f"{projection!r}; a projection of your own is loaded by its folder's name"
-                )
-            backbone = load_backbone(
-                str(name), weights=backbone_weights, options=options, **loading
+        find_recipe(recipe)
+        load = functools.partial(
+            load_backbone, str(name), weights=backbone_weights, options=options
+        )
+        if projection == "settle":
+            return cls._settling(load(**loading))
+        if projection == "fit" or (projection is None and not is_published(name)):
+            backbone = load(**loading)
+            fitted = fitted_projection(
+                backbone, options, recipe=recipe, native=lambda: load(device=device)
             )
-            return cls._settling(backbone)
-        published = find_projection(name, options)
+            return cls(backbone, fitted.to(device))
+        if projection is None or projection == "published":
+            published = find_projection(name, options)
+        elif Path(projection).expanduser().is_dir():
+            published = PublishedProjection(Path(projection).expanduser())
+        else:
+            raise ValueError(
+                "projection must be None, 'published', 'fit', 'settle' or a folder that "
+                f"save_pretrained wrote, got {str(projection)!r}"
+            )
         stored = Projection.load(published.folder)
-        if not published.bundled:
+        if recipe not in (None, stored.config.recipe):
+            raise ValueError(
+                f"the projection of {name} was not made by recipe {recipe} (but by "
+                f"{stored.config.recipe}); projection='fit' fits one by it"
+            )
+        own = projection in (None, "published")
+        if own and not published.bundled:
             options = dataclasses.replace(options, revision=stored.config.backbone_revision)
         backbone = load_backbone(
-            stored.config.backbone,
+            stored.config.backbone if own else str(name),
             weights=backbone_weights or published.backbone_weights,
             options=options,
             **loading,
@@ -252,6 +278,11 @@ class CoSettleAdapter(nn.Module):
         *,
         layer: int | None = None,
         norm: bool | None = None,
+        backbone_weights: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
         **loading: Any,
     ) -> CoSettleAdapter:
         """Put no projection on a backbone: its own tokens through the same interface.
@@ -264,10 +295,23 @@ class CoSettleAdapter(nn.Module):
                 block, or the feature map that is the registered grid.
             norm: apply the final norm; by default as the registry says for the last block, and
                 not for earlier ones.
-            **loading: what :func:`load_backbone` takes, when ``backbone`` is a name.
+            backbone_weights: with a name, as in :meth:`from_pretrained`; so are all that follow.
+            cache_dir: cache in place of ``HF_HOME``.
+            revision: branch, tag or commit of the backbone's repository.
+            token: access token for private or gated repositories.
+            local_files_only: never touch the network.
+            **loading: ``device``, ``dtype``, ``stride``, ``requires_input_grad``.
         """
         if isinstance(backbone, str):
-            backbone = load_backbone(backbone, **loading)
+            options = HubOptions(
+                cache_dir=cache_dir,
+                revision=revision,
+                token=token,
+                local_files_only=local_files_only,
+            )
+            backbone = load_backbone(
+                backbone, weights=backbone_weights, options=options, **loading
+            )
         block = backbone.default_layer if layer is None else backbone.block(layer)
         if norm is None:
             norm = block == backbone.depth - 1 and backbone.row.final_norm
@@ -517,6 +561,7 @@ class CoSettleAdapter(nn.Module):
         return_backbone: bool = False,
         settle: bool | None = None,
         forgetting: float = 1.0,
+        temporal_fusion: FusionMode | None = None,
     ) -> Iterator[FeatureChunk]:
         """Yield the features of a video of any length at constant memory.
 
@@ -540,6 +585,10 @@ class CoSettleAdapter(nn.Module):
                 first treats all frames alike.
             forgetting: with ``settle``, by what earlier frames are multiplied when one arrives;
                 below 1 for streams that change: 0.99 remembers about 100 frames.
+            temporal_fusion: average every patch with its matches in neighbouring frames, after
+                settling (:class:`~cosettle_adapter.correspondence.TemporalFusion`):
+                ``"symmetric"`` takes frames of both sides, so that chunks come up to three frames
+                later; ``"causal"`` past ones alone. Fused features carry no gradients.
 
         Yields:
             :class:`FeatureChunk` in order; decoding runs ahead in a thread.
@@ -547,11 +596,12 @@ class CoSettleAdapter(nn.Module):
         Raises:
             FrameError: nothing to read, or frames that cannot be used.
             TruncatedVideoError: the video breaks off; everything readable was yielded before.
-            ValueError: ``forgetting`` outside (0, 1].
+            ValueError: ``forgetting`` outside (0, 1], or another ``temporal_fusion``.
         """
         settler = None
         if self.settles if settle is None else settle:
             settler = Settler(self.width, forgetting=forgetting)
+        fusion = None if temporal_fusion is None else TemporalFusion(temporal_fusion)
         chunks = open_frames(
             source,
             start=start,
@@ -569,6 +619,7 @@ class CoSettleAdapter(nn.Module):
             normalize=normalize,
             return_backbone=return_backbone,
             settler=settler,
+            fusion=fusion,
         )
 
     @torch.no_grad()
@@ -668,21 +719,35 @@ class CoSettleAdapter(nn.Module):
         normalize: bool,
         return_backbone: bool,
         settler: Settler | None,
+        fusion: TemporalFusion | None,
     ) -> Iterator[FeatureChunk]:
         if self.device.type == "cuda":
             chunks = pinned(chunks)
-        for chunk in prefetch(chunks):
-            geometry = self.geometry(*chunk.frames.shape[-2:], size=size, fit=fit)
-            tokens, features = self._encode(chunk.frames, geometry)
-            if settler is not None:
-                features = settler.settle(features)
-            yield FeatureChunk(
-                features=self._finished(features, normalize),
-                timestamps=chunk.timestamps,
-                geometry=geometry,
-                start=chunk.start,
-                backbone=tokens if return_backbone else None,
-            )
+
+        def encoded() -> Iterator[tuple[FeatureChunk, Tensor | None]]:
+            for chunk in prefetch(chunks):
+                geometry = self.geometry(*chunk.frames.shape[-2:], size=size, fit=fit)
+                tokens, features = self._encode(chunk.frames, geometry)
+                if settler is not None:
+                    features = settler.settle(features)
+                found = FeatureChunk(
+                    features=features,
+                    timestamps=chunk.timestamps,
+                    geometry=geometry,
+                    start=chunk.start,
+                    backbone=tokens if return_backbone else None,
+                )
+                yield found, None if fusion is None else self._guide(tokens, features)
+
+        unfused = (found for found, _ in encoded())
+        for found in unfused if fusion is None else _fused(encoded(), fusion):
+            features = self._finished(found.features, normalize)
+            yield dataclasses.replace(found, features=features)
+
+    def _guide(self, tokens: Tensor, features: Tensor) -> Tensor | None:
+        """What temporal fusion takes its matches from, ``(N, G, h, w)``; ``None``: the features."""
+        del tokens, features
+        return None
 
     def _encode(self, frames: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """Tokens and features, both ``(N, C, h, w)``, of frames that fit in one pass."""
@@ -710,6 +775,34 @@ class CoSettleAdapter(nn.Module):
             each.to(images.device, torch.float32) for each in (1 / (full_scale * std), mean / std)
         )
         return (images * scale).sub_(shift)
+
+
+def _fused(
+    chunks: Iterator[tuple[FeatureChunk, Tensor | None]], fusion: TemporalFusion
+) -> Iterator[FeatureChunk]:
+    """Fuse the features of chunks, each given with its guide; a chunk waits for its last frame."""
+    waiting: collections.deque[FeatureChunk] = collections.deque()
+    ready: list[Tensor] = []
+
+    def whole() -> Iterator[FeatureChunk]:
+        while waiting and len(ready) >= (frames := len(waiting[0].timestamps)):
+            features = torch.stack(ready[:frames])
+            del ready[:frames]
+            yield dataclasses.replace(waiting.popleft(), features=features)
+
+    broken: TruncatedVideoError | None = None
+    try:
+        for chunk, guide in chunks:
+            ready.extend(fusion.push(chunk.features, guide))
+            # without the features, which would be held for nothing
+            waiting.append(dataclasses.replace(chunk, features=chunk.features.new_empty(0)))
+            yield from whole()
+    except TruncatedVideoError as error:
+        broken = error
+    ready.extend(fusion.flush())
+    yield from whole()
+    if broken is not None:
+        raise broken
 
 
 def _short(fingerprint: str) -> str:

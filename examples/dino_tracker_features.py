@@ -38,6 +38,7 @@ def main() -> None:
             stride=options.stride,
             batch_size=options.batch_size,
             rescale=options.rescale,
+            temporal_fusion=options.temporal_fusion,
             location=options.load_to,
             on_frame=show_progress,
         )
@@ -85,6 +86,11 @@ def parse_options() -> argparse.Namespace:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--raw", action="store_true", help="the frozen tokens the projection reads")
     kind.add_argument("--layer", type=int, help="this block of the frozen backbone")
+    parser.add_argument(
+        "--temporal-fusion",
+        choices=("symmetric", "causal"),
+        help="average patches with their matches in neighbouring frames",
+    )
     parser.add_argument("--device", help="torch device; the GPU where there is one")
     parser.add_argument("--batch-size", type=int, default=4, help="frames a forward pass")
     parser.add_argument(

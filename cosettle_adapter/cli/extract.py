@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cosettle_adapter.cli.options import (
     DTYPES,
+    add_fusion_argument,
     add_model_arguments,
     load_adapter,
     size,
@@ -68,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--settle",
         action="store_true",
-        help="settle each frame by the statistics of those before it; such runs begin anew",
+        help="settle each frame by the statistics of those before it",
     )
+    add_fusion_argument(parser)
     parser.add_argument("--size", type=size, help="shorter side, or HEIGHTxWIDTH")
     parser.add_argument("--fit", choices=("resize", "pad"), default="resize")
     parser.add_argument("--stride", type=int, help="step between patches, for overlapping ones")
@@ -206,6 +208,7 @@ def _extract_options(options: argparse.Namespace) -> dict[str, Any]:
         "max_frames": options.max_frames,
         "fps": options.fps,
         "settle": True if options.settle else None,
+        "temporal_fusion": options.temporal_fusion,
         "storage": torch_dtype(options.storage) if options.storage else None,
         "overwrite": options.overwrite,
     }

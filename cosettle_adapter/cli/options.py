@@ -47,6 +47,16 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", default=None, help="cache in place of HF_HOME")
 
 
+def add_fusion_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--temporal-fusion``."""
+    parser.add_argument(
+        "--temporal-fusion",
+        choices=("symmetric", "causal"),
+        help="average patches with their matches in neighbouring frames: on both sides, or in past "
+        "ones alone",
+    )
+
+
 def size(text: str) -> int | tuple[int, int]:
     """Parse ``--size``: ``476`` for the shorter side, ``476x882`` for height x width."""
     sides = text.lower().split("x")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosettle_adapter.cli.options import (
+    add_fusion_argument,
     add_model_arguments,
     frame_progress,
     load_adapter,
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="the backbone alone; no projection is needed"
     )
+    add_fusion_argument(parser)
     parser.add_argument("--size", type=size, default=280, help="shorter side, or HEIGHTxWIDTH")
     parser.add_argument("--stride", type=int, help="step between patches, for overlapping ones")
     parser.add_argument("--start", type=float, help="first second")
@@ -92,6 +94,7 @@ def _encoded(options: argparse.Namespace, console: Console) -> ViewedClip:
             every=options.every,
             max_frames=options.max_frames,
             batch_size=options.batch_size,
+            fusion=options.temporal_fusion,
             on_frames=advance,
         )
         progress.update(task, total=len(clip.pictures), completed=len(clip.pictures))

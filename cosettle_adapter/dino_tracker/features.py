@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.correspondence.fusion import FusionMode
 from cosettle_adapter.dino_tracker.cells import CHANNELS, cells
 from cosettle_adapter.dino_tracker.errors import DinoTrackerError
 from cosettle_adapter.errors import GeometryError
@@ -59,6 +60,7 @@ def tracker_features(
     *,
     stride: int = 7,
     batch_size: int = BATCH_SIZE,
+    temporal_fusion: FusionMode | None = None,
 ) -> Iterator[Tensor]:
     """Yield what DINO-Tracker expects of each frame, at constant memory.
 
@@ -67,6 +69,7 @@ def tracker_features(
         frames: ``(3, 476, 854)`` uint8, one by one.
         stride: 7 or 14.
         batch_size: frames a forward pass.
+        temporal_fusion: as in :meth:`CoSettleAdapter.stream`.
 
     Yields:
         ``(1, 1024, h, w)`` float32 on the CPU: ``h, w`` is 67, 121 at stride 7, and 34, 61 at 14.
@@ -75,7 +78,8 @@ def tracker_features(
         DinoTrackerError: more than 1024 channels, or a feature that is zero or not finite.
     """
     check_adapter(adapter)
-    for chunk in adapter.stream(iter(frames), batch_size=batch_size):
+    chunks = adapter.stream(iter(frames), batch_size=batch_size, temporal_fusion=temporal_fusion)
+    for chunk in chunks:
         # one by one: at stride 7 each takes 33 MB
         for index, frame in enumerate(chunk.features.detach()):
             number = chunk.start + index

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.correspondence.fusion import FusionMode
 from cosettle_adapter.dino_tracker.cells import CHANNELS, cells
 from cosettle_adapter.dino_tracker.commands import Command, remaining_commands, shell_text
 from cosettle_adapter.dino_tracker.configs import preprocessing_config, training_config
@@ -56,6 +57,7 @@ def prepare(
     stride: int = 7,
     batch_size: int = BATCH_SIZE,
     rescale: bool = True,
+    temporal_fusion: FusionMode | None = None,
     location: str = LOCATION,
     on_frame: Callable[[int, int], None] = lambda done, frames: None,
 ) -> Prepared:
@@ -73,6 +75,7 @@ def prepare(
         batch_size: frames a forward pass.
         rescale: give features the mean length of the clip's own DINO-Tracker features, if there
             are any, and a usual one otherwise.
+        temporal_fusion: as in :meth:`CoSettleAdapter.stream`.
         location: device the features are loaded to. DINO-Tracker needs them on the GPU, and a
             file can say so wherever it was written; ``"cpu"`` makes one that loads without a GPU,
             and adds its conversion to the commands.
@@ -95,13 +98,16 @@ def prepare(
 
     scale = Scale(1.0, "left as long as they are")
     frames = (read_frame(path) for path in clip.frames)
+    chunks = tracker_features(
+        adapter, frames, stride=stride, batch_size=batch_size, temporal_fusion=temporal_fusion
+    )
     with whole_folder(copy) as folder:
         copy_inputs(clip, folder)
         for config in configs:
             config.write(folder)
         with write_tensor(folder / FEATURES, item, location=location) as writer:
             on_frame(0, len(clip.frames))
-            for features in tracker_features(adapter, frames, stride=stride, batch_size=batch_size):
+            for features in chunks:
                 done = writer.shape[0]
                 if rescale and not done:
                     scale = choose_scale(features, clip.path / FEATURES)

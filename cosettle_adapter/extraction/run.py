@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.adapter import DEFAULT_BATCH_SIZE, CoSettleAdapter, FeatureChunk, Size
+from cosettle_adapter.correspondence.fusion import WINDOW, FusionMode
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
 from cosettle_adapter.extraction.background import in_background
 from cosettle_adapter.extraction.errors import OutputExistsError
@@ -42,6 +43,7 @@ def extract(
     max_frames: int | None = None,
     fps: float | None = None,
     settle: bool | None = None,
+    temporal_fusion: FusionMode | None = None,
     storage: torch.dtype | None = None,
     overwrite: bool = False,
     on_chunk: Callable[[int], None] = lambda frames: None,
@@ -51,9 +53,10 @@ def extract(
     Decoding runs ahead in a thread, writing behind in another. The file appears whole or not at
     all. Until then the work lies in ``.NAME.partial`` beside it; when a run is killed, the same
     call goes on behind its last whole batch, and the file is the same, byte for byte, as that of
-    a run that was never broken. Settled features, and those of arrays and iterators, begin anew.
-    What is finished already is left as it is. When the source breaks off, the features of its
-    readable frames are kept and the result says so.
+    a run that was never broken. Frames that later ones depend on are encoded again: one or two
+    batches for temporal fusion, all where features are settled. Those of arrays and iterators
+    begin anew. What is finished already is left as it is. When the source breaks off, the features
+    of its readable frames are kept and the result says so.
 
     Args:
         adapter: what computes the features.
@@ -70,6 +73,7 @@ def extract(
         max_frames: keep at most this many frames.
         fps: frames per second of sources without timestamps.
         settle: settle each frame by the statistics of those before it.
+        temporal_fusion: ``"symmetric"`` or ``"causal"``.
         storage: dtype of the stored features; the adapter's by default.
         overwrite: replace what is there under that name once the new file is whole.
         on_chunk: called with the number of frames done so far after every batch.
@@ -80,13 +84,14 @@ def extract(
         OutputExistsError: there is another file of that name, or the started run of other
             settings, and ``overwrite`` is not given.
         OutputBusyError: another run is writing this file.
+        ValueError: another ``temporal_fusion``.
         OSError: the file could not be written; an earlier one of that name is left as it was.
     """
     path = Path(destination)
     row = choose_format(path, format)
     settings = Settings(
         size=size, fit=fit, start=start, end=end, every=every, max_frames=max_frames, fps=fps,
-        settle=settle, storage=storage, batch_size=batch_size,
+        settle=settle, temporal_fusion=temporal_fusion, storage=storage, batch_size=batch_size,
     )  # fmt: skip
     settings = row.plan(adapter, settings)
     dtype = storage_dtype(row, settings.storage, adapter.dtype)
@@ -131,8 +136,7 @@ def _take_up(work: Work, path: Path, record: Mapping[str, Any], *, overwrite: bo
 
 
 def _resumable(record: Mapping[str, Any]) -> bool:
-    # a source that is known again, and features that do not depend on all frames before
-    return record["source_identity"] is not None and not record["settings"]["settle"]
+    return record["source_identity"] is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +155,8 @@ class _Run:
         """Write all frames that are not there yet; return why the source ended early, if so."""
         truncated: str | None = None
         done = self.work.frames
-        chunks = self.adapter.stream(source, skip=done, **settings.stream_options())
+        skip = self._independent(done, settings)
+        chunks = self.adapter.stream(source, skip=skip, **settings.stream_options())
         try:
             with (
                 contextlib.closing(chunks),  # type: ignore[type-var]
@@ -159,6 +164,8 @@ class _Run:
             ):
                 try:
                     for chunk in chunks:
+                        if chunk.start < done:
+                            continue  # encoded for those behind it alone
                         write(self._started(chunk, settings.batch_size))
                         done += len(chunk.timestamps)
                         on_chunk(done)
@@ -178,6 +185,17 @@ class _Run:
                 )
             raise
         return truncated
+
+    def _independent(self, done: int, settings: Settings) -> int:
+        """How many of the frames that are written can be passed over: batches, all of them whole.
+
+        Those behind depend on none of them.
+        """
+        if self.record["settings"]["settle"]:
+            return 0
+        if settings.temporal_fusion is None:
+            return done
+        return max(0, done - WINDOW) // settings.batch_size * settings.batch_size
 
     def _started(self, chunk: FeatureChunk, batch_size: int) -> _Batch:
         features, geometry = self.row.arrange(chunk.features, chunk.geometry)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cosettle_adapter.adapter import DEFAULT_BATCH_SIZE, Size
+from cosettle_adapter.correspondence.fusion import FusionMode
 from cosettle_adapter.frames.geometry import Fit
 
 
@@ -25,6 +26,7 @@ class Settings:
         fps: frames per second of sources without timestamps.
         settle: settle each frame by the statistics of those before it; ``None`` for the
             adapter's own way.
+        temporal_fusion: average patches with their matches in neighbouring frames.
         storage: dtype of the stored features; ``None`` for the adapter's.
         batch_size: frames a forward pass.
     """
@@ -37,6 +39,7 @@ class Settings:
     max_frames: int | None = None
     fps: float | None = None
     settle: bool | None = None
+    temporal_fusion: FusionMode | None = None
     storage: torch.dtype | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
 

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.analysis import FeatureKind, feature_kinds, read_blocks
+from cosettle_adapter.correspondence.fusion import FusionMode, temporal_fusion
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
 from cosettle_adapter.extras import require
 from cosettle_adapter.frames import Geometry, open_frames, prefetch
@@ -74,6 +75,7 @@ def view_clip(
     every: int = 1,
     max_frames: int | None = None,
     batch_size: int = 4,
+    fusion: FusionMode | None = None,
     on_frames: Callable[[int], None] = lambda done: None,
 ) -> ViewedClip:
     """Encode a clip for the page, all kinds of features from one pass of the backbone.
@@ -87,6 +89,7 @@ def view_clip(
         every: keep every n-th frame.
         max_frames: keep at most this many.
         batch_size: frames a forward pass.
+        fusion: show the adapter's own features fused over time as well.
         on_frames: called with the number of frames done, after each pass.
 
     Returns:
@@ -100,6 +103,7 @@ def view_clip(
     pictures: list[bytes] = []
     times: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {kind.name: [] for kind in kinds}
+    guides: list[Tensor] = []
     geometry: Geometry | None = None
     chunks = open_frames(
         source, start=start, end=end, every=every, max_frames=max_frames, chunk_size=batch_size
@@ -110,7 +114,11 @@ def view_clip(
             images = adapter.preprocess(chunk.frames, size=size)
             tokens = read_blocks(adapter.backbone, images, [kind.blocks for kind in kinds])
             for kind in kinds:
-                parts[kind.name].append(_halved(kind.of_frames(tokens[kind.blocks]), kind))
+                found = kind.of_frames(tokens[kind.blocks])
+                parts[kind.name].append(_halved(found, kind))
+            # of the last kind, which is what the adapter returns
+            guide = adapter._guide(tokens[kind.blocks], found) if fusion else None
+            guides += [] if guide is None else [guide.to("cpu", torch.float16)]
             pictures.extend(_pictures(chunk.frames))
             times.append(chunk.timestamps)
             on_frames(len(pictures))
@@ -121,6 +129,10 @@ def view_clip(
     if geometry is None:
         raise FrameError(f"{source} holds no frames")
     features = {kind.name: _finished(kind, parts.pop(kind.name)) for kind in kinds}
+    if fusion is not None:
+        own = kinds[-1].name
+        guide = torch.cat(guides) if guides else None
+        features[f"{own}, fused"] = temporal_fusion(features[own], guide, mode=fusion)
     return ViewedClip(
         name=Path(source).name,
         facts=_facts(adapter, geometry),
