@@ -31,7 +31,8 @@ from cosettle_adapter.errors import (
     TruncatedVideoError,
 )
 from cosettle_adapter.files import atomic_path
-from cosettle_adapter.fitting import find_recipe, fitted_projection
+from cosettle_adapter.fitting import find_recipe
+from cosettle_adapter.fitting_cache import fitted_projection
 from cosettle_adapter.frames import FrameChunk, open_frames, pinned, prefetch
 from cosettle_adapter.frames.arrays import as_frames
 from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
@@ -122,8 +123,8 @@ class CoSettleAdapter(nn.Module):
                 f"this projection was fitted on {config.backbone} with fingerprint "
                 f"{_short(config.fingerprint)}, but the backbone here is {backbone.row.name} with "
                 f"fingerprint {_short(backbone.fingerprint)}. Load the backbone it names, fit a "
-                "projection for this one (projection='fit'), or pass allow_mismatched_backbone=True if you know "
-                "that they are interchangeable"
+                "projection for this one (projection='fit'), or pass "
+                "allow_mismatched_backbone=True if you know that they are interchangeable"
             )
         self.backbone = backbone
         self.projection = projection
@@ -309,9 +310,7 @@ class CoSettleAdapter(nn.Module):
                 token=token,
                 local_files_only=local_files_only,
             )
-            backbone = load_backbone(
-                backbone, weights=backbone_weights, options=options, **loading
-            )
+            backbone = load_backbone(backbone, weights=backbone_weights, options=options, **loading)
         block = backbone.default_layer if layer is None else backbone.block(layer)
         if norm is None:
             norm = block == backbone.depth - 1 and backbone.row.final_norm

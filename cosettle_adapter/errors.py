@@ -22,10 +22,6 @@ class UnknownModelError(CosettleError, ValueError):
     """A name that is neither a registered model, a Hub repository nor a local folder."""
 
 
-class ProjectionUnavailableError(CosettleError, ValueError):
-    """A registered backbone for which no projection has been published."""
-
-
 class ProjectionFormatError(CosettleError, ValueError):
     """A projection folder whose config or weights are not what the format says."""
 

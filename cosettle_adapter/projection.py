@@ -25,7 +25,7 @@ from cosettle_adapter.closed_form import AffineMap
 from cosettle_adapter.errors import ProjectionFormatError
 from cosettle_adapter.files import atomic_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had neither recipe nor averaging, and is read as well
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "projection.safetensors"
 
@@ -57,6 +57,9 @@ class ProjectionConfig:
         figures: measured figures, each beside the command that printed it.
         licence: licence of the projection and of the backbone it depends on.
         settled: whether an affine map, found on a clip, comes after everything else.
+        recipe: version of the recipe it was fitted by, if it was by one.
+        averaging: share with which each patch is averaged with its most similar neighbours
+            within the frame, in [0, 1); 0 for none.
         format_version: version of this format.
     """
 
@@ -73,6 +76,8 @@ class ProjectionConfig:
     figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     licence: str = ""
     settled: bool = False
+    recipe: int | None = None
+    averaging: float = 0.0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -99,6 +104,8 @@ class ProjectionConfig:
             raise ProjectionFormatError(
                 f"layers must name at least one transformer block, got {self.layers!r}"
             )
+        if not isinstance(self.averaging, int | float) or not 0 <= self.averaging < 1:
+            raise ProjectionFormatError(f"averaging must be in [0, 1), got {self.averaging!r}")
         object.__setattr__(self, "layers", tuple(self.layers))
 
     def to_json(self) -> str:
@@ -126,10 +133,10 @@ class ProjectionConfig:
                 f"{source} holds a {type(values).__name__}, expected an object"
             )
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise ProjectionFormatError(
                 f"{source} has format_version {version!r}, and this version of cosettle-adapter "
-                f"reads {FORMAT_VERSION}. Upgrade with: pip install -U cosettle-adapter"
+                f"reads 1 to {FORMAT_VERSION}. Upgrade with: pip install -U cosettle-adapter"
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(values.keys() - fields.keys())
@@ -147,7 +154,8 @@ class ProjectionConfig:
             raise ProjectionFormatError(
                 f"{source}: layers must be a list of block numbers, got {values['layers']!r}"
             )
-        return cls(**{**values, "layers": tuple(values["layers"])})
+        values |= {"layers": tuple(values["layers"]), "format_version": FORMAT_VERSION}
+        return cls(**values)
 
 
 class Projection(nn.Module):

@@ -20,17 +20,22 @@ from cosettle_adapter.backbones.registry import is_backbone_name
 from cosettle_adapter.backbones.released import BACKBONE_FILE, OFFICIAL_REPOSITORY
 from cosettle_adapter.errors import (
     ProjectionFormatError,
-    ProjectionUnavailableError,
     UnknownModelError,
     WeightsUnavailableError,
     did_you_mean,
 )
+from cosettle_adapter.fitting_cache import cache_folder
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, ProjectionConfig
 
 _BUNDLED = Path(__file__).parent / "projections"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_STATUSES = ("fitted here", "by the authors", "none published")
+_STATUSES = (
+    "in the package",
+    "by the authors",
+    "fitted, in your cache",
+    "fitted on first use",
+)
 _PATH_PREFIXES = ("./", "../", "~", ".\\", "..\\")
 
 
@@ -60,6 +65,13 @@ def bundled_folder(name: str) -> Path | None:
     return folder if (folder / CONFIG_FILE).is_file() else None
 
 
+def is_published(name: str | Path) -> bool:
+    """Whether a projection was published under a name; only bare backbones may have none."""
+    if not (isinstance(name, str) and is_backbone_name(name)):
+        return True
+    return bundled_folder(name) is not None or lookup(name).release is not None
+
+
 def find_projection(name: str | Path, options: HubOptions) -> PublishedProjection:
     """Turn what a user typed into a projection folder.
 
@@ -69,8 +81,7 @@ def find_projection(name: str | Path, options: HubOptions) -> PublishedProjectio
     directory); ``owner/name`` is otherwise a Hub repository.
 
     Raises:
-        ProjectionUnavailableError: a backbone without a published projection.
-        UnknownModelError: none of the three.
+        UnknownModelError: none of the three, or a backbone without a published projection.
         WeightsUnavailableError: the Hub could not deliver the repository's files.
         ProjectionFormatError: a folder without a projection in it.
     """
@@ -78,7 +89,10 @@ def find_projection(name: str | Path, options: HubOptions) -> PublishedProjectio
         row = lookup(name)
         folder = bundled_folder(name)
         if folder is None and row.release is None:
-            raise ProjectionUnavailableError(_unpublished(row.name))
+            raise UnknownModelError(
+                f"no projection has been published for {row.name}; "
+                f"from_pretrained({row.name!r}) fits one here"
+            )
         if folder is not None:
             return PublishedProjection(folder, bundled=True)
         return PublishedProjection(_released(row, options))
@@ -115,8 +129,8 @@ class ModelInfo:
         positions: kind of positional embedding of the backbone.
         image_size: side, in pixels, of the images its positions belong to.
         source: where the backbone's weights come from: a Hub repository, if nothing else is said.
-        projection: ``"fitted here"`` (it is in the package), ``"by the authors"`` (converted
-            from their release) or ``"none published"``.
+        projection: where it comes from: ``"in the package"``, ``"by the authors"`` (converted
+            from their release), ``"fitted, in your cache"`` or ``"fitted on first use"``.
         figures: measured figures of the projection.
         note: what to know before choosing it.
     """
@@ -135,12 +149,12 @@ class ModelInfo:
 
     @property
     def has_projection(self) -> bool:
-        """Whether ``from_pretrained`` finds a projection for it."""
-        return self.projection != _STATUSES[-1]
+        """Whether a projection was published for it."""
+        return self.projection in _STATUSES[:2]
 
 
 def list_models() -> list[ModelInfo]:
-    """Return every registered model, those with a projection first."""
+    """Return every registered model, those with a published projection first."""
     models = []
     for row in REGISTRY.values():
         folder = bundled_folder(row.name)
@@ -169,7 +183,11 @@ def list_models() -> list[ModelInfo]:
 def _status(row: BackboneRow, folder: Path | None) -> str:
     if folder is not None:
         return _STATUSES[0]
-    return _STATUSES[1 if row.release is not None else 2]
+    if row.release is not None:
+        return _STATUSES[1]
+    wanted = cache_folder(row.name, "?" * 12, HubOptions())
+    fitted = any(wanted.parent.glob(f"{wanted.name}/{CONFIG_FILE}"))
+    return _STATUSES[2 if fitted else 3]
 
 
 def _source(row: BackboneRow) -> str:
@@ -190,29 +208,9 @@ def _released(row: BackboneRow, options: HubOptions) -> Path:
             f"the authors' projection of {row.name} could not be had from {OFFICIAL_REPOSITORY}: "
             f"{error}. With network it is downloaded and converted once; their file, if you have "
             f"it, is converted by: cosettle-adapter convert FILE --backbone {row.name} "
-            f"-o {row.name}-projection. {_fit_one(row.name)}"
+            f"-o {row.name}-projection. Another one, fitted here: "
+            f'from_pretrained({row.name!r}, projection="fit")'
         ) from error
-
-
-def _unpublished(name: str) -> str:
-    published = [
-        other for other, row in REGISTRY.items() if bundled_folder(other) or row.release is not None
-    ]
-    return (
-        f"no projection has been published for {name}, and an untrained one is never returned. "
-        f"{_fit_one(name)} Or use none, and settle the features of each clip by the clip's own "
-        f"statistics: from_pretrained('{name}', projection='settle'). "
-        f"Published: {', '.join(published)}."
-    )
-
-
-def _fit_one(name: str) -> str:
-    folder = re.sub(r"[^\w.-]+", "-", name) + "-projection"
-    return (
-        "Fit one on a folder of your own videos, in minutes on a CPU:\n"
-        f"  cosettle-adapter fit --backbone {name} --data clips/ -o {folder}\n"
-        f"then load it with from_pretrained('./{folder}')."
-    )
 
 
 def _download(repository: str, options: HubOptions) -> Path:

@@ -21,7 +21,7 @@ import torch
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.dino_tracker import load_overlapping, prepare
-from cosettle_adapter.errors import CosettleError, ProjectionUnavailableError
+from cosettle_adapter.errors import CosettleError
 
 
 def main() -> None:
@@ -56,12 +56,7 @@ def load(options: argparse.Namespace) -> CoSettleAdapter:
     if options.layer is not None:
         return load_overlapping(raw, options.stride, device=device)
     adapted = partial(CoSettleAdapter.from_pretrained, options.model)
-    try:
-        adapter = load_overlapping(adapted, options.stride, device=device)
-    except ProjectionUnavailableError:
-        if not options.raw:
-            raise
-        return load_overlapping(raw, options.stride, device=device)
+    adapter = load_overlapping(adapted, options.stride, device=device)
     return adapter.without_projection() if options.raw else adapter
 
 

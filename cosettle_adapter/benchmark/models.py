@@ -16,8 +16,8 @@ from cosettle_adapter.backbones import (
 )
 from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.weights import fingerprint
-from cosettle_adapter.errors import ProjectionUnavailableError
 from cosettle_adapter.projection import Projection
+from cosettle_adapter.published import is_published
 from cosettle_adapter.training.settings import TrainSettings
 
 _SCALE = 0.02
@@ -47,7 +47,7 @@ def load_model(
         tensors = random_tensors(row)
         backbone = build_backbone(row, tensors, fingerprint=fingerprint(tensors), origin="random")
         return with_paper_head(backbone.to(device=device, dtype=dtype))
-    try:
+    if is_published(name):
         return CoSettleAdapter.from_pretrained(
             name,
             device=device,
@@ -56,10 +56,9 @@ def load_model(
             cache_dir=options.cache_dir,
             local_files_only=options.local_files_only,
         )
-    except ProjectionUnavailableError:
-        return with_paper_head(
-            load_backbone(name, weights=weights, device=device, dtype=dtype, options=options)
-        )
+    return with_paper_head(
+        load_backbone(name, weights=weights, device=device, dtype=dtype, options=options)
+    )
 
 
 def with_paper_head(backbone: Backbone) -> CoSettleAdapter:

@@ -19,7 +19,6 @@ from cosettle_adapter.cli.options import (
     size,
     torch_dtype,
 )
-from cosettle_adapter.errors import ProjectionUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -171,13 +170,12 @@ def _load(options: argparse.Namespace) -> CoSettleAdapter:
     """Load what computes the features that were asked for."""
     if options.layer is not None:
         return load_adapter(options, layer=options.layer, stride=options.stride)
-    try:
-        adapter = load_adapter(options, stride=options.stride)
-    except ProjectionUnavailableError:
-        # what needs no projection can be had of any backbone
-        if not (options.raw or options.settle):
-            raise
-        return load_adapter(options, raw=True, stride=options.stride)
+    if options.raw and options.projection is None:
+        from cosettle_adapter.published import is_published
+
+        if not is_published(options.model):  # nothing is fitted to be left out
+            return load_adapter(options, raw=True, stride=options.stride)
+    adapter = load_adapter(options, stride=options.stride)
     return adapter.without_projection() if options.raw else adapter
 
 

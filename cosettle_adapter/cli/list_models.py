@@ -42,14 +42,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
     else:
         console.print(_models(models))
         console.print(
-            f"{len(everything) - len(models)} more backbones have no projection yet "
-            "(cosettle-adapter list --backbones); fit one: cosettle-adapter fit --help"
+            f"{len(everything) - len(models)} more backbones (cosettle-adapter list --backbones), "
+            "and any of timm's and open_clip's: a projection is fitted on first use"
         )
     return 0
 
 
 def _models(models: Sequence[ModelInfo]) -> Table:
-    table = _table("Models with a projection", ("name", "licence", "projection"))
+    table = _table("Models with a published projection", ("name", "licence", "projection"))
     table.add_column("measured")
     for model in models:
         summary = str(model.figures.get("summary", ""))
@@ -67,7 +67,7 @@ def _backbones(models: Sequence[ModelInfo], *, wide: bool) -> Table:
         "image": lambda model: str(model.image_size),
         "licence": lambda model: model.licence.removeprefix("LicenseRef-"),
         "source": lambda model: model.source,
-        "projection": lambda model: model.projection.replace("none published", "none"),
+        "projection": lambda model: model.projection,
     }
     left_out = () if wide else ("family", "width", "image", "source")
     shown = {name: cell for name, cell in columns.items() if name not in left_out}

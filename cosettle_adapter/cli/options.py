@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         help="registered name, Hub repository or folder; with --layer, any backbone",
+    )
+    parser.add_argument(
+        "--projection",
+        help="published, fit, settle or a folder; by default the published one, else one is "
+        "fitted on first use",
     )
     add_weights_argument(parser)
     parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, mps")
@@ -80,29 +85,18 @@ def load_adapter(
 ) -> CoSettleAdapter:
     """Load what ``add_model_arguments`` describes; the bare backbone if ``raw`` or a ``layer``."""
     from cosettle_adapter.adapter import CoSettleAdapter
-    from cosettle_adapter.backbones import HubOptions
 
-    dtype = torch_dtype(options.dtype)
-    if not raw and layer is None:
-        return CoSettleAdapter.from_pretrained(
-            options.model,
-            device=options.device,
-            dtype=dtype,
-            stride=stride,
-            backbone_weights=options.backbone_weights,
-            cache_dir=options.cache_dir,
-            local_files_only=options.offline,
-        )
-    hub = HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline)
-    return CoSettleAdapter.raw(
-        options.model,
-        layer=layer,
-        device=options.device,
-        dtype=dtype,
-        stride=stride,
-        weights=options.backbone_weights,
-        options=hub,
-    )
+    loading: dict[str, Any] = {
+        "device": options.device,
+        "dtype": torch_dtype(options.dtype),
+        "stride": stride,
+        "backbone_weights": options.backbone_weights,
+        "cache_dir": options.cache_dir,
+        "local_files_only": options.offline,
+    }
+    if raw or layer is not None:
+        return CoSettleAdapter.raw(options.model, layer=layer, **loading)
+    return CoSettleAdapter.from_pretrained(options.model, projection=options.projection, **loading)
 
 
 def frame_progress(console: Console) -> Progress:

@@ -1,0 +1,220 @@
+"""A projection for any backbone, fitted on the starter corpus, with the core dependencies alone.
+
+What turns statistics into a projection is a :class:`Recipe`, whose version the projection records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange
+
+from cosettle_adapter.backbones import Backbone
+from cosettle_adapter.closed_form import (
+    AffineMap,
+    StatisticsError,
+    TokenStatistics,
+    centre,
+    solve_blocks,
+)
+from cosettle_adapter.errors import GeometryError
+from cosettle_adapter.frames.rendered import RenderedClip
+from cosettle_adapter.projection import Projection, ProjectionConfig
+from cosettle_adapter.starter import CLIPS, FRAMES, corresponding_cells, starter_clips
+from cosettle_adapter.version import __version__
+
+RECIPE = 1  # the default one
+
+_SIDE = 252  # pixels, about; 18 x 18 patches of 14
+_LEAST_VARIANCE = 1e-8  # of tokens, relative to their mean square
+
+
+def read_layers(backbone: Backbone) -> tuple[int, ...]:
+    """Return the layers at about 1/2, 2/3 and 5/6 of the depth: 5, 7 and 9 of 12.
+
+    Encoders of a few feature maps are read at the one that is the grid and the one before it.
+    """
+    if backbone.depth < 6:
+        return tuple(range(max(0, backbone.default_layer - 1), backbone.default_layer + 1))
+    return tuple(round(backbone.depth * share) - 1 for share in (1 / 2, 2 / 3, 5 / 6))
+
+
+def solve(statistics: TokenStatistics, widths: Sequence[int], out_width: int) -> AffineMap:
+    """Centre each layer, divide it by its own deviation, and keep the principal axes.
+
+    Args:
+        statistics: of the concatenated layers.
+        widths: channels of each layer.
+        out_width: channels to keep.
+    """
+    return solve_blocks(statistics, widths, centre, out_width=out_width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How statistics become a projection; a change of any result needs a new version.
+
+    Attributes:
+        layers: chooses the layers of a backbone that are read.
+        solve: statistics, widths of the layers and channels to return, to a map.
+        formula: what it does, to be recorded beside a projection.
+        averaging: share for :attr:`ProjectionConfig.averaging`.
+        pairs: whether ``solve`` needs the statistics of corresponding patches.
+    """
+
+    layers: Callable[[Backbone], tuple[int, ...]]
+    solve: Callable[[TokenStatistics, Sequence[int], int], AffineMap]
+    formula: str
+    averaging: float = 0.0
+    pairs: bool = False
+
+
+RECIPES = {
+    1: Recipe(
+        read_layers,
+        solve,
+        "layers centred, each divided by its own deviation, concatenated, principal axes",
+    )
+}
+
+
+def find_recipe(version: int | None) -> tuple[int, Recipe]:
+    """Return a recipe and its version, the default one for ``None``.
+
+    Raises:
+        ValueError: there is no such version.
+    """
+    version = RECIPE if version is None else version
+    if version not in RECIPES:
+        known = ", ".join(map(str, RECIPES))
+        raise ValueError(f"unknown recipe {version!r}; this version knows {known}")
+    return version, RECIPES[version]
+
+
+@torch.no_grad()
+def fit_starter(
+    backbone: Backbone,
+    *,
+    recipe: int | None = None,
+    start: tuple[int, TokenStatistics] | None = None,
+    on_clip: Callable[[int, TokenStatistics], None] | None = None,
+) -> Projection:
+    """Fit a projection on the starter corpus.
+
+    Deterministic. The encoder runs where the backbone is; statistics are gathered in float64 on
+    the CPU.
+
+    Args:
+        backbone: in float32 at its native stride.
+        recipe: version; the default one if not given.
+        start: number of clips that were seen already, and their statistics, to go on from.
+        on_clip: called after each of :data:`~cosettle_adapter.starter.CLIPS` clips with just that.
+
+    Returns:
+        In eval mode, gradients off, on the CPU.
+
+    Raises:
+        ValueError: another dtype or stride, or no such recipe.
+        StatisticsError: features that are all equal, or not finite.
+    """
+    row = backbone.row
+    if backbone.dtype != torch.float32 or backbone.stride != backbone.patch:
+        raise ValueError(
+            f"a projection is fitted in float32 at stride {backbone.patch}, got {row.name} in "
+            f"{backbone.dtype} at stride {backbone.stride}: load it so"
+        )
+    version, how = find_recipe(recipe)
+    layers = how.layers(backbone)
+    widths = [backbone.widths[layer] for layer in layers]
+    size = _size(backbone, layers)
+    done, statistics = start or (0, TokenStatistics(sum(widths)))
+    for clip in starter_clips(size, skip=done):
+        _gather(statistics, clip, backbone, layers, pairs=how.pairs)
+        done += 1
+        if on_clip is not None:
+            on_clip(done, statistics)
+    _check(statistics, widths, row.name)
+    affine = how.solve(statistics, widths, backbone.width)
+    # Axes are known up to their sign: the largest weight is made positive.
+    largest = affine.weight.gather(1, affine.weight.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0)
+    config = ProjectionConfig(
+        backbone=row.name,
+        fingerprint=backbone.fingerprint,
+        layers=layers,
+        norm=False,
+        in_width=sum(widths),
+        out_width=backbone.width,
+        kind="affine",
+        backbone_revision=backbone.revision,
+        fit={
+            "method": f"fitted on first use: {how.formula}",
+            "data": "clips rendered from the package's own photographs (NOTICE)",
+            "clips": CLIPS,
+            "frames": CLIPS * FRAMES,
+            "size": list(size),
+            "cosettle_adapter": __version__,
+        },
+        licence=row.licence,
+        recipe=version,
+        averaging=how.averaging,
+    )
+    projection = Projection(config)
+    projection.load_state_dict(
+        {
+            "linears.0.weight": (sign * affine.weight).float(),
+            "linears.0.bias": (sign[:, 0] * affine.bias).float(),
+        }
+    )
+    return projection.requires_grad_(False).eval()
+
+
+def _size(backbone: Backbone, layers: Sequence[int]) -> tuple[int, int]:
+    """About :data:`_SIDE` in whole cells; the backbone's own size where it takes no other."""
+    cell = backbone.patch if backbone.row.kind == "vit" else math.lcm(backbone.patch, 32)
+    side = max(1, round(_SIDE / cell)) * cell
+    try:
+        backbone.intermediate_tokens(
+            torch.zeros(1, 3, side, side, device=backbone.device), layers, norm=False
+        )
+    except GeometryError:
+        side = backbone.row.image_size
+    return side, side
+
+
+def _gather(
+    statistics: TokenStatistics,
+    clip: RenderedClip,
+    backbone: Backbone,
+    layers: Sequence[int],
+    *,
+    pairs: bool,
+) -> None:
+    mean, std = (
+        rearrange(torch.tensor(each), "c -> c 1 1")
+        for each in (backbone.row.mean, backbone.row.std)
+    )
+    images = ((clip.frames / 255 - mean) / std).to(backbone.device)
+    maps = backbone.intermediate_tokens(images, layers, norm=False)
+    read = torch.cat(maps, dim=1).cpu()
+    statistics.add_tokens(rearrange(read, "t c h w -> (t h w) c"))
+    if pairs:
+        tokens = rearrange(read, "t c h w -> t (h w) c")
+        for frame in range(1, len(tokens)):
+            here, there = corresponding_cells(clip, frame, (read.shape[-2], read.shape[-1]))
+            statistics.add_pairs(tokens[0, here], tokens[frame, there])
+    statistics.end_clip()
+
+
+def _check(statistics: TokenStatistics, widths: Sequence[int], name: str) -> None:
+    variance = torch.split(statistics.covariance.diagonal(), list(widths))
+    squares = torch.split(statistics.mean.square(), list(widths))
+    for spread, square in zip(variance, squares, strict=True):
+        if not float(spread.sum()) > _LEAST_VARIANCE * float(square.sum()):
+            raise StatisticsError(
+                f"no projection can be fitted for {name}: its features are the same for all "
+                "patches, or not finite. Are these the right weights?"
+            )

@@ -1,0 +1,179 @@
+"""Projections that were fitted on first use: kept in the user's cache, fitted once.
+
+The key is the backbone's fingerprint and the version of the recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from huggingface_hub.utils.tqdm import tqdm  # off by HF_HUB_DISABLE_PROGRESS_BARS
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+
+from cosettle_adapter.backbones import Backbone, HubOptions
+from cosettle_adapter.closed_form import StatisticsError, TokenStatistics
+from cosettle_adapter.errors import ProjectionFormatError
+from cosettle_adapter.files import atomic_path
+from cosettle_adapter.fitting import RECIPE, find_recipe, fit_starter
+from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection
+from cosettle_adapter.starter import CLIPS
+
+logger = logging.getLogger(__name__)
+
+_PARTIAL = "statistics.safetensors"
+_SAVE_EVERY = 10.0  # seconds
+
+
+def cache_folder(name: str, fingerprint: str, options: HubOptions, version: int = RECIPE) -> Path:
+    """Return the folder of the projection that is fitted on first use, there or not."""
+    slug = re.sub(r"[^\w.-]+", "-", name)
+    short = fingerprint.removeprefix("sha256:")[:12]
+    return options.own_cache("projections", f"{slug}-{short}-recipe{version}")
+
+
+def fitted_projection(
+    backbone: Backbone,
+    options: HubOptions,
+    *,
+    recipe: int | None = None,
+    native: Callable[[], Backbone],
+) -> Projection:
+    """Return a backbone's projection from the cache, or fit it and put it there.
+
+    Processes that ask at once wait for one of them. A fit that was killed goes on where it was.
+    Where the cache cannot be written, the projection is fitted in memory, with a warning.
+
+    Args:
+        backbone: what the projection is for.
+        options: whose cache.
+        recipe: version; the default one if not given.
+        native: loads the backbone in float32 at its native stride, for a fit, where ``backbone``
+            is not.
+
+    Raises:
+        ValueError: no such recipe.
+        StatisticsError: the backbone's features cannot be used.
+    """
+    version, _ = find_recipe(recipe)
+    folder = cache_folder(backbone.row.name, backbone.fingerprint, options, version)
+    found = _cached(folder, backbone.fingerprint)
+    if found is not None:
+        return found
+    with contextlib.ExitStack() as held:
+        keeper = _Keeper(folder)
+        with keeper.writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
+        found = _cached(folder, backbone.fingerprint)
+        if found is not None:
+            return found
+        is_native = backbone.dtype == torch.float32 and backbone.stride == backbone.patch
+        source = backbone if is_native else native()
+        start = keeper.resumed()
+        bar: Any = tqdm  # untyped
+        named = {"desc": f"fitting {backbone.row.name}", "unit": "clip"}
+        with bar(total=CLIPS, initial=start[0] if start else 0, **named) as progress:
+
+            def on_clip(done: int, statistics: TokenStatistics) -> None:
+                progress.update()
+                keeper.on_clip(done, statistics, backbone.row.name)
+
+            projection = fit_starter(source, recipe=version, start=start, on_clip=on_clip)
+        with keeper.writing():
+            projection.save(folder)
+            for path in folder.iterdir():
+                if path.name not in (CONFIG_FILE, WEIGHTS_FILE):
+                    path.unlink()
+    return projection
+
+
+class _Keeper:
+    """Keeps what a fit has so far; gives up, with one warning, where it cannot write."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder: Path | None = folder
+        self._saved = self._clip_began = time.monotonic()
+        self._clips = 0
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Run the block; if it cannot write, warn once and go without the cache."""
+        try:
+            yield
+        except OSError as error:
+            if self._folder is not None:
+                logger.warning(
+                    "the projection cannot be kept in %s, so it is fitted in memory, and again "
+                    "by the next process: %s",
+                    self._folder,
+                    error,
+                )
+            self._folder = None
+
+    def resumed(self) -> tuple[int, TokenStatistics] | None:
+        """Number of clips done and their statistics, as a killed fit left them."""
+        if self._folder is None or not (self._folder / _PARTIAL).is_file():
+            return None
+        try:
+            statistics = TokenStatistics.from_tensors(load_file(self._folder / _PARTIAL))
+        except (SafetensorError, StatisticsError, OSError) as error:
+            logger.debug("%s cannot be used: %s", self._folder / _PARTIAL, error)
+            return None
+        return statistics.clips, statistics
+
+    def on_clip(self, done: int, statistics: TokenStatistics, name: str) -> None:
+        """Say once what is going on, and save the statistics from time to time."""
+        now = time.monotonic()
+        self._clips += 1
+        if self._clips == 2:  # the first is slower than the others
+            # A warning, because a pause of this length needs a reason, and INFO is not seen.
+            logger.warning(
+                "fitting a projection for %s on the package's own photographs, once: about "
+                "%.0f s; it is kept in %s",
+                name,
+                (now - self._clip_began) * (CLIPS - done),
+                self._folder or "memory",
+            )
+        self._clip_began = now
+        if self._folder is not None and now - self._saved > _SAVE_EVERY:
+            with self.writing(), atomic_path(self._folder / _PARTIAL) as path:
+                path.write_bytes(to_safetensors(statistics.to_tensors()))
+            self._saved = time.monotonic()
+
+
+def _cached(folder: Path, fingerprint: str) -> Projection | None:
+    try:
+        if not (folder / CONFIG_FILE).is_file():
+            return None
+        found = Projection.load(folder)
+    except (ProjectionFormatError, OSError) as error:
+        logger.warning("%s cannot be used, so it is fitted anew: %s", folder, error)
+        return None
+    return found if found.config.fingerprint == fingerprint else None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock, which ends with its process."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is fitting this projection; waiting for it (%s)", path)
+        lock.acquire()
+    except NotImplementedError:  # a disk without locks
+        logger.debug("no locks at %s", path)
+    try:
+        yield
+    finally:
+        lock.release()
