@@ -162,12 +162,14 @@ def fit_starter(
         recipe=version,
         averaging=how.averaging,
     )
-    projection = Projection(config)
+    with torch.device("meta"):  # draws no random numbers
+        projection = Projection(config)
     projection.load_state_dict(
         {
             "linears.0.weight": (sign * affine.weight).float(),
             "linears.0.bias": (sign[:, 0] * affine.bias).float(),
-        }
+        },
+        assign=True,
     )
     return projection.requires_grad_(False).eval()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,3 +82,12 @@ def write_video(
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
+
+
+def small_corpus(put: Callable[[Any, str, object], None], clips: int = 4) -> None:
+    """Make the starter corpus small, by ``put(module, name, value)``."""
+    from cosettle_adapter import fitting, fitting_cache, starter
+
+    for module in (starter, fitting, fitting_cache):
+        put(module, "CLIPS", clips)
+    put(fitting, "_SIDE", 64)

@@ -19,7 +19,6 @@ from cosettle_adapter.errors import (
     FrameError,
     GeometryError,
     ProjectionFormatError,
-    ProjectionUnavailableError,
     UnknownModelError,
     WeightsUnavailableError,
 )
@@ -263,12 +262,23 @@ def test_an_alias_means_the_alias_even_beside_a_folder_of_that_name(
         CoSettleAdapter.from_pretrained(f"./{REAL}")
 
 
-def test_an_unpublished_projection_gives_the_command_that_fits_one() -> None:
-    with pytest.raises(ProjectionUnavailableError) as caught:
-        CoSettleAdapter.from_pretrained("dinov2-vitb14")
-    message = str(caught.value)
-    assert "an untrained one is never returned" in message
-    assert "cosettle-adapter fit --backbone dinov2-vitb14 --data clips/ -o" in message
+def test_what_was_not_published_is_not_had_by_asking_for_it() -> None:
+    with pytest.raises(UnknownModelError, match="no projection has been published for dinov2-v"):
+        CoSettleAdapter.from_pretrained("dinov2-vitb14", projection="published")
+
+
+def test_raw_takes_what_from_pretrained_takes(tiny_registered: BackboneRow, tmp_path: Path) -> None:
+    save_file(tiny_state(), tmp_path / "backbone.safetensors")
+    raw = CoSettleAdapter.raw(
+        tiny_registered.name,
+        backbone_weights=tmp_path / "backbone.safetensors",
+        cache_dir=tmp_path,
+        local_files_only=True,
+        dtype=torch.bfloat16,
+    )
+    assert raw.dtype == torch.bfloat16
+    with pytest.raises(WeightsUnavailableError):
+        CoSettleAdapter.raw("dinov2-vitb14", cache_dir=tmp_path, local_files_only=True)
 
 
 def test_names_that_are_nothing() -> None:
@@ -302,8 +312,8 @@ def test_list_models_shows_every_row_with_published_ones_first() -> None:
     names = [model.name for model in models]
     assert {"dinov2-vitb14", "mae-vitl16", "clip-vitb16", REAL} <= set(names)
     assert names[0] == REAL
-    assert models[0].projection == "fitted here"
-    order = ["fitted here", "by the authors", "none published"]
+    assert models[0].projection == "in the package"
+    order = ["in the package", "by the authors", "fitted, in your cache", "fitted on first use"]
     ranks = [order.index(model.projection) for model in models]
     assert ranks == sorted(ranks)
     assert ranks.count(1) == 8, "the paper's eight"

@@ -118,6 +118,8 @@ def test_features_of_another_width_are_refused() -> None:
         ({"in_width": 0}, "in_width must be a positive integer, got 0"),
         ({"layers": ()}, "layers must name at least one transformer block"),
         ({"kind": "identity", "out_width": 3}, "an identity keeps its width"),
+        ({"averaging": 1.0}, r"averaging must be in \[0, 1\), got 1.0"),
+        ({"averaging": -0.1}, "averaging must be in"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, object], message: str) -> None:
@@ -141,6 +143,13 @@ def test_a_config_file_that_was_edited_is_refused(tmp_path: Path, edit, message:
     (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
     with pytest.raises(ProjectionFormatError, match=message):
         Projection.load(tmp_path)
+
+
+def test_the_first_format_is_read_as_well() -> None:
+    values = json.loads(replace(recipe=3, averaging=0.3).to_json())
+    assert ProjectionConfig.from_json(json.dumps(values)) == replace(recipe=3, averaging=0.3)
+    del values["recipe"], values["averaging"]
+    assert ProjectionConfig.from_json(json.dumps({**values, "format_version": 1})) == CONFIG
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])

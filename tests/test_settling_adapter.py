@@ -13,7 +13,6 @@ from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
 from cosettle_adapter.closed_form import AffineMap, settle_clip
 from cosettle_adapter.errors import (
     ProjectionFormatError,
-    ProjectionUnavailableError,
     UnknownModelError,
 )
 from cosettle_adapter.extraction import extract
@@ -183,20 +182,11 @@ def test_any_backbone_settles_without_a_projection(
     assert "settled on each clip" in adapter.config.fit["method"]
     raw = CoSettleAdapter.raw(tiny_backbone)
     torch.testing.assert_close(adapter(clip()), settle_clip(raw(clip())), **CLOSE)
-    with pytest.raises(ValueError, match=r"projection must be None, .* or 'settle', got 'best'"):
-        CoSettleAdapter.from_pretrained(tiny_registered.name, projection="best")  # type: ignore[arg-type]
 
 
 def test_unknown_names_do_not_settle() -> None:
     with pytest.raises(UnknownModelError, match="Did you mean 'dinov2-vits14'"):
         CoSettleAdapter.from_pretrained("dinov2-vits41", projection="settle")
-
-
-def test_the_error_of_an_unpublished_name_offers_it(tiny_registered: BackboneRow) -> None:
-    with pytest.raises(ProjectionUnavailableError) as caught:
-        CoSettleAdapter.from_pretrained(tiny_registered.name)
-    assert "cosettle-adapter fit --backbone tiny-vit16" in str(caught.value)
-    assert "from_pretrained('tiny-vit16', projection='settle')" in str(caught.value)
 
 
 def test_forward_settles_each_clip_of_a_batch_by_itself(settling: CoSettleAdapter) -> None:

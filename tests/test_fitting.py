@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+
+from cosettle_adapter import CoSettleAdapter, fitting, starter
+from cosettle_adapter.backbones import REGISTRY, BackboneRow, VisionTransformerBackbone, lookup
+from cosettle_adapter.closed_form import StatisticsError
+from cosettle_adapter.errors import GeometryError
+from cosettle_adapter.fitting import fit_starter, read_layers
+from cosettle_adapter.frames.rendered import render_clip
+from cosettle_adapter.starter import corresponding_cells, starter_clips, starter_photographs
+
+from helpers import small_corpus, tiny_state
+
+NARROW = {"embed_dim": 48, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_corpus(monkeypatch.setattr)
+
+
+def narrow(name: str, width: int, **options: object) -> BackboneRow:
+    row = REGISTRY[name]
+    return dataclasses.replace(row, width=width, options={**row.options, **options})
+
+
+ROWS = (
+    narrow("dinov3-vits16", 48, **NARROW),
+    narrow("clip-vitb16", 48, **NARROW),
+    narrow("dinov2-vitg14", 48, **NARROW),
+    narrow("dinov3-convnext-base", 32, dims=(8, 16, 32, 64), depths=(1, 1, 1, 1)),
+    lookup("timm:test_vit.r160_in1k"),
+)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_kind_of_name_works_with_a_file_and_no_hub(
+    row: BackboneRow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REGISTRY, row.name, row)
+    save_file(tiny_state(row), tmp_path / "backbone.safetensors")
+    adapter = CoSettleAdapter.from_pretrained(
+        row.name,
+        projection="fit" if row.release else None,
+        backbone_weights=tmp_path / "backbone.safetensors",
+        cache_dir=tmp_path,
+        local_files_only=True,
+    )
+    features = adapter(torch.rand(2, 3, 4 * row.patch, 5 * row.patch))
+    assert features.shape == (2, row.width, 4, 5)
+    assert bool(torch.isfinite(features).all())
+    assert (adapter.config.recipe, adapter.config.licence) == (fitting.RECIPE, row.licence)
+
+
+@pytest.mark.parametrize(
+    ("depth", "grid", "layers"),
+    [
+        (6, 5, (2, 3, 4)),
+        (12, 11, (5, 7, 9)),
+        (24, 23, (11, 15, 19)),
+        (40, 39, (19, 26, 32)),
+        (4, 2, (1, 2)),
+        (5, 0, (0,)),
+    ],
+)
+def test_layers_by_depth(depth: int, grid: int, layers: tuple[int, ...]) -> None:
+    class Shape:
+        def __init__(self) -> None:
+            self.depth, self.default_layer = depth, grid
+
+    assert read_layers(Shape()) == layers  # type: ignore[arg-type]
+
+
+def test_it_is_what_it_says_on_the_corpus(tiny_backbone: VisionTransformerBackbone) -> None:
+    raw = [CoSettleAdapter.raw(tiny_backbone, layer=layer, norm=False) for layer in (5, 7, 9)]
+    tokens = []
+    for adapter in raw:
+        maps = [adapter(clip.frames) for clip in starter_clips((64, 64))]
+        read = rearrange(torch.cat(maps).double(), "t c h w -> (t h w) c")
+        read = read - read.mean(0)
+        tokens.append(read / read.square().mean().sqrt())
+    expected = torch.cat(tokens, dim=1)
+    _, values, axes = torch.linalg.svd(expected, full_matrices=False)
+    expected = expected @ axes[:192].T
+    expected = expected / (values[:192].square().mean() / len(expected)).sqrt()
+
+    projection = fit_starter(tiny_backbone)
+    adapter = CoSettleAdapter(tiny_backbone, projection)
+    maps = [adapter(clip.frames) for clip in starter_clips((64, 64))]
+    found = rearrange(torch.cat(maps).double(), "t c h w -> (t h w) c")
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-2, rtol=1e-3)
+    assert (projection.config.layers, projection.config.fit["frames"]) == ((5, 7, 9), 12)
+
+
+def test_two_fits_are_the_same_and_leave_the_random_numbers_alone(
+    tiny_backbone: VisionTransformerBackbone,
+) -> None:
+    state = torch.get_rng_state()
+    seen: list[int] = []
+    first = fit_starter(tiny_backbone, on_clip=lambda done, _: seen.append(done))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert seen == [1, 2, 3, 4]
+    torch.manual_seed(5)
+    second = fit_starter(tiny_backbone)
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], tensor, atol=1e-5, rtol=0)
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+
+
+def test_features_that_say_nothing_are_an_error(tiny_backbone: VisionTransformerBackbone) -> None:
+    for value in (1.5, torch.nan):
+        broken = copy.deepcopy(tiny_backbone)
+        broken._maps = lambda images, reads, positions, value=value: {  # type: ignore[method-assign]
+            read: torch.full((len(images), 192, 4, 4), value) for read in reads
+        }
+        with pytest.raises(StatisticsError, match=r"fitted for tiny-vit16: its features are the"):
+            fit_starter(broken)
+
+
+def test_only_the_native_form_is_fitted(tiny_backbone: VisionTransformerBackbone) -> None:
+    with pytest.raises(ValueError, match=r"float32 at stride 16, got tiny-vit16 in torch.bfloat16"):
+        fit_starter(copy.deepcopy(tiny_backbone).to(torch.bfloat16))
+
+
+def test_a_backbone_of_one_size_is_fitted_at_it(
+    tiny_backbone: VisionTransformerBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = tiny_backbone._maps
+
+    def only(images: torch.Tensor, *rest: object) -> object:
+        if images.shape[-2:] != (224, 224):
+            raise GeometryError("made for 224 x 224")
+        return maps(images, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tiny_backbone, "_maps", only)
+    monkeypatch.setattr(starter, "CLIPS", 1)
+    assert fit_starter(tiny_backbone).config.fit["size"] == [224, 224]
+
+
+def test_an_unknown_recipe_lists_the_known_ones(tiny_backbone: VisionTransformerBackbone) -> None:
+    with pytest.raises(ValueError, match="unknown recipe 99; this version knows 1"):
+        fit_starter(tiny_backbone, recipe=99)
+
+
+def test_a_recipe_may_ask_for_corresponding_patches(
+    tiny_backbone: VisionTransformerBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = dataclasses.replace(fitting.RECIPES[1], pairs=True, averaging=0.25)
+    monkeypatch.setitem(fitting.RECIPES, 2, pairs)
+    counted: list[int] = []
+    config = fit_starter(
+        tiny_backbone, recipe=2, on_clip=lambda _, statistics: counted.append(statistics.pairs)
+    ).config
+    assert (config.recipe, config.averaging) == (2, 0.25)
+    assert 0 < counted[0] < counted[-1] <= 4 * 2 * 16
+
+
+def test_corresponding_cells_are_where_the_motion_takes_them() -> None:
+    photograph = starter_photographs()["chelsea"]
+    clip = render_clip(photograph, frames=3, size=(64, 96), motion="pan", amount=0.5, seed=3)
+    here, there = corresponding_cells(clip, 0, (4, 6))
+    assert torch.equal(here, torch.arange(24))
+    assert torch.equal(there, here)
+    here, there = corresponding_cells(clip, 2, (4, 6))
+    shift = clip.homographies[2, :2, 2] / 16
+    column = (here % 6 + 0.5 + shift[0]).floor().long()
+    row = (here // 6 + 0.5 + shift[1]).floor().long()
+    assert 0 < len(here) < 24
+    assert torch.equal(there, row * 6 + column)
+
+
+def test_the_photographs_are_small_many_and_attributed() -> None:
+    folder = Path(starter.__file__).parent
+    files = sorted(folder.glob("*.jpg"))
+    assert 16 <= len(files) <= 24
+    assert sum(file.stat().st_size for file in files) < 1_500_000
+    notice = Path(__file__).parents[1].joinpath("NOTICE").read_text(encoding="utf-8")
+    for file in files:
+        assert file.stem in notice, file.name

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cosettle_adapter import CoSettleAdapter, fitting_cache, list_models
+from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone, build_backbone
+from cosettle_adapter.errors import WeightsUnavailableError
+from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE
+
+from helpers import TINY, projection_for, small_corpus, tiny_state
+
+SCRIPT = Path(__file__).with_name("fitting_process.py")
+
+
+@pytest.fixture(autouse=True)
+def corpus(monkeypatch: pytest.MonkeyPatch, tiny_registered: BackboneRow) -> None:
+    small_corpus(monkeypatch.setattr)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    save_file(tiny_state(), tmp_path / "backbone.safetensors")
+    return tmp_path / "backbone.safetensors"
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backbones that were fitted."""
+    seen: list[str] = []
+    fit = fitting_cache.fit_starter
+
+    def counted(backbone: VisionTransformerBackbone, **how: object) -> object:
+        seen.append(f"{backbone.dtype} {backbone.stride}")
+        return fit(backbone, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fitting_cache, "fit_starter", counted)
+    return seen
+
+
+def load(weights: Path, **how: object) -> CoSettleAdapter:
+    how = {"backbone_weights": weights, "cache_dir": weights.parent / "cache", **how}
+    return CoSettleAdapter.from_pretrained(TINY.name, **how)  # type: ignore[arg-type]
+
+
+def stored(cache: Path) -> Path:
+    (folder,) = [
+        path for path in (cache / "cosettle-adapter/projections").iterdir() if path.is_dir()
+    ]
+    return folder
+
+
+def run(cache: Path, weights: Path, *action: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(cache), str(weights), *action]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_it_is_fitted_once_in_its_native_form_and_then_loaded(
+    weights: Path, fits: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = load(weights, dtype=torch.bfloat16, stride=8)
+    assert first.dtype == torch.bfloat16
+    assert first.backbone.stride == 8
+    (said,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    folder = stored(weights.parent / "cache")
+    assert "fitting a projection for tiny-vit16 on the package's own photographs" in said
+    assert str(folder) in said
+    assert folder.name == f"tiny-vit16-{first.backbone.fingerprint[7:19]}-recipe1"
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    second = load(weights)
+    assert fits == ["torch.float32 16"]
+    assert second.config == first.config
+    for name, tensor in first.projection.state_dict().items():
+        assert torch.equal(second.projection.state_dict()[name], tensor)
+
+
+def test_a_file_that_was_damaged_is_fitted_anew(
+    weights: Path, fits: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    load(weights)
+    (stored(weights.parent / "cache") / WEIGHTS_FILE).write_bytes(b"nothing")
+    load(weights)
+    assert len(fits) == 2
+    assert "cannot be used, so it is fitted anew" in caplog.text
+
+
+def test_processes_that_start_at_once_fit_once(weights: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: run(tmp_path / "cache", weights), range(3)))
+    assert [each.returncode for each in found] == [0, 0, 0], found[0].stderr
+    assert sorted(int(each.stdout) for each in found) == [0, 0, 4]
+
+
+def test_threads_wait_for_one_of_them(weights: Path, fits: list[str]) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        adapters = list(pool.map(lambda _: load(weights), range(8)))
+    assert len(fits) == 1
+    assert len({adapter.projection.linears[0].weight.sum().item() for adapter in adapters}) == 1
+
+
+def test_a_killed_fit_goes_on_where_it_was_and_needs_no_extra(weights: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "killed", weights, "stop", "3").returncode < 0
+    assert [path.name for path in stored(tmp_path / "killed").iterdir()] == [
+        "statistics.safetensors"
+    ]
+    resumed = run(tmp_path / "killed", weights, "block")
+    assert resumed.stdout.strip() == "1", resumed.stderr
+    folder = stored(tmp_path / "killed")
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    found = load_file(folder / WEIGHTS_FILE)
+    for name, tensor in load(weights).projection.state_dict().items():
+        assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("at", ["mkdir", "write_bytes"])
+def test_a_cache_that_cannot_be_written_is_done_without(
+    weights: Path,
+    fits: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    at: str,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fitting_cache, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(Path, at, refuse)
+    adapter = load(weights)
+    assert adapter(torch.zeros(1, 3, 32, 32)).shape == (1, 192, 2, 2)
+    warned = [record.message for record in caplog.records if "again by the" in record.message]
+    assert len(warned) == 1
+    assert os.strerror(code) in warned[0]
+    monkeypatch.undo()
+    leftovers = [path for path in weights.parent.rglob("*") if path.name.startswith(".")]
+    assert not leftovers
+
+
+def test_a_recipe_is_pinned(weights: Path, tmp_path: Path) -> None:
+    assert load(weights, recipe=1).config.recipe == 1
+    with pytest.raises(ValueError, match="unknown recipe 7; this version knows 1"):
+        load(weights, recipe=7)
+    backbone = build_backbone(TINY, tiny_state(), fingerprint=load(weights).backbone.fingerprint)
+    projection_for(backbone).save(tmp_path / "own")
+    own = load(weights, projection=tmp_path / "own")
+    assert own.config.layers == (7,)
+    with pytest.raises(ValueError, match="was not made by recipe 1"):
+        load(weights, projection=str(tmp_path / "own"), recipe=1)
+    with pytest.raises(ValueError, match=r"'settle' or a folder .*, got 'best'"):
+        load(weights, projection="best")
+
+
+def test_a_published_one_that_cannot_be_reached_is_an_error_and_never_another_one(
+    tmp_path: Path, fits: list[str]
+) -> None:
+    with pytest.raises(WeightsUnavailableError, match=r'projection="fit"'):
+        CoSettleAdapter.from_pretrained("clip-vitb16", cache_dir=tmp_path, local_files_only=True)
+    assert not fits
+
+
+def test_the_list_tells_what_is_in_the_cache(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+
+    def status() -> str:
+        return {model.name: model.projection for model in list_models()}[TINY.name]
+
+    assert status() == "fitted on first use"
+    load(weights, cache_dir=None)
+    assert status() == "fitted, in your cache"
