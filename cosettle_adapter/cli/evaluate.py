@@ -10,22 +10,27 @@ from cosettle_adapter.cli.options import add_model_arguments, frame_progress, lo
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from cosettle_adapter.evaluation.run import Evaluation
     from cosettle_adapter.evaluation.tasks import Task
     from cosettle_adapter.projection import Projection
 
 HELP = "measure a model on a benchmark"
 
-CLIP_TASKS = ("davis", "folder", "vip", "jhmdb", "badja", "tapvid")
+CLIP_TASKS = ("davis", "folder", "vip", "jhmdb", "badja", "tapvid", "rendered")
 VIDEO_TASKS = ("representation", "classification", "retrieval", "localisation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     parser.add_argument("task", choices=(*CLIP_TASKS, *VIDEO_TASKS), help="the benchmark")
-    parser.add_argument("--data", type=Path, required=True, help="its folder")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="its folder. Several of DAVIS are parts: the raw layer to compare with is chosen on "
+        "the other parts. rendered: photographs, by default those of scikit-image",
+    )
     add_model_arguments(parser)
     parser.add_argument(
         "--raw", action="store_true", help="score the backbone alone; no projection is needed"
@@ -42,6 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="clips: score the features settled by each clip's own statistics as well",
     )
+    parser.add_argument(
+        "--centre",
+        action="store_true",
+        help="clips: score the adapted features minus the clip's mean token as well",
+    )
+    parser.add_argument(
+        "--baseline-layers",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="clips: score these single layers, centred by the clip's mean token, as well",
+    )
+    parser.add_argument(
+        "--temporal-fusion",
+        choices=("symmetric", "causal"),
+        help="clips: score adapted features and the layers of --baseline-layers fused as well",
+    )
     parser.add_argument("--layer", type=int, help="with --raw, the block to read; the last one")
     parser.add_argument("--stride", type=int, help="step between patches")
     parser.add_argument("--size", type=size, help="HEIGHTxWIDTH in place of the protocol's")
@@ -56,7 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("error", "void"),
         help="of a folder: labels that the first mask does not have; an error by default",
     )
-    parser.add_argument("--every", type=int, default=1, help="keep every n-th frame of DAVIS")
+    parser.add_argument(
+        "--every",
+        type=int,
+        nargs="+",
+        help="keep every n-th frame of DAVIS; one number, or one for each folder",
+    )
     parser.add_argument("--max-frames", type=int, help="keep at most this many frames of DAVIS")
     parser.add_argument("--mode", choices=("first", "strided"), help="of TAP-Vid's queries")
     parser.add_argument("--davis", type=Path, help="DAVIS folder that BADJA's frames are in")
@@ -82,10 +110,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Evaluate, with a progress bar, and print a table by clip and the figures."""
+    folders = options.data or []
+    if not folders and options.task != "rendered":
+        raise ValueError(f"{options.task} needs --data, the folder of its clips")
+    if len(folders) > 1 and options.task != "davis":
+        raise ValueError(f"{options.task} takes one folder, got --data with {len(folders)}")
     if options.task in VIDEO_TASKS:
+        options.data = folders[0]
         from cosettle_adapter.cli import evaluate_videos
 
         return evaluate_videos.run(options, console)
+    from cosettle_adapter.cli.evaluation_tables import print_result
     from cosettle_adapter.evaluation.run import evaluate
 
     task = make_task(options)
@@ -109,6 +144,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
             raw_only=options.raw,
             beside=projections_beside(options),
             settle=options.settle,
+            centre=options.centre,
+            baseline_layers=options.baseline_layers,
+            fusion=options.temporal_fusion,
             batch_size=options.batch_size,
             on_clip=show,
         )
@@ -134,22 +172,21 @@ def make_task(options: argparse.Namespace) -> Task[Any]:
         "jhmdb": (tasks.Jhmdb, propagation),
         "badja": (tasks.Badja, {"davis"}),
         "tapvid": (tasks.TapVid, {"mode"}),
+        "rendered": (tasks.Rendered, set()),
     }
     kind, accepted = known[options.task]
     video_options = {"frames", "rate", "ks", "segments", "seed", "report", "results"}
     every_option = propagation | video_options
     every_option |= {"year", "every", "max_frames", "davis", "mode", "late_labels"}
     given = {
-        name: getattr(options, name)
-        for name in every_option
-        if getattr(options, name) is not None and not (name == "every" and options.every == 1)
+        name: getattr(options, name) for name in every_option if getattr(options, name) is not None
     }
     wrong = sorted(given.keys() - accepted)
     if wrong:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         raise ValueError(f"{options.task} has no {names}; leave it away")
     make: Any = kind
-    task: Task[Any] = make(options.data, clips=options.clips, **given)
+    task: Task[Any] = make(*(options.data or []), clips=options.clips, **given)
     return task
 
 
@@ -178,49 +215,3 @@ def projections_beside(options: argparse.Namespace) -> dict[str, Projection]:
             raise ValueError(f"two projections beside are called {name}; rename a folder")
         found[name] = Projection.load(find_projection(given, hub).folder).to(options.device)
     return found
-
-
-def print_result(result: Evaluation, console: Console) -> None:
-    """Print a row a clip by the first measure, then every figure of the data set."""
-    first = result.measures[0]
-    console.print(_table(f"{first} by clip, in percent", result, _clip_rows(result)))
-    rows = [
-        (measure, [result.total[kind][measure] for kind in result.kinds])
-        for measure in result.measures
-    ]
-    console.print(_table(f"{result.task}: {len(result.clips)} clips, in percent", result, rows))
-    for kind in result.kinds[1:]:
-        name, gain = result.worst(kind)
-        console.print(
-            f"{kind}: least gain over {result.kinds[0]} {100 * gain:+.1f} ({name})",
-            markup=False,
-            soft_wrap=True,
-        )
-    for name, reason in result.failed.items():
-        console.print(f"not scored: {name}: {reason}", markup=False, style="red", soft_wrap=True)
-    kept = {key: value for key, value in result.settings.items() if value is not None}
-    shown = ("protocol", "every", "max_frames", "mode", "layers", "patch", "stride")
-    sizes = sorted({f"{height} x {width}" for height, width in result.sizes.values()})
-    console.print(f"frames encoded at {', '.join(sizes)}", markup=False)
-    console.print(", ".join(f"{key} {kept[key]}" for key in shown if key in kept), markup=False)
-
-
-def _clip_rows(result: Evaluation) -> list[tuple[str, list[float]]]:
-    first = result.measures[0]
-    nothing = float("nan")
-    return [
-        (name, [row[kind].values[first] if kind in row else nothing for kind in result.kinds])
-        for name, row in result.clips.items()
-    ]
-
-
-def _table(title: str, result: Evaluation, rows: list[tuple[str, list[float]]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for kind in result.kinds:
-        table.add_column(kind, justify="right")
-    for name, figures in rows:
-        table.add_row(name, *(f"{100 * figure:.1f}" for figure in figures))
-    return table

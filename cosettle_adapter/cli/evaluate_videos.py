@@ -295,7 +295,7 @@ def _check(options: argparse.Namespace) -> None:
         "clips",
     )
     wrong = [name for name in others if getattr(options, name) is not None and name not in known]
-    wrong += ["every"] if options.every != 1 else []
+    wrong += ["every"] if options.every is not None else []
     wrong += ["settle"] if options.settle else []
     if wrong:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)

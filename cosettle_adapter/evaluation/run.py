@@ -12,23 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosettle_adapter.analysis import ADAPTED, RAW_LAST, FeatureKind, feature_kinds
+from cosettle_adapter.analysis import (
+    ADAPTED,
+    GAPS,
+    FeatureKind,
+    drift_by_gap,
+    feature_kinds,
+    guide_kind,
+    mutual_correspondences,
+)
 from cosettle_adapter.backbones.weights import fingerprint
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
 from cosettle_adapter.evaluation.clip_features import clip_features
 from cosettle_adapter.evaluation.plain_json import numbers, plain, write_json
 from cosettle_adapter.evaluation.tasks import ClipScores, Task
+from cosettle_adapter.evaluation.tasks.base import mean
 from cosettle_adapter.frames.geometry import plan_geometry
 from cosettle_adapter.frames.sides import nearest_valid
 from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
+    from cosettle_adapter.correspondence.fusion import FusionMode
     from cosettle_adapter.projection import Projection
 
 logger = logging.getLogger(__name__)
 
 Scores = dict[str, dict[str, ClipScores]]  # clip, kind of features
+DRIFTS = tuple(f"drift@{gap}" for gap in GAPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +48,8 @@ class Evaluation:
 
     Attributes:
         task: its name.
-        measures: names of its figures, the one to compare by first.
+        measures: names of its figures, the one to compare by first. Scores and totals have those
+            of :data:`DRIFTS` beside them.
         settings: everything the figures depend on.
         sizes: clip to the ``(height, width)`` that its frames were encoded at.
         inputs: clip to a digest of its files, by which a continued run knows them again.
@@ -60,18 +72,14 @@ class Evaluation:
         """Kinds of features that were scored, in the order of a table."""
         return list(self.total)
 
-    def worst(self, kind: str, against: str = RAW_LAST) -> tuple[str, float]:
-        """The clip that gains least by the first measure, and how much; negative is a loss."""
-        gains = {
-            name: row[kind].values[self.measures[0]] - row[against].values[self.measures[0]]
+    def first(self, kind: str) -> dict[str, float]:
+        """Clip to the first measure of a kind of features, where it is a number."""
+        values = {
+            name: row[kind].values[self.measures[0]]
             for name, row in self.clips.items()
-            if kind in row and against in row
+            if kind in row
         }
-        known = {name: gain for name, gain in gains.items() if gain == gain}
-        if not known:
-            return "", float("nan")
-        name = min(known, key=lambda clip: known[clip])
-        return name, known[name]
+        return {name: value for name, value in values.items() if value == value}
 
 
 def evaluate(
@@ -85,6 +93,9 @@ def evaluate(
     raw_only: bool = False,
     beside: Mapping[str, Projection] | None = None,
     settle: bool | None = None,
+    centre: bool = False,
+    baseline_layers: Sequence[int] = (),
+    fusion: FusionMode | None = None,
     batch_size: int = 8,
     on_clip: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> Evaluation:
@@ -102,7 +113,7 @@ def evaluate(
         size: ``(height, width)`` in place of the protocol's; sides go to the nearest whole patch.
         raw_only: score the backbone's own features only.
         beside: name to other projections of the same backbone to score in the same pass.
-        settle: score features settled by each clip's own statistics as well, as
+        settle, centre, baseline_layers, fusion: further kinds of features, as
             :func:`~cosettle_adapter.analysis.feature_kinds` says.
         batch_size: frames a forward pass.
         on_clip: called with the number of clips done, their number and the name of the next.
@@ -112,15 +123,21 @@ def evaluate(
         ValueError: ``output`` holds results of other settings.
         BackboneMismatchError: a projection of another backbone beside.
     """
-    kinds = [
-        kind
-        for kind in feature_kinds(adapter, beside=beside, settle=settle)
-        if not (raw_only and kind.name == ADAPTED)
-    ]
+    known = feature_kinds(
+        adapter,
+        beside=beside,
+        settle=settle,
+        centre=centre,
+        baseline_layers=baseline_layers,
+        fusion=fusion,
+    )
+    kinds = [kind for kind in known if not (raw_only and kind.name.startswith(ADAPTED))]
+    guide = guide_kind(adapter, kinds)
     clips = task.clips()
     if not clips:
         raise FrameError(f"no clips for {task.name}: nothing to evaluate")
     settings = _settings(task, adapter, model=model, size=size)
+    settings["drift"] = task.drift_by or guide.name
     settings["kinds"] = {kind.name: _checksum(kind) for kind in kinds}
     stored = _resumed(output, settings)
     failed: dict[str, str] = {}
@@ -140,6 +157,7 @@ def evaluate(
                 adapter,
                 clip,
                 missing,
+                guide,
                 sides=sides,
                 batch_size=batch_size,
                 predictions=predictions,
@@ -205,6 +223,7 @@ def _score(
     adapter: CoSettleAdapter,
     clip: Any,
     kinds: Sequence[FeatureKind],
+    guide: FeatureKind,
     *,
     sides: tuple[int, int],
     batch_size: int,
@@ -213,11 +232,17 @@ def _score(
     patch, stride = adapter.backbone.patch, adapter.backbone.stride
     frame = clip.read_frame(0).shape
     geometry = plan_geometry(frame[0], frame[1], patch=patch, stride=stride, size=sides)
+    matches = task.correspondences(clip, geometry)
+    wanted = [*([guide] if matches is None else []), *kinds]
     found: dict[str, ClipScores] = {}
-    each = clip_features(adapter, clip, kinds, size=sides, batch_size=batch_size)
-    for kind, features in each:
+    for kind, features in clip_features(adapter, clip, wanted, size=sides, batch_size=batch_size):
+        if matches is None:  # the first kind is the guide
+            matches = {gap: mutual_correspondences(features, gap) for gap in GAPS}
+            continue
         folder = None if predictions is None else _folder(predictions, kind, clip.name)
-        found[kind] = task.score(clip, features, geometry, predictions=folder)
+        scores = task.score(clip, features, geometry, predictions=folder)
+        values = {**scores.values, **drift_by_gap(features, matches)}
+        found[kind] = dataclasses.replace(scores, values=values)
     return found
 
 
@@ -337,6 +362,14 @@ def _summarised(
         sizes=dict(stored.sizes),
         inputs=dict(stored.inputs),
         clips=dict(stored.clips),
-        total={kind: task.total(scores) for kind, scores in by_kind.items() if scores},
+        total={kind: _total(task, scores) for kind, scores in by_kind.items() if scores},
         failed=dict(failed),
     )
+
+
+def _total(task: Task[Any], scores: Sequence[ClipScores]) -> dict[str, float]:
+    total = task.total(scores)
+    for drift in DRIFTS:  # a short clip has no frames that far apart
+        known = [clip.values[drift] for clip in scores if drift in clip.values]
+        total |= {drift: mean(known)} if known else {}
+    return total

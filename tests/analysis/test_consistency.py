@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +12,6 @@ from cosettle_adapter import CoSettleAdapter, analysis
 from cosettle_adapter.analysis import (
     compare_features,
     cycle_accuracy,
-    neighbour_distance,
     tracking_error,
 )
 from cosettle_adapter.errors import FrameError, GeometryError
@@ -74,55 +72,18 @@ def test_cycle_accuracy_knows_neither_scale_nor_chunk(scale: float, chunk: int) 
     assert cycle_accuracy(features * scale, chunk=chunk) == cycle_accuracy(features)
 
 
-def test_neighbour_distance_equals_its_definition() -> None:
-    features = noise(3, 6, 4, 5)
-    tokens = rearrange(features, "t c h w -> t (h w) c").double()
-    nearest = torch.cdist(tokens[:-1], tokens[1:]).amin(dim=-1)
-    closest = nearest.sort(dim=-1).values[:, :10].mean()
-    radius = (tokens - tokens.mean(dim=(0, 1))).norm(dim=-1).flatten().sort().values
-    expected = closest / (2 * radius[round(0.95 * 60) - 1])
-    assert neighbour_distance(features) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_a_clip_that_stands_still_has_no_neighbour_distance() -> None:
-    # exactly none, although the mean token is large beside what varies
-    assert neighbour_distance(noise(1, 16, 4, 6).expand(3, -1, -1, -1) + 100) == 0.0
-
-
-def test_patches_that_leave_the_frame_do_not_count() -> None:
-    assert neighbour_distance(panning(4, 5, 8, step=3)) == 0.0
-    assert neighbour_distance(panning(4, 5, 8, step=3), keep=1.0) > 0.05
-
-
-@given(scale=st.floats(0.1, 10), shift=st.floats(-5, 5), chunk=st.integers(1, 30))
-def test_neighbour_distance_knows_neither_scale_nor_shift_nor_chunk(
-    scale: float, shift: float, chunk: int
-) -> None:
-    features = noise(3, 4, 4, 5)
-    moved = neighbour_distance(features * scale + shift, chunk=chunk)
-    assert moved == pytest.approx(neighbour_distance(features), rel=1e-3)
-
-
-def test_equal_patches_have_no_diameter() -> None:
-    assert math.isnan(neighbour_distance(torch.ones(2, 4, 3, 3)))
-
-
-@pytest.mark.parametrize("measure", [cycle_accuracy, neighbour_distance])
-def test_shapes_and_lengths_are_checked(measure: object) -> None:
-    assert callable(measure)
+def test_shapes_and_lengths_are_checked() -> None:
     with pytest.raises(GeometryError, match=r"\(4, 3, 3\).*expected floats of shape \(T, C, h, w"):
-        measure(torch.zeros(4, 3, 3))
+        cycle_accuracy(torch.zeros(4, 3, 3))
     with pytest.raises(GeometryError, match=r"torch\.uint8"):
-        measure(torch.zeros(2, 4, 3, 3, dtype=torch.uint8))
+        cycle_accuracy(torch.zeros(2, 4, 3, 3, dtype=torch.uint8))
     with pytest.raises(FrameError, match="got 1 frames, expected at least 2"):
-        measure(torch.zeros(1, 4, 3, 3))
+        cycle_accuracy(torch.zeros(1, 4, 3, 3))
 
 
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="gap=0"):
         cycle_accuracy(noise(2, 4, 3, 3), gap=0)
-    with pytest.raises(ValueError, match=r"keep=1\.5"):
-        neighbour_distance(noise(2, 4, 3, 3), keep=1.5)
 
 
 def known_pan() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from cosettle_adapter.evaluation import (
     mean_over_objects,
     region_similarity,
 )
+from cosettle_adapter.evaluation.tasks import Davis
 
 from helpers import shared_data
 
@@ -157,6 +158,30 @@ def test_lists_of_paths_name_their_clips(tmp_path: Path) -> None:
     ]
     (root / "ImageSets" / "480p" / "val.txt").write_text("\n".join(lines))
     assert [sequence.name for sequence in davis_sequences(root, year="2016")] == ["walk"]
+
+
+def test_a_folder_with_the_list_of_train_alone(tmp_path: Path) -> None:
+    root = write_davis(tmp_path, {"walk": moving_squares()[1]})
+    lists = root / "ImageSets" / "2017"
+    (lists / "val.txt").rename(lists / "train.txt")
+    assert [sequence.name for sequence in davis_sequences(root)] == ["walk"]
+
+
+def test_several_folders_are_parts_of_one_evaluation(tmp_path: Path) -> None:
+    masks = moving_squares()[1]
+    one = write_davis(tmp_path / "one", {"walk": masks, "run": masks})
+    two = write_davis(tmp_path / "two", {"walk": masks})
+    clips = Davis(one, two, every=[2, 1]).clips()
+    assert [(c.name, len(c)) for c in clips] == [("one/walk", 3), ("one/run", 3), ("two/walk", 5)]
+    for wanted, found in (("walk", ["one/walk", "two/walk"]), ("two/walk", ["two/walk"])):
+        assert [clip.name for clip in Davis(one, two, clips=[wanted]).clips()] == found
+    settings = Davis(one, two, every=[2, 1]).settings()
+    assert (settings["parts"], settings["every"]) == (["one", "two"], [2, 1])
+    with pytest.raises(FrameError, match=r"no clip 'wlak'.* Did you mean 'walk'"):
+        Davis(one, two, clips=["wlak"]).clips()
+    for folders, every in (((one, one), 1), ((one, two), [1, 2, 3])):
+        with pytest.raises(ValueError, match="one number for all or one for each"):
+            Davis(*folders, every=every)
 
 
 def test_frames_can_be_thinned_and_cut(tmp_path: Path) -> None:

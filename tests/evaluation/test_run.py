@@ -12,14 +12,22 @@ from PIL import Image
 from test_davis import moving_squares, write_davis
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.analysis import compare_features, feature_kinds
+from cosettle_adapter.analysis import (
+    FeatureKind,
+    compare_features,
+    feature_kinds,
+    mutual_correspondences,
+    temporal_drift,
+)
 from cosettle_adapter.backbones import VisionTransformerBackbone, build_backbone, lookup
 from cosettle_adapter.backbones.architectures import meta_model
+from cosettle_adapter.correspondence import temporal_fusion
+from cosettle_adapter.correspondence.fusion import FusionMode
 from cosettle_adapter.errors import BackboneMismatchError, FrameError
 from cosettle_adapter.evaluation import davis_sequences, evaluate_sequence
 from cosettle_adapter.evaluation.clip_features import clip_features
 from cosettle_adapter.evaluation.plain_json import numbers, plain
-from cosettle_adapter.evaluation.run import Evaluation, evaluate
+from cosettle_adapter.evaluation.run import DRIFTS, Evaluation, evaluate
 from cosettle_adapter.evaluation.tasks import Davis
 from cosettle_adapter.projection import Projection
 
@@ -66,13 +74,13 @@ def test_several_blocks_stand_beside_each_earlier_one(
 ) -> None:
     projection = projection_for(tiny_backbone, layers=(5, 11), in_width=2 * tiny_backbone.width)
     adapter = CoSettleAdapter(tiny_backbone, projection)
-    singles = ["raw block 5", "centred block 5"]
+    singles = ["raw layer 5", "centred layer 5"]
     assert run(davis, adapter).kinds == [RAW, SAME, CENTRED, *singles, ADAPTED]
     raw = run(davis, CoSettleAdapter.raw(tiny_backbone, layer=5))
     both = run(davis, adapter)
     for name, scores in both.clips.items():
-        assert scores["raw block 5"] == raw.clips[name][SAME]
-        assert scores["centred block 5"] == raw.clips[name][CENTRED]
+        assert scores["raw layer 5"] == raw.clips[name][SAME]
+        assert scores["centred layer 5"] == raw.clips[name][CENTRED]
 
 
 def test_the_backbone_alone_needs_no_projection(
@@ -180,16 +188,6 @@ def test_predictions_are_what_the_official_evaluation_reads(
         assert set(np.unique(np.asarray(mine))) <= {0, 1, 2}
 
 
-def test_the_worst_clip_is_named(davis: Path, tiny_adapter: CoSettleAdapter) -> None:
-    result = run(davis, tiny_adapter)
-    name, gain = result.worst(ADAPTED)
-    gains = {
-        clip: row[ADAPTED].values["J&F"] - row[RAW].values["J&F"]
-        for clip, row in result.clips.items()
-    }
-    assert gain == min(gains.values()) == gains[name]
-
-
 def test_plain_json_has_no_nan() -> None:
     value = {"a": [1.0, math.nan, math.inf], 2: (True, None, "x"), "path": Path("y")}
     assert plain(value) == {"a": [1.0, None, None], "2": [True, None, "x"], "path": "y"}
@@ -267,7 +265,8 @@ def test_projections_beside_are_scored_in_the_same_pass_and_join_earlier_results
     both = run(davis, tiny_adapter, output=output, beside={"other": other, "same": adapted(other)})
     assert both.kinds == [RAW, SAME, CENTRED, ADAPTED, "other", "same"]
     assert both.clips["one"][ADAPTED] == alone.clips["one"][ADAPTED]
-    assert both.clips["one"]["other"] == both.clips["one"]["same"]
+    other_values, same_values = (both.clips["one"][kind].values for kind in ("other", "same"))
+    assert other_values == pytest.approx(same_values, rel=1e-5), "cosine knows no length"
     again = run(davis, tiny_adapter, output=output)  # what was scored stays
     assert again.kinds == both.kinds
     assert json.loads(output.read_text())["settings"]["kinds"].keys() == set(both.kinds)
@@ -283,6 +282,56 @@ def test_a_projection_of_another_backbone_cannot_stand_beside(
     config = dataclasses.replace(tiny_adapter.config, fingerprint="sha256:other")
     with pytest.raises(BackboneMismatchError, match="stranger was fitted on another backbone"):
         run(davis, tiny_adapter, beside={"stranger": Projection(config)})
+
+
+def test_drift_is_measured_by_a_layer_that_nothing_compared_reads(
+    davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    output = tmp_path / "r.json"
+    result = run(davis, tiny_adapter, output=output)  # reads layer 7
+    assert result.settings["drift"] == "matches of centred layer 8"
+    clip = davis_sequences(davis)[0]
+    kinds = [FeatureKind("guide", ((8,), False)), *feature_kinds(tiny_adapter)]
+    features = dict(clip_features(tiny_adapter, clip, kinds, size=SIZE))
+    guide = features["guide"] - features["guide"].mean((0, 2, 3), keepdim=True)
+    for kind in result.kinds:
+        values = result.clips["one"][kind].values
+        expected = temporal_drift(features[kind], mutual_correspondences(guide, 4))
+        assert values["drift@4"] == pytest.approx(expected, rel=1e-4)
+        assert "drift@8" not in values, "five frames have no pair eight apart"
+        over_clips = [row[kind].values["drift@1"] for row in result.clips.values()]
+        assert result.total[kind]["drift@1"] == pytest.approx(sum(over_clips) / 3)
+    assert json.loads(output.read_text())["clips"]["one"][RAW]["values"].keys() >= set(DRIFTS[:2])
+    fused = run(davis, tiny_adapter, baseline_layers=[8, 6], fusion="symmetric")
+    assert fused.settings["drift"] == "matches of centred layer 9", "fusion matches by layer 8"
+
+
+@pytest.mark.parametrize(("mode", "ending"), [("symmetric", ""), ("causal", " causally")])
+def test_fused_features_stand_beside_the_others(
+    davis: Path, tiny_adapter: CoSettleAdapter, mode: FusionMode, ending: str
+) -> None:
+    options = {"baseline_layers": [-3], "beside": {"other": tiny_adapter.projection}}
+    result = run(davis, tiny_adapter, fusion=mode, **options)
+    single = "centred layer 9"
+    fused = [f"{kind}, fused{ending}" for kind in (single, ADAPTED, "other")]
+    assert result.kinds == [RAW, SAME, CENTRED, single, ADAPTED, "other", *fused]
+    clip = davis_sequences(davis)[0]
+    kinds = [FeatureKind(single, ((9,), False)), *feature_kinds(tiny_adapter)]
+    features = dict(clip_features(tiny_adapter, clip, kinds, size=SIZE))
+    features[single] -= features[single].mean((0, 2, 3), keepdim=True)
+    for kind in (single, ADAPTED):
+        maps = temporal_fusion(features[kind], mode=mode)
+        scores = evaluate_sequence(maps, clip.read_masks(), context=2)
+        found = result.clips["one"][f"{kind}, fused{ending}"].values["J&F"]
+        assert found == pytest.approx(scores.j_and_f)
+
+
+def test_the_clips_mean_can_be_taken_off_the_adapted_features(
+    davis: Path, tiny_adapter: CoSettleAdapter
+) -> None:
+    result = run(davis, tiny_adapter, centre=True)
+    assert result.kinds[-1] == "adapted, centred"
+    assert result.total["adapted, centred"] != result.total[ADAPTED]
 
 
 def adapted(projection: Projection) -> Projection:

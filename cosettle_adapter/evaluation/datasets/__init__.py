@@ -22,6 +22,7 @@ from cosettle_adapter.evaluation.datasets.davis import (
 )
 from cosettle_adapter.evaluation.datasets.folder import FolderClip, folder_clips
 from cosettle_adapter.evaluation.datasets.jhmdb import JHMDB_JOINTS, JhmdbClip, jhmdb_clips
+from cosettle_adapter.evaluation.datasets.rendered import RenderedPhoto, rendered_photos
 from cosettle_adapter.evaluation.datasets.tapvid import (
     TapVidClip,
     iter_tapvid_clips,
@@ -42,6 +43,7 @@ __all__ = [
     "JointClip",
     "Joints",
     "MaskClip",
+    "RenderedPhoto",
     "TapVidClip",
     "VipClip",
     "badja_clips",
@@ -50,6 +52,7 @@ __all__ = [
     "iter_tapvid_clips",
     "jhmdb_clips",
     "newest_year",
+    "rendered_photos",
     "tapvid_clips",
     "vip_clips",
 ]

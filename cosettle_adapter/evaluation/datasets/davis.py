@@ -54,7 +54,7 @@ def davis_sequences(
     root: str | Path,
     *,
     year: Literal["2016", "2017"] | None = None,
-    subset: str = "val",
+    subset: str | None = None,
     resolution: str = "480p",
     sequences: Sequence[str] | None = None,
     every: int = 1,
@@ -69,7 +69,7 @@ def davis_sequences(
         root: the folder that holds ``JPEGImages`` and ``Annotations``.
         year: ``"2017"`` has several objects a clip, ``"2016"`` merges them into one; by default
             the newest that the folder has.
-        subset: ``"val"`` or ``"train"``.
+        subset: ``"val"`` or ``"train"``; by default val, or train where there is no list of val.
         resolution: ``"480p"`` or ``"Full-Resolution"``.
         sequences: names of the clips wanted; by default all of the subset.
         every: keep every n-th frame; other than 1, figures do not compare with published ones.
@@ -90,6 +90,11 @@ def davis_sequences(
     root = existing_folder(root, WHAT)
     require_entries(root, ["JPEGImages", "Annotations", "ImageSets"], WHAT)
     year = year or newest_year(root)
+    if subset is None:
+        held = [
+            kind for kind in ("val", "train") if any(map(Path.is_file, _lists(root, year, kind)))
+        ]
+        subset = held[0] if held else "val"
     listed = _listed(root, year, subset)
     for kind in ("JPEGImages", "Annotations"):
         held = entries(root / kind)
@@ -124,11 +129,14 @@ def newest_year(root: str | Path) -> Literal["2016", "2017"]:
     return "2016"
 
 
+def _lists(root: Path, year: str, subset: str) -> list[Path]:
+    folders = [year] if year == "2017" else [year, "480p"]
+    return [root / "ImageSets" / folder / f"{subset}.txt" for folder in folders]
+
+
 def _listed(root: Path, year: str, subset: str) -> list[str]:
     """Clip names of a subset; a line is a name, or the paths of a frame (DAVIS-2016's own)."""
-    lists = [root / "ImageSets" / year / f"{subset}.txt"]
-    if year == "2016":
-        lists.append(root / "ImageSets" / "480p" / f"{subset}.txt")
+    lists = _lists(root, year, subset)
     for path in lists:
         if path.is_file():
             named = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]

@@ -7,5 +7,16 @@ from cosettle_adapter.evaluation.tasks.joints import Badja, Jhmdb
 from cosettle_adapter.evaluation.tasks.masks import Davis, Folder
 from cosettle_adapter.evaluation.tasks.parts import Vip
 from cosettle_adapter.evaluation.tasks.points import TapVid
+from cosettle_adapter.evaluation.tasks.rendered import Rendered
 
-__all__ = ["Badja", "ClipScores", "Davis", "Folder", "Jhmdb", "TapVid", "Task", "Vip"]
+__all__ = [
+    "Badja",
+    "ClipScores",
+    "Davis",
+    "Folder",
+    "Jhmdb",
+    "Rendered",
+    "TapVid",
+    "Task",
+    "Vip",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -15,6 +15,7 @@ from cosettle_adapter.files import atomic_path
 from cosettle_adapter.frames.geometry import Geometry
 
 if TYPE_CHECKING:
+    from cosettle_adapter.analysis import Correspondence
     from cosettle_adapter.evaluation.datasets import Clip
 
 ClipT = TypeVar("ClipT", bound="Clip")
@@ -39,10 +40,12 @@ class Task(abc.ABC, Generic[ClipT]):
     Attributes:
         name: how it is called on the command line.
         measures: names of its figures, shares of 1, the one to compare by first.
+        drift_by: where :meth:`correspondences` are from; empty where there are none.
     """
 
     name: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
+    drift_by: ClassVar[str] = ""
 
     @abc.abstractmethod
     def clips(self) -> Sequence[ClipT]:
@@ -69,6 +72,13 @@ class Task(abc.ABC, Generic[ClipT]):
     def settings(self) -> dict[str, Any]:
         """Everything the figures depend on besides model, data and frame size."""
 
+    def correspondences(
+        self, clip: ClipT, geometry: Geometry
+    ) -> Mapping[int, Sequence[Correspondence]] | None:
+        """Gap to the patches that truly correspond; by default None: the motion is unknown."""
+        del clip, geometry
+        return None
+
     def total(self, scores: Sequence[ClipScores]) -> dict[str, float]:
         """The data set's figures; by default the mean over clips."""
         return {
@@ -76,7 +86,7 @@ class Task(abc.ABC, Generic[ClipT]):
         }
 
 
-def mean(values: Sequence[float]) -> float:
+def mean(values: Iterable[float]) -> float:
     """Return the mean of the values that are numbers; NaN without any."""
     known = [value for value in values if value == value]
     return sum(known) / len(known) if known else float("nan")

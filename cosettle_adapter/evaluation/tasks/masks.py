@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from cosettle_adapter.evaluation.datasets import (
     folder_clips,
     newest_year,
 )
+from cosettle_adapter.evaluation.datasets.layout import pick
 from cosettle_adapter.evaluation.metrics import summarise
 from cosettle_adapter.evaluation.palette import save_labels
 from cosettle_adapter.evaluation.segmentation import evaluate_sequence
@@ -108,32 +110,65 @@ def _over_objects(objects: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 class Davis(_Masks):
-    """DAVIS-2016 or 2017 in the official layout."""
+    """DAVIS-2016 or 2017 in the official layout; several folders are parts of one evaluation."""
 
     name = "davis"
 
     def __init__(
         self,
-        data: Path,
-        *,
+        *data: Path,
         clips: Sequence[str] | None = None,
-        every: int = 1,
+        every: int | Sequence[int] = 1,
         max_frames: int | None = None,
         year: Literal["2016", "2017"] | None = None,
         **options: Any,
     ) -> None:
-        """See :func:`~cosettle_adapter.evaluation.datasets.davis_sequences`."""
-        listing = functools.partial(
-            davis_sequences, data, year=year, sequences=clips, every=every, max_frames=max_frames
-        )
-        super().__init__(listing, **options)
-        self._frames = {"every": every, "max_frames": max_frames, "year": year}
-        self._data = data
+        """See :func:`~cosettle_adapter.evaluation.datasets.davis_sequences`.
+
+        Args:
+            *data: folders of DAVIS. Clips of several are called ``<folder>/<clip>``.
+            clips: names of the clips wanted, with the folder or without.
+            every: keep every n-th frame, one number for all folders or one for each.
+            max_frames: keep at most this many frames of a clip.
+            year: which release; by default the newest that the first folder has.
+            **options: of the propagation.
+
+        Raises:
+            ValueError: two folders of one name, or another number of ``every``.
+        """
+        super().__init__(self._sequences, **options)
+        steps = [every] if isinstance(every, int) else list(every)
+        steps = steps * len(data) if len(steps) == 1 else steps
+        self.parts = [] if len(data) == 1 else [folder.resolve().name for folder in data]
+        if len(steps) != len(data) or len(set(self.parts)) != len(self.parts):
+            raise ValueError(
+                f"got {len(data)} folders of DAVIS and {len(steps)} numbers of frames to step; "
+                "expected one number for all or one for each, and folders of different names"
+            )
+        self._roots, self._clips = dict(zip(data, steps, strict=True)), clips
+        self._frames = {"every": steps[0] if len(set(steps)) == 1 else steps}
+        self._limits: dict[str, Any] = {"max_frames": max_frames, "year": year}
+
+    def _sequences(self) -> Sequence[MaskClip]:
+        only = None if self.parts else self._clips
+        found: list[MaskClip] = []
+        for number, (root, every) in enumerate(self._roots.items()):
+            clips = davis_sequences(root, sequences=only, every=every, **self._limits)
+            part = f"{self.parts[number]}/" if self.parts else ""
+            found += [dataclasses.replace(clip, name=f"{part}{clip.name}") for clip in clips]
+        if only is self._clips:
+            return found
+        known = {clip.name for clip in found} | {clip.name.split("/")[-1] for clip in found}
+        for name in self._clips or ():
+            pick(name, known, f"clip {name!r} in {', '.join(map(str, self._roots))}")
+        wanted = set(self._clips or ())
+        return [clip for clip in found if wanted & {clip.name, clip.name.split("/")[-1]}]
 
     def settings(self) -> dict[str, Any]:
         """Protocol, and which frames."""
-        year = self._frames["year"] or newest_year(self._data)
-        return super().settings() | self._frames | {"year": year}
+        year = self._limits["year"] or newest_year(next(iter(self._roots)))
+        parts = {"parts": self.parts} if self.parts else {}
+        return super().settings() | self._frames | self._limits | {"year": year} | parts
 
 
 class Folder(_Masks):

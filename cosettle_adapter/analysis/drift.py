@@ -1,0 +1,180 @@
+"""How far the features of one and the same thing move over time: temporal drift.
+
+Drift falls when features are blurred, which also makes different things alike; so
+:func:`match_accuracy` stands beside it wherever the true motion is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from cosettle_adapter.analysis.tokens import best_match, token_frames
+from cosettle_adapter.correspondence import mutual_nearest
+from cosettle_adapter.frames.rendered import RenderedClip
+
+if TYPE_CHECKING:
+    from cosettle_adapter.frames.geometry import Geometry
+
+GAPS = (1, 4, 8)  # frames
+_CHUNK = 1024
+_SEED = 0
+
+
+class Correspondence(NamedTuple):
+    """Which patches of two frames show the same thing.
+
+    Attributes:
+        frames: the two frames' indices.
+        patches: ``(M, 2)`` int64, row-major indices of patches in the first and second frame.
+    """
+
+    frames: tuple[int, int]
+    patches: Tensor
+
+
+def mutual_correspondences(guide: Tensor, gap: int) -> list[Correspondence]:
+    """Take the patches that are each other's nearest neighbour, for clips of unknown motion.
+
+    Args:
+        guide: ``(T, C, h, w)`` features to match by cosine: not those that will be measured, or
+            they are measured where they agree with themselves.
+        gap: frames between the two.
+
+    Returns:
+        One for every pair of frames; none for a clip of ``gap`` frames or fewer.
+    """
+    return [
+        Correspondence((t, t + gap), mutual_nearest(guide[t], guide[t + gap])[0])
+        for t in range(len(guide) - gap)
+    ]
+
+
+def true_correspondences(clip: RenderedClip, geometry: Geometry, gap: int) -> list[Correspondence]:
+    """Take the patches whose centres truly show the same point, of those visible in both frames.
+
+    Args:
+        clip: a clip of known motion.
+        geometry: how its frames became the grid of patches.
+        gap: frames between the two.
+
+    Returns:
+        One for every pair of frames; a centre belongs to the patch that it moved into.
+    """
+    centres = rearrange(geometry.cell_centers(), "h w xy -> (h w) xy")
+    rows, columns = geometry.grid
+    found = []
+    for t in range(len(clip.frames) - gap):
+        positions, visible = _between(clip, t, t + gap).track(centres)
+        row, column = geometry.pixels_to_cells(positions[1]).round().long().unbind(-1)
+        there = row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)
+        pairs = torch.stack([torch.arange(len(there)), there], dim=1)
+        found.append(Correspondence((t, t + gap), pairs[visible.all(0)]))
+    return found
+
+
+def _between(clip: RenderedClip, first: int, second: int) -> RenderedClip:
+    """Two frames as a clip, in which the first of them is frame 0."""
+    frames = [first, second]
+
+    def since(homographies: Tensor) -> Tensor:
+        moved: Tensor = homographies[frames] @ torch.linalg.inv(homographies[first])
+        return moved
+
+    if clip.object_mask is None or clip.object_homographies is None:
+        return RenderedClip(clip.frames[frames], since(clip.homographies))
+    return RenderedClip(
+        clip.frames[frames],
+        since(clip.homographies),
+        clip.object_mask[frames],
+        since(clip.object_homographies),
+    )
+
+
+@torch.no_grad()
+def temporal_drift(features: Tensor, correspondences: Iterable[Correspondence]) -> float:
+    """Distance of patches that correspond, over the distance of any two patches.
+
+    Distances are squared Euclidean, so the measure changes neither with the features' scale nor
+    with a constant added to them, and is the share of their variance that does not stay with
+    things. "Any two": each patch of a pair's first frame and one drawn at random (fixed seed) from
+    its second. Means are over all patches of all pairs of frames.
+
+    Args:
+        features: ``(T, C, h, w)`` floats.
+        correspondences: pairs of frames and patches, on the same grid.
+
+    Returns:
+        0 where features stay with things, about 1 where they have nothing to do with them; NaN
+        without a correspondence, or where all features are equal.
+
+    Raises:
+        GeometryError: features that are not ``(T, C, h, w)`` floats.
+    """
+    frames = token_frames(features, at_least=1)
+    generator = torch.Generator().manual_seed(_SEED)
+    same, any_two = [frames.new_empty(0)], [frames.new_empty(0)]
+    for (first, second), patches in correspondences:
+        here, there = frames[first], frames[second]
+        drawn = torch.randperm(len(there), generator=generator).to(frames.device)
+        any_two.append((here - there[drawn]).square().sum(dim=-1))
+        matched = patches.to(frames.device)
+        same.append((here[matched[:, 0]] - there[matched[:, 1]]).square().sum(dim=-1))
+    return float(torch.cat(same).double().mean() / torch.cat(any_two).double().mean())
+
+
+@torch.no_grad()
+def match_accuracy(features: Tensor, correspondences: Iterable[Correspondence]) -> float:
+    """Share of patches whose nearest neighbour by cosine lies within one patch of the truth.
+
+    Args:
+        features: ``(T, C, h, w)`` floats.
+        correspondences: true ones, on the same grid.
+
+    Returns:
+        A share in [0, 1], over all correspondences; NaN without one.
+
+    Raises:
+        GeometryError: features that are not ``(T, C, h, w)`` floats.
+    """
+    frames = F.normalize(token_frames(features, at_least=1), dim=-1)
+    width = features.shape[-1]
+    hits = [torch.empty(0)]
+    for (first, second), patches in correspondences:
+        matched = patches.to(frames.device)
+        found = best_match(frames[first][matched[:, 0]], frames[second], _CHUNK)
+        down = found // width - matched[:, 1] // width
+        right = found % width - matched[:, 1] % width
+        hits.append((torch.maximum(down.abs(), right.abs()) <= 1).float().cpu())
+    return float(torch.cat(hits).mean())
+
+
+def guide_layer(depth: int, read: Iterable[int]) -> int:
+    """Choose the layer whose matches stand for the truth where the motion is unknown.
+
+    Args:
+        depth: number of layers.
+        read: layers that should not judge: what is measured reads them, or matches by them.
+
+    Returns:
+        The one nearest two thirds of the depth that is not read (of all, where all are read), the
+        later of two equally near.
+    """
+    free = sorted(set(range(depth)) - set(read), reverse=True)
+    return min(free or range(depth), key=lambda layer: abs(3 * (layer + 1) - 2 * depth))
+
+
+def drift_by_gap(
+    features: Tensor, correspondences: Mapping[int, Sequence[Correspondence]]
+) -> dict[str, float]:
+    """Return the drift for each gap that has correspondences, as ``drift@<gap>``."""
+    return {
+        f"drift@{gap}": temporal_drift(features, pairs)
+        for gap, pairs in correspondences.items()
+        if pairs
+    }

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation.datasets import rendered_photos
+from cosettle_adapter.evaluation.run import evaluate
+from cosettle_adapter.evaluation.tasks import Rendered
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for name in ("one", "two"):
+        pixels = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).resize((300, 200)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def test_a_folder_of_photographs_is_scored_by_its_true_motion(
+    photos: Path, tiny_adapter: CoSettleAdapter
+) -> None:
+    task = Rendered(photos, clips=["one-pan"])
+    result = evaluate(task, tiny_adapter, size=(64, 96))
+    assert list(result.clips) == ["one-pan"]
+    assert result.settings["drift"] == "true motion"
+    for kind in result.kinds:
+        figures = result.total[kind]
+        assert figures.keys() == {
+            f"{what}@{gap}" for what in ("match", "drift") for gap in (1, 4, 8)
+        }
+        assert all(math.isfinite(value) for value in figures.values())
+        assert 0 < figures["match@8"] <= figures["match@1"] <= 1
+        assert 0 < figures["drift@1"] < figures["drift@8"]
+
+
+def test_clips_are_the_same_whenever_they_are_read() -> None:
+    clips = rendered_photos()
+    assert len({clip.name for clip in clips}) == len(clips) == 12
+    before = clips[0].rendered().frames.clone()
+    assert clips[3].rendered().object_mask is not None
+    assert torch.equal(clips[0].rendered().frames, before)
+    assert clips[0].read_frame(3).shape == (280, 490, 3)
+
+
+def test_what_cannot_be_rendered_is_named(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(FrameError, match="no rendered clip 'one-zoom'"):
+        rendered_photos(photos, clips=["one-zoom"])
+    (photos / "one.png").rename(photos / "two.jpg")
+    with pytest.raises(FrameError, match="several photographs for 'two-mixed'"):
+        rendered_photos(photos)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FrameError, match="holds no image files"):
+        rendered_photos(tmp_path / "empty")
