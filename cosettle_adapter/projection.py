@@ -22,6 +22,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from cosettle_adapter.closed_form import AffineMap
+from cosettle_adapter.correspondence import average_neighbours
 from cosettle_adapter.errors import ProjectionFormatError
 from cosettle_adapter.files import atomic_path
 
@@ -201,37 +202,39 @@ class Projection(nn.Module):
             raise ValueError(
                 f"expected features (B, {self.config.in_width}, h, w), got {tuple(features.shape)}"
             )
-        tokens = rearrange(features, "b c h w -> b h w c")
-        return rearrange(self.project(tokens), "b h w c -> b c h w").contiguous()
+        tokens = self.project(rearrange(features, "b c h w -> b h w c"))
+        if self.config.averaging:
+            maps = average_neighbours(
+                rearrange(tokens, "b h w c -> b c h w"), self.config.averaging
+            )
+            tokens = rearrange(maps, "b c h w -> b h w c")
+        if self.settling is not None:
+            tokens = self.settling(tokens.to(self.settling.weight.dtype))
+        return rearrange(tokens, "b h w c -> b c h w").contiguous()
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Project tokens ``(..., C)`` to ``(..., C')``.
+        """Project tokens ``(..., C)`` to ``(..., C')``, without averaging and settling.
 
         ``linear`` and ``affine`` apply the activation after their only matrix; ``mlp2`` and
         ``mlp3`` apply it between matrices, as ``ST_adapter.py`` does.
         """
         if not self.linears:
-            return self._settled(tokens)
+            return tokens
         first, *following = self.linears
         tokens = first(tokens.to(next(first.parameters()).dtype))
         if not following:
             tokens = self.activation(tokens)
         for linear in following:
             tokens = linear(self.activation(tokens))
-        return self._settled(self.norm(tokens))
-
-    def _settled(self, tokens: Tensor) -> Tensor:
-        if self.settling is None:
-            return tokens
-        settled: Tensor = self.settling(tokens.to(self.settling.weight.dtype))
-        return settled
+        projected: Tensor = self.norm(tokens)
+        return projected
 
     def followed_by(self, affine: AffineMap, fit: Mapping[str, Any]) -> Projection:
         """Return a new projection: this one, then an affine map of its features.
 
-        Where this one is itself affine, or the identity, the two become a single ``affine`` one,
-        which costs no more than either; other heads get the map as a layer of its own. Figures
-        measured with this one are not those of the new one, and are left out.
+        Where this one is itself affine, or the identity, and averages nothing, the two become a
+        single ``affine`` one, which costs no more than either; others get the map as a layer of
+        its own. Figures measured with this one are not those of the new one, and are left out.
 
         Args:
             affine: maps ``C = config.out_width`` channels to as many.
@@ -243,8 +246,8 @@ class Projection(nn.Module):
         config = dataclasses.replace(
             self.config, figures={}, fit={**fit, "base": dict(self.config.fit)}
         )
-        foldable = self.config.kind in _PLAIN and self.settling is None
-        if foldable:
+        averages = self.config.averaging > 0
+        if self.config.kind in _PLAIN and not averages and self.settling is None:
             config = dataclasses.replace(config, kind="affine")
             last, name = next(iter(self.linears), None), "linears.0"
         else:

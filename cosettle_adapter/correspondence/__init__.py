@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cosettle_adapter.correspondence.averaging import average_neighbours
 from cosettle_adapter.correspondence.matching import mutual_nearest
 from cosettle_adapter.lazy import load_on_use
 
@@ -23,13 +24,14 @@ __all__ = [
     "PropagationProtocol",
     "TemporalFusion",
     "Tracks",
+    "average_neighbours",
     "mutual_nearest",
     "propagate_labels",
     "temporal_fusion",
     "track_points",
 ]
 
-# closed forms need matching alone
+# closed forms and projections need no more
 __getattr__ = load_on_use(
     __name__,
     {
