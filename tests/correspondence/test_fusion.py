@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.correspondence import TemporalFusion, fusion, temporal_fusion
+from cosettle_adapter.errors import GeometryError
+from cosettle_adapter.frames.photographs import photographs
+from cosettle_adapter.frames.rendered import render_clip
+
+from helpers import REAL
+
+MODES = ("symmetric", "causal")
+
+
+def moving(frames: int = 9, *, seed: int = 0, noise: float = 0.3, step: int = 1) -> Tensor:
+    """Random features on 6 x 8 cells that move right, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    plane = torch.randn(16, 6, 8 + step * frames, generator=generator)
+    clip = torch.stack([plane[..., (at := step * (frames - t)) : at + 8] for t in range(frames)])
+    return clip + noise * torch.randn(clip.shape, generator=generator)
+
+
+def dense(features: Tensor, guide: Tensor, mode: str, window: int) -> Tensor:
+    """The definition, one patch and one neighbour at a time, in float64; no cuts."""
+    frames, _, h, _ = features.shape
+    cells = rearrange(features.double(), "t c h w -> t (h w) c")
+    unit = F.normalize(rearrange(guide.double(), "t c h w -> t (h w) c"), dim=2)
+    place = torch.cartesian_prod(torch.arange(h), torch.arange(features.shape[3])).double()
+    fused = cells.clone()
+    for t in range(frames):
+        near = [k for k in range(t - window, t + window + 1) if 0 <= k < frames and k != t]
+        near = [k for k in near if mode == "symmetric" or k < t]
+        for i in range(cells.shape[1]):
+            for k in near:
+                cosine, best = (unit[k] @ unit[t, i]).topk(5)
+                mean = (cosine / 0.1).softmax(0) @ cells[k, best]
+                home = (unit[t] @ unit[k, best[0]]).argmax()
+                gate = torch.exp(-(place[home] - place[i]).square().sum() / 2)
+                fused[t, i] += 0.75 / len(near) * gate * (mean - cells[t, i])
+    return rearrange(fused, "t (h w) c -> t c h w", h=h)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("frames", "window", "guided"), [(9, 3, False), (4, 3, True), (5, 1, True)]
+)
+def test_fusion_equals_the_dense_definition(
+    mode: fusion.FusionMode,
+    frames: int,
+    window: int,
+    guided: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features = moving(frames)
+    guide = moving(frames, seed=0, noise=0.1)[:, :7] if guided else None
+    expected = dense(features, features if guide is None else guide, mode, window)
+    for band in (fusion._BAND, 20 * 48):  # whole, and in bands of 20 patches
+        monkeypatch.setattr(fusion, "_BAND", band)
+        fused = temporal_fusion(features, guide, mode=mode, window=window)
+        torch.testing.assert_close(fused.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_the_result_does_not_depend_on_chunks(mode: fusion.FusionMode, chunk: int) -> None:
+    features = torch.cat([moving(7), moving(2, seed=1), moving(5, seed=2)])
+    fused = TemporalFusion(mode)
+    parts = [fused.push(part) for part in features.split(chunk)]
+    waited = fused.flush()
+    assert len(waited) == (3 if mode == "symmetric" else 0)
+    assert torch.equal(torch.cat([*parts, waited]), temporal_fusion(features, mode=mode))
+    again = torch.cat([fused.push(features), fused.flush()])
+    assert torch.equal(again, temporal_fusion(features, mode=mode)), "after flush a clip begins"
+
+
+def test_later_frames_do_not_change_causal_output() -> None:
+    features = moving(9)
+    causal = temporal_fusion(features, mode="causal")
+    for length in range(1, 9):
+        assert torch.equal(temporal_fusion(features[:length], mode="causal"), causal[:length])
+    assert torch.equal(causal[0], features[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_noise_is_averaged_out_and_the_motion_stays(mode: fusion.FusionMode) -> None:
+    clean, noisy = moving(9, noise=0), moving(9)
+    fused = temporal_fusion(noisy, mode=mode)
+    seen = slice(1, 8), slice(None), slice(None), slice(3, 5)  # by all neighbours
+    before, after = (float((each - clean)[seen].square().mean()) for each in (noisy, fused))
+    assert after < 0.6 * before
+
+
+def test_an_object_that_moves_12_patches_a_frame_is_matched() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ground = torch.randn(16, 6, 60, generator=generator)
+    clean = ground.expand(4, -1, -1, -1).clone()
+    for t in range(4):
+        clean[t, :, 2:5, 2 + 12 * t : 6 + 12 * t] = 5 * torch.randn(
+            16, 3, 4, generator=generator.manual_seed(1)
+        )
+    noise = 0.4 * torch.randn(clean.shape, generator=generator)
+    change = temporal_fusion(clean + noise) - (clean + noise)
+    for t in range(4):
+        there = slice(t, t + 1), slice(None), slice(2, 5), slice(2 + 12 * t, 6 + 12 * t)
+        # the noise of this frame goes, all but a quarter; the object is not mixed with the ground
+        left = (noise + change)[there].square().mean() / noise[there].square().mean()
+        assert left < 0.45
+
+
+def test_a_match_that_leads_elsewhere_is_not_trusted() -> None:
+    features = moving(2, noise=0.05)
+    features[1, :, 2:4, 2:4] = torch.randn(16, 2, 2, generator=torch.Generator().manual_seed(9))
+    changed = (temporal_fusion(features) - features)[1].norm(dim=0)
+    assert (
+        changed[2:4, 2:4].mean()
+        < 0.3 * temporal_fusion(features)[1, :, 2:4, 2:4].norm(dim=0).mean()
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cut_leaves_no_trace(mode: fusion.FusionMode) -> None:
+    clips = [moving(5), moving(4, seed=1), moving(1, seed=2), moving(6, seed=3)]
+    alone = torch.cat([temporal_fusion(clip, mode=mode) for clip in clips])
+    assert torch.equal(temporal_fusion(torch.cat(clips), mode=mode), alone)
+    joined = temporal_fusion(moving(9), mode=mode)
+    assert not torch.equal(joined[5:], temporal_fusion(moving(9)[5:], mode=mode)), "no cut there"
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_cut_between_rendered_clips_leaves_no_trace(centred: bool) -> None:
+    adapter = CoSettleAdapter.raw(REAL, layer=7)
+    photos = list(photographs().values())[:2]
+    clips = [
+        adapter(render_clip(photo, frames=5, size=(140, 210), motion="pan").frames)
+        for photo in photos
+    ]
+    if centred:
+        mean = torch.cat(clips).mean((0, 2, 3), keepdim=True)
+        clips = [clip - mean for clip in clips]
+    alone = [temporal_fusion(clip) for clip in clips]
+    assert torch.equal(temporal_fusion(torch.cat(clips)), torch.cat(alone))
+    assert all((one - clip).abs().max() > 0.1 for one, clip in zip(alone, clips, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    half = moving().to(dtype)
+    fused = temporal_fusion(half)
+    assert fused.dtype == dtype
+    assert torch.equal(fused, temporal_fusion(half.float()).to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
+    features = moving(noise=0.1).to(dtype)
+    fused = temporal_fusion(features.cuda())
+    assert fused.is_cuda
+    assert fused.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(
+        fused.cpu().float(), temporal_fusion(features).float(), atol=tolerance, rtol=0
+    )
+
+
+def test_another_grid_begins_a_clip() -> None:
+    causal = TemporalFusion("causal")
+    causal.push(moving(4))
+    assert torch.equal(causal.push(moving(1)[..., :5]), moving(1)[..., :5])
+    symmetric = TemporalFusion()
+    symmetric.push(moving(4))
+    with pytest.raises(GeometryError, match=r"while 3 frames of shape \(16, 6, 8\) .* wait"):
+        symmetric.push(moving(4)[..., :5])
+    symmetric.flush()
+    assert symmetric.push(moving(4)[..., :5]).shape == (1, 16, 6, 5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_there_is_little_of(mode: fusion.FusionMode) -> None:
+    one = moving(1)
+    assert torch.equal(temporal_fusion(one, mode=mode), one)
+    assert temporal_fusion(one[:0], mode=mode).shape == (0, 16, 6, 8)
+    cell = torch.ones(3, 2, 1, 1)
+    assert torch.equal(temporal_fusion(cell, mode=mode), cell)
+    flat = torch.ones(4, 3, 5, 6)
+    torch.testing.assert_close(temporal_fusion(flat, mode=mode), flat)
+
+
+def test_wrong_maps_and_options_say_what_was_expected() -> None:
+    with pytest.raises(ValueError, match="'symmetric' or 'causal', got 'past'"):
+        temporal_fusion(moving(), mode="past")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="window must be at least 1 frame, got 0"):
+        TemporalFusion(window=0)
+    with pytest.raises(GeometryError, match=r"features of shape \(16, 6, 8\) .* expected"):
+        temporal_fusion(moving()[0])
+    with pytest.raises(GeometryError, match="int64, expected floating point"):
+        temporal_fusion(moving().long())
+    with pytest.raises(GeometryError, match=r"guide of shape \(8, 16, 6, 8\) for features"):
+        temporal_fusion(moving(), moving(8))
