@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,16 @@ def test_finished_files_of_other_settings_are_refused(
     assert "every was 1 and is 2; begin anew with --overwrite" in capsys.readouterr().out
     assert main([*command, "--every", "2", "--overwrite"]) == 0
     assert len(read_features(tmp_path / "a.safetensors").features) == 3
+
+
+def test_features_can_be_fused(videos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+    command = ["extract", str(videos / "a.mp4"), "-o", str(output)]
+    assert main([*command, "--temporal-fusion", "causal"]) == 0
+    assert (
+        json.loads((tmp_path / "a.safetensors.json").read_text())["settings"]["temporal_fusion"]
+        == "causal"
+    )
 
 
 def test_shards_share_the_videos(

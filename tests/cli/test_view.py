@@ -44,8 +44,10 @@ def stopped_at_once(
 def test_it_serves_until_it_is_stopped(
     clip: Path, stopped_at_once: list[ViewerServer], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["view", str(clip), "--size", "32", "--port", "0", "--no-browser"]) == 0
+    command = ["view", str(clip), "--size", "32", "--port", "0", "--no-browser"]
+    assert main([*command, "--temporal-fusion", "symmetric"]) == 0
     (server,) = stopped_at_once
+    assert "adapted, fused" in server.clip.features
     printed = capsys.readouterr().out
     assert f"{server.url}   Ctrl-C stops" in printed
     assert "6/6" in printed

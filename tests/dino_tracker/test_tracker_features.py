@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision import transforms
 
 from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.correspondence import temporal_fusion
 from cosettle_adapter.dino_tracker import (
     DinoTrackerError,
     arrange,
@@ -93,6 +94,14 @@ def test_best_buddies_follow_a_shift() -> None:
     assert len(source) > 1000
     moved = (target - source == torch.tensor([28.0, 0.0])).all(dim=1)
     assert moved.float().mean() > 0.95
+
+
+def test_features_can_be_fused() -> None:
+    adapter = small_adapter(14, 14)
+    frames = [with_dot(100 + 14 * step, 100) for step in range(3)]
+    fused = torch.cat(list(tracker_features(adapter, frames, stride=14, temporal_fusion="causal")))
+    expected = temporal_fusion(adapter(torch.stack(frames)), mode="causal")
+    torch.testing.assert_close(fused[:, :48], expected)
 
 
 @pytest.mark.parametrize("stride", GRIDS)

@@ -362,7 +362,8 @@ def test_the_example(
     monkeypatch.chdir(tmp_path)
     script = ROOT / "examples" / "dino_tracker_features.py"
     arguments = ["--repo", str(repo), "--data", str(clip), "--stride", "14", "--raw"]
-    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "--device", "cpu"])
+    arguments += ["--device", "cpu", "--temporal-fusion", "symmetric"]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     runpy.run_path(str(script), run_name="__main__")
     assert asked == [("dinov2-vits14-pypi", "cpu", 14)]
     printed = capsys.readouterr()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.correspondence import fusion
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import extract
 from cosettle_adapter.extraction.errors import OutputBusyError, OutputExistsError
@@ -185,6 +186,7 @@ def test_what_a_crash_damaged_is_written_again(
     [
         ({"size": 64}, "size was not given and is 64"),
         ({"every": 2}, "every was 1 and is 2"),
+        ({"temporal_fusion": "causal"}, "temporal-fusion was not given and is causal"),
         ({"storage": torch.float16}, "storage was float32 and is float16"),
         ({"batch_size": 8}, "batch-size was 4 and is 8"),
     ],
@@ -280,15 +282,39 @@ def _gone(frames: int) -> None:
     raise OSError("gone")
 
 
-def test_settled_features_begin_anew(
-    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "encoded_again"),
+    [
+        ({"settle": True}, 12),
+        ({"temporal_fusion": "symmetric"}, 4),
+        ({"temporal_fusion": "causal"}, 4),
+        ({"settle": True, "temporal_fusion": "symmetric"}, 12),
+    ],
+)
+def test_features_that_depend_on_earlier_frames_go_on_with_the_same_bytes(
+    small_adapter: CoSettleAdapter,
+    clip: Path,
+    tmp_path: Path,
+    options: dict[str, object],
+    encoded_again: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    destination = tmp_path / "f.safetensors"
-    interrupted(small_adapter, clip, destination, KeyboardInterrupt(), settle=True)
-    assert not list(tmp_path.glob(".*"))
-    extract(small_adapter, clip, destination, settle=True, max_frames=6)
-    settled = [chunk.features for chunk in small_adapter.stream(clip, settle=True, max_frames=6)]
-    assert torch.equal(read_features(destination).features, torch.cat(settled))
+    monkeypatch.setattr(fusion, "CUT", 0.0)  # features of random weights
+    destination, unbroken = tmp_path / "f.safetensors", tmp_path / "u.safetensors"
+    interrupted(small_adapter, clip, destination, KeyboardInterrupt(), **options)
+    encoded: list[int] = []
+    handle = small_adapter.projection.register_forward_hook(
+        lambda _module, inputs, _output: encoded.append(len(inputs[0]))
+    )
+    result = extract(small_adapter, clip, destination, batch_size=4, **options)  # type: ignore[arg-type]
+    handle.remove()
+    assert result.found == 12
+    assert sum(encoded) == 40 - 12 + encoded_again
+    extract(small_adapter, clip, unbroken, batch_size=4, **options)  # type: ignore[arg-type]
+    assert content(destination)[""] == content(unbroken)[""]
+    assert destination.read_bytes() == unbroken.read_bytes()
+    plain = [chunk.features for chunk in small_adapter.stream(clip, batch_size=4)]
+    assert not torch.equal(read_features(destination).features, torch.cat(plain))
 
 
 def test_two_runs_do_not_write_one_file(

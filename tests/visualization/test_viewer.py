@@ -18,6 +18,7 @@ from einops import rearrange
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import VisionTransformerBackbone
+from cosettle_adapter.correspondence import temporal_fusion
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.frames import plan_geometry
 from cosettle_adapter.visualization import fit_pca, similarity_maps
@@ -223,6 +224,16 @@ def test_a_clip_is_encoded_like_the_adapter_does(
         assert colours.dtype == torch.uint8
     with Image.open(io.BytesIO(viewed.pictures[0])) as image:
         assert image.size == (100, 60)
+
+
+def test_fused_features_stand_beside_the_others_if_asked_for(
+    tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    path = write_video(tmp_path / "clip.mp4", frames=5, height=60, width=100)
+    features = view_clip(tiny_adapter, path, size=48, fusion="causal").features
+    assert list(features)[-2:] == ["adapted", "adapted, fused"]
+    expected = temporal_fusion(features["adapted"], mode="causal")
+    assert torch.equal(features["adapted, fused"], expected)
 
 
 def test_large_frames_become_pictures_of_a_screen(
