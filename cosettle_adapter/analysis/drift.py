@@ -100,10 +100,11 @@ def _between(clip: RenderedClip, first: int, second: int) -> RenderedClip:
 def temporal_drift(features: Tensor, correspondences: Iterable[Correspondence]) -> float:
     """Distance of patches that correspond, over the distance of any two patches.
 
-    Distances are squared Euclidean, so the measure changes neither with the features' scale nor
-    with a constant added to them, and is the share of their variance that does not stay with
-    things. "Any two": each patch of a pair's first frame and one drawn at random (fixed seed) from
-    its second. Means are over all patches of all pairs of frames.
+    Distances are cosine distances after the clip's mean token is taken off, so the measure changes
+    neither with the features' scale nor with a constant added to them, and no patch counts for
+    more because its features are long. Where features are a constant part and independent noise,
+    it is the noise's share of the variance. "Any two": each patch of a pair's first frame and one
+    drawn at random (fixed seed) from its second. Means are over all patches of all pairs of frames.
 
     Args:
         features: ``(T, C, h, w)`` floats.
@@ -117,12 +118,13 @@ def temporal_drift(features: Tensor, correspondences: Iterable[Correspondence]) 
         GeometryError: features that are not ``(T, C, h, w)`` floats.
     """
     frames = token_frames(features, at_least=1)
+    frames = F.normalize(frames - frames.mean(dim=(0, 1)), dim=-1)
     generator = torch.Generator().manual_seed(_SEED)
     same, any_two = [frames.new_empty(0)], [frames.new_empty(0)]
     for (first, second), patches in correspondences:
         here, there = frames[first], frames[second]
         drawn = torch.randperm(len(there), generator=generator).to(frames.device)
-        any_two.append((here - there[drawn]).square().sum(dim=-1))
+        any_two.append((here - there[drawn]).square().sum(dim=-1))  # twice the cosine distance
         matched = patches.to(frames.device)
         same.append((here[matched[:, 0]] - there[matched[:, 1]]).square().sum(dim=-1))
     return float(torch.cat(same).double().mean() / torch.cat(any_two).double().mean())

@@ -69,7 +69,7 @@ COLUMNS = (
         "mean",
         "{:.1%}",
         better="lower",
-        meaning="Drift: squared distance of patches that show the same thing one, four and eight "
+        meaning="Drift: cosine distance of patches that show the same thing one, four and eight "
         "frames apart, over that of any two patches; by the true motion, or by matches of a layer "
         "that the projection does not read.",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,32 +15,40 @@ if TYPE_CHECKING:
 
 def print_result(result: Evaluation, console: Console) -> None:
     """Print a row a kind of features, then a row a clip and a row a measure."""
-    console.print(_kinds_table(result))
+    from cosettle_adapter.analysis import RAW_LAST
+    from cosettle_adapter.evaluation.gains import best_layers, gain
+
+    best = best_layers(result)
+    gains = {
+        kind: (gain(result, kind, RAW_LAST), gain(result, kind, best)) for kind in result.kinds
+    }
+    console.print(_kinds_table(result, gains))
     console.print(_figures_table(result))
     for name, reason in result.failed.items():
         console.print(f"not scored: {name}: {reason}", markup=False, style="red", soft_wrap=True)
-    for line in _notes(result):
+    for line in _notes(result, best, gains):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _kinds_table(result: Evaluation) -> Table:
-    from cosettle_adapter.analysis import RAW_LAST
-    from cosettle_adapter.evaluation.gains import best_layers, gain
+def _kinds_table(result: Evaluation, gains: Mapping[str, Sequence[Gain]]) -> Table:
     from cosettle_adapter.evaluation.run import DRIFTS
 
-    first, best = result.measures[0], best_layers(result)
+    first = result.measures[0]
     table = _table(f"{result.task}: {len(result.clips)} clips, in percent")
     table.add_column("", justify="right")
     table.add_column("features")
     for title in (first, "over raw last", "worst", "over best layer", "worst", "drift"):
         table.add_column(title, justify="right", no_wrap=True)
     for number, kind in enumerate(result.kinds, 1):
-        gains = [gain(result, kind, RAW_LAST), gain(result, kind, best)]
         table.add_row(
             str(number),
             kind,
             _percent(result.total[kind][first]),
-            *(cell for each in gains for cell in (_interval(each), _percent(each.worst, "+.1f"))),
+            *(
+                cell
+                for each in gains[kind]
+                for cell in (_interval(each), _percent(each.worst, "+.1f"))
+            ),
             "/".join(_percent(result.total[kind].get(drift)) for drift in DRIFTS),
         )
     return table
@@ -61,13 +69,13 @@ def _figures_table(result: Evaluation) -> Table:
     return table
 
 
-def _notes(result: Evaluation) -> Iterator[str]:
+def _notes(
+    result: Evaluation, best: Mapping[str, str], gains: Mapping[str, Sequence[Gain]]
+) -> Iterator[str]:
     """Say what the figures are relative to, and under which settings."""
-    from cosettle_adapter.analysis import RAW_LAST
-    from cosettle_adapter.evaluation.gains import best_layers, gain, part_of
+    from cosettle_adapter.evaluation.gains import part_of
     from cosettle_adapter.evaluation.run import DRIFTS
 
-    best = best_layers(result)
     yield "over ...: mean difference over clips, its 95 % interval by the paired bootstrap"
     if best:
         names = {part_of(result, clip): layer for clip, layer in best.items()}
@@ -79,10 +87,9 @@ def _notes(result: Evaluation) -> Iterator[str]:
     gaps = " / ".join(drift.partition("@")[2] for drift in DRIFTS)
     by = result.settings["drift"]
     yield f"drift: corresponding patches over all patches, {gaps} frames apart, by {by}"
-    for kind in result.kinds:
+    for kind, (raw, layer) in gains.items():
         if kind.startswith(("raw ", "centred")) and "fused" not in kind:
             continue  # what others are compared with
-        raw, layer = (gain(result, kind, against) for against in (RAW_LAST, best))
         yield f"{kind}: worst over raw last: {raw.clip}; over best layer: {layer.clip or '-'}"
     kept = {key: value for key, value in result.settings.items() if value is not None}
     shown = ("protocol", "every", "max_frames", "mode", "layers", "patch", "stride")
@@ -97,7 +104,9 @@ def _interval(gain: Gain) -> str:
 
 
 def _percent(share: float | None, form: str = ".1f") -> str:
-    return "-" if share is None or share != share else format(100 * share, form)
+    if share is None or share != share:
+        return "-"
+    return format(round(100 * share, 1) + 0.0, form)  # no minus before a zero
 
 
 def _table(title: str) -> Table:

@@ -62,13 +62,13 @@ def gain(result: Evaluation, kind: str, against: str | Mapping[str, str]) -> Gai
         kind: the one that gains or loses.
         against: the other one, or clip to the other one; clips that lack either do not count.
     """
-    mine = result.first(kind)
-    differences = {}
-    for clip, value in mine.items():
-        other = against if isinstance(against, str) else against.get(clip, "")
-        scores = result.first(other) if other else {}
-        if clip in scores:
-            differences[clip] = value - scores[clip]
+    others = dict.fromkeys(result.clips, against) if isinstance(against, str) else against
+    scores = {other: result.first(other) for other in {*others.values()}}
+    differences = {
+        clip: value - scores[others[clip]][clip]
+        for clip, value in result.first(kind).items()
+        if clip in others and clip in scores[others[clip]]
+    }
     if not differences:
         nothing = float("nan")
         return Gain(nothing, nothing, nothing, "", nothing)
