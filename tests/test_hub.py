@@ -191,7 +191,7 @@ def test_a_config_that_cannot_be_used_ends_it_before_the_weights(
     hub: FakeHub, first: Projection, load: Load
 ) -> None:
     push(first, REPO, token=TOKEN)
-    config = hub.files(REPO)["config.json"].replace(b'"format_version": 1', b'"format_version": 9')
+    config = hub.files(REPO)["config.json"].replace(b'"format_version": 2', b'"format_version": 9')
     hub.put(REPO, "config.json", config)
     with pytest.raises(ProjectionFormatError, match="format_version 9"):
         load()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cosettle_adapter.cli.options import (
     DTYPES,
     add_cache_arguments,
+    add_projection_argument,
     add_weights_argument,
     load_adapter,
 )
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-check", action="store_true", help="do not compare with PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    add_projection_argument(parser)
     add_weights_argument(parser)
     parser.add_argument("--device", default="cpu", help="torch device; a .pt2 file stays on it")
     add_cache_arguments(parser)

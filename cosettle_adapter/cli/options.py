@@ -25,15 +25,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MODEL,
         help="registered name, Hub repository or folder; with --layer, any backbone",
     )
+    add_projection_argument(parser)
+    add_weights_argument(parser)
+    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone")
+    add_cache_arguments(parser)
+
+
+def add_projection_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--projection``."""
     parser.add_argument(
         "--projection",
         help="published, fit, settle or a folder; by default the published one, else one is "
         "fitted on first use",
     )
-    add_weights_argument(parser)
-    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone")
-    add_cache_arguments(parser)
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:

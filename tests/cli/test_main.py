@@ -42,7 +42,7 @@ def test_list_shows_a_table_and_json(
     table = capsys.readouterr().out
     assert REAL in table
     assert "CC-BY-NC-4.0" in table
-    assert "dinov3-vitb16" not in table, "no projection yet"
+    assert "dinov3-vitb16" not in table, "none is published"
     assert main(["list", "--backbones"]) == 0
     table = capsys.readouterr().out
     for name, row in REGISTRY.items():
@@ -55,7 +55,7 @@ def test_list_shows_a_table_and_json(
     assert main(["list", "--json"]) == 0
     models = {model["name"]: model for model in json.loads(capsys.readouterr().out)}
     assert models["dinov2-vitl14"]["width"] == 1024
-    assert models["dinov2-vitl14"]["projection"] == "none published"
+    assert models["dinov2-vitl14"]["projection"] == "fitted on first use"
 
 
 def test_download_tells_where_the_weights_came_from(
@@ -102,7 +102,7 @@ def test_a_truncated_source_is_told_and_fails(
     [
         (["extract", "nowhere.mp4", "-o", "x.safetensors"], "nowhere.mp4 does not exist"),
         (["extract", "x.mp4", "-o", "x", "--model", "dinov2-vitb41"], "Did you mean"),
-        (["extract", "x.mp4", "-o", "x", "--model", "dinov3-vitb16"], "cosettle-adapter fit"),
+        (["extract", "x.mp4", "-o", "x", "--model", "dinov3-vitb16", "--offline"], "no weights for dinov3"),
         (["download", "clip-vitb61"], "unknown backbone 'clip-vitb61'"),
         (["fit", "--backbone", REAL, "--data", "nowhere", "-o", "x"], "nowhere is not a folder"),
     ],
