@@ -102,7 +102,10 @@ def test_a_truncated_source_is_told_and_fails(
     [
         (["extract", "nowhere.mp4", "-o", "x.safetensors"], "nowhere.mp4 does not exist"),
         (["extract", "x.mp4", "-o", "x", "--model", "dinov2-vitb41"], "Did you mean"),
-        (["extract", "x.mp4", "-o", "x", "--model", "dinov3-vitb16", "--offline"], "no weights for dinov3"),
+        (
+            ["extract", "x.mp4", "-o", "x", "--model", "dinov3-vitb16", "--offline"],
+            "no weights for dinov3",
+        ),
         (["download", "clip-vitb61"], "unknown backbone 'clip-vitb61'"),
         (["fit", "--backbone", REAL, "--data", "nowhere", "-o", "x"], "nowhere is not a folder"),
     ],
