@@ -338,6 +338,8 @@ class CoSettleAdapter(nn.Module):
             kind="identity",
             out_width=self.config.in_width,
             settled=False,
+            recipe=None,
+            averaging=0.0,
             fit={"method": "none: the backbone's own tokens"},
             figures={},
         )
