@@ -191,7 +191,8 @@ class _Frame:
 
     cells: Tensor  # (h w, C) float32
     unit: Tensor  # (h w, G) of unit length
-    added: Tensor  # (h w, C), the sum over neighbours
+    means: Tensor  # (h w, C), the sum over neighbours of gate and mean of the matches
+    gates: Tensor  # (h w, 1), the sum over neighbours
     neighbours: int = 0
 
     @classmethod
@@ -201,18 +202,19 @@ class _Frame:
         # half precision is fast on GPUs and slow on CPUs
         unit = unit.to(guide.dtype) if guide.device.type == "cuda" else unit
         cells = cells.contiguous()
-        return cls(cells, unit, torch.zeros_like(cells))
+        return cls(cells, unit, torch.zeros_like(cells), torch.zeros_like(cells[:, :1]))
 
     def average(self, other: Tensor, matches: tuple[Tensor, Tensor], miss: Tensor) -> None:
         cosine, index = matches
-        gate = torch.exp(-miss.square() / 2)
-        weights = torch.softmax(cosine.float() / TEMPERATURE, dim=1) * rearrange(gate, "q -> q 1")
-        self.added += F.embedding_bag(index, other, mode="sum", per_sample_weights=weights)
-        self.added -= rearrange(gate, "q -> q 1") * self.cells
+        gate = rearrange(torch.exp(-miss.square() / 2), "q -> q 1")
+        weights = torch.softmax(cosine.float() / TEMPERATURE, dim=1) * gate
+        self.means += F.embedding_bag(index, other, mode="sum", per_sample_weights=weights)
+        self.gates += gate
         self.neighbours += 1
 
     def fused(self) -> Tensor:
-        return self.cells + SHARE / max(self.neighbours, 1) * self.added
+        share = SHARE / max(self.neighbours, 1)
+        return self.cells * (1 - share * self.gates) + share * self.means
 
 
 def _match(here: Tensor, there: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
