@@ -107,7 +107,9 @@ def test_threads_wait_for_one_of_them(weights: Path, fits: list[str]) -> None:
     assert len({adapter.projection.linears[0].weight.sum().item() for adapter in adapters}) == 1
 
 
-def test_a_killed_fit_goes_on_where_it_was_and_needs_no_extra(weights: Path, tmp_path: Path) -> None:
+def test_a_killed_fit_goes_on_where_it_was_and_needs_no_extra(
+    weights: Path, tmp_path: Path
+) -> None:
     assert run(tmp_path / "killed", weights, "stop", "3").returncode < 0
     assert [path.name for path in stored(tmp_path / "killed").iterdir()] == [
         "statistics.safetensors"
