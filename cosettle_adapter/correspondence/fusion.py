@@ -27,10 +27,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,7 +52,7 @@ WINDOW = 3
 CUT = 5.5
 CUT_AT_MOST = 0.2
 
-_BAND = 1 << 21  # cosines held at a time: 8 MB
+_BAND = 1 << 20  # cosines held at a time: 4 MB
 
 
 class TemporalFusion:
@@ -153,10 +154,10 @@ class TemporalFusion:
         return finished
 
     def _maps(self, finished: list[Tensor]) -> Tensor:
-        if not finished:
-            return self._like
-        maps = rearrange(finished, "n (h w) c -> n c h w", w=self._like.shape[-1])
-        return maps.to(self._like.dtype).contiguous()
+        maps = self._like.new_empty((len(finished), *self._like.shape[1:]))
+        for place, frame in zip(maps, finished, strict=True):
+            place.copy_(rearrange(frame, "(h w) c -> c h w", w=maps.shape[-1]))
+        return maps
 
 
 def temporal_fusion(
@@ -183,6 +184,23 @@ def temporal_fusion(
     """
     fusion = TemporalFusion(mode, window)
     return torch.cat([fusion.push(features, guide), fusion.flush()])
+
+
+def fusion_guide(tokens: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return what an adapter's features are matched by: the middle layer it reads, centred.
+
+    One layer alone loses fewer clips than all that are read, and half the variance of tokens is
+    their mean, which matches everything with everything.
+
+    Args:
+        tokens: ``(T, C, h, w)``, the layers that are read, along the channels.
+        widths: channels of each layer.
+
+    Returns:
+        ``(T, G, h, w)``, the middle layer minus each frame's mean token.
+    """
+    guide = torch.split(tokens, list(widths), dim=1)[len(widths) // 2]
+    return guide - reduce(guide, "t c h w -> t c 1 1", "mean")
 
 
 @dataclasses.dataclass
@@ -214,7 +232,9 @@ class _Frame:
 
     def fused(self) -> Tensor:
         share = SHARE / max(self.neighbours, 1)
-        return self.cells * (1 - share * self.gates) + share * self.means
+        return torch.addcmul(self.cells, self.gates, self.cells, value=-share).add_(
+            self.means, alpha=share
+        )
 
 
 def _match(here: Tensor, there: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
