@@ -24,7 +24,7 @@ from cosettle_adapter.backbones import (
 from cosettle_adapter.backbones.released import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler, settle_clip
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
-from cosettle_adapter.correspondence.fusion import FusionMode, TemporalFusion
+from cosettle_adapter.correspondence.fusion import FusionMode, TemporalFusion, fusion_guide
 from cosettle_adapter.errors import (
     BackboneMismatchError,
     ProjectionFormatError,
@@ -725,7 +725,7 @@ class CoSettleAdapter(nn.Module):
         if self.device.type == "cuda":
             chunks = pinned(chunks)
 
-        def encoded() -> Iterator[tuple[FeatureChunk, Tensor | None]]:
+        def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
             for chunk in prefetch(chunks):
                 geometry = self.geometry(*chunk.frames.shape[-2:], size=size, fit=fit)
                 tokens, features = self._encode(chunk.frames, geometry)
@@ -738,17 +738,17 @@ class CoSettleAdapter(nn.Module):
                     start=chunk.start,
                     backbone=tokens if return_backbone else None,
                 )
-                yield found, None if fusion is None else self._guide(tokens, features)
+                yield found, self._guide(tokens)
 
         unfused = (found for found, _ in encoded())
         for found in unfused if fusion is None else _fused(encoded(), fusion):
             features = self._finished(found.features, normalize)
             yield dataclasses.replace(found, features=features)
 
-    def _guide(self, tokens: Tensor, features: Tensor) -> Tensor | None:
-        """What temporal fusion takes its matches from, ``(N, G, h, w)``; ``None``: the features."""
-        del tokens, features
-        return None
+    def _guide(self, tokens: Tensor) -> Tensor:
+        """What temporal fusion takes its matches from, ``(N, G, h, w)``."""
+        layers = map(self.backbone.block, self.config.layers)
+        return fusion_guide(tokens, [self.backbone.widths[layer] for layer in layers])
 
     def _encode(self, frames: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """Tokens and features, both ``(N, C, h, w)``, of frames that fit in one pass."""
@@ -779,7 +779,7 @@ class CoSettleAdapter(nn.Module):
 
 
 def _fused(
-    chunks: Iterator[tuple[FeatureChunk, Tensor | None]], fusion: TemporalFusion
+    chunks: Iterator[tuple[FeatureChunk, Tensor]], fusion: TemporalFusion
 ) -> Iterator[FeatureChunk]:
     """Fuse the features of chunks, each given with its guide; a chunk waits for its last frame."""
     waiting: collections.deque[FeatureChunk] = collections.deque()
@@ -794,6 +794,8 @@ def _fused(
     broken: TruncatedVideoError | None = None
     try:
         for chunk, guide in chunks:
+            if waiting and waiting[-1].geometry.grid != chunk.geometry.grid:
+                ready.extend(fusion.flush())
             ready.extend(fusion.push(chunk.features, guide))
             # without the features, which would be held for nothing
             waiting.append(dataclasses.replace(chunk, features=chunk.features.new_empty(0)))

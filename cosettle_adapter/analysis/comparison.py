@@ -12,13 +12,12 @@ from torch import Tensor
 
 from cosettle_adapter.analysis.drift import guide_layer
 from cosettle_adapter.closed_form import settle_clip
-from cosettle_adapter.correspondence import temporal_fusion
+from cosettle_adapter.correspondence.fusion import FusionMode, fusion_guide, temporal_fusion
 from cosettle_adapter.errors import BackboneMismatchError
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
     from cosettle_adapter.backbones import Backbone
-    from cosettle_adapter.correspondence.fusion import FusionMode
     from cosettle_adapter.projection import Projection
 
 RAW_LAST = "raw last block"
@@ -39,12 +38,21 @@ class FeatureKind:
         blocks: which are read, and whether through the final norm.
         projection: what every frame's tokens ``(N, C, h, w)`` go through, if anything.
         finish: what is done to a whole clip's ``(T, C, h, w)`` after that, if anything.
+        fusion: mode of temporal fusion that comes last, if any.
+        widths: channels of each layer read; needed for ``fusion``.
     """
 
     name: str
     blocks: Blocks
     projection: Projection | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    fusion: FusionMode | None = None
+    widths: tuple[int, ...] = ()
+
+    @property
+    def needs_clip(self) -> bool:
+        """Whether it is made of a whole clip, and not of each frame alone."""
+        return self.finish is not None or self.fusion is not None
 
     @torch.no_grad()
     def of_frames(self, tokens: Tensor) -> Tensor:
@@ -53,9 +61,12 @@ class FeatureKind:
 
     @torch.no_grad()
     def of_clip(self, tokens: Tensor) -> Tensor:
-        """Apply ``projection`` and ``finish``; float32."""
+        """Apply ``projection``, ``finish`` and ``fusion``; float32."""
         features = self.of_frames(tokens)
-        return features if self.finish is None else self.finish(features)
+        features = features if self.finish is None else self.finish(features)
+        if self.fusion is None:
+            return features
+        return temporal_fusion(features, fusion_guide(tokens, self.widths), mode=self.fusion)
 
 
 def centred(features: Tensor) -> Tensor:
@@ -63,15 +74,10 @@ def centred(features: Tensor) -> Tensor:
     return features - reduce(features, "t c h w -> 1 c 1 1", "mean")
 
 
-def _fused(kind: FeatureKind, mode: FusionMode) -> FeatureKind:
-    def finish(features: Tensor) -> Tensor:
-        features = features if kind.finish is None else kind.finish(features)
-        return temporal_fusion(features, mode=mode)
-
-    before = "" if kind.finish is None else f"{kind.finish.__name__}, "
-    finish.__name__ = f"{before}fused {mode}"  # by which stored results are told apart
+def _fused(kind: FeatureKind, mode: FusionMode, backbone: Backbone) -> FeatureKind:
     name = f"{kind.name}, fused" + (" causally" if mode == "causal" else "")
-    return dataclasses.replace(kind, name=name, finish=finish)
+    widths = tuple(backbone.widths[layer] for layer in kind.blocks[0])
+    return dataclasses.replace(kind, name=name, fusion=mode, widths=widths)
 
 
 def feature_kinds(
@@ -143,7 +149,7 @@ def feature_kinds(
             kinds.append(FeatureKind(f"{name}, settled", blocks, projection, finish=settle_clip))
     if fusion is not None:
         fusable = {ADAPTED, *(beside or {}), *map(centred_layer, range(backbone.depth))}
-        kinds += [_fused(kind, fusion) for kind in kinds if kind.name in fusable]
+        kinds += [_fused(kind, fusion, backbone) for kind in kinds if kind.name in fusable]
     return kinds
 
 

@@ -68,7 +68,7 @@ def encoded_chunks(
     Raises:
         FrameError: a source that cannot be read to its end.
     """
-    kinds = [kind for kind in kinds or feature_kinds(adapter) if kind.finish is None]
+    kinds = [kind for kind in kinds or feature_kinds(adapter) if not kind.needs_clip]
     wanted = [kind.blocks for kind in kinds]
     chunks = open_frames(source, every=every, max_frames=max_frames, chunk_size=batch_size)
     for chunk in chunks:

@@ -294,7 +294,8 @@ def _checksum(kind: FeatureKind) -> str:
     layers, norm = kind.blocks
     read = f"blocks {', '.join(map(str, layers))}{', normed' if norm else ''}"
     made = "as they are" if kind.projection is None else _tensors(kind.projection)
-    return "; ".join([read, made] + ([] if kind.finish is None else [kind.finish.__name__]))
+    parts = [read, made] + ([] if kind.finish is None else [kind.finish.__name__])
+    return "; ".join(parts + ([] if kind.fusion is None else [f"fused {kind.fusion}"]))
 
 
 def _resumed(output: Path | None, settings: dict[str, Any]) -> _Stored:

@@ -24,6 +24,14 @@ def moving(frames: int = 9, *, seed: int = 0, noise: float = 0.3, step: int = 1)
     return clip + noise * torch.randn(clip.shape, generator=generator)
 
 
+_RING = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)).double()
+
+
+def _clamped(place: Tensor, height: int, width: int) -> int:
+    row, column = place.long().tolist()
+    return min(max(row, 0), height - 1) * width + min(max(column, 0), width - 1)
+
+
 def dense(features: Tensor, guide: Tensor, mode: str, window: int) -> Tensor:
     """The definition, one patch and one neighbour at a time, in float64; no cuts."""
     frames, _, h, _ = features.shape
@@ -39,8 +47,16 @@ def dense(features: Tensor, guide: Tensor, mode: str, window: int) -> Tensor:
                 cosine, best = (unit[k] @ unit[t, i]).topk(5)
                 mean = (cosine / 0.1).softmax(0) @ cells[k, best]
                 home = (unit[t] @ unit[k, best[0]]).argmax()
-                gate = torch.exp(-(place[home] - place[i]).square().sum() / 2)
-                fused[t, i] += 0.75 / len(near) * gate * (mean - cells[t, i])
+                miss = (place[home] - place[i]).square().sum()
+                # patches beyond the edge move as those at the edge
+                around = [
+                    place[(unit[k] @ unit[t, j]).argmax()] - place[j]
+                    for j in (_clamped(place[i] + step, h, features.shape[3]) for step in _RING)
+                ]
+                median = torch.stack(around).sort(dim=0).values[4]
+                apart = (place[best[0]] - place[i] - median).square().sum()
+                gate = torch.exp(-miss / 2 - apart / 8)
+                fused[t, i] += 0.5 / len(near) * gate * (mean - cells[t, i])
     return rearrange(fused, "t (h w) c -> t c h w", h=h)
 
 

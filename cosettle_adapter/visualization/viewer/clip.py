@@ -117,8 +117,8 @@ def view_clip(
                 found = kind.of_frames(tokens[kind.blocks])
                 parts[kind.name].append(_halved(found, kind))
             # of the last kind, which is what the adapter returns
-            guide = adapter._guide(tokens[kind.blocks], found) if fusion else None
-            guides += [] if guide is None else [guide.to("cpu", torch.float16)]
+            if fusion is not None:
+                guides.append(adapter._guide(tokens[kind.blocks]).to("cpu", torch.float16))
             pictures.extend(_pictures(chunk.frames))
             times.append(chunk.timestamps)
             on_frames(len(pictures))
@@ -131,8 +131,7 @@ def view_clip(
     features = {kind.name: _finished(kind, parts.pop(kind.name)) for kind in kinds}
     if fusion is not None:
         own = kinds[-1].name
-        guide = torch.cat(guides) if guides else None
-        features[f"{own}, fused"] = temporal_fusion(features[own], guide, mode=fusion)
+        features[f"{own}, fused"] = temporal_fusion(features[own], torch.cat(guides), mode=fusion)
     return ViewedClip(
         name=Path(source).name,
         facts=_facts(adapter, geometry),
