@@ -15,9 +15,13 @@ softmax(cosine / 0.1). Where x = s + n, with s what the matches share and n inde
 variance of n falls by about (1 - share)^2 + share^2 / (5 K) and s stays.
 
 What has no counterpart in frame k, for it is hidden there or outside, has matches all the same,
-wrong ones. They seldom lead back: g_ik = exp(-d^2 / 2), where d is the distance in patches between
-i and the best match in frame t of i's best match in frame k. The whole frame is searched, so no
-motion is too fast.
+wrong ones. They seldom lead back, and seldom move as the patches around do::
+
+    g_ik = exp(-d^2 / 2 - s^2 / 8)
+
+where d is the distance in patches between i and the best match in frame t of i's best match in
+frame k, and s how far the way from i to its match is from the median way of the 3 x 3 patches
+around i. The whole frame is searched, so no motion is too fast.
 
 Within a scene, neighbouring patches have matches that lead back and lie side by side; across a cut
 few have, which is how cuts are found.
@@ -39,12 +43,13 @@ from cosettle_adapter.errors import GeometryError
 
 FusionMode = Literal["symmetric", "causal"]
 
-# Chosen by label propagation on fifty DAVIS sequences. A share of 0.75 leaves a quarter of what
-# only this frame has; two matches in place of five cost 0.3 J&F, a window of five frames 0.5.
-SHARE = 0.75
+# Chosen by label propagation on 25 DAVIS sequences (weights_cards/FIT.md). Shares from 0.5 to 0.75
+# are within noise; two matches in place of five cost 0.3 J&F, a window of five frames 0.4.
+SHARE = 0.5
 MATCHES = 5
 TEMPERATURE = 0.1
 WINDOW = 3
+APART = 2.0  # patches, deviation of s
 # A cut is where the share of neighbouring patches whose matches lead back and stay neighbours is
 # below CUT / (h + w). Ten DAVIS clips, every third frame, block 7 of DINOv2 ViT-S, centred or not:
 # adjacent frames have 0.21 at least on 8 x 14 patches, 0.23 on 10 x 18, 0.15 on 20 x 35 and 0.08 on
@@ -137,9 +142,9 @@ class TemporalFusion:
             if gap == 1 and _is_cut((forth, from_new), (back, from_old), grid=grid):
                 finished = self._end()
                 break
-            new.average(old.cells, forth, from_new)
+            new.average(old.cells, forth, _gate(forth[1], from_new, grid))
             if self._symmetric:
-                old.average(new.cells, back, from_old)
+                old.average(new.cells, back, _gate(back[1], from_old, grid))
         self._recent.append(new)
         if not self._symmetric:
             finished = [new.fused()]
@@ -222,9 +227,9 @@ class _Frame:
         cells = cells.contiguous()
         return cls(cells, unit, torch.zeros_like(cells), torch.zeros_like(cells[:, :1]))
 
-    def average(self, other: Tensor, matches: tuple[Tensor, Tensor], miss: Tensor) -> None:
+    def average(self, other: Tensor, matches: tuple[Tensor, Tensor], gate: Tensor) -> None:
         cosine, index = matches
-        gate = rearrange(torch.exp(-miss.square() / 2), "q -> q 1")
+        gate = rearrange(gate, "q -> q 1")
         weights = torch.softmax(cosine.float() / TEMPERATURE, dim=1) * gate
         self.means += F.embedding_bag(index, other, mode="sum", per_sample_weights=weights)
         self.gates += gate
@@ -266,6 +271,15 @@ def _miss(
     """How far from every patch the match of its match is, ``(h w,)`` in patches."""
     away: Tensor = _moved(back[1][forth[1][:, 0], 0], grid).float().norm(dim=0)
     return away
+
+
+def _gate(index: Tensor, miss: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How far the matches of every patch are trusted, ``(h w,)`` in [0, 1]: g of the module."""
+    moved = _moved(index[:, 0], grid).float()
+    ways = rearrange(moved, "yx (h w) -> yx 1 h w", h=grid[0])
+    around = F.unfold(F.pad(ways, (1, 1, 1, 1), mode="replicate"), 3)
+    apart = (moved - around.median(dim=1).values).square().sum(0)
+    return torch.exp(-miss.square() / 2 - apart / (2 * APART**2))
 
 
 def _is_cut(*ways: tuple[tuple[Tensor, Tensor], Tensor], grid: tuple[int, int]) -> bool:
