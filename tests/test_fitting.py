@@ -55,32 +55,46 @@ def test_every_kind_of_name_works_with_a_file_and_no_hub(
         local_files_only=True,
     )
     features = adapter(torch.rand(2, 3, 4 * row.patch, 5 * row.patch))
-    assert features.shape == (2, row.width, 4, 5)
+    assert features.shape == (2, adapter.width, 4, 5)
     assert bool(torch.isfinite(features).all())
     assert (adapter.config.recipe, adapter.config.licence) == (fitting.RECIPE, row.licence)
 
 
 @pytest.mark.parametrize(
-    ("depth", "grid", "layers"),
+    ("matched", "layers"),
     [
-        (6, 5, (2, 3, 4)),
-        (12, 11, (5, 7, 9)),
-        (24, 23, (11, 15, 19)),
-        (40, 39, (19, 26, 32)),
-        (4, 2, (1, 2)),
-        (5, 0, (0,)),
+        ([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.71, 0.7, 0.65, 0.6, 0.4, 0.2], (5, 7, 9)),
+        ([0.2, 0.3, 0.4, 0.5, 0.6, 0.4, 0.71, 0.7, 0.65, 0.4, 0.4, 0.2], (7,)),
+        ([0.6] * 20 + [0.8] + [0.6] * 19, (13, 20, 27)),
+        ([0.1, 0.5, 0.6, 0.7, 0.2], (2, 3)),
+        ([0.1, 0.1, 0.1, 0.1, 0.7], (4,)),
+        ([0.0, 0.0, 0.0], (1, 2)),
     ],
 )
-def test_layers_by_depth(depth: int, grid: int, layers: tuple[int, ...]) -> None:
-    class Shape:
-        def __init__(self) -> None:
-            self.depth, self.default_layer = depth, grid
+def test_the_best_matching_layer_is_read_with_neighbours_that_match_nearly_as_well(
+    matched: list[float], layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deep:
+        depth = len(matched)
 
-    assert read_layers(Shape()) == layers  # type: ignore[arg-type]
+    clips = list(starter_clips((64, 64)))
+    monkeypatch.setattr(fitting, "_encoded", lambda frames, backbone, wanted: list(wanted))
+    monkeypatch.setattr(fitting, "_matched", lambda layer, clip: matched[layer])
+    assert read_layers(Deep(), clips) == layers  # type: ignore[arg-type]
+
+
+def test_patches_are_matched_where_the_motion_takes_them() -> None:
+    photograph = starter_photographs()["chelsea"]
+    clip = render_clip(photograph, frames=2, size=(96, 128), motion="pan", amount=0.3, seed=2)
+    pixels = rearrange(clip.frames.float(), "t c (h y) (w x) -> t (c y x) h w", y=8, x=8)
+    assert fitting._matched(pixels, clip) > 0.45
+    assert fitting._matched(torch.randn(2, 8, 12, 16), clip) < 0.3
 
 
 def test_it_is_what_it_says_on_the_corpus(tiny_backbone: VisionTransformerBackbone) -> None:
-    raw = [CoSettleAdapter.raw(tiny_backbone, layer=layer, norm=False) for layer in (5, 7, 9)]
+    projection = fit_starter(tiny_backbone)
+    layers = projection.config.layers
+    raw = [CoSettleAdapter.raw(tiny_backbone, layer=layer, norm=False) for layer in layers]
     tokens = []
     for adapter in raw:
         maps = [adapter(clip.frames) for clip in starter_clips((64, 64))]
@@ -90,14 +104,14 @@ def test_it_is_what_it_says_on_the_corpus(tiny_backbone: VisionTransformerBackbo
     expected = torch.cat(tokens, dim=1)
     _, values, axes = torch.linalg.svd(expected, full_matrices=False)
     expected = expected @ axes[:192].T
-    expected = expected / (values[:192].square().mean() / len(expected)).sqrt()
+    expected = expected / (values[:192].square().sum() / 192 / len(expected)).sqrt()
 
-    projection = fit_starter(tiny_backbone)
+    assert (projection.config.averaging, projection.config.fit["frames"]) == (0.2, 8)
+    projection.config = dataclasses.replace(projection.config, averaging=0.0)
     adapter = CoSettleAdapter(tiny_backbone, projection)
     maps = [adapter(clip.frames) for clip in starter_clips((64, 64))]
     found = rearrange(torch.cat(maps).double(), "t c h w -> (t h w) c")
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-2, rtol=1e-3)
-    assert (projection.config.layers, projection.config.fit["frames"]) == ((5, 7, 9), 12)
 
 
 def test_two_fits_are_the_same_and_leave_the_random_numbers_alone(

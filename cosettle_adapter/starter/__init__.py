@@ -17,7 +17,7 @@ from cosettle_adapter.frames.arrays import image_to_frame
 from cosettle_adapter.frames.rendered import RenderedClip, render_clip
 
 CLIPS = 48  # each photograph twice
-FRAMES = 3
+FRAMES = 2
 
 _AMOUNT = 0.5
 _PHOTOMETRIC = 0.5
