@@ -42,7 +42,8 @@ def test_a_fused_stream_is_the_fused_clip_in_the_same_chunks(
     )
     features = torch.cat([chunk.features for chunk in plain])
     found = torch.cat([chunk.features for chunk in fused])
-    assert torch.equal(found, temporal_fusion(features, mode=mode))
+    guide = torch.cat([tiny_adapter._guide(chunk.backbone) for chunk in plain])  # type: ignore[arg-type]
+    assert torch.equal(found, temporal_fusion(features, guide, mode=mode))
     assert not torch.equal(found, features)
     for before, after in zip(plain, fused, strict=True):
         assert (before.start, before.geometry) == (after.start, after.geometry)
@@ -82,9 +83,11 @@ def test_a_live_stream_waits_for_three_frames_or_for_none(
 def test_settling_comes_first_and_normalising_last(
     tiny_adapter: CoSettleAdapter, clip: Tensor
 ) -> None:
-    plain = [chunk.features for chunk in tiny_adapter.stream(clip)]
+    plain = list(tiny_adapter.stream(clip, return_backbone=True))
+    guide = torch.cat([tiny_adapter._guide(chunk.backbone) for chunk in plain])  # type: ignore[arg-type]
     settler = Settler(tiny_adapter.width)
-    expected = temporal_fusion(torch.cat([settler.settle(part) for part in plain]))
+    settled = torch.cat([settler.settle(chunk.features) for chunk in plain])
+    expected = temporal_fusion(settled, guide)
     expected = torch.nn.functional.normalize(expected, dim=1)
     found = tiny_adapter.stream(clip, settle=True, temporal_fusion="symmetric", normalize=True)
     torch.testing.assert_close(torch.cat([chunk.features for chunk in found]), expected)

@@ -100,7 +100,8 @@ def test_features_can_be_fused() -> None:
     adapter = small_adapter(14, 14)
     frames = [with_dot(100 + 14 * step, 100) for step in range(3)]
     fused = torch.cat(list(tracker_features(adapter, frames, stride=14, temporal_fusion="causal")))
-    expected = temporal_fusion(adapter(torch.stack(frames)), mode="causal")
+    tokens, features = adapter(torch.stack(frames), return_backbone=True)
+    expected = temporal_fusion(features, adapter._guide(tokens), mode="causal")
     torch.testing.assert_close(fused[:, :48], expected)
 
 

@@ -232,8 +232,11 @@ def test_fused_features_stand_beside_the_others_if_asked_for(
     path = write_video(tmp_path / "clip.mp4", frames=5, height=60, width=100)
     features = view_clip(tiny_adapter, path, size=48, fusion="causal").features
     assert list(features)[-2:] == ["adapted", "adapted, fused"]
-    expected = temporal_fusion(features["adapted"], mode="causal")
-    assert torch.equal(features["adapted, fused"], expected)
+    guide = tiny_adapter._guide(features["raw same block"].float())
+    expected = temporal_fusion(features["adapted"].float(), guide, mode="causal")
+    # guides are rounded to half precision at different places
+    assert (features["adapted, fused"] - expected).abs().mean() < 2e-3
+    assert (features["adapted"] - expected)[1:].abs().mean() > 4e-3
 
 
 def test_large_frames_become_pictures_of_a_screen(
