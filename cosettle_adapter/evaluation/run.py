@@ -294,6 +294,8 @@ def _checksum(kind: FeatureKind) -> str:
     layers, norm = kind.blocks
     read = f"blocks {', '.join(map(str, layers))}{', normed' if norm else ''}"
     made = "as they are" if kind.projection is None else _tensors(kind.projection)
+    if kind.projection is not None and kind.projection.config.averaging:
+        made += f", averaging {kind.projection.config.averaging}"
     parts = [read, made] + ([] if kind.finish is None else [kind.finish.__name__])
     return "; ".join(parts + ([] if kind.fusion is None else [f"fused {kind.fusion}"]))
 

@@ -56,6 +56,30 @@ def find_finished(path: Path, record: Mapping[str, Any]) -> Extraction | None:
     return Extraction(path, frames, (channels, height, width), there["truncated"], frames)
 
 
+def check_recipe(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuse features by one recipe beside features of the same backbone by another.
+
+    One neighbour of ``path`` that has a recipe is looked at, since all were let in by this.
+
+    Raises:
+        OutputExistsError: that neighbour's projection was fitted by another recipe.
+    """
+    ours = record["projection"]["recipe"]
+    for sidecar in path.parent.glob("*.json") if ours is not None else ():
+        there = read_sidecar(sidecar.with_suffix(""))
+        if there is None or there.get("fingerprint") != record["fingerprint"]:
+            continue
+        theirs = there["projection"].get("recipe")
+        if theirs not in (ours, None):
+            raise OutputExistsError(
+                f"{path.parent} holds features by recipe {theirs} ({sidecar.stem}), which cannot "
+                f"be compared with those by recipe {ours} that {path.name} would hold: pin the "
+                f"one by recipe={theirs}, or give another folder"
+            )
+        if theirs is not None:
+            return
+
+
 def listed(differing: Sequence[str]) -> str:
     """Name the first few of what differs."""
     return ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")

@@ -101,6 +101,8 @@ def _describe_projection(adapter: CoSettleAdapter) -> dict[str, Any]:
         "kind": adapter.config.kind,
         "method": str(adapter.config.fit.get("method", "")),
         "fingerprint": fingerprint(tensors) if tensors else None,
+        "averaging": adapter.config.averaging,
+        "recipe": adapter.config.recipe,
     }
 
 

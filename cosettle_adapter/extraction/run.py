@@ -17,7 +17,13 @@ from cosettle_adapter.correspondence.fusion import WINDOW, FusionMode
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
 from cosettle_adapter.extraction.background import in_background
 from cosettle_adapter.extraction.errors import OutputExistsError
-from cosettle_adapter.extraction.finished import ANEW, Extraction, find_finished, listed
+from cosettle_adapter.extraction.finished import (
+    ANEW,
+    Extraction,
+    check_recipe,
+    find_finished,
+    listed,
+)
 from cosettle_adapter.extraction.formats import Format, Layout, choose_format, storage_dtype
 from cosettle_adapter.extraction.record import differences, make_record
 from cosettle_adapter.extraction.settings import Settings
@@ -96,6 +102,7 @@ def extract(
     settings = row.plan(adapter, settings)
     dtype = storage_dtype(row, settings.storage, adapter.dtype)
     record = make_record(adapter, source, settings, row.name, dtype)
+    check_recipe(path, record)
     work = Work(path, row)
     if not overwrite:
         finished = None if work.folder.exists() else find_finished(path, record)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import extract
-from cosettle_adapter.extraction.errors import FormatError
+from cosettle_adapter.extraction.errors import FormatError, OutputExistsError
 from cosettle_adapter.extraction.formats.flat import FlatStore
 from cosettle_adapter.feature_file import read_features
+from cosettle_adapter.projection import Projection
 
 from helpers import write_video
 
@@ -176,3 +178,21 @@ def test_a_format_is_told_by_name_or_suffix(
             extract(small_adapter, clip, tmp_path / name, format=format)
     with pytest.raises(FormatError, match=r"--storage float32 .*bfloat16 goes into safetensors"):
         extract(small_adapter, clip, tmp_path / "f.npy", storage=torch.bfloat16)
+
+
+def test_features_by_two_recipes_do_not_share_a_folder(
+    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
+) -> None:
+    def by(recipe: int | None) -> CoSettleAdapter:
+        config = dataclasses.replace(small_adapter.config, recipe=recipe)
+        projection = Projection(config)
+        projection.load_state_dict(small_adapter.projection.state_dict())
+        return CoSettleAdapter(small_adapter.backbone, projection)
+
+    folder = tmp_path / "features"
+    extract(by(1), clip, folder / "a.safetensors", max_frames=2)
+    extract(by(1), clip, folder / "b.safetensors", max_frames=3)
+    extract(by(None), clip, folder / "own.safetensors", max_frames=2)
+    with pytest.raises(OutputExistsError, match=r"holds features by recipe 1 .* pin the one by"):
+        extract(by(2), clip, folder / "c.safetensors", max_frames=2)
+    extract(by(2), clip, tmp_path / "others" / "c.safetensors", max_frames=2)
