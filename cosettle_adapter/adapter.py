@@ -738,10 +738,13 @@ class CoSettleAdapter(nn.Module):
                     start=chunk.start,
                     backbone=tokens if return_backbone else None,
                 )
-                yield found, self._guide(tokens)
+                yield found, tokens
 
-        unfused = (found for found, _ in encoded())
-        for found in unfused if fusion is None else _fused(encoded(), fusion):
+        found_chunks: Iterator[FeatureChunk] = (found for found, _ in encoded())
+        if fusion is not None:
+            guided = ((found, self._guide(tokens)) for found, tokens in encoded())
+            found_chunks = _fused(guided, fusion)
+        for found in found_chunks:
             features = self._finished(found.features, normalize)
             yield dataclasses.replace(found, features=features)
 
