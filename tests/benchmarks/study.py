@@ -132,8 +132,11 @@ def variants(study: Study) -> dict[str, Callable[[Clip], Tensor]]:
     return made
 
 
-def read(model: str, roots: Sequence[str], frames: int) -> list[Clip]:
+def read(model: str, roots: Sequence[str], frames: int, positions: str | None) -> list[Clip]:
     adapter = CoSettleAdapter.raw(model)
+    if positions is not None:
+        row: Any = dataclasses.replace(adapter.backbone.row, interpolation=positions)
+        adapter.backbone.row = row
     norms = [layer == adapter.backbone.depth - 1 for layer in LAYERS]
     clips = []
     for root in roots:
@@ -156,8 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--positions", help="how positions are resized, in place of the row's")
     options = parser.parse_args()
-    clips = read(MODEL, options.data, FRAMES)
+    clips = read(MODEL, options.data, FRAMES, options.positions)
     every = variants(Study(clips))
     baseline: list[float] = []
     parts = list(dict.fromkeys(clip.part for clip in clips))
