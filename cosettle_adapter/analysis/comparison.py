@@ -224,16 +224,15 @@ def compare_features(
         ``(T, C, h, w)`` float32 on the CPU for each of ``kinds``.
     """
     kinds = kinds or feature_kinds(adapter)
-    parts: dict[str, list[Tensor]] = {kind.name: [] for kind in kinds}
+    wanted = list(dict.fromkeys(kind.blocks for kind in kinds))
+    parts: dict[Blocks, list[Tensor]] = {blocks: [] for blocks in wanted}
     done = 0
     for batch in torch.split(frames, batch_size):
         images = adapter.preprocess(batch, size=size)
-        tokens = read_blocks(adapter.backbone, images, [kind.blocks for kind in kinds])
-        for kind in kinds:
-            parts[kind.name].append(kind.of_frames(tokens[kind.blocks]).cpu())
+        for blocks, maps in read_blocks(adapter.backbone, images, wanted).items():
+            parts[blocks].append(maps.float().cpu())
         done += len(batch)
         if on_frames is not None:
             on_frames(done)
-    clips = {kind.name: torch.cat(parts[kind.name]) for kind in kinds}
-    finish = {kind.name: kind.finish for kind in kinds if kind.finish is not None}
-    return {name: finish[name](clip) if name in finish else clip for name, clip in clips.items()}
+    tokens = {blocks: torch.cat(parts.pop(blocks)) for blocks in wanted}
+    return {kind.name: kind.of_clip(tokens[kind.blocks].to(adapter.device)).cpu() for kind in kinds}

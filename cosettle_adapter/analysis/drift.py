@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 GAPS = (1, 4, 8)  # frames
 _CHUNK = 1024
+_NEAR = 0.25  # patches
 _SEED = 0
 
 
@@ -56,7 +57,7 @@ def mutual_correspondences(guide: Tensor, gap: int) -> list[Correspondence]:
 
 
 def true_correspondences(clip: RenderedClip, geometry: Geometry, gap: int) -> list[Correspondence]:
-    """Take the patches whose centres truly show the same point, of those visible in both frames.
+    """Take the patches that truly show the same: a point visible at the centre of both.
 
     Args:
         clip: a clip of known motion.
@@ -64,17 +65,21 @@ def true_correspondences(clip: RenderedClip, geometry: Geometry, gap: int) -> li
         gap: frames between the two.
 
     Returns:
-        One for every pair of frames; a centre belongs to the patch that it moved into.
+        One for every pair of frames: the patches of the first whose centre comes within a quarter
+        of a patch, in both directions, of a centre of the second. Half a patch off, features
+        differ whether or not they drift.
     """
     centres = rearrange(geometry.cell_centers(), "h w xy -> (h w) xy")
     rows, columns = geometry.grid
     found = []
     for t in range(len(clip.frames) - gap):
         positions, visible = _between(clip, t, t + gap).track(centres)
-        row, column = geometry.pixels_to_cells(positions[1]).round().long().unbind(-1)
-        there = row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)
-        pairs = torch.stack([torch.arange(len(there)), there], dim=1)
-        found.append(Correspondence((t, t + gap), pairs[visible.all(0)]))
+        cells = geometry.pixels_to_cells(positions[1])
+        near = (cells - cells.round()).abs().amax(-1) <= _NEAR
+        row, column = cells.round().long().unbind(-1)
+        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        pairs = torch.stack([torch.arange(len(cells)), row * columns + column], dim=1)
+        found.append(Correspondence((t, t + gap), pairs[visible.all(0) & near & inside]))
     return found
 
 

@@ -21,7 +21,8 @@ def token_frames(features: Tensor, *, at_least: int) -> Tensor:
     if len(features) < at_least:
         raise FrameError(f"got {len(features)} frames, expected at least {at_least}.")
     wide = features if features.dtype == torch.float64 else features.float()
-    return rearrange(wide, "t c h w -> t (h w) c")
+    # whole tokens in memory: they are gathered and multiplied
+    return rearrange(wide, "t c h w -> t (h w) c").contiguous()
 
 
 def best_match(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:

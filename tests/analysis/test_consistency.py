@@ -165,6 +165,14 @@ def test_compare_features_gives_what_the_parts_give(tiny_adapter: CoSettleAdapte
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
 
 
+def test_compare_features_fuses_what_is_to_be_fused(tiny_adapter: CoSettleAdapter) -> None:
+    frames = frames_of(5)
+    kinds = analysis.feature_kinds(tiny_adapter, fusion="symmetric")
+    fused = compare_features(tiny_adapter, frames, batch_size=2, kinds=kinds)["adapted, fused"]
+    streamed = tiny_adapter.stream(frames, temporal_fusion="symmetric")
+    torch.testing.assert_close(fused, torch.cat([chunk.features for chunk in streamed]))
+
+
 def test_a_projection_on_the_last_block_leaves_out_the_doubled_row(
     tiny_backbone: VisionTransformerBackbone,
 ) -> None:

@@ -112,7 +112,7 @@ def test_rendered_clips_need_no_data(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    command = ["evaluate", "rendered", "--clips", "coffee-pan", "--size", "140x252"]
+    command = ["evaluate", "rendered", "--clips", "coffee-zoom", "--size", "140x252"]
     assert main([*command, "-o", str(tmp_path / "r.json")]) == 0
     assert "by true motion" in capsys.readouterr().out
     total = json.loads((tmp_path / "r.json").read_text())["total"]
@@ -280,7 +280,7 @@ def test_on_real_clips(
     monkeypatch.setenv("COLUMNS", "160")
     options = {
         "davis": ["davis_dev", "--clips", "blackswan", "--max-frames", "6"],
-        "badja": ["badja", "--clips", "cows"],
+        "badja": ["badja", "--clips", "cows", "--davis", str(shared_data() / "davis_dev")],
         "jhmdb": ["jhmdb"],
         "folder": ["multi_object", "--clips", "stefan", "--late-labels", "void"],
     }[task]

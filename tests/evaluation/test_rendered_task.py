@@ -25,9 +25,9 @@ def photos(tmp_path: Path) -> Path:
 def test_a_folder_of_photographs_is_scored_by_its_true_motion(
     photos: Path, tiny_adapter: CoSettleAdapter
 ) -> None:
-    task = Rendered(photos, clips=["one-pan"])
+    task = Rendered(photos, clips=["one-zoom"])
     result = evaluate(task, tiny_adapter, size=(64, 96))
-    assert list(result.clips) == ["one-pan"]
+    assert list(result.clips) == ["one-zoom"]
     assert result.settings["drift"] == "true motion"
     for kind in result.kinds:
         figures = result.total[kind]
@@ -49,8 +49,8 @@ def test_clips_are_the_same_whenever_they_are_read() -> None:
 
 
 def test_what_cannot_be_rendered_is_named(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(FrameError, match="no rendered clip 'one-zoom'"):
-        rendered_photos(photos, clips=["one-zoom"])
+    with pytest.raises(FrameError, match="no rendered clip 'one-tilt'"):
+        rendered_photos(photos, clips=["one-tilt"])
     (photos / "one.png").rename(photos / "two.jpg")
     with pytest.raises(FrameError, match="several photographs for 'two-mixed'"):
         rendered_photos(photos)
