@@ -9,6 +9,7 @@ from torch import Tensor
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.correspondence import fusion, temporal_fusion
+from cosettle_adapter.correspondence.fusion import WINDOW
 from cosettle_adapter.errors import TruncatedVideoError
 
 from helpers import write_video
@@ -54,10 +55,10 @@ def test_a_fused_stream_is_the_fused_clip_in_the_same_chunks(
         assert before.features.shape == after.features.shape
 
 
-def test_a_live_stream_waits_for_three_frames_or_for_none(
+def test_a_live_stream_waits_for_the_window_or_for_nothing(
     tiny_adapter: CoSettleAdapter, clip: Tensor
 ) -> None:
-    for mode, waits in (("symmetric", 3), ("causal", 0)):
+    for mode, waits in (("symmetric", WINDOW), ("causal", 0)):
         seen = 0
 
         def frames() -> object:

@@ -44,11 +44,12 @@ from cosettle_adapter.errors import GeometryError
 FusionMode = Literal["symmetric", "causal"]
 
 # Chosen by label propagation on 25 DAVIS sequences (weights_cards/FIT.md). Shares from 0.5 to 0.75
-# are within noise; two matches in place of five cost 0.3 J&F, a window of five frames 0.4.
+# are within noise, and so are windows of two and three frames, of which two costs less; two matches
+# in place of five cost 0.3 J&F, a window of five frames 0.4.
 SHARE = 0.5
 MATCHES = 5
 TEMPERATURE = 0.1
-WINDOW = 3
+WINDOW = 2
 APART = 2.0  # patches, deviation of s
 # A cut is where the share of neighbouring patches whose matches lead back and stay neighbours is
 # below CUT / (h + w). Ten DAVIS clips, every third frame, block 7 of DINOv2 ViT-S, centred or not:
@@ -70,7 +71,7 @@ class TemporalFusion:
         >>> fusion = TemporalFusion("symmetric")
         >>> features = torch.randn(8, 384, 20, 35)
         >>> fusion.push(features).shape, fusion.flush().shape
-        (torch.Size([5, 384, 20, 35]), torch.Size([3, 384, 20, 35]))
+        (torch.Size([6, 384, 20, 35]), torch.Size([2, 384, 20, 35]))
     """
 
     def __init__(self, mode: FusionMode = "symmetric", window: int = WINDOW) -> None:

@@ -87,7 +87,7 @@ def test_the_result_does_not_depend_on_chunks(mode: fusion.FusionMode, chunk: in
     fused = TemporalFusion(mode)
     parts = [fused.push(part) for part in features.split(chunk)]
     waited = fused.flush()
-    assert len(waited) == (3 if mode == "symmetric" else 0)
+    assert len(waited) == (fusion.WINDOW if mode == "symmetric" else 0)
     assert torch.equal(torch.cat([*parts, waited]), temporal_fusion(features, mode=mode))
     again = torch.cat([fused.push(features), fused.flush()])
     assert torch.equal(again, temporal_fusion(features, mode=mode)), "after flush a clip begins"
@@ -192,10 +192,10 @@ def test_another_grid_begins_a_clip() -> None:
     assert torch.equal(causal.push(moving(1)[..., :5]), moving(1)[..., :5])
     symmetric = TemporalFusion()
     symmetric.push(moving(4))
-    with pytest.raises(GeometryError, match=r"while 3 frames of shape \(16, 6, 8\) .* wait"):
+    with pytest.raises(GeometryError, match=r"while 2 frames of shape \(16, 6, 8\) .* wait"):
         symmetric.push(moving(4)[..., :5])
     symmetric.flush()
-    assert symmetric.push(moving(4)[..., :5]).shape == (1, 16, 6, 5)
+    assert symmetric.push(moving(4)[..., :5]).shape == (2, 16, 6, 5)
 
 
 @pytest.mark.parametrize("mode", MODES)
