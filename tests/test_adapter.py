@@ -236,7 +236,7 @@ def test_save_and_load_are_bit_equal_and_small(
     real_adapter: CoSettleAdapter, tmp_path: Path
 ) -> None:
     real_adapter.save_pretrained(tmp_path / "out")
-    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 1_500_000
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 2_000_000
     loaded = CoSettleAdapter.from_pretrained(tmp_path / "out", local_files_only=True)
     assert loaded.config == real_adapter.config
     clip = frames(1, 56, 70)
@@ -245,7 +245,7 @@ def test_save_and_load_are_bit_equal_and_small(
 
 def test_the_real_adapter_as_the_readme_shows_it(real_adapter: CoSettleAdapter) -> None:
     raw, features = real_adapter(frames(2, 140, 210), return_backbone=True)
-    assert (raw.shape, features.shape) == ((2, 768, 10, 15), (2, 384, 10, 15))
+    assert (raw.shape, features.shape) == ((2, 1152, 10, 15), (2, 384, 10, 15))
     assert real_adapter.config.figures["summary"]
 
 
@@ -328,7 +328,7 @@ def test_the_projection_that_ships_is_small_and_names_its_licence() -> None:
     projection = Projection.load(folder)
     assert projection.config.licence
     assert projection.config.fit["clips"] > 0
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 1_500_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
 
 
 @pytest.mark.gpu

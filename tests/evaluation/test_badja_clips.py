@@ -178,7 +178,7 @@ def test_keypoint_files_beside_davis(tmp_path: Path) -> None:
 
 @pytest.mark.shared
 def test_the_development_clips_are_read() -> None:
-    clips = badja_clips(shared_data() / "badja")
+    clips = badja_clips(shared_data() / "badja", davis=shared_data() / "davis_dev")
     assert [clip.name for clip in clips] == ["cows", "dog", "horsejump-high"]
     for clip in clips:
         joints, areas = clip.read_joints(), clip.read_areas()
