@@ -1,4 +1,4 @@
-"""Write a film of a clip beside its patch features in colour, raw and adapted.
+"""Write a film of a clip beside its patch features in colour: raw, and adapted and fused over time.
 
 Try: python examples/pca_film.py
      python examples/pca_film.py clip.mp4 -o film.gif --size 280 --every 2
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.analysis import ADAPTED, RAW_LAST, compare_features
-from cosettle_adapter.frames import open_frames, photographs, render_clip
+from cosettle_adapter.analysis import RAW_LAST, compare_features, feature_kinds
+from cosettle_adapter.frames import open_frames, render_clip
+from cosettle_adapter.starter import starter_photographs
 from cosettle_adapter.visualization import pca_film
 
 
@@ -31,16 +32,17 @@ def main() -> None:
         frames = torch.cat([chunk.frames for chunk in chunks])
 
     adapter = CoSettleAdapter.from_pretrained(options.model)
-    features = compare_features(adapter, frames, size=options.size)
-    shown = {name: features[name] for name in (RAW_LAST, ADAPTED)}  # each (T, C, h, w)
+    kinds = feature_kinds(adapter, fusion="symmetric")
+    shown = [kind for kind in kinds if kind.name in (RAW_LAST, "adapted, fused")]
+    features = compare_features(adapter, frames, size=options.size, kinds=shown)
     mode = "bilinear" if options.smooth else "nearest"
-    path = pca_film(frames, shown, options.output, fps=options.fps, mode=mode)
+    path = pca_film(frames, features, options.output, fps=options.fps, mode=mode)
     print(f"{len(frames)} frames: {path}")
 
 
 def rendered(frames: int) -> Tensor:
     """A cat moves over a table under a moving camera, ``(T, 3, H, W)`` uint8."""
-    photos = photographs()
+    photos = starter_photographs()
     clip = render_clip(
         photos["coffee"],
         cutout=photos["chelsea"],

@@ -19,12 +19,13 @@ from cosettle_adapter.cli.comparison import comparison, terminal_table
 from cosettle_adapter.cli.report import ReportFilm, ReportTable, write_report
 from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.visualization import (
+    comparison_picture,
     feature_panels,
     fit_pca,
     pca_film,
     pca_frames,
     side_by_side,
-    stills,
+    time_slice,
     write_film,
 )
 
@@ -210,15 +211,51 @@ def test_panels_that_do_not_fit_are_refused() -> None:
         side_by_side({"a": film(2) / 255})
 
 
-def test_stills_show_the_first_and_the_last_moment() -> None:
+@pytest.mark.parametrize("height", [None, 14, 3])
+def test_a_time_slice_stacks_one_row_over_time(height: int | None) -> None:
     clip = film(7)
-    picture = stills({"frame": clip}, moments=3)
-    assert picture.ndim == 3
-    assert torch.equal(picture[:, -32:, :48], clip[-1])
-    assert torch.equal(picture[:, -2 * 32 - 8 : -32 - 8, :48], clip[3])
-    assert stills({"frame": clip[:2]}, moments=5).shape[-2] < picture.shape[-2]
+    picture = time_slice(clip, 5, height=height)
+    assert picture.shape == (3, height or 7, 48)
+    assert picture.dtype == torch.uint8
+    for y in range(picture.shape[1]):
+        assert torch.equal(picture[:, y], clip[y * 7 // picture.shape[1], :, 5])
+
+
+def test_still_things_draw_straight_stripes_and_flicker_is_texture() -> None:
+    still = film(1).expand(9, -1, -1, -1)
+    assert (time_slice(still, 3) == time_slice(still, 3)[:, :1]).all()
+    flickering = still.float() + noise(9, 1, 1, 1)
+    assert time_slice(flickering, 3).std(dim=1).min() > 0.1
+
+
+def test_a_time_slice_says_what_does_not_fit() -> None:
+    with pytest.raises(FrameError, match=r"\(3, 32, 48\), expected \(T, C, H, W\)"):
+        time_slice(film()[0], 0)
+    for row in (-1, 32):
+        with pytest.raises(ValueError, match=f"row={row}, expected 0 to 31"):
+            time_slice(film(), row)
+    with pytest.raises(ValueError, match="height=0"):
+        time_slice(film(), 0, height=0)
+
+
+def test_a_comparison_shows_moments_and_a_row_over_time() -> None:
+    clip = film(8)
+    picture = comparison_picture({"frame": clip, "again": clip}, row=5, moments=2)
+    assert torch.equal(picture[:, -32:, :48], time_slice(clip, 5, height=32))
+    assert torch.equal(picture[:, -32:, :48], picture[:, -32:, 56:104])
+    marked = clip.clone()
+    marked[:, :, 5] = 255
+    last = picture[:, : -32 - 28, :48]
+    assert torch.equal(last[:, -32:], marked[-1])
+    assert torch.equal(last[:, -32 - 8 - 32 : -32 - 8], marked[0])
+    noted = comparison_picture({"frame": clip, "again": clip}, row=5, notes={"again": "a\nb"})
+    assert torch.equal(noted[:, -32 - 56 : -56, :48], time_slice(clip, 5, height=32))
+    assert (noted[:, -56:, :48] == noted[:, -1:, :1]).all()
+    assert not (noted[:, -56:, 56:] == noted[:, -1:, :1]).all()
     with pytest.raises(ValueError, match="moments=0"):
-        stills({"frame": clip}, moments=0)
+        comparison_picture({"frame": clip}, row=5, moments=0)
+    with pytest.raises(ValueError, match="row=32"):
+        comparison_picture({"frame": clip}, row=32)
 
 
 def test_feature_panels_share_the_colours_of_shared_structure() -> None:
@@ -281,6 +318,14 @@ def test_a_still_picture_is_lossless(tmp_path: Path) -> None:
     assert torch.equal(decoded(write_film(frames, tmp_path / "still.png")), frames)
 
 
+def test_a_png_with_a_palette_has_nearly_the_same_colours(tmp_path: Path) -> None:
+    (frame,) = film(1, 64, 96)
+    with Image.open(write_film([frame], tmp_path / "small.png", palette=True)) as image:
+        assert image.mode == "P"
+        (back,) = decoded(tmp_path / "small.png")
+    assert (back.float() - frame.float()).abs().mean() < 6
+
+
 def test_still_colours_of_a_gif_stay_still(tmp_path: Path) -> None:
     frames = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
     frames[:, 0, :, :8] = torch.arange(8, dtype=torch.uint8) * 30  # a ramp that does not change
@@ -331,36 +376,31 @@ def test_film_errors_say_what_was_got_and_what_to_do(tmp_path: Path) -> None:
 # the report and its tables
 
 
-def figures(**changes: float) -> dict[str, float]:
-    return {"mean": 10.0, "pck@8": 0.5, "cycle": 0.7, "distance": 0.05} | changes
-
-
-def test_a_comparison_sums_up_over_clips_and_marks_the_best() -> None:
+def test_a_comparison_marks_the_best_and_leaves_out_what_was_not_measured() -> None:
     table = comparison(
         "clips",
         {
-            "raw": [figures(mean=10), figures(mean=30)],
-            "adapted": [figures(mean=4, cycle=0.9), figures(mean=40, cycle=0.7)],
+            "raw": {"drift@1": 0.16, "drift@4": 0.25, "matches@1": 0.9},
+            "adapted": {"drift@1": 0.0512, "drift@4": 0.25, "matches@1": 0.8},
         },
         emphasis="adapted",
     )
-    assert table.columns[:3] == ["features", "tracking error", "on the worst clip"]
+    assert table.columns == [
+        "features", "drift, next frame", "4 frames on", "right matches, next frame",
+    ]  # fmt: skip
     assert table.rows == [
-        ["raw", "20.0 px", "30.0 px", "50.0%", "70.0%", "0.0500"],
-        ["adapted", "22.0 px", "40.0 px", "50.0%", "80.0%", "0.0500"],
+        ["raw", "16.0%", "25.0%", "90.0%"],
+        ["adapted", "5.1%", "25.0%", "80.0%"],
     ]
-    assert table.best == {0: [1, 2, 3], 1: [3, 4]}  # a tie is two bests; the distance has none
+    assert table.best == {0: [2, 3], 1: [1, 2]}  # a tie is two bests
     assert table.emphasis == 1
-
-
-def test_a_comparison_leaves_out_what_was_not_measured() -> None:
-    table = comparison("video", {"raw": [{"cycle": 0.5}], "adapted": [{"cycle": 0.625}]})
-    assert table.columns == ["features", "cycle accuracy"]
-    assert "Tracking" not in table.note
+    unknown = comparison("video", {"raw": {"drift@1": 0.5}})
+    assert unknown.columns == ["features", "drift, next frame"]
+    assert "Right matches" not in unknown.note
     console = Console(file=io.StringIO(), width=80)
     console.print(terminal_table(table))
     assert isinstance(console.file, io.StringIO)
-    assert "62.5%" in console.file.getvalue()
+    assert "5.1%" in console.file.getvalue()
 
 
 def test_a_report_is_one_file_with_its_text_escaped(tmp_path: Path) -> None:
@@ -412,10 +452,8 @@ def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
 def test_the_demo_writes_films_posters_and_a_report(
     tmp_path: Path, tiny_adapter: CoSettleAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("skimage")
     monkeypatch.setattr(demo, "load_adapter", lambda options: tiny_adapter)
     monkeypatch.setattr(demo, "_RENDERED_SIZE", (64, 96))
-    monkeypatch.setattr(demo, "_SCENES", demo._SCENES[:2])
     video = write_film(film(8, 64, 96), tmp_path / "mine.mp4")
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
@@ -435,10 +473,18 @@ def test_the_demo_writes_films_posters_and_a_report(
     assert len(decoded(output / "film.mp4")) == len(decoded(output / "rendered.mp4")) == 3
     assert isinstance(console.file, io.StringIO)
     page, told = (output / "report.html").read_text(), console.file.getvalue()
-    for row in ("raw last block", "raw same block", "centred", "adapted", "tracking error"):
+    for row in (
+        "raw last block",
+        "raw same block",
+        "centred",
+        "adapted",
+        "adapted, fused",
+        "drift",
+    ):
         assert row in page
         assert row in told
-    assert page.count("data:video/mp4;base64,") == 2
+    assert page.count("data:video/mp4;base64,") == page.count("data:image/png;base64,") == 2
+    assert "right matches" in page
     assert tiny_adapter.backbone.fingerprint in page
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import mean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cosettle_adapter.cli.report import ReportTable
 
@@ -15,102 +14,73 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Column:
-    """Which figure a column shows, summed up how over clips, written how.
+    """Which figure, a share in [0, 1], a column shows.
 
     Attributes:
         title: header.
         figure: name of the figure.
-        over_clips: the mean over clips, or the worst of them.
-        form: format string of a cell.
-        better: which way is better; ``None`` where neither is good in itself.
+        better: whether the lowest or the highest is best.
         meaning: sentence for the table's note.
     """
 
     title: str
     figure: str
-    over_clips: Literal["mean", "worst"]
-    form: str
-    better: Literal["lower", "higher"] | None = None
+    better: str
     meaning: str = ""
-
-    def summary(self, clips: Sequence[Mapping[str, float]]) -> float:
-        """Sum the figure up over clips."""
-        values = [clip[self.figure] for clip in clips]
-        if self.over_clips == "mean":
-            return mean(values)
-        return max(values) if self.better == "lower" else min(values)
 
 
 COLUMNS = (
     Column(
-        "tracking error",
-        "mean",
-        "mean",
-        "{:.1f} px",
-        better="lower",
-        meaning="Tracking: how far the nearest neighbour of a point of the first frame lies from "
-        "where that point truly is, over all later frames in which it is visible; mean over "
-        "points, frames and clips.",
-    ),
-    Column("on the worst clip", "mean", "worst", "{:.1f} px", better="lower"),
-    Column("within 8 px", "pck@8", "mean", "{:.1%}", better="higher"),
-    Column(
-        "cycle accuracy",
-        "cycle",
-        "mean",
-        "{:.1%}",
-        better="higher",
-        meaning="Cycle accuracy: cells that come back to themselves by nearest neighbours in the "
-        "next frame and back.",
-    ),
-    Column(
-        "drift",
+        "drift, next frame",
         "drift@1",
-        "mean",
-        "{:.1%}",
-        better="lower",
-        meaning="Drift: cosine distance of patches that show the same thing one, four and eight "
-        "frames apart, over that of any two patches; by the true motion, or by matches of a layer "
-        "that the projection does not read.",
+        "lower",
+        "Drift: cosine distance of patches that show the same thing, over that of any two patches; "
+        "by the true motion, or by matches of a layer that the projection does not read.",
     ),
-    *(
-        Column(f"{gap} frames on", f"drift@{gap}", "mean", "{:.1%}", better="lower")
-        for gap in (4, 8)
+    Column("4 frames on", "drift@4", "lower"),
+    Column("8 frames on", "drift@8", "lower"),
+    Column(
+        "right matches, next frame",
+        "matches@1",
+        "higher",
+        "Right matches: patches whose nearest neighbour in the other frame lies within one patch "
+        "of the truth.",
     ),
+    Column("4 frames on", "matches@4", "higher"),
+    Column("8 frames on", "matches@8", "higher"),
 )
 
 
 def comparison(
-    title: str, figures: Mapping[str, Sequence[Mapping[str, float]]], *, emphasis: str = ""
+    title: str, figures: Mapping[str, Mapping[str, float]], *, emphasis: str = ""
 ) -> ReportTable:
     """Tabulate what was measured.
 
     Args:
         title: heading.
-        figures: kind of features to the figures of each clip, by the ``figure`` of
-            :data:`COLUMNS`; columns whose figure was not measured are left out.
+        figures: kind of features to its figures, by the ``figure`` of :data:`COLUMNS`; columns
+            whose figure was not measured are left out.
         emphasis: the kind that the table is about.
 
     Returns:
         A row a kind, the best of each column marked, with what the columns mean below.
     """
-    measured = set.intersection(*(set(clip) for clips in figures.values() for clip in clips))
-    columns = [column for column in COLUMNS if column.figure in measured]
-    cells: dict[str, list[str]] = {name: [] for name in figures}
-    best: dict[int, list[int]] = {row: [] for row in range(len(figures))}
-    for position, column in enumerate(columns, start=1):
-        values = [column.summary(clips) for clips in figures.values()]
-        written = [column.form.format(value) for value in values]
-        winner = min(values) if column.better == "lower" else max(values)
-        for row, (name, cell) in enumerate(zip(figures, written, strict=True)):
-            cells[name].append(cell)
-            if column.better and cell == column.form.format(winner):  # reads the same: as good
-                best[row].append(position)
+    columns = [
+        column for column in COLUMNS if all(column.figure in row for row in figures.values())
+    ]
+    cells = [[f"{row[column.figure]:.1%}" for column in columns] for row in figures.values()]
+    best: dict[int, list[int]] = {row: [] for row in range(len(cells))}
+    for position, column in enumerate(columns):
+        values = [row[column.figure] for row in figures.values()]
+        winner = f"{min(values) if column.better == 'lower' else max(values):.1%}"
+        for row, written in enumerate(cells):
+            if written[position] == winner:  # reads the same: as good
+                best[row].append(position + 1)
     names = list(figures)
     return ReportTable(
         title=title,
         columns=["features", *(column.title for column in columns)],
-        rows=[[name, *cells[name]] for name in names],
+        rows=[[name, *row] for name, row in zip(names, cells, strict=True)],
         note=" ".join(column.meaning for column in columns if column.meaning),
         best=best,
         emphasis=names.index(emphasis) if emphasis in names else None,

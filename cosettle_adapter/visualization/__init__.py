@@ -6,10 +6,11 @@ from cosettle_adapter.visualization.colours import colour_scale, distinct_colour
 from cosettle_adapter.visualization.films import write_film
 from cosettle_adapter.visualization.masks import overlay_masks
 from cosettle_adapter.visualization.panels import (
+    comparison_picture,
     feature_panels,
     pca_film,
     side_by_side,
-    stills,
+    time_slice,
 )
 from cosettle_adapter.visualization.pca import PCABasis, fit_pca, pca_frames
 from cosettle_adapter.visualization.similarity import (
@@ -22,6 +23,7 @@ from cosettle_adapter.visualization.trails import draw_tracks
 __all__ = [
     "PCABasis",
     "colour_scale",
+    "comparison_picture",
     "distinct_colours",
     "draw_tracks",
     "feature_panels",
@@ -33,6 +35,6 @@ __all__ = [
     "similarity_frames",
     "similarity_maps",
     "similarity_peaks",
-    "stills",
+    "time_slice",
     "write_film",
 ]

@@ -24,7 +24,11 @@ _PALETTE_FRAMES = 8  # frames a GIF's one palette is chosen from
 
 
 def write_film(
-    frames: Tensor | Iterable[Tensor], path: str | os.PathLike[str], *, fps: float = 12
+    frames: Tensor | Iterable[Tensor],
+    path: str | os.PathLike[str],
+    *,
+    fps: float = 12,
+    palette: bool = False,
 ) -> Path:
     """Write frames as an H.264 film or an animated picture, by the suffix of ``path``.
 
@@ -38,6 +42,8 @@ def write_film(
         path: ``.mp4`` (H.264, needs PyAV), ``.gif``, ``.webp`` or ``.png`` (animated when there
             is more than one frame; need Pillow). Missing folders are created.
         fps: frames per second.
+        palette: write a ``.png`` in the 256 colours that suit all frames, as every ``.gif`` is:
+            a third of the size.
 
     Returns:
         The path written.
@@ -61,7 +67,7 @@ def write_film(
         if suffix == ".mp4":
             _write_h264(first, every, temporary, fps)
         else:
-            _write_pillow(every, temporary, suffix, fps)
+            _write_pillow(every, temporary, suffix, fps, palette)
     return path
 
 
@@ -110,17 +116,19 @@ def _write_h264(first: Tensor, frames: Iterator[Tensor], path: Path, fps: float)
         container.mux(stream.encode())
 
 
-def _write_pillow(frames: Iterator[Tensor], path: Path, suffix: str, fps: float) -> None:
+def _write_pillow(
+    frames: Iterator[Tensor], path: Path, suffix: str, fps: float, palette: bool
+) -> None:
     image_module = require("PIL.Image", extra="viz", purpose=f"writing {suffix} pictures")
     images = [image_module.fromarray(_array(frame)) for frame in frames]
     options: dict[str, Any] = {"format": suffix[1:].upper()}
     if len(images) > 1:
         duration = round(1000 / fps)
         options |= {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
-    if suffix == ".gif":
-        palette = _palette(images)
+    if suffix == ".gif" or (palette and suffix == ".png"):
+        colours = _palette(images)
         plain = image_module.Dither.NONE  # dithering noise would flicker
-        images = [image.quantize(palette=palette, dither=plain) for image in images]
+        images = [image.quantize(palette=colours, dither=plain) for image in images]
         options |= {"append_images": images[1:]} if len(images) > 1 else {}
     if suffix == ".webp":
         options |= {"quality": 90, "method": 4}
@@ -129,7 +137,7 @@ def _write_pillow(frames: Iterator[Tensor], path: Path, suffix: str, fps: float)
 
 def _palette(images: list[Any]) -> Any:
     """One palette for all frames: one a frame would make still colours flicker."""
-    image_module = require("PIL.Image", extra="viz", purpose="writing .gif pictures")
+    image_module = require("PIL.Image", extra="viz", purpose="writing pictures")
     chosen = images[:: max(1, len(images) // _PALETTE_FRAMES)]
     width, height = images[0].size
     mosaic = image_module.new("RGB", (width, height * len(chosen)))

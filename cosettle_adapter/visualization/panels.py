@@ -1,4 +1,4 @@
-"""Clips and their features beside one another under captions."""
+"""Clips and their features beside one another under captions, as films and as one picture."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _BACKGROUND = (18, 20, 24)
 _TEXT = (236, 238, 241)
 _MARGIN = 8  # pixels between panels and around captions
+_NOTE = 28  # pixels, height of a line of small text
 
 
 def feature_panels(
@@ -88,30 +89,78 @@ def pca_film(
     return write_film(side_by_side(feature_panels(frames, named, mode=mode)), path, fps=fps)
 
 
-def stills(panels: Mapping[str, Tensor], *, moments: int = 3) -> Tensor:
-    """Lay out evenly spaced moments of clips as one picture, a row each, captioned once.
+def time_slice(clip: Tensor, row: int, *, height: int | None = None) -> Tensor:
+    """Stack one row of every frame: an x-t slice, time from top to bottom.
+
+    What moves smoothly draws smooth stripes; what flickers is texture.
+
+    Args:
+        clip: ``(T, C, H, W)`` pictures of any dtype, such as those of :func:`pca_frames`, or maps.
+        row: the row, counted from the top.
+        height: rows of the result, over which the frames are spread evenly; by default ``T``.
+
+    Returns:
+        ``(C, height, W)`` in the dtype of ``clip``.
+
+    Raises:
+        FrameError: a clip that is not ``(T, C, H, W)``.
+        ValueError: a row that there is not, or ``height`` below 1.
+    """
+    if clip.ndim != 4:
+        raise FrameError(f"got a clip of shape {tuple(clip.shape)}, expected (T, C, H, W).")
+    if not 0 <= row < clip.shape[2]:
+        raise ValueError(f"got row={row}, expected 0 to {clip.shape[2] - 1}.")
+    height = len(clip) if height is None else height
+    if height < 1:
+        raise ValueError(f"got height={height}, expected at least 1.")
+    times = torch.arange(height) * len(clip) // height
+    return rearrange(clip[times, :, row], "t c w -> c t w")
+
+
+def comparison_picture(
+    panels: Mapping[str, Tensor],
+    *,
+    row: int,
+    moments: int = 3,
+    notes: Mapping[str, str] | None = None,
+) -> Tensor:
+    """Lay out clips as one picture: a column each, with moments above and a row over time below.
 
     Args:
         panels: as in :func:`side_by_side`.
-        moments: number of rows; no more than there are frames are shown.
+        row: row of pixels, marked in each moment, whose :func:`time_slice` is shown.
+        moments: evenly spaced ones; no more than there are frames are shown.
+        notes: caption to lines of text below its column.
 
     Returns:
         ``(3, H', W')`` uint8.
 
     Raises:
         FrameError: as in :func:`side_by_side`.
-        ValueError: ``moments`` below 1.
+        ValueError: ``moments`` below 1, or a row that there is not.
     """
     if moments < 1:
         raise ValueError(f"got moments={moments}, expected at least 1.")
     _check_panels(panels)
-    length = len(next(iter(panels.values())))
-    chosen = torch.linspace(0, length - 1, min(moments, length)).round().long()
+    notes = notes or {}
+    lines = max((len(note.splitlines()) for note in notes.values()), default=0)
     columns = {}
     for caption, clip in panels.items():
-        gap = _plain(len(chosen), _MARGIN, clip.shape[-1])
-        rows = torch.cat([clip.cpu()[chosen], gap], dim=2)
-        columns[caption] = rearrange(rows, "t c h w -> 1 c (t h) w")[:, :, :-_MARGIN]
+        length, _, height, width = clip.shape
+        times = torch.linspace(0, length - 1, min(moments, length)).round().long()
+        stretched = length * max(1, round(1.5 * height / length))
+        over_time = time_slice(clip.cpu(), row, height=stretched)
+        stills = clip.cpu()[times]
+        stills[:, :, row] = 255
+        gap = _plain(len(stills), _MARGIN, width)
+        parts = [
+            rearrange(torch.cat([stills, gap], dim=2), "t c h w -> c (t h) w")[:, :-_MARGIN],
+            _caption("the marked row over time, downwards", _NOTE, width),
+            over_time,
+        ]
+        text = notes.get(caption, "").splitlines()
+        parts += [_caption(line, _NOTE, width) for line in text + [""] * (lines - len(text))]
+        columns[caption] = rearrange(torch.cat(parts, dim=1), "c h w -> 1 c h w")
     return side_by_side(columns)[0]
 
 
