@@ -241,15 +241,15 @@ def test_a_time_slice_says_what_does_not_fit() -> None:
 def test_a_comparison_shows_moments_and_a_row_over_time() -> None:
     clip = film(8)
     picture = comparison_picture({"frame": clip, "again": clip}, row=5, moments=2)
-    assert torch.equal(picture[:, -32:, :48], time_slice(clip, 5, height=32))
-    assert torch.equal(picture[:, -32:, :48], picture[:, -32:, 56:104])
+    assert torch.equal(picture[:, -48:, :48], time_slice(clip, 5, height=48))
+    assert torch.equal(picture[:, -48:, :48], picture[:, -48:, 56:104])
     marked = clip.clone()
     marked[:, :, 5] = 255
-    last = picture[:, : -32 - 28, :48]
+    last = picture[:, : -48 - 28, :48]
     assert torch.equal(last[:, -32:], marked[-1])
     assert torch.equal(last[:, -32 - 8 - 32 : -32 - 8], marked[0])
     noted = comparison_picture({"frame": clip, "again": clip}, row=5, notes={"again": "a\nb"})
-    assert torch.equal(noted[:, -32 - 56 : -56, :48], time_slice(clip, 5, height=32))
+    assert torch.equal(noted[:, -48 - 56 : -56, :48], time_slice(clip, 5, height=48))
     assert (noted[:, -56:, :48] == noted[:, -1:, :1]).all()
     assert not (noted[:, -56:, 56:] == noted[:, -1:, :1]).all()
     with pytest.raises(ValueError, match="moments=0"):
