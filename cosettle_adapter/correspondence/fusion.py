@@ -43,9 +43,8 @@ from cosettle_adapter.errors import GeometryError
 
 FusionMode = Literal["symmetric", "causal"]
 
-# Chosen by label propagation on 25 DAVIS sequences (weights_cards/FIT.md). Shares from 0.5 to 0.75
-# are within noise, and so are windows of two and three frames, of which two costs less; two matches
-# in place of five cost 0.3 J&F, a window of five frames 0.4.
+# Chosen by label propagation on 25 DAVIS sequences, where shares from 0.5 to 0.75 are within noise,
+# and so are windows of two and three frames, of which two costs less.
 SHARE = 0.5
 MATCHES = 5
 TEMPERATURE = 0.1

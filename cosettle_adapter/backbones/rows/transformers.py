@@ -20,8 +20,7 @@ _DINOV2_PYPI = BackboneRow(
     width=384,
     depth=12,
     image_size=518,
-    # as the file's own graph resizes them; by Meta's scale and offset label propagation differs by
-    # less than its interval (weights_cards/FIT.md)
+    # as the file's own graph resizes them, and not by Meta's scale and offset
     interpolation="size",
     licence="MIT",
     wheel=WheelFile(
