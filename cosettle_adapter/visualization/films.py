@@ -143,7 +143,7 @@ def _palette(images: list[Any]) -> Any:
     mosaic = image_module.new("RGB", (width, height * len(chosen)))
     for index, image in enumerate(chosen):
         mosaic.paste(image, (0, index * height))
-    return mosaic.quantize(256)
+    return mosaic.quantize(256, kmeans=1)  # median cut alone leaves gaps
 
 
 def _array(frame: Tensor) -> Any:
