@@ -202,7 +202,7 @@ def _films(
 
 def _notes(figures: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     """Lines of figures below the panels, and below the frames what they are."""
-    notes = {name: "" for name in ("frame", *figures)}
+    notes = dict.fromkeys(("frame", *figures), "")
     for title, better in (("drift", "less"), ("right matches", "more")):
         measured = [name for name in next(iter(figures.values())) if name.split("@")[0] in title]
         if measured:
