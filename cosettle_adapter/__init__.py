@@ -14,7 +14,8 @@ from cosettle_adapter.version import __version__
 _PUBLIC = {
     "CoSettleAdapter": "cosettle_adapter.adapter",
     "FeatureChunk": "cosettle_adapter.adapter",
-    "Geometry": "cosettle_adapter.frames.geometry",
+    "FrameSelection": "cosettle_adapter.video.selection",
+    "Geometry": "cosettle_adapter.video.geometry",
     "Projection": "cosettle_adapter.projection",
     "ProjectionConfig": "cosettle_adapter.projection",
     "fit": "cosettle_adapter.training.fit",
@@ -25,6 +26,7 @@ _PUBLIC = {
 __all__ = [
     "CoSettleAdapter",
     "FeatureChunk",
+    "FrameSelection",
     "Geometry",
     "Projection",
     "ProjectionConfig",
@@ -37,10 +39,11 @@ __all__ = [
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter, FeatureChunk
     from cosettle_adapter.backbones import load_backbone
-    from cosettle_adapter.frames.geometry import Geometry
     from cosettle_adapter.projection import Projection, ProjectionConfig
     from cosettle_adapter.published import list_models
     from cosettle_adapter.training.fit import fit
+    from cosettle_adapter.video.geometry import Geometry
+    from cosettle_adapter.video.selection import FrameSelection
 
 
 __getattr__ = load_on_use(__name__, _PUBLIC)

@@ -33,13 +33,14 @@ from cosettle_adapter.errors import (
 from cosettle_adapter.files import atomic_path
 from cosettle_adapter.fitting import find_recipe
 from cosettle_adapter.fitting_cache import fitted_projection
-from cosettle_adapter.frames import FrameChunk, open_frames, pinned, prefetch
-from cosettle_adapter.frames.arrays import as_frames
-from cosettle_adapter.frames.geometry import Fit, Geometry, plan_geometry
-from cosettle_adapter.frames.resampling import apply_geometry
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.published import PublishedProjection, find_projection, is_published
 from cosettle_adapter.version import __version__
+from cosettle_adapter.video import FrameChunk, FrameSelection, open_frames, pinned, prefetch
+from cosettle_adapter.video.arrays import as_frames
+from cosettle_adapter.video.geometry import Fit, Geometry, plan_geometry
+from cosettle_adapter.video.resampling import apply_geometry
+from cosettle_adapter.video.selection import selected
 
 if TYPE_CHECKING:
     from cosettle_adapter.hub import Pushed
@@ -549,35 +550,28 @@ class CoSettleAdapter(nn.Module):
         self,
         source: Any,
         *,
+        select: FrameSelection | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         size: Size | None = None,
         fit: Fit = "resize",
-        start: float | None = None,
-        end: float | None = None,
-        every: int = 1,
-        max_frames: int | None = None,
         skip: int = 0,
-        fps: float | None = None,
         normalize: bool = False,
         return_backbone: bool = False,
         settle: bool | None = None,
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
+        **moved: Any,
     ) -> Iterator[FeatureChunk]:
         """Yield the features of a video of any length at constant memory.
 
         Args:
             source: a video file, a folder or glob of images, an array, or an iterator of frames.
+            select: which frames; all by default.
             batch_size: frames a chunk.
             size: as in :meth:`forward`.
             fit: as in :meth:`forward`.
-            start: first second to read.
-            end: second to stop before.
-            every: keep every n-th frame.
-            max_frames: keep at most this many frames.
             skip: pass over the first ones of those kept without encoding them, to go on where
                 an earlier stream ended.
-            fps: frames per second of sources that have no timestamps; 1 by default.
             normalize: as in :meth:`forward`.
             return_backbone: fill ``chunk.backbone``.
             settle: settle every frame by the statistics of the frames up to it, which is all a
@@ -590,6 +584,7 @@ class CoSettleAdapter(nn.Module):
                 settling (:class:`~cosettle_adapter.correspondence.TemporalFusion`):
                 ``"symmetric"`` takes frames of both sides, so that chunks come up to three frames
                 later; ``"causal"`` past ones alone. Fused features carry no gradients.
+            **moved: fields of :class:`FrameSelection`, as in version 0.1; deprecated.
 
         Yields:
             :class:`FeatureChunk` in order; decoding runs ahead in a thread.
@@ -603,16 +598,7 @@ class CoSettleAdapter(nn.Module):
         if self.settles if settle is None else settle:
             settler = Settler(self.width, forgetting=forgetting)
         fusion = None if temporal_fusion is None else TemporalFusion(temporal_fusion)
-        chunks = open_frames(
-            source,
-            start=start,
-            end=end,
-            every=every,
-            max_frames=max_frames,
-            skip=skip,
-            chunk_size=batch_size,
-            fps=fps,
-        )
+        chunks = open_frames(source, selected(select, moved), skip=skip, chunk_size=batch_size)
         return self._stream(
             chunks,
             size=size,
@@ -628,15 +614,13 @@ class CoSettleAdapter(nn.Module):
         self,
         source: Any,
         *,
+        select: FrameSelection | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         size: Size | None = None,
         fit: Fit = "resize",
-        start: float | None = None,
-        end: float | None = None,
-        every: int = 1,
-        max_frames: int | None = None,
         ridge: float = RIDGE,
         prior_pairs: float = PRIOR_PAIRS,
+        **moved: Any,
     ) -> CoSettleAdapter:
         """Return an adapter refined on one clip, by that clip's own statistics.
 
@@ -651,17 +635,15 @@ class CoSettleAdapter(nn.Module):
 
         Args:
             source: as in :meth:`stream`, in frame order: the clip whose features are wanted.
+            select: which frames; best as the features will be.
             batch_size: frames a forward pass.
             size: as in :meth:`forward`; best what the features will be computed at.
             fit: as in :meth:`forward`.
-            start: first second to read.
-            end: second to stop before.
-            every: keep every n-th frame; best as the features will be.
-            max_frames: keep at most this many frames.
             ridge: damping, in units of the mean temporal variance; the larger, the gentler, and
                 infinity only centres.
             prior_pairs: number of corresponding patches at which the clip counts as much as the
                 projection it already has.
+            **moved: fields of :class:`FrameSelection`, as in version 0.1; deprecated.
 
         Raises:
             FrameError: nothing to read, or frames that cannot be used.
@@ -669,14 +651,7 @@ class CoSettleAdapter(nn.Module):
         """
         base = self.unsettled
         settler = Settler(base.width, ridge=ridge, prior_pairs=prior_pairs)
-        frames = open_frames(
-            source,
-            start=start,
-            end=end,
-            every=every,
-            max_frames=max_frames,
-            chunk_size=batch_size,
-        )
+        frames = open_frames(source, selected(select, moved), chunk_size=batch_size)
         try:
             for chunk in prefetch(frames):
                 geometry = base.geometry(*chunk.frames.shape[-2:], size=size, fit=fit)

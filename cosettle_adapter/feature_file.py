@@ -16,7 +16,7 @@ from cosettle_adapter.errors import CorruptWeightsError
 from cosettle_adapter.extraction.formats import FORMATS, Format, format_of
 from cosettle_adapter.extraction.formats.base import Description
 from cosettle_adapter.extraction.sidecar import read_sidecar, sidecar_path
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 
 @dataclasses.dataclass(frozen=True)

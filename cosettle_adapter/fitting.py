@@ -24,10 +24,10 @@ from cosettle_adapter.closed_form import (
     solve_blocks,
 )
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.frames.rendered import RenderedClip
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.starter import CLIPS, FRAMES, corresponding_cells, starter_clips
 from cosettle_adapter.version import __version__
+from cosettle_adapter.video.rendered import RenderedClip
 
 RECIPE = 1  # the default one
 

@@ -22,7 +22,7 @@ import torch
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.export import to_onnx
-from cosettle_adapter.frames import photographs, render_clip
+from cosettle_adapter.video import photographs, render_clip
 
 
 def features_of(session: Any, frames: np.ndarray, batch_size: int = 4) -> np.ndarray:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.analysis import RAW_LAST, compare_features, feature_kinds
-from cosettle_adapter.frames import open_frames, render_clip
 from cosettle_adapter.starter import starter_photographs
+from cosettle_adapter.video import open_frames, render_clip
 from cosettle_adapter.visualization import pca_film
 
 

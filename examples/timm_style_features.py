@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.analysis import tracking_error
-from cosettle_adapter.frames import RenderedClip, photographs, render_clip
+from cosettle_adapter.video import RenderedClip, photographs, render_clip
 
 
 class AdaptedFeatures(nn.Module):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.frames import photographs, render_clip
+from cosettle_adapter.video import photographs, render_clip
 
 SIZE = (224, 308)
 

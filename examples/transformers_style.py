@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.frames import as_frames, photographs, render_clip
+from cosettle_adapter.video import as_frames, photographs, render_clip
 
 
 @dataclasses.dataclass

@@ -15,8 +15,8 @@ from cosettle_adapter import Projection, ProjectionConfig
 from cosettle_adapter.backbones import REGISTRY, BackboneRow, lookup, registry
 from cosettle_adapter.cards import model_card, weights_card, weights_cards
 from cosettle_adapter.cli import cards as cards_command
-from cosettle_adapter.frames.geometry import plan_geometry
 from cosettle_adapter.published import bundled_folder
+from cosettle_adapter.video.geometry import plan_geometry
 
 from helpers import REAL, TINY
 

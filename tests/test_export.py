@@ -20,8 +20,8 @@ from cosettle_adapter.export.onnx_file import OPSET, _translate, check_exporter
 from cosettle_adapter.export.parity import frames_to_compare
 from cosettle_adapter.export.program import OneSize, Traced, trace
 from cosettle_adapter.export.signature import plan_signature
-from cosettle_adapter.frames import photographs
-from cosettle_adapter.frames.resampling import resize
+from cosettle_adapter.video import photographs
+from cosettle_adapter.video.resampling import resize
 
 SIZE = {"dinov2": (56, 70), "clip": (64, 80), "rotary": (64, 80), "convnext": (64, 96)}
 

@@ -15,7 +15,7 @@ from cosettle_adapter.errors import CorruptWeightsError
 from cosettle_adapter.extraction.formats import FORMATS, Format, Layout, Store, storage_dtype
 from cosettle_adapter.extraction.sidecar import sidecar_path, sidecar_text
 from cosettle_adapter.feature_file import read_features
-from cosettle_adapter.frames import plan_geometry
+from cosettle_adapter.video import plan_geometry
 
 numpy = pytest.importorskip("numpy")
 

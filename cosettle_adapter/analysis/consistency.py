@@ -18,7 +18,7 @@ from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.errors import FrameError, GeometryError
 
 if TYPE_CHECKING:
-    from cosettle_adapter.frames.geometry import Geometry
+    from cosettle_adapter.video.geometry import Geometry
 
 
 @torch.no_grad()

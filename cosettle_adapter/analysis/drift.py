@@ -16,10 +16,10 @@ from torch import Tensor
 
 from cosettle_adapter.analysis.tokens import best_match, token_frames
 from cosettle_adapter.correspondence import mutual_nearest
-from cosettle_adapter.frames.rendered import RenderedClip
+from cosettle_adapter.video.rendered import RenderedClip
 
 if TYPE_CHECKING:
-    from cosettle_adapter.frames.geometry import Geometry
+    from cosettle_adapter.video.geometry import Geometry
 
 GAPS = (1, 4, 8)  # frames
 _CHUNK = 1024

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosettle_adapter.frames import open_frames, render_clip
+from cosettle_adapter.video import open_frames, render_clip
 from cosettle_adapter.visualization import write_film
 
 FPS = 25

@@ -1,4 +1,4 @@
-"""The ``cosettle-adapter`` command: one module a sub-command; parse, call, draw progress."""
+"""The ``cosettle-adapter`` command: one function a sub-command; parse, call, draw progress."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from cosettle_adapter import __version__
 from cosettle_adapter.errors import CosettleError, MissingExtraError
 from cosettle_adapter.extras import require
+from cosettle_adapter.version import __version__
 
-COMMANDS = (
+if TYPE_CHECKING:
+    from cyclopts import App
+
+# name, function (loaded when the command is called), help
+COMMANDS: dict[str, tuple[str, str]] = {
+    "list": ("models:list_models", "Show models and backbones."),
+    "download": ("models:download", "Download and verify models' weights."),
+}
+
+# commands that still parse with argparse
+OLD = (
     "demo",
-    "list",
-    "download",
     "convert",
     "extract",
     "export",
@@ -30,8 +39,8 @@ COMMANDS = (
 )
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-WIDE = 190  # columns that our widest table needs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,67 +50,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; ``sys.argv[1:]`` by default.
 
     Returns:
-        The exit status: 0, 1 after an error (which is told in a sentence), 130 after Ctrl-C.
+        The exit status: 0, 1 after an error (told in a sentence), 2 for options that do not
+        exist, 130 after Ctrl-C.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = any(flag in words for flag in ("-v", "--verbose"))
+    words = [word for word in words if word not in ("-v", "--verbose")]
     try:
-        console = require("rich.console", extra="cli", purpose="the command line").Console
+        require("cyclopts", extra="cli", purpose="the command line")
     except MissingExtraError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_ERROR
+    from cosettle_adapter.cli.common import console
+
     errors = console(stderr=True)
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(words)
-    options.words = words[words.index(options.command) :]
-    _configure_logging(errors, verbose=options.verbose)
+    _configure_logging(errors, verbose=verbose)
     try:
-        command = importlib.import_module(f"cosettle_adapter.cli.{_module(options.command)}")
-        output = console()
-        if not output.is_terminal:  # a file or another program: tables in full
-            output.width = max(output.width, WIDE)
-        status: int = command.run(options, output)
-        return status
+        if words and words[0] in OLD:
+            return _old(words)
+        status = application()(words, exit_on_error=False, result_action="return_value")
+        return status if isinstance(status, int) else 0
     except KeyboardInterrupt as interruption:
-        said = str(interruption) or "nothing half-written was left behind"
+        said = str(interruption) or "no half-written file was left behind"
         errors.print(f"interrupted; {said}", markup=False, highlight=False, soft_wrap=True)
         return EXIT_INTERRUPTED
     except (CosettleError, OSError, ValueError) as error:
-        if options.verbose:
+        if verbose:
             errors.print_exception()
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if not isinstance(error, CosettleError) and not verbose:
+            errors.print("for the full traceback, add -v", highlight=False)
         return EXIT_ERROR
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "cyclopts":
+            raise
+        return EXIT_USAGE  # cyclopts has told it
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cosettle-adapter",
-        description="Patch features that hold still over time.",
+def application() -> App:
+    """Return the application; each command's module loads when the command is called."""
+    from cyclopts import App, Parameter
+
+    app = App(
+        name="cosettle-adapter",
+        help="Temporally consistent patch features. Add -v to log every step.",
+        version=__version__,
+        default_parameter=Parameter(negative=(), consume_multiple=True),
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="log every step; full tracebacks"
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f"cosettle_adapter.cli.{_module(name)}")
-        module.add_arguments(
-            commands.add_parser(
-                name,
-                help=module.HELP,
-                description=module.__doc__,
-                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            )
-        )
-    return parser
+    for name, (function, text) in COMMANDS.items():
+        app.command(f"cosettle_adapter.cli.{function}", name=name, help=text)
+    return app
 
 
-def _module(command: str) -> str:
-    return {"list": "list_models"}.get(command, command)
+def _old(words: list[str]) -> int:
+    from cosettle_adapter.cli.common import console
+
+    parser = argparse.ArgumentParser(prog="cosettle-adapter")
+    commands = parser.add_subparsers(dest="command", required=True)
+    module: Any = importlib.import_module(f"cosettle_adapter.cli.{words[0]}")
+    module.add_arguments(commands.add_parser(words[0], help=module.HELP))
+    options = parser.parse_args(words)
+    options.words = words
+    status: int = module.run(options, console())
+    return status
 
 
-def _configure_logging(console: object, *, verbose: bool) -> None:
+def _configure_logging(errors: object, *, verbose: bool) -> None:
     """Show our own log; the Hub client's retries only when asked for."""
     handler = require("rich.logging", extra="cli", purpose="the command line").RichHandler(
-        console=console, show_path=False, show_time=verbose
+        console=errors, show_path=False, show_time=verbose
     )
     ours = logging.getLogger("cosettle_adapter")
     ours.handlers = [handler]

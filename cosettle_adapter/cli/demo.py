@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
     from cosettle_adapter.analysis import Correspondence
     from cosettle_adapter.cli.report import ReportFilm
-    from cosettle_adapter.frames import RenderedClip
+    from cosettle_adapter.video import RenderedClip
 
 HELP = "make PCA films and a comparison, from nothing but a package index"
 
@@ -111,7 +111,7 @@ def _video(options: argparse.Namespace, console: Console) -> Path | None:
 def _read(adapter: CoSettleAdapter, video: Path, options: argparse.Namespace) -> Tensor:
     import torch
 
-    from cosettle_adapter.frames import open_frames
+    from cosettle_adapter.video import open_frames
 
     start = _SAMPLE_START if options.video is None else None
     chunks = open_frames(video, start=start, max_frames=options.frames)
@@ -122,15 +122,15 @@ def _resized(adapter: CoSettleAdapter, frames: Tensor, options: argparse.Namespa
     """Frames as the encoder sees them, uint8: what a film of its features should show."""
     import torch
 
-    from cosettle_adapter.frames import apply_geometry
+    from cosettle_adapter.video import apply_geometry
 
     geometry = adapter.geometry(*frames.shape[-2:], size=options.size)
     return apply_geometry(frames, geometry).round().to(torch.uint8)
 
 
 def _rendered(frames: int) -> RenderedClip:
-    from cosettle_adapter.frames import render_clip
     from cosettle_adapter.starter import starter_photographs
+    from cosettle_adapter.video import render_clip
 
     photos = starter_photographs()
     return render_clip(
@@ -185,7 +185,7 @@ def _films(
     """Write a picture and a film of the same panels."""
     from cosettle_adapter.analysis import ADAPTED, RAW_LAST
     from cosettle_adapter.cli.report import ReportFilm
-    from cosettle_adapter.frames.resampling import resize
+    from cosettle_adapter.video.resampling import resize
     from cosettle_adapter.visualization import comparison_picture, feature_panels, side_by_side
     from cosettle_adapter.visualization.films import write_film
 

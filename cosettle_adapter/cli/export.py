@@ -115,7 +115,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _first_frames(source: str | None) -> Tensor | None:
     from cosettle_adapter.export.parity import FRAMES
-    from cosettle_adapter.frames import open_frames
+    from cosettle_adapter.video import open_frames
 
     if source is None:
         return None

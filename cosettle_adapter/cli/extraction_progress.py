@@ -72,7 +72,7 @@ class ExtractionProgress:
     def _expected(self, job: Job) -> int | None:
         """The number of frames, as far as it can be told beforehand."""
         from cosettle_adapter.errors import CosettleError
-        from cosettle_adapter.frames import probe
+        from cosettle_adapter.video import probe
 
         options = self._options
         total: int | None = None

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _encoded(options: argparse.Namespace, console: Console) -> ViewedClip:
-    from cosettle_adapter.frames import probe
+    from cosettle_adapter.video import probe
     from cosettle_adapter.visualization.viewer import view_clip
 
     info = probe(options.source)

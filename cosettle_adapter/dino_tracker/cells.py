@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cosettle_adapter.dino_tracker.errors import DinoTrackerError
-from cosettle_adapter.frames.geometry import Geometry, plan_geometry
+from cosettle_adapter.video.geometry import Geometry, plan_geometry
 
 # written into its code in several places, whatever its configs say
 FRAME = (476, 854)

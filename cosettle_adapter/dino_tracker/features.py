@@ -14,8 +14,8 @@ from cosettle_adapter.correspondence.fusion import FusionMode
 from cosettle_adapter.dino_tracker.cells import CHANNELS, cells
 from cosettle_adapter.dino_tracker.errors import DinoTrackerError
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.frames.geometry import Geometry
-from cosettle_adapter.frames.resampling import resample_to_points
+from cosettle_adapter.video.geometry import Geometry
+from cosettle_adapter.video.resampling import resample_to_points
 
 # a frame has up to 8107 cells
 BATCH_SIZE = 4

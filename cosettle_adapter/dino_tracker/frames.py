@@ -9,7 +9,7 @@ from torch import Tensor
 from cosettle_adapter import extras
 from cosettle_adapter.dino_tracker.cells import FRAME
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.arrays import image_to_frame
+from cosettle_adapter.video.arrays import image_to_frame
 
 
 def image_files(folder: Path) -> list[Path]:

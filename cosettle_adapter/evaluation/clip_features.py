@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.analysis import FeatureKind, read_blocks
-from cosettle_adapter.frames import open_frames
+from cosettle_adapter.video import open_frames
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter

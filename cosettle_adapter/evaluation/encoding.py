@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cosettle_adapter.analysis import FeatureKind, feature_kinds, read_blocks
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
-from cosettle_adapter.frames import open_frames, probe
+from cosettle_adapter.video import open_frames, probe
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter, Size

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.files import IMAGE_SUFFIXES
+from cosettle_adapter.video.files import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm")
 

@@ -34,7 +34,7 @@ from cosettle_adapter.evaluation.encoding import (
     joined,
     step_of,
 )
-from cosettle_adapter.frames.resampling import resize
+from cosettle_adapter.video.resampling import resize
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter

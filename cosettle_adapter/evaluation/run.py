@@ -27,9 +27,9 @@ from cosettle_adapter.evaluation.clip_features import clip_features
 from cosettle_adapter.evaluation.plain_json import numbers, plain, write_json
 from cosettle_adapter.evaluation.tasks import ClipScores, Task
 from cosettle_adapter.evaluation.tasks.base import mean
-from cosettle_adapter.frames.geometry import plan_geometry
-from cosettle_adapter.frames.sides import nearest_valid
 from cosettle_adapter.version import __version__
+from cosettle_adapter.video.geometry import plan_geometry
+from cosettle_adapter.video.sides import nearest_valid
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter

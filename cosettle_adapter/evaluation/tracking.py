@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

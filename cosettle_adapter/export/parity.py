@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from cosettle_adapter.errors import MissingExtraError
 from cosettle_adapter.export.errors import ExportError
-from cosettle_adapter.frames import as_frames, photographs, render_clip
-from cosettle_adapter.frames.resampling import resize
+from cosettle_adapter.video import as_frames, photographs, render_clip
+from cosettle_adapter.video.resampling import resize
 
 FRAMES = 3
 # Of the largest feature. Kernels differ by far less than what a wrong graph does.

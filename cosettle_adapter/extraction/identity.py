@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cosettle_adapter.frames.files import resolve
+from cosettle_adapter.video.files import resolve
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 64 << 10
@@ -27,7 +27,7 @@ def identify(source: Any) -> str | None:
     It covers names, sizes and samples of the content, not times, so a copy is the same.
 
     Args:
-        source: as for :func:`cosettle_adapter.frames.open_frames`.
+        source: as for :func:`cosettle_adapter.video.open_frames`.
 
     Returns:
         ``sha256:...``; ``None`` for frames in memory and iterators.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cosettle_adapter.extraction.formats.base import Layout
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 
 @dataclasses.dataclass(frozen=True)

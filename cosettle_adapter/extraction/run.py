@@ -29,7 +29,7 @@ from cosettle_adapter.extraction.record import differences, make_record
 from cosettle_adapter.extraction.settings import Settings
 from cosettle_adapter.extraction.transfer import Transfer
 from cosettle_adapter.extraction.work import Work
-from cosettle_adapter.frames.geometry import Fit
+from cosettle_adapter.video.geometry import Fit
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 
 from cosettle_adapter.adapter import DEFAULT_BATCH_SIZE, Size
 from cosettle_adapter.correspondence.fusion import FusionMode
-from cosettle_adapter.frames.geometry import Fit
+from cosettle_adapter.video.geometry import Fit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_key, resolve
+from cosettle_adapter.video.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_key, resolve
 
 
 @dataclasses.dataclass(frozen=True)

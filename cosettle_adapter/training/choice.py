@@ -15,9 +15,9 @@ from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.closed_form import AffineMap, StatisticsError, apply_to_maps
 from cosettle_adapter.correspondence import propagate_labels
 from cosettle_adapter.errors import CosettleError
-from cosettle_adapter.frames.rendered import RenderedClip, render_clip
 from cosettle_adapter.training.candidates import Blocks, Candidate
 from cosettle_adapter.training.clips import neighbouring_frames
+from cosettle_adapter.video.rendered import RenderedClip, render_clip
 
 logger = logging.getLogger(__name__)
 

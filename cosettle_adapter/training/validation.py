@@ -21,12 +21,12 @@ from cosettle_adapter.analysis import RepresentationMetrics
 from cosettle_adapter.analysis.consistency import tracking_error
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import CosettleError
-from cosettle_adapter.frames.rendered import RenderedClip, render_clip
-from cosettle_adapter.frames.resampling import resize
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.training.corpora.corpus import Corpus, Video
 from cosettle_adapter.training.errors import TrainingError
 from cosettle_adapter.training.fit import mask_overlap
+from cosettle_adapter.video.rendered import RenderedClip, render_clip
+from cosettle_adapter.video.resampling import resize
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 from cosettle_adapter.visualization.colours import chosen_colours
 from cosettle_adapter.visualization.pixels import (
     FRAMES_AT_ONCE,

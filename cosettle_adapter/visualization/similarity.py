@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from cosettle_adapter.correspondence.maps import unit_map
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.frames.geometry import Geometry
-from cosettle_adapter.frames.resampling import resample_to_points
+from cosettle_adapter.video.geometry import Geometry
+from cosettle_adapter.video.resampling import resample_to_points
 from cosettle_adapter.visualization.colours import colour_scale
 from cosettle_adapter.visualization.pixels import (
     FRAMES_AT_ONCE,

@@ -15,7 +15,7 @@ from cosettle_adapter.analysis import (
     tracking_error,
 )
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.frames.geometry import plan_geometry
+from cosettle_adapter.video.geometry import plan_geometry
 
 from helpers import projection_for
 

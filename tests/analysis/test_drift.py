@@ -19,8 +19,8 @@ from cosettle_adapter.analysis import (
 )
 from cosettle_adapter.analysis.drift import guide_layer
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.frames.geometry import plan_geometry
-from cosettle_adapter.frames.rendered import RenderedClip, render_clip
+from cosettle_adapter.video.geometry import plan_geometry
+from cosettle_adapter.video.rendered import RenderedClip, render_clip
 
 H, W, CELL = 6, 8, 16
 

@@ -8,8 +8,8 @@ from einops import rearrange
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.analysis import compare_features, tracking_error
-from cosettle_adapter.frames.photographs import photographs
-from cosettle_adapter.frames.rendered import render_clip
+from cosettle_adapter.video.photographs import photographs
+from cosettle_adapter.video.rendered import render_clip
 
 SIDES = (196, 280)
 

@@ -28,7 +28,7 @@ from cosettle_adapter.correspondence import average_neighbours, fusion, temporal
 from cosettle_adapter.evaluation.datasets import davis_sequences
 from cosettle_adapter.evaluation.gains import paired_interval
 from cosettle_adapter.evaluation.segmentation import evaluate_sequence
-from cosettle_adapter.frames import open_frames
+from cosettle_adapter.video import open_frames
 
 MODEL, SIZE, WIDTH, FRAMES = "dinov2-vits14-pypi", (280, 490), 384, 20
 LAYERS = (4, 5, 6, 7, 8, 9, 11)

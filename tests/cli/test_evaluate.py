@@ -11,8 +11,8 @@ from PIL import Image
 
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.cli import main
-from cosettle_adapter.frames.photographs import photographs
-from cosettle_adapter.frames.rendered import render_clip
+from cosettle_adapter.video.photographs import photographs
+from cosettle_adapter.video.rendered import render_clip
 
 from helpers import shared_data, write_video
 

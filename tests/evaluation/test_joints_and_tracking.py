@@ -12,7 +12,7 @@ from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.joints import decode_joints, joint_heat_maps, propagate_joints
 from cosettle_adapter.evaluation.palette import colours, save_labels
 from cosettle_adapter.evaluation.tracking import track_queries
-from cosettle_adapter.frames.geometry import plan_geometry
+from cosettle_adapter.video.geometry import plan_geometry
 
 
 def drifting(frames: int = 5, h: int = 8, w: int = 12) -> Tensor:

@@ -23,7 +23,7 @@ from cosettle_adapter.evaluation.frame_features import frame_features
 from cosettle_adapter.evaluation.labelled_videos import labelled_videos
 from cosettle_adapter.evaluation.pooling import pool_videos
 from cosettle_adapter.evaluation.retrieval import retrieve
-from cosettle_adapter.frames import open_frames
+from cosettle_adapter.video import open_frames
 
 from helpers import projection_for, write_video
 
@@ -165,6 +165,6 @@ def test_steps_spread_frames_or_keep_a_rate(folder: Path, monkeypatch: pytest.Mo
 
 
 def encoding_info(frames: int | None, fps: float | None) -> object:
-    from cosettle_adapter.frames import SourceInfo
+    from cosettle_adapter.video import SourceInfo
 
     return SourceInfo(frames=frames, fps=fps)

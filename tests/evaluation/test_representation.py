@@ -23,7 +23,7 @@ from cosettle_adapter.evaluation.representation import (
     RepresentationSettings,
     evaluate_representation,
 )
-from cosettle_adapter.frames import open_frames
+from cosettle_adapter.video import open_frames
 
 from helpers import write_video
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.datasets import Joints
 from cosettle_adapter.evaluation.tasks import Badja, Davis, Folder, Jhmdb, TapVid, Task, Vip
-from cosettle_adapter.frames.geometry import plan_geometry
+from cosettle_adapter.video.geometry import plan_geometry
 
 FRAMES, CELL, H, W = 5, 16, 8, 12
 GEOMETRY = plan_geometry(H * CELL, W * CELL, patch=CELL)

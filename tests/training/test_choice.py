@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cosettle_adapter.correspondence import propagate_labels
-from cosettle_adapter.frames.rendered import render_clip
 from cosettle_adapter.training.choice import mask_overlap
+from cosettle_adapter.video.rendered import render_clip
 
 
 @given(seed=st.integers(0, 100))

@@ -13,12 +13,12 @@ from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames import open_frames, probe, render_clip
-from cosettle_adapter.frames.sources import SourceInfo
-from cosettle_adapter.frames.timeline import PendingFrame
 from cosettle_adapter.training.clips import find_clips, neighbouring_frames
 from cosettle_adapter.training.fit import FitSettings, fit_projection, mask_overlap
 from cosettle_adapter.training.gathering import Gathering, gather
+from cosettle_adapter.video import open_frames, probe, render_clip
+from cosettle_adapter.video.sources import SourceInfo
+from cosettle_adapter.video.timeline import PendingFrame
 
 from helpers import write_video
 

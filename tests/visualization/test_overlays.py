@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.frames import plan_geometry
+from cosettle_adapter.video import plan_geometry
 from cosettle_adapter.visualization import distinct_colours, overlay_masks
 
 

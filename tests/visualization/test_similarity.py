@@ -6,7 +6,7 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.frames import Geometry, plan_geometry
+from cosettle_adapter.video import Geometry, plan_geometry
 from cosettle_adapter.visualization import (
     similarity_frames,
     similarity_maps,

@@ -20,7 +20,7 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.correspondence import temporal_fusion
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames import plan_geometry
+from cosettle_adapter.video import plan_geometry
 from cosettle_adapter.visualization import fit_pca, similarity_maps
 from cosettle_adapter.visualization.viewer import ViewedClip, ViewerServer, open_server, view_clip
 

@@ -9,7 +9,7 @@ from einops import rearrange
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extras import require
-from cosettle_adapter.frames import files
+from cosettle_adapter.video import files
 
 if TYPE_CHECKING:
     import numpy as np

@@ -54,7 +54,7 @@ class JhmdbClip(JointClip):
     def read_joints(self) -> Joints:
         """Read the 15 joints of every frame.
 
-        Positions are (x, y) as :mod:`~cosettle_adapter.frames.geometry` has them: pixel (0, 0)
+        Positions are (x, y) as :mod:`~cosettle_adapter.video.geometry` has them: pixel (0, 0)
         has its centre at (0.5, 0.5). The file counts pixels from 1, so 0.5 is subtracted. (The
         published evaluation subtracts 1 and takes a pixel's centre as a whole number.)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cosettle_adapter.errors import FrameError, did_you_mean
-from cosettle_adapter.frames import files
+from cosettle_adapter.video import files
 
 
 def existing_folder(root: str | Path, what: str) -> Path:

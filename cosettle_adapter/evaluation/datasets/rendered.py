@@ -12,8 +12,8 @@ from einops import rearrange
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.datasets.layout import existing_folder, found_in, images_in, pick
-from cosettle_adapter.frames import files, photographs, render_clip
-from cosettle_adapter.frames.rendered import Motion, RenderedClip
+from cosettle_adapter.video import files, photographs, render_clip
+from cosettle_adapter.video.rendered import Motion, RenderedClip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ class RenderedPhoto:
     """A clip that is rendered when it is read.
 
     Attributes:
-        photo: name of one of :func:`~cosettle_adapter.frames.photographs`, or an image file.
+        photo: name of one of :func:`~cosettle_adapter.video.photographs`, or an image file.
         cutout: likewise, what moves over it.
         motion: the camera's.
         seed: decides directions and paths.

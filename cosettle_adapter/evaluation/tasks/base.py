@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from cosettle_adapter.files import atomic_path
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 if TYPE_CHECKING:
     from cosettle_adapter.analysis import Correspondence

@@ -17,7 +17,7 @@ from cosettle_adapter.evaluation.metrics import Pck, badja_accuracy, pck
 from cosettle_adapter.evaluation.tasks.base import ClipScores, Task, save_positions
 from cosettle_adapter.evaluation.tracking import track_queries
 from cosettle_adapter.extras import require
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 _THRESHOLDS = (0.1, 0.2)
 _MEASURES = tuple(f"PCK@{threshold:g}" for threshold in _THRESHOLDS)

@@ -21,7 +21,7 @@ from cosettle_adapter.evaluation.metrics import summarise
 from cosettle_adapter.evaluation.palette import save_labels
 from cosettle_adapter.evaluation.segmentation import evaluate_sequence
 from cosettle_adapter.evaluation.tasks.base import ClipScores, Task, mean
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,7 +16,7 @@ from cosettle_adapter.evaluation.palette import save_labels
 from cosettle_adapter.evaluation.segmentation import propagate_masks
 from cosettle_adapter.evaluation.tasks.base import ClipScores, Task
 from cosettle_adapter.extras import require
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from cosettle_adapter.evaluation.datasets.layout import pick
 from cosettle_adapter.evaluation.metrics import queries_first, queries_strided, tapvid_metrics
 from cosettle_adapter.evaluation.tasks.base import ClipScores, Task, save_positions
 from cosettle_adapter.evaluation.tracking import track_queries
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 _RASTER = 256  # pixels; what the thresholds belong to
 _HIDDEN = 2.0  # cells by which a point that is still visible may miss itself on the way back

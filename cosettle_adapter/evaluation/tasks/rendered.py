@@ -13,7 +13,7 @@ from cosettle_adapter.analysis import GAPS, Correspondence, match_accuracy, true
 from cosettle_adapter.evaluation.datasets import RenderedPhoto, rendered_photos
 from cosettle_adapter.evaluation.datasets.rendered import AMOUNT, FRAMES, PHOTOMETRIC, SIZE
 from cosettle_adapter.evaluation.tasks.base import ClipScores, Task
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 
 class Rendered(Task[RenderedPhoto]):

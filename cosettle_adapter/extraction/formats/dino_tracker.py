@@ -18,7 +18,7 @@ from cosettle_adapter.extraction.errors import FormatError
 from cosettle_adapter.extraction.formats.base import Format, Layout
 from cosettle_adapter.extraction.formats.flat import FlatStore
 from cosettle_adapter.extraction.settings import Settings
-from cosettle_adapter.frames.geometry import Geometry, plan_geometry
+from cosettle_adapter.video.geometry import Geometry, plan_geometry
 
 
 class TrackerStore(FlatStore):

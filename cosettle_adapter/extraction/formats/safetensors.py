@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cosettle_adapter.extraction.formats.base import Description, Format, Layout
 from cosettle_adapter.extraction.formats.flat import FlatStore, as_bytes
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ALIGNMENT = 8

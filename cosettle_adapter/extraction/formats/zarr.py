@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cosettle_adapter.extraction.formats.base import Description, Format, Layout
 from cosettle_adapter.extras import require
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16"}  # zarr knows no bfloat16
 _CHUNK_BYTES = 16 << 20

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.errors import CosettleError, FrameError
-from cosettle_adapter.frames.files import IMAGE_SUFFIXES, natural_key, read_image
-from cosettle_adapter.frames.selected import count_frames, read_frames
-from cosettle_adapter.frames.streams import FileRange
-from cosettle_adapter.frames.timeline import PendingFrame
-from cosettle_adapter.frames.video import decode_video
 from cosettle_adapter.training.corpora.discovery import EXPECTED, discover
 from cosettle_adapter.training.corpora.found import Discovery, Found
+from cosettle_adapter.video.files import IMAGE_SUFFIXES, natural_key, read_image
+from cosettle_adapter.video.selected import count_frames, read_frames
+from cosettle_adapter.video.streams import FileRange
+from cosettle_adapter.video.timeline import PendingFrame
+from cosettle_adapter.video.video import decode_video
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cosettle_adapter.errors import FrameError, did_you_mean
-from cosettle_adapter.frames.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cosettle_adapter.training.corpora.found import Discovery, Found
 from cosettle_adapter.training.corpora.index import INDEX_NAME, is_current, read_index
 from cosettle_adapter.training.corpora.listing import LIST_SUFFIXES, read_list
 from cosettle_adapter.training.corpora.shards import SHARD_SUFFIX
+from cosettle_adapter.video.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 EXPECTED = (
     "a folder of videos or of folders of images, a list of paths (.txt or .csv), a pattern such as "

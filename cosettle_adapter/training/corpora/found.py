@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cosettle_adapter.training.corpora.shards import SHARD_SUFFIX, index_shard
+from cosettle_adapter.video.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from cosettle_adapter import extras
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.files import IMAGE_SUFFIXES
-from cosettle_adapter.frames.timeline import PendingFrame
 from cosettle_adapter.training.corpora.corpus import Video
 from cosettle_adapter.training.errors import DiskFullError
+from cosettle_adapter.video.files import IMAGE_SUFFIXES
+from cosettle_adapter.video.timeline import PendingFrame
 
 if TYPE_CHECKING:
     from cosettle_adapter.training.corpora.preparation import PrepareSettings

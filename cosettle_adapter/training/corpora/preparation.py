@@ -13,11 +13,11 @@ from typing import Any
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.files import atomic_path
-from cosettle_adapter.frames.files import VIDEO_SUFFIXES
 from cosettle_adapter.training.corpora.corpus import Corpus, Video
 from cosettle_adapter.training.corpora.index import INDEX_NAME, CorpusIndex, read_index
 from cosettle_adapter.training.corpora.jpeg_folders import Job, count_images, run_jobs
 from cosettle_adapter.training.errors import TrainingError
+from cosettle_adapter.video.files import VIDEO_SUFFIXES
 
 SKIPPED_NAME = "skipped.txt"
 

@@ -6,8 +6,8 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.files import VIDEO_SUFFIXES
-from cosettle_adapter.frames.streams import FileRange
+from cosettle_adapter.video.files import VIDEO_SUFFIXES
+from cosettle_adapter.video.streams import FileRange
 
 SHARD_SUFFIX = ".tar"
 

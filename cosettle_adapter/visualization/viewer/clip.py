@@ -18,8 +18,8 @@ from cosettle_adapter.analysis import FeatureKind, feature_kinds, read_blocks
 from cosettle_adapter.correspondence.fusion import FusionMode, temporal_fusion
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
 from cosettle_adapter.extras import require
-from cosettle_adapter.frames import Geometry, open_frames, prefetch
-from cosettle_adapter.frames.resampling import resize
+from cosettle_adapter.video import Geometry, open_frames, prefetch
+from cosettle_adapter.video.resampling import resize
 from cosettle_adapter.visualization.pca import fit_pca
 from cosettle_adapter.visualization.similarity import similarity_maps
 

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.errors import CosettleError
-from cosettle_adapter.frames import Geometry
+from cosettle_adapter.video import Geometry
 from cosettle_adapter.visualization.colours import colour_scale
 from cosettle_adapter.visualization.viewer.clip import ViewedClip
 from cosettle_adapter.visualization.viewer.query import Query, RequestError

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numbered import encode_numbered, numbers
 
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.frames import open_frames, selected, timetable
-from cosettle_adapter.frames.selected import count_frames, read_frames
-from cosettle_adapter.frames.streams import FileRange
+from cosettle_adapter.video import open_frames, selected, timetable
+from cosettle_adapter.video.selected import count_frames, read_frames
+from cosettle_adapter.video.streams import FileRange
 
 COUNT = 60
 

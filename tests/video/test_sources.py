@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames import FrameChunk, SourceInfo, open_frames, probe
-from cosettle_adapter.frames.timeline import Selection
+from cosettle_adapter.video import FrameChunk, FrameSelection, SourceInfo, open_frames, probe
 
 
 def numbered(count: int, height: int = 4, width: int = 6) -> torch.Tensor:
@@ -83,7 +82,7 @@ class TestChunks:
             loaded.append(path.name)
             return numbered(1)[0]
 
-        monkeypatch.setattr("cosettle_adapter.frames.files.read_image", load)
+        monkeypatch.setattr("cosettle_adapter.video.files.read_image", load)
         paths = [Path(f"{number}.png") for number in range(10)]
         assert len(numbers(open_frames(paths, start=2, every=3, max_frames=2))) == 2
         assert loaded == ["2.png", "5.png"]
@@ -158,7 +157,7 @@ class TestChunks:
                 closed.append(True)
 
         with pytest.raises(FrameError, match="a clip holds no frames"):
-            list(Selection().of(frames(), "a clip"))  # type: ignore[arg-type]
+            list(FrameSelection().of(frames(), "a clip"))  # type: ignore[arg-type]
         assert closed
 
 

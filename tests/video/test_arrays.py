@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames import as_frames, validate_frames
+from cosettle_adapter.video import as_frames, validate_frames
 
 
 def pixels(*shape: int) -> np.ndarray:
@@ -153,7 +153,7 @@ def test_rounding_errors_are_forgiven() -> None:
 
 def test_nothing_optional_is_imported() -> None:
     code = (
-        "import sys, torch, cosettle_adapter.frames as frames\n"
+        "import sys, torch, cosettle_adapter.video as frames\n"
         "frames.as_frames(torch.zeros(3, 4, 4))\n"
         "print([m for m in ('av', 'PIL', 'skimage', 'scipy') if m in sys.modules])"
     )

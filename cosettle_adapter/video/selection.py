@@ -1,41 +1,29 @@
-"""Frames that wait on a time line, and which of them are wanted."""
+"""Which frames of a source are wanted: one object, wherever frames are chosen."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+import math
+import warnings
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import Any
 
 from cosettle_adapter.errors import FrameError
-
-
-@dataclass(frozen=True, eq=False)
-class PendingFrame:
-    """A frame whose time is known and whose pixels cost something.
-
-    Attributes:
-        time: seconds from the start of the source.
-        name: what errors call it: a file, or a position.
-        load: makes the pixels, (3, H, W) uint8 or float in [0, 1].
-    """
-
-    time: float
-    name: str
-    load: Callable[[], Tensor]
+from cosettle_adapter.video.timeline import PendingFrame
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which frames of a source to keep.
+class FrameSelection:
+    """Which frames of a source to read.
 
     Attributes:
-        start: first second, or None.
-        end: second to stop before, or None.
+        start: first second to read, at least 0.
+        end: second to stop before.
         every: keep every n-th frame of those in range.
-        max_frames: keep at most this many, or None.
-        skip: of those kept, pass over this many: they count, and their pixels are not made.
+        max_frames: keep at most this many frames.
+        fps: frames per second of sources without timestamps (images, arrays); 1 by default, so
+            that times are positions.
 
     Raises:
         FrameError: a value outside its range.
@@ -45,7 +33,7 @@ class Selection:
     end: float | None = None
     every: int = 1
     max_frames: int | None = None
-    skip: int = 0
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         if self.start is not None and not self.start >= 0:
@@ -56,13 +44,18 @@ class Selection:
             raise FrameError(f"every must be at least 1 (every frame), got {self.every}")
         if self.max_frames is not None and self.max_frames < 1:
             raise FrameError(f"max_frames must be at least 1, or None, got {self.max_frames}")
-        if self.skip < 0:
-            raise FrameError(f"skip must be at least 0, got {self.skip}")
+        if self.fps is not None and not (0 < self.fps < math.inf):
+            raise FrameError(f"fps must be positive, got {self.fps}")
 
     def of(
-        self, frames: Generator[PendingFrame, None, None], source: str
+        self, frames: Generator[PendingFrame, None, None], source: str, *, skip: int = 0
     ) -> Generator[PendingFrame, None, None]:
         """Yield the wanted ones of ``frames``, which come in order of time, then close them.
+
+        Args:
+            frames: all frames of the source.
+            source: what errors call the source.
+            skip: pass over the first ones of those kept, without making their pixels.
 
         Raises:
             FrameError: there are none.
@@ -77,7 +70,7 @@ class Selection:
                 if self.end is not None and frame.time >= self.end:
                     break
                 if in_range % self.every == 0:
-                    if kept >= self.skip:
+                    if kept >= skip:
                         yield frame
                     kept += 1
                     if kept == self.max_frames:
@@ -91,3 +84,22 @@ class Selection:
                 f"{'on' if self.end is None else f'to {self.end} s'}; "
                 f"the frames met lie from {times[0]:g} s to {times[-1]:g} s"
             )
+
+
+def selected(select: FrameSelection | None, moved: Mapping[str, Any]) -> FrameSelection:
+    """Return ``select``, or what keywords of version 0.1 (``start=``, ``every=``, ...) say.
+
+    Raises:
+        TypeError: both, or a keyword that is not a field of :class:`FrameSelection`.
+    """
+    if not moved:
+        return select or FrameSelection()
+    if select is not None:
+        raise TypeError(f"got select and {', '.join(moved)}; put them into FrameSelection")
+    warnings.warn(
+        f"{', '.join(moved)}: pass select=FrameSelection({', '.join(f'{n}=...' for n in moved)}); "
+        "the keywords go in version 0.3",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return FrameSelection(**moved)

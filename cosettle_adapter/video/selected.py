@@ -11,14 +11,14 @@ from torch import Tensor
 
 from cosettle_adapter import extras
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.streams import (
+from cosettle_adapter.video.streams import (
     VideoSource,
     display_matrix,
     frame_pixels,
     open_stream,
     reason,
 )
-from cosettle_adapter.frames.timetable import Timetable, read_timetable
+from cosettle_adapter.video.timetable import Timetable, read_timetable
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -54,7 +54,7 @@ def read_frames(source: VideoSource, indices: Sequence[int]) -> Tensor:
     keyframe before each frame, in one thread; frames that no other one refers to are left out.
     In files without times, decoding begins at the start; in files whose times are in coding order,
     frames are counted from a keyframe. In files above
-    :data:`~cosettle_adapter.frames.timetable.SCAN_LIMIT` bytes frame ``i`` is the one shown at
+    :data:`~cosettle_adapter.video.timetable.SCAN_LIMIT` bytes frame ``i`` is the one shown at
     ``i`` times the average distance between frames, which is the same if they are evenly spaced.
 
     Args:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError, GeometryError, MissingExtraError
-from cosettle_adapter.frames import RenderedClip, photographs, render_clip
+from cosettle_adapter.video import RenderedClip, photographs, render_clip
 
 MOTIONS = ("pan", "zoom", "rotate", "mixed")
 

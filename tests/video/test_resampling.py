@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.frames import apply_geometry, plan_geometry, resample_to_points
+from cosettle_adapter.video import apply_geometry, plan_geometry, resample_to_points
 
 
 def ramp(geometry_height: int, geometry_width: int) -> torch.Tensor:

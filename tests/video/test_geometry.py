@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.frames import Geometry, plan_geometry
+from cosettle_adapter.video import Geometry, plan_geometry
 
 sides = st.integers(60, 600)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.frames.sides import (
+from cosettle_adapter.video.sides import (
     as_sides,
     check_side,
     check_steps,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.frames import files, video
-from cosettle_adapter.frames.arrays import as_frames, is_array, is_image
-from cosettle_adapter.frames.timeline import PendingFrame, Selection
+from cosettle_adapter.video import files, video
+from cosettle_adapter.video.arrays import as_frames, is_array, is_image
+from cosettle_adapter.video.selection import FrameSelection, selected
+from cosettle_adapter.video.timeline import PendingFrame
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +55,11 @@ class SourceInfo:
 
 def open_frames(
     source: Any,
+    select: FrameSelection | None = None,
     *,
-    start: float | None = None,
-    end: float | None = None,
-    every: int = 1,
-    max_frames: int | None = None,
     skip: int = 0,
     chunk_size: int = 8,
-    fps: float | None = None,
+    **moved: Any,
 ) -> Generator[FrameChunk, None, None]:
     """Read frames chunk by chunk; one chunk at a time is in memory.
 
@@ -71,15 +68,11 @@ def open_frames(
             (``frame2`` before ``frame10``); a list of image files; frames in memory as
             :func:`as_frames` takes them; or an iterator of single frames, which is not closed.
             Float frames in [0, 1] are rounded to uint8.
-        start: first second to read, at least 0.
-        end: second to stop before.
-        every: keep every n-th frame of those in range.
-        max_frames: keep at most this many frames.
+        select: which frames; all by default.
         skip: pass over the first ones of those kept, without making their pixels: for going on
             where an earlier reading ended. ``start`` of the first chunk is this number.
         chunk_size: frames in a chunk; the last one may hold fewer.
-        fps: frames per second of a source that is not a video; 1 by default, so that times are
-            positions.
+        **moved: fields of :class:`FrameSelection`, as in version 0.1; deprecated.
 
     Returns:
         A generator of :class:`FrameChunk`. If the source fails in the middle, the frames before
@@ -93,13 +86,13 @@ def open_frames(
             off or ends before the length its header promises.
         MissingExtraError: PyAV, Pillow or numpy is needed and not installed.
     """
-    selection = Selection(start, end, every, max_frames, skip)
+    select = selected(select, moved)
+    if skip < 0:
+        raise FrameError(f"skip must be at least 0, got {skip}")
     if chunk_size < 1:
         raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
-    if fps is not None and not (0 < fps < math.inf):
-        raise FrameError(f"fps must be positive, got {fps}")
     name = _name(source)
-    wanted = selection.of(pending_frames(source, start, fps), name)
+    wanted = select.of(pending_frames(source, select.start, select.fps), name, skip=skip)
     return _chunks(wanted, chunk_size, name, skip)
 
 
@@ -111,7 +104,7 @@ def pending_frames(
     Args:
         source: as for :func:`open_frames`.
         start: seconds; frames of a video before it may be left out.
-        fps: as for :func:`open_frames`.
+        fps: as in :class:`FrameSelection`.
 
     Raises:
         FrameError: as in :func:`open_frames`.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cosettle_adapter import extras
 from cosettle_adapter.errors import FrameError, did_you_mean
-from cosettle_adapter.frames.arrays import image_to_frame
+from cosettle_adapter.video.arrays import image_to_frame
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError, did_you_mean
-from cosettle_adapter.frames.arrays import validate_frames
-from cosettle_adapter.frames.paths import apply_homographies, camera_path, object_path
-from cosettle_adapter.frames.photometry import finish_like_a_camera
-from cosettle_adapter.frames.resampling import resize
-from cosettle_adapter.frames.sides import as_sides, check_side
+from cosettle_adapter.video.arrays import validate_frames
+from cosettle_adapter.video.paths import apply_homographies, camera_path, object_path
+from cosettle_adapter.video.photometry import finish_like_a_camera
+from cosettle_adapter.video.resampling import resize
+from cosettle_adapter.video.sides import as_sides, check_side
 
 Motion = Literal["pan", "zoom", "rotate", "mixed"]
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 from cosettle_adapter import extras
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.frames.completeness import Completeness
-from cosettle_adapter.frames.streams import VideoSource, open_stream, reason
+from cosettle_adapter.video.completeness import Completeness
+from cosettle_adapter.video.streams import VideoSource, open_stream, reason
 
 if TYPE_CHECKING:
     from av.container import InputContainer

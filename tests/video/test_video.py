@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cosettle_adapter.errors import FrameError, MissingExtraError, TruncatedVideoError
-from cosettle_adapter.frames import FrameChunk, SourceInfo, open_frames, probe
+from cosettle_adapter.video import FrameChunk, SourceInfo, open_frames, probe
 
 from helpers import shared_data
 
@@ -187,7 +187,7 @@ class TestSeeking:
             def close(self) -> None:
                 self.frames.close()  # type: ignore[attr-defined]
 
-        from cosettle_adapter.frames import video
+        from cosettle_adapter.video import video
 
         decode = video.decode_video
         monkeypatch.setattr(video, "decode_video", lambda *args: Spy(decode(*args)))
@@ -197,7 +197,7 @@ class TestSeeking:
     def test_a_container_that_cannot_seek_is_read_from_the_beginning(
         self, clip: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from cosettle_adapter.frames import video
+        from cosettle_adapter.video import video
 
         monkeypatch.setattr(video, "_seek", lambda *_: False)
         assert levels(read(clip, start=5.7)[0]) == [57, 58, 59]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.frames.geometry import Geometry
+from cosettle_adapter.video.geometry import Geometry
 
 
 def apply_geometry(frames: Tensor, geometry: Geometry) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cosettle_adapter import extras
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames.arrays import image_to_frame
+from cosettle_adapter.video.arrays import image_to_frame
 
 # dedicated to the public domain, as scikit-image documents beside each of them:
 _FILES = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.frames import prefetch
+from cosettle_adapter.video import prefetch
 
 
 class Producer:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.frames import open_frames, prefetch, probe
+from cosettle_adapter.video import open_frames, prefetch, probe
 
 from helpers import write_video
 

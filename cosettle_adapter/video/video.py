@@ -15,8 +15,8 @@ import torch
 
 from cosettle_adapter import extras
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.frames.completeness import Completeness
-from cosettle_adapter.frames.streams import (
+from cosettle_adapter.video.completeness import Completeness
+from cosettle_adapter.video.streams import (
     VideoSource,
     display_matrix,
     frame_pixels,
@@ -24,7 +24,7 @@ from cosettle_adapter.frames.streams import (
     reason,
     upright,
 )
-from cosettle_adapter.frames.timeline import PendingFrame
+from cosettle_adapter.video.timeline import PendingFrame
 
 if TYPE_CHECKING:
     from av.container import InputContainer

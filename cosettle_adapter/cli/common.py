@@ -1,0 +1,111 @@
+"""Options and progress bars that several commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter, Token
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from cosettle_adapter.adapter import CoSettleAdapter
+
+DEFAULT_MODEL = "dinov2-vits14-pypi"
+WIDE = 190  # columns that our widest table needs
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console; tables are printed in full into a file or another program."""
+    output = Console(stderr=stderr)
+    if not output.is_terminal:
+        output.width = max(output.width, WIDE)
+    return output
+
+
+def parse_size(_: Any, tokens: Sequence[Token]) -> int | tuple[int, int]:
+    """Parse ``476`` (shorter side) or ``476x882`` (height x width)."""
+    text = tokens[0].value
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"expected 476 or 476x882 (height x width), got {text!r}")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+Size = Annotated[
+    int | tuple[int, int], Parameter(converter=parse_size, n_tokens=1, consume_multiple=False)
+]
+Output = Annotated[Path, Parameter(name=("--output", "-o"))]
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which model, from where, on what device.
+
+    Attributes:
+        model: registered name, ``timm:`` or ``open_clip:`` name, Hub repository or folder.
+        projection: ``published``, ``fit``, ``settle`` or a folder; by default the published one,
+            else one is fitted on first use.
+        backbone_weights: your own file of the backbone: safetensors or a PyTorch checkpoint.
+        device: torch device: cpu, cuda, cuda:1, mps.
+        dtype: of the backbone and the features.
+        stride: step between patches in pixels, for overlapping ones.
+        cache_dir: cache in place of ``HF_HOME``.
+        offline: never touch the network.
+    """
+
+    model: str = DEFAULT_MODEL
+    projection: str | None = None
+    backbone_weights: Path | None = None
+    device: str = "cpu"
+    dtype: Dtype = "float32"
+    stride: int | None = None
+    cache_dir: Path | None = None
+    offline: bool = False
+
+    def load(self, *, raw: bool = False, layer: int | None = None) -> CoSettleAdapter:
+        """Load the adapter; the backbone alone if ``raw`` or a ``layer`` is given."""
+        import torch
+
+        from cosettle_adapter.adapter import CoSettleAdapter
+
+        loading: dict[str, Any] = {
+            "device": self.device,
+            "dtype": getattr(torch, self.dtype),
+            "stride": self.stride,
+            "backbone_weights": self.backbone_weights,
+            "cache_dir": self.cache_dir,
+            "local_files_only": self.offline,
+        }
+        if raw or layer is not None:
+            return CoSettleAdapter.raw(self.model, layer=layer, **loading)
+        return CoSettleAdapter.from_pretrained(self.model, projection=self.projection, **loading)
+
+
+def frame_progress(output: Console) -> Progress:
+    """Return a progress bar that shows frames, frames per second and the time left."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[rate]}"),
+        progress.TimeRemainingColumn(),
+        console=output,
+        transient=False,
+    )
+
+
+def rate(count: float, seconds: float | None, unit: str = "frames") -> str:
+    """Return a rate as text; empty while it is unknown."""
+    if not seconds or not count:
+        return ""
+    return f"{count / seconds:.1f} {unit}/s"
