@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("models:list_models", "Show models and backbones."),
     "download": ("models:download", "Download and verify models' weights."),
+    "convert": ("models:convert", "Convert a checkpoint of the official code."),
+    "push": ("models:push", "Upload a projection to the Hugging Face Hub."),
 }
 
 # commands that still parse with argparse
 OLD = (
     "demo",
-    "convert",
     "extract",
     "export",
     "view",
@@ -34,8 +35,6 @@ OLD = (
     "prepare",
     "evaluate",
     "benchmark",
-    "push",
-    "cards",
 )
 
 EXIT_ERROR = 1
