@@ -202,7 +202,7 @@ def _remedy(error: BaseException | None, owner: str) -> str:
         status = getattr(getattr(error, "response", None), "status_code", None)
         error = error.__cause__
     if status is None:
-        return "the Hub could not be used; is there a network?"
+        return "the Hub could not be used (is there a network?)"
     remedies = {
         401: f"the Hub does not know this token; {_LOGIN}",
         403: f"this token may not write to {owner}; use one with write permission "
