@@ -1,10 +1,18 @@
 # shim: removed at integration
 """Moved to ``cosettle_adapter.convert``."""
 
-from cosettle_adapter.convert import (  # noqa: F401
+from cosettle_adapter.convert import (
     RELEASED,
     Conversion,
     convert_checkpoint,
     public_weights,
     released_projection,
 )
+
+__all__ = [
+    "RELEASED",
+    "Conversion",
+    "convert_checkpoint",
+    "public_weights",
+    "released_projection",
+]

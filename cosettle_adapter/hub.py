@@ -12,7 +12,6 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 
 from cosettle_adapter.backbones import REGISTRY, BackboneRow, HubOptions, lookup
 from cosettle_adapter.backbones.blobs import check_blob
@@ -38,6 +37,7 @@ _STATUSES = (
     "fitted on first use",
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +144,7 @@ def is_published(name: str | Path) -> bool:
 
 def is_repository(name: str) -> bool:
     """Whether a text can be the name of a Hub repository, ``owner/name``."""
-    try:
-        validate_repo_id(name)
-    except ValueError:
-        return False
-    return "/" in name
+    return _REPOSITORY.fullmatch(name) is not None
 
 
 def find_projection(name: str | Path, options: HubOptions) -> PublishedProjection:

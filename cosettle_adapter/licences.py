@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from cosettle_adapter.backbones import BackboneRow
 from cosettle_adapter.projection import ProjectionConfig
@@ -62,7 +63,7 @@ def _spdx(licence: str) -> str:
     return "" if known in _UNSTATED else _KNOWN.get(known, licence)
 
 
-def hub_licence(licences: Sequence[str]) -> dict[str, str]:
+def hub_licence(licences: Sequence[str]) -> dict[str, Any]:
     """Return the Hub's ``license`` fields: ``other`` with a name and a page for what it lacks."""
     if "" in licences:
         return {"license": "unknown"}

@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("models:list_models", "Show models and backbones."),
     "download": ("models:download", "Download and verify models' weights."),
     "convert": ("models:convert", "Convert a checkpoint of the official code."),
-    "push": ("models:push", "Upload a projection to the Hugging Face Hub."),
+    "push": ("models:push", "Upload a projection to the Hugging Face Hub, with a card."),
 }
 
 # commands that still parse with argparse
