@@ -1,4 +1,4 @@
-"""A local stand-in for the Hugging Face Hub: real HTTP, the real client, no network.
+"""A stand-in for the Hugging Face Hub, behind its real client: every request is answered here.
 
 It answers what ``huggingface_hub`` asks for models: creating repositories and branches, one commit
 of many files, listing, and resolving files at any revision. History is kept.
@@ -13,20 +13,18 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import importlib
 import json
 import re
-import socket
-import socketserver
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 TOKEN = "hf_writer"  # of "user", who may write to what is hers
 READER = "hf_reader"  # of "reader", who may write to nothing of hers
@@ -87,10 +85,10 @@ class Refusal(Exception):  # noqa: N818
 
 
 class FakeHub:
-    """The Hub, on a port of this machine.
+    """The Hub.
 
     Attributes:
-        url: endpoint to give the client.
+        url: of the Hub, as the client knows it.
         requests: everything asked so far, in order.
         spoil: path in a repository to what is done to its bytes on the way out; the size and
             checksum that are announced stay those of the real file.
@@ -104,17 +102,28 @@ class FakeHub:
         self._failures: list[tuple[str, str, int]] = []
         self._repositories: dict[str, Repository] = {}
         self._lock = threading.RLock()
-        self._server = _Server(self)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.url = constants.ENDPOINT
 
     def __enter__(self) -> FakeHub:
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        _drop_connections()
+        _http.close_session()
+
+    def client(self) -> Any:
+        """What ``huggingface_hub`` sends its requests with: an httpx client that ends here."""
+        library: Any = getattr(_http, "httpx2", None) or _http.httpx  # by version
+
+        def handle(request: Any) -> Any:
+            token = request.headers.get("Authorization", "").removeprefix("Bearer ") or None
+            path, _, query = request.url.raw_path.decode().partition("?")
+            asked = Request(request.method, path, query, token, request.read())
+            status, headers, body = self.answer(asked)
+            headers["Content-Length"] = str(len(body))
+            body = b"" if request.method == "HEAD" else body
+            return library.Response(status, headers=headers, content=body)
+
+        return library.Client(transport=library.MockTransport(handle), follow_redirects=True)
 
     def create(self, repo: str, *, private: bool = False) -> Repository:
         """Create a repository, or change who may see it."""
@@ -287,64 +296,10 @@ def _upload(path: str) -> dict[str, object]:
     return {"path": path, "uploadMode": "regular", "shouldIgnore": False}
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, hub: FakeHub) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.hub = hub
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the network for its name
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: _Server
-
-    def _serve(self) -> None:
-        address = urlsplit(self.path)
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-        request = Request(self.command, address.path, address.query, token, self._body())
-        status, headers, body = self.server.hub.answer(request)
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_GET = do_HEAD = do_POST = _serve  # noqa: N815
-
-    def _body(self) -> bytes:
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing; tests read ``hub.requests``."""
-
-
 def use_fake_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, cache: Path) -> None:
-    """Make ``huggingface_hub`` talk to ``hub`` only, with an empty cache and no stored login.
-
-    Constants are replaced in each module that holds a copy. Names other than this machine's are
-    not resolved while it lasts, so nothing reaches further.
-    """
-    for name in ("constants", "file_download", "hf_api", "_commit_api", "lfs", "repocard"):
-        importlib.import_module(f"huggingface_hub.{name}")
+    """Make ``huggingface_hub`` talk to ``hub`` alone, with an empty cache and no stored login."""
     values = {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_TELEMETRY": True,
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
         "HF_HUB_DISABLE_PROGRESS_BARS": True,
         "HF_HOME": str(cache),
@@ -357,26 +312,7 @@ def use_fake_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, cache: Path) -> 
     for module in [m for name, m in sys.modules.items() if name.startswith("huggingface_hub")]:
         for name in values.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, values[name])
-    monkeypatch.setattr(sys.modules["huggingface_hub.hf_api"].api, "endpoint", hub.url)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "*")
-    resolve = socket.getaddrinfo
-
-    def only_this_machine(host: object, *arguments: Any, **options: Any) -> Any:
-        assert host in (None, "", "127.0.0.1", b"127.0.0.1", "localhost"), (
-            f"a test with a fake Hub reached for {host!r}"
-        )
-        return resolve(host, *arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(socket, "getaddrinfo", only_this_machine)
-    _drop_connections()
-
-
-def _drop_connections() -> None:
-    """Forget the client's sessions, which know proxies and servers of before."""
-    http = importlib.import_module("huggingface_hub.utils._http")
-    for name in ("close_session", "reset_sessions"):
-        if hasattr(http, name):
-            getattr(http, name)()
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", hub.client)
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT", None)

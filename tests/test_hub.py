@@ -4,11 +4,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from fake_hub import READER, TOKEN, FakeHub, Request, use_fake_hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 
 from cosettle_adapter import CoSettleAdapter, Projection
@@ -334,13 +333,13 @@ def test_a_card_the_hub_refuses_is_told(hub: FakeHub, first: Projection) -> None
 
 
 def test_no_network(hub: FakeHub, first: Projection, monkeypatch: pytest.MonkeyPatch) -> None:
-    with FakeHub() as gone:
-        url = gone.url
-    for module in (huggingface_hub.constants, huggingface_hub.hf_api):
-        monkeypatch.setattr(module, "ENDPOINT", url, raising=False)
+    def unreachable(request: Request) -> None:
+        raise OSError("no route to host")
+
+    hub.on_request = unreachable
     with pytest.raises(HubUploadError, match="is there a network"):
         push(first, REPO, token=TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubUploadError, match="HF_HUB_OFFLINE is set; unset it"):
         push(first, REPO, token=TOKEN)
 
