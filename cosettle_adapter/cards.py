@@ -134,9 +134,9 @@ def _eval_results(config: ProjectionConfig) -> list[EvalResult] | None:
             metric_value=float(value),
         )
         for entry in config.figures.get("measured") or ()
-        for row in entry.get("rows") or ()
+        for row in entry["rows"]
         if entry.get("title") and row[0] == entry.get("highlight")
-        for column, value in zip(entry.get("columns") or (), row, strict=False)
+        for column, value in zip(entry["columns"], row, strict=False)
         if column in _METRICS and value is not None
     ]
     return results or None
@@ -254,7 +254,7 @@ def _measured(entries: Iterable[Mapping[str, Any]] | None) -> list[str]:
     sections: list[str] = []
     printed_by = None
     for entry in entries or ():
-        command, rows = entry.get("command"), entry.get("rows") or []
+        command = entry.get("command")
         sections += [f"**{entry['title']}.**"] if entry.get("title") else []
         sections += _texts(entry.get("protocol"))
         if command and command == printed_by:
@@ -262,8 +262,7 @@ def _measured(entries: Iterable[Mapping[str, Any]] | None) -> list[str]:
         elif command:
             sections += ["Printed by", _code(command, "bash")]
         printed_by = command
-        columns = entry.get("columns") or [""] * max(map(len, rows), default=1)
-        sections.append(_table(columns, rows, highlight=entry.get("highlight")))
+        sections.append(_table(entry["columns"], entry["rows"], highlight=entry.get("highlight")))
     return sections or ["None measured here yet."]
 
 

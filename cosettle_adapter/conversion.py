@@ -5,7 +5,6 @@ from cosettle_adapter.convert import (
     RELEASED,
     Conversion,
     convert_checkpoint,
-    public_weights,
     released_projection,
 )
 
@@ -13,6 +12,5 @@ __all__ = [
     "RELEASED",
     "Conversion",
     "convert_checkpoint",
-    "public_weights",
     "released_projection",
 ]

@@ -7,7 +7,6 @@ head, as ``{'model', 'optimizer', 'epoch', 'scaler', 'args'}``; the head's tenso
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import re
@@ -49,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 RELEASED = "trained by the paper's authors; converted from their checkpoint"  # method, in a config
 
-_NOT_COMPARED = "not compared: no public weights of it, or none at hand"
 _ADAPTER = re.compile(r"^(?:module\.)*(?:visual\.)?adapter\.(?P<name>.+)$")
 _NORM = "adapter_layer_norm1"
 _KINDS: dict[tuple[str, ...], Kind] = {  # ST_adapter.py's matrices, in order
@@ -72,32 +70,8 @@ class Conversion:
 
     projection: Projection
     backbone: dict[str, Tensor]
-    verdict: str = _NOT_COMPARED
-    is_public: bool = False
-
-    def compared_with(self, reference: LoadedWeights | None) -> Conversion:
-        """Return the same conversion with the backbone compared to public weights.
-
-        Where they are equal, the config names the public commit. ``None`` changes nothing.
-        """
-        if reference is None:
-            return self
-        gaps = differences(self.backbone, reference.tensors)
-        count = len(reference.tensors)
-        verdict = f"the same model as {reference.origin}: all {count} tensors are equal"
-        if gaps:
-            verdict = (
-                f"not the same model as {reference.origin}: {len(gaps)} of {count} tensors differ, "
-                f"by up to {max(gaps.values()):.3g} (first: {next(iter(gaps))})"
-            )
-        projection = copy.copy(self.projection)
-        config = projection.config
-        projection.config = dataclasses.replace(
-            config,
-            backbone_revision=config.backbone_revision if gaps else reference.revision,
-            fit={**config.fit, "backbone": verdict},
-        )
-        return Conversion(projection, self.backbone, verdict, is_public=not gaps)
+    verdict: str
+    is_public: bool
 
     def save(self, folder: str | Path) -> None:
         """Write the projection, and the backbone unless it is the public one.
@@ -116,14 +90,16 @@ def convert_checkpoint(
     path: str | Path,
     row: BackboneRow,
     *,
+    options: HubOptions | None = None,
     origin: str | None = None,
     revision: str | None = None,
 ) -> Conversion:
-    """Convert a checkpoint of the official code.
+    """Convert a checkpoint of the official code, and compare its backbone with the public one.
 
     Args:
         path: the file; nothing in a pickle is run.
         row: the backbone it was trained on.
+        options: how to find the public weights; only the cache is searched by default.
         origin: what to call the file in the config; its name by default.
         revision: commit from which the row's sources give this very backbone again.
 
@@ -163,7 +139,20 @@ def convert_checkpoint(
         projection = _load_head(config, head)
     except CorruptWeightsError as error:
         raise CorruptWeightsError(f"{path}: {error}") from error
-    return Conversion(projection, backbone)
+    public = _public_weights(row, options or HubOptions(local_files_only=True))
+    gaps = {} if public is None else differences(backbone, public.tensors)
+    if public is None:
+        verdict = "not compared: no public weights of it, or none at hand"
+    elif gaps:
+        verdict = (
+            f"not the same model as {public.origin}: {len(gaps)} of {len(public.tensors)} tensors "
+            f"differ, by up to {max(gaps.values()):.3g} (first: {next(iter(gaps))})"
+        )
+    else:
+        verdict = f"the same model as {public.origin}: all {len(public.tensors)} tensors are equal"
+        config = dataclasses.replace(config, backbone_revision=public.revision)
+    projection.config = dataclasses.replace(config, fit={**config.fit, "backbone": verdict})
+    return Conversion(projection, backbone, verdict, is_public=public is not None and not gaps)
 
 
 def released_projection(row: BackboneRow, options: HubOptions) -> Path:
@@ -185,18 +174,16 @@ def released_projection(row: BackboneRow, options: HubOptions) -> Path:
     conversion = convert_checkpoint(
         released.path,
         row,
+        options=dataclasses.replace(options, local_files_only=True),
         origin=released.origin,
         revision=released.commit if row.hub is None else None,
     )
-    cached = dataclasses.replace(options, local_files_only=True)
-    conversion = conversion.compared_with(public_weights(row, cached))
     logger.info("%s: the backbone of %s is %s", row.name, released.origin, conversion.verdict)
     conversion.save(folder)
     return folder
 
 
-def public_weights(row: BackboneRow, options: HubOptions) -> LoadedWeights | None:
-    """Return a row's public weights, not those of the release; ``None`` if there are none."""
+def _public_weights(row: BackboneRow, options: HubOptions) -> LoadedWeights | None:
     if row.hub is None:
         return None
     try:
@@ -240,7 +227,8 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> tuple[Kind, dict[str, Tensor],
     kind = _KINDS.get(tuple(modules))
     if kind is None:
         raise CorruptWeightsError(
-            f"it holds a head that the official code does not write, of {', '.join(modules)}; "
+            "it holds a head that the official code does not write, of "
+            f"{', '.join(modules) or 'a norm alone'}; "
             f"expected {' or '.join('/'.join(known) for known in _KINDS)}"
         )
     ours = {module: f"linears.{index}" for index, module in enumerate(modules)} | {_NORM: "norm"}
@@ -285,6 +273,5 @@ def _record(checkpoint: Checkpoint, origin: str, path: Path) -> dict[str, Any]:
             for name, value in checkpoint.arguments.items()
             if not isinstance(value, str) or "/" not in value  # no folders of somebody's machine
         },
-        "backbone": _NOT_COMPARED,
         "cosettle_adapter": __version__,
     }

@@ -70,17 +70,7 @@ def push(
     The repository is created if there is none; what else it holds stays. A card that an earlier
     push wrote is replaced; one that somebody edited since is kept unless ``overwrite_card``.
 
-    Args:
-        projection: what to upload; the backbone is not.
-        repo_id: ``owner/name``.
-        private: create a private repository; an existing public one is refused.
-        token: access token with write permission; ``None`` uses the stored one.
-        commit_message: first line of the commit.
-        revision: branch to commit to, created from ``main`` if there is none.
-        create_pr: open a pull request in place of committing.
-        card: text of ``README.md``; generated from the projection's config by default.
-        overwrite_card: replace a card that somebody edited.
-        extra_files: path in the repository to local file, to upload with it.
+    The arguments are those of :meth:`cosettle_adapter.CoSettleAdapter.push_to_hub`.
 
     Raises:
         UnknownModelError: ``repo_id`` cannot be the name of a repository.

@@ -13,7 +13,14 @@ from official import ENCODERS, features, random_state, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.backbones import REGISTRY, BackboneRow, load_backbone, registry
+from cosettle_adapter.backbones import (
+    REGISTRY,
+    BackboneRow,
+    HubOptions,
+    load_backbone,
+    registry,
+)
+from cosettle_adapter.backbones.row import HubFile
 from cosettle_adapter.backbones.weights import LoadedWeights, fingerprint
 from cosettle_adapter.cli import main
 from cosettle_adapter.convert import convert_checkpoint, differences
@@ -138,29 +145,31 @@ def test_precision_prefixes_and_containers_do_not_matter(mae: BackboneRow, tmp_p
 
 
 def test_the_public_backbone_is_recognised_and_not_stored_twice(
-    mae: BackboneRow, tmp_path: Path
+    mae: BackboneRow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conversion = convert_checkpoint(save_checkpoint(tmp_path / "c.pth", mae_state()), mae)
-    assert "not compared" in conversion.verdict
-    assert conversion.compared_with(None) is conversion
-    public = LoadedWeights(dict(conversion.backbone), "sha256:0", "a public tag", "c0ffee")
-    same = conversion.compared_with(public)
-    assert same.is_public
+    file = save_checkpoint(tmp_path / "c.pth", mae_state())
+    alone = convert_checkpoint(file, mae)
+    assert alone.verdict.startswith("not compared")
+    alone.save(tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "backbone.safetensors")
+    assert fingerprint(stored) == alone.projection.config.fingerprint
+
+    def public(row: BackboneRow, options: HubOptions) -> LoadedWeights:
+        assert options.local_files_only, "nothing is downloaded unless it is asked for"
+        return LoadedWeights(tensors, "sha256:0", "a public tag", "c0ffee")
+
+    monkeypatch.setattr("cosettle_adapter.convert.load_weights", public)
+    row, tensors = dataclasses.replace(mae, hub=HubFile("a/tag")), dict(alone.backbone)
+    same = convert_checkpoint(file, row)
     assert "the same model as a public tag" in same.verdict
     assert same.projection.config.backbone_revision == "c0ffee"
-    assert "not compared" in conversion.projection.config.fit["backbone"], "the first is unchanged"
-    conversion.save(tmp_path / "out")
-    stored = load_file(tmp_path / "out" / "backbone.safetensors")
-    assert fingerprint(stored) == conversion.projection.config.fingerprint
     same.save(tmp_path / "out")
     assert not (tmp_path / "out" / "backbone.safetensors").exists()
 
-
-def test_another_backbone_is_told_tensor_by_tensor(mae: BackboneRow, tmp_path: Path) -> None:
-    conversion = convert_checkpoint(save_checkpoint(tmp_path / "c.pth", mae_state()), mae)
-    changed = {name: tensor.clone() for name, tensor in conversion.backbone.items()}
-    changed["blocks.1.mlp.fc1.bias"][3] += 0.25
-    other = conversion.compared_with(LoadedWeights(changed, "sha256:0", "a public tag", "c0ffee"))
+    changed = tensors["blocks.1.mlp.fc1.bias"].clone()
+    changed[3] += 0.25
+    tensors["blocks.1.mlp.fc1.bias"] = changed
+    other = convert_checkpoint(file, row)
     assert not other.is_public
     assert re.search(
         r"not the same model as a public tag: 1 of \d+ .* 0\.25 \(first: blocks\.1\.mlp\.fc1\.bias",
@@ -168,6 +177,9 @@ def test_another_backbone_is_told_tensor_by_tensor(mae: BackboneRow, tmp_path: P
     )
     assert other.projection.config.backbone_revision is None
     assert other.projection.config.fit["backbone"] == other.verdict
+
+
+def test_a_tensor_that_only_one_side_has_is_a_difference() -> None:
     ones = torch.ones(2)
     gaps = differences({"a": ones, "c": ones, "d": ones}, {"a": ones, "b": ones, "d": ones[:1]})
     assert gaps == dict.fromkeys("bcd", float("inf"))

@@ -96,14 +96,12 @@ def convert(
         offline: never touch the network.
     """
     from cosettle_adapter.backbones import HubOptions, lookup
-    from cosettle_adapter.convert import convert_checkpoint, public_weights
+    from cosettle_adapter.convert import convert_checkpoint
 
-    row, screen = lookup(backbone), console()
+    screen = console()
     hub = HubOptions(cache_dir=cache_dir, local_files_only=offline)
-    with screen.status(f"reading {file.name}"):
-        conversion = convert_checkpoint(file, row)
-    with screen.status("comparing with the public weights"):
-        conversion = conversion.compared_with(public_weights(row, hub))
+    with screen.status(f"reading {file.name}, comparing with the public weights"):
+        conversion = convert_checkpoint(file, lookup(backbone), options=hub)
     with screen.status(f"writing {output}"):
         conversion.save(output)
     config = conversion.projection.config
