@@ -33,7 +33,6 @@ OLD = (
     "train",
     "prepare",
     "evaluate",
-    "benchmark",
     "push",
     "cards",
 )
