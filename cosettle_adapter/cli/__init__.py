@@ -34,7 +34,6 @@ OLD = (
     "train",
     "prepare",
     "evaluate",
-    "benchmark",
 )
 
 EXIT_ERROR = 1
