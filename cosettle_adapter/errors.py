@@ -38,6 +38,10 @@ class CorruptWeightsError(CosettleError, ValueError):
     """A weight file that is truncated, tampered with, or not the model it claims to be."""
 
 
+class CorruptFeatureFileError(CosettleError, ValueError):
+    """A feature file that is truncated, damaged, or not a feature file at all."""
+
+
 class FrameError(CosettleError, ValueError):
     """Frames or a frame source that cannot be used: shape, range, nothing to read."""
 
