@@ -205,7 +205,7 @@ class LabelPropagator:
         first_labels = rearrange(self._first_labels, f"k h w -> {flat}")
         found = self._propagate(patches, self._first, first_labels)
         self._recent.append((patches, found))
-        return rearrange(found, f"{flat} -> k h w", h=grid[0])
+        return rearrange(found, f"{flat} -> k h w", h=grid[0]).clone()
 
     def _propagate(self, patches: Tensor, first: Tensor, first_labels: Tensor) -> Tensor:
         """Labels ``(long short, K)`` of ``patches``, a band of lines at a time."""
