@@ -1,4 +1,4 @@
-"""Label propagation against the published protocols, one query at a time over the whole affinity."""
+"""Label propagation against the published protocols, one query at a time over all patches."""
 
 from __future__ import annotations
 
