@@ -227,12 +227,9 @@ class CoSettleAdapter(FeatureModel):
         Args:
             source: a video file, a folder or glob of images, an array, or an iterator of frames.
             select: which frames; all by default.
-            batch_size: frames in a chunk; ``size``, ``fit`` and ``normalize`` as in
-                :meth:`forward`.
-            size: as in :meth:`forward`.
-            fit: as in :meth:`forward`.
+            batch_size: frames in a chunk.
+            size, fit, normalize: as in :meth:`forward`.
             skip: do not encode the first ones of the selected frames, to continue a stream.
-            normalize: as in :meth:`forward`.
             return_backbone: fill ``chunk.backbone``.
             settle: settle every frame by the statistics of the frames up to it, all that a live
                 stream has; by default as ``settles`` says. The first frames are little more than
@@ -295,8 +292,7 @@ class CoSettleAdapter(FeatureModel):
             source: as in :meth:`stream`, in frame order: the clip whose features are wanted.
             select: which frames; best as the features will be.
             batch_size: frames in a forward pass.
-            size: as in :meth:`forward`; best what the features will be computed at.
-            fit: as in :meth:`forward`.
+            size, fit: as in :meth:`forward`; best as the features will be computed.
             ridge: damping, in units of the mean temporal variance; the larger, the gentler, and
                 infinity only centres.
             prior_pairs: number of corresponding patches at which the clip counts as much as the

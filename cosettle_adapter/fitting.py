@@ -69,11 +69,6 @@ def _matched(tokens: Tensor, clip: RenderedClip) -> float:
     return float((torch.maximum(rows, columns) <= 1).double().mean()) if len(here) else 0.0
 
 
-def solve(statistics: TokenStatistics, widths: Sequence[int], out_width: int) -> AffineMap:
-    """Centre each layer, divide it by its own deviation, and keep the ``out_width`` main axes."""
-    return solve_layers(statistics, widths, centre, out_width=out_width)
-
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How statistics become a projection; a change of any result needs a new version.
@@ -83,20 +78,18 @@ class Recipe:
         solve: statistics, widths of the layers and channels to return, to a map.
         formula: what it does, recorded in the projection's config.
         averaging: share for :attr:`ProjectionConfig.averaging`.
-        pairs: whether ``solve`` needs the statistics of corresponding patches.
     """
 
     layers: Callable[[Backbone, Iterable[RenderedClip]], tuple[int, ...]]
     solve: Callable[[TokenStatistics, Sequence[int], int], AffineMap]
     formula: str
     averaging: float = 0.0
-    pairs: bool = False
 
 
 RECIPES = {
     1: Recipe(
         read_layers,
-        solve,
+        lambda statistics, widths, out: solve_layers(statistics, widths, centre, out_width=out),
         "layers centred, each divided by its own deviation, concatenated, principal axes; then "
         "each patch averaged with its most similar neighbours",
         averaging=0.2,
@@ -156,7 +149,7 @@ def fit_starter(
         start = (0, TokenStatistics(sum(widths)))
     done, statistics = start
     for clip in starter_clips(size, skip=done):
-        _collect(statistics, clip, backbone, layers, pairs=how.pairs)
+        _collect(statistics, clip, backbone, layers)
         done += 1
         if on_clip is not None:
             on_clip(done, statistics)
@@ -214,20 +207,11 @@ def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[
 
 
 def _collect(
-    statistics: TokenStatistics,
-    clip: RenderedClip,
-    backbone: Backbone,
-    layers: Sequence[int],
-    *,
-    pairs: bool,
+    statistics: TokenStatistics, clip: RenderedClip, backbone: Backbone, layers: Sequence[int]
 ) -> None:
     """Add a clip to statistics."""
     maps = torch.cat(_encoded(clip.frames, backbone, layers), dim=1)
-    tokens = rearrange(maps, "t c h w -> t (h w) c")
-    statistics.add_tokens(rearrange(tokens, "t n c -> (t n) c"))
-    for frame in range(1, len(tokens)) if pairs else ():
-        here, there = known_correspondences(clip, frame, (maps.shape[-2], maps.shape[-1]))
-        statistics.add_pairs(tokens[0, here], tokens[frame, there])
+    statistics.add_tokens(rearrange(maps, "t c h w -> (t h w) c"))
     statistics.end_clip()
 
 

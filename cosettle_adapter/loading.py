@@ -17,18 +17,11 @@ RAW = "none: the backbone's own tokens"
 
 
 class Parts(NamedTuple):
-    """What an adapter is made of.
-
-    Attributes:
-        backbone: the encoder.
-        projection: for that encoder, unless the two were named separately; on the CPU.
-        backbone_file: the backbone's weights, if they came with the projection and have no other
-            public source.
-    """
+    """What an adapter is made of; the projection is on the CPU."""
 
     backbone: Backbone
     projection: Projection
-    backbone_file: Path | None = None
+    backbone_file: Path | None = None  # came with the projection and has no other public source
 
 
 def load_parts(

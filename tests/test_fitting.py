@@ -161,19 +161,6 @@ def test_a_backbone_of_one_size_is_fitted_at_it(
     assert fit_starter(tiny_backbone).config.fit["size"] == [224, 224]
 
 
-def test_a_recipe_may_ask_for_corresponding_patches(
-    tiny_backbone: VisionTransformerBackbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = dataclasses.replace(fitting.RECIPES[1], pairs=True, averaging=0.25)
-    monkeypatch.setitem(fitting.RECIPES, 2, pairs)
-    counted: list[int] = []
-    config = fit_starter(
-        tiny_backbone, recipe=2, on_clip=lambda _, statistics: counted.append(statistics.pairs)
-    ).config
-    assert (config.recipe, config.averaging) == (2, 0.25)
-    assert 0 < counted[0] < counted[-1] <= 4 * 2 * 16
-
-
 def test_known_correspondences_are_where_the_motion_takes_them() -> None:
     photograph = starter_photographs()["chelsea"]
     clip = render_clip(photograph, frames=3, size=(64, 96), motion="pan", amount=0.5, seed=3)

@@ -177,15 +177,9 @@ def apply_to_maps(affine: AffineMap, features: Tensor) -> Tensor:
 def settle_clip(
     features: Tensor, *, ridge: float = RIDGE, prior_pairs: float = PRIOR_PAIRS
 ) -> Tensor:
-    """Settle a whole clip's features by all of its frames.
+    """Settle the features ``(T, C, h, w)`` of a clip, in frame order, by all of its frames.
 
-    Args:
-        features: ``(T, C, h, w)`` floats of one clip, in frame order.
-        ridge: as for :class:`Settler`.
-        prior_pairs: as for :class:`Settler`.
-
-    Returns:
-        ``(T, C, h, w)`` in the dtype of ``features``.
+    The dtype is kept; ``ridge`` and ``prior_pairs`` are those of :class:`Settler`.
     """
     settler = Settler(features.shape[1], ridge=ridge, prior_pairs=prior_pairs)
     settler.update(features)

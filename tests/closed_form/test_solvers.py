@@ -65,13 +65,6 @@ def test_every_solver_centres_and_gives_unit_variance(solver: Solver, nuisance: 
         assert float(variance.diagonal().mean()) == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["shrink", "whiten", "whiten-quarter", "soft-threshold"])
-def test_what_moves_is_turned_down(name: str) -> None:
-    solver = SOLVERS[name]
-    gains = solver.solve(collected(), solver.strength, "intra").weight.diagonal().abs()
-    assert float(gains[0]) < 0.7 * float(gains[1:].min())
-
-
 def test_whitening_solves_its_equation() -> None:
     statistics = collected(turn=True)
     weight = whiten(statistics, 0.5).weight
@@ -193,16 +186,12 @@ def test_degenerate_statistics_are_errors_not_nan(solver: Solver) -> None:
         solver.solve(flat, solver.strength, "intra")
     with pytest.raises(StatisticsError, match=r"no (tokens|corresponding pairs) were gathered"):
         solver.solve(TokenStatistics(WIDTH), solver.strength, "intra")
-
-
-@pytest.mark.parametrize("name", ["shrink", "whiten", "soft-threshold", "surrogate"])
-def test_clips_without_motion_are_an_error(name: str) -> None:
-    still = TokenStatistics(WIDTH)
-    tokens = torch.randn(10, WIDTH)
+    still, tokens = TokenStatistics(WIDTH), torch.randn(10, WIDTH)
     still.add_tokens(tokens)
     still.add_pairs(tokens, tokens)
-    with pytest.raises(StatisticsError, match="the clips have no motion"):
-        SOLVERS[name].solve(still, 1.0, "intra")
+    if solver.name != "centre" and "total" not in solver.name:
+        with pytest.raises(StatisticsError, match="the clips have no motion"):
+            solver.solve(still, solver.strength, "intra")
 
 
 def test_strengths_out_of_range_are_errors() -> None:

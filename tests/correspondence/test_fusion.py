@@ -101,15 +101,6 @@ def test_later_frames_do_not_change_causal_output() -> None:
     assert torch.equal(causal[0], features[0])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_noise_is_averaged_out_and_the_motion_stays(mode: fusion.FusionMode) -> None:
-    clean, noisy = moving(9, noise=0), moving(9)
-    fused = temporal_fusion(noisy, mode=mode)
-    seen = slice(1, 8), slice(None), slice(None), slice(3, 5)  # by all neighbours
-    before, after = (float((each - clean)[seen].square().mean()) for each in (noisy, fused))
-    assert after < 0.6 * before
-
-
 def test_an_object_that_moves_12_patches_a_frame_is_matched() -> None:
     generator = torch.Generator().manual_seed(0)
     ground = torch.randn(64, 6, 60, generator=generator)
@@ -125,16 +116,6 @@ def test_an_object_that_moves_12_patches_a_frame_is_matched() -> None:
         # much of this frame's noise goes; the object is not mixed with the ground
         left = (noise + change)[there].square().mean() / noise[there].square().mean()
         assert left < 0.65
-
-
-def test_a_match_that_leads_elsewhere_is_not_trusted() -> None:
-    features = moving(2, noise=0.05)
-    features[1, :, 2:4, 2:4] = torch.randn(16, 2, 2, generator=torch.Generator().manual_seed(9))
-    changed = (temporal_fusion(features) - features)[1].norm(dim=0)
-    assert (
-        changed[2:4, 2:4].mean()
-        < 0.3 * temporal_fusion(features)[1, :, 2:4, 2:4].norm(dim=0).mean()
-    )
 
 
 @pytest.mark.parametrize("mode", MODES)
