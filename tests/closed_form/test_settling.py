@@ -95,14 +95,6 @@ def test_how_frames_are_split_over_calls_does_not_matter(cuts: list[int]) -> Non
     torch.testing.assert_close(parts.solution().weight, whole.solution().weight)
 
 
-def test_a_frame_is_settled_by_the_frames_up_to_it() -> None:
-    clip = moving(12)
-    changed = torch.cat([clip[:7], moving(5, seed=3)])
-    first, second = Settler(WIDTH).settle(clip), Settler(WIDTH).settle(changed)
-    assert torch.equal(first[:7], second[:7])
-    assert not torch.equal(first[7:], second[7:])
-
-
 def test_forgetting_forgets() -> None:
     before, after = moving(30), moving(30, seed=5) - 7
     remembering = settled_by(torch.cat([before, after])).solution()
