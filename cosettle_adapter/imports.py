@@ -1,0 +1,48 @@
+"""Imports that wait until something is used: optional dependencies and lazy public names."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cosettle_adapter.errors import MissingExtraError
+
+
+def require(module: str, *, extra: str, purpose: str) -> Any:
+    """Import an optional ``module``, or say which extra installs it.
+
+    Args:
+        module: dotted module name, for example ``"av"`` or ``"PIL.Image"``.
+        extra: the extra of this package that installs it, for example ``"video"``.
+        purpose: what it is needed for, as the subject of a sentence: ``"reading video files"``.
+
+    Raises:
+        MissingExtraError: the module cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} needs the package {module.partition('.')[0]!r}, which is not installed "
+            f"({error}). Install it with: pip install 'cosettle-adapter[{extra}]'"
+        ) from error
+
+
+def load_on_use(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for a package whose names are imported when first used.
+
+    Args:
+        package: its ``__name__``.
+        modules: public name to the module that defines it.
+    """
+
+    def load(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(modules[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load
