@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from cosettle_adapter.backbones.registry import feature_info
 from cosettle_adapter.errors import UnknownModelError
 
 logger = logging.getLogger(__name__)
@@ -19,12 +20,6 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]
 # What timm raises for an image that a model cannot take: its own checks, and shapes that disagree.
 SIZE_ERRORS = (AssertionError, RuntimeError, ValueError)
-
-
-def feature_info(model: Any) -> list[tuple[int, int]]:
-    """``(channels, pixels a cell)`` of every feature map of a timm model."""
-    info = getattr(model.feature_info, "info", model.feature_info)
-    return [(int(stage["num_chs"]), int(stage["reduction"])) for stage in info]
 
 
 def own_size(model: Any) -> Size:
@@ -77,7 +72,16 @@ def unused_modules(model: nn.Module) -> list[str]:
             f"timm {timm.__version__} cannot compute the feature maps of {type(model).__name__} "
             f"({type(error).__name__}: {error}), so it cannot be a backbone here"
         ) from error
-    read = _graph_leaves(maps)
+    parameters = [each for each in outline.parameters() if each.requires_grad]
+    with torch.device("meta"):
+        gradients = torch.autograd.grad(
+            [each.sum() for each in maps], parameters, allow_unused=True
+        )
+    read = {
+        id(parameter)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None
+    }
     modules = dict(outline.named_modules(remove_duplicate=False))
     used |= {
         id(module)
@@ -160,18 +164,3 @@ def _outline_maps(outline: nn.Module, size: Size) -> list[Tensor]:
     images = torch.empty(1, 3, *size, device="meta", dtype=dtype)
     with torch.enable_grad():
         return feature_maps(outline, images, range(len(feature_info(outline))))
-
-
-def _graph_leaves(outputs: list[Tensor]) -> set[int]:
-    """Ids of the parameters that outputs depend on."""
-    nodes: list[Any] = [output.grad_fn for output in outputs]
-    seen: set[Any] = {None}
-    leaves: set[int] = set()
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaves.add(id(getattr(node, "variable", None)))
-        nodes.extend(following for following, _ in node.next_functions)
-    return leaves
