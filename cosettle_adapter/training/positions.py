@@ -49,11 +49,9 @@ class PerturbedPositions(Positions):
     index: Tensor | None = None
 
     def added(self) -> Tensor | None:
-        """What is added to the tokens of each image, ``(1 or B, prefix + h * w, C)``."""
         return None if self.absolute is None else self._of_images(self.absolute)
 
     def rotations(self) -> Any:
-        """What each block rotates by: ``(h * w, 2 D)``, or ``(B, 1 or heads, h * w, 2 D)``."""
         rotary = self.rotary
         if rotary is None or rotary.ndim in (2, 4):  # one variant
             return rotary
@@ -62,7 +60,6 @@ class PerturbedPositions(Positions):
         return _ByBlock(lambda block: self._of_images(rotary[:, block]))
 
     def before(self, images: Tensor, backbone: Backbone) -> Tensor:
-        """Move the images by whole patches."""
         if self.shift is None:
             return images
         if backbone.stride != backbone.patch:
@@ -73,7 +70,6 @@ class PerturbedPositions(Positions):
         return _roll(images, self._of_images(self.shift) * backbone.patch)
 
     def after(self, tokens: Tensor) -> Tensor:
-        """Move maps back."""
         return tokens if self.shift is None else _roll(tokens, -self._of_images(self.shift))
 
     def _of_images(self, variants: Tensor) -> Tensor:
@@ -98,11 +94,7 @@ class PerturbedPositions(Positions):
             )
 
     def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
-        """Raise unless these can take the place of a backbone's ``own`` positions.
-
-        Raises:
-            ValueError: another kind, another shape, or variants that do not go with the images.
-        """
+        """Raise unless the variants, too, go with the images."""
         super().check_like(own, grid, images=images)
         variants: dict[str, int] = {}
         if self.absolute is not None:
@@ -156,12 +148,10 @@ def perturbed_positions(
 ) -> PerturbedPositions:
     """Return positions that do not tell patches where they are.
 
-    Absolute and rotary positions are those of a crop of the zoomed grid, as
-    :func:`perturb_positions` and :func:`perturb_rotary` say. A transformer without any does not
-    know where its patches are, and is left as it is. For feature maps, whose zero padding and
-    windows tell patches where they are all the same, the picture is moved to another place of a
-    canvas that is the picture repeated in both directions, and maps are moved back: as far as a
-    crop of the zoomed grid would, by up to ``ratio / (1 + ratio)`` of a side, in whole patches.
+    A transformer without positions does not know where its patches are, and is left as it is. For
+    feature maps, whose zero padding and windows tell patches where they are all the same, the
+    picture is moved on a canvas that is the picture repeated in both directions, and maps are
+    moved back: by up to ``ratio / (1 + ratio)`` of a side, as a crop of the zoomed grid would be.
 
     Args:
         backbone: the encoder.

@@ -16,8 +16,8 @@ from torch import Tensor
 from cosettle_adapter.backbones import BackboneRow, build_backbone, lookup
 from cosettle_adapter.backbones.backbone import Backbone
 from cosettle_adapter.backbones.layouts import to_timm
-from cosettle_adapter.backbones.open_clip import resolve
-from cosettle_adapter.backbones.row import HALF, IMAGENET_MEAN, OPENAI_MEAN, OPENAI_STD
+from cosettle_adapter.backbones.open_clip import open_clip_row as resolve
+from cosettle_adapter.backbones.rows import HALF, IMAGENET_MEAN, OPENAI_MEAN, OPENAI_STD
 from cosettle_adapter.errors import UnknownModelError
 
 WIDTH = 64
@@ -359,7 +359,7 @@ def test_open_clip_is_imported_only_when_asked_for() -> None:
     code = (
         "import sys, cosettle_adapter.backbones.open_clip as rows;"
         "before = 'open_clip' in sys.modules;"
-        "rows.resolve('ViT-B-16/openai');"
+        "rows.open_clip_row('ViT-B-16/openai');"
         "print(before, 'open_clip' in sys.modules)"
     )
     printed = subprocess.run(
