@@ -49,9 +49,11 @@ class PerturbedPositions(Positions):
     index: Tensor | None = None
 
     def added(self) -> Tensor | None:
+        """What is added to the tokens of each image, ``(1 or B, prefix + h * w, C)``."""
         return None if self.absolute is None else self._of_images(self.absolute)
 
     def rotations(self) -> Any:
+        """What each block rotates by: ``(h * w, 2 D)``, or ``(B, 1 or heads, h * w, 2 D)``."""
         rotary = self.rotary
         if rotary is None or rotary.ndim in (2, 4):  # one variant
             return rotary
@@ -60,6 +62,7 @@ class PerturbedPositions(Positions):
         return _ByBlock(lambda block: self._of_images(rotary[:, block]))
 
     def before(self, images: Tensor, backbone: Backbone) -> Tensor:
+        """Move the images by whole patches."""
         if self.shift is None:
             return images
         if backbone.stride != backbone.patch:
@@ -70,6 +73,7 @@ class PerturbedPositions(Positions):
         return _roll(images, self._of_images(self.shift) * backbone.patch)
 
     def after(self, tokens: Tensor) -> Tensor:
+        """Move maps back."""
         return tokens if self.shift is None else _roll(tokens, -self._of_images(self.shift))
 
     def _of_images(self, variants: Tensor) -> Tensor:
@@ -191,10 +195,7 @@ _angles: WeakKeyDictionary[nn.Module, tuple[Grid, Tensor]] = WeakKeyDictionary()
 def join_positions(own: Positions, others: PerturbedPositions, index: Tensor) -> PerturbedPositions:
     """Put a backbone's own positions (variant 0) before others (variants 1 to S).
 
-    Args:
-        own: of a grid, one variant.
-        others: variants for the same grid, as :func:`perturbed_positions` makes them.
-        index: ``(B,)`` int64, the variant that each image takes.
+    ``index`` ``(B,)`` int64 says which variant each image takes.
     """
 
     def together(first: Tensor | None, rest: Tensor | None) -> Tensor | None:
@@ -218,8 +219,7 @@ def perturb_positions(
     ``interpolate_and_crop_pos_embed`` in each model of the official code. The grid in use is
     resized to ``int((1 + ratio) * side)`` patches a side, bicubic without antialiasing, and as
     many patches as it had are cropped at a random place. At the paper's ratio of 10 a crop spans
-    little more than one patch (14 of 154), so that what is left says nearly the same about every
-    patch. Positions of class and register tokens stay as they are.
+    little more than one patch. Positions of class and register tokens stay as they are.
 
     Args:
         positions: ``(1, prefix + h * w, C)``, resized to the grid in use.
@@ -270,8 +270,7 @@ def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
     """Return the angles by which a timm embedding rotates, which its sines and cosines hide.
 
     Sines and cosines tell angles apart only within one turn. So they are taken of an embedding
-    whose frequencies are a million times lower, where every angle is small; frequencies scale
-    angles, whatever else a kind of embedding does with coordinates.
+    whose frequencies are a million times lower, where every angle is small.
 
     Args:
         rope: ``RotaryEmbeddingCat``, ``...DinoV3``, ``...Mixed`` or ``...MRope``, on the CPU.
@@ -312,9 +311,7 @@ def perturb_rotary(
 
     What :func:`perturb_positions` does to a learned embedding, done to coordinates: patch ``k``
     of the zoomed grid lies at ``(k + 0.5) / zoom - 0.5`` of the grid in use, and angles are linear
-    between (and beyond) patches, so nothing is interpolated. Attention between patches then hardly
-    sees how far they are apart; attention to class and register tokens, which are not rotated,
-    sees nearly one place.
+    between (and beyond) patches, so nothing is interpolated.
 
     Args:
         angles: ``(..., h * w, D)`` of the grid in use, as :func:`rotary_angles` returns them.
@@ -347,7 +344,7 @@ def perturb_rotary(
 
 
 def _along(angles: Tensor, first: Tensor, side: int, ratio: float) -> Tensor:
-    """Angles ``(..., side, D)`` of a row or column at the places of crops: ``(S, ..., side, D)``."""
+    """Angles ``(..., side, D)`` of a row or column at places of crops: ``(S, ..., side, D)``."""
     zoom = side / zoomed_side(side, ratio)
     patches = rearrange(first.double(), "s -> s 1") + torch.arange(side) + 0.5
     places = (patches * zoom - 0.5).to(angles.device)
@@ -361,11 +358,6 @@ def _along(angles: Tensor, first: Tensor, side: int, ratio: float) -> Tensor:
 
 def crop_corners(offsets: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor]:
     """First row and first column of each crop in the zoomed grid: two ``(S,)`` int64.
-
-    Args:
-        offsets: ``(S, 2)`` in [0, 1), (row, column): which of the places there are to crop at.
-        grid: ``(h, w)``.
-        ratio: by how much more than once the grid is zoomed.
 
     Raises:
         ValueError: offsets of another shape or range, or a ratio that is negative or not finite.

@@ -103,7 +103,8 @@ def random_model(kind: Kind) -> Tensors:
             f"{name}.bias": random(out),
         }
 
-    model = {"patch.weight": random(WIDTH, 3, PATCH, PATCH, scale=0.1), "patch.bias": random(WIDTH)}
+    model = {"patch.weight": random(WIDTH, 3, PATCH, PATCH, scale=0.1)}
+    model |= {} if kind.pre_norm else {"patch.bias": random(WIDTH)}
     model |= norm("norm") | (norm("pre") if kind.pre_norm else {})
     if kind.class_token:
         model["cls"] = random(1, 1, WIDTH)
@@ -135,7 +136,7 @@ def reference(model: Tensors, kind: Kind, images: Tensor) -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, model[f"{name}.weight"], model[f"{name}.bias"])
 
-    patches = F.conv2d(images, model["patch.weight"], model["patch.bias"], stride=PATCH)
+    patches = F.conv2d(images, model["patch.weight"], model.get("patch.bias"), stride=PATCH)
     batch, _, h, w = patches.shape
     x = rearrange(patches, "b c h w -> b (h w) c")
     if kind.class_token:
