@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import Backbone, Positions, VisionTransformerBackbone
+from cosettle_adapter.backbones.backbone import Grid
 from cosettle_adapter.errors import GeometryError
-
-Grid = tuple[int, int]
 
 _SHRINK = 2.0**-20
 _FREQUENCIES = {"bands": _SHRINK, "inv_freq": _SHRINK, "freqs": _SHRINK, "periods": 1 / _SHRINK}
@@ -30,18 +29,16 @@ _CLOSE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedPositions(Positions):
-    """Positions that may differ from image to image: for one grid, resized already.
+    """Positions that may differ from image to image.
 
-    Several variants, along a leading dimension ``S``, are one an image in order, unless ``index``
-    says which image takes which.
+    Variants, along a leading dimension ``S``, are one an image in order, unless there is an index.
 
     Attributes:
         absolute: ``(S, prefix + h * w, C)``.
         rotary: ``(S, h * w, 2 D)``, or ``(S, depth, heads, h * w, 2 D)`` where blocks differ;
             without the ``S``, one variant.
         shift: ``(S, 2)`` int64, rows and columns of patches by which the picture is moved down and
-            right on its canvas before it is encoded, what leaves it coming back in on the other
-            side; the map is moved back, so that its patches show the same content.
+            right, round the edges, before it is encoded; the map is moved back.
         index: ``(B,)`` int64, the variant that each image takes.
     """
 
@@ -233,7 +230,7 @@ def perturb_positions(
         ``(S, prefix + h * w, C)`` on the device of ``positions``; float32, or float64 if they are.
 
     Raises:
-        ValueError: offsets outside [0, 1), a negative ratio, or positions that do not fit the grid.
+        ValueError: as :func:`crop_corners`, or positions that do not fit the grid.
     """
     if positions.ndim != 3 or len(positions) != 1 or positions.shape[1] != prefix + math.prod(grid):
         raise ValueError(
