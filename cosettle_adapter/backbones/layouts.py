@@ -204,9 +204,9 @@ def _convert(tensors: Mapping[str, Tensor], layout: Layout, row: BackboneRow) ->
     }
     converted = {new: tensors[name] for new, name in own.items()}
     expected = meta_model(row).state_dict().keys()
-    if layout.names is _OPENAI and "norm_pre.weight" not in converted:
+    kernel = converted.get("patch_embed.proj.weight")
+    if layout.names is _OPENAI and "norm_pre.weight" not in converted and kernel is not None:
         # Without a norm before the blocks, timm's patches have a bias; in CLIPA they have none.
-        kernel = tensors[prefix + "conv1.weight"]
         converted.setdefault("patch_embed.proj.bias", kernel.new_zeros(len(kernel)))
     for name, ndim, pattern in (("cls_token", 1, "c -> 1 1 c"), ("pos_embed", 2, "n c -> 1 n c")):
         if name in converted and converted[name].ndim == ndim:

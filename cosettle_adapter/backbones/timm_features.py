@@ -72,16 +72,7 @@ def unused_modules(model: nn.Module) -> list[str]:
             f"timm {timm.__version__} cannot compute the feature maps of {type(model).__name__} "
             f"({type(error).__name__}: {error}), so it cannot be a backbone here"
         ) from error
-    parameters = [each for each in outline.parameters() if each.requires_grad]
-    with torch.device("meta"):
-        gradients = torch.autograd.grad(
-            [each.sum() for each in maps], parameters, allow_unused=True
-        )
-    read = {
-        id(parameter)
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-        if gradient is not None
-    }
+    read = _graph_leaves(maps)
     modules = dict(outline.named_modules(remove_duplicate=False))
     used |= {
         id(module)
@@ -164,3 +155,17 @@ def _outline_maps(outline: nn.Module, size: Size) -> list[Tensor]:
     images = torch.empty(1, 3, *size, device="meta", dtype=dtype)
     with torch.enable_grad():
         return feature_maps(outline, images, range(len(feature_info(outline))))
+
+
+def _graph_leaves(outputs: list[Tensor]) -> set[int]:
+    """Ids of the parameters that outputs depend on."""
+    nodes: list[Any] = [output.grad_fn for output in outputs]
+    seen: set[Any] = {None}
+    leaves: set[int] = set()
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            leaves.add(id(getattr(node, "variable", None)))
+            nodes.extend(following for following, _ in node.next_functions)
+    return leaves
