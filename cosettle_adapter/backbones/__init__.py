@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.backbones.architectures import WRAPPERS, check_tensors, empty_model
-from cosettle_adapter.backbones.backbone import Backbone
-from cosettle_adapter.backbones.hub_options import HubOptions
-from cosettle_adapter.backbones.positions import Positions
+from cosettle_adapter.backbones.backbone import Backbone, Positions
+from cosettle_adapter.backbones.downloads import HubOptions
 from cosettle_adapter.backbones.registry import REGISTRY, BackboneRow, lookup
 from cosettle_adapter.backbones.vit import VisionTransformerBackbone
 from cosettle_adapter.backbones.weights import load_weights

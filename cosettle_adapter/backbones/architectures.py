@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cosettle_adapter.backbones.cnn import FeatureMapBackbone
-from cosettle_adapter.backbones.row import BackboneRow
+from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone
+from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.backbones.timm_features import prune
 from cosettle_adapter.backbones.vit import VisionTransformerBackbone
 from cosettle_adapter.errors import CorruptWeightsError

@@ -3,27 +3,89 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from cosettle_adapter.backbones.positions import Positions
-from cosettle_adapter.backbones.row import BackboneRow
-from cosettle_adapter.backbones.zoom import Grid, crop_corners, zoomed_side
+from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import GeometryError
 
+Grid = tuple[int, int]
 Read = tuple[int, bool | None]  # layer, and whether the final norm is applied; None: by the row
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """Positional embeddings of one grid, to be used in place of a backbone's own.
+
+    Attributes:
+        absolute: ``(1 or B, prefix + h * w, C)``, added to the tokens before the first block.
+        rotary: ``(h * w, 2 D)``, sines then cosines, by which queries and keys are rotated in
+            every block; ``(depth, heads, h * w, 2 D)`` where blocks differ.
+    """
+
+    absolute: Tensor | None = None
+    rotary: Tensor | None = None
+
+    def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
+        """Raise ``ValueError`` unless these can take the place of a backbone's ``own``."""
+        for kind in ("absolute", "rotary"):
+            given, expected = getattr(self, kind), getattr(own, kind)
+            if (given is None) != (expected is None):
+                raise ValueError(
+                    f"{'no ' if given is None else ''}{kind} positions were given, but this "
+                    f"backbone has {'none' if expected is None else 'them'}"
+                )
+            if given is not None:
+                self._check_shape(kind, given, expected, grid, images)
+
+    def _check_shape(
+        self, kind: str, given: Tensor, expected: Tensor, grid: Grid, images: int
+    ) -> None:
+        shape, own = tuple(given.shape), tuple(expected.shape)
+        each = kind == "absolute" and shape == (images, *own[1:])
+        if shape != own and not each:
+            spelled = f"(1 or B, {', '.join(map(str, own[1:]))})" if kind == "absolute" else own
+            raise ValueError(
+                f"expected {kind} positions {spelled} for grid {grid[0]} x {grid[1]}, got {shape}"
+            )
+
+    def to(self, device: torch.device) -> Positions:
+        """Return the same positions on a device, embeddings in float32."""
+        return dataclasses.replace(
+            self,
+            absolute=None if self.absolute is None else self.absolute.to(device, torch.float32),
+            rotary=None if self.rotary is None else self.rotary.to(device, torch.float32),
+        )
+
+    def added(self) -> Tensor | None:
+        """What is added to the tokens of a batch, ``(1 or B, prefix + h * w, C)``."""
+        return self.absolute
+
+    def rotations(self) -> Any:
+        """What queries and keys are rotated by; indexed by block where blocks differ."""
+        return self.rotary
+
+    def before(self, images: Tensor, backbone: Backbone) -> Tensor:
+        """Change the images that are encoded; training moves them, these do nothing."""
+        del backbone
+        return images
+
+    def after(self, tokens: Tensor) -> Tensor:
+        """Undo on maps ``(B, C, h, w)`` what :meth:`before` did to the images."""
+        return tokens
 
 
 class Backbone(nn.Module, abc.ABC):
     """A frozen encoder that returns patch tokens as a map.
 
-    It stays in eval mode whatever ``train()`` is asked for, its parameters never require
-    gradients, and no graph is recorded unless ``requires_input_grad`` says so. A *layer* is a
-    transformer block, or a feature map where the resolution changes on the way; all layers are
-    returned on one grid.
+    It stays in eval mode whatever ``train()`` is asked for, and its parameters never require
+    gradients. A *layer* is a transformer block, or a feature map where the resolution changes on
+    the way; all layers are returned on one grid.
 
     Attributes:
         row: the registry row it was built from.
@@ -120,32 +182,11 @@ class Backbone(nn.Module, abc.ABC):
     def positions(self, grid: Grid) -> Positions:
         """Return the positions of a grid in float32, computed once."""
 
-    def perturbed_positions(self, grid: Grid, offsets: Tensor, *, ratio: float = 10.0) -> Positions:
-        """Return positions that do not tell patches where they are (the paper's PEA).
-
-        This is what backbones without positions to replace do in its stead (feature maps: their
-        zero padding and windows tell cells where they are all the same). The picture is moved to
-        another place of a canvas that is the picture repeated in both directions, and cut to the
-        size it has; maps are moved back, so that cells keep their content. It moves as far as a
-        crop of the zoomed grid would: by up to ``ratio / (1 + ratio)`` of a side, in whole cells.
-
-        Args:
-            grid: ``(h, w)`` of the images.
-            offsets: ``(S, 2)`` in [0, 1), (row, column): one for all images, or one for each.
-            ratio: by how much more than once the grid is zoomed; 0 changes nothing.
-
-        Returns:
-            ``S`` variants, on the device of the backbone.
-
-        Raises:
-            ValueError: offsets of another shape or range, or a negative ratio.
-        """
-        corners = crop_corners(offsets, grid, ratio)
-        moved = [
-            corner * side // zoomed_side(side, ratio)
-            for corner, side in zip(corners, grid, strict=True)
-        ]
-        return Positions(shift=torch.stack(moved, dim=1).to(self.device))
+    def perturbed_positions(self, grid: Grid, offsets: Tensor, *, ratio: float = 10.0) -> Any:
+        """Deprecated place of :func:`cosettle_adapter.training.positions.perturbed_positions`."""
+        # shim: removed at integration
+        training = importlib.import_module("cosettle_adapter.training.positions")
+        return training.perturbed_positions(self, grid, offsets, ratio=ratio)
 
     @abc.abstractmethod
     def _maps(
@@ -169,8 +210,7 @@ class Backbone(nn.Module, abc.ABC):
             norm: apply the final norm; by default as the row says for the last layer, and not
                 for earlier ones.
             positions: positions to use in place of the backbone's own, in the shapes of
-                :meth:`positions`; they may differ from image to image, as
-                :class:`~cosettle_adapter.backbones.positions.Positions` says.
+                :meth:`positions`.
 
         Returns:
             ``(B, C, h, w)``, dtype of the backbone.
@@ -202,48 +242,22 @@ class Backbone(nn.Module, abc.ABC):
             One ``(B, C, h, w)`` a requested layer, in the order of ``layers``.
         """
         norms = norm if isinstance(norm, Sequence) else [norm] * len(layers)
-        wanted = [(self.block(layer), each) for layer, each in zip(layers, norms, strict=True)]
+        reads = [(self.block(layer), each) for layer, each in zip(layers, norms, strict=True)]
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
         if positions is not None:
             grid = self.grid(images.shape[-2], images.shape[-1])
             positions.check_like(self.positions(grid), grid, images=len(images))
-        shift = self._shift(positions)
         with torch.set_grad_enabled(self.requires_input_grad and torch.is_grad_enabled()):
             images = images.to(self.dtype)
-            if shift is not None:
-                images = _roll(images, shift * self.patch)
-            maps = self._maps(images, frozenset(wanted), positions)
-            if shift is not None:
-                maps = {read: _roll(cells, -shift) for read, cells in maps.items()}
-        return [maps[read] for read in wanted]
-
-    def _shift(self, positions: Positions | None) -> Tensor | None:
-        if positions is None or positions.shift is None:
-            return None
-        if self.stride != self.patch:
-            raise GeometryError(
-                f"pictures cannot be moved by whole cells where patches overlap (patch "
-                f"{self.patch}, stride {self.stride}); leave the stride out"
-            )
-        return positions.for_images(positions.shift).to(self.device)
+            if positions is None:
+                maps = self._maps(images, frozenset(reads), None)
+            else:
+                images = positions.before(images, self)
+                maps = self._maps(images, frozenset(reads), positions)
+                maps = {read: positions.after(tokens) for read, tokens in maps.items()}
+        return [maps[read] for read in reads]
 
     def extra_repr(self) -> str:
         """Name, patch and stride."""
         return f"{self.row.name}, patch={self.patch}, stride={self.stride}"
-
-
-def _roll(images: Tensor, shift: Tensor) -> Tensor:
-    """Move each of ``(B, C, H, W)`` down and right by its ``(B or 1, 2)``, round the edges."""
-    rows, columns = (
-        (torch.arange(side, device=images.device) - rearrange(moved, "b -> b 1")) % side
-        for side, moved in zip(images.shape[-2:], shift.unbind(1), strict=True)
-    )
-    which = torch.arange(len(images), device=images.device)
-    rolled = images[
-        rearrange(which, "b -> b 1 1"),
-        :,
-        rearrange(rows, "b h -> b h 1"),
-        rearrange(columns, "b w -> b 1 w"),
-    ]
-    return rearrange(rolled, "b h w c -> b c h w")

@@ -1,34 +1,29 @@
-"""Files of the Hub cache, whose large blobs are named by the sha256 they must have."""
+# shim: removed at integration
+"""Old place of what is now in ``downloads.py``: ``hub_file`` downloads and verifies."""
 
-from __future__ import annotations
-
-import re
 from pathlib import Path
 
-from cosettle_adapter.backbones.wheels import check_sha256
-from cosettle_adapter.errors import CorruptWeightsError
+from huggingface_hub import constants, hf_hub_download
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+from cosettle_adapter.backbones import downloads
+from cosettle_adapter.errors import CorruptWeightsError
 
 
 def check_blob(path: Path, *, what: str) -> Path:
-    """Return a file of the Hub cache that is what the Hub announced; remove one that is not.
-
-    Args:
-        path: the link in a snapshot; small files, whose blobs have other names, pass unchecked.
-        what: what to call it in an error.
-
-    Raises:
-        CorruptWeightsError: the download was damaged or the file changed. It is gone from the
-            cache then, so that the next attempt downloads it again.
-    """
-    # One link only: the blob may itself be a link into the client's shared store.
-    checksum = path.readlink().name if path.is_symlink() else ""
-    if _SHA256.fullmatch(checksum):
-        try:
-            check_sha256(path, checksum, what=f"{what} in the Hub cache")
-        except CorruptWeightsError:
-            path.resolve().unlink(missing_ok=True)
-            path.unlink()
+    """Return a file of the Hub cache that is what the Hub announced, downloaded again if not."""
+    try:
+        return downloads.check_blob(path, what=what)
+    except CorruptWeightsError:
+        snapshots = next(parent for parent in path.parents if parent.name == "snapshots")
+        commit, *parts = path.relative_to(snapshots).parts
+        if constants.HF_HUB_OFFLINE:
             raise
-    return path
+        repo = snapshots.parent.name.removeprefix("models--").replace("--", "/")
+        cache = snapshots.parent.parent
+        hf_hub_download(
+            repo, "/".join(parts), revision=commit, cache_dir=cache, force_download=True
+        )
+        return downloads.check_blob(path, what=what)
+
+
+__all__ = ["check_blob"]

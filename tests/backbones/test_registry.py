@@ -8,8 +8,8 @@ import torch
 
 from cosettle_adapter.backbones import REGISTRY, lookup
 from cosettle_adapter.backbones.architectures import meta_model
-from cosettle_adapter.backbones.row import IMAGENET_MEAN, IMAGENET_STD
-from cosettle_adapter.backbones.timm_features import feature_info
+from cosettle_adapter.backbones.registry import feature_info
+from cosettle_adapter.backbones.rows import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN
 from cosettle_adapter.errors import UnknownModelError
 
 TRANSFORMERS = [name for name, row in REGISTRY.items() if row.kind == "vit"]
@@ -38,11 +38,6 @@ def test_a_row_of_feature_maps_describes_its_architecture(name: str) -> None:
     assert not row.final_norm
     absolute = any("pos_embed" in tensor for tensor in meta_model(row).state_dict())
     assert row.positions == ("absolute" if absolute else "none")
-
-
-def test_every_family_of_positions_is_there() -> None:
-    kinds = {row.positions for row in REGISTRY.values()}
-    assert kinds == {"absolute", "rotary", "absolute+rotary", "none"}
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -84,13 +79,6 @@ def test_the_paper_normalises_all_eight_alike() -> None:
     assert all(len(row.release.reported) == 3 for row in released if row.release)
 
 
-def test_the_promised_backbones_are_there() -> None:
-    promised = {f"dinov2-vit{size}14{reg}" for size in "sblg" for reg in ("", "-reg")}
-    promised |= {"dino-vits16", "dino-vits8", "dino-vitb16", "dino-vitb8"}
-    promised |= {"mae-vitb16", "mae-vitl16", "mae-vith14", "clip-vitb16", "dinov2-vits14-pypi"}
-    assert promised <= REGISTRY.keys()
-
-
 def test_clip_uses_quickgelu() -> None:
     vit: Any = meta_model(REGISTRY["clip-vitb16"])
     activation = vit.blocks[0].mlp.act
@@ -110,3 +98,111 @@ def test_siglip_uses_the_gelu_it_was_trained_with(name: str) -> None:
 def test_an_unknown_name_gets_close_ones() -> None:
     with pytest.raises(UnknownModelError, match="Did you mean 'dinov2-vitb14'"):
         lookup("dinov2-vitb-14")
+
+
+# timm:<tag>
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "patch", "width", "depth", "positions"),
+    [
+        ("resnet50.a1_in1k", "features", 16, 1024, 5, "none"),
+        ("resnet50.a1_in1k@8", "features", 8, 512, 5, "none"),
+        ("convnextv2_base.fcmae@32", "features", 32, 1024, 4, "none"),
+        ("convnext_base.dinov3_lvd1689m", "features", 16, 512, 4, "none"),
+        ("efficientnet_b0.ra_in1k", "features", 16, 112, 5, "none"),
+        ("swin_base_patch4_window7_224.ms_in22k", "features", 16, 512, 4, "none"),
+        ("hiera_base_224.mae", "features", 16, 384, 4, "absolute"),
+        ("sam2_hiera_tiny.fb_r896", "features", 16, 384, 4, "absolute"),
+        ("vit_base_r50_s16_224.orig_in21k", "features", 16, 768, 12, "absolute"),
+        ("vit_tiny_r_s16_p8_224.augreg_in21k", "features", 32, 192, 12, "absolute"),
+        ("beit_base_patch16_224.in22k_ft_in22k", "features", 16, 768, 12, "none"),
+        ("samvit_base_patch16.sa1b", "features", 16, 768, 12, "absolute"),
+        ("pvt_v2_b0.in1k", "features", 16, 160, 4, "none"),
+        ("levit_128s.fb_dist_in1k@64", "features", 64, 384, 3, "none"),
+        ("vit_small_patch16_224.dino", "vit", 16, 384, 12, "absolute"),
+        ("vit_small_patch16_224.dino@16", "features", 16, 384, 12, "absolute"),
+        ("vit_small_patch16_dinov3.lvd1689m", "vit", 16, 384, 12, "rotary"),
+        ("eva02_tiny_patch14_224.mim_in22k", "vit", 14, 192, 12, "absolute+rotary"),
+    ],
+)
+def test_a_tag_is_a_row(
+    tag: str, kind: str, patch: int, width: int, depth: int, positions: str
+) -> None:
+    row = lookup(f"timm:{tag}")
+    assert row.name == f"timm:{tag}"
+    assert (row.kind, row.patch, row.width, row.depth) == (kind, patch, width, depth)
+    assert row.positions == positions
+    assert row.hub is not None
+    assert row.hub.repo == f"timm/{tag.partition('@')[0]}"
+    assert row.architecture == tag.partition(".")[0]
+
+
+def test_normalisation_and_licence_are_timms() -> None:
+    convnext = lookup("timm:convnext_base.dinov3_lvd1689m")
+    assert (convnext.mean, convnext.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert convnext.licence == "LicenseRef-DINOv3"
+    assert lookup("timm:vit_base_patch16_clip_224.openai").mean == OPENAI_MEAN
+    assert lookup("timm:hiera_base_224.mae").licence == "CC-BY-NC-4.0"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("resnet50", "timm:resnet50.{}"),
+        ("resnet50@8", "timm:resnet50.{}@8"),
+        ("vit_small_patch16_224", "timm:vit_small_patch16_224.{}"),
+    ],
+)
+def test_the_default_tag_is_filled_in(given: str, name: str) -> None:
+    row = lookup(f"timm:{given}")
+    default = timm.get_pretrained_cfg(given.partition("@")[0]).tag
+    assert default
+    assert row.name == name.format(default)
+    assert lookup(row.name) == row  # a saved projection names its backbone so
+
+
+def test_an_architecture_that_nobody_published_weights_of() -> None:
+    architecture = "botnet50ts_256"
+    assert not timm.list_pretrained(f"{architecture}.*")
+    row = lookup(f"timm:{architecture}")
+    assert (row.name, row.hub) == (f"timm:{architecture}", None)
+    assert "backbone_weights=PATH" in row.note
+    assert lookup(row.name) == row
+
+
+@pytest.mark.parametrize(
+    ("tag", "message"),
+    [
+        ("resnt50", r"timm [\d.]+ has no model 'resnt50'\. Did you mean 'resnet50'"),
+        ("", r"has no model ''"),
+        # an old name that timm still maps, but has no configuration of
+        ("vit_base_patch16_224_dino", r"no model .* Did you mean 'vit_base_patch16_224\.dino'"),
+        ("resnet50.a9_in1k", r"no weights 'resnet50\.a9_in1k'\. Did you mean 'resnet50\.\w+_in1k'"),
+        ("botnet50ts_256.in1k", r"no weights .*\. It has none of botnet50ts_256 at all"),
+        ("resnet50@7", r"timm:resnet50\.\w+@7 has no stage with 7 pixels .* has 2, 4, 8, 16, 32$"),
+        ("resnet50@", r"no stage with no number of pixels a patch; it has 2, 4"),
+        ("resnet50@big", r"no stage with big pixels a patch"),
+        ("vit_small_patch16_224.dino@8", r"no stage with 8 pixels a patch; it has 16$"),
+    ],
+)
+def test_what_timm_does_not_have_is_named_with_what_comes_near(tag: str, message: str) -> None:
+    with pytest.raises(UnknownModelError, match=message):
+        lookup(f"timm:{tag}")
+
+
+@pytest.mark.parametrize(
+    "tag", ["vit_base_patch16_clip_224.openai", "vit_large_patch14_clip_224.metaclip_400m"]
+)
+def test_weights_trained_with_quickgelu_get_it(tag: str) -> None:
+    row = lookup(f"timm:{tag}")
+    assert row.name == f"timm:{tag}"
+    assert row.note == "QuickGELU"
+    activation = meta_model(row).blocks[0].mlp.act
+    values = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(activation(values), values * torch.sigmoid(1.702 * values))
+
+
+def test_weights_trained_with_gelu_keep_it() -> None:
+    row = lookup("timm:vit_base_patch16_clip_224.laion2b")
+    assert row.architecture == "vit_base_patch16_clip_224"

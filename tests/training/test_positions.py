@@ -16,17 +16,23 @@ from torch.nn import functional as F
 
 from cosettle_adapter.backbones import (
     BackboneRow,
-    Positions,
     VisionTransformerBackbone,
     build_backbone,
     lookup,
 )
-from cosettle_adapter.backbones.cnn import FeatureMapBackbone
-from cosettle_adapter.backbones.positions import join_positions, perturb_positions
-from cosettle_adapter.backbones.rotary import perturb_rotary, rotary_angles
+from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone
 from cosettle_adapter.backbones.timm_features import own_tensors
-from cosettle_adapter.backbones.zoom import crop_corners, zoomed_side
 from cosettle_adapter.errors import GeometryError
+from cosettle_adapter.training.positions import (
+    PerturbedPositions,
+    crop_corners,
+    join_positions,
+    perturb_positions,
+    perturb_rotary,
+    perturbed_positions,
+    rotary_angles,
+    zoomed_side,
+)
 
 from helpers import TINY, tiny_state
 
@@ -200,7 +206,7 @@ def test_rotary_pea_of_dinov3_equals_its_definition() -> None:
     h, w, ratio = 6, 9, 10.0
     backbone = small("rotary")
     periods = 100.0 ** (torch.arange(16, dtype=torch.float64) / 16)
-    found = backbone.perturbed_positions((h, w), OFFSETS, ratio=ratio).rotary
+    found = perturbed_positions(backbone, (h, w), OFFSETS, ratio=ratio).rotary
     assert found is not None
     for offset, variant in zip(OFFSETS, found, strict=True):
         y = places(int(offset[0] * (66 - h + 1)), h, ratio)
@@ -218,7 +224,7 @@ def test_rotary_pea_of_mixed_frequencies_equals_its_definition() -> None:
     h, w, ratio = 5, 4, 10.0
     backbone = small("rotary, each block its own")
     frequencies = backbone.vit.rope.freqs.double()  # (2, depth, heads, D / 2), columns first
-    found = backbone.perturbed_positions((h, w), OFFSETS, ratio=ratio).rotary
+    found = perturbed_positions(backbone, (h, w), OFFSETS, ratio=ratio).rotary
     assert found is not None
     assert found.shape == (3, 2, 6, h * w, 128)
     for offset, variant in zip(OFFSETS, found, strict=True):
@@ -235,7 +241,7 @@ def test_rotary_pea_of_mixed_frequencies_equals_its_definition() -> None:
 @pytest.mark.parametrize("grid", [(16, 16), (3, 5), (1, 4), (1, 1)])
 def test_rotary_pea_without_zoom_is_timms_own(kind: str, grid: tuple[int, int]) -> None:
     backbone = small(kind)
-    own, same = backbone.positions(grid), backbone.perturbed_positions(grid, OFFSETS, ratio=0.0)
+    own, same = backbone.positions(grid), perturbed_positions(backbone, grid, OFFSETS, ratio=0.0)
     assert own.rotary is not None
     assert same.rotary is not None
     for variant in same.rotary:
@@ -248,7 +254,7 @@ def test_rotary_pea_passes_through_the_cells_of_the_grid(kind: str) -> None:
     grid = (6, 9)
     backbone = small(kind)
     offsets = (torch.tensor([[4, 7]]) + 0.5).double() / torch.tensor([13.0, 19.0])
-    own, found = backbone.positions(grid), backbone.perturbed_positions(grid, offsets, ratio=2.0)
+    own, found = backbone.positions(grid), perturbed_positions(backbone, grid, offsets, ratio=2.0)
     assert own.rotary is not None
     assert found.rotary is not None
     own_cells = rearrange(own.rotary, "... (h w) d -> h w ... d", h=6)
@@ -283,10 +289,10 @@ def test_each_image_gets_its_own_positions(kind: str) -> None:
     backbone = small(kind)
     images = images_for(backbone, 4, 6, batch=3)
     together = backbone.patch_tokens(
-        images, positions=backbone.perturbed_positions((4, 6), OFFSETS)
+        images, positions=perturbed_positions(backbone, (4, 6), OFFSETS)
     )
     for image, offset, tokens in zip(images, OFFSETS, together, strict=True):
-        one = backbone.perturbed_positions((4, 6), offset[None])
+        one = perturbed_positions(backbone, (4, 6), offset[None])
         alone = backbone.patch_tokens(image[None], positions=one)[0]
         torch.testing.assert_close(tokens, alone, atol=1e-5, rtol=1e-5)
 
@@ -295,14 +301,14 @@ def test_each_image_gets_its_own_positions(kind: str) -> None:
 def test_an_index_says_which_positions_are_whose(kind: str) -> None:
     backbone = small(kind)
     images = images_for(backbone, 4, 6).expand(4, -1, -1, -1)
-    perturbed = backbone.perturbed_positions((4, 6), OFFSETS)
+    perturbed = perturbed_positions(backbone, (4, 6), OFFSETS)
     index = torch.tensor([3, 0, 1, 0])
     joined = join_positions(backbone.positions((4, 6)), perturbed, index)
     found = backbone.patch_tokens(images, positions=joined)
     own = backbone.patch_tokens(images[:1])
     apart = [own] + [
         backbone.patch_tokens(
-            images[:1], positions=backbone.perturbed_positions((4, 6), offset[None])
+            images[:1], positions=perturbed_positions(backbone, (4, 6), offset[None])
         )
         for offset in OFFSETS
     ]
@@ -320,10 +326,10 @@ def test_perturbed_positions_reach_half_precision(kind: str) -> None:
     tensors = small(kind).vit.state_dict()
     half = build_backbone(row, tensors, fingerprint="sha256:0").to(torch.bfloat16)
     images = images_for(half, 4, 4, batch=3)
-    tokens = half.patch_tokens(images, positions=half.perturbed_positions((4, 4), OFFSETS))
+    tokens = half.patch_tokens(images, positions=perturbed_positions(half, (4, 4), OFFSETS))
     assert tokens.dtype == torch.bfloat16
     exact = small(kind).patch_tokens(
-        images, positions=small(kind).perturbed_positions((4, 4), OFFSETS)
+        images, positions=perturbed_positions(small(kind), (4, 4), OFFSETS)
     )
     assert float(F.cosine_similarity(tokens.float(), exact, dim=1).min()) > 0.98
 
@@ -331,7 +337,7 @@ def test_perturbed_positions_reach_half_precision(kind: str) -> None:
 def test_positions_that_do_not_go_with_the_images() -> None:
     backbone = small("absolute+rotary")
     images = images_for(backbone, 2, 3, batch=2)
-    perturbed = backbone.perturbed_positions((2, 3), OFFSETS)
+    perturbed = perturbed_positions(backbone, (2, 3), OFFSETS)
     assert perturbed.absolute is not None
     assert perturbed.rotary is not None
 
@@ -398,7 +404,7 @@ def test_a_moved_picture_has_its_cells_in_their_places() -> None:
     backbone = feature_maps("convnext_atto", pointwise=True)
     images = images_for(backbone, 5, 7, batch=3)
     own = backbone.patch_tokens(images)
-    moved = backbone.perturbed_positions((5, 7), OFFSETS)
+    moved = perturbed_positions(backbone, (5, 7), OFFSETS)
     assert moved.shift is not None
     assert moved.shift.tolist() == [[0, 6], [1, 3], [2, 0]]
     torch.testing.assert_close(
@@ -411,7 +417,7 @@ def test_a_moved_picture_is_the_picture_moved(architecture: str) -> None:
     backbone = feature_maps(architecture)
     images = images_for(backbone, 4, 6, batch=2)
     shift = torch.tensor([[1, 4], [0, 0]])
-    tokens = backbone.patch_tokens(images, positions=Positions(shift=shift))
+    tokens = backbone.patch_tokens(images, positions=PerturbedPositions(shift=shift))
     rolled = images[:1].roll((16, 4 * 16), dims=(2, 3))
     expected = backbone.patch_tokens(rolled).roll((-1, -4), dims=(2, 3))
     torch.testing.assert_close(tokens[:1], expected, atol=1e-4, rtol=1e-4)
@@ -430,7 +436,7 @@ def test_a_moved_picture_is_the_picture_moved(architecture: str) -> None:
 @given(h=st.integers(1, 30), w=st.integers(1, 30), ratio=st.floats(0, 20), seed=st.integers(0, 99))
 def test_pictures_move_as_far_as_crops_do(h: int, w: int, ratio: float, seed: int) -> None:
     offsets = torch.rand(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    shift = feature_map_backbone().perturbed_positions((h, w), offsets, ratio=ratio).shift
+    shift = perturbed_positions(feature_map_backbone(), (h, w), offsets, ratio=ratio).shift
     assert shift is not None
     assert shift.dtype == torch.int64
     for moved, side in zip(shift.unbind(1), (h, w), strict=True):
@@ -449,13 +455,15 @@ def test_on_blank_pictures_only_the_place_moves() -> None:
     images = torch.ones(1, 3, 8 * 16, 8 * 16)
     own = backbone.patch_tokens(images)
     assert float(own[0, :, 0, 0].sub(own[0, :, 4, 4]).abs().mean()) > 0.01
-    moved = backbone.patch_tokens(images, positions=Positions(shift=torch.tensor([[3, 5]])))
+    moved = backbone.patch_tokens(
+        images, positions=PerturbedPositions(shift=torch.tensor([[3, 5]]))
+    )
     torch.testing.assert_close(moved, own.roll((-3, -5), dims=(2, 3)))
 
 
 def test_overlapping_patches_cannot_be_moved() -> None:
     backbone = build_backbone(TINY, tiny_state(), fingerprint="sha256:0", stride=8)
     own = backbone.positions((3, 3))
-    moved = Positions(own.absolute, shift=torch.tensor([[1, 1]]))
+    moved = PerturbedPositions(own.absolute, shift=torch.tensor([[1, 1]]))
     with pytest.raises(GeometryError, match=r"cannot be moved .* overlap \(patch 16, stride 8\)"):
         backbone.patch_tokens(torch.zeros(1, 3, 32, 32), positions=moved)
