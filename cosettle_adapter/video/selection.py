@@ -1,16 +1,32 @@
-"""Which frames of a source are wanted: one object, wherever frames are chosen."""
+"""Which frames of a source to read: one object, wherever frames are chosen."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.video.timeline import PendingFrame
+
+
+@dataclass(frozen=True, eq=False)
+class PendingFrame:
+    """A frame whose time is known and whose pixels are made when they are asked for.
+
+    Attributes:
+        time: seconds from the start of the source.
+        name: what errors call it: a file, or a position.
+        load: makes the pixels, (3, H, W) uint8 or float in [0, 1].
+    """
+
+    time: float
+    name: str
+    load: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
