@@ -86,10 +86,7 @@ def is_pil(candidate: Any) -> bool:
 
 
 def image_to_frame(image: Any) -> Tensor:
-    """Convert a PIL image of any mode to RGB pixels; transparency is dropped.
-
-    Returns:
-        (3, H, W) uint8 tensor.
+    """Convert a PIL image to (3, H, W) uint8 RGB; transparency is dropped.
 
     Raises:
         FrameError: a mode without a known range of values (32-bit float).

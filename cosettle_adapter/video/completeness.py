@@ -67,15 +67,9 @@ class Completeness:
         self._reached = max(self._reached, self._shown)
 
     def check(self, source: object, frames_read: int, *, from_start: bool) -> None:
-        """Raise if the file ended too early.
+        """Raise :class:`TruncatedVideoError` if the file ended too early.
 
-        Args:
-            source: what the error calls the file.
-            frames_read: number of frames delivered.
-            from_start: every frame of the file was seen, not only those after a seek.
-
-        Raises:
-            TruncatedVideoError: it did.
+        ``from_start`` tells that every frame was seen, not only those after a seek.
         """
         if not self.partial_tail:
             whole = from_start and self.frames is not None and self._read >= self.frames

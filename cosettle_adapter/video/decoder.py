@@ -84,15 +84,9 @@ class SourceInfo:
 
 
 class Video:
-    """An open video: the stream of its pictures, and what its header promises.
+    """An open video: the stream of its pictures, and how much was read of what it promises.
 
-    Attributes:
-        source: where it lies.
-        container: PyAV's container.
-        stream: the stream of pictures.
-        base: seconds a tick, 0 if unknown.
-        step: average seconds between frames, 0 if unknown.
-        completeness: how much was read of what is promised.
+    ``base`` is the seconds of a tick and ``step`` the average seconds of a frame, 0 if unknown.
     """
 
     def __init__(self, source: VideoSource, container: InputContainer, stream: VideoStream) -> None:
@@ -105,7 +99,7 @@ class Video:
 
     def seek(self, ticks: int) -> str | None:
         """Go to the keyframe at or before a time; return why not, where it cannot be done."""
-        av = _pyav()
+        av = pyav()
         try:
             self.container.seek(ticks, stream=self.stream, backward=True)
         except (av.error.FFmpegError, OSError) as error:
@@ -144,7 +138,7 @@ class Video:
 
     def frames(self, prepare: Callable[[Packet[Any]], None] | None = None) -> Iterator[VideoFrame]:
         """Decode from here to the end; ``prepare`` is called before each packet is decoded."""
-        av = _pyav()
+        av = pyav()
         started = False
         for packet in self.packets():
             if prepare is not None:
@@ -165,7 +159,7 @@ class Video:
             FrameError: there is no frame.
             TruncatedVideoError: as in :func:`decode_video`.
         """
-        av = _pyav()
+        av = pyav()
         count, damaged = 0, False
         try:
             for frame in self.frames():
@@ -201,7 +195,7 @@ def open_video(source: VideoSource, *, threads: bool = True) -> Iterator[Video]:
         FrameError: no such file, not a video, or one that cannot be decoded.
         MissingExtraError: PyAV or numpy is not installed.
     """
-    av = _pyav()
+    av = pyav()
     extras.require("numpy", extra="video", purpose="reading video files")
     hint = "it is no video, or its end, which holds the index, is missing"
     if source.suffix.lower() in _LOADERS:
@@ -330,7 +324,8 @@ def reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _pyav() -> Any:
+def pyav() -> Any:
+    """Import PyAV, or say which extra brings it."""
     return extras.require("av", extra="video", purpose="reading video files")
 
 

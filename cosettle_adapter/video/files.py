@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
@@ -22,7 +23,6 @@ VIDEO_SUFFIXES = (
     ".ogv", ".ts", ".webm", ".wmv",
 )  # fmt: skip
 
-_MAGIC = re.compile(r"[*?\[]")
 _NUMBER = re.compile(r"([0-9]+)")
 
 
@@ -37,14 +37,9 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 
 
 def find_videos(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
-    """Find the video files of a folder; hidden files and folders are left out.
+    """Find the video files of a folder, and below it if ``recursive``; none if there are none.
 
-    Args:
-        folder: where to look.
-        recursive: look into the folders below it, too.
-
-    Returns:
-        Paths in natural order, ``clip2`` before ``clip10``; none if there are none.
+    Hidden files and folders are left out; the order is natural, ``clip2`` before ``clip10``.
 
     Raises:
         OSError: ``folder`` is no folder, or cannot be read.
@@ -58,11 +53,7 @@ def find_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
-    """Find what a path or pattern means.
-
-    Returns:
-        The path of a file that is not an image, so perhaps a video; or image files in natural
-        order.
+    """Find what a path or pattern means: one file, perhaps a video, or images in natural order.
 
     Raises:
         FrameError: there is no such file, or no image among the files.
@@ -72,7 +63,7 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
         return find_images(path) or _no_images(path)
     if path.is_file():
         found = [path]
-    elif _MAGIC.search(str(source)):
+    elif glob.has_magic(str(source)):
         found = _matching_files(str(source))
     elif "://" in str(source):
         raise FrameError(f"{source} is a URL; download it and pass the path of the file")
@@ -84,10 +75,7 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file, upright as its EXIF orientation says; transparency is dropped.
-
-    Returns:
-        (3, H, W) uint8 tensor.
+    """Read an image file as (3, H, W) uint8, upright as its EXIF orientation says.
 
     Raises:
         FrameError: the file is missing, damaged or not an image.
@@ -146,11 +134,8 @@ def _no_images(folder: Path) -> list[Path]:
 
 
 def _matching_files(pattern: str) -> list[Path]:
-    parts = Path(pattern).expanduser().parts
-    fixed = next(index for index, part in enumerate(parts) if _MAGIC.search(part))
-    matches = natural_order(
-        path for path in Path(*parts[:fixed]).glob("/".join(parts[fixed:])) if path.is_file()
-    )
+    names = glob.glob(os.path.expanduser(pattern), recursive=True)  # noqa: PTH111, PTH207
+    matches = natural_order(path for path in map(Path, names) if path.is_file())
     images = [path for path in matches if is_image(path)]
     if images or len(matches) == 1:
         return images or matches

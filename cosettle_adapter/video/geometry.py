@@ -71,26 +71,17 @@ class Geometry:
         return self.resized[0] / self.frame[0], self.resized[1] / self.frame[1]
 
     def cell_centers(self) -> Tensor:
-        """Return the centre of every patch in the original frame.
+        """Return (h, w, 2) float64 (x, y) pixels of every patch's centre in the original frame.
 
-        Returns:
-            (h, w, 2) float64 tensor of (x, y) pixels. Patches that lie mostly on padding have
-            centres beyond the frame's bottom or right edge.
+        Those of patches that lie mostly on padding are beyond the frame's bottom or right edge.
         """
         rows, cols = (torch.arange(n, dtype=torch.float64) for n in self.grid)
         return self.cells_to_pixels(torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1))
 
     def cells_to_pixels(self, cells: Tensor) -> Tensor:
-        """Map (row, col) of the grid, whole or fractional, to (x, y) pixels of the original frame.
+        """Map (..., 2) of (row, col), whole or not, to (x, y) pixels of the original frame.
 
-        Args:
-            cells: (..., 2) tensor of (row, col).
-
-        Returns:
-            (..., 2) tensor of (x, y) in the dtype of ``cells``; integers become float64.
-
-        Raises:
-            GeometryError: the last axis is not 2 long.
+        The dtype is kept, but integers become float64.
         """
         row, col = _pairs(cells, "cells", "(row, col)")
         sy, sx = self.scale
@@ -99,9 +90,9 @@ class Geometry:
         return torch.stack((x, y), dim=-1)
 
     def pixels_to_cells(self, points: Tensor) -> Tensor:
-        """Map (x, y) pixels of the original frame to fractional (row, col) of the grid.
+        """Map (..., 2) of (x, y) pixels to fractional (row, col): :meth:`cells_to_pixels` undone.
 
-        The inverse of :meth:`cells_to_pixels`; nothing is rounded or clamped.
+        Nothing is rounded or clamped.
         """
         x, y = _pairs(points, "points", "(x, y)")
         sy, sx = self.scale
@@ -115,11 +106,7 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Geometry:
-        """Rebuild a geometry from :meth:`to_dict`.
-
-        Raises:
-            GeometryError: a field is missing, unknown or contradicts the others.
-        """
+        """Rebuild a geometry from :meth:`to_dict`; raise :class:`GeometryError` if it is none."""
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             raise GeometryError(
@@ -156,8 +143,7 @@ def plan_geometry(
         fit: ``"resize"`` or ``"pad"``.
 
     Raises:
-        GeometryError: a side is not positive, a frame is smaller than a patch and no ``size`` is
-            given, ``size`` is not made of valid sides, or the stride does not go with the patch.
+        GeometryError: the numbers do not go together; the message names those that do.
 
     Example:
         >>> plan_geometry(480, 854, patch=14, size=224).grid

@@ -25,13 +25,7 @@ def prefetch(iterable: Iterable[Item], depth: int = 2) -> Generator[Item, None, 
 
     Args:
         iterable: what to iterate; only the thread touches it.
-        depth: number of items to hold ready, at least 1.
-
-    Returns:
-        A generator of the same items.
-
-    Raises:
-        FrameError: ``depth`` is below 1.
+        depth: number of items to hold ready, at least 1, else :class:`FrameError`.
     """
     if depth < 1:
         raise FrameError(f"depth must be at least 1, got {depth}")

@@ -84,16 +84,9 @@ def open_frames(
 def pending_frames(
     source: Any, start: float | None = None, fps: float | None = None
 ) -> Generator[PendingFrame, None, None]:
-    """Yield frames whose times are known and whose pixels are only made when they are asked for.
+    """Yield all frames of a source; those of a video before ``start`` may be left out.
 
-    Args:
-        source: as for :func:`open_frames`.
-        start: seconds; frames of a video before it may be left out.
-        fps: as in :class:`FrameSelection`.
-
-    Raises:
-        FrameError: as in :func:`open_frames`.
-        TruncatedVideoError: likewise.
+    Raises as :func:`open_frames`, whose ``source`` it takes; ``fps`` as in :class:`FrameSelection`.
     """
     found = _find(source)
     if isinstance(found, Path):
