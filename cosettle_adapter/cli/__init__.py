@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("models:list_models", "Show models and backbones."),
     "download": ("models:download", "Download and verify models' weights."),
+    "export": ("export:export", "Write a model as an ONNX or torch.export file."),
 }
 
 # commands that still parse with argparse
@@ -27,7 +28,6 @@ OLD = (
     "demo",
     "convert",
     "extract",
-    "export",
     "view",
     "fit",
     "train",
