@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path  # noqa: F401  # cyclopts looks up inherited annotations here
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from cosettle_adapter.cli.common import (
     DEFAULT_MODEL,
-    Dtype,  # noqa: F401  # what the inherited fields are annotated with
+    Dtype,  # noqa: F401
     ModelOptions,
     Output,
     console,
