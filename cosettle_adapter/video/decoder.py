@@ -235,7 +235,7 @@ def video_info(source: VideoSource) -> SourceInfo:
     Raises:
         FrameError: not a video, or nothing in it can be decoded.
     """
-    with open_video(source) as video:
+    with open_video(source, threads=False) as video:
         fps = float(1 / video.step) if video.step else None
         seconds = video.completeness.seconds
         frames = video.stream.frames or (round(seconds * fps) if seconds and fps else None)

@@ -6,14 +6,13 @@ import logging
 import struct
 import sys
 import wave
-from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from numbered import encode
 
 from cosettle_adapter.errors import FrameError, MissingExtraError, TruncatedVideoError
 from cosettle_adapter.video import FrameSelection, SourceInfo, open_frames, probe
@@ -42,40 +41,6 @@ def noise(count: int) -> list[np.ndarray]:
     """Frames that take many bytes each."""
     generator = np.random.default_rng(0)
     return [generator.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8) for _ in range(count)]
-
-
-def encode(
-    path: Path,
-    frames: Sequence[np.ndarray],
-    *,
-    codec: str = "libx264",
-    pixel_format: str = "yuv420p",
-    rate: int = 10,
-    times: Sequence[int] | None = None,
-    options: dict[str, str] | None = None,
-    muxing: dict[str, str] | None = None,
-    audio_seconds: int = 0,
-) -> Path:
-    """Write a video; ``times`` are in milliseconds."""
-    with av.open(str(path), "w", options=muxing or {}) as container:
-        stream = container.add_stream(codec, rate=rate, options=options or {})
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = pixel_format
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        sound = container.add_stream("pcm_s16le", rate=8000) if audio_seconds else None
-        kind = {2: "gray", 3: "rgb24", 4: "rgba"}[frames[0].ndim + (frames[0].shape[-1] == 4)]
-        for index, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format=kind)
-            if times is not None:
-                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-        for second in range(audio_seconds):
-            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
-            silence.sample_rate, silence.pts = 8000, 8000 * second
-            container.mux(sound.encode(silence))
-    return path
 
 
 def read(path: Path, **options: float) -> tuple[torch.Tensor, list[float]]:
@@ -189,13 +154,6 @@ class TestSeeking:
 
 
 class TestPixels:
-    def test_colours(self, tmp_path: Path) -> None:
-        path = encode(tmp_path / "c.mp4", [quadrants()] * 3, options={"qp": "1"})
-        frames, _ = read(path)
-        assert [_name(frames[0, :, y, x]) for y, x in ((8, 8), (8, 56), (40, 8), (40, 56))] == [
-            "red", "green", "blue", "grey",
-        ]  # fmt: skip
-
     @pytest.mark.parametrize(
         ("matrix", "corners"),
         [
@@ -357,10 +315,6 @@ class TestIncomplete:
         with pytest.raises(TruncatedVideoError) as caught:
             read(whole, start=4.0)
         assert caught.value.frames_read == 0
-
-    def test_frames_read_counts_what_was_delivered(self, tmp_path: Path) -> None:
-        whole = encode(tmp_path / "c.mp4", noise(60), muxing={"movflags": "faststart"})
-        whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
         seen, _ = read_until_failure(whole)
         with pytest.raises(TruncatedVideoError) as caught:
             read(whole, every=5)
