@@ -20,21 +20,18 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("models:list_models", "Show models and backbones."),
     "download": ("models:download", "Download and verify models' weights."),
+    "extract": ("extract:extract", "Write the features of videos to files."),
+    "evaluate": ("evaluate:app", "Measure a model on a benchmark."),
+    "fit": ("fit:fit", "Fit a projection on a folder of videos."),
+    "train": ("train:train", "Train a projection on a folder of videos."),
+    "prepare": ("prepare:prepare", "Extract the frames of a corpus for training."),
+    "export": ("export:export", "Write a model as an ONNX or torch.export file."),
     "convert": ("models:convert", "Convert a checkpoint of the official code."),
     "push": ("models:push", "Upload a projection to the Hugging Face Hub, with a card."),
 }
 
 # commands that still parse with argparse
-OLD = (
-    "demo",
-    "extract",
-    "export",
-    "view",
-    "fit",
-    "train",
-    "prepare",
-    "evaluate",
-)
+OLD = ("demo", "view")
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2

@@ -38,21 +38,16 @@ def folder(tmp_path: Path) -> Path:
 
 class TestChunks:
     def test_sizes_starts_and_times(self) -> None:
-        chunks = list(open_frames(numbered(7), chunk_size=3, fps=2))
-        assert [tuple(chunk.frames.shape) for chunk in chunks] == [
-            (3, 3, 4, 6),
-            (3, 3, 4, 6),
-            (1, 3, 4, 6),
-        ]
+        chunks = list(open_frames(numbered(7), FrameSelection(fps=2), chunk_size=3))
+        assert [len(chunk.frames) for chunk in chunks] == [3, 3, 1]
         assert [chunk.start for chunk in chunks] == [0, 3, 6]
         assert torch.cat([chunk.timestamps for chunk in chunks]).tolist() == [
             0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0,
         ]  # fmt: skip
         for chunk in chunks:
+            assert chunk.frames.shape[1:] == (3, 4, 6)
             assert chunk.frames.dtype == torch.uint8
             assert chunk.timestamps.dtype == torch.float64
-
-    def test_a_last_full_chunk_is_not_followed_by_an_empty_one(self) -> None:
         assert [len(chunk.frames) for chunk in open_frames(numbered(6), chunk_size=3)] == [3, 3]
 
     @pytest.mark.parametrize(
@@ -70,10 +65,21 @@ class TestChunks:
         ],
     )
     def test_selection(self, options: dict[str, float], expected: list[int]) -> None:
-        chunks = list(open_frames(numbered(10), chunk_size=2, **options))  # type: ignore[arg-type]
+        select = FrameSelection(**options)  # type: ignore[arg-type]
+        chunks = list(open_frames(numbered(10), select, chunk_size=2))
         assert numbers(iter(chunks)) == expected
         times = torch.cat([chunk.timestamps for chunk in chunks]).tolist()
         assert times == [number / options.get("fps", 1) for number in expected]
+        if len(expected) > 1:
+            later = list(open_frames(numbered(10), select, skip=1))
+            assert numbers(iter(later)) == expected[1:]
+            assert later[0].start == 1
+
+    def test_keywords_of_version_0_1(self) -> None:
+        with pytest.warns(DeprecationWarning, match=r"select=FrameSelection\(start=\.\.\.\)"):
+            assert numbers(open_frames(numbered(3), start=1)) == [1, 2]
+        with pytest.raises(TypeError, match="got select and start"):
+            open_frames(numbered(3), FrameSelection(), start=1)
 
     def test_only_kept_frames_are_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loaded = []
@@ -84,12 +90,13 @@ class TestChunks:
 
         monkeypatch.setattr("cosettle_adapter.video.files.read_image", load)
         paths = [Path(f"{number}.png") for number in range(10)]
-        assert len(numbers(open_frames(paths, start=2, every=3, max_frames=2))) == 2
+        select = FrameSelection(start=2, every=3, max_frames=2)
+        assert len(numbers(open_frames(paths, select))) == 2
         assert loaded == ["2.png", "5.png"]
 
     def test_an_iterator_is_read_no_further_than_needed_and_left_open(self) -> None:
         frames = iter(numbered(10))
-        assert numbers(open_frames(frames, max_frames=3, chunk_size=8)) == [0, 1, 2]
+        assert numbers(open_frames(frames, FrameSelection(max_frames=3))) == [0, 1, 2]
         assert int(next(frames)[0, 0, 0]) == 3
 
     def test_memory_holds_one_chunk(self) -> None:
@@ -119,23 +126,28 @@ class TestChunks:
             ({"end": 0}, "end must come after start=0, got end=0"),
             ({"every": 0}, "every must be at least 1"),
             ({"max_frames": 0}, "max_frames must be at least 1, or None, got 0"),
-            ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
             ({"fps": 0}, "fps must be positive, got 0"),
             ({"fps": float("inf")}, "fps must be positive, got inf"),
         ],
     )
-    def test_arguments_are_checked_at_the_call(
-        self, options: dict[str, float], message: str
-    ) -> None:
+    def test_selections_are_checked(self, options: dict[str, float], message: str) -> None:
         with pytest.raises(FrameError, match=message):
-            open_frames(numbered(3), **options)  # type: ignore[arg-type]
+            FrameSelection(**options)  # type: ignore[arg-type]
+
+    def test_arguments_are_checked_at_the_call(self) -> None:
+        with pytest.raises(FrameError, match="chunk_size must be at least 1, got 0"):
+            open_frames(numbered(3), chunk_size=0)
+        with pytest.raises(FrameError, match="skip must be at least 0, got -1"):
+            open_frames(numbered(3), skip=-1)
 
     def test_a_range_without_frames(self) -> None:
         expected = r"no frame from 7\.5 s on; the frames met lie from 0 s to 4 s"
         with pytest.raises(FrameError, match=expected):
-            list(open_frames(numbered(5), start=7.5))
+            list(open_frames(numbered(5), FrameSelection(start=7.5)))
         with pytest.raises(FrameError, match=r"from 1\.2 s to 1\.8 s; .* from 0 s to 2"):
-            list(open_frames(numbered(5), start=1.2, end=1.8))
+            list(open_frames(numbered(5), FrameSelection(start=1.2, end=1.8)))
+        with pytest.raises(FrameError, match="the list_iterator of frames holds no frames"):
+            list(open_frames(iter([])))
 
     def test_frames_before_a_failure_are_delivered(self) -> None:
         def failing() -> Iterator[torch.Tensor]:
@@ -146,19 +158,6 @@ class TestChunks:
         assert [len(next(chunks).frames) for _ in range(2)] == [3, 1]
         with pytest.raises(OSError, match="the camera went away"):
             next(chunks)
-
-    def test_selections_close_what_they_read(self) -> None:
-        closed = []
-
-        def frames() -> Iterator[object]:
-            try:
-                yield from ()
-            finally:
-                closed.append(True)
-
-        with pytest.raises(FrameError, match="a clip holds no frames"):
-            list(FrameSelection().of(frames(), "a clip"))  # type: ignore[arg-type]
-        assert closed
 
 
 class TestMemory:
@@ -183,24 +182,13 @@ class TestMemory:
             assert chunk.frames.shape == (1, 3, 4, 6)
             assert probe(source).frames == 1
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_floats_are_rounded_to_bytes(self, dtype: torch.dtype) -> None:
-        values = torch.tensor([0, 0.4 / 255, 0.6 / 255, 127.4 / 255, 1], dtype=dtype)
-        (chunk,) = open_frames(values.expand(2, 3, 1, -1))
-        assert chunk.frames.dtype == torch.uint8
-        assert chunk.frames[0, 0, 0].tolist() == [0, 0, 1, 127, 255]
-
-    def test_every_byte_survives_the_way_through_floats(self) -> None:
+    def test_floats_are_rounded_to_bytes(self) -> None:
         every = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, -1)
-        (chunk,) = open_frames(every / 255)
-        assert torch.equal(chunk.frames, every)
+        for floats in (every / 255, every.double() / 255, every / 255 + 0.4 / 255 * (every < 255)):
+            (chunk,) = open_frames(floats)
+            assert torch.equal(chunk.frames, every)
 
-    def test_iterators(self) -> None:
-        frames = (frame.permute(1, 2, 0).numpy() for frame in numbered(5))
-        assert probe(frames) == SourceInfo()
-        assert numbers(open_frames(frames, chunk_size=2)) == [0, 1, 2, 3, 4]
-
-    def test_iterables_with_a_length(self) -> None:
+    def test_iterators_and_iterables_with_a_length(self) -> None:
         class Recording:
             def __len__(self) -> int:
                 return 4
@@ -210,6 +198,9 @@ class TestMemory:
 
         assert probe(Recording()) == SourceInfo(frames=4)
         assert numbers(open_frames(Recording())) == [0, 1, 2, 3]
+        frames = (frame.permute(1, 2, 0).numpy() for frame in numbered(5))
+        assert probe(frames) == SourceInfo()
+        assert numbers(open_frames(frames, chunk_size=2)) == [0, 1, 2, 3, 4]
 
     @pytest.mark.parametrize(
         ("source", "message"),
@@ -226,49 +217,36 @@ class TestMemory:
     def test_what_holds_no_frames_is_refused_at_the_call(
         self, source: object, message: str
     ) -> None:
-        with pytest.raises(FrameError, match=message):
-            open_frames(source)
-        with pytest.raises(FrameError, match=message):
-            probe(source)
+        for use in (open_frames, probe):
+            with pytest.raises(FrameError, match=message):
+                use(source)  # type: ignore[operator]
 
     def test_bad_frames_of_an_iterator_are_named(self) -> None:
         clips = open_frames(iter([numbered(2)]))
         with pytest.raises(FrameError, match=r"frame 0 has shape \(2, 3, 4, 6\), expected one"):
             next(clips)
-        mixed = open_frames(iter([numbered(1)[0], numbered(1, 8, 6)[0]]))
-        assert len(next(mixed).frames) == 1
-        with pytest.raises(
-            FrameError, match=r"frame 1 of .* is 8 x 6, but the first frame is 4 x 6"
-        ):
-            next(mixed)
-        with pytest.raises(FrameError, match="the list_iterator of frames holds no frames"):
-            list(open_frames(iter([])))
 
 
 class TestFiles:
-    def test_a_folder_is_read_in_natural_order(self, folder: Path) -> None:
-        for source in (folder, str(folder), f"{folder}{os.sep}"):
+    def test_folders_patterns_and_lists_in_natural_order(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for source in (folder, str(folder), f"{folder}{os.sep}", f"{folder}/frame*"):
             assert numbers(open_frames(source)) == [1, 2, 3]
             assert probe(source) == SourceInfo(3, 4, 6, None)
-
-    def test_patterns(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert numbers(open_frames(f"{folder}/frame*")) == [1, 2, 3]
         assert numbers(open_frames(folder / "frame1*.*")) == [1, 3]
         assert numbers(open_frames(f"{folder.parent}/{folder.name[:-1]}[0-9]/frame?.*")) == [1, 2]
         monkeypatch.chdir(folder)
         assert numbers(open_frames("*")) == [1, 2, 3]
         assert numbers(open_frames("**/frame10.png")) == [3]
+        assert numbers(open_frames("frame10.png")) == [3]
+        assert numbers(open_frames([folder / "frame10.png", "frame1.bmp"])) == [3, 1]
+        assert probe([folder / "frame10.png"]) == SourceInfo(1, 4, 6, None)
 
     def test_a_folder_whose_name_looks_like_a_pattern(self, tmp_path: Path) -> None:
         (tmp_path / "clip [1]").mkdir()
         save(tmp_path / "clip [1]" / "0.png", 5)
         assert numbers(open_frames(tmp_path / "clip [1]")) == [5]
-
-    def test_one_image_and_lists_of_images(self, folder: Path) -> None:
-        assert numbers(open_frames(folder / "frame10.png")) == [3]
-        paths = [folder / "frame10.png", str(folder / "frame1.bmp")]
-        assert numbers(open_frames(paths)) == [3, 1]
-        assert probe(paths) == SourceInfo(2, 4, 6, None)
 
     def test_photographs_stand_upright(self, tmp_path: Path) -> None:
         image = Image.new("RGB", (6, 4))
@@ -289,18 +267,18 @@ class TestFiles:
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / "frame11.jpg")
         content = (folder / "frame11.jpg").read_bytes()
-        (folder / "frame11.jpg").write_bytes(content[: len(content) // 2])
-        with pytest.raises(FrameError, match=r"frame11\.jpg cannot be read as an image: .*trunc"):
-            list(open_frames(folder))
-        (folder / "frame11.jpg").write_text("no image")
-        with pytest.raises(FrameError, match=r"frame11\.jpg cannot be read as an image"):
-            list(open_frames(folder))
+        for damaged in (content[: len(content) // 2], b"no image"):
+            (folder / "frame11.jpg").write_bytes(damaged)
+            with pytest.raises(FrameError, match=r"frame11\.jpg cannot be read as an image"):
+                list(open_frames(folder))
 
-    def test_missing_files_have_neighbours(self, folder: Path) -> None:
+    def test_what_is_not_there(self, folder: Path) -> None:
         with pytest.raises(FrameError, match=r"frame3\.png does not exist. Did you mean 'frame"):
             open_frames(folder / "frame3.png")
         with pytest.raises(FrameError, match=r"does not exist\.$"):
             probe(folder / "nowhere" / "clip.mp4")
+        with pytest.raises(FrameError, match="is a URL; download it"):
+            open_frames("https://example.org/clip.mp4")
 
     def test_folders_and_patterns_without_images(self, tmp_path: Path) -> None:
         with pytest.raises(FrameError, match=r"holds no images \(\.png, .*; it holds nothing;"):
@@ -315,7 +293,3 @@ class TestFiles:
             FrameError, match=r"matches 4 files and none is an image, among .*a\.mp4"
         ):
             open_frames(tmp_path / "*")
-
-    def test_urls(self) -> None:
-        with pytest.raises(FrameError, match="is a URL; download it"):
-            open_frames("https://example.org/clip.mp4")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -12,9 +13,8 @@ from hypothesis import strategies as st
 from numbered import encode_numbered, numbers
 
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.video import open_frames, selected, timetable
-from cosettle_adapter.video.selected import count_frames, read_frames
-from cosettle_adapter.video.streams import FileRange
+from cosettle_adapter.video import count_frames, open_frames, random_access, read_frames
+from cosettle_adapter.video.decoder import FileRange, Video
 
 COUNT = 60
 
@@ -105,13 +105,13 @@ class TestIdentity:
     def test_files_too_large_to_be_read_through(
         self, videos: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        timetable._read.cache_clear()
-        monkeypatch.setattr(timetable, "SCAN_LIMIT", 0)
+        random_access._read_index.cache_clear()
+        monkeypatch.setattr(random_access, "SCAN_LIMIT", 0)
         indices = [0, 5, 12, 13, 31, 58]
         try:
             assert numbers(read_frames(videos[name], indices)) == indices
         finally:
-            timetable._read.cache_clear()
+            random_access._read_index.cache_clear()
 
     def test_an_edit_list_that_cuts_the_beginning(self, tmp_path: Path) -> None:
         whole = encode_numbered(tmp_path / "whole.mp4", COUNT, options={"g": "24", "bf": "2"})
@@ -153,31 +153,34 @@ class TestCost:
     def packets(self, monkeypatch: pytest.MonkeyPatch, path: Path, indices: list[int]) -> int:
         """Count the packets that are given to the decoder."""
         read = 0
-        spare = selected._Frames._spare
+        packets = Video.packets
 
-        def count(self: object, packet: object) -> None:
+        def count(video: Video) -> Iterator[object]:
             nonlocal read
-            read += 1
-            spare(self, packet)  # type: ignore[arg-type]
+            for packet in packets(video):
+                read += 1
+                yield packet
 
-        monkeypatch.setattr(selected._Frames, "_spare", count)
-        read_frames(path, indices)
+        count_frames(path)  # the index is read before
+        with monkeypatch.context() as patch:
+            patch.setattr(Video, "packets", count)
+            read_frames(path, indices)
         return read
 
     @pytest.mark.parametrize(
         "name", ["b-frames.mp4", "open-gop.mkv", "coding-order.mp4", "web.webm"]
     )
-    @pytest.mark.parametrize("limit", [0, timetable.SCAN_LIMIT])
+    @pytest.mark.parametrize("limit", [0, random_access.SCAN_LIMIT])
     def test_no_more_than_the_keyframe_intervals_around(
         self, videos: dict[str, Path], name: str, limit: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        timetable._read.cache_clear()
-        monkeypatch.setattr(timetable, "SCAN_LIMIT", limit)
+        random_access._read_index.cache_clear()
+        monkeypatch.setattr(random_access, "SCAN_LIMIT", limit)
         try:
             assert self.packets(monkeypatch, videos[name], [51]) <= 12 + 12 + 5
             assert self.packets(monkeypatch, videos[name], [3, 51]) <= 8 + 12 + 12 + 5
         finally:
-            timetable._read.cache_clear()
+            random_access._read_index.cache_clear()
 
     def test_frames_of_one_interval_are_decoded_in_one_go(
         self, videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -187,20 +190,14 @@ class TestCost:
     def test_a_container_that_cannot_seek(
         self, videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def refuse(self: object, time: int) -> bool:
-            del time
-            if self._back is not None:  # type: ignore[attr-defined]
-                raise selected._Unreachable("no")
-            return False
-
-        monkeypatch.setattr(selected._Frames, "_seek", refuse)
+        monkeypatch.setattr(Video, "seek", lambda *_: "no")
         assert numbers(read_frames(videos["b-frames.mp4"], [51, 2])) == [51, 2]
 
     def test_times_are_read_once_until_the_file_changes(self, tmp_path: Path) -> None:
         path = encode_numbered(tmp_path / "c.mkv", 9)
-        timetable._read.cache_clear()
+        random_access._read_index.cache_clear()
         assert [count_frames(path), count_frames(path)] == [9, 9]
-        assert timetable._read.cache_info().misses == 1
+        assert random_access._read_index.cache_info().misses == 1
         encode_numbered(path, 14)
         os.utime(path, ns=(1, 1))
         assert count_frames(path) == 14

@@ -281,10 +281,3 @@ class TestPhotographs:
         monkeypatch.setitem(sys.modules, "skimage.data", None)
         with pytest.raises(MissingExtraError, match=r"demo photographs .*\[demo\]"):
             photographs()
-
-    def test_they_can_be_rendered(self) -> None:
-        pytest.importorskip("skimage.data")
-        photos = photographs()
-        clip = render_clip(photos["coffee"], frames=4, size=(96, 128), cutout=photos["chelsea"])
-        off = differences(clip, points_in(96, 128))
-        assert off.median() < 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import os
 import tempfile
@@ -16,10 +17,15 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter
-from cosettle_adapter.export.errors import ExportError
-from cosettle_adapter.export.parity import Parity
-from cosettle_adapter.export.program import OneSize, Traced, reason, trace
-from cosettle_adapter.export.signature import Exported, Signature, check_suffix, plan_signature
+from cosettle_adapter.export.program import (
+    Exported,
+    ExportError,
+    Parity,
+    Signature,
+    Traced,
+    check_suffix,
+    reason,
+)
 from cosettle_adapter.extras import require
 
 logger = logging.getLogger(__name__)
@@ -43,30 +49,24 @@ def to_onnx(
 ) -> Exported:
     """Write an adapter at one frame size as an ONNX model.
 
-    The model's metadata says which backbone, fingerprint and blocks it is, and its patch, stride
+    The model's metadata says which backbone, fingerprint and layers it is, and its patch, stride
     and grid; :class:`~cosettle_adapter.export.Signature` lists them.
 
     Args:
         adapter: frozen backbone and projection, float32 or float16.
         path: an ``.onnx`` file. Weights of more than 2 GB, which ONNX files cannot hold, go into
             a second file, ``<name>.onnx.data``, which has to stay beside it.
-        size: ``(H, W)`` of the frames, whole patches; positions are resized for it and stored.
-            Resizing is not part of the model.
-        preprocessing: take uint8 frames; otherwise images as ``adapter.preprocess`` returns them.
-        normalize: scale every cell's feature to unit length.
-        static_batch: take exactly so many frames at a time; ``None`` takes any number.
+        size: ``(H, W)`` of the frames; resizing is not part of the model.
+        preprocessing: this and the others as for :func:`to_torch_export`.
+        normalize: likewise.
+        static_batch: likewise.
         opset: version of ONNX's operators.
-        check: run the file in ONNX Runtime, where it is installed, and keep it only if it
-            computes the same.
-        check_on: frames to check on, of any kind and size that the adapter takes; rendered ones
-            by default.
+        check: likewise, in ONNX Runtime where it is installed.
+        check_on: likewise.
 
     Raises:
         MissingExtraError: the exporter's packages are not installed.
-        GeometryError: ``size`` is not made of whole patches.
-        ExportError: this torch is too old or cannot export this model, or the file computes
-            something else.
-        OSError: the file cannot be written.
+        GeometryError, ExportError, OSError: as for :func:`to_torch_export`, or torch is too old.
     """
     path = Path(path)
     check_suffix(path, ".onnx")
@@ -76,34 +76,20 @@ def to_onnx(
             f"ONNX runtimes have few kernels for {adapter.dtype}; load the adapter with "
             "dtype=torch.float16 or torch.float32, or export a .pt2 file"
         )
-    signature = plan_signature(
-        adapter, size, preprocessing=preprocessing, normalize=normalize, static_batch=static_batch
-    )
-    model = OneSize(adapter, preprocessing=preprocessing, normalize=normalize)
     with _quiet():
-        traced = trace(model, signature, unfused=True)
-        onnx_program = _translate(traced, signature, opset)
-    external = _weights_of(traced.program) > _LARGEST_FILE
+        traced = Traced(adapter, size, preprocessing, normalize, static_batch, unfused=True)
+        onnx_program = _translate(traced, opset)
+    tensors = (*traced.program.state_dict.values(), *traced.program.constants.values())
+    weights = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
     with _staged(path) as temporary:
-        onnx_program.save(temporary, external_data=external)
+        onnx_program.save(temporary, external_data=weights > _LARGEST_FILE)
         parity = _check(temporary, traced, check_on) if check else None
         written = sum(file.stat().st_size for file in temporary.parent.iterdir())
-    return Exported(path, written, signature, parity)
-
-
-def _weights_of(program: Any) -> int:
-    """Bytes of a program's tensors."""
-    tensors = (*program.state_dict.values(), *program.constants.values())
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    return Exported(path, written, traced.signature, parity)
 
 
 def check_exporter() -> None:
-    """Raise unless what writes ONNX files is installed, which can be said before a model is loaded.
-
-    Raises:
-        MissingExtraError: a package is missing.
-        ExportError: this torch is too old.
-    """
+    """Raise :class:`MissingExtraError` or :class:`ExportError` if ONNX files cannot be written."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _FIRST_TORCH:
         raise ExportError(
@@ -114,7 +100,8 @@ def check_exporter() -> None:
         require(package, extra="export", purpose="exporting ONNX models")
 
 
-def _translate(traced: Traced, signature: Signature, opset: int) -> Any:
+def _translate(traced: Traced, opset: int) -> Any:
+    signature: Signature = traced.signature
     try:
         program: Any = torch.onnx.export(
             traced.program,
@@ -137,7 +124,9 @@ def _translate(traced: Traced, signature: Signature, opset: int) -> Any:
             f"torch {torch.__version__} wrote operators of version {reached}, not {opset}; "
             f"{OPSET} is what its exporter is made for"
         )
-    program.model.metadata_props.update(signature.texts())
+    for name, value in signature.metadata.items():  # strings as they are, all else as JSON
+        text = value if isinstance(value, str) else json.dumps(value)
+        program.model.metadata_props[name] = text
     for node in program.model.graph:  # names of Python functions, several times the graph's size
         node.metadata_props.clear()
     return program
@@ -185,7 +174,7 @@ def _check(path: Path, traced: Traced, check_on: Any) -> Parity | None:
     except ImportError:
         logger.warning("not compared with PyTorch without ONNX Runtime: pip install onnxruntime")
         return None
-    name, version = traced.signature.input.name, f"ONNX Runtime {runtime.__version__}"
+    version = f"ONNX Runtime {runtime.__version__}"
     try:
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # of types that it names by numbers
@@ -196,7 +185,7 @@ def _check(path: Path, traced: Traced, check_on: Any) -> Parity | None:
         ) from error
 
     def run(inputs: Tensor) -> Tensor:
-        (found,) = session.run(None, {name: inputs.cpu().numpy()})
+        (found,) = session.run(None, {traced.signature.input.name: inputs.cpu().numpy()})
         return torch.from_numpy(found)
 
-    return traced.compared(run, version, check_on)
+    return traced.compare(run, version, check_on)
