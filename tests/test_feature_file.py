@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.extraction.sidecar import sidecar_path, sidecar_text
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cosettle_adapter.errors import CorruptWeightsError
 from cosettle_adapter.extraction.formats import FORMATS, Format, Layout, Store, storage_dtype
-from cosettle_adapter.extraction.sidecar import sidecar_path, sidecar_text
 from cosettle_adapter.feature_file import read_features
 from cosettle_adapter.video import plan_geometry
 

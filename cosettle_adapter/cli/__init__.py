@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("models:list_models", "Show models and backbones."),
     "download": ("models:download", "Download and verify models' weights."),
+    "extract": ("extract:extract", "Write the features of videos to files."),
 }
 
 # commands that still parse with argparse
 OLD = (
     "demo",
     "convert",
-    "extract",
     "export",
     "view",
     "fit",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.dino_tracker.frames import image_files, read_frame
 from dino_tracker_interface import best_buddies, coordinates, flat, refined, small_adapter, with_dot
 from einops import rearrange
 from PIL import Image
@@ -18,7 +19,6 @@ from cosettle_adapter.dino_tracker import (
     load_overlapping,
     tracker_features,
 )
-from cosettle_adapter.dino_tracker.frames import image_files, read_frame
 from cosettle_adapter.errors import FrameError, GeometryError
 
 GRIDS = {7: (67, 121), 14: (34, 61)}

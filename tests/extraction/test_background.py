@@ -3,7 +3,6 @@ from __future__ import annotations
 import threading
 
 import pytest
-
 from cosettle_adapter.extraction.background import in_background
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.extraction.formats.flat import FlatStore
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import extract
 from cosettle_adapter.extraction.errors import FormatError, OutputExistsError
-from cosettle_adapter.extraction.formats.flat import FlatStore
 from cosettle_adapter.feature_file import read_features
 from cosettle_adapter.projection import Projection
 

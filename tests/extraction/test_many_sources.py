@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
+from cosettle_adapter.extraction.many import Job
+from cosettle_adapter.extraction.naming import output_names
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,8 +18,6 @@ from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import Shard, Source, extract_many, find_sources, plan_jobs
 from cosettle_adapter.extraction.errors import ExtractionError, FormatError
 from cosettle_adapter.extraction.formats import FORMATS
-from cosettle_adapter.extraction.many import Job
-from cosettle_adapter.extraction.naming import output_names
 from cosettle_adapter.extraction.sources import understood
 
 from helpers import write_video

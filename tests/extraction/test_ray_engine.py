@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from cosettle_adapter.extraction.many import Job, Outcome
+from cosettle_adapter.extraction.ray_engine import RayOptions, deaths, extract_with_ray
 from extraction_processes import ill_fated_adapter, small_adapter
 
 from cosettle_adapter.errors import MissingExtraError
 from cosettle_adapter.extraction import extract_many, find_sources, plan_jobs
 from cosettle_adapter.extraction.formats import FORMATS
-from cosettle_adapter.extraction.many import Job, Outcome
-from cosettle_adapter.extraction.ray_engine import RayOptions, deaths, extract_with_ray
 
 from helpers import write_video
 
