@@ -19,6 +19,8 @@ from cosettle_adapter.extraction.errors import OutputBusyError
 from cosettle_adapter.extraction.record import RunRecord, sidecar_path
 from cosettle_adapter.extraction.stores import Store, as_bytes
 
+_WINDOWS = os.name == "nt"
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,7 +69,7 @@ class Work:
             empty = self._store is not None and not self.frames
             if not self.kept or empty or not self._journal.exists():
                 self.discard()
-            if os.name != "nt":  # where an open file cannot be removed, and filelock does it
+            if not _WINDOWS:  # where an open file cannot be removed, and filelock removes it
                 self._lock.unlink(missing_ok=True)  # now, so that nobody locks a removed file
             lock.release()
             with contextlib.suppress(OSError):  # not empty, or locked by another run already
