@@ -84,7 +84,11 @@ def test_the_format_is_told_by_name_or_suffix(
     for name, options, message in [
         ("f.bin", {}, r"f\.bin does not tell its format by its suffix: end it in one of"),
         ("f.npy", {"format": "safetensors"}, r"f\.npy is to be safetensors, .* end it in \.safe"),
-        ("f.npy", {"format": "npy"}, r"unknown format 'npy'.*Did you mean 'npy-memmap'"),
+        (
+            "f.npy",
+            {"format": "npy-memap"},
+            r"unknown format .*Did you mean 'npy-memmap'",
+        ),
         ("f.npy", {"storage": "bfloat16"}, r"--storage float32 .*bfloat16 goes into safetensors"),
     ]:
         with pytest.raises(FormatError, match=message):
