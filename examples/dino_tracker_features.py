@@ -226,6 +226,7 @@ def read_frames(paths: list[Path]) -> Iterator[Tensor]:
         except (OSError, SyntaxError) as error:
             raise FrameError(f"{path} cannot be read as an image: {error}") from error
         print(f"\r{number} of {len(paths)} frames", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
 
 
 def choose_scale(features: Tensor, baseline: Path) -> tuple[float, str]:

@@ -285,7 +285,8 @@ def test_the_command_line(
     monkeypatch.chdir(tmp_path)
     arguments = ["--repo", str(repo), "--data", str(clip), "--layer", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--stride", "14"])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
     assert asked == [{"layer": 1, "device": "cpu", "stride": 14}, {"layer": 1, "device": "cpu"}]
     assert features_of(tmp_path / "a dot-raw").shape == (3, 1024, 34, 61)
     assert "3 of 3 frames" in capsys.readouterr().err
