@@ -25,7 +25,7 @@ from cosettle_adapter.extraction import (
     find_sources,
     plan_jobs,
 )
-from cosettle_adapter.extraction.formats import find_format, format_of
+from cosettle_adapter.extraction.formats import FORMATS, format_of
 from cosettle_adapter.extraction.ray import RayOptions, extract_with_ray, require_ray
 from cosettle_adapter.extraction.settings import StorageName
 from cosettle_adapter.published import is_published
@@ -131,7 +131,7 @@ def _load(model: ModelOptions, *, raw: bool, layer: int | None) -> CoSettleAdapt
 def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
     by_suffix = format_of(output)
     if by_suffix is None:
-        return plan_jobs(sources, output, find_format(form or "safetensors"))
+        return plan_jobs(sources, output, FORMATS[form or "safetensors"])
     if len(sources) > 1:
         raise ValueError(
             f"{len(sources)} sources need a folder to write to, and -o {output} is one "

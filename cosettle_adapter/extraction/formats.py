@@ -25,19 +25,6 @@ FORMATS: dict[str, type[Store]] = {
 }
 
 
-def find_format(name: str) -> type[Store]:
-    """Return the format called ``name``.
-
-    Raises:
-        FormatError: there is none.
-    """
-    if name not in FORMATS:
-        raise FormatError(
-            f"unknown format {name!r}; there are {', '.join(FORMATS)}.{did_you_mean(name, FORMATS)}"
-        )
-    return FORMATS[name]
-
-
 def format_of(path: str | os.PathLike[str]) -> type[Store] | None:
     """Return the format that a file's suffix tells, if any."""
     suffix = Path(path).suffix.lower()
@@ -48,10 +35,14 @@ def choose_format(path: Path, name: str | None) -> type[Store]:
     """Return the format of a file to be written.
 
     Raises:
-        FormatError: neither ``name`` nor the file's suffix tells one, or they disagree.
+        FormatError: no such format, or neither ``name`` nor the file's suffix tells one, or they
+            disagree.
     """
+    if name not in (None, *FORMATS):
+        known, close = ", ".join(FORMATS), did_you_mean(str(name), FORMATS)
+        raise FormatError(f"unknown format {name!r}; there are {known}.{close}")
     by_suffix = format_of(path)
-    store = by_suffix if name is None else find_format(name)
+    store = by_suffix if name is None else FORMATS[name]
     if store is None:
         known = ", ".join(f"{each.suffix} ({each.name})" for each in FORMATS.values())
         raise FormatError(

@@ -50,11 +50,10 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def append(self, features: Tensor) -> None:
-        """Append ``(N, C, h, w)`` features, contiguous, on the CPU, of the record's dtype."""
+        """Append ``(N, C, h, w)`` features, contiguous, on the CPU, of the record's dtype.
 
-    @abc.abstractmethod
-    def flush(self) -> None:
-        """Hand what was appended to the system, so that it outlives this process."""
+        They are handed to the system, so that they outlive this process.
+        """
 
     @abc.abstractmethod
     def read_back(self, start: int, stop: int) -> Tensor:
@@ -72,8 +71,7 @@ class Store(abc.ABC):
     def finish(self, timestamps: Tensor) -> None:
         """Make the file whole; ``timestamps`` are ``(T,)`` float64, of all frames."""
 
-    @abc.abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release what is open; may be called twice, and after errors."""
 
     @staticmethod
@@ -118,11 +116,8 @@ class FlatStore(Store):
     def append(self, features: Tensor) -> None:
         """Append features."""
         self._file.write(as_bytes(features))
-        self.frames += len(features)
-
-    def flush(self) -> None:
-        """Hand everything to the system."""
         self._file.flush()
+        self.frames += len(features)
 
     def read_back(self, start: int, stop: int) -> Tensor:
         """Read frames of an earlier process."""
@@ -298,9 +293,6 @@ class ZarrStore(Store):
         self.keep(start + len(features))
         self._features[start:] = features.numpy()
 
-    def flush(self) -> None:
-        """Nothing is held back."""
-
     def read_back(self, start: int, stop: int) -> Tensor:
         """Read frames of an earlier process."""
         if stop > self._features.shape[0]:
@@ -318,9 +310,6 @@ class ZarrStore(Store):
         if "timestamps" not in self._group:  # the process may be killed after this line
             self._create("timestamps", (length,), (length,), "float64")
         self._group["timestamps"][:] = timestamps.numpy()
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     @classmethod
     def read(cls, path: Path, start: int | None, stop: int | None) -> Tensor:

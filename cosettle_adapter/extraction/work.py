@@ -138,7 +138,6 @@ class Work:
                 self.record, self._store = record, self._form(self._features, record)
                 record.write_journal(self._journal)
             self._store.append(features)
-            self._store.flush()
             checksum = zlib.crc32(as_bytes(features))
             self.record.add_batch(self._journal, checksum, timestamps.tolist())
 

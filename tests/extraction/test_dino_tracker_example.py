@@ -285,7 +285,7 @@ def test_the_command_line(
     monkeypatch.chdir(tmp_path)
     arguments = ["--repo", str(repo), "--data", str(clip), "--layer", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--stride", "14"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert asked == [{"layer": 1, "device": "cpu", "stride": 14}, {"layer": 1, "device": "cpu"}]
     assert features_of(tmp_path / "a dot-raw").shape == (3, 1024, 34, 61)

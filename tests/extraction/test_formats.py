@@ -132,7 +132,6 @@ def test_a_store_continues_where_it_is_told_to(form: type[Store], tmp_path: Path
     with opened(form, path, record) as store:
         store.append(first)
         store.append(lost)
-        store.flush()
     with opened(form, path, record) as store:
         assert torch.equal(store.read_back(0, 4), first)
         with pytest.raises(ValueError, match="not all there"):
