@@ -15,31 +15,28 @@ from typing import Any
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.errors import MissingExtraError
 from cosettle_adapter.extraction.errors import EngineError, FormatError
-from cosettle_adapter.extraction.many import Job, Outcome, attempt
+from cosettle_adapter.extraction.run import Job, Outcome, attempt
 from cosettle_adapter.extras import require
 
-_PURPOSE = "extraction over a Ray cluster"
-# rows carry names and outcomes, never features
-_OBJECT_STORE_BYTES = 128 << 20
-# workers that may die at one source before it is given up
-_DEATHS = 2
+_OBJECT_STORE_BYTES = 128 << 20  # rows hold names and outcomes, never features
+_MOST_DEATHS = 2  # workers that may die at one source before it is given up
 
 
 @dataclasses.dataclass(frozen=True)
 class RayOptions:
-    """How an extraction is spread.
+    """How an extraction is spread over a Ray cluster.
 
     Attributes:
-        workers: number of actors, each of which holds the model.
-        cpus: processors an actor is given.
-        gpus: GPUs an actor is given; a fraction shares one.
-        retries: how often what failed is tried again, after everything else; not what can only
-            fail again, such as a file that is no video.
+        workers: models at work at once, each in a process of its own.
+        cpus_per_worker: processors a worker is given.
+        gpus_per_worker: GPUs a worker is given; a fraction shares one.
+        retries: how often videos that failed are tried again, after all others; those that can
+            only fail again are not.
     """
 
     workers: int = 1
-    cpus: float = 1
-    gpus: float = 0
+    cpus_per_worker: float = 1
+    gpus_per_worker: float | None = None
     retries: int = 1
 
 
@@ -51,25 +48,25 @@ def extract_with_ray(
     on_retry: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
     **options: Any,
 ) -> Iterator[Outcome]:
-    """Do jobs with Ray Data, by the function that does them without.
+    """Do jobs with Ray Data.
 
     A running cluster is used (``ray.init`` was called, or ``RAY_ADDRESS`` is set); otherwise one
     is started on this machine, and ended. Sources and outputs must lie where all its machines see
-    them. An actor that dies is replaced, and goes on with what it was at.
+    them. A worker that dies is replaced, and what it was doing is resumed.
 
     Args:
-        make_adapter: makes the model, in every actor; it is pickled.
+        make_adapter: makes the model, in every worker; it is pickled.
         jobs: sources and outputs.
-        how: number of actors, what each is given, and retries.
+        how: number of workers, what each is given, and retries.
         on_retry: called with what failed before it is tried again.
-        **options: those of :func:`extract`, but for callbacks.
+        **options: arguments of :func:`extract`, other than callbacks.
 
     Yields:
         An outcome a job, as they come; failures at the end.
 
     Raises:
         MissingExtraError: Ray Data is not installed.
-        EngineError: the cluster broke down.
+        EngineError: the cluster failed.
     """
     ray = require_ray()
     if not jobs:
@@ -97,11 +94,12 @@ def require_ray() -> Any:
     Raises:
         MissingExtraError: one of them is not installed.
     """
-    require("ray.data", extra="ray", purpose=_PURPOSE)
-    return require("ray", extra="ray", purpose=_PURPOSE)
+    purpose = "extraction over a Ray cluster"
+    require("ray.data", extra="ray", purpose=purpose)
+    return require("ray", extra="ray", purpose=purpose)
 
 
-class _Extractor:
+class _Worker:
     """What an actor holds: the model, and how to use it."""
 
     def __init__(
@@ -113,26 +111,24 @@ class _Extractor:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         job = Job(row["source"], Path(row["output"]))
-        with deaths(job.output, self._run) as before:
-            if before < _DEATHS:
-                outcome = self._attempt(job)
-            else:
-                outcome = Outcome(job, error=f"it killed {before} workers, out of memory perhaps")
+        with counted_deaths(job.output, self._run) as deaths:
+            try:
+                if deaths < _MOST_DEATHS:
+                    outcome = attempt(self._adapter, job, **self._options)
+                else:
+                    outcome = Outcome(job, error=f"it killed {deaths} workers: out of memory?")
+            except (FormatError, MissingExtraError, OSError) as error:
+                # what this machine lacks, another may have
+                transient = not isinstance(error, FormatError)
+                outcome = Outcome(job, error=str(error), transient=transient)
         return {"index": row["index"], "outcome": pickle.dumps(outcome)}
-
-    def _attempt(self, job: Job) -> Outcome:
-        try:
-            return attempt(self._adapter, job, **self._options)
-        except (FormatError, MissingExtraError, OSError) as error:
-            # what this machine lacks, another may have
-            return Outcome(job, error=str(error), transient=not isinstance(error, FormatError))
 
 
 @contextlib.contextmanager
-def deaths(output: Path, run: str) -> Iterator[int]:
-    """Yield how many workers of a run have died at an output; none, once the block ends.
+def counted_deaths(output: Path, run: str) -> Iterator[int]:
+    """Yield how many workers of this run have died at an output, until the block ends.
 
-    Ray starts dead workers again and again, so what kills them is noted beside the output.
+    Ray restarts dead workers without end, so each notes beside the output that it has begun.
     """
     note = output.with_name(f".{output.name}.workers")
     try:
@@ -157,37 +153,37 @@ def _one_pass(
 ) -> Iterator[Outcome]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # what is lost is told below, and takes no other with it
+    context.max_errored_blocks = -1  # what is lost is reported below, and stops nothing else
     rows = [
         {
-            "index": index,  # absolute, for an actor's working folder is its own
+            "index": index,  # absolute paths, since a worker has a working folder of its own
             "source": str(Path(job.source).expanduser().absolute()),
             "output": str(job.output.absolute()),
         }
         for index, job in enumerate(jobs)
     ]
-    # a block a source: what is done is told at once, and what is lost with an actor is one
+    # a block a source: outcomes come at once, and one source is lost with a worker at most
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _Extractor,
+        _Worker,
         fn_constructor_args=(make_adapter, dict(options), uuid.uuid4().hex),
         compute=ray.data.ActorPoolStrategy(
             size=min(how.workers, len(rows)), max_tasks_in_flight_per_actor=1
         ),
-        num_cpus=how.cpus,
-        num_gpus=how.gpus,
+        num_cpus=how.cpus_per_worker,
+        num_gpus=how.gpus_per_worker or 0,
     )
-    told = set()
+    reported = set()
     try:
         for row in data.iter_rows():
-            told.add(row["index"])
+            reported.add(row["index"])
             yield dataclasses.replace(pickle.loads(row["outcome"]), job=jobs[row["index"]])
     except ray.exceptions.RayError as error:
         raise EngineError(
-            f"Ray broke down with {len(jobs) - len(told)} of {len(jobs)} sources to go; the same "
-            f"command goes on from there: {error}"
+            f"Ray failed with {len(jobs) - len(reported)} of {len(jobs)} sources to go; the same "
+            f"command resumes from there: {error}"
         ) from error
     for index, job in enumerate(jobs):
-        if index not in told:
+        if index not in reported:
             yield Outcome(job, error="Ray lost it; its log says why", transient=True)
 
 
@@ -204,10 +200,8 @@ def _cluster(ray: Any, how: RayOptions) -> Iterator[None]:
         "include_dashboard": False,
     }
     if not os.environ.get("RAY_ADDRESS"):
-        options |= {
-            "num_cpus": max(1, round(how.workers * how.cpus)),
-            "object_store_memory": _OBJECT_STORE_BYTES,
-        }
+        options["num_cpus"] = max(1, round(how.workers * how.cpus_per_worker))
+        options["object_store_memory"] = _OBJECT_STORE_BYTES
     try:
         ray.init(**options)
     except Exception as error:  # it raises that very class

@@ -11,10 +11,15 @@ import pytest
 from extraction_processes import ill_fated_adapter, small_adapter
 
 from cosettle_adapter.errors import MissingExtraError
-from cosettle_adapter.extraction import extract_many, find_sources, plan_jobs
-from cosettle_adapter.extraction.formats import FORMATS
-from cosettle_adapter.extraction.many import Job, Outcome
-from cosettle_adapter.extraction.ray_engine import RayOptions, deaths, extract_with_ray
+from cosettle_adapter.extraction import (
+    FORMATS,
+    Job,
+    Outcome,
+    extract_many,
+    find_sources,
+    plan_jobs,
+)
+from cosettle_adapter.extraction.ray import RayOptions, counted_deaths, extract_with_ray
 
 from helpers import write_video
 
@@ -31,15 +36,15 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_kills_workers_is_counted_within_a_run(tmp_path: Path) -> None:
     output = tmp_path / "out" / "clip.npy"
     note = output.with_name(".clip.npy.workers")
-    with deaths(output, "run") as before:
+    with counted_deaths(output, "run") as before:
         assert before == 0
         left_behind = note.read_text()
     assert not note.exists()
     note.write_text(left_behind)  # as a worker leaves it that is killed
-    with deaths(output, "run") as before:
+    with counted_deaths(output, "run") as before:
         assert before == 1
     note.write_text(left_behind)
-    with deaths(output, "another run") as before:
+    with counted_deaths(output, "another run") as before:
         assert before == 0
 
 
@@ -77,7 +82,7 @@ def test_two_workers_do_everything_though_one_is_killed(
     assert "cannot be read as a video" in str(by_name.pop("bad.mp4").error)
     assert [outcome.error for outcome in by_name.values()] == [None] * 3
     found = [outcome.extraction.found for outcome in by_name.values() if outcome.extraction]
-    assert sum(bool(frames) for frames in found) == 2, "went on after the kill and the failure"
+    assert sum(bool(frames) for frames in found) == 2, "resumed after the kill and the failure"
     alone = plan_jobs(sources, tmp_path / "alone", FORMATS["npy-memmap"])
     list(extract_many(small_adapter(), alone, batch_size=4))
     for ours, theirs in zip(jobs, alone, strict=True):
