@@ -23,16 +23,13 @@ from cosettle_adapter.benchmark.others.bare_backbone import BareBackbone
 from cosettle_adapter.benchmark.others.official_step import FourFrames, OfficialModel, train_step
 from cosettle_adapter.benchmark.row import Row, Target, faster
 from cosettle_adapter.extras import require
-from cosettle_adapter.training.batches import Plan, StepBatches, load_batches
-from cosettle_adapter.training.compilation import compile_encoder
-from cosettle_adapter.training.corpora.corpus import Corpus
-from cosettle_adapter.training.data import open_data
+from cosettle_adapter.training.batches import Plan, StepBatches, load_batches, open_data
+from cosettle_adapter.training.corpus import Corpus
 from cosettle_adapter.training.distribution import make_accelerator
-from cosettle_adapter.training.head import Head, new_head
-from cosettle_adapter.training.objective import ObjectiveSettings, encode_views, objective
-from cosettle_adapter.training.schedule import make_optimizer
-from cosettle_adapter.training.settings import TrainSettings
-from cosettle_adapter.training.setup import Setup
+from cosettle_adapter.training.encoding import compile_encoder, encode_views
+from cosettle_adapter.training.head import Head, make_optimizer, new_head
+from cosettle_adapter.training.losses import objective
+from cosettle_adapter.training.settings import ObjectiveSettings, TrainSettings
 from cosettle_adapter.training.step import Stepper
 
 NAME = "training"
@@ -138,9 +135,7 @@ class _Official:
                 pin_memory=bench.on_gpu,
             )
         )
-        self._optimizer, _ = make_optimizer(
-            self._head, settings, samples=settings.batch_size, steps_per_epoch=4
-        )
+        self._optimizer = make_optimizer(self._head, settings)
         self._scaler = torch.amp.GradScaler(bench.device.type, enabled=bench.on_gpu)
 
     def step(self) -> float:
@@ -188,21 +183,11 @@ def _our_steps(
         accelerator=accelerator,
         views_folder=bench.folder / "views",
     )
-    plan = Plan.of(
-        len(data),
-        batch_size=settings.batch_size,
-        processes=1,
-        accumulation=1,
-        epochs=settings.epochs,
-        seed=0,
-    )
+    plan = Plan(len(data), settings.batch_size, 1, 1, settings.epochs, seed=0)
     head = Head(new_head(settings.head_config(backbone), init="random", seed=0))
     head = head.to(accelerator.device)
-    optimizer, scheduler = make_optimizer(
-        head, settings, samples=plan.samples_per_step, steps_per_epoch=plan.steps_per_epoch
-    )
-    setup = Setup(accelerator, backbone, data, bench.folder / "run", plan, settings)
-    stepper = Stepper(setup, head, optimizer, scheduler, {})
+    optimizer = make_optimizer(head, settings)
+    stepper = Stepper(accelerator, backbone, data, plan, settings, head, optimizer, {})
     batches = load_batches(
         data, StepBatches(plan), workers=settings.workers, pin_memory=bench.on_gpu
     )

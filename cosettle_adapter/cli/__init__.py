@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("models:list_models", "Show models and backbones."),
     "download": ("models:download", "Download and verify models' weights."),
+    "fit": ("fit:fit", "Fit a projection on a folder of videos."),
+    "train": ("train:train", "Train a projection on a folder of videos."),
+    "prepare": ("prepare:prepare", "Extract the frames of a corpus for training."),
 }
 
 # commands that still parse with argparse
@@ -29,9 +32,6 @@ OLD = (
     "extract",
     "export",
     "view",
-    "fit",
-    "train",
-    "prepare",
     "evaluate",
     "benchmark",
     "push",
@@ -61,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingExtraError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_ERROR
-    from cosettle_adapter.cli.common import console
+    from cosettle_adapter.cli.common import command_line, console
 
+    command_line.set(tuple(words))
     errors = console(stderr=True)
     _configure_logging(errors, verbose=verbose)
     try:

@@ -1,4 +1,4 @@
-"""Errors of gradient training."""
+"""Errors of training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from cosettle_adapter.errors import CosettleError
 
 
 class TrainingError(CosettleError, ValueError):
-    """Training that cannot begin, or cannot go on."""
+    """Training that cannot begin, or cannot continue."""
 
 
 class NonFiniteLossError(TrainingError):
-    """A loss or gradient that is not a number; the weights were not touched by it."""
+    """A loss or gradient that is not finite; the weights were not changed by it."""
 
 
 class CheckpointError(TrainingError):
@@ -18,8 +18,8 @@ class CheckpointError(TrainingError):
 
 
 class DiskFullError(CosettleError, OSError):
-    """A file that could not be written for want of space; what was there before is whole."""
+    """A file that could not be written for lack of space; what was there before is complete."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; what was done is saved, and the message says how to go on."""
+    """Ctrl-C or SIGTERM; what was done is saved, and the message says how to continue."""
