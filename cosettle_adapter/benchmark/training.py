@@ -23,8 +23,9 @@ from cosettle_adapter.benchmark.others.bare_backbone import BareBackbone
 from cosettle_adapter.benchmark.others.official_step import FourFrames, OfficialModel, train_step
 from cosettle_adapter.benchmark.row import Row, Target, faster
 from cosettle_adapter.extras import require
-from cosettle_adapter.training.batches import Plan, StepBatches, load_batches, open_data
+from cosettle_adapter.training.batches import Plan, open_data
 from cosettle_adapter.training.corpus import Corpus
+from cosettle_adapter.training.data import load_batches
 from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.encoding import compile_encoder, encode_views
 from cosettle_adapter.training.head import Head, make_optimizer, new_head
@@ -189,7 +190,11 @@ def _our_steps(
     optimizer = make_optimizer(head, settings)
     stepper = Stepper(accelerator, backbone, data, plan, settings, head, optimizer, {})
     batches = load_batches(
-        data, StepBatches(plan), workers=settings.workers, pin_memory=bench.on_gpu
+        data,
+        plan.batches(),
+        collate=data.collate,
+        workers=settings.workers,
+        pin_memory=bench.on_gpu,
     )
     steps = itertools.count()
     return lambda: stepper.run(next(steps), batches)

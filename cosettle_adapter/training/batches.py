@@ -7,20 +7,16 @@ of processes and workers, and cuts a step into forward passes of equal size.
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.training.cached_views import CachedViews
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.data import Batch, Key, TrainingPairs
+from cosettle_adapter.training.data import Key, TrainingPairs
 from cosettle_adapter.training.distribution import on_main
 from cosettle_adapter.training.encoding import compile_encoder
 from cosettle_adapter.training.errors import TrainingError
@@ -31,34 +27,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class TrainingData(Protocol):
-    """What the loop asks of its samples: pairs from videos, or views kept on disk."""
-
-    @property
-    def digest(self) -> str:
-        """Hash over the videos and over how samples are drawn from them."""
-        ...
-
-    @property
-    def clips(self) -> int:
-        """Number of videos."""
-        ...
-
-    def __len__(self) -> int:
-        """Samples of an epoch."""
-        ...
-
-    def __getitem__(self, key: Key) -> Any:
-        """Return a sample, which depends on nothing but the key."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Return the name of a sample's clip."""
-        ...
-
-    def collate(self, samples: Sequence[Any]) -> Batch:
-        """Stack samples."""
-        ...
+TrainingData = TrainingPairs | CachedViews
+"""Samples: pairs from videos, or views kept on disk."""
 
 
 def open_data(
@@ -183,72 +153,7 @@ class Plan:
         chunks = [order[at : at + self.batch_size].tolist() for at in starts]
         return [[(epoch, index) for index in chunk] for chunk in chunks]
 
-
-class StepBatches(Sampler[list[Key]]):
-    """The keys of one process's forward passes, from step ``start`` to the end of the run."""
-
-    def __init__(self, plan: Plan, *, rank: int = 0, start: int = 0) -> None:
-        self._plan, self._rank, self._start = plan, rank, start
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        """Yield the keys of one forward pass after another."""
-        for step in range(self._start, self._plan.steps):
-            yield from self._plan.keys(step, self._rank)
-
-
-def load_batches(
-    data: TrainingData, keys: Sampler[list[Key]], *, workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """Yield batches in order.
-
-    Raises:
-        CosettleError, OSError: a sample could not be had; the same error in one sentence whether
-            it was raised here or in a worker.
-    """
-    loader: DataLoader[Any] = DataLoader(
-        _ErrorsAsValues(data),
-        batch_sampler=keys,
-        num_workers=workers,
-        collate_fn=_CollateUnlessFailed(data.collate),
-        pin_memory=pin_memory,
-        worker_init_fn=leave_interrupts,
-        # the loader's own draw stays out of the global state, which checkpoints hold
-        generator=torch.Generator().manual_seed(0),
-    )
-    for fetched in loader:
-        if isinstance(fetched, Exception):
-            raise fetched
-        yield fetched
-
-
-class _ErrorsAsValues(Dataset[Any]):
-    """An error as a value: raised, the loader would make a printed traceback of it."""
-
-    def __init__(self, data: TrainingData) -> None:
-        self._data = data
-
-    def __getitem__(self, key: Key) -> Any:
-        try:
-            return self._data[key]
-        except (CosettleError, OSError) as error:
-            return error
-
-
-@dataclasses.dataclass(frozen=True)
-class _CollateUnlessFailed:
-    collate: Callable[[Sequence[Any]], Batch]
-
-    def __call__(self, samples: Sequence[Any]) -> Batch | Exception:
-        failed = next((sample for sample in samples if isinstance(sample, Exception)), None)
-        return self.collate(samples) if failed is None else failed
-
-
-def leave_interrupts(worker: int) -> None:
-    """Keep a worker alive on Ctrl-C, which a terminal sends to the whole process group.
-
-    The step that is under way still needs its batches.
-    """
-    del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+    def batches(self, rank: int = 0, *, start: int = 0) -> Iterator[list[Key]]:
+        """Yield the keys of one process's forward passes, from step ``start`` to the end."""
+        for step in range(start, self.steps):
+            yield from self.keys(step, rank)

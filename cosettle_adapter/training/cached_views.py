@@ -1,55 +1,57 @@
 """Views kept on disk: a few of each clip, encoded once, for any number of epochs.
 
-A folder holds ``tokens.f16`` (clip, view, image, token, channel) and ``views.json``, which says
-what the tokens were made of and how many clips count. Views are written a chunk of clips at a time,
-and the index after the tokens, so that an interruption costs no more than a chunk.
+``views.json`` says what the views were made of. A clip's views are one file, so that an
+interruption costs no more than the clips that were being encoded; of a clip that cannot be read, a
+text file says why.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from cosettle_adapter import extras
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.errors import CosettleError, FrameError
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.files import atomic_path
 from cosettle_adapter.locking import exclusive
-from cosettle_adapter.training.data import Batch, Key, TrainingPairs
+from cosettle_adapter.training.data import Batch, Key, TrainingPairs, load_batches
 from cosettle_adapter.training.encoding import Views, draw_offsets, encode_views
-from cosettle_adapter.training.errors import TrainingError, TrainingInterrupted
+from cosettle_adapter.training.errors import (
+    DiskFullError,
+    TrainingError,
+    TrainingInterrupted,
+    disk_full,
+)
 from cosettle_adapter.training.seeds import seed_of
 from cosettle_adapter.training.settings import ObjectiveSettings
-from cosettle_adapter.training.views_file import (
-    TOKENS_NAME,
-    ViewsFile,
-    check_room,
-    room_for_views,
-)
+
+INDEX_NAME = "views.json"
+
+_FORMAT = {"format": "cosettle-views", "version": 2}
 
 
 class CachedSample(NamedTuple):
     """The encoded views of one cycle.
 
     Attributes:
-        forward: (T, N, C) float16 tokens of the frames.
-        backward: (T - 1, N, C) float16 tokens of all but the last, with perturbed positions.
+        tokens: (I, N, C) float16: the T frames, then all but the last with perturbed positions.
         seed: of whatever else is drawn for this sample.
     """
 
-    forward: Tensor
-    backward: Tensor
+    tokens: Tensor
     seed: int
 
 
@@ -62,19 +64,26 @@ class CachedViews(Dataset[CachedSample]):
     ``batch``. Videos that cannot be read are left out for good.
 
     Attributes:
-        file: the folder and what it holds; :meth:`build` makes it.
-        pairs_per_clip: samples of each clip in an epoch.
         skipped: videos that could not be read, and why.
+        clips: number of the others.
     """
 
-    def __init__(self, file: ViewsFile, pairs: TrainingPairs) -> None:
-        self.file, self.pairs_per_clip, self.skipped = file, pairs.pairs_per_clip, file.skipped
-        self._seed = pairs.seed
-        missing = {name for name, _ in file.skipped}
-        names = [video.name for video in pairs.corpus.videos]
-        self._kept = [clip for clip, name in enumerate(names) if name not in missing]
-        self._names = [names[clip] for clip in self._kept]
-        self._mapped: Any = None
+    def __init__(
+        self, folder: Path, pairs: TrainingPairs, made_of: Mapping[str, Any], grid: tuple[int, int]
+    ) -> None:
+        self._folder, self._made_of, self._grid = folder, dict(made_of), grid
+        self._per_clip, self._seed = pairs.pairs_per_clip, pairs.seed
+        self._names = [video.name for video in pairs.corpus.videos]
+        there = _dealt_with(folder)
+        self._kept = [clip for clip in range(pairs.clips) if there.get(clip) is None]
+        self.skipped = tuple((self._names[c], why) for c, why in sorted(there.items()) if why)
+        self.clips = len(self._kept)
+        if not self.clips:
+            name, problem = self.skipped[0]
+            raise FrameError(
+                f"none of the {pairs.clips} videos can be read; the first of them: {name} "
+                f"({problem})"
+            )
 
     @classmethod
     def build(
@@ -111,20 +120,25 @@ class CachedViews(Dataset[CachedSample]):
             on_sample: called with the views done and their number.
 
         Raises:
-            TrainingError: the folder holds other views (the message says what differs), is
-                damaged, another process is building it, or the tokens do not fit float16.
+            TrainingError: the folder holds other views (the message says what differs), another
+                process is building it, or the tokens do not fit float16.
             DiskFullError: there is not room for all views, which is checked before anything is
-                encoded, or there is no more; whole chunks are kept.
+                encoded, or there is no more; views that are complete are kept.
             FrameError: no video can be read.
-            TrainingInterrupted: Ctrl-C; whole chunks are kept.
+            TrainingInterrupted: Ctrl-C; views that are complete are kept.
         """
-        blocks = [backbone.block(layer) for layer in layers]
+        folder = Path(folder)
         perturbed = settings.pea != "off"
+        # a view outlives the step it is made in, so its offset cannot be the step's
+        own = dataclasses.replace(settings, pea="sample") if perturbed else settings
+        encoder = _Encoder(
+            backbone, own, [backbone.block(layer) for layer in layers], norm, autocast, batch_size
+        )
         made_of = {
             "backbone": backbone.row.name,
             "fingerprint": backbone.fingerprint,
             "stride": backbone.stride,
-            "layers": blocks,
+            "layers": encoder.layers,
             "norm": norm,
             "precision": str(autocast or backbone.dtype).removeprefix("torch."),
             "size": pairs.size,
@@ -136,91 +150,124 @@ class CachedViews(Dataset[CachedSample]):
             "seed": pairs.seed,
             "corpus": pairs.corpus.digest,
         }
-        file = ViewsFile(
-            Path(folder),
-            made_of,
-            clips=pairs.clips,
-            frames=pairs.frames,
-            grid=backbone.grid(pairs.size, pairs.size),
-            channels=sum(backbone.widths[block] for block in blocks),
-        ).read()
-        if file.done < file.clips:
-            check_room(file)
-            # a view outlives the step it is made in, so its offset cannot be the step's
-            own = dataclasses.replace(settings, pea="sample") if perturbed else settings
-            encoder = _Encoder(backbone, own, blocks, norm, autocast, batch_size)
-            file = _write(file, pairs, encoder, workers, on_sample)
-        if len(file.skipped) == file.clips:
-            name, problem = file.skipped[0]
-            raise FrameError(
-                f"none of the {file.clips} videos can be read; the first of them: {name} "
-                f"({problem})"
-            )
-        return cls(file, pairs)
+        grid = backbone.grid(pairs.size, pairs.size)
+        _compare(folder, made_of)
+        missing = pairs.clips - len(_dealt_with(folder))
+        if missing:
+            images = 2 * pairs.frames - 1 if perturbed else pairs.frames
+            width = sum(backbone.widths[layer] for layer in encoder.layers)
+            _check_room(folder, missing * views * images * math.prod(grid) * width * 2, missing)
+            _encode_missing(folder, made_of, pairs, encoder, workers, on_sample)
+        return cls(folder, pairs, made_of, grid)
 
     @property
-    def clips(self) -> int:
-        """Number of videos."""
-        return len(self._kept)
-
-    @cached_property
     def digest(self) -> str:
         """sha256 over what the views were made of and what was left out."""
-        made = json.dumps([self.file.made_of, self.file.skipped, self.pairs_per_clip])
+        made = json.dumps([self._made_of, self.skipped, self._per_clip])
         return hashlib.sha256(made.encode()).hexdigest()
 
     def __len__(self) -> int:
         """Samples of an epoch."""
-        return self.clips * self.pairs_per_clip
+        return self.clips * self._per_clip
 
     def name(self, index: int) -> str:
         """Return the name of the video that sample ``index`` was drawn from."""
-        return self._names[index // self.pairs_per_clip]
+        return self._names[self._kept[index // self._per_clip]]
 
     def __getitem__(self, key: Key) -> CachedSample:
         """Return the views of ``(epoch, index)``, both 0-based.
 
         Raises:
             IndexError: no such sample.
+            TrainingError: its file is damaged.
         """
         epoch, index = key
         if not 0 <= index < len(self) or epoch < 0:
             raise IndexError(f"no sample {index} of epoch {epoch}; an epoch has {len(self)}")
-        numpy = extras.require("numpy", extra="train", purpose="reading cached views")
-        file = self.file
-        if self._mapped is None:
-            shape = (self.clips * file.views, *file.shape)
-            path = file.folder / TOKENS_NAME
-            self._mapped = numpy.memmap(path, numpy.float16, mode="r", shape=shape)
-        place, turn = divmod(index, self.pairs_per_clip)
-        view = (epoch * self.pairs_per_clip + turn) % file.views
-        tokens = torch.from_numpy(numpy.array(self._mapped[place * file.views + view]))
-        forward = tokens[: file.frames]
-        backward = tokens[file.frames :] if file.perturbed else forward[:-1]
-        return CachedSample(forward, backward, seed_of(self._seed, self._kept[place], view))
+        place, turn = divmod(index, self._per_clip)
+        clip = self._kept[place]
+        view = (epoch * self._per_clip + turn) % self._made_of["views"]
+        path = _tokens_of(self._folder, clip)
+        try:
+            with safe_open(path, "pt") as file:
+                tokens = file.get_slice("tokens")[view]
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"{path} cannot be read ({error}); delete it and run the same again"
+            ) from error
+        return CachedSample(tokens, seed_of(self._seed, clip, view))
 
     def collate(self, samples: Sequence[CachedSample]) -> Batch:
         """Stack samples into a batch of views."""
-        forward, backward = (torch.stack(each) for each in list(zip(*samples, strict=True))[:2])
+        tokens = torch.stack([sample.tokens for sample in samples])
+        frames = self._made_of["frames"]
+        forward, perturbed = tokens[:, :frames], tokens[:, frames:]
+        backward = perturbed if self._made_of["pea"] == "on" else forward[:, :-1]
         seeds = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
-        return Batch(seeds, views=Views(forward, backward, self.file.grid))
+        return Batch(seeds, views=Views(forward, backward, self._grid))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the memory map behind; every process has its own."""
-        return {**self.__dict__, "_mapped": None}
+
+def _tokens_of(folder: Path, clip: int) -> Path:
+    return folder / f"{clip:07d}.safetensors"
+
+
+def _dealt_with(folder: Path) -> dict[int, str | None]:
+    """Return which clips are done: with ``None``, or why they cannot be read."""
+    if not folder.is_dir():
+        return {}
+    paths = [path for path in folder.iterdir() if path.stem.isdigit()]
+    return {
+        int(path.stem): path.read_text("utf-8") if path.suffix == ".txt" else None
+        for path in paths
+        if path.suffix in (".txt", ".safetensors")
+    }
+
+
+def _compare(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds other views."""
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return
+    remedy = f"use another folder, or delete {folder}"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if {name: content[name] for name in _FORMAT} != _FORMAT:
+            raise ValueError(f"another version's: {content['version']!r}")
+        before = dict(content["made_of"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} cannot be read ({error!r}); {remedy}") from error
+    differing = [name for name in sorted(made_of) if before.get(name) != made_of[name]]
+    if differing == ["corpus"]:
+        raise TrainingError(
+            f"the views in {folder} were made from other videos: some were added, removed, "
+            f"renamed or changed since; {remedy}"
+        )
+    if differing:
+        told = ", ".join(
+            f"{name} {str(before.get(name))[:40]} (now {str(made_of[name])[:40]})"
+            for name in differing
+        )
+        raise TrainingError(f"the views in {folder} were made with {told}; {remedy}")
+
+
+def _check_room(folder: Path, needed: int, clips: int) -> None:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DiskFullError(
+            f"the views of {clips} clips take {needed / 1e9:.3f} GB, and {existing} has "
+            f"{free / 1e9:.3f} GB free; keep fewer views, use smaller frames, or another disk"
+        )
 
 
 class _Clip(NamedTuple):
-    """All views of a clip to encode, (K, T, 3, S, S), or why there are none.
+    """All views of a clip to encode, or why there are none."""
 
-    A failure ends the run; raised, the loader would make a printed traceback of it.
-    """
-
-    name: str
-    frames: Tensor | None = None
-    seeds: Tensor | None = None
+    number: int
+    batch: Batch | None = None
     problem: str = ""
-    failure: Exception | None = None
 
 
 class _Draws(Dataset[_Clip]):
@@ -230,15 +277,14 @@ class _Draws(Dataset[_Clip]):
         self._pairs, self._views = pairs, views
 
     def __getitem__(self, clip: int) -> _Clip:
-        name = self._pairs.corpus.videos[clip].name
         try:
-            samples = self._pairs.draw(clip, range(self._views))
+            return _Clip(clip, self._pairs.collate(self._pairs.draw(clip, range(self._views))))
         except FrameError as error:
-            return _Clip(name, problem=str(error) or "unreadable")
-        except (CosettleError, OSError) as error:
-            return _Clip(name, failure=error)
-        batch = self._pairs.collate(samples)
-        return _Clip(name, batch.frames, batch.seeds)
+            return _Clip(clip, problem=str(error) or "unreadable")
+
+
+def _only(clips: Sequence[_Clip]) -> _Clip:
+    return clips[0]
 
 
 class _Encoder(NamedTuple):
@@ -249,112 +295,85 @@ class _Encoder(NamedTuple):
     autocast: torch.dtype | None
     batch_size: int
 
-    def encode(self, chunk: Sequence[_Clip]) -> list[Tensor]:
-        """Encode the clips that could be read: tensors (B, images, N, C) float16."""
-        frames = torch.cat([clip.frames for clip in chunk if clip.frames is not None])
-        seeds = torch.cat([clip.seeds for clip in chunk if clip.seeds is not None])
-        encoded = []
+    def encode(self, clips: Sequence[_Clip]) -> Tensor:
+        """Encode what could be read: tokens (B, I, N, C) float16, on the CPU."""
+        batches = [clip.batch for clip in clips if clip.batch is not None]
+        frames = torch.cat([batch.frames for batch in batches if batch.frames is not None])
+        seeds = torch.cat([batch.seeds for batch in batches])
         device, half = self.backbone.device.type, self.autocast is not None
+        encoded = []
         with torch.inference_mode(), torch.autocast(device, self.autocast, enabled=half):
             for first in range(0, len(frames), self.batch_size):
-                batch = slice(first, first + self.batch_size)
-                offsets = draw_offsets(self.settings, seed=0, step=0, sample_seeds=seeds[batch])
+                part = slice(first, first + self.batch_size)
                 views = encode_views(
                     self.backbone,
-                    frames[batch],
+                    frames[part],
                     layers=self.layers,
                     norm=self.norm,
                     settings=self.settings,
-                    offsets=offsets,
+                    offsets=draw_offsets(self.settings, seed=0, step=0, sample_seeds=seeds[part]),
                 )
-                off = self.settings.pea == "off"
-                tokens = views.forward if off else torch.cat([views.forward, views.backward], 1)
-                encoded.append(self._halved(tokens).cpu().contiguous())
-        return encoded
-
-    def _halved(self, tokens: Tensor) -> Tensor:
-        half = tokens.to(torch.float16)
-        if bool(half.isfinite().all()):
-            return half
+                both = [views.forward] if self.settings.pea == "off" else list(views[:2])
+                encoded.append(torch.cat(both, dim=1).to(torch.float16).cpu())
+        tokens = torch.cat(encoded)
         if not bool(tokens.isfinite().all()):
             raise TrainingError(
-                f"the backbone makes NaN or infinite tokens in layers {self.layers}; encode in "
-                "float32"
+                f"tokens of layers {self.layers} are not finite in float16; encode in float32, "
+                "read other layers, apply the final norm, or train without cached views"
             )
-        raise TrainingError(
-            f"tokens of layers {self.layers} reach {float(tokens.abs().max()):.0f}, more than "
-            "float16 holds; read other layers, apply the final norm, or train without cached views"
-        )
+        return tokens
 
 
-def _write(
-    file: ViewsFile,
+def _encode_missing(
+    folder: Path,
+    made_of: Mapping[str, Any],
     pairs: TrainingPairs,
     encoder: _Encoder,
     workers: int,
     on_sample: Callable[[int, int], None] | None,
-) -> ViewsFile:
-    """Encode what is missing in a folder."""
-    file.folder.mkdir(parents=True, exist_ok=True)
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     refusal = (
-        f"another run is encoding views into {file.folder}: wait until it is done with them, "
-        "or use another folder"
+        f"another run is encoding views into {folder}: wait until it is done with them, or use "
+        "another folder"
     )
-    chunk_size = max(1, math.ceil(encoder.batch_size / file.views))
-    with exclusive(file.folder, refusal=TrainingError(refusal)), contextlib.ExitStack() as opened:
-        file = file.read()  # another run may just have continued
-        decoded = _decoded(pairs, file, workers)
-        with room_for_views(file):
-            tokens = opened.enter_context((file.folder / TOKENS_NAME).open("ab"))
-            tokens.truncate(file.written)  # what follows is half a chunk
-            file.write_index()
+    views = int(made_of["views"])
+    together = max(1, math.ceil(encoder.batch_size / views))
+    with exclusive(folder, refusal=TrainingError(refusal)):
+        there = _dealt_with(folder)  # another run may just have continued
+        missing = [clip for clip in range(pairs.clips) if clip not in there]
+        keys = [[clip] for clip in missing]
+        decoded = load_batches(_Draws(pairs, views), keys, collate=_only, workers=workers)
+        done = len(there)
         try:
-            while file.done < file.clips:
-                count = min(chunk_size, file.clips - file.done)
-                file = _append(file, tokens, encoder, [next(decoded) for _ in range(count)])
-                if on_sample is not None:
-                    on_sample(file.done * file.views, file.clips * file.views)
+            with disk_full(
+                f"no room is left in {folder} for the views; those that are complete are kept. "
+                "Make room and run the same again to continue"
+            ):
+                with atomic_path(folder / INDEX_NAME) as path:
+                    path.write_text(json.dumps({**_FORMAT, "made_of": made_of}, indent=1), "utf-8")
+                while done < pairs.clips:
+                    clips = [next(decoded) for _ in range(min(together, pairs.clips - done))]
+                    _write(folder, clips, encoder)
+                    done += len(clips)
+                    if on_sample is not None:
+                        on_sample(done * views, pairs.clips * views)
         except KeyboardInterrupt as interruption:
             raise TrainingInterrupted(
-                f"the views of {file.done} of {file.clips} clips are kept in {file.folder}; run "
-                "the same again to continue"
+                f"the views of {done} of {pairs.clips} clips are kept in {folder}; run the same "
+                "again to continue"
             ) from interruption
-    return file
 
 
-def _decoded(pairs: TrainingPairs, file: ViewsFile, workers: int) -> Iterator[_Clip]:
-    loader: DataLoader[_Clip] = DataLoader(
-        _Draws(pairs, file.views),
-        batch_size=None,
-        sampler=range(file.done, file.clips),
-        num_workers=workers,
-        collate_fn=_itself,
-        # the loader's own draw stays out of the global state
-        generator=torch.Generator().manual_seed(0),
-    )
-    for clip in loader:
-        if clip.failure is not None:
-            raise clip.failure
-        yield clip
-
-
-def _itself(clip: Any) -> Any:
-    return clip
-
-
-def _append(
-    file: ViewsFile, tokens: BinaryIO, encoder: _Encoder, chunk: Sequence[_Clip]
-) -> ViewsFile:
-    """Write a chunk, and only then record that it is there."""
-    encoded = encoder.encode(chunk) if any(clip.frames is not None for clip in chunk) else []
-    skipped = tuple((clip.name, clip.problem) for clip in chunk if clip.problem)
-    advanced = dataclasses.replace(
-        file, done=file.done + len(chunk), skipped=file.skipped + skipped
-    )
-    with room_for_views(file):
-        for part in encoded:
-            tokens.write(part.numpy().tobytes())
-        tokens.flush()
-        os.fsync(tokens.fileno())
-        advanced.write_index()
-    return advanced
+def _write(folder: Path, clips: Sequence[_Clip], encoder: _Encoder) -> None:
+    read = [clip for clip in clips if clip.batch is not None]
+    for clip in clips:
+        if clip.batch is None:
+            with atomic_path(folder / f"{clip.number:07d}.txt") as path:
+                path.write_text(clip.problem, "utf-8")
+    if not read:
+        return
+    tokens = encoder.encode(read)
+    for clip, own in zip(read, tokens.chunk(len(read)), strict=True):
+        with atomic_path(_tokens_of(folder, clip.number)) as path:
+            save_file({"tokens": own.contiguous()}, path)

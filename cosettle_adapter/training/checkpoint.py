@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +24,7 @@ from cosettle_adapter.files import atomic_path
 from cosettle_adapter.locking import exclusive
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection
 from cosettle_adapter.training.distribution import everywhere, on_main
-from cosettle_adapter.training.errors import CheckpointError, DiskFullError, TrainingError
+from cosettle_adapter.training.errors import CheckpointError, TrainingError, disk_full
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +36,6 @@ CARD_FILE = "README.md"
 _FORMAT_VERSION = 2
 _RUN_FILE, _BEST_FILE = "run.json", "best.safetensors"
 _OLD_CHECKPOINT = "checkpoint.pt"  # of version 0.1
-_FULL = ("PytorchStreamWriter", "unexpected pos", "No space left", "os error 28")
 
 
 @dataclasses.dataclass
@@ -126,7 +123,7 @@ def save(
             if older != final:
                 shutil.rmtree(older)
 
-    with _whole_model(accelerator), disk_full_in_a_sentence(folder):
+    with _whole_model(accelerator), room_for_run(folder):
         try:
             on_main(accelerator, begin)
             everywhere(accelerator, lambda: accelerator.save_state(str(part)))
@@ -212,23 +209,12 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def disk_full_in_a_sentence(folder: Path) -> Iterator[None]:
-    """Raise :class:`DiskFullError` where a block runs out of space below ``folder``."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # PyTorch's and safetensors' own writers report a full disk in their own ways.
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else:
-            full = any(sign in str(error) for sign in _FULL)
-        if not full:
-            raise
-        raise DiskFullError(
-            f"no space left to write into {folder} ({error}); the last checkpoint there is "
-            f"complete. Free some space, then continue with --resume {folder}"
-        ) from error
+def room_for_run(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Raise :class:`DiskFullError` where a block runs out of space below a run's folder."""
+    return disk_full(
+        f"no space left to write into {folder}; the last checkpoint there is complete. Free some "
+        f"space, then continue with --resume {folder}"
+    )
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -270,7 +256,7 @@ def claimed_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[N
         TrainingError: as :func:`check_folder`, or another process is writing into it.
     """
     check_folder(folder, resume=resume, overwrite=overwrite)
-    with disk_full_in_a_sentence(folder):
+    with room_for_run(folder):
         folder.mkdir(parents=True, exist_ok=True)
     refusal = f"another run is writing into {folder}: wait until it ends, or use another folder"
     with exclusive(folder, refusal=TrainingError(refusal)):
@@ -290,7 +276,7 @@ def write_result(folder: Path, projection: Projection) -> None:
     Raises:
         DiskFullError: no space left.
     """
-    with disk_full_in_a_sentence(folder):
+    with room_for_run(folder):
         projection.save(folder)
         with atomic_path(folder / CARD_FILE) as path:
             path.write_text(model_card(projection.config), encoding="utf-8")

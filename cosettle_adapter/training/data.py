@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from cosettle_adapter.errors import FrameError
+from cosettle_adapter.errors import CosettleError, FrameError
 from cosettle_adapter.training.corpus import Corpus
 from cosettle_adapter.training.encoding import Views
 from cosettle_adapter.training.seeds import generator_of, seed_of
+
+T = TypeVar("T")
 
 Key = tuple[int, int]
 """Epoch and index of a sample, both 0-based."""
@@ -335,3 +339,66 @@ def augment(
         frames = squash(frames, size)
     height, width = frames.shape[-2:]
     return apply_crop(frames, draw_crop(height, width, generator=generator), size)
+
+
+def load_batches(
+    data: Dataset[Any],
+    keys: Iterable[Sequence[Any]],
+    *,
+    collate: Callable[[Sequence[Any]], T],
+    workers: int,
+    pin_memory: bool = False,
+) -> Iterator[T]:
+    """Yield what ``collate`` makes of the samples of each group of keys, in order.
+
+    Raises:
+        CosettleError, OSError: a sample could not be had; the same error in one sentence whether
+            it was raised here or in a worker.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _ErrorsAsValues(data),
+        batch_sampler=keys,  # type: ignore[arg-type]  # any iterable will do
+        num_workers=workers,
+        collate_fn=_CollateUnlessFailed(collate),
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_interrupts,
+        # the loader's own draw stays out of the global state, which checkpoints hold
+        generator=torch.Generator().manual_seed(0),
+    )
+    for fetched in loader:
+        if isinstance(fetched, Exception):
+            raise fetched
+        yield fetched
+
+
+class _ErrorsAsValues(Dataset[Any]):
+    """An error as a value: raised, the loader would make a printed traceback of it."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self._data = data
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self._data[key]
+        except (CosettleError, OSError) as error:
+            return error
+
+
+@dataclasses.dataclass(frozen=True)
+class _CollateUnlessFailed:
+    collate: Callable[[Sequence[Any]], Any]
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        failed = next((sample for sample in samples if isinstance(sample, Exception)), None)
+        return self.collate(samples) if failed is None else failed
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Keep a worker alive on Ctrl-C, which a terminal sends to the whole process group.
+
+    The step that is under way still needs its batches.
+    """
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()

@@ -50,7 +50,7 @@ class Found(NamedTuple):
         size: bytes in the archive, or None.
         member: name in the archive.
         frames: number of images in the folder, where an index has it.
-        real: path without links, if links lead to it from ``base``.
+        real: path without links, where links may lead to it.
     """
 
     path: str
@@ -179,69 +179,52 @@ def _add_folder(found: Discovery, root: Path) -> None:
             return
         problem = "other folders are there than it lists, so it was not used"
         found.problems.append((f"{root / INDEX_NAME}", problem))
-    before = len(found.videos)
-    real = os.path.realpath(root)
-    _Walk(found, str(root), real).enter(str(root), real)
-    found.videos[before:] = sorted(
-        found.videos[before:], key=lambda video: (video.path.replace(os.sep, "/"), video.start)
+    videos = len(found.videos)
+    images: list[Found] = []
+    occupied: set[str] = set()  # folders with something below them
+    visited: set[str] = set()  # real places, whatever links lead there
+    real_root = os.path.realpath(root)
+
+    def unreadable(error: OSError) -> None:
+        problem = f"the folder cannot be read ({error.strerror or error})"
+        found.problems.append((str(error.filename), problem))
+
+    for folder, below, names in os.walk(root, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(folder)
+        inside = real.startswith(f"{real_root}/") and os.path.islink(folder)  # noqa: PTH114
+        if real in visited or inside:
+            below.clear()
+            continue
+        visited.add(real)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        pictures = False
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path, lowered = f"{folder}/{name}", name.lower()
+            if lowered.endswith(IMAGE_SUFFIXES):
+                pictures = True
+            elif lowered.endswith(VIDEO_SUFFIXES):
+                found.videos.append(Found(path, str(root), real=os.path.realpath(path)))
+                _occupy(occupied, folder, root)
+            elif lowered.endswith(SHARD_SUFFIX):
+                _add_shard(found, path, str(root))
+                _occupy(occupied, folder, root)
+            else:
+                found.others[name] += 1
+        if pictures:
+            images.append(Found(folder, str(root), real=real))
+            _occupy(occupied, os.path.dirname(folder), root)  # noqa: PTH120
+    # images beside videos are previews of them; images beside notes are frames
+    found.videos += [each for each in images if each.path not in occupied]
+    found.videos[videos:] = sorted(
+        found.videos[videos:], key=lambda video: (video.path.replace(os.sep, "/"), video.start)
     )
 
 
-class _Walk:
-    """A search of one folder that comes to every place once, whatever links there are."""
-
-    def __init__(self, found: Discovery, root: str, real_root: str) -> None:
-        self._found, self._root, self._real_root = found, root, real_root
-        self._linked: set[str] = set()
-
-    def enter(self, folder: str, real: str) -> bool:
-        """Add what lies below a folder; return whether anything did."""
-        try:
-            names = os.listdir(folder)  # noqa: PTH208  # by far the fastest way
-        except OSError as error:
-            problem = f"the folder cannot be read ({error.strerror or error})"
-            self._found.problems.append((folder, problem))
-            return False
-        names = [name for name in names if not name.startswith(".")]
-        images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-        below = images < len(names) and self._look_at(folder, real)
-        # images beside videos are previews of them; images beside notes are frames
-        if images and not below:
-            self._add(folder, real)
-        return below or images > 0
-
-    def _look_at(self, folder: str, real: str) -> bool:
-        below = False
-        with os.scandir(folder) as entries:
-            ordered = sorted(entries, key=lambda entry: entry.name)
-        for entry in ordered:
-            if entry.name.startswith("."):
-                continue
-            target = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-            if not entry.is_dir():
-                below |= self._add_file(entry.path, target)
-            elif not entry.is_symlink():
-                below |= self.enter(entry.path, target)
-            elif target not in self._linked and not f"{target}/".startswith(f"{self._real_root}/"):
-                self._linked.add(target)
-                below |= self.enter(entry.path, target)
-        return below
-
-    def _add_file(self, path: str, real: str) -> bool:
-        lowered = path.lower()
-        if lowered.endswith(VIDEO_SUFFIXES):
-            self._add(path, real)
-        elif lowered.endswith(SHARD_SUFFIX):
-            _add_shard(self._found, path, self._root)
-        else:
-            if not lowered.endswith(IMAGE_SUFFIXES):
-                self._found.others[path.rpartition("/")[2]] += 1
-            return False
-        return True
-
-    def _add(self, path: str, real: str) -> None:
-        plain = real == f"{self._real_root}{path[len(self._root) :]}"
-        self._found.videos.append(Found(path, self._root, real="" if plain else real))
+def _occupy(occupied: set[str], folder: str, root: Path) -> None:
+    """Note a folder and those above it, as far as the root."""
+    while folder not in occupied and len(folder) >= len(str(root)):
+        occupied.add(folder)
+        folder = os.path.dirname(folder)  # noqa: PTH120
 
 
 # --- the index that `cosettle-adapter prepare` leaves beside the folders it wrote ---

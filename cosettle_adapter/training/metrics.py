@@ -11,9 +11,7 @@ from typing import Any
 
 from cosettle_adapter.extras import require
 from cosettle_adapter.files import atomic_path
-from cosettle_adapter.training.checkpoint import disk_full_in_a_sentence
-
-METRICS_FILE = "metrics.jsonl"
+from cosettle_adapter.training.checkpoint import METRICS_FILE, room_for_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class MetricsLog:
         file = folder / METRICS_FILE
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         kept = "".join(f"{line}\n" for line in lines if _step_of(line) < first)
-        with disk_full_in_a_sentence(folder), atomic_path(file) as path:
+        with room_for_run(folder), atomic_path(file) as path:
             path.write_text(kept, encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -82,7 +80,7 @@ class MetricsLog:
         """
         line = {"step": step, **values}
         text = json.dumps({key: _finite(value) for key, value in line.items()})
-        with disk_full_in_a_sentence(self._folder):
+        with room_for_run(self._folder):
             with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
             if self._tracker is not None:

@@ -18,14 +18,10 @@ from torch import Tensor
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.training import checkpoint
-from cosettle_adapter.training.batches import (
-    Plan,
-    StepBatches,
-    TrainingData,
-    load_batches,
-)
+from cosettle_adapter.training.batches import Plan, TrainingData
 from cosettle_adapter.training.checkpoint import RunState
 from cosettle_adapter.training.corpus import Corpus
+from cosettle_adapter.training.data import load_batches
 from cosettle_adapter.training.distribution import from_main, gather, make_accelerator, on_main
 from cosettle_adapter.training.encoding import compile_encoder
 from cosettle_adapter.training.errors import TrainingInterrupted
@@ -219,7 +215,8 @@ class _Run:
         plan, settings, accelerator, state = self.plan, self.settings, self.accelerator, self.state
         batches = load_batches(
             self.data,
-            StepBatches(plan, rank=accelerator.process_index, start=state.step),
+            plan.batches(accelerator.process_index, start=state.step),
+            collate=self.data.collate,
             workers=settings.workers,
             pin_memory=accelerator.device.type == "cuda",
         )

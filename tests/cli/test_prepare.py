@@ -6,7 +6,7 @@ import pytest
 from numbered import encode_numbered
 
 from cosettle_adapter.cli import main
-from cosettle_adapter.training.corpora.corpus import Corpus
+from cosettle_adapter.training.corpus import Corpus
 
 
 @pytest.fixture(scope="module")

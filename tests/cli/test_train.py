@@ -16,9 +16,9 @@ from cosettle_adapter.backbones import Backbone, registry
 from cosettle_adapter.cli import main
 from cosettle_adapter.cli.train import _settings, add_arguments
 from cosettle_adapter.cli.training_progress import TrainingProgress
-from cosettle_adapter.training.loop import StepReport
-from cosettle_adapter.training.metrics_log import read_metrics
+from cosettle_adapter.training.metrics import read_metrics
 from cosettle_adapter.training.settings import TrainSettings
+from cosettle_adapter.training.train import StepReport
 
 from helpers import tiny_state, write_video
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.training.samples.augmentation import (
+from cosettle_adapter.training.data import (
     Crop,
     apply_crop,
     augment,

@@ -8,9 +8,9 @@ from training_fakes import FakeData
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training.batches import Plan, StepBatches, _Fetched, load_batches
+from cosettle_adapter.training.cached_views import CachedBatch
+from cosettle_adapter.training.encoding import Views
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.objective import Views
-from cosettle_adapter.training.samples.views import CachedBatch
 
 
 def plan(samples: int = 24, **changes: int) -> Plan:

@@ -18,7 +18,7 @@ from cosettle_adapter.training.checkpoint import (
     restore_random_state,
 )
 from cosettle_adapter.training.errors import CheckpointError, DiskFullError
-from cosettle_adapter.training.metrics_log import MetricsLog, read_metrics
+from cosettle_adapter.training.metrics import MetricsLog, read_metrics
 
 
 def checkpoint(step: int = 3) -> Checkpoint:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cosettle_adapter.correspondence import propagate_labels
-from cosettle_adapter.training.choice import mask_overlap
+from cosettle_adapter.training.model_selection import mask_overlap
 from cosettle_adapter.video.rendered import render_clip
 
 

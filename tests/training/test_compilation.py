@@ -8,10 +8,10 @@ import pytest
 import torch
 from training_fakes import QUICK, FakeData, small_backbone
 
-from cosettle_adapter.training.compilation import compile_encoder
 from cosettle_adapter.training.distribution import make_accelerator
-from cosettle_adapter.training.loop import train
-from cosettle_adapter.training.metrics_log import read_metrics
+from cosettle_adapter.training.encoding import compile_encoder
+from cosettle_adapter.training.metrics import read_metrics
+from cosettle_adapter.training.train import train
 
 
 def test_a_compiled_encoder_gives_the_same_tokens() -> None:

@@ -13,8 +13,8 @@ from numbered import encode_numbered, numbered, numbers
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError, MissingExtraError
-from cosettle_adapter.training.corpora.corpus import Corpus
-from cosettle_adapter.training.corpora.index import INDEX_NAME, CorpusIndex
+from cosettle_adapter.training.corpus import Corpus
+from cosettle_adapter.training.discovery import INDEX_NAME, CorpusIndex
 
 LENGTH = 12
 
@@ -314,7 +314,7 @@ class TestReading:
         def fail(*_: object) -> None:
             raise MemoryError("too large")
 
-        monkeypatch.setattr("cosettle_adapter.training.corpora.corpus.count_frames", fail)
+        monkeypatch.setattr("cosettle_adapter.training.corpus.count_frames", fail)
         with pytest.raises(FrameError, match=r"a\.mp4 cannot be read \(MemoryError: too large\)"):
             video.length()
 

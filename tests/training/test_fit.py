@@ -15,7 +15,7 @@ from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training.clips import find_clips, neighbouring_frames
 from cosettle_adapter.training.fit import FitSettings, fit_projection, mask_overlap
-from cosettle_adapter.training.gathering import Gathering, gather
+from cosettle_adapter.training.statistics import Gathering, gather
 from cosettle_adapter.video import open_frames, probe, render_clip
 from cosettle_adapter.video.sources import SourceInfo
 from cosettle_adapter.video.timeline import PendingFrame

@@ -14,14 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosettle_adapter.backbones import Backbone, VisionTransformerBackbone, build_backbone, lookup
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.training.losses import multi_frame_cycle_loss, semantic_separability_loss
-from cosettle_adapter.training.objective import (
-    ObjectiveSettings,
-    Views,
-    draw_offsets,
-    encode_views,
+from cosettle_adapter.training.encoding import Views, draw_offsets, encode_views
+from cosettle_adapter.training.losses import (
+    multi_frame_cycle_loss,
     objective,
+    semantic_separability_loss,
 )
+from cosettle_adapter.training.settings import ObjectiveSettings
 
 from helpers import TINY, projection_for, tiny_state
 

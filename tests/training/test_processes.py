@@ -13,8 +13,8 @@ from cosettle_adapter.backbones import BackboneRow
 from cosettle_adapter.training.checkpoint import Checkpoint
 from cosettle_adapter.training.distribution import from_main, gather, make_accelerator, on_main
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.loop import train
-from cosettle_adapter.training.metrics_log import read_metrics
+from cosettle_adapter.training.metrics import read_metrics
+from cosettle_adapter.training.train import train
 
 TESTS = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.training.samples.sampling import automatic_pairs_per_clip, choose_frames
+from cosettle_adapter.training.data import automatic_pairs_per_clip, choose_frames
 from cosettle_adapter.training.seeds import generator_of, seed_of
 
 

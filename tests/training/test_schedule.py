@@ -4,18 +4,18 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from training_fakes import QUICK, small_backbone
-
-from cosettle_adapter import Projection
-from cosettle_adapter.training.errors import TrainingError
 from cosettle_adapter.training.schedule import (
     learning_rate,
     learning_rate_factor,
     make_optimizer,
     parameter_groups,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from training_fakes import QUICK, small_backbone
+
+from cosettle_adapter import Projection
+from cosettle_adapter.training.errors import TrainingError
 from cosettle_adapter.training.settings import TrainSettings
 
 

@@ -9,11 +9,11 @@ from training_fakes import QUICK, FakeData, small_backbone
 
 from cosettle_adapter import Projection
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.training.corpora.corpus import Corpus
+from cosettle_adapter.training.corpus import Corpus
 from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.loop import train
-from cosettle_adapter.training.metrics_log import read_metrics
+from cosettle_adapter.training.metrics import read_metrics
+from cosettle_adapter.training.train import train
 from cosettle_adapter.training.validation import Figures, Validation, evenly, read_evenly
 
 from helpers import write_video

@@ -14,11 +14,10 @@ from PIL import Image
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training.corpora import jpeg_folders
-from cosettle_adapter.training.corpora.corpus import Corpus, Video
-from cosettle_adapter.training.corpora.found import Found
-from cosettle_adapter.training.corpora.index import INDEX_NAME
-from cosettle_adapter.training.corpora.preparation import PrepareSettings, folder_names, prepare
+from cosettle_adapter.training.corpus import Corpus, Video
+from cosettle_adapter.training.discovery import INDEX_NAME, Found
 from cosettle_adapter.training.errors import DiskFullError, TrainingError
+from cosettle_adapter.training.prepare import PrepareSettings, folder_names, prepare
 
 
 @pytest.fixture(scope="module")

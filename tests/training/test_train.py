@@ -28,9 +28,9 @@ from cosettle_adapter.training.errors import (
     TrainingError,
     TrainingInterrupted,
 )
-from cosettle_adapter.training.loop import StepReport, Trained, train
-from cosettle_adapter.training.metrics_log import read_metrics
+from cosettle_adapter.training.metrics import read_metrics
 from cosettle_adapter.training.settings import TrainSettings
+from cosettle_adapter.training.train import StepReport, Trained, train
 
 Callback = Callable[[StepReport], None]
 
@@ -398,7 +398,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from cosettle_adapter.training.distribution import make_accelerator
-from cosettle_adapter.training.loop import train
+from cosettle_adapter.training.train import train
 from training_fakes import QUICK, FakeData, small_backbone
 import dataclasses
 
@@ -444,7 +444,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from cosettle_adapter.training.distribution import make_accelerator
-from cosettle_adapter.training.loop import train
+from cosettle_adapter.training.train import train
 from training_fakes import QUICK, FakeData, small_backbone
 
 settings = dataclasses.replace(QUICK, batch_size=2, accumulation=2, workers=2, epochs=2000)
@@ -477,7 +477,7 @@ def test_ctrl_c_in_a_terminal_lets_the_workers_finish_the_step(tmp_path: Path) -
 def test_an_old_checkpoint_makes_another_due(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cosettle_adapter.training.run._SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("cosettle_adapter.training.train._SAVE_SECONDS", -1.0)
     steps: list[int] = []
     fit(
         backbone, tmp_path, dataclasses.replace(QUICK, epochs=1),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS
-from cosettle_adapter.training.candidates import (
+from cosettle_adapter.training.model_selection import (
     Candidate,
     block_sets,
     candidates,

@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.errors import FrameError, MissingExtraError
 from cosettle_adapter.locking import exclusive
-from cosettle_adapter.training.corpora.corpus import Corpus
-from cosettle_adapter.training.encoding import Views, encode_views
+from cosettle_adapter.training.cached_views import CachedViews
+from cosettle_adapter.training.corpus import Corpus
+from cosettle_adapter.training.data import TrainingPairs
+from cosettle_adapter.training.encoding import Views, draw_offsets, encode_views
 from cosettle_adapter.training.errors import DiskFullError, TrainingError, TrainingInterrupted
-from cosettle_adapter.training.objective import ObjectiveSettings, draw_offsets, objective
+from cosettle_adapter.training.losses import objective
 from cosettle_adapter.training.samples import views_writing
-from cosettle_adapter.training.samples.dataset import TrainingPairs
-from cosettle_adapter.training.samples.views import CachedViews
+from cosettle_adapter.training.settings import ObjectiveSettings
 
 SETTINGS = ObjectiveSettings(pea="sample", pool=1)
 CHOSEN: dict[str, Any] = {"layers": (1,), "norm": False, "views": 3}

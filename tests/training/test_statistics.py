@@ -11,7 +11,7 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import TokenStatistics
 from cosettle_adapter.training.clips import neighbouring_frames
-from cosettle_adapter.training.gathering import Gathered, Gathering, gather
+from cosettle_adapter.training.statistics import Gathered, Gathering, gather
 
 from helpers import write_video
 
@@ -85,7 +85,7 @@ def test_pairs_encoded_together_or_one_by_one_give_the_same(
 ) -> None:
     plan = dataclasses.replace(PLAN, pairs=4)
     together = gather(tiny_backbone, clips, plan)
-    monkeypatch.setattr("cosettle_adapter.training.gathering._PAIRS_AT_ONCE", at_once)
+    monkeypatch.setattr("cosettle_adapter.training.statistics._PAIRS_AT_ONCE", at_once)
     apart = gather(tiny_backbone, clips, plan)
     assert together.skipped == apart.skipped
     for blocks, statistics in together.statistics.items():
@@ -104,7 +104,7 @@ def test_a_clip_that_changes_its_size_is_read_to_the_end(
     sizes = [(48, 64), (48, 64), (64, 48), (48, 64)]
     pairs = [torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8) for size in sizes]
     monkeypatch.setattr(
-        "cosettle_adapter.training.gathering.neighbouring_frames", lambda *_, **__: iter(pairs)
+        "cosettle_adapter.training.statistics.neighbouring_frames", lambda *_, **__: iter(pairs)
     )
     plan = Gathering(sets=((2,),), size=48)
     found = gather(tiny_backbone, [Path("turned.mp4")], plan)
@@ -143,7 +143,7 @@ def test_still_clips_have_tokens_but_no_pairs(
 ) -> None:
     frame = torch.randint(0, 256, (1, 3, 48, 64), dtype=torch.uint8).expand(2, -1, -1, -1)
     monkeypatch.setattr(
-        "cosettle_adapter.training.gathering.neighbouring_frames", lambda *_, **__: iter([frame])
+        "cosettle_adapter.training.statistics.neighbouring_frames", lambda *_, **__: iter([frame])
     )
     for how in ("hard", "soft"):
         plan = Gathering(sets=((2,), (2, 3)), size=48, correspondences=how)  # type: ignore[arg-type]

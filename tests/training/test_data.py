@@ -13,10 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cosettle_adapter.errors import FrameError, MissingExtraError
-from cosettle_adapter.training.corpora.corpus import Corpus, Video
-from cosettle_adapter.training.corpora.found import Found
-from cosettle_adapter.training.samples.dataset import Batch, Sample, TrainingPairs, collate
-from cosettle_adapter.training.samples.sampling import choose_frames
+from cosettle_adapter.training.corpus import Corpus, Video
+from cosettle_adapter.training.data import Batch, Sample, TrainingPairs, choose_frames, collate
+from cosettle_adapter.training.discovery import Found
 from cosettle_adapter.training.seeds import generator_of
 
 LENGTHS = (40, 20, 30)
@@ -184,7 +183,7 @@ class TestBroken:
         def fail(*_: object) -> int:
             raise MissingExtraError("av")
 
-        monkeypatch.setattr("cosettle_adapter.training.corpora.corpus.count_frames", fail)
+        monkeypatch.setattr("cosettle_adapter.training.corpus.count_frames", fail)
         with pytest.raises(MissingExtraError):
             pairs[0, 0]
 
