@@ -14,8 +14,9 @@ from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training.clips import find_clips, neighbouring_frames
-from cosettle_adapter.training.fit import FitSettings, fit_projection, mask_overlap
-from cosettle_adapter.training.statistics import Gathering, gather
+from cosettle_adapter.training.fit import FitSettings, fit_projection
+from cosettle_adapter.training.model_selection import mask_overlap
+from cosettle_adapter.training.statistics import collect_statistics
 from cosettle_adapter.video import open_frames, probe, render_clip
 from cosettle_adapter.video.sources import SourceInfo
 from cosettle_adapter.video.timeline import PendingFrame
@@ -104,10 +105,10 @@ def test_pairs_before_the_end_of_a_broken_clip_are_used(
     with pytest.raises(FrameError):
         read.extend(neighbouring_frames(broken, pairs=6, gap=3))
     assert 0 < len(read) < 6
-    plan = Gathering(sets=((2,),), size=64, pairs=6)
-    found = gather(tiny_backbone, [broken], plan)
-    assert found.skipped.keys() == {broken}
-    assert found.statistics[(2,)].tokens == len(read) * 2 * (64 // 16) * (96 // 16)
+    plan = FitSettings(size=64, pairs=6)
+    found, skipped = collect_statistics(tiny_backbone, [broken], [(2,)], plan)
+    assert skipped.keys() == {broken}
+    assert found[2,].tokens == len(read) * 2 * (64 // 16) * (96 // 16)
 
 
 def test_a_fit_is_a_projection_that_loads(
@@ -120,8 +121,8 @@ def test_a_fit_is_a_projection_that_loads(
     )  # fmt: skip
     assert done[-1][0] == done[-1][1]
     config = result.projection.config
-    assert {each.blocks for each in result.scores} == {(2,), (5,)}
-    assert config.layers == result.chosen.blocks
+    assert {each.layers for each in result.scores} == {(2,), (5,)}
+    assert config.layers == result.chosen.layers
     assert result.scores[result.chosen] == max(result.scores.values())
     assert config.fit["overlap_by_block"].keys() == {"2", "5"}
     assert (config.kind, config.licence, config.fit["data"]) == ("affine", "MIT", "squares")

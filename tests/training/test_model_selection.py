@@ -8,9 +8,9 @@ from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS
 from cosettle_adapter.training.model_selection import (
     Candidate,
-    block_sets,
     candidates,
     labels,
+    layer_sets,
     pairs_with_last,
 )
 
@@ -19,14 +19,14 @@ def test_the_upper_two_thirds_and_each_beside_the_last_are_the_default(
     tiny_backbone: VisionTransformerBackbone,
 ) -> None:
     singles = [(layer,) for layer in range(4, 12)]
-    assert block_sets(tiny_backbone) == singles + [(layer, 11) for layer in range(4, 11)]
-    assert block_sets(tiny_backbone, concatenations=()) == singles
-    assert block_sets(tiny_backbone, (7,)) == [(7,)]
-    assert block_sets(tiny_backbone, (-1, 3, 11), [(9, -5)]) == [(3,), (11,), (7, 9)]
-    with pytest.raises(ValueError, match="no blocks to choose from"):
-        block_sets(tiny_backbone, ())
+    assert layer_sets(tiny_backbone) == singles + [(layer, 11) for layer in range(4, 11)]
+    assert layer_sets(tiny_backbone, concatenations=()) == singles
+    assert layer_sets(tiny_backbone, (7,)) == [(7,)]
+    assert layer_sets(tiny_backbone, (-1, 3, 11), [(9, -5)]) == [(3,), (11,), (7, 9)]
+    with pytest.raises(ValueError, match="no layers to choose from"):
+        layer_sets(tiny_backbone, ())
     with pytest.raises(ValueError, match="has blocks 0 to 11"):
-        block_sets(tiny_backbone, (), [(7, 12)])
+        layer_sets(tiny_backbone, (), [(7, 12)])
 
 
 @given(depth=st.integers(1, 48))
