@@ -97,6 +97,7 @@ def application() -> App:
         help="Temporally consistent patch features. Add -v to log every step.",
         version=__version__,
         default_parameter=Parameter(negative=(), consume_multiple=True),
+        suppress_keyboard_interrupt=False,  # main says what was saved
     )
     for name, (function, text) in COMMANDS.items():
         app.command(f"cosettle_adapter.cli.{function}", name=name, help=text)

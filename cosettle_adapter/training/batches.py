@@ -42,17 +42,9 @@ def open_data(
 ) -> TrainingData:
     """Return the samples that a run with ``settings`` is trained on.
 
-    Where views are kept on disk, the first process encodes what is missing while the others
-    wait; the folder must be on a disk that all of them see.
-
-    Args:
-        corpus: clips.
-        backbone: the frozen encoder; where views are kept, it moves to the accelerator's device
-            and is compiled if the settings say so.
-        settings: of the run.
-        accelerator: of this process.
-        views_folder: where views are kept.
-        on_sample: called in the first process with the views encoded and their number.
+    Where views are kept on disk, the backbone moves to the accelerator's device, and the first
+    process encodes what is missing while the others wait; the folder must be on a disk that all of
+    them see. ``on_sample`` is called there with the views encoded and their number.
 
     Raises:
         TrainingError: the folder holds views of something else.

@@ -110,13 +110,13 @@ class CachedViews(Dataset[CachedSample]):
             folder: created if it does not exist.
             pairs: what to encode.
             backbone: the frozen encoder.
-            settings: of the objective; only how positions are perturbed matters here.
+            settings: only how positions are perturbed matters here.
             layers: layers to read, concatenated along the channels.
             norm: apply the final norm, as in :meth:`Backbone.patch_tokens`.
             views: of each clip, at least 1.
             autocast: dtype to encode in, if not the backbone's.
-            batch_size: samples encoded at a time, at least 1.
-            workers: processes that decode; 0 decodes here.
+            batch_size: samples encoded at a time.
+            workers: processes that decode.
             on_sample: called with the views done and their number.
 
         Raises:

@@ -32,6 +32,7 @@ def find_clips(folder: str | os.PathLike[str]) -> list[Path]:
         path
         for path in root.rglob("*")
         if path.suffix.lower() in VIDEO_SUFFIXES
+        and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
     )
     if not clips:

@@ -81,16 +81,12 @@ class TrainingPairs(Dataset[Sample]):
     key decides; ``Sample.skipped`` says so.
 
     Args:
-        corpus: where the clips are from.
+        corpus: where the clips are from; not empty.
         size: side of the square frames in pixels.
-        frames: frames of a cycle.
+        frames: frames of a cycle, at least 2.
         pairs_per_clip: samples of each clip in an epoch; ``None`` makes epochs of about 2,000.
         seed: of all draws.
         squash: squash frames to the square before cropping; see :func:`augment`.
-
-    Raises:
-        FrameError: the corpus is empty.
-        ValueError: a number out of range.
     """
 
     def __init__(
@@ -168,9 +164,6 @@ class TrainingPairs(Dataset[Sample]):
             clip: which video.
             visits: of each sample, how many were drawn from the clip before, over all epochs.
             standing_in_for: the clip in whose turn it is drawn, if that one could not be read.
-
-        Raises:
-            FrameError: the video cannot be read.
         """
         video = self.corpus.videos[clip]
         length = video.length()
@@ -283,10 +276,7 @@ def apply_crop(frames: Tensor, crop: Crop, size: int) -> Tensor:
     Args:
         frames: (T, 3, H, W) uint8 in [0, 255] or float in [0, 1].
         crop: a rectangle inside the frames.
-        size: side of the result in pixels.
-
-    Returns:
-        (T, 3, size, size) float32, about [0, 1].
+        size: side of the result, (T, 3, size, size) float32.
     """
     rows = slice(crop.top, crop.top + crop.height)
     columns = slice(crop.left, crop.left + crop.width)
@@ -321,12 +311,9 @@ def augment(
 
     Args:
         frames: (T, 3, H, W) uint8.
-        size: side of the result in pixels.
+        size: side of the result, (T, 3, size, size) float32 in about [0, 1].
         generator: source of randomness; the same number of draws whatever the frames.
         squash_first: resize whole frames to the square before cropping.
-
-    Returns:
-        (T, 3, size, size) float32 in about [0, 1]; bicubic overshoot is not clamped.
 
     Raises:
         FrameError: the frames are no uint8 clip.
@@ -351,9 +338,7 @@ def load_batches(
 ) -> Iterator[T]:
     """Yield what ``collate`` makes of the samples of each group of keys, in order.
 
-    Raises:
-        CosettleError, OSError: a sample could not be had; the same error in one sentence whether
-            it was raised here or in a worker.
+    An error of a sample is the same whether it was raised here or in a worker.
     """
     loader: DataLoader[Any] = DataLoader(
         _ErrorsAsValues(data),
@@ -394,10 +379,7 @@ class _CollateUnlessFailed:
 
 
 def _leave_interrupts(worker: int) -> None:
-    """Keep a worker alive on Ctrl-C, which a terminal sends to the whole process group.
-
-    The step that is under way still needs its batches.
-    """
+    """Keep a worker alive on Ctrl-C: the step that is under way still needs its batches."""
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):

@@ -98,8 +98,7 @@ def collect_statistics(
         clips: video files.
         sets: of layers.
         settings: size, pairs, gaps, correspondences and nuisance count here, and the seed.
-        workers: processes that share the clips, each with a copy of the encoder; the statistics
-            are the same, up to rounding in float64.
+        workers: processes that share the clips; the statistics are the same, up to rounding.
         on_clips: called with the number of clips that were done since the last call.
 
     Returns:

@@ -57,15 +57,8 @@ class StepResult:
 class Stepper:
     """Runs steps; holds everything that one needs and nothing that outlives it.
 
-    Args:
-        accelerator: of this process.
-        backbone: the frozen encoder, on the accelerator's device.
-        data: samples.
-        plan: which samples each step sees.
-        settings: how the head is trained.
-        head: on its device; wrapped here for the processes there are.
-        optimizer: of the head's parameters.
-        skipped: where to note videos that could not be read.
+    The backbone and the head are on the accelerator's device; the head is wrapped here for the
+    processes there are. Videos that could not be read are noted in ``skipped``.
     """
 
     def __init__(
@@ -96,13 +89,8 @@ class Stepper:
         """Do step ``step`` (0-based) on the next batches.
 
         All processes agree before the weights change: if one could not read its samples, or has a
-        loss that is not finite, all raise the same message.
-
-        Args:
-            step: whose positions and learning rate are used.
-            batches: of this process.
-            stop: whether this process was asked to stop.
-            save: whether the main process wants a checkpoint.
+        loss that is not finite, all raise the same message. ``stop`` and ``save`` are what this
+        process was asked; the result has what any process was.
 
         Raises:
             NonFiniteLossError: naming the step, the epoch and the clips.

@@ -299,11 +299,11 @@ def test_room_is_checked_before_and_missed_later(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 80_000))
         with pytest.raises(
-            DiskFullError, match="views of 6 clips take 0.000 GB, and .* free; keep"
+            DiskFullError, match=r"views of 6 clips take 0\.000 GB, and .* free; keep"
         ):
             build(tmp_path / "new", pairs, tiny_backbone)
     with monkeypatch.context() as patch:
         patch.setattr(cached_views, "save_file", full)
-        with pytest.raises(DiskFullError, match="those that are complete are kept. Make room"):
+        with pytest.raises(DiskFullError, match=r"those that are complete are kept\. Make room"):
             build(tmp_path, pairs, tiny_backbone)
     assert build(tmp_path, pairs, tiny_backbone).clips == 5
