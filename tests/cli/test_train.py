@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 from pathlib import Path
@@ -14,15 +13,17 @@ from training_fakes import SMALL_VIT
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone, registry
 from cosettle_adapter.cli import main
-from cosettle_adapter.cli.train import _settings, add_arguments
 from cosettle_adapter.cli.training_progress import TrainingProgress
-from cosettle_adapter.training.loop import StepReport
-from cosettle_adapter.training.metrics_log import read_metrics
-from cosettle_adapter.training.settings import TrainSettings
+from cosettle_adapter.training.metrics import read_metrics
+from cosettle_adapter.training.train import StepReport
 
 from helpers import tiny_state, write_video
 
-QUICK = ["--epochs", "2", "--batch-size", "4", "--pairs-per-clip", "4", "--size", "64"]
+START: dict[str, str] = {
+    "--backbone": SMALL_VIT.name, "--backbone-weights": "weights.safetensors", "--data": "clips",
+    "-o": "out", "--device": "cpu", "--epochs": "2", "--batch-size": "4", "--pairs-per-clip": "4",
+    "--size": "64",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -41,8 +42,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(*arguments: str) -> int:
-    start = ["train", "--backbone", SMALL_VIT.name, "--backbone-weights", "weights.safetensors"]
-    return main([*start, "--data", "clips", "-o", "out", "--device", "cpu", *QUICK, *arguments])
+    start = [word for name in START if name not in arguments for word in (name, START[name])]
+    return main(["train", *start, *arguments])
 
 
 def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,10 +87,13 @@ def test_ctrl_c_then_resume_is_as_if_nothing_had_happened(
         interrupt_after(2, patch)
         assert train() == 130
     printed = capsys.readouterr()
-    said = "interrupted; stopped after step 2 of 6, which is saved; go on with --resume out"
+    said = "interrupted; stopped after step 2 of 6, which is saved; continue with --resume out"
     assert said in printed.err
     assert "Traceback" not in printed.err
-    assert main(["train", "--resume", "out", "--log-every", "2"]) == 0
+    (workplace / "elsewhere").mkdir()
+    monkeypatch.chdir(workplace / "elsewhere")  # --data was relative
+    assert main(["train", "--resume", "../out", "--log-every", "2"]) == 0
+    monkeypatch.chdir(workplace)
     assert "step 6 of 6" in capsys.readouterr().out
     whole, resumed = (
         load_file(Path(folder) / "projection.safetensors") for folder in ("whole", "out")
@@ -110,11 +114,11 @@ def test_a_run_is_not_resumed_with_other_settings(
         interrupt_after(1, patch)
         assert train() == 130
     assert main(["train", "--resume", "out", "--kl-weight", "1"]) == 1
-    assert "settings.objective.separability_weight was 3.0, is 1.0" in capsys.readouterr().err
+    assert "settings.separability_weight was 3.0, is 1.0" in capsys.readouterr().err
     assert train("--resume", "elsewhere") == 1
     assert "give --resume the folder of the run" in capsys.readouterr().err
     assert train() == 1
-    assert "go on with --resume out" in capsys.readouterr().err
+    assert "continue with --resume out" in capsys.readouterr().err
     assert train("--overwrite", "--kl-weight", "1") == 0
     assert train("--resume", "--overwrite", "--kl-weight", "1") == 0, "the run did, this does not"
 
@@ -146,7 +150,9 @@ def test_ctrl_c_while_views_are_encoded_keeps_them(
     with monkeypatch.context() as patch:
         patch.setattr(TrainingProgress, "encoded", pressed)
         assert train(*arguments) == 130
-    said = "interrupted; the views of 1 of 3 clips are kept in views; run the same again to go on"
+    said = (
+        "interrupted; the views of 1 of 3 clips are kept in views; run the same again to continue"
+    )
     assert said in capsys.readouterr().err
     assert train(*arguments) == 0
 
@@ -202,7 +208,7 @@ def test_views_are_encoded_once(
         (["--layer", "9"], "has blocks 0 to 1"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--temperature", "0"], "temperatures must be"),
-        (["--resume"], "holds no checkpoint.pt, so there is no run to resume"),
+        (["--resume"], "holds no checkpoint, so there is no run to resume"),
         (["--device", "xpu"], "--device xpu was asked for, but there is only"),
     ],
 )
@@ -213,18 +219,12 @@ def test_a_mistake_is_a_sentence(
     (workplace / "damaged").mkdir()
     for name in ("x.mp4", "y.mp4"):
         (workplace / "damaged" / name).write_bytes(b"not a video")
-    assert train(*arguments) == 1
+    assert train(*arguments) in (1, 2)
     printed = capsys.readouterr()
-    assert message in printed.err
+    assert message in " ".join(printed.err.split())
     assert "Traceback" not in printed.err
     assert "under way" not in printed.out or "--data" in arguments, "settings are checked first"
     assert not (workplace / "out" / "projection.safetensors").exists()
-
-
-def test_what_is_not_asked_for_is_as_in_python() -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert _settings(parser.parse_args([])) == TrainSettings()
 
 
 def test_a_new_run_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:

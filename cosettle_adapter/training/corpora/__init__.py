@@ -1,7 +1,6 @@
-"""Any number of videos, as files, frame folders or shards, read a few frames at a time."""
+# shim: removed at integration
+"""Moved to corpus."""
 
-from __future__ import annotations
-
-from cosettle_adapter.training.corpora.corpus import Corpus
+from cosettle_adapter.training.corpus import Corpus
 
 __all__ = ["Corpus"]

@@ -1,4 +1,4 @@
-"""What a run measures while it goes: JSON lines always, TensorBoard where asked for."""
+"""What a run measures while it goes: JSON lines always, TensorBoard on request."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from typing import Any
 
 from cosettle_adapter.extras import require
 from cosettle_adapter.files import atomic_path
-from cosettle_adapter.training.checkpoint import disk_full_in_a_sentence
-
-METRICS_FILE = "metrics.jsonl"
+from cosettle_adapter.training.checkpoint import METRICS_FILE, room_for_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,33 +44,32 @@ class StepReport:
 
 
 class MetricsLog:
-    """Appends a line a logged step to ``metrics.jsonl``, and the same to TensorBoard."""
+    """Appends a line per logged step to ``metrics.jsonl``, and the same to TensorBoard.
+
+    Args:
+        folder: of the run.
+        step: steps done. Lines that will come again are removed: those of later steps, and at
+            step 0, which is measured anew, all of them.
+        tensorboard: write event files into ``folder/tensorboard`` as well.
+
+    Raises:
+        MissingExtraError: TensorBoard is not installed.
+    """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
-        """Go on after ``step``: lines that will come again are removed.
-
-        These are the lines of later steps; at step 0, which is measured anew, all of them.
-
-        Args:
-            folder: of the run.
-            step: steps done.
-            tensorboard: write event files into ``folder/tensorboard`` as well.
-
-        Raises:
-            MissingExtraError: TensorBoard is not installed.
-        """
         self._folder = folder
         first = step + 1 if step else 0
-        self._writer = None
+        self._tracker: Any = None
         if tensorboard:
-            module = require(
-                "torch.utils.tensorboard", extra="tensorboard", purpose="writing TensorBoard files"
-            )
-            self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+            purpose = "writing TensorBoard files"
+            require("torch.utils.tensorboard", extra="tensorboard", purpose=purpose)
+            tracking = require("accelerate.tracking", extra="train", purpose=purpose)
+            self._tracker = tracking.TensorBoardTracker("tensorboard", folder, purge_step=first)
+            self._tracker.start()
         file = folder / METRICS_FILE
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         kept = "".join(f"{line}\n" for line in lines if _step_of(line) < first)
-        with disk_full_in_a_sentence(folder), atomic_path(file) as path:
+        with room_for_run(folder), atomic_path(file) as path:
             path.write_text(kept, encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -83,31 +80,35 @@ class MetricsLog:
         """
         line = {"step": step, **values}
         text = json.dumps({key: _finite(value) for key, value in line.items()})
-        with disk_full_in_a_sentence(self._folder):
+        with room_for_run(self._folder):
             with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
-            if self._writer is not None:
-                for key, value in values.items():
-                    if isinstance(value, (int, float)) and key != "epoch":
-                        self._writer.add_scalar(key, value, step)
+            if self._tracker is not None:
+                self._tracker.log({k: v for k, v in values.items() if k != "epoch"}, step=step)
 
     def write_report(self, report: StepReport) -> None:
         """Add the line of a step."""
         values = dataclasses.asdict(report)
-        for name in ("step", "steps"):
-            values.pop(name)
-        self.write(report.step, values)
+        self.write(values.pop("step"), {k: v for k, v in values.items() if k != "steps"})
 
     def close(self) -> None:
         """Finish TensorBoard's file."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's ``metrics.jsonl``."""
     text = (Path(folder) / METRICS_FILE).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def last_epoch_means(folder: Path) -> dict[str, float]:
+    """Return the means of what was logged over the last epoch of ``metrics.jsonl``."""
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    last = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
+    names = ("loss", "cycle", "kl", "accuracy") if last else ()
+    return {name: round(sum(line[name] for line in last) / len(last), 4) for name in names}
 
 
 def _step_of(line: str) -> float:

@@ -13,12 +13,11 @@ from numbered import encode_numbered, numbers
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.training.corpora import jpeg_folders
-from cosettle_adapter.training.corpora.corpus import Corpus, Video
-from cosettle_adapter.training.corpora.found import Found
-from cosettle_adapter.training.corpora.index import INDEX_NAME
-from cosettle_adapter.training.corpora.preparation import PrepareSettings, folder_names, prepare
+from cosettle_adapter.training import prepare as module
+from cosettle_adapter.training.corpus import Corpus, Video
+from cosettle_adapter.training.discovery import INDEX_NAME, Found
 from cosettle_adapter.training.errors import DiskFullError, TrainingError
+from cosettle_adapter.training.prepare import PrepareSettings, folder_names, prepare
 
 
 @pytest.fixture(scope="module")
@@ -125,19 +124,19 @@ class TestProcesses:
     def test_a_decoder_that_crashes_its_process(
         self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(jpeg_folders, "_pool", _short_lived_pool)
+        monkeypatch.setattr(module, "_pool", _short_lived_pool)
         (tmp_path / "in").mkdir()
         for name in ("1.mp4", "2.mp4", "crash.mp4", "3.mp4", "4.mp4"):
             (tmp_path / "in" / name).write_bytes((videos / "c.mp4").read_bytes())
         result = prepare(tmp_path / "in", tmp_path / "out", workers=2)
-        assert result.skipped == (("crash.mp4", jpeg_folders._CRASHED),)
+        assert result.skipped == (("crash.mp4", module._CRASHED),)
         assert result.videos == 4
         assert not list(result.folder.rglob("*.part"))
 
     def test_stopping_leaves_nothing_half_written(
         self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        write = jpeg_folders._write_jpeg
+        write = module._write_jpeg
         written: list[int] = []
 
         def interrupt(*arguments: Any) -> None:
@@ -146,13 +145,13 @@ class TestProcesses:
                 raise KeyboardInterrupt
             write(*arguments)
 
-        monkeypatch.setattr(jpeg_folders, "_write_jpeg", interrupt)
+        monkeypatch.setattr(module, "_write_jpeg", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(videos, tmp_path)
         assert {path.parent.name for path in tmp_path.rglob("*.jpg")} == {"c"}
         assert not list(tmp_path.rglob(".*"))
         assert [video.name for video in Corpus.open(tmp_path).videos] == ["c"]
-        monkeypatch.setattr(jpeg_folders, "_write_jpeg", write)
+        monkeypatch.setattr(module, "_write_jpeg", write)
         result = prepare(videos, tmp_path)
         assert (result.videos, result.found) == (3, 1)
         assert tree(tmp_path) == tree(prepare(videos, tmp_path.parent / "whole").folder)
@@ -164,14 +163,14 @@ class TestAgain:
     ) -> None:
         first = prepare(videos, tmp_path)
         before = tree(tmp_path)
-        extract = jpeg_folders.extract
+        extract = module.extract
         tried: list[str] = []
 
-        def watch(job: jpeg_folders.Job) -> int | str:
+        def watch(job: module.Job) -> int | str:
             tried.append(job.video.name)
             return extract(job)
 
-        monkeypatch.setattr(jpeg_folders, "extract", watch)
+        monkeypatch.setattr(module, "extract", watch)
         again = prepare(videos, tmp_path)
         assert tried == ["cut.mkv", "run/broken.mp4"]
         assert (again.videos, again.frames, again.found) == (3, first.frames, 3)
@@ -235,7 +234,7 @@ class TestRefusals:
         if workers == 1:
             monkeypatch.setattr(Image.Image, "save", full)
         else:
-            monkeypatch.setattr(jpeg_folders, "_pool", _full_pool)
+            monkeypatch.setattr(module, "_pool", _full_pool)
         with pytest.raises(
             DiskFullError, match=r"no room is left for the frames of .*run the same"
         ):

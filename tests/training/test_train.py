@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_fakes import QUICK, SMALL_VIT, FakeData, small_backbone
 
 from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.locking import exclusive
-from cosettle_adapter.training.checkpoint import Checkpoint
+from cosettle_adapter.training.checkpoint import latest, read_run
 from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import (
     CheckpointError,
@@ -28,9 +30,9 @@ from cosettle_adapter.training.errors import (
     TrainingError,
     TrainingInterrupted,
 )
-from cosettle_adapter.training.loop import StepReport, Trained, train
-from cosettle_adapter.training.metrics_log import read_metrics
+from cosettle_adapter.training.metrics import read_metrics
 from cosettle_adapter.training.settings import TrainSettings
+from cosettle_adapter.training.train import StepReport, Trained, train
 
 Callback = Callable[[StepReport], None]
 
@@ -83,7 +85,7 @@ def test_a_run_leaves_a_folder_that_loads(
 ) -> None:
     trained, output = whole
     assert sorted(path.name for path in output.iterdir()) == [
-        "README.md", "checkpoint.pt", "config.json", "metrics.jsonl", "projection.safetensors",
+        "README.md", "checkpoints", "config.json", "metrics.jsonl", "projection.safetensors",
     ]  # fmt: skip
     monkeypatch.setattr("cosettle_adapter.adapter.load_backbone", lambda name, **_: backbone)
     adapter = CoSettleAdapter.from_pretrained(output)
@@ -128,11 +130,15 @@ def test_twenty_four_steps_are_ten_and_fourteen(
     assert steps == list(range(11, 25))
     assert trained.projection.config.fit["command"] == "cosettle-adapter train --epochs 4"
     assert_equal(trained.projection, whole[0].projection)
-    one, two = (Checkpoint.load(folder) for folder in (tmp_path, whole[1]))
-    assert (one.step, one.config, one.scheduler) == (two.step, two.config, two.scheduler)
-    for number, state in one.optimizer["state"].items():
+    one, two = (read_run(folder) for folder in (tmp_path, whole[1]))
+    assert (one.step, one.config) == (two.step, two.config) == (24, one.config)
+    first, second = (
+        torch.load(latest(folder) / "optimizer.bin", weights_only=True)["state"]  # type: ignore[operator]
+        for folder in (tmp_path, whole[1])
+    )
+    for number, state in first.items():
         for name, tensor in state.items():
-            assert torch.equal(tensor, two.optimizer["state"][number][name]), name
+            assert torch.equal(tensor, second[number][name]), name
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in (tmp_path, whole[1])]
     assert losses[0] == losses[1]
 
@@ -141,7 +147,7 @@ def test_a_termination_signal_saves_too(backbone: Backbone, tmp_path: Path) -> N
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingInterrupted):
         fit(backbone, tmp_path, on_step=stop_at(2, signal.SIGTERM))
-    assert Checkpoint.load(tmp_path).step == 2
+    assert read_run(tmp_path).step == 2
     assert signal.getsignal(signal.SIGTERM) == before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -190,20 +196,20 @@ def test_another_run_is_not_resumed(backbone: Backbone, tmp_path: Path) -> None:
         "samples_per_step was 4, is 3", "data was '24 fakes",
     ):  # fmt: skip
         assert part in str(caught.value)
-    assert Checkpoint.load(tmp_path).step == 1
+    assert read_run(tmp_path).step == 1
 
 
 def test_nothing_is_overwritten_unasked(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(TrainingInterrupted):
         fit(backbone, tmp_path, on_step=stop_at(1))
-    with pytest.raises(TrainingError, match=r"already holds a checkpoint.pt: go on with --resume"):
+    with pytest.raises(TrainingError, match=r"already holds a checkpoint: continue with --resume"):
         fit(backbone, tmp_path)
     with pytest.raises(TrainingError, match="give one"):
         fit(backbone, tmp_path, resume=True, overwrite=True)
     one = dataclasses.replace(QUICK, epochs=1)
     assert fit(backbone, tmp_path, one, overwrite=True).steps == 6
-    (tmp_path / "checkpoint.pt").unlink()
-    with pytest.raises(TrainingError, match=r"projection.safetensors: begin anew with --overwrite"):
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(TrainingError, match=r"projection.safetensors: begin again with --overwr"):
         fit(backbone, tmp_path)
     with pytest.raises(CheckpointError, match="no run to resume"):
         fit(backbone, tmp_path / "nowhere", resume=True)
@@ -218,8 +224,9 @@ def test_a_batch_that_is_not_finite_is_named_and_changes_nothing(
     ) as caught:
         fit(backbone, tmp_path, settings, FakeData(broken=(7,)))
     assert "because of clip07.mp4, of 4 samples" in str(caught.value)
-    saved = Checkpoint.load(tmp_path)
-    assert all(bool(tensor.isfinite().all()) for tensor in saved.projection.values())
+    saved = read_run(tmp_path)
+    weights = load_file(latest(tmp_path) / "model.safetensors")  # type: ignore[operator]
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     assert f"step {saved.step + 1} " in str(caught.value)
 
 
@@ -238,7 +245,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     )
     with pytest.raises(NonFiniteLossError, match=r"gradient of step 1 \(epoch 1\) .*clip\d\d.mp4"):
         fit(backbone, tmp_path)
-    assert Checkpoint.load(tmp_path).step == 0
+    assert read_run(tmp_path).step == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -253,18 +260,19 @@ def test_samples_that_cannot_be_had_end_the_run_in_a_sentence(
 def test_a_full_disk_keeps_what_was_saved(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = Path.write_bytes
+    save = torch.save
 
-    def full(path: Path, data: bytes) -> int:
-        if (tmp_path / "checkpoint.pt").exists() and Checkpoint.load(tmp_path).step == 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return written(path, data)
+    def full(state: object, path: Path) -> None:
+        if latest(tmp_path) and read_run(tmp_path).step == 3:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        save(state, path)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(DiskFullError, match=r"no space left .*--resume"):
         fit(backbone, tmp_path, dataclasses.replace(QUICK, save_every=1))
-    assert Checkpoint.load(tmp_path).step == 3
-    assert not list(tmp_path.glob(".*"))
+    assert read_run(tmp_path).step == 3
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 def test_a_full_disk_at_the_end_keeps_the_run(
@@ -283,7 +291,7 @@ def test_a_full_disk_at_the_end_keeps_the_run(
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(DiskFullError, match=r"no space left .*--resume"):
             fit(backbone, tmp_path, one)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "metrics.jsonl"}
     assert fit(backbone, tmp_path, one, resume=True).steps == 6
 
 
@@ -296,8 +304,8 @@ def test_a_run_that_did_no_step_is_in_nobodys_way(backbone: Backbone, tmp_path: 
     assert (trained.steps, started) == (6, [24])
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7))
     (tmp_path / "projection.safetensors").unlink()
-    (tmp_path / "checkpoint.pt").write_bytes(b"what another version wrote")
-    with pytest.raises(TrainingError, match=r"already holds a checkpoint\.pt"):
+    (latest(tmp_path) / "run.json").write_text("what another version wrote")  # type: ignore[operator]
+    with pytest.raises(TrainingError, match=r"already holds a checkpoint"):
         fit(backbone, tmp_path, one)
 
 
@@ -371,8 +379,7 @@ def test_other_settings_train(
 def test_positions_are_perturbed_alike_however_a_step_is_cut(
     backbone: Backbone, tmp_path: Path
 ) -> None:
-    objective = dataclasses.replace(QUICK.objective, pea="sample")
-    settings = dataclasses.replace(QUICK, epochs=1, objective=objective)
+    settings = dataclasses.replace(QUICK, epochs=1, pea="sample")
     cut = dataclasses.replace(settings, batch_size=1, accumulation=4)
     first = fit(backbone, tmp_path / "a", settings)
     second = fit(backbone, tmp_path / "b", cut)
@@ -398,7 +405,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from cosettle_adapter.training.distribution import make_accelerator
-from cosettle_adapter.training.loop import train
+from cosettle_adapter.training.train import train
 from training_fakes import QUICK, FakeData, small_backbone
 import dataclasses
 
@@ -406,10 +413,10 @@ output, replace, saves = Path(sys.argv[1]), Path.replace, 0
 
 def slowly(path, target):
     global saves
-    if target.name == "checkpoint.pt":
+    if target.name.startswith("step_"):
         saves += 1
-        if saves == 8:  # the whole file is there, under its temporary name
-            path.write_bytes(path.read_bytes()[:1000])
+        if saves == 8:  # everything is there, under its temporary name
+            (path / "optimizer.bin").write_bytes(b"half")
             print("writing", flush=True)
             time.sleep(60)
     return replace(path, target)
@@ -431,11 +438,11 @@ def test_a_kill_in_the_middle_of_a_write_loses_one_step(
     process.kill()
     process.wait()
     process.stdout.close()
-    assert len(list(tmp_path.glob(".checkpoint.*.part.pt"))) == 1
-    assert Checkpoint.load(tmp_path).step == 6
+    assert (tmp_path / "checkpoints" / ".step_00000007").is_dir()
+    assert read_run(tmp_path).step == 6
     trained = fit(backbone, tmp_path, dataclasses.replace(QUICK, save_every=1), resume=True)
     assert_equal(trained.projection, whole[0].projection)
-    assert not list(tmp_path.glob(".checkpoint.*"))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 INTERRUPTED = """
@@ -444,7 +451,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from cosettle_adapter.training.distribution import make_accelerator
-from cosettle_adapter.training.loop import train
+from cosettle_adapter.training.train import train
 from training_fakes import QUICK, FakeData, small_backbone
 
 settings = dataclasses.replace(QUICK, batch_size=2, accumulation=2, workers=2, epochs=2000)
@@ -471,17 +478,17 @@ def test_ctrl_c_in_a_terminal_lets_the_workers_finish_the_step(tmp_path: Path) -
     assert b"TrainingInterrupted: stopped after step" in errors
     assert b"DataLoader worker" not in errors
     steps = [1, *map(int, printed.split())]
-    assert Checkpoint.load(tmp_path).step == steps[-1]
+    assert read_run(tmp_path).step == steps[-1]
 
 
 def test_an_old_checkpoint_makes_another_due(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cosettle_adapter.training.run._SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("cosettle_adapter.training.train._SAVE_SECONDS", -1.0)
     steps: list[int] = []
     fit(
         backbone, tmp_path, dataclasses.replace(QUICK, epochs=1),
-        on_step=lambda report: steps.append(Checkpoint.load(tmp_path).step),
+        on_step=lambda report: steps.append(read_run(tmp_path).step),
     )  # fmt: skip
     assert steps == [0, 1, 2, 3, 4, 5]
 
@@ -499,4 +506,4 @@ def test_a_second_interruption_stops_at_once(
     with pytest.raises(KeyboardInterrupt) as caught:
         fit(backbone, tmp_path, on_step=twice)
     assert not isinstance(caught.value, TrainingInterrupted)
-    assert Checkpoint.load(tmp_path).step == 0
+    assert read_run(tmp_path).step == 0
