@@ -1,39 +1,12 @@
-"""What a projection changed: how steadily patch features follow the things they are on.
-
-One clip at a time (:func:`temporal_drift`, :func:`cycle_accuracy`, :func:`tracking_error`), over
-any number of videos (:class:`RepresentationMetrics`), and by direction (:func:`spectrum`).
-"""
+# shim: removed at integration
+"""Folded into :mod:`cosettle_adapter.evaluation`."""
 
 from __future__ import annotations
 
-from cosettle_adapter.analysis.comparison import (
-    ADAPTED,
-    CENTRED,
-    RAW_LAST,
-    RAW_SAME,
-    SETTLED,
-    FeatureKind,
-    centred,
-    centred_layer,
-    compare_features,
-    feature_kinds,
-    guide_kind,
-    read_blocks,
-)
-from cosettle_adapter.analysis.consistency import (
-    comes_home,
-    cycle_accuracy,
-    tracking_error,
-)
-from cosettle_adapter.analysis.drift import (
-    GAPS,
-    Correspondence,
-    drift_by_gap,
-    match_accuracy,
-    mutual_correspondences,
-    temporal_drift,
-    true_correspondences,
-)
+from typing import Any
+
+from torch import Tensor
+
 from cosettle_adapter.analysis.gain import directional_gain
 from cosettle_adapter.analysis.prediction import Prediction, Spectrum, spearman
 from cosettle_adapter.analysis.representation import (
@@ -42,6 +15,48 @@ from cosettle_adapter.analysis.representation import (
     VideoRepresentation,
 )
 from cosettle_adapter.analysis.spectra import SpectrumStatistics, spectrum
+from cosettle_adapter.evaluation import variants
+from cosettle_adapter.evaluation.consistency import (
+    cycle_accuracy,
+    tracking_error,
+)
+from cosettle_adapter.evaluation.consistency import (
+    cycle_consistent as comes_home,
+)
+from cosettle_adapter.evaluation.drift import (
+    GAPS,
+    Correspondence,
+    drift_by_gap,
+    match_accuracy,
+    mutual_correspondences,
+    temporal_drift,
+    true_correspondences,
+)
+from cosettle_adapter.evaluation.variants import (
+    ADAPTED,
+    CENTRED,
+    RAW_LAST,
+    RAW_SAME,
+    SETTLED,
+    centred,
+    centred_layer,
+)
+from cosettle_adapter.evaluation.variants import FeatureVariant as FeatureKind
+from cosettle_adapter.evaluation.variants import guide_variant as guide_kind
+from cosettle_adapter.evaluation.variants import read_layers as read_blocks
+
+
+def feature_kinds(adapter: Any, *, beside: Any = None, **options: Any) -> list[FeatureKind]:
+    """See :func:`cosettle_adapter.evaluation.variants.feature_variants`."""
+    return variants.feature_variants(adapter, **({"baselines": beside} | options))
+
+
+def compare_features(
+    adapter: Any, frames: Tensor, *, kinds: Any = None, **options: Any
+) -> dict[str, Tensor]:
+    """See :func:`cosettle_adapter.evaluation.variants.compare_features`."""
+    return variants.compare_features(adapter, frames, **({"variants": kinds} | options))
+
 
 __all__ = [
     "ADAPTED",

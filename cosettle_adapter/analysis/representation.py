@@ -192,7 +192,7 @@ class RepresentationMetrics:
                 d_intra={p: _share(distance, diameter) for p, diameter in diameters.items()},
                 d_intra_raw=distance,
                 d_inter={},
-                cycle_accuracy=cycle_accuracy(features, gap=self.gap, chunk=self.chunk),
+                cycle_accuracy=cycle_accuracy(features, gap=self.gap),
             )
         )
 

@@ -9,7 +9,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cosettle_adapter.analysis.comparison import RAW_LAST, RAW_SAME, compare_features
 from cosettle_adapter.analysis.gain import directional_gain
 from cosettle_adapter.analysis.prediction import Spectrum
 from cosettle_adapter.analysis.tokens import token_frames
@@ -19,6 +18,7 @@ from cosettle_adapter.closed_form import (
     corresponding_patches,
 )
 from cosettle_adapter.errors import GeometryError
+from cosettle_adapter.evaluation.variants import RAW_LAST, RAW_SAME, compare_features
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
