@@ -6,6 +6,14 @@ from typing import TYPE_CHECKING
 
 from cosettle_adapter.lazy import load_on_use
 from cosettle_adapter.video.arrays import as_frames, validate_frames
+from cosettle_adapter.video.files import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    find_images,
+    find_videos,
+    is_image,
+    is_video,
+)
 from cosettle_adapter.video.geometry import Fit, Geometry, plan_geometry
 from cosettle_adapter.video.photographs import photographs
 from cosettle_adapter.video.prefetch import prefetch
@@ -17,6 +25,8 @@ if TYPE_CHECKING:
     from cosettle_adapter.video.rendered import RenderedClip, render_clip
 
 __all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
     "Fit",
     "FrameChunk",
     "FrameSelection",
@@ -25,6 +35,10 @@ __all__ = [
     "SourceInfo",
     "apply_geometry",
     "as_frames",
+    "find_images",
+    "find_videos",
+    "is_image",
+    "is_video",
     "open_frames",
     "photographs",
     "pinned",
