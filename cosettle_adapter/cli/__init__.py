@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("models:list_models", "Show models and backbones."),
     "download": ("models:download", "Download and verify models' weights."),
+    "evaluate": ("evaluate:app", "Measure a model on a benchmark."),
 }
 
 # commands that still parse with argparse
@@ -32,7 +33,6 @@ OLD = (
     "fit",
     "train",
     "prepare",
-    "evaluate",
     "benchmark",
     "push",
     "cards",

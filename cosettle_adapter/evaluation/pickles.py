@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extras import require
 
 # plain numbers, booleans, fixed-length byte and text strings, and objects, which must be bytes
 _TYPES = re.compile(r"b1|[iu][1248]|f[248]|[SU][0-9]{1,9}|O8?")
@@ -60,54 +60,70 @@ class _Type:
     def __init__(self, code: Any) -> None:
         if not isinstance(code, str) or not _TYPES.fullmatch(code):
             raise _RefusedError(f"has an array of type {code!r}")
-        self.code = code
-        self.order = "="
+        self.code, self.order = code, "="
 
     def __setstate__(self, state: Any) -> None:
         if len(state) < 8 or state[1] not in ("<", ">", "|", "=") or any(state[2:5]):
             raise _RefusedError("has an array of a compound type")
         self.order = state[1]
 
-    def numpy(self) -> Any:
-        np: Any = require("numpy", extra="eval", purpose="reading pickles")
-        kind = np.dtype(self.code)
-        return kind if self.order == "|" else kind.newbyteorder(self.order)
-
 
 class _Array:
-    """What a pickle says of an array."""
+    """What a pickle says of an array; its state comes with the call or after it."""
 
-    content: _Content | None = None
+    def __init__(self, *content: Any) -> None:
+        self.content = content  # type, bytes, shape, order
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, data = state
-        self.content = _Content(kind, data, shape, "F" if fortran else "C")
+        self.content = (kind, data, shape, "F" if fortran else "C")
 
-
-class _Content(NamedTuple):
-    kind: Any
-    data: Any
-    shape: Any
-    order: Any
-
-    def array(self) -> Any:
-        np: Any = require("numpy", extra="eval", purpose="reading pickles")
-        if not isinstance(self.kind, _Type) or self.order not in ("C", "F"):
+    def made(self) -> Any:
+        if not self.content:
+            raise _RefusedError("has an array without content")
+        kind, data, shape, order = self.content
+        if not isinstance(kind, _Type) or order not in ("C", "F"):
             raise _RefusedError("describes an array by something that is no type")
-        if self.kind.code.startswith("O"):
-            if not isinstance(self.data, list) or not all(
-                isinstance(item, bytes) for item in self.data
-            ):
+        if kind.code.startswith("O"):
+            if not isinstance(data, list) or not all(isinstance(item, bytes) for item in data):
                 raise _RefusedError("has an array of objects that are not bytes")
-            return self.data
-        kind = self.kind.numpy()
-        count = math.prod(self.shape)
-        if any(side < 0 for side in self.shape) or count * kind.itemsize != len(self.data):
-            raise ValueError(
-                f"an array of shape {self.shape} and type {kind} has {len(self.data)} bytes"
-            )
-        # a view, because videos are large
-        return np.ndarray(self.shape, kind, self.data, order=self.order)
+            return data
+        dtype = np.dtype(kind.code)
+        dtype = dtype if kind.order == "|" else dtype.newbyteorder(kind.order)  # type: ignore[arg-type]
+        if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != len(data):
+            raise ValueError(f"an array of shape {shape} and type {dtype} has {len(data)} bytes")
+        return np.ndarray(shape, dtype, data, order=order)  # a view, because videos are large
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names that NumPy's arrays need, made anew for every file.
+
+    A pickle can set attributes of a function it was given, so none is handed out twice.
+    """
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self._names: dict[tuple[str, str], Any] = {
+            ("numpy", "ndarray"): _NDARRAY,
+            ("numpy", "dtype"): lambda code, *_: _Type(code),
+            ("_codecs", "encode"): lambda text, encoding: _encode(text, encoding),
+            ("__builtin__", "bytes"): lambda: b"",  # how old protocols write no bytes
+        }
+        for package in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+            self._names |= {
+                (f"{package}.multiarray", "_reconstruct"): lambda *args: _reconstruct(*args),
+                (f"{package}.multiarray", "scalar"): lambda kind, data: _Array(
+                    kind, data, (), "C"
+                ).made()[()],
+                (f"{package}.numeric", "_frombuffer"): lambda data, kind, shape, order: _Array(
+                    kind, data, shape, order
+                ),
+            }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._names:
+            raise _RefusedError(f"asks for {module}.{name}")
+        return self._names[module, name]
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
@@ -123,59 +139,12 @@ def _reconstruct(subtype: Any, shape: Any, code: Any) -> _Array:
     return _Array()
 
 
-def _from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> _Array:
-    array = _Array()
-    array.content = _Content(kind, data, shape, order)
-    return array
-
-
-def _scalar(kind: Any, data: Any) -> Any:
-    return _Content(kind, data, (), "C").array()[()]
-
-
-def _known() -> dict[tuple[str, str], Any]:
-    """The names that NumPy's arrays need, made anew for every file.
-
-    A pickle can set attributes of a function it was given, so none is handed out twice.
-    """
-    known: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): _NDARRAY,
-        ("numpy", "dtype"): lambda code, *_: _Type(code),
-        ("_codecs", "encode"): lambda text, encoding: _encode(text, encoding),
-        ("__builtin__", "bytes"): lambda: b"",  # how old protocols write no bytes
-    }
-    made: dict[str, Callable[..., Any]] = {
-        "multiarray._reconstruct": lambda *args: _reconstruct(*args),
-        "multiarray.scalar": lambda *args: _scalar(*args),
-        "numeric._frombuffer": lambda *args: _from_buffer(*args),
-    }
-    for name, function in made.items():
-        module, _, attribute = name.partition(".")
-        for package in ("numpy.core", "numpy._core"):  # before and since NumPy 2
-            known[f"{package}.{module}", attribute] = function
-    return known
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self._names = _known()
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._names:
-            raise _RefusedError(f"asks for {module}.{name}")
-        return self._names[module, name]
-
-
 def _finished(value: Any, depth: int, seen: dict[int, Any]) -> Any:
     """The value with its arrays made, if it holds nothing else than is allowed."""
     if depth < 0:
         raise _RefusedError(f"is nested more than {_DEPTH} deep")
-    np: Any = require("numpy", extra="eval", purpose="reading pickles")
     if isinstance(value, _Array):
-        if value.content is None:
-            raise _RefusedError("has an array without content")
-        return value.content.array()
+        return value.made()
     if isinstance(value, (dict, list, tuple)):
         if id(value) not in seen:  # a small pickle can hold the same list a billion times
             items = [_finished(item, depth - 1, seen) for item in value]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from einops import rearrange
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extras import require
-from cosettle_adapter.video import files
+from cosettle_adapter.video.files import read_image
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -22,9 +22,7 @@ def read_frame(path: Path) -> NDArray[np.uint8]:
     Raises:
         FrameError: the file is missing, damaged or not an image.
     """
-    frame: NDArray[np.uint8] = (
-        rearrange(files.read_image(path), "c h w -> h w c").contiguous().numpy()
-    )
+    frame: NDArray[np.uint8] = rearrange(read_image(path), "c h w -> h w c").contiguous().numpy()
     return frame
 
 
@@ -38,23 +36,19 @@ def read_labels(path: Path, *, colours: bool = False) -> NDArray[np.uint8]:
     Raises:
         FrameError: the file is missing or damaged, or its pixels are not labels.
     """
-    np: Any = require("numpy", extra="eval", purpose="reading masks")
     pillow: Any = require("PIL.Image", extra="eval", purpose="reading masks")
     try:
         with pillow.open(path) as opened:
             if opened.mode in ("P", "L", "1"):
-                labels: NDArray[np.uint8] = np.asarray(opened).astype(np.uint8)
-                return labels
+                return np.asarray(opened).astype(np.uint8)
             if not colours:
                 raise FrameError(
                     f"{path} is a {opened.mode} image, expected a palette (P) or grey (L) PNG "
                     "whose values are object ids; take the data set's own annotations, or save "
                     "your masks as one number a pixel"
                 )
-            bright: NDArray[np.uint8] = (np.asarray(opened.convert("RGB")).max(2) > 0).astype(
-                np.uint8
-            )
-            return bright
+            bright: NDArray[np.uint8] = np.asarray(opened.convert("RGB")).max(2) > 0
+            return bright.astype(np.uint8)
     except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
         raise FrameError(f"{path} cannot be read as a mask: {error}") from error
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from einops import rearrange
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extras import require
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
 
@@ -43,7 +42,6 @@ class ConfusionMatrix:
         """
         if classes < 1:
             raise ValueError(f"got {classes} classes, expected at least 1, background included")
-        np: Any = require("numpy", extra="eval", purpose="measuring label maps")
         self.counts: NDArray[np.int64] = np.zeros((classes, classes), dtype=np.int64)
 
     def add(self, gt: ArrayLike, pred: ArrayLike, ignore: int | None = 255) -> None:
@@ -58,7 +56,6 @@ class ConfusionMatrix:
             FrameError: shapes that differ, values that are not whole numbers, or a class outside
                 [0, K) in a pixel that counts; the matrix is then as it was.
         """
-        np: Any = require("numpy", extra="eval", purpose="measuring label maps")
         classes = len(self.counts)
         truth, guess = np.asarray(gt), np.asarray(pred)
         if truth.shape != guess.shape:
@@ -66,30 +63,26 @@ class ConfusionMatrix:
                 f"got pred of shape {guess.shape}, expected {truth.shape} like gt: bring the "
                 "prediction to the size of the annotation first (nearest)"
             )
+        counted = np.full(truth.shape, True) if ignore is None else truth != ignore
         for name, labels in (("gt", truth), ("pred", guess)):
             if labels.dtype.kind not in "biu":
                 raise FrameError(
                     f"got {name} of dtype {labels.dtype}, expected whole numbers; for soft labels "
                     "take the argmax"
                 )
-        if ignore is not None:
-            counted = truth != ignore
-            truth, guess = truth[counted], guess[counted]
-        for name, labels in (("gt", truth), ("pred", guess)):
-            wrong = labels[(labels < 0) | (labels >= classes)]
+            wrong = labels[counted & ((labels < 0) | (labels >= classes))]
             if wrong.size:
                 raise FrameError(
                     f"{name} has class {int(wrong.flat[0])}, expected 0 to {classes - 1}; make "
-                    f"the matrix with more classes"
+                    "the matrix with more classes"
                     + (", or pass that value as ignore" if name == "gt" else "")
                 )
-        pairs = truth.astype(np.int64) * classes + guess.astype(np.int64)
-        counts = np.bincount(rearrange(pairs, "... -> (...)"), minlength=classes**2)
+        pairs = truth[counted].astype(np.int64) * classes + guess[counted].astype(np.int64)
+        counts = np.bincount(pairs, minlength=classes**2)
         self.counts += rearrange(counts, "(truth guess) -> truth guess", truth=classes)
 
     def per_class_iou(self) -> NDArray[np.float64]:
         """Return ``(K,)`` IoU in [0, 1]; NaN for a class neither annotated nor predicted."""
-        np: Any = require("numpy", extra="eval", purpose="measuring label maps")
         correct = np.diag(self.counts)
         union = self.counts.sum(0) + self.counts.sum(1) - correct
         iou: NDArray[np.float64] = np.full(len(union), np.nan)
@@ -113,5 +106,5 @@ class ConfusionMatrix:
         if over not in ("seen", "annotated"):
             raise ValueError(f"got over={over!r}, expected 'seen' or 'annotated'")
         iou = self.per_class_iou()
-        iou = iou[self.counts.sum(1) > 0] if over == "annotated" else iou[iou == iou]
+        iou = iou[self.counts.sum(1) > 0] if over == "annotated" else iou[~np.isnan(iou)]
         return float(iou.mean()) if len(iou) else float("nan")

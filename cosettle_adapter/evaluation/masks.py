@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extras import require
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
     Mask = NDArray[np.bool_]
@@ -32,33 +33,6 @@ class Summary(NamedTuple):
     mean: float
     recall: float
     decay: float
-
-
-class MaskScores(NamedTuple):
-    """J and F of one object over a clip.
-
-    Attributes:
-        j: region similarity of every frame that counts, in order, in [0, 1].
-        f: boundary measure likewise.
-    """
-
-    j: tuple[float, ...]
-    f: tuple[float, ...]
-
-    @property
-    def j_summary(self) -> Summary:
-        """Mean, recall and decay of J."""
-        return summarise(self.j)
-
-    @property
-    def f_summary(self) -> Summary:
-        """Mean, recall and decay of F."""
-        return summarise(self.f)
-
-    @property
-    def j_and_f(self) -> float:
-        """J&F: the mean of mean J and mean F."""
-        return (self.j_summary.mean + self.f_summary.mean) / 2
 
 
 def region_similarity(gt: ArrayLike, pred: ArrayLike, *, void: ArrayLike | None = None) -> float:
@@ -114,51 +88,6 @@ def boundary_f(
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def j_and_f(
-    gt: ArrayLike,
-    pred: ArrayLike,
-    *,
-    void: ArrayLike | None = None,
-    tolerance: float = 0.008,
-    exclude_ends: bool = True,
-) -> MaskScores:
-    """Score one object over a clip.
-
-    Args:
-        gt: ``(T, H, W)`` boolean annotation of the object.
-        pred: ``(T, H, W)`` boolean prediction.
-        void: ``(T, H, W)`` boolean, pixels that do not count.
-        tolerance: of the boundary, as for :func:`boundary_f`.
-        exclude_ends: leave out the first frame, which is given, and the last, as the official
-            semi-supervised evaluation does.
-
-    Returns:
-        J and F of the frames that count.
-
-    Raises:
-        FrameError: masks of different shapes or not boolean, or too few frames.
-        ValueError: ``tolerance`` is negative.
-    """
-    np: Any = require("numpy", extra="eval", purpose="measuring masks")
-    clips = {"gt": np.asarray(gt), "pred": np.asarray(pred)}
-    if void is not None:
-        clips["void"] = np.asarray(void)
-    needed = 3 if exclude_ends else 1
-    for name, clip in clips.items():
-        if clip.ndim != 3 or clip.shape != clips["gt"].shape or len(clip) < needed:
-            raise FrameError(
-                f"got {name} of shape {clip.shape}, expected (T, H, W) like gt "
-                f"{clips['gt'].shape} with T at least {needed}"
-                + (": first and last frame do not count" if exclude_ends else "")
-            )
-    frames = range(len(clips["gt"]))[1:-1] if exclude_ends else range(len(clips["gt"]))
-    pairs = [{name: clip[t] for name, clip in clips.items()} for t in frames]
-    return MaskScores(
-        j=tuple(region_similarity(**pair) for pair in pairs),
-        f=tuple(boundary_f(**pair, tolerance=tolerance) for pair in pairs),
-    )
-
-
 def summarise(values: ArrayLike) -> Summary:
     """Summarise a measure over frames as the official evaluation does.
 
@@ -172,27 +101,21 @@ def summarise(values: ArrayLike) -> Summary:
     Raises:
         ValueError: not one-dimensional, or empty.
     """
-    np: Any = require("numpy", extra="eval", purpose="measuring masks")
     series: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     if series.ndim != 1 or not len(series):
         raise ValueError(f"got values of shape {series.shape}, expected (T,) with T at least 1")
     edges = np.round(np.linspace(1, len(series), 5) + 1e-10).astype(int) - 1
     first, last = series[: edges[1] + 1], series[edges[3] :]
-    return Summary(
-        mean=_mean(series),
-        # a frame without a value is not above 0.5, and still a frame
-        recall=float((series > 0.5).mean()),
-        decay=_mean(first) - _mean(last),
-    )
+    # a frame without a value is not above 0.5, and still a frame
+    return Summary(_mean(series), float((series > 0.5).mean()), _mean(first) - _mean(last))
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    known = values[values == values]  # NaN is the one number that is not itself
+    known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
 
 
 def _masks(gt: ArrayLike, pred: ArrayLike, void: ArrayLike | None) -> tuple[Mask, Mask]:
-    np: Any = require("numpy", extra="eval", purpose="measuring masks")
     masks = {"gt": np.asarray(gt), "pred": np.asarray(pred)}
     if void is not None:
         masks["void"] = np.asarray(void)
@@ -215,11 +138,9 @@ def _masks(gt: ArrayLike, pred: ArrayLike, void: ArrayLike | None) -> tuple[Mask
 
 def _boundary_points(mask: Mask) -> NDArray[np.int64]:
     """Pixels that differ from their right, lower or lower right neighbour, ``(N, 2)``."""
-    np: Any = require("numpy", extra="eval", purpose="measuring masks")
     rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
     if not len(rows):
-        empty: NDArray[np.int64] = np.zeros((0, 2), dtype=np.int64)
-        return empty
+        return np.zeros((0, 2), dtype=np.int64)
     # all boundary pixels lie in the mask's bounding box or one before it
     top, left = max(rows[0] - 1, 0), max(columns[0] - 1, 0)
     box = mask[top : rows[-1] + 2, left : columns[-1] + 2]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 from einops import rearrange
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extras import require
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
 THRESHOLDS = (1, 2, 4, 8, 16)  # pixels of a 256 x 256 frame
@@ -67,7 +65,7 @@ def tapvid_metrics(
     """Score the tracked points of one video as TAP-Vid does.
 
     Positions must be scaled to a 256 x 256 frame, which the thresholds of 1 to 16 pixels belong
-    to. A benchmark's figure is :func:`mean_over_videos`.
+    to. A benchmark's figure is the mean over videos in which it is not NaN.
 
     Args:
         query_points: ``(Q, 3)`` (t, y, x); only t is read, rounded to a frame number.
@@ -82,7 +80,6 @@ def tapvid_metrics(
             outside the video, or a position that is not finite where it counts.
         ValueError: an unknown mode.
     """
-    np: Any = require("numpy", extra="eval", purpose="measuring points")
     if mode not in ("first", "strided"):
         raise ValueError(f"got mode={mode!r}, expected 'first' or 'strided'")
     occluded, tracks = _tracks(gt_occluded, gt_tracks, "gt")
@@ -115,26 +112,6 @@ def tapvid_metrics(
     )
 
 
-def mean_over_videos(videos: Iterable[TapVidMetrics]) -> TapVidMetrics:
-    """Return a benchmark's figures: the mean over videos, each counting once.
-
-    A video in which a figure is NaN does not count for that figure; one that no video has is NaN.
-
-    Raises:
-        ValueError: no videos.
-    """
-    found = list(videos)
-    if not found:
-        raise ValueError("got no videos to average; expected at least one")
-    return TapVidMetrics(
-        delta_avg=_mean(video.delta_avg for video in found),
-        occlusion_accuracy=_mean(video.occlusion_accuracy for video in found),
-        average_jaccard=_mean(video.average_jaccard for video in found),
-        pts_within={t: _mean(video.pts_within[t] for video in found) for t in THRESHOLDS},
-        jaccard={t: _mean(video.jaccard[t] for video in found) for t in THRESHOLDS},
-    )
-
-
 def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
     """Ask for every track where it is first visible; tracks never visible are left out.
 
@@ -145,7 +122,6 @@ def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
     Raises:
         FrameError: shapes that do not fit together, or occlusion that is not boolean.
     """
-    np: Any = require("numpy", extra="eval", purpose="measuring points")
     hidden, positions = _tracks(occluded, tracks, "gt")
     index = (~hidden).any(1).nonzero()[0]
     return _queries(hidden, positions, index, np.argmin(hidden[index], axis=1))
@@ -174,7 +150,6 @@ def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> 
 
 
 def _queries(hidden: Any, positions: Any, index: Any, frames: Any) -> Queries:
-    np: Any = require("numpy", extra="eval", purpose="measuring points")
     x, y = positions[index, frames, 0], positions[index, frames, 1]
     points = np.stack([frames.astype(np.float64), y, x], axis=1)
     return Queries(points, hidden[index], positions[index], index.astype(np.int64))
@@ -182,7 +157,6 @@ def _queries(hidden: Any, positions: Any, index: Any, frames: Any) -> Queries:
 
 def _counted(query_points: ArrayLike, shape: tuple[int, ...], mode: QueryMode) -> NDArray[np.bool_]:
     """Positions ``(Q, T)`` that are scored."""
-    np: Any = require("numpy", extra="eval", purpose="measuring points")
     points: NDArray[np.float64] = np.asarray(query_points, dtype=np.float64)
     if points.shape != (shape[0], 3):
         raise FrameError(
@@ -197,16 +171,12 @@ def _counted(query_points: ArrayLike, shape: tuple[int, ...], mode: QueryMode) -
             "(t, y, x), the frame first"
         )
     frames = np.arange(shape[1])
-    counted: NDArray[np.bool_] = (
-        frames > query[:, None] if mode == "first" else frames != query[:, None]
-    )
-    return counted
+    return frames > query[:, None] if mode == "first" else frames != query[:, None]
 
 
 def _tracks(
     occluded: ArrayLike, tracks: ArrayLike, whose: str
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    np: Any = require("numpy", extra="eval", purpose="measuring points")
     hidden: NDArray[np.bool_] = np.asarray(occluded)
     positions: NDArray[np.float64] = np.asarray(tracks, dtype=np.float64)
     if positions.ndim != 3 or positions.shape[2] != 2 or not positions.shape[1]:
@@ -224,8 +194,3 @@ def _tracks(
 
 def _share(part: Any, whole: Any) -> float:
     return float(part) / float(whole) if whole else float("nan")
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = [value for value in values if value == value]  # NaN is not itself
-    return sum(known) / len(known) if known else float("nan")
