@@ -7,14 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from cosettle_adapter.analysis.gain import directional_gain
-from cosettle_adapter.analysis.prediction import Prediction, Spectrum, spearman
-from cosettle_adapter.analysis.representation import (
-    Representation,
-    RepresentationMetrics,
-    VideoRepresentation,
-)
-from cosettle_adapter.analysis.spectra import SpectrumStatistics, spectrum
 from cosettle_adapter.evaluation import variants
 from cosettle_adapter.evaluation.consistency import (
     cycle_accuracy,
@@ -31,6 +23,18 @@ from cosettle_adapter.evaluation.drift import (
     mutual_correspondences,
     temporal_drift,
     true_correspondences,
+)
+from cosettle_adapter.evaluation.representation_metrics import (
+    Representation,
+    RepresentationMetrics,
+    VideoRepresentation,
+)
+from cosettle_adapter.evaluation.spectra import (
+    Prediction,
+    Spectrum,
+    SpectrumStatistics,
+    directional_gain,
+    spearman,
 )
 from cosettle_adapter.evaluation.variants import (
     ADAPTED,
@@ -86,7 +90,6 @@ __all__ = [
     "mutual_correspondences",
     "read_blocks",
     "spearman",
-    "spectrum",
     "temporal_drift",
     "tracking_error",
     "true_correspondences",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,28 +12,23 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from cosettle_adapter.analysis import (
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation.consistency import cycle_consistent
+from cosettle_adapter.evaluation.representation_metrics import (
+    Representation,
+    RepresentationMetrics,
+)
+from cosettle_adapter.evaluation.spectra import Spectrum, SpectrumStatistics
+from cosettle_adapter.evaluation.variants import (
     ADAPTED,
     CENTRED,
     RAW_LAST,
     RAW_SAME,
-    FeatureKind,
-    Representation,
-    RepresentationMetrics,
-    Spectrum,
-    SpectrumStatistics,
+    FeatureVariant,
     centred,
-    comes_home,
+    raw_same,
 )
-from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.encoding import (
-    EncodedChunk,
-    Source,
-    each_readable,
-    encoded_chunks,
-    joined,
-    step_of,
-)
+from cosettle_adapter.evaluation.videos import each_readable, encoded_chunks, frames_of
 from cosettle_adapter.video.resampling import resize
 
 if TYPE_CHECKING:
@@ -69,21 +64,21 @@ class RepresentationSettings:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LostCells:
-    """The moment at which the adapted features of a video (raw ones, without) lose most cells.
+class WorstMoment:
+    """The two frames of a video between which features lose most patches.
 
     Attributes:
         video: its name.
         when: times of the two frames, or their positions in an image folder.
         frames: ``(2, 3, H, W)`` uint8, made small.
-        home: ``(h, w)`` bool, cells of the first frame that come home from the second.
+        consistent: ``(h, w)`` bool, patches of the first frame that come home from the second.
         cycle_accuracy: share of them, in [0, 1].
     """
 
     video: str
     when: str
     frames: Tensor
-    home: Tensor
+    consistent: Tensor
     cycle_accuracy: float
 
 
@@ -92,34 +87,35 @@ class RepresentationReport:
     """What :func:`evaluate_representation` measured.
 
     Attributes:
-        results: kind of features to figures: raw last block, raw same block (where that is
-            another), centred by the video's mean token, adapted.
+        results: variant to figures: raw last block, raw same block (where that is another),
+            centred by the video's mean token, adapted.
         spectrum: of the tokens the projection reads; None with a single video or no motion.
-        failures: the worst moments, worst first, of different videos.
+        failures: the worst moments of the adapted features (of raw ones, without a projection),
+            worst first, of different videos.
         skipped: name to why, of videos that could not be used.
         settings: how it was done.
     """
 
     results: Mapping[str, Representation]
     spectrum: Spectrum | None
-    failures: tuple[LostCells, ...]
+    failures: tuple[WorstMoment, ...]
     skipped: Mapping[str, str]
     settings: RepresentationSettings
 
 
 def evaluate_representation(
     adapter: CoSettleAdapter,
-    videos: Sequence[Source],
+    videos: Sequence[str | Path],
     settings: RepresentationSettings | None = None,
     *,
     failures: int = 6,
     batch_size: int = 8,
-    kinds: Sequence[FeatureKind] | None = None,
+    variants: Sequence[FeatureVariant] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> RepresentationReport:
     """Measure what stays together within videos and apart between them.
 
-    Videos are read one at a time, each in one pass of the backbone for all kinds of features.
+    Videos are read one at a time, each in one pass of the backbone for all variants.
 
     Args:
         adapter: backbone and projection.
@@ -127,7 +123,7 @@ def evaluate_representation(
         settings: see :class:`RepresentationSettings`.
         failures: how many worst moments to keep.
         batch_size: frames a forward pass.
-        kinds: as for :func:`~cosettle_adapter.evaluation.encoding.encoded_chunks`.
+        variants: as for :func:`~cosettle_adapter.evaluation.videos.encoded_chunks`.
         on_video: called with the number of videos done and their number.
 
     Raises:
@@ -137,35 +133,37 @@ def evaluate_representation(
     settings = settings or RepresentationSettings()
     metrics: dict[str, RepresentationMetrics] = {}
     statistics = SpectrumStatistics(gap=settings.spectrum_gap)
-    worst: list[LostCells] = []
+    worst: list[WorstMoment] = []
     skipped: dict[str, str] = {}
     paths = _named(videos)
 
     def measure(name: str) -> None:
-        chunks = list(_read(adapter, paths[name], settings, batch_size, kinds))
-        features, times = joined(chunks)
-        _check(features, settings)
-        same = features.get(RAW_SAME, features[RAW_LAST])
-        adapted = features.get(ADAPTED)
-        raw = {name: features.pop(name) for name in (RAW_LAST, RAW_SAME) if name in features}
-        features = {**raw, CENTRED: centred(same), **features}
-        for kind, maps in features.items():
-            if kind not in metrics:
-                metrics[kind] = RepresentationMetrics(
+        features, times, frames = _read(adapter, paths[name], settings, batch_size, variants)
+        same = raw_same(features)
+        raw = {key: features.pop(key) for key in (RAW_LAST, RAW_SAME) if key in features}
+        for variant, maps in {**raw, CENTRED: centred(same), **features}.items():
+            if variant not in metrics:
+                metrics[variant] = RepresentationMetrics(
                     gap=settings.gap, trim=settings.trim, seed=settings.seed
                 )
-            metrics[kind].add(maps, name=name)
+            metrics[variant].add(maps, name=name)
         statistics.add(same)
-        frames = torch.cat([chunk.frames for chunk in chunks])
-        judged = same if adapted is None else adapted
-        worst.append(_lost_cells(name, paths[name], judged, frames, times, settings.gap))
+        consistent = cycle_consistent(features.get(ADAPTED, same), gap=settings.gap)
+        shares = reduce(consistent.double(), "t h w -> t", "mean")
+        lost = int(shares.argmin())
+        pair = [lost, lost + settings.gap]
+        first, second = times[pair].tolist()
+        # images in a folder have positions, not times
+        video = paths[name].is_file()
+        when = f"{first:.2f} s to {second:.2f} s" if video else f"frame {first:g} to {second:g}"
+        worst.append(WorstMoment(name, when, frames[pair], consistent[lost], float(shares[lost])))
         worst.sort(key=lambda moment: moment.cycle_accuracy)
         del worst[failures:]
 
     each_readable(list(paths), measure, skipped, on_video)
     enough = statistics.videos > 1 and statistics.pairs > 0 and ADAPTED in metrics
     return RepresentationReport(
-        results={kind: gathered.result() for kind, gathered in metrics.items()},
+        results={variant: gathered.result() for variant, gathered in metrics.items()},
         spectrum=statistics.spectrum(adapter.projection.project) if enough else None,
         failures=tuple(worst),
         skipped=skipped,
@@ -173,7 +171,7 @@ def evaluate_representation(
     )
 
 
-def _named(videos: Sequence[Source]) -> dict[str, Path]:
+def _named(videos: Sequence[str | Path]) -> dict[str, Path]:
     """Names are those of the files, or whole paths where two would have the same."""
     paths = list(dict.fromkeys(Path(video) for video in videos))
     count = Counter(path.name for path in paths)
@@ -185,48 +183,35 @@ def _read(
     path: Path,
     settings: RepresentationSettings,
     batch_size: int,
-    kinds: Sequence[FeatureKind] | None,
-) -> Iterator[EncodedChunk]:
-    """Chunks of a video whose frames, once encoded, are small."""
+    variants: Sequence[FeatureVariant] | None,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Features, times and small frames of a video, refused before anything of it is counted."""
+    select = dataclasses.replace(frames_of(path, rate=settings.rate), max_frames=settings.frames)
+    parts: dict[str, list[Tensor]] = {}
+    times, frames = [], []
     for chunk in encoded_chunks(
         adapter,
         path,
-        every=step_of(path, rate=settings.rate),
-        max_frames=settings.frames,
+        select,
         size=settings.size,
         crop=settings.crop,
         batch_size=batch_size,
-        kinds=kinds,
+        variants=variants,
     ):
+        for variant, maps in chunk.features.items():
+            parts.setdefault(variant, []).append(maps)
         side = min(_THUMBNAIL, chunk.frames.shape[-1])
-        small = resize(chunk.frames, (side, side)).round().to(torch.uint8)
-        yield dataclasses.replace(chunk, frames=small)
-
-
-def _check(features: Mapping[str, Tensor], settings: RepresentationSettings) -> None:
-    """Refuse a video before anything of it is counted."""
+        frames.append(resize(chunk.frames, (side, side)).round().to(torch.uint8))
+        times.append(chunk.times)
+    features = {variant: torch.cat(maps) for variant, maps in parts.items()}
+    found = sum(map(len, times))
     needed = max(2 * settings.trim + 2, settings.gap + 1, settings.spectrum_gap + 1)
-    found = len(features[RAW_LAST])
     if found < needed:
         raise FrameError(
             f"got {found} frames at {settings.rate:g} a second, expected at least {needed}; take "
             "more a second (rate), or a smaller gap and trim"
         )
-    for kind, maps in features.items():
+    for variant, maps in features.items():
         if not bool(maps.isfinite().all()):
-            raise FrameError(f"its features ({kind}) hold values that are not finite")
-
-
-def _lost_cells(
-    name: str, path: Path, adapted: Tensor, frames: Tensor, times: Tensor, gap: int
-) -> LostCells:
-    home = comes_home(adapted, gap=gap)
-    shares = reduce(home.double(), "t h w -> t", "mean")
-    worst = int(shares.argmin())
-    pair = [worst, worst + gap]
-    first, second = times[pair].tolist()
-    # images in a folder have positions, not times
-    when = (
-        f"{first:.2f} s to {second:.2f} s" if path.is_file() else f"frame {first:g} to {second:g}"
-    )
-    return LostCells(name, when, frames[pair], home[worst], float(shares[worst]))
+            raise FrameError(f"its features ({variant}) hold values that are not finite")
+    return features, torch.cat(times), torch.cat(frames)

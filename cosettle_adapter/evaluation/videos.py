@@ -1,0 +1,272 @@
+"""Videos as features by variant: frame by frame, or pooled to one feature a frame or a video."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
+from cosettle_adapter.evaluation.labelled_videos import LabelledVideo
+from cosettle_adapter.evaluation.variants import (
+    CENTRED,
+    RAW_LAST,
+    RAW_SAME,
+    FeatureVariant,
+    feature_variants,
+    raw_same,
+    read_layers,
+)
+from cosettle_adapter.video import FrameSelection, open_frames, probe
+
+if TYPE_CHECKING:
+    from cosettle_adapter.adapter import CoSettleAdapter, Size
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class EncodedChunk(NamedTuple):
+    """Features of consecutive frames.
+
+    Attributes:
+        features: variant to ``(N, C, h, w)`` float32 on the CPU.
+        times: ``(N,)`` float64 seconds.
+        frames: ``(N, 3, H, W)`` uint8, what was encoded before it was resized.
+    """
+
+    features: dict[str, Tensor]
+    times: Tensor
+    frames: Tensor
+
+
+class VideoFrames(NamedTuple):
+    """One feature a frame of a video, the mean over its patches.
+
+    Attributes:
+        video: its name.
+        times: ``(T,)`` float64 seconds; positions in a folder of images.
+        features: variant to ``(T, C)`` float32.
+    """
+
+    video: str
+    times: Tensor
+    features: Mapping[str, Tensor]
+
+
+class PooledVideos(NamedTuple):
+    """One feature a labelled video, the mean over its patches and frames.
+
+    Attributes:
+        videos: those that could be read.
+        features: variant to ``(V, C)`` float32, a row for each of ``videos``.
+        skipped: name to why, of those that could not.
+    """
+
+    videos: tuple[LabelledVideo, ...]
+    features: Mapping[str, Tensor]
+    skipped: Mapping[str, str]
+
+
+def encoded_chunks(
+    adapter: CoSettleAdapter,
+    source: str | os.PathLike[str] | Iterable[Any],
+    select: FrameSelection | None = None,
+    *,
+    size: Size | None = None,
+    crop: float | None = None,
+    batch_size: int = 8,
+    variants: Sequence[FeatureVariant] | None = None,
+) -> Iterator[EncodedChunk]:
+    """Encode a video chunk by chunk, each in one pass of the backbone.
+
+    Args:
+        adapter: backbone and projection.
+        source: a video file, a folder or glob of images, or frames one by one.
+        select: which frames.
+        size: what frames are resized to, as in the adapter's ``forward``.
+        crop: side of a central square, as a share of the short side; by default whole frames.
+        batch_size: frames a chunk.
+        variants: by default those of
+            :func:`~cosettle_adapter.evaluation.variants.feature_variants`. Variants made of a
+            whole clip, such as centred features, are left out.
+
+    Raises:
+        FrameError: a source that cannot be read to its end.
+        ValueError: ``crop`` is not in (0, 1].
+    """
+    variants = [each for each in variants or feature_variants(adapter) if not each.needs_clip]
+    wanted = [variant.reads for variant in variants]
+    for chunk in open_frames(source, select, chunk_size=batch_size):
+        frames = chunk.frames if crop is None else central_square(chunk.frames, crop)
+        tokens = read_layers(adapter.backbone, adapter.preprocess(frames, size=size), wanted)
+        features = {each.name: each.of_frames(tokens[each.reads]).cpu() for each in variants}
+        yield EncodedChunk(features, chunk.timestamps, frames)
+
+
+def encode_videos(
+    adapter: CoSettleAdapter,
+    paths: Mapping[str, Path],
+    *,
+    frames: int | None = None,
+    rate: float | None = None,
+    size: Size | None = 224,
+    batch_size: int = 8,
+    variants: Sequence[FeatureVariant] | None = None,
+    on_video: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[VideoFrames], dict[str, str]]:
+    """Encode videos of any length into one feature a frame.
+
+    Args:
+        adapter: backbone and projection.
+        paths: name to video file or folder of images.
+        frames: about how many of a video, as in :func:`frames_of`.
+        rate: about how many a second, as in :func:`frames_of`.
+        size: what frames are resized to; the shorter side by default.
+        batch_size: frames a forward pass.
+        variants: as for :func:`encoded_chunks`.
+        on_video: called with the number of videos done and their number.
+
+    Returns:
+        Videos that could be read, and name to why of those that could not.
+
+    Raises:
+        FrameError: no video could be read.
+        MissingExtraError: PyAV or Pillow is needed and not installed.
+    """
+    skipped: dict[str, str] = {}
+
+    def read(name: str) -> VideoFrames:
+        select = frames_of(paths[name], frames=frames, rate=rate)
+        pooled: dict[str, list[Tensor]] = {}
+        times: list[Tensor] = []
+        for chunk in encoded_chunks(
+            adapter, paths[name], select, size=size, batch_size=batch_size, variants=variants
+        ):
+            for variant, maps in chunk.features.items():
+                pooled.setdefault(variant, []).append(reduce(maps, "t c h w -> t c", "mean"))
+            times.append(chunk.times)
+        features = {variant: torch.cat(parts) for variant, parts in pooled.items()}
+        return VideoFrames(name, torch.cat(times), features)
+
+    return each_readable(list(paths), read, skipped, on_video), skipped
+
+
+def pool_videos(
+    adapter: CoSettleAdapter, videos: Sequence[LabelledVideo], *, frames: int = 16, **options: Any
+) -> PooledVideos:
+    """Encode videos into one feature each, the mean over patches and frames.
+
+    Args:
+        adapter: backbone and projection.
+        videos: see :func:`~cosettle_adapter.evaluation.labelled_videos.labelled_videos`.
+        frames: about how many of a video, evenly spread over it.
+        **options: ``size``, ``batch_size``, ``variants`` and ``on_video`` of
+            :func:`encode_videos`, whose errors are raised.
+    """
+    named = {video.name: video for video in videos}
+    paths = {name: video.path for name, video in named.items()}
+    found, skipped = encode_videos(adapter, paths, frames=frames, **options)
+    features = {
+        variant: torch.stack([reduce(each.features[variant], "t c -> c", "mean") for each in found])
+        for variant in found[0].features
+    }
+    return PooledVideos(tuple(named[each.video] for each in found), features, skipped)
+
+
+def with_centred(
+    features: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Add the centred features to the others: raw ones minus the mean of a reference.
+
+    A video's own mean would leave nothing of a pooled feature, so it is the mean of the videos
+    that are learnt from or searched; it uses no labels.
+
+    Args:
+        features: variant to ``(N, C)``.
+        reference: variant to ``(M, C)``, whose mean is subtracted.
+
+    Returns:
+        The features in the order raw, centred, all others.
+    """
+    raw = {name: features[name] for name in (RAW_LAST, RAW_SAME) if name in features}
+    if not raw:
+        return dict(features)
+    return {**raw, CENTRED: raw_same(features) - raw_same(reference).mean(dim=0), **features}
+
+
+def central_square(frames: Tensor, share: float = 1.0) -> Tensor:
+    """Cut the central square out of frames ``(N, 3, H, W)``: ``share`` times the short side."""
+    if not 0 < share <= 1:
+        raise ValueError(f"got a crop of {share}, expected a share of the short side in (0, 1]")
+    height, width = frames.shape[-2:]
+    side = max(1, round(share * min(height, width)))
+    top, left = (height - side) // 2, (width - side) // 2
+    return frames[..., top : top + side, left : left + side]
+
+
+def frames_of(
+    path: Path, *, frames: int | None = None, rate: float | None = None
+) -> FrameSelection:
+    """Select frames of a video file or a folder of images.
+
+    Args:
+        path: the source.
+        frames: spread about this many evenly over the whole source, and take no more.
+        rate: take about this many a second, where the source has times of its own; all of them
+            where it has not.
+
+    Raises:
+        FrameError: a source that cannot be read.
+        ValueError: ``frames`` below 1 or a ``rate`` that is not positive.
+    """
+    if (frames is not None and frames < 1) or (rate is not None and not rate > 0):
+        raise ValueError(f"got frames={frames} and rate={rate}, expected both above 0")
+    info = probe(path)
+    if frames is not None:
+        return FrameSelection(every=max(1, (info.frames or 0) // frames), max_frames=frames)
+    return FrameSelection(every=max(1, round(info.fps / rate)) if info.fps and rate else 1)
+
+
+def each_readable(
+    items: Sequence[Item],
+    read: Callable[[Item], Found],
+    skipped: dict[str, str],
+    on_item: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Found]:
+    """Read items one by one and return what was read; a failure does not lose the others.
+
+    Args:
+        items: what to read; ``str`` of it is its name.
+        read: reads one.
+        skipped: name to why, filled for those that failed.
+        on_item: called with the number of items done, read or not, and their number.
+
+    Raises:
+        MissingExtraError: what would fail for every item alike.
+        FrameError: not a single item could be read, or there is none.
+    """
+    found = []
+    for done, item in enumerate(items, start=1):
+        try:
+            found.append(read(item))
+        except MissingExtraError:
+            raise
+        except (CosettleError, OSError) as error:
+            logger.warning("skipped %s: %s", item, error)
+            skipped[str(item)] = str(error)
+        on_item(done, len(items))
+    if not items:
+        raise FrameError("got no videos to read; expected at least one")
+    if not found:
+        name, why = next(iter(skipped.items()))
+        raise FrameError(f"none of {len(items)} videos could be read. The first, {name}: {why}")
+    return found
