@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +22,13 @@ from cosettle_adapter.evaluation.spectra import Spectrum, SpectrumStatistics
 from cosettle_adapter.evaluation.variants import (
     ADAPTED,
     CENTRED,
-    RAW_LAST,
-    RAW_SAME,
     FeatureVariant,
-    centred,
+    encode_variants,
+    feature_variants,
     raw_same,
 )
-from cosettle_adapter.evaluation.videos import each_readable, encoded_chunks, frames_of
+from cosettle_adapter.evaluation.videos import each_readable, frames_of
+from cosettle_adapter.video import open_frames
 from cosettle_adapter.video.resampling import resize
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def evaluate_representation(
         settings: see :class:`RepresentationSettings`.
         failures: how many worst moments to keep.
         batch_size: frames a forward pass.
-        variants: as for :func:`~cosettle_adapter.evaluation.videos.encoded_chunks`.
+        variants: those of :func:`~cosettle_adapter.evaluation.variants.feature_variants` by
+            default.
         on_video: called with the number of videos done and their number.
 
     Raises:
@@ -131,21 +132,25 @@ def evaluate_representation(
         MissingExtraError: PyAV or Pillow is needed and not installed.
     """
     settings = settings or RepresentationSettings()
-    metrics: dict[str, RepresentationMetrics] = {}
+    # of what is made of a whole clip, only the centred features
+    measured = [
+        each
+        for each in variants or feature_variants(adapter)
+        if not each.needs_clip or each.name == CENTRED
+    ]
+    metrics = {
+        each.name: RepresentationMetrics(gap=settings.gap, trim=settings.trim, seed=settings.seed)
+        for each in measured
+    }
     statistics = SpectrumStatistics(gap=settings.spectrum_gap)
     worst: list[WorstMoment] = []
     skipped: dict[str, str] = {}
     paths = _named(videos)
 
     def measure(name: str) -> None:
-        features, times, frames = _read(adapter, paths[name], settings, batch_size, variants)
+        features, times, frames = _read(adapter, paths[name], settings, batch_size, measured)
         same = raw_same(features)
-        raw = {key: features.pop(key) for key in (RAW_LAST, RAW_SAME) if key in features}
-        for variant, maps in {**raw, CENTRED: centred(same), **features}.items():
-            if variant not in metrics:
-                metrics[variant] = RepresentationMetrics(
-                    gap=settings.gap, trim=settings.trim, seed=settings.seed
-                )
+        for variant, maps in features.items():
             metrics[variant].add(maps, name=name)
         statistics.add(same)
         consistent = cycle_consistent(features.get(ADAPTED, same), gap=settings.gap)
@@ -183,27 +188,21 @@ def _read(
     path: Path,
     settings: RepresentationSettings,
     batch_size: int,
-    variants: Sequence[FeatureVariant] | None,
+    variants: Sequence[FeatureVariant],
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Features, times and small frames of a video, refused before anything of it is counted."""
     select = dataclasses.replace(frames_of(path, rate=settings.rate), max_frames=settings.frames)
-    parts: dict[str, list[Tensor]] = {}
     times, frames = [], []
-    for chunk in encoded_chunks(
-        adapter,
-        path,
-        select,
-        size=settings.size,
-        crop=settings.crop,
-        batch_size=batch_size,
-        variants=variants,
-    ):
-        for variant, maps in chunk.features.items():
-            parts.setdefault(variant, []).append(maps)
-        side = min(_THUMBNAIL, chunk.frames.shape[-1])
-        frames.append(resize(chunk.frames, (side, side)).round().to(torch.uint8))
-        times.append(chunk.times)
-    features = {variant: torch.cat(maps) for variant, maps in parts.items()}
+
+    def batches() -> Iterator[Tensor]:
+        for chunk in open_frames(path, select, chunk_size=batch_size):
+            square = central_square(chunk.frames, settings.crop)
+            side = min(_THUMBNAIL, square.shape[-1])
+            frames.append(resize(square, (side, side)).round().to(torch.uint8))
+            times.append(chunk.timestamps)
+            yield square
+
+    features = dict(encode_variants(adapter, batches(), variants, size=settings.size))
     found = sum(map(len, times))
     needed = max(2 * settings.trim + 2, settings.gap + 1, settings.spectrum_gap + 1)
     if found < needed:
@@ -211,7 +210,17 @@ def _read(
             f"got {found} frames at {settings.rate:g} a second, expected at least {needed}; take "
             "more a second (rate), or a smaller gap and trim"
         )
-    for variant, maps in features.items():
+    for name, maps in features.items():
         if not bool(maps.isfinite().all()):
-            raise FrameError(f"its features ({variant}) hold values that are not finite")
+            raise FrameError(f"its features ({name}) hold values that are not finite")
     return features, torch.cat(times), torch.cat(frames)
+
+
+def central_square(frames: Tensor, share: float = 1.0) -> Tensor:
+    """Cut the central square out of frames ``(N, 3, H, W)``: ``share`` times the short side."""
+    if not 0 < share <= 1:
+        raise ValueError(f"got a crop of {share}, expected a share of the short side in (0, 1]")
+    height, width = frames.shape[-2:]
+    side = max(1, round(share * min(height, width)))
+    top, left = (height - side) // 2, (width - side) // 2
+    return frames[..., top : top + side, left : left + side]

@@ -75,13 +75,13 @@ def evaluate_sequence(
         **options: what :class:`~cosettle_adapter.correspondence.LabelPropagator` takes.
 
     Raises:
-        FrameError: fewer than three masks, no object in the first one, or another number of
-            feature maps than masks.
+        FrameError: no mask between the first and the last frame, no object in the first mask, or
+            another number of feature maps than masks.
         GeometryError: features that do not fit together.
     """
     masks = np.asarray(masks)
     frames = list(range(len(masks))) if annotated is None else list(annotated)
-    objects = _checked_objects(masks, frames, every_frame=annotated is None)
+    objects = _checked_objects(masks, frames)
     rows = {frame: row for row, frame in enumerate(frames)}
     scores: dict[int, list[tuple[float, float]]] = {}
     count = 0
@@ -157,18 +157,11 @@ def propagate_masks(
         yield names[_decode(propagator.step(feature), mask.shape, protocol)]
 
 
-def _checked_objects(
-    masks: NDArray[np.uint8], frames: Sequence[int], *, every_frame: bool
-) -> tuple[int, ...]:
+def _checked_objects(masks: NDArray[np.uint8], frames: Sequence[int]) -> tuple[int, ...]:
     """Return the ids of the first mask's objects, of masks that can be scored."""
     if masks.ndim != 3 or masks.dtype != np.uint8:
         raise FrameError(
             f"got {masks.dtype} masks of shape {masks.shape}, expected uint8 (T, H, W)"
-        )
-    if every_frame and len(masks) < 3:
-        raise FrameError(
-            f"a clip of {len(masks)} frame(s) cannot be scored: the first and the last do not "
-            "count, so at least 3 are needed"
         )
     if frames[:1] != [0] or len(frames) != len(masks):
         raise FrameError(

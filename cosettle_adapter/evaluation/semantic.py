@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from einops import rearrange
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 class ConfusionMatrix:
     """Counts of (annotated, predicted) classes over any number of frames.
 
-    One matrix over all frames of all clips is what VIP's published evaluation uses: frames with
-    many pixels of a class count for more, and a class that is absent from a clip is not a perfect
-    score there. VIP has 20 classes, of which 0 is the background and counts like any other, and
-    its figures include the first frame, whose labels are given.
+    VIP's published evaluation has one matrix over all frames of all clips, the first ones, whose
+    labels are given, included; of its 20 classes 0 is the background and counts like any other.
 
     Attributes:
         counts: ``(K, K)`` int64, rows the annotated class, columns the predicted one.
@@ -32,14 +30,7 @@ class ConfusionMatrix:
     """
 
     def __init__(self, classes: int) -> None:
-        """Start with no frames.
-
-        Args:
-            classes: K, the background included; 20 for VIP.
-
-        Raises:
-            ValueError: fewer than one class.
-        """
+        """Start with no frames; ``classes`` is K, the background included."""
         if classes < 1:
             raise ValueError(f"got {classes} classes, expected at least 1, background included")
         self.counts: NDArray[np.int64] = np.zeros((classes, classes), dtype=np.int64)
@@ -89,22 +80,12 @@ class ConfusionMatrix:
         np.divide(correct, union, out=iou, where=union > 0)
         return iou
 
-    def mean_iou(self, over: Literal["seen", "annotated"] = "seen") -> float:
-        """Return the mean IoU over classes, each counting once.
+    def mean_iou(self) -> float:
+        """Return the mean IoU in [0, 1] over classes annotated or predicted somewhere.
 
-        Args:
-            over: ``"seen"``, as VIP's published evaluation: classes annotated or predicted
-                somewhere, so that one that is only predicted counts as 0; ``"annotated"``: only
-                classes that are annotated somewhere.
-
-        Returns:
-            mIoU in [0, 1]; NaN before any pixel was counted.
-
-        Raises:
-            ValueError: an unknown ``over``.
+        As in VIP's published evaluation, a class that is only predicted counts as 0. NaN before
+        any pixel was counted.
         """
-        if over not in ("seen", "annotated"):
-            raise ValueError(f"got over={over!r}, expected 'seen' or 'annotated'")
         iou = self.per_class_iou()
-        iou = iou[self.counts.sum(1) > 0] if over == "annotated" else iou[~np.isnan(iou)]
+        iou = iou[~np.isnan(iou)]
         return float(iou.mean()) if len(iou) else float("nan")

@@ -64,7 +64,6 @@ class Spectrum:
         inter: ``(C,)`` eigenvalues of the inter-video covariance, along directions of its own.
         inter_along: ``(C,)`` inter-video variance along ``directions``.
         gain: ``(C,)`` :func:`directional_gain` along ``directions``.
-        inter_gain: ``(C,)`` the same along the directions of ``inter``.
     """
 
     videos: int
@@ -74,7 +73,6 @@ class Spectrum:
     inter: Tensor
     inter_along: Tensor
     gain: Tensor
-    inter_gain: Tensor
 
     @property
     def relative_gain(self) -> Tensor:
@@ -156,23 +154,17 @@ class SpectrumStatistics:
         self.videos += 1
 
     @torch.no_grad()
-    def spectrum(
-        self, projection: Callable[[Tensor], Tensor] | None, *, samples: int = 64
-    ) -> Spectrum:
+    def spectrum(self, projection: Callable[[Tensor], Tensor], *, samples: int = 64) -> Spectrum:
         """Take eigenvalues and measure a projection's gain along the eigen-directions.
 
         Args:
             projection: maps tokens ``(N, C)`` to ``(N, C')``: ``adapter.projection.project``.
-                None for none at all.
             samples: tokens, spread evenly over the videos, at which a projection that is not
                 affine is differentiated.
 
         Raises:
             StatisticsError: fewer than two videos, or no corresponding patches.
-            ValueError: ``samples`` below 1.
         """
-        if samples < 1:
-            raise ValueError(f"got samples={samples}, expected at least 1")
         if self.videos < 2:
             raise StatisticsError(
                 f"got {self.videos} videos, expected at least 2: a covariance between videos "
@@ -181,22 +173,16 @@ class SpectrumStatistics:
         within = self._sums.T @ self._sums / self.videos
         covariance = (self._outer - within) / (len(self._sums) * (self.videos - 1))
         intra, directions = _eigen(self._intra.intra_covariance)
-        inter, inter_directions = _eigen(covariance)
-        both = torch.cat([directions, inter_directions])
-        gain = torch.ones(len(both), dtype=torch.float64)
-        if projection is not None:
-            tokens = torch.cat(self._tokens)
-            rows = torch.linspace(0, len(tokens) - 1, min(samples, len(tokens))).long()
-            gain = directional_gain(projection, tokens[rows], both)
+        tokens = torch.cat(self._tokens)
+        rows = torch.linspace(0, len(tokens) - 1, min(samples, len(tokens))).long()
         return Spectrum(
             videos=self.videos,
             pairs=self.pairs,
             intra=intra,
             directions=directions,
-            inter=inter,
+            inter=_eigen(covariance)[0],
             inter_along=((directions @ covariance) * directions).sum(1).clamp_min(0),
-            gain=gain[: len(directions)],
-            inter_gain=gain[len(directions) :],
+            gain=directional_gain(projection, tokens[rows], directions),
         )
 
 

@@ -1,10 +1,9 @@
-"""Videos as features by variant: frame by frame, or pooled to one feature a frame or a video."""
+"""Videos as features by variant: pooled to one feature a frame or a video."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -32,20 +31,6 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-
-
-class EncodedChunk(NamedTuple):
-    """Features of consecutive frames.
-
-    Attributes:
-        features: variant to ``(N, C, h, w)`` float32 on the CPU.
-        times: ``(N,)`` float64 seconds.
-        frames: ``(N, 3, H, W)`` uint8, what was encoded before it was resized.
-    """
-
-    features: dict[str, Tensor]
-    times: Tensor
-    frames: Tensor
 
 
 class VideoFrames(NamedTuple):
@@ -76,42 +61,6 @@ class PooledVideos(NamedTuple):
     skipped: Mapping[str, str]
 
 
-def encoded_chunks(
-    adapter: CoSettleAdapter,
-    source: str | os.PathLike[str] | Iterable[Any],
-    select: FrameSelection | None = None,
-    *,
-    size: Size | None = None,
-    crop: float | None = None,
-    batch_size: int = 8,
-    variants: Sequence[FeatureVariant] | None = None,
-) -> Iterator[EncodedChunk]:
-    """Encode a video chunk by chunk, each in one pass of the backbone.
-
-    Args:
-        adapter: backbone and projection.
-        source: a video file, a folder or glob of images, or frames one by one.
-        select: which frames.
-        size: what frames are resized to, as in the adapter's ``forward``.
-        crop: side of a central square, as a share of the short side; by default whole frames.
-        batch_size: frames a chunk.
-        variants: by default those of
-            :func:`~cosettle_adapter.evaluation.variants.feature_variants`. Variants made of a
-            whole clip, such as centred features, are left out.
-
-    Raises:
-        FrameError: a source that cannot be read to its end.
-        ValueError: ``crop`` is not in (0, 1].
-    """
-    variants = [each for each in variants or feature_variants(adapter) if not each.needs_clip]
-    wanted = [variant.reads for variant in variants]
-    for chunk in open_frames(source, select, chunk_size=batch_size):
-        frames = chunk.frames if crop is None else central_square(chunk.frames, crop)
-        tokens = read_layers(adapter.backbone, adapter.preprocess(frames, size=size), wanted)
-        features = {each.name: each.of_frames(tokens[each.reads]).cpu() for each in variants}
-        yield EncodedChunk(features, chunk.timestamps, frames)
-
-
 def encode_videos(
     adapter: CoSettleAdapter,
     paths: Mapping[str, Path],
@@ -128,11 +77,13 @@ def encode_videos(
     Args:
         adapter: backbone and projection.
         paths: name to video file or folder of images.
-        frames: about how many of a video, as in :func:`frames_of`.
-        rate: about how many a second, as in :func:`frames_of`.
+        frames: about how many of a video, see :func:`frames_of`.
+        rate: about how many a second, see :func:`frames_of`.
         size: what frames are resized to; the shorter side by default.
         batch_size: frames a forward pass.
-        variants: as for :func:`encoded_chunks`.
+        variants: by default those of
+            :func:`~cosettle_adapter.evaluation.variants.feature_variants`. Those made of a whole
+            clip, such as centred features, are left out.
         on_video: called with the number of videos done and their number.
 
     Returns:
@@ -142,19 +93,22 @@ def encode_videos(
         FrameError: no video could be read.
         MissingExtraError: PyAV or Pillow is needed and not installed.
     """
+    variants = [each for each in variants or feature_variants(adapter) if not each.needs_clip]
+    wanted = [variant.reads for variant in variants]
     skipped: dict[str, str] = {}
 
     def read(name: str) -> VideoFrames:
         select = frames_of(paths[name], frames=frames, rate=rate)
-        pooled: dict[str, list[Tensor]] = {}
+        parts: dict[str, list[Tensor]] = {variant.name: [] for variant in variants}
         times: list[Tensor] = []
-        for chunk in encoded_chunks(
-            adapter, paths[name], select, size=size, batch_size=batch_size, variants=variants
-        ):
-            for variant, maps in chunk.features.items():
-                pooled.setdefault(variant, []).append(reduce(maps, "t c h w -> t c", "mean"))
-            times.append(chunk.times)
-        features = {variant: torch.cat(parts) for variant, parts in pooled.items()}
+        for chunk in open_frames(paths[name], select, chunk_size=batch_size):
+            images = adapter.preprocess(chunk.frames, size=size)
+            tokens = read_layers(adapter.backbone, images, wanted)
+            for variant in variants:
+                maps = variant.of_frames(tokens[variant.reads]).cpu()
+                parts[variant.name].append(reduce(maps, "t c h w -> t c", "mean"))
+            times.append(chunk.timestamps)
+        features = {variant: torch.cat(means) for variant, means in parts.items()}
         return VideoFrames(name, torch.cat(times), features)
 
     return each_readable(list(paths), read, skipped, on_video), skipped
@@ -201,16 +155,6 @@ def with_centred(
     if not raw:
         return dict(features)
     return {**raw, CENTRED: raw_same(features) - raw_same(reference).mean(dim=0), **features}
-
-
-def central_square(frames: Tensor, share: float = 1.0) -> Tensor:
-    """Cut the central square out of frames ``(N, 3, H, W)``: ``share`` times the short side."""
-    if not 0 < share <= 1:
-        raise ValueError(f"got a crop of {share}, expected a share of the short side in (0, 1]")
-    height, width = frames.shape[-2:]
-    side = max(1, round(share * min(height, width)))
-    top, left = (height - side) // 2, (width - side) // 2
-    return frames[..., top : top + side, left : left + side]
 
 
 def frames_of(
