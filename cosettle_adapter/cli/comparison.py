@@ -3,5 +3,5 @@
 
 from __future__ import annotations
 
-from cosettle_adapter.cli.tables import terminal_table  # noqa: F401
-from cosettle_adapter.evaluation.tables import comparison  # noqa: F401
+from cosettle_adapter.cli.tables import terminal_table as terminal_table
+from cosettle_adapter.evaluation.tables import comparison as comparison

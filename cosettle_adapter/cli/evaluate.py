@@ -21,6 +21,7 @@ from cosettle_adapter.cli.common import (
 from cosettle_adapter.cli.tables import terminal_table
 from cosettle_adapter.evaluation.protocols import PUBLISHED, Propagation, Protocol
 from cosettle_adapter.evaluation.tables import result_notes, result_tables
+from cosettle_adapter.evaluation.variants import feature_variants
 from cosettle_adapter.video import FrameSelection
 
 if TYPE_CHECKING:
@@ -227,22 +228,26 @@ def _run(protocol: Protocol[Any], options: ClipOptions) -> int:
     """Evaluate, with a progress bar, and print a table by clip and the figures."""
     if isinstance(options.size, int):
         raise ValueError(f"--size needs both sides, got {options.size}; write HEIGHTxWIDTH")
+    clips = protocol.clips()  # a wrong folder is told before a model is loaded
     output, adapter = console(), options.adapter()
+    variants = feature_variants(
+        adapter,
+        baselines=options.projections(),
+        settle=options.settle or None,
+        centre=options.centre,
+        baseline_layers=options.baseline_layers,
+        fusion=options.temporal_fusion,
+    )
     with frame_progress(output) as progress:
         bar = progress.add_task(protocol.name, total=None, rate="")
         result = evaluation.evaluate(
-            protocol,
+            dataclasses.replace(protocol, clips=lambda: clips),
             adapter,
+            variants,
             model=options.model,
             output=options.output,
             predictions=options.save_predictions,
             size=options.size,
-            raw_only=options.raw,
-            baselines=options.projections(),
-            settle=options.settle,
-            centre=options.centre,
-            baseline_layers=options.baseline_layers,
-            fusion=options.temporal_fusion,
             batch_size=options.batch_size,
             on_clip=lambda done, total, name: progress.update(
                 bar, completed=done, total=total, rate=name

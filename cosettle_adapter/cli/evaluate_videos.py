@@ -27,7 +27,7 @@ from cosettle_adapter.evaluation.representation import (
 )
 from cosettle_adapter.evaluation.retrieval import retrieve
 from cosettle_adapter.evaluation.run import write_json
-from cosettle_adapter.evaluation.variants import feature_variants
+from cosettle_adapter.evaluation.variants import RAW_LAST, feature_variants
 from cosettle_adapter.evaluation.videos import PooledVideos, encode_videos, pool_videos
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import find_videos
@@ -114,16 +114,16 @@ def classification(
         seed: of the splits.
     """
     pooled, about = _pooled(data, frames, size, options)
-    found = classify(pooled, ks=ks, seed=seed)
-    rows = found.results.items()
-    judged = len(next(iter(next(iter(found.results.values())).values())).labels)
+    rows = classify(pooled, ks=ks, seed=seed).items()
+    judged = len(next(iter(dict(rows)[RAW_LAST].values())).labels)
     stored = {
         "settings": {"ks": ks, "seed": seed, "frames": frames, **about},
         "total": {kind: {how: each.accuracy for how, each in row.items()} for kind, row in rows},
-        "skipped": found.skipped,
+        "skipped": pooled.skipped,
         "details": {kind: {how: each.counts for how, each in row.items()} for kind, row in rows},
     }
-    notes = [f"accuracy in percent on {judged} videos, learnt from {found.references}"]
+    learnt = len(pooled.videos) - judged
+    notes = [f"accuracy in percent on {judged} videos, learnt from {learnt}"]
     return _show("classification", stored, notes, options)
 
 
@@ -145,19 +145,18 @@ def retrieval(
     """
     pooled, about = _pooled(data, frames, size, options)
     found = retrieve(pooled, ks=ks)
-    rows = found.results.items()
-    queries = len(next(iter(found.results.values())).queries)
     stored = {
         "settings": {"ks": ks, "frames": frames, **about},
         "total": {
             kind: {f"R@{k}": share for k, share in each.recall.items()}
             | {"mAP": each.mean_average_precision}
-            for kind, each in rows
+            for kind, each in found.items()
         },
-        "skipped": found.skipped,
-        "details": {kind: each.per_class for kind, each in rows},
+        "skipped": pooled.skipped,
+        "details": {kind: each.per_class for kind, each in found.items()},
     }
-    notes = [f"in percent; {queries} queries over {found.references} videos"]
+    raw = found[RAW_LAST]
+    notes = [f"in percent; {len(raw.queries)} queries over {raw.searched} videos"]
     return _show("retrieval", stored, notes, options)
 
 
@@ -180,15 +179,14 @@ def localisation(
         ks: numbers of neighbours.
     """
     stretches = read_segments(segments or data / "segments.csv")
-    names = list(dict.fromkeys(stretch.video for stretch in stretches))
+    paths = {stretch.video: data / stretch.video for stretch in stretches}
 
     def encode(adapter: Any, **common: Any) -> Any:
-        return encode_videos(adapter, data, names, rate=rate, size=size, **common)
+        return encode_videos(adapter, paths, rate=rate, size=size, **common)
 
     (videos, skipped), about = _measure(encode, options)
-    found = localise(videos, stretches, ks=ks, skipped=skipped)
-    rows = found.results.items()
-    total: dict[str, dict[str, float]] = {kind: {} for kind in found.results}
+    rows = localise(videos, stretches, ks=ks).items()
+    total: dict[str, dict[str, float]] = {kind: {} for kind, _ in rows}
     for kind, row in rows:
         for k, each in row.items():
             total[kind][f"frames, {k} neighbours"] = each.accuracy
@@ -196,10 +194,11 @@ def localisation(
     stored = {
         "settings": {"ks": ks, "rate": rate, **about},
         "total": total,
-        "skipped": found.skipped,
+        "skipped": skipped,
         "details": {kind: {k: each.per_class for k, each in row.items()} for kind, row in rows},
     }
-    notes = [f"accuracy in percent; {found.references} segments of {len(videos)} videos"]
+    known = sum(stretch.video not in skipped for stretch in stretches)
+    notes = [f"accuracy in percent; {known} segments of {len(videos)} videos"]
     return _show("localisation", stored, notes, options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ BADJA_JOINTS = {
     "left_ear": 36,
 }
 _IN_FILE = 37  # positions a frame in BADJA's files
+_DAVIS = ("JPEGImages", "Annotations")
 _RESOLUTION = "480p"  # of DAVIS, for keypoint files
 _KEYS = {"image_path", "segmentation_path", "joints", "visibility"}
 WHAT = "the folder of BADJA that holds joint_annotations, DAVIS and extra_videos"
@@ -146,26 +147,17 @@ def badja_protocol(
 
 def _clip(name: str, path: Path, root: Path, davis: Path | None) -> Clip[Joints]:
     """The clip from its first annotated image to its last, whatever lies between."""
-    read_joints: Callable[[], Joints]
-    if path.name != KEYPOINTS:
+    official = path.name != KEYPOINTS
+    if official:
         rows = _official(path)
         images = [_below(root, row["image_path"], davis) for row in rows]
         masks = [_below(root, row["segmentation_path"], davis) for row in rows]
-
-        def read_joints() -> Joints:
-            return _official_joints(_official(path))
-
     else:
-        assert davis is not None
-        stems = [f"{frame:05d}" for frame in read_keypoints(path).frames]
-        folder = davis / "JPEGImages" / _RESOLUTION / name
-        images = files_named(stems, images_in(folder), folder / "*.jpg")
-        folder = davis / "Annotations" / _RESOLUTION / name
-        masks = files_named(stems, label_maps_in(folder), folder / "*.png")
-
-        def read_joints() -> Joints:
-            return _keypoint_joints(path, images[0])
-
+        content = read_keypoints(path)
+        stems = [f"{frame:05d}" for frame in content.frames]
+        folders = [(davis or root) / kind / _RESOLUTION / name for kind in _DAVIS]
+        images = files_named(stems, images_in(folders[0]), folders[0] / "*.jpg")
+        masks = files_named(stems, label_maps_in(folders[1]), folders[1] / "*.png")
     missing = [str(image) for image in (*images, *masks) if not image.is_file()]
     if missing:
         raise FrameError(
@@ -177,11 +169,16 @@ def _clip(name: str, path: Path, root: Path, davis: Path | None) -> Clip[Joints]
     index = {frame: i for i, frame in enumerate(frames)}
     if any(image not in index for image in images):
         raise FrameError(f"the frames of {path} are not in order or not all in one folder")
+    height, width = image_size(frames[0])
+    if official:
+        joints = _official_joints(rows)
+    else:
+        scale = np.array([width / content.size[1], height / content.size[0]])
+        joints = Joints(content.names, content.xy * scale, content.visible)
 
     def read() -> Joints:
-        height, width = image_size(frames[0])
         shares = [(read_labels(mask, colours=True) > 0).mean() for mask in masks]
-        return read_joints()._replace(areas=np.array(shares) * (height * width))
+        return joints._replace(areas=np.array(shares) * (height * width))
 
     annotated = tuple(index[image] for image in images)
     return Clip(name, frames, read, annotated, (*frames, *masks, path))
@@ -212,13 +209,6 @@ def _official_joints(rows: list[dict[str, Any]]) -> Joints:
     annotated = list(BADJA_JOINTS.values())
     xy = row_col[:, annotated, ::-1].copy()
     return Joints(tuple(BADJA_JOINTS), xy, visible[:, annotated])
-
-
-def _keypoint_joints(path: Path, frame: Path) -> Joints:
-    content = read_keypoints(path)
-    height, width = image_size(frame)
-    scale = np.array([width / content.size[1], height / content.size[0]])
-    return Joints(content.names, content.xy * scale, content.visible)
 
 
 def _below(root: Path, path: Any, davis: Path | None) -> Path:

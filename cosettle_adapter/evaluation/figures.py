@@ -29,20 +29,12 @@ _FIXED = (RAW_LAST, RAW_SAME, CENTRED, ADAPTED)  # variants that have the same c
 _INK = "#85888f"  # legible on a light page and on a dark one
 _STYLE = {
     "svg.fonttype": "none",
-    "font.size": 10,
-    "font.family": "sans-serif",
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "grid.color"), _INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _INK,
     "grid.alpha": 0.25,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
 }
 _MOST_BARS = 40  # sequences a chart shows
 _MOST_LINKS = 300  # videos whose way from before to after is drawn
@@ -130,16 +122,11 @@ def _distances(
     rows = [
         (
             variant,
-            *(
-                "none" if math.isnan(value) else f"{value:.4f}"
-                for value in (
-                    result.d_intra[percentile],
-                    result.d_inter[percentile],
-                    result.margin(gamma=gamma, percentile=percentile),
-                    result.effective_rank,
-                    result.cycle_accuracy,
-                )
-            ),
+            _number(result.d_intra[percentile]),
+            _number(result.d_inter[percentile]),
+            _number(result.margin(gamma=gamma, percentile=percentile)),
+            _number(result.effective_rank),
+            _number(result.cycle_accuracy),
         )
         for variant, result in results.items()
     ]
@@ -308,6 +295,10 @@ def _svg(figure: Any, title: str, titles: Sequence[str] = ()) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S).replace(
         "<svg ", opening, 1
     )
+
+
+def _number(value: float) -> str:
+    return "none" if math.isnan(value) else f"{value:.4f}"
 
 
 def _short(name: str, longest: int = 28) -> str:

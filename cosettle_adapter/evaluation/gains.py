@@ -3,4 +3,4 @@
 
 from __future__ import annotations
 
-from cosettle_adapter.evaluation.tables import paired_interval  # noqa: F401
+from cosettle_adapter.evaluation.tables import paired_interval as paired_interval

@@ -64,7 +64,7 @@ def jhmdb_clips(
     split: int = 1,
     clips: Sequence[str] | None = None,
 ) -> list[Clip[Joints]]:
-    """List the clips of JHMDB; of the joints only the number of frames is read.
+    """List the clips of JHMDB with their joints; frames are read when asked for.
 
     The official layout is ``Rename_Images/<class>/<clip>/*.png``,
     ``joint_positions/<class>/<clip>/joint_positions.mat`` with ``pos_img`` of shape (2, 15, T),
@@ -236,13 +236,13 @@ def _mat_clip(root: Path, kind: str, name: str) -> Clip[Joints]:
     path = root / "joint_positions" / kind / name / "joint_positions.mat"
     if not frames:
         raise FrameError(f"no frames: {images} holds {found_in(images)}")
-    count = _count_mat(path)
-    if count > len(frames):
+    xy = _read_mat(path)
+    if len(xy) > len(frames):
         raise FrameError(
-            f"joints for {count} frames, but {images} holds {len(frames)}; unpack Rename_Images "
+            f"joints for {len(xy)} frames, but {images} holds {len(frames)}; unpack Rename_Images "
             "again"
         )
-    return _clip(name, frames[:count], path, lambda: _read_mat(path)[:count])
+    return _clip(name, frames[: len(xy)], path, xy)
 
 
 def _json_clip(folder: Path) -> Clip[Joints]:
@@ -254,43 +254,34 @@ def _json_clip(folder: Path) -> Clip[Joints]:
             f"JHMDB's {len(JHMDB_JOINTS)} of each of the {len(frames)} images in "
             f"{folder / 'frames'}"
         )
-    return _clip(folder.name, frames, path, lambda: read_keypoints(path).xy)
+    return _clip(folder.name, frames, path, content.xy)
 
 
-def _clip(name: str, frames: tuple[Path, ...], path: Path, read_xy: Any) -> Clip[Joints]:
+def _clip(
+    name: str, frames: tuple[Path, ...], path: Path, counted_from_1: NDArray[np.float64]
+) -> Clip[Joints]:
     def read() -> Joints:
-        xy = read_xy() - 0.5
+        xy = counted_from_1 - 0.5
         height, width = image_size(frames[0])
         return Joints(JHMDB_JOINTS, xy, ((xy >= 0) & (xy <= np.array([width, height]))).all(2))
 
     return Clip(name, frames, read, tuple(range(len(frames))), (*frames, path))
 
 
-def _count_mat(path: Path) -> int:
-    """Number of frames in a joint file, from its header."""
-    if not path.is_file():
-        raise FrameError(f"no {path}; unpack joint_positions.zip")
-    shapes = {name: shape for name, shape, _ in _matlab("whosmat", path)}
-    shape = shapes.get("pos_img")
-    if shape is None or len(shape) != 3 or shape[:2] != (2, len(JHMDB_JOINTS)):
-        raise FrameError(
-            f"{path} has {shapes}, expected pos_img of shape (2, {len(JHMDB_JOINTS)}, T)"
-        )
-    return int(shape[2])
-
-
 def _read_mat(path: Path) -> NDArray[np.float64]:
     """``(T, 15, 2)`` (x, y), the first pixel's centre at 1."""
-    positions = _matlab("loadmat", path, variable_names=["pos_img"])["pos_img"]
-    return rearrange(positions.astype(np.float64), "two j t -> t j two")
-
-
-def _matlab(function: str, path: Path, **options: Any) -> Any:
     io: Any = require("scipy.io", extra="eval", purpose="reading .mat files")
+    if not path.is_file():
+        raise FrameError(f"no {path}; unpack joint_positions.zip")
     try:
-        return getattr(io, function)(path, **options)
+        xy = np.asarray(io.loadmat(path)["pos_img"], dtype=np.float64)
     except Exception as error:  # what SciPy raises for a damaged file is not documented
         raise FrameError(f"{path} cannot be read as a MATLAB file: {error}") from error
+    if xy.ndim != 3 or xy.shape[:2] != (2, len(JHMDB_JOINTS)):
+        raise FrameError(
+            f"{path} has pos_img of shape {xy.shape}, expected (2, {len(JHMDB_JOINTS)}, T)"
+        )
+    return rearrange(xy, "two j t -> t j two")
 
 
 def _keypoint_folders(root: Path) -> list[Path]:

@@ -3,4 +3,4 @@
 
 from __future__ import annotations
 
-from cosettle_adapter.evaluation.run import plain, write_json  # noqa: F401
+from cosettle_adapter.evaluation.run import write_json as write_json

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from cosettle_adapter.evaluation.clips import Clip
 from cosettle_adapter.evaluation.drift import GAPS, drift_by_gap, mutual_correspondences
 from cosettle_adapter.evaluation.protocols import ClipScores, Protocol, mean
 from cosettle_adapter.evaluation.variants import (
-    ADAPTED,
     FeatureVariant,
     encode_variants,
     feature_variants,
@@ -35,7 +34,6 @@ from cosettle_adapter.video.sides import nearest_valid
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
-    from cosettle_adapter.correspondence.fusion import FusionMode
     from cosettle_adapter.projection import Projection
 
 logger = logging.getLogger(__name__)
@@ -86,25 +84,22 @@ class Evaluation:
 def evaluate(
     protocol: Protocol[Any],
     adapter: CoSettleAdapter,
+    variants: Sequence[FeatureVariant] | None = None,
     *,
     model: str = "",
     output: Path | None = None,
     predictions: Path | None = None,
     size: tuple[int, int] | None = None,
-    raw_only: bool = False,
-    baselines: Mapping[str, Projection] | None = None,
-    settle: bool | None = None,
-    centre: bool = False,
-    baseline_layers: Sequence[int] = (),
-    fusion: FusionMode | None = None,
     batch_size: int = 8,
     on_clip: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> Evaluation:
-    """Evaluate a model on a benchmark, and what needs no projection in the same pass.
+    """Evaluate all variants of a model's features on a benchmark.
 
     Args:
         protocol: what to solve.
         adapter: the model.
+        variants: what to compare, encoded in the same pass; by default those of
+            :func:`~cosettle_adapter.evaluation.variants.feature_variants`.
         model: what to call it in the results.
         output: JSON file that is written after every clip. One of an earlier run with the same
             settings is continued: what it has is not computed again, unless a clip's files changed
@@ -112,31 +107,16 @@ def evaluate(
             it.
         predictions: folder for predictions, ``<variant>/<clip>/...``.
         size: ``(height, width)`` in place of the protocol's; sides go to the nearest whole patch.
-        raw_only: score the backbone's own features only.
-        baselines: name to other projections of the same backbone to score in the same pass.
-        settle, centre, baseline_layers, fusion: further variants of features, as
-            :func:`~cosettle_adapter.evaluation.feature_variants` says.
         batch_size: frames a forward pass.
         on_clip: called with the number of clips done, their number and the name of the next.
 
     Raises:
         FrameError: no clips, or not one that could be scored; the reasons are given.
         ValueError: ``output`` holds results of other settings.
-        BackboneMismatchError: a baseline fitted on another backbone.
     """
-    known = feature_variants(
-        adapter,
-        baselines=baselines,
-        settle=settle,
-        centre=centre,
-        baseline_layers=baseline_layers,
-        fusion=fusion,
-    )
-    variants = [each for each in known if not (raw_only and each.name.startswith(ADAPTED))]
+    variants = variants or feature_variants(adapter)
     guide = guide_variant(adapter, variants)
     clips = protocol.clips()
-    if not clips:
-        raise FrameError(f"no clips for {protocol.name}: nothing to evaluate")
     settings = {
         "task": protocol.name,
         **protocol.settings,
@@ -156,17 +136,16 @@ def evaluate(
             for part in (result.clips, result.sizes, result.inputs):
                 part.pop(clip.name, None)
         row = result.clips.get(clip.name, {})
+        folders = {each.name: _folder(predictions, each.name, clip.name) for each in variants}
         missing = [
-            each
-            for each in variants
-            if each.name not in row or not _has_predictions(predictions, each.name, clip.name)
+            each for each in variants if each.name not in row or not _is_there(folders[each.name])
         ]
         if not missing:
             continue
         try:
             sides = _sides(protocol, adapter, clip, size)
-            found = _score(protocol, adapter, clip, missing, guide, sides, batch_size, predictions)
-            result.clips[clip.name] = row | dict(found)
+            scores = _score(protocol, adapter, clip, missing, guide, sides, batch_size, folders)
+            result.clips[clip.name] = row | scores
             result.sizes[clip.name], result.inputs[clip.name] = sides, digest
         except MissingExtraError:
             raise
@@ -174,7 +153,7 @@ def evaluate(
             logger.warning("%s: %s", clip.name, error)
             result.failed[clip.name] = str(error)
         if output is not None:
-            _add_up(result, protocol, variants)
+            _add_up(result, protocol)
             write_json(result, output)
     on_clip(len(clips), len(clips), "")
     asked = [clip.name for clip in clips if clip.name in result.clips]
@@ -184,7 +163,7 @@ def evaluate(
     result.clips = {name: result.clips[name] for name in asked}
     result.sizes = {name: result.sizes[name] for name in asked}
     result.inputs = {name: result.inputs[name] for name in asked}
-    _add_up(result, protocol, variants)
+    _add_up(result, protocol)
     return result
 
 
@@ -229,8 +208,8 @@ def _score(
     guide: FeatureVariant,
     sides: tuple[int, int],
     batch_size: int,
-    predictions: Path | None,
-) -> Iterator[tuple[str, ClipScores]]:
+    folders: Mapping[str, Path | None],
+) -> dict[str, ClipScores]:
     height, width = clip.read_frame(0).shape[:2]
     patch, stride = adapter.backbone.patch, adapter.backbone.stride
     geometry = plan_geometry(height, width, patch=patch, stride=stride, size=sides)
@@ -239,14 +218,15 @@ def _score(
     wanted = [*([guide] if matches is None else []), *variants]
     frames = (clip.read_frame(index) for index in range(len(clip)))
     batches = (chunk.frames for chunk in open_frames(frames, chunk_size=batch_size))
+    found = {}
     for name, features in encode_variants(adapter, batches, wanted, size=sides):
         if matches is None:  # the first one is the guide
             matches = {gap: mutual_correspondences(features, gap) for gap in GAPS}
             continue
-        folder = None if predictions is None else _folder(predictions, name, clip.name)
-        scores = protocol.score(clip, features, geometry, folder)
+        scores = protocol.score(clip, features, geometry, folders[name])
         values = {**scores.values, **drift_by_gap(features, matches)}
-        yield name, dataclasses.replace(scores, values=values)
+        found[name] = dataclasses.replace(scores, values=values)
+    return found
 
 
 def _sides(
@@ -332,28 +312,24 @@ def _resume(result: Evaluation, output: Path) -> None:
     result.settings["kinds"] = {**kinds, **scored}
 
 
-def _has_predictions(predictions: Path | None, variant: str, clip: str) -> bool:
-    return predictions is None or _folder(predictions, variant, clip).is_dir()
+def _folder(predictions: Path | None, variant: str, clip: str) -> Path | None:
+    return None if predictions is None else predictions / variant.replace(" ", "-") / clip
 
 
-def _folder(predictions: Path, variant: str, clip: str) -> Path:
-    return predictions / variant.replace(" ", "-") / clip
+def _is_there(folder: Path | None) -> bool:
+    return folder is None or folder.is_dir()
 
 
-def _add_up(
-    result: Evaluation, protocol: Protocol[Any], variants: Sequence[FeatureVariant]
-) -> None:
+def _add_up(result: Evaluation, protocol: Protocol[Any]) -> None:
     """Total what was scored, also variants of an earlier run."""
     rows = list(result.clips.values())
-    names = dict.fromkeys(
-        [*(variant.name for variant in variants), *(name for row in rows for name in row)]
-    )
     result.total = {}
+    names = [name for name in result.settings["kinds"] if any(name in row for row in rows)]
     for name in names:
         scores = [row[name] for row in rows if name in row]
-        if scores:
-            total = protocol.totals(scores)
-            for drift in DRIFTS:  # a short clip has no frames that far apart
-                known = [clip.values[drift] for clip in scores if drift in clip.values]
-                total |= {drift: mean(known)} if known else {}
-            result.total[name] = total
+        drifts = {
+            drift: mean(clip.values[drift] for clip in scores if drift in clip.values)
+            for drift in DRIFTS
+            if any(drift in clip.values for clip in scores)  # a short clip has no frames that far
+        }
+        result.total[name] = protocol.totals(scores) | drifts

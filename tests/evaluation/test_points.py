@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import (
-    TapVidMetrics,
-    mean_over_videos,
     queries_first,
     queries_strided,
     tapvid_metrics,
 )
-from cosettle_adapter.evaluation.metrics.points import QueryMode
+from cosettle_adapter.evaluation.points import QueryMode
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -90,66 +88,6 @@ def test_a_known_video() -> None:
     assert metrics.delta_avg == pytest.approx(0.8)
 
 
-@given(st.integers(0, 10_000), st.sampled_from(MODES))
-def test_perfect_and_lost_tracks(seed: int, mode: QueryMode) -> None:
-    query, occluded, gt, _, _ = random_video(np.random.default_rng(seed))
-    perfect = tapvid_metrics(query, occluded, gt, occluded, gt, mode)
-    for value in perfect[:3]:
-        assert value == 1 or math.isnan(value)
-    lost = tapvid_metrics(query, occluded, gt, ~occluded, gt + 1000, mode)
-    for value in lost[:3]:
-        assert value == 0 or math.isnan(value)
-
-
-@given(st.integers(0, 10_000), st.sampled_from(MODES))
-def test_measures_are_shares_and_grow_with_the_threshold(seed: int, mode: QueryMode) -> None:
-    metrics = tapvid_metrics(*random_video(np.random.default_rng(seed)), mode)
-    for by_threshold in (metrics.pts_within, metrics.jaccard):
-        values = list(by_threshold.values())
-        if not any(math.isnan(value) for value in values):
-            assert 0 <= values[0] <= values[-1] <= 1
-            assert sorted(values) == values
-
-
-def test_where_nothing_counts_there_is_no_number() -> None:
-    gt = np.zeros((2, 3, 2))
-    hidden = np.ones((2, 3), dtype=bool)
-    metrics = tapvid_metrics(np.zeros((2, 3)), hidden, gt, hidden, gt)
-    assert metrics.occlusion_accuracy == 1
-    assert math.isnan(metrics.delta_avg)
-    assert math.isnan(metrics.average_jaccard)
-    # a point claimed where all are occluded is a false alarm, not a gap
-    assert tapvid_metrics(np.zeros((2, 3)), hidden, gt, ~hidden, gt).average_jaccard == 0
-    nothing = tapvid_metrics(np.zeros((0, 3)), hidden[:0], gt[:0], hidden[:0], gt[:0])
-    assert all(math.isnan(value) for value in nothing[:3])
-
-
-def test_first_and_strided_count_other_frames() -> None:
-    gt = np.zeros((1, 3, 2))
-    pred = np.array([[[50.0, 0], [50, 0], [0, 0]]])
-    seen = np.zeros((1, 3), dtype=bool)
-    query = np.array([[1.0, 0, 0]])
-    assert tapvid_metrics(query, seen, gt, seen, pred, "first").delta_avg == 1
-    assert tapvid_metrics(query, seen, gt, seen, pred, "strided").delta_avg == 0.5
-
-
-def test_the_mean_is_over_videos_and_skips_gaps() -> None:
-    thresholds = (1, 2, 4, 8, 16)
-    some = TapVidMetrics(
-        0.5, 0.25, 0.1, dict.fromkeys(thresholds, 0.5), dict.fromkeys(thresholds, 0.1)
-    )
-    gap = TapVidMetrics(
-        math.nan, 0.75, 0.3, dict.fromkeys(thresholds, math.nan), dict.fromkeys(thresholds, 0.3)
-    )
-    mean = mean_over_videos([some, gap])
-    assert mean[:3] == pytest.approx((0.5, 0.5, 0.2))
-    assert mean.pts_within[4] == 0.5
-    assert mean.jaccard[16] == pytest.approx(0.2)
-    assert math.isnan(mean_over_videos([gap]).delta_avg)
-    with pytest.raises(ValueError, match="no videos"):
-        mean_over_videos([])
-
-
 OCCLUDED = np.array(
     [
         [True, True, False, False, True, False],
@@ -177,15 +115,6 @@ def test_queries_at_every_stride() -> None:
     np.testing.assert_array_equal(queries.points[:, 0], [0, 2, 2, 4])
     with pytest.raises(ValueError, match="stride must be at least 1"):
         queries_strided(OCCLUDED, TRACKS, stride=0)
-
-
-def test_tracks_never_visible_ask_for_nothing() -> None:
-    for queries in (
-        queries_first(OCCLUDED[1:2], TRACKS[1:2]),
-        queries_strided(OCCLUDED[1:2], TRACKS[1:2]),
-    ):
-        assert queries.points.shape == (0, 3)
-        assert queries.tracks.shape == (0, 6, 2)
 
 
 @given(st.integers(0, 10_000), st.sampled_from(MODES))

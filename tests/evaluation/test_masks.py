@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,12 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.metrics import (
-    boundary_f,
-    j_and_f,
-    region_similarity,
-    summarise,
-)
+from cosettle_adapter.evaluation import boundary_f, region_similarity, summarise
 
 Mask = NDArray[np.bool_]
 
@@ -95,15 +88,6 @@ def test_boundary_f_is_the_official_definition(tolerance: float) -> None:
     assert compared > 800
 
 
-def test_region_similarity_is_intersection_over_union() -> None:
-    for gt in MASKS:
-        for pred in MASKS:
-            if gt.shape == pred.shape:
-                union = (gt | pred).sum()
-                expected = (gt & pred).sum() / union if union else 1.0
-                assert region_similarity(gt, pred) == pytest.approx(expected, abs=1e-12)
-
-
 def definition_of_j(gt: Mask, pred: Mask, void: Mask) -> float:
     """The official db_eval_iou, which counts pixel by pixel."""
     inter = union = 0
@@ -146,34 +130,6 @@ def test_void_pixels_do_not_count_by_the_official_definition() -> None:
     assert len({(gt.any(), pred.any(), void.all()) for gt, pred, void in triples}) == 8
 
 
-def test_a_clip_is_scored_frame_by_frame() -> None:
-    rng = np.random.default_rng(3)
-    gt, pred = rng.random((2, 9, 12, 15)) > 0.4
-    void = rng.random((9, 12, 15)) > 0.8
-    scores = j_and_f(gt, pred, void=void, tolerance=2)
-    inner = range(1, 8)
-    assert scores.j == tuple(region_similarity(gt[t], pred[t], void=void[t]) for t in inner)
-    assert scores.f == tuple(boundary_f(gt[t], pred[t], 2, void=void[t]) for t in inner)
-    assert scores.j_summary == pytest.approx(official_statistics(np.array(scores.j)), abs=1e-12)
-    assert scores.f_summary == pytest.approx(official_statistics(np.array(scores.f)), abs=1e-12)
-    assert scores.j_and_f == pytest.approx((np.mean(scores.j) + np.mean(scores.f)) / 2)
-    everything = j_and_f(gt, pred, exclude_ends=False)
-    assert len(everything.j) == len(everything.f) == 9
-
-
-def test_a_clip_needs_frames_that_count() -> None:
-    clip = np.zeros((2, 4, 5), dtype=bool)
-    with pytest.raises(
-        FrameError, match=r"gt of shape \(2, 4, 5\), .* T at least 3: first and last"
-    ):
-        j_and_f(clip, clip)
-    assert j_and_f(clip, clip, exclude_ends=False).j == (1.0, 1.0)
-    with pytest.raises(FrameError, match=r"pred of shape \(3, 5, 4\), expected .* \(3, 4, 5\)"):
-        j_and_f(np.zeros((3, 4, 5), dtype=bool), np.zeros((3, 5, 4), dtype=bool))
-    with pytest.raises(FrameError, match="void of shape"):
-        j_and_f(clip, clip, void=clip[0], exclude_ends=False)
-
-
 @given(st.integers(0, 10_000), st.integers(1, 30), st.integers(1, 30))
 def test_measures_are_symmetric_bounded_and_perfect_on_itself(seed: int, h: int, w: int) -> None:
     rng = np.random.default_rng(seed)
@@ -182,15 +138,6 @@ def test_measures_are_symmetric_bounded_and_perfect_on_itself(seed: int, h: int,
         assert measure(a, a) == 1
         assert measure(a, b) == pytest.approx(measure(b, a))
         assert 0 <= measure(a, b) <= 1
-
-
-def test_a_boundary_just_within_the_tolerance_counts() -> None:
-    gt, pred = np.zeros((2, 60, 80), dtype=bool)
-    gt[:, 40:] = True
-    for shift, expected in [(4, 1.0), (5, 0.0)]:
-        pred[:] = False
-        pred[:, 40 + shift :] = True
-        assert boundary_f(gt, pred, tolerance=4) == expected
 
 
 @pytest.mark.parametrize("measure", [region_similarity, boundary_f])
@@ -205,10 +152,6 @@ def test_wrong_masks_say_what_was_expected(measure: object) -> None:
             measure(gt, pred)  # type: ignore[operator]
     with pytest.raises(FrameError, match=r"void of shape"):
         measure(mask, mask, void=mask[:2])  # type: ignore[operator]
-
-
-def test_a_negative_tolerance_is_an_error() -> None:
-    mask = np.zeros((4, 5), dtype=bool)
     with pytest.raises(ValueError, match="tolerance must be 0 or more, got -1"):
         boundary_f(mask, mask, tolerance=-1)
 
@@ -231,27 +174,11 @@ def test_summary_is_the_official_statistics(frames: int) -> None:
     assert summarise(values) == pytest.approx(official_statistics(values), abs=1e-12)
 
 
-def test_summary_skips_frames_without_a_value() -> None:
+def test_summary_of_gaps_and_of_long_clips() -> None:
     values = np.array([0.9, np.nan, 0.7, 0.2, 0.1, 0.3, 0.6])
     assert summarise(values) == pytest.approx(official_statistics(values), abs=1e-12)
-    assert all(math.isnan(value) for value in (summarise([math.nan]).mean,))
-
-
-def test_summary_of_a_long_clip() -> None:
-    values = np.linspace(1, 0, 1000)
-    assert summarise(values).decay == pytest.approx(0.75, abs=1e-2)
-
-
-def test_summary_needs_values() -> None:
-    with pytest.raises(ValueError, match=r"shape \(0,\), expected \(T,\)"):
-        summarise([])
-    with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
-        summarise(np.zeros((2, 3)))
-
-
-def test_importing_metrics_needs_no_extra() -> None:
-    code = (
-        "import sys; import cosettle_adapter.evaluation; "
-        "sys.exit(any(m in sys.modules for m in ('scipy', 'PIL')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert math.isnan(summarise([math.nan]).mean)
+    assert summarise(np.linspace(1, 0, 1000)).decay == pytest.approx(0.75, abs=1e-2)
+    for wrong in (np.zeros(0), np.zeros((2, 3))):
+        with pytest.raises(ValueError, match=r"got values of shape .*, expected \(T,\)"):
+            summarise(wrong)

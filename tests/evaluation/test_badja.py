@@ -67,14 +67,14 @@ def test_the_official_layout(tmp_path: Path, masks: str) -> None:
     assert [frame.stem for frame in clip.frames] == [f"{t:05d}" for t in range(3, 12)]
     assert clip.annotated == (0, 5, 8)
     assert abs(int(clip.read_frame(0)[0, 0, 0]) - 30) <= 2
-    joints = clip.read_joints()
+    joints = clip.read_annotations()
     assert joints.xy.shape == (3, 20, 2)
-    nose = clip.joint_names.index("nose")
+    nose = joints.names.index("nose")
     np.testing.assert_array_equal(joints.xy[1, nose], [2 * 33 + 8, 33])  # (col, row) is (x, y)
     assert joints.visible.sum() == 3 * 20 - 1
     assert not joints.visible[1, 0]
-    np.testing.assert_allclose(clip.read_areas(), [30, 80, 110])
-    score = badja_accuracy(joints.xy, joints.xy, joints.visible, clip.read_areas())
+    np.testing.assert_allclose(clip.read_annotations().areas, [30, 80, 110])
+    score = badja_accuracy(joints.xy, joints.xy, joints.visible, clip.read_annotations().areas)
     assert score == (1.0, 1.0, 39)
 
 
@@ -82,19 +82,11 @@ def test_davis_may_be_elsewhere(tmp_path: Path) -> None:
     write_images(tmp_path / "downloads")
     root = write_badja(tmp_path / "BADJA")
     with pytest.raises(FrameError, match=r"'dog': 6 of its files are missing: .*00003.jpg.*davis="):
-        badja_clips(root)[0].read_joints()
+        badja_clips(root)[0].read_annotations()
     (clip,) = badja_clips(root, davis=tmp_path / "downloads" / "DAVIS")
     assert len(clip) == 9
     with pytest.raises(FrameError, match=r"DAVSI does not exist, .* Did you mean 'DAVIS'"):
         badja_clips(root, davis=tmp_path / "downloads" / "DAVSI")
-
-
-def test_areas_are_those_of_the_frame_size(tmp_path: Path) -> None:
-    write_images(tmp_path)
-    for t in (3, 8, 11):
-        path = tmp_path / FULL.format("Annotations", t, "png")
-        Image.fromarray(np.ones((H // 2, W // 2), dtype=np.uint8)).save(path)
-    np.testing.assert_allclose(badja_clips(write_badja(tmp_path))[0].read_areas(), [H * W] * 3)
 
 
 def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path) -> None:
@@ -108,7 +100,7 @@ def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path) -> None:
     write_badja(tmp_path, rows((11, 3)), "backwards")
     (tmp_path / "joint_annotations" / "broken.json").write_text("[{")
     clips = {clip.name: clip for clip in badja_clips(tmp_path)}
-    assert clips.pop("dog").read_joints().xy.shape == (3, 20, 2)
+    assert clips.pop("dog").read_annotations().xy.shape == (3, 20, 2)
     expected = {
         "empty": "is not a list of objects with image_path, joints",
         "foreign": "is not a list of objects",
@@ -121,13 +113,13 @@ def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path) -> None:
     assert set(clips) == set(expected)
     for name, message in expected.items():
         clip = clips[name]
-        for read in (clip.read_joints, clip.read_areas, lambda clip=clip: clip.read_frame(0)):
+        for read in (clip.read_annotations, lambda clip=clip: clip.read_frame(0)):
             with pytest.raises(FrameError, match=rf"BADJA clip '{name}': .*{message}"):
                 read()
     few = [{**row, "joints": row["joints"][:5]} for row in rows()]
     write_badja(tmp_path, few, "few")
     with pytest.raises(FrameError, match=r"joints of shape \(3, 5, 2\) .* expected \(3, 37, 2\)"):
-        badja_clips(tmp_path, clips=["few"])[0].read_joints()
+        badja_clips(tmp_path, clips=["few"])[0].read_annotations()
 
 
 def test_wrong_folders_are_explained(tmp_path: Path) -> None:
@@ -163,17 +155,17 @@ def test_keypoint_files_beside_davis(tmp_path: Path) -> None:
     (clip,) = badja_clips(root)
     assert [frame.stem for frame in clip.frames] == [f"{t:05d}" for t in range(2, 10)]
     assert clip.annotated == (0, 3, 7)
-    joints = clip.read_joints()
+    joints = clip.read_annotations()
     np.testing.assert_allclose(joints.xy[:, 0], [[4, 8], [10, 8], [18, 8]])  # twice the size
     np.testing.assert_array_equal(joints.visible[:, 1], [True, False, True])
-    np.testing.assert_allclose(clip.read_areas(), [20, 50, 90])
+    np.testing.assert_allclose(clip.read_annotations().areas, [20, 50, 90])
     davis.rename(root / "DAVIS")
     assert len(badja_clips(root)[0]) == 8
     (tmp_path / "other" / "JPEGImages").mkdir(parents=True)
     with pytest.raises(FrameError, match=r"found 2 folders of DAVIS .*pass davis="):
         badja_clips(root)
     with pytest.raises(FrameError, match=r"'dog': 6 of its files are missing"):
-        badja_clips(root, davis=tmp_path / "other")[0].read_joints()
+        badja_clips(root, davis=tmp_path / "other")[0].read_annotations()
 
 
 @pytest.mark.shared
@@ -181,7 +173,8 @@ def test_the_development_clips_are_read() -> None:
     clips = badja_clips(shared_data() / "badja", davis=shared_data() / "davis_dev")
     assert [clip.name for clip in clips] == ["cows", "dog", "horsejump-high"]
     for clip in clips:
-        joints, areas = clip.read_joints(), clip.read_areas()
+        joints = clip.read_annotations()
+        areas = joints.areas
         assert joints.xy.shape == (len(clip.annotated), 20, 2)
         assert len(areas) == len(clip.annotated)
         assert clip.annotated[0] == 0

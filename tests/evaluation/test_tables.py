@@ -7,9 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from cosettle_adapter.evaluation.gains import best_layers, gain, paired_interval
-from cosettle_adapter.evaluation.run import Evaluation
-from cosettle_adapter.evaluation.tasks import ClipScores
+from cosettle_adapter.evaluation import ClipScores, Evaluation
+from cosettle_adapter.evaluation.tables import (
+    best_layers,
+    comparison,
+    gain,
+    paired_interval,
+    result_notes,
+    result_tables,
+)
 
 RAW, FIVE, SEVEN, MINE = "raw last block", "centred layer 5", "centred layer 7", "adapted"
 TABLE = {
@@ -21,12 +27,12 @@ TABLE = {
 
 def results(table: Mapping[str, Mapping[str, float]], **settings: object) -> Evaluation:
     clips = {
-        clip: {kind: ClipScores({"J&F": value}) for kind, value in row.items()}
+        clip: {name: ClipScores({"J&F": value}) for name, value in row.items()}
         for clip, row in table.items()
     }
-    total: dict[str, dict[str, float]] = {kind: {} for row in table.values() for kind in row}
-    known = {"layers": [7, 11], **settings}
-    return Evaluation("davis", ("J&F",), known, {}, {}, clips, total, {})
+    total = {name: {"J&F": 0.5, "drift@1": 0.25} for row in table.values() for name in row}
+    known = {"layers": [7, 11], "drift": "true motion", **settings}
+    return Evaluation("davis", ("J&F",), known, {"a": (48, 80)}, {}, clips, total, {})
 
 
 def test_a_gain_is_the_mean_of_paired_differences_and_names_its_worst_clip() -> None:
@@ -70,3 +76,26 @@ def test_clips_that_lack_a_figure_do_not_count() -> None:
     assert math.isnan(nothing.low)
     assert nothing.clip == ""
     assert best_layers(dataclasses.replace(result, total={RAW: {}})) == {}
+
+
+def test_the_tables_show_gains_with_their_worst_clip() -> None:
+    variants, clips = result_tables(results(TABLE, parts=["one", "two"]))
+    assert variants.title == "davis: 3 clips, in percent"
+    mine = next(row for row in variants.rows if row[1] == MINE)
+    assert mine[2:] == [
+        "50.0", "+23.3 [20.0, 30.0]", "+20.0", "+16.7 [-10.0, 50.0]", "-10.0", "25.0/-/-"
+    ]  # fmt: skip
+    assert clips.rows[0] == ["one/a", "50.0", "90.0", "60.0", "70.0"]
+    assert clips.rows[clips.rule or 0][0] == "all: J&F"
+    notes = list(result_notes(results(TABLE, parts=["one", "two"])))
+    assert any("centred layer 7 for one, centred layer 5 for two" in note for note in notes)
+    assert any(note.startswith("adapted: worst over raw last: one/a") for note in notes)
+    assert "frames encoded at 48 x 80" in notes
+
+
+def test_the_demos_table_marks_the_best_of_each_column() -> None:
+    figures = {"raw": {"drift@1": 0.2, "matches@1": 0.5}, "mine": {"drift@1": 0.1}}
+    table = comparison("clip", figures, emphasis="mine")
+    assert list(table.columns) == ["features", "drift, next frame"]
+    assert (table.best[0], table.best[1], table.emphasis) == ([], [1], 1)
+    assert "Right matches" not in table.note

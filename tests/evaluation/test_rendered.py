@@ -9,9 +9,7 @@ from PIL import Image
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.datasets import rendered_photos
-from cosettle_adapter.evaluation.run import evaluate
-from cosettle_adapter.evaluation.tasks import Rendered
+from cosettle_adapter.evaluation import evaluate, rendered_clips, rendered_protocol
 
 
 @pytest.fixture
@@ -25,12 +23,12 @@ def photos(tmp_path: Path) -> Path:
 def test_a_folder_of_photographs_is_scored_by_its_true_motion(
     photos: Path, tiny_adapter: CoSettleAdapter
 ) -> None:
-    task = Rendered(photos, clips=["one-zoom"])
-    result = evaluate(task, tiny_adapter, size=(64, 96))
+    protocol = rendered_protocol(photos, clips=["one-zoom"])
+    result = evaluate(protocol, tiny_adapter, size=(64, 96))
     assert list(result.clips) == ["one-zoom"]
     assert result.settings["drift"] == "true motion"
-    for kind in result.kinds:
-        figures = result.total[kind]
+    for variant in result.variants:
+        figures = result.total[variant]
         assert figures.keys() == {
             f"{what}@{gap}" for what in ("match", "drift") for gap in (1, 4, 8)
         }
@@ -40,20 +38,20 @@ def test_a_folder_of_photographs_is_scored_by_its_true_motion(
 
 
 def test_clips_are_the_same_whenever_they_are_read() -> None:
-    clips = rendered_photos()
+    clips = rendered_clips()
     assert len({clip.name for clip in clips}) == len(clips) == 12
-    before = clips[0].rendered().frames.clone()
-    assert clips[3].rendered().object_mask is not None
-    assert torch.equal(clips[0].rendered().frames, before)
+    before = clips[0].read_annotations().frames.clone()
+    assert clips[3].read_annotations().object_mask is not None
+    assert torch.equal(clips[0].read_annotations().frames, before)
     assert clips[0].read_frame(3).shape == (280, 490, 3)
 
 
 def test_what_cannot_be_rendered_is_named(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(FrameError, match="no rendered clip 'one-tilt'"):
-        rendered_photos(photos, clips=["one-tilt"])
+        rendered_clips(photos, clips=["one-tilt"])
     (photos / "one.png").rename(photos / "two.jpg")
     with pytest.raises(FrameError, match="several photographs for 'two-mixed'"):
-        rendered_photos(photos)
+        rendered_clips(photos)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FrameError, match="holds no image files"):
-        rendered_photos(tmp_path / "empty")
+        rendered_clips(tmp_path / "empty")

@@ -6,8 +6,6 @@ import operator
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cosettle_adapter.errors import FrameError
@@ -82,21 +80,11 @@ def test_invisible_joints_make_neither_the_box_nor_the_score() -> None:
     assert result.mean == {0.1: 1, 0.2: 1}
     assert math.isnan(result.per_joint[2, 0])
     assert math.isnan(pck(gt, gt, visible=visible & False).mean[0.1])
-
-
-def test_joints_in_one_point_count_as_missed() -> None:
-    gt = np.full((2, 2, 2), 7.0)
-    assert pck(gt, gt).mean == {0.1: 0, 0.2: 0}
-    assert pck(gt, gt, scale=1.0).mean == {0.1: 1, 0.2: 1}
-
-
-@given(st.integers(0, 10_000))
-def test_pck_of_perfect_and_of_lost_tracks(seed: int) -> None:
-    gt, _, _ = random_clip(np.random.default_rng(seed))
-    assert set(pck(gt, gt).mean.values()) == {1.0}
-    assert set(pck(gt, gt + 1e4).mean.values()) == {0.0}
-    low, high = pck(gt, gt + 20, thresholds=(0.05, 0.3)).mean.values()
-    assert 0 <= low <= high <= 1
+    one_point = np.full((2, 2, 2), 7.0)
+    assert pck(one_point, one_point).mean == {0.1: 0, 0.2: 0}, "a scale of 0 is a miss"
+    assert pck(one_point, one_point, scale=1.0).mean == {0.1: 1, 0.2: 1}
+    with pytest.raises(FrameError, match=r"got 1 frame.*pass first_frame=True"):
+        pck(gt[:1], gt[:1])
 
 
 @pytest.mark.parametrize(
@@ -121,13 +109,6 @@ def test_wrong_joints_say_what_was_expected(
     gt = np.arange(12.0).reshape(3, 2, 2)
     with pytest.raises(error, match=message):
         pck(**{"gt": gt, "pred": gt, **arguments})  # type: ignore[arg-type]
-
-
-def test_one_frame_is_too_few() -> None:
-    gt = np.arange(4.0).reshape(1, 2, 2)
-    with pytest.raises(FrameError, match=r"got 1 frame.*pass first_frame=True"):
-        pck(gt, gt)
-    assert pck(gt, gt, first_frame=True).mean[0.1] == 1
 
 
 def test_different_measures_do_not_pool() -> None:
