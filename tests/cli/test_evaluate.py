@@ -109,32 +109,6 @@ def test_parts_baselines_and_fusion(
     assert "astronaut" not in printed
 
 
-def test_rendered_clips_need_no_data(
-    real_backbone: VisionTransformerBackbone,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    command = ["evaluate", "rendered", "--clips", "coffee-zoom", "--size", "140x252"]
-    assert main([*command, "-o", str(tmp_path / "r.json")]) == 0
-    assert "by true motion" in capsys.readouterr().out
-    total = json.loads((tmp_path / "r.json").read_text())["total"]
-    assert total["raw layer 7"]["match@1"] > 0.7
-    assert 0 < total["raw layer 7"]["drift@1"] < 0.3
-
-
-def test_the_backbone_alone(
-    real_backbone: VisionTransformerBackbone, davis: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["evaluate", "davis", "--data", str(davis), *SMALL, "--raw", "--layer", "3"]
-    assert main([*command, "--clips", "chelsea", "--protocol", "dino"]) == 0
-    printed = capsys.readouterr().out
-    assert "adapted" not in printed
-    assert "layers [3]" in printed
-    assert "protocol dino" in printed
-
-
 def test_a_clip_that_failed_is_named_and_is_the_status(
     real_backbone: VisionTransformerBackbone,
     davis: Path,
@@ -146,8 +120,12 @@ def test_a_clip_that_failed_is_named_and_is_the_status(
     broken = tmp_path / "davis"
     shutil.copytree(davis, broken)
     (broken / "Annotations" / "480p" / "chelsea" / "00001.png").unlink()
-    assert main(["evaluate", "davis", "--data", str(broken), *SMALL, "--raw"]) == 1
+    raw = ["--raw", "--layer", "3", "--protocol", "dino"]
+    assert main(["evaluate", "davis", "--data", str(broken), *SMALL, *raw]) == 1
     printed = capsys.readouterr().out
+    assert "adapted" not in printed
+    assert "layers [3]" in printed
+    assert "protocol dino" in printed
     assert "not scored: chelsea: " in printed
     assert "00001.png" in printed
     assert "astronaut" in printed
