@@ -120,7 +120,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         davis_clips(root, year="2016")
     with pytest.raises(FrameError, match=r"no clip 'wlak'.* Did you mean 'walk'"):
         davis_clips(root, clips=["wlak"])
-    with pytest.raises(FrameError, match=r"no 1080p folder in .*JPEGImages.* '480p'"):
+    with pytest.raises(FrameError, match=r"no '1080p' folder in .*JPEGImages.* '480p'"):
         davis_clips(root, resolution="1080p")
 
 

@@ -50,7 +50,7 @@ def test_what_cannot_be_rendered_is_named(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(FrameError, match="no rendered clip 'one-tilt'"):
         rendered_clips(photos, clips=["one-tilt"])
     (photos / "one.png").rename(photos / "two.jpg")
-    with pytest.raises(FrameError, match="several photographs for 'two-mixed'"):
+    with pytest.raises(FrameError, match="several photographs for 'two-zoom'"):
         rendered_clips(photos)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FrameError, match="holds no image files"):

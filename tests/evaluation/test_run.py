@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,9 +45,12 @@ def davis(tmp_path: Path) -> Path:
     return write_davis(tmp_path / "davis", {"one": masks, "two": masks[:, ::-1], "three": masks})
 
 
-def run(davis: Path, adapter: CoSettleAdapter, **options: object) -> Evaluation:
+def run(
+    davis: Path, adapter: CoSettleAdapter, variants: dict[str, Any] | None = None, **options: Any
+) -> Evaluation:
     protocol = davis_protocol(davis, propagation=Propagation(context=2))
-    return evaluate(protocol, adapter, **{"size": SIZE, **options})  # type: ignore[arg-type]
+    chosen = feature_variants(adapter, **(variants or {}))
+    return evaluate(protocol, adapter, chosen, **{"size": SIZE, **options})
 
 
 def features_of(davis: Path, adapter: CoSettleAdapter, **options: object) -> Mapping[str, Tensor]:
@@ -76,8 +80,7 @@ def test_every_variant_of_features_is_scored(davis: Path, tiny_adapter: CoSettle
     for variant, maps in features_of(davis, tiny_adapter).items():
         scores = evaluate_sequence(maps, masks, context=2)
         assert result.clips["one"][variant].values["J&F"] == pytest.approx(scores.j_and_f), variant
-    assert ADAPTED not in run(davis, tiny_adapter, raw_only=True).variants
-    assert run(davis, tiny_adapter, centre=True).variants[-1] == "adapted, centred"
+    assert run(davis, tiny_adapter, {"centre": True}).variants[-1] == "adapted, centred"
     near = run(davis, tiny_adapter, size=(50, 85))
     assert near.total == result.total
     assert set(near.sizes.values()) == {SIZE}, "sides go to whole patches"
@@ -142,19 +145,21 @@ def test_a_changed_file_of_the_same_size_is_scored_anew(
     kind: str, davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
 ) -> None:
     output = tmp_path / "results.json"
-    run(davis, tiny_adapter, output=output, raw_only=True)
+    run(davis, tiny_adapter, output=output)
     mark(output)
-    assert is_marked(run(davis, tiny_adapter, output=output, raw_only=True))
+    assert is_marked(run(davis, tiny_adapter, output=output))
     path = next((davis / kind / "480p" / "one").glob("00002.*"))
-    path.write_bytes(path.read_bytes()[:-1] + b"\0")
-    assert not is_marked(run(davis, tiny_adapter, output=output, raw_only=True))
+    content = bytearray(path.read_bytes())
+    content[15 if kind == "JPEGImages" else -1] ^= 1  # the density of a JPEG, a checksum of a PNG
+    path.write_bytes(content)
+    assert not is_marked(run(davis, tiny_adapter, output=output))
 
 
 def test_results_of_other_settings_are_not_mixed(
     davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
 ) -> None:
     output = tmp_path / "results.json"
-    run(davis, tiny_adapter, output=output, raw_only=True, model="mine")
+    run(davis, tiny_adapter, output=output, model="mine")
     stored = json.loads(output.read_text())
     expected = {"task", "protocol", "context", "every", "frame_size", "model", "fingerprint"}
     expected |= {"layers", "projection", "patch", "stride", "dtype", "seed", "torch"}
@@ -193,14 +198,13 @@ def test_baselines_are_scored_in_the_same_pass_and_join_earlier_results(
     davis: Path, tiny_adapter: CoSettleAdapter, tmp_path: Path
 ) -> None:
     output = tmp_path / "results.json"
-    run(davis, tiny_adapter, output=output, raw_only=True)
     alone = run(davis, tiny_adapter, output=output)
     config = dataclasses.replace(tiny_adapter.config, layers=(-1,), kind="affine")
     other = Projection(config)  # the identity on the last layer, without its final norm
     longer = Projection(config)
     longer.load_state_dict({name: 3 * tensor for name, tensor in other.state_dict().items()})
     baselines = {"other": other, "same": longer}
-    both = run(davis, tiny_adapter, output=output, baselines=baselines)
+    both = run(davis, tiny_adapter, {"baselines": baselines}, output=output)
     assert both.variants == [RAW, SAME, CENTRED, ADAPTED, "other", "same"]
     assert both.clips["one"][ADAPTED] == alone.clips["one"][ADAPTED]
     other_values, same_values = (both.clips["one"][name].values for name in baselines)
@@ -211,10 +215,10 @@ def test_baselines_are_scored_in_the_same_pass_and_join_earlier_results(
     with torch.no_grad():
         other.linears[0].weight.mul_(2)
     with pytest.raises(ValueError, match=r"other settings \(different: other\)"):
-        run(davis, tiny_adapter, output=output, baselines={"other": other})
+        run(davis, tiny_adapter, {"baselines": {"other": other}}, output=output)
     stranger = dataclasses.replace(tiny_adapter.config, fingerprint="sha256:other")
     with pytest.raises(BackboneMismatchError, match="stranger was fitted on another backbone"):
-        run(davis, tiny_adapter, baselines={"stranger": Projection(stranger)})
+        run(davis, tiny_adapter, {"baselines": {"stranger": Projection(stranger)}})
 
 
 def test_drift_is_measured_by_a_layer_that_nothing_compared_reads(
@@ -232,7 +236,7 @@ def test_drift_is_measured_by_a_layer_that_nothing_compared_reads(
         over_clips = [row[variant].values["drift@1"] for row in result.clips.values()]
         assert result.total[variant]["drift@1"] == pytest.approx(sum(over_clips) / 3)
         assert set(DRIFTS[:2]) <= values.keys()
-    fused = run(davis, tiny_adapter, baseline_layers=[8, 6], fusion="symmetric")
+    fused = run(davis, tiny_adapter, {"baseline_layers": [8, 6], "fusion": "symmetric"})
     assert fused.settings["drift"] == "matches of centred layer 9", "fusion matches by layer 8"
 
 
@@ -240,13 +244,9 @@ def test_drift_is_measured_by_a_layer_that_nothing_compared_reads(
 def test_fused_features_are_compared_as_well(
     davis: Path, tiny_adapter: CoSettleAdapter, mode: FusionMode, ending: str
 ) -> None:
-    result = run(
-        davis,
-        tiny_adapter,
-        fusion=mode,
-        baseline_layers=[-3],
-        baselines={"other": tiny_adapter.projection},
-    )
+    baselines = {"other": tiny_adapter.projection}
+    options = {"fusion": mode, "baseline_layers": [-3], "baselines": baselines}
+    result = run(davis, tiny_adapter, options)
     single = "centred layer 9"
     fused = [f"{name}, fused{ending}" for name in (single, ADAPTED, "other")]
     assert result.variants == [RAW, SAME, CENTRED, single, ADAPTED, "other", *fused]
