@@ -1,96 +1,56 @@
-# shim: removed at integration
-"""Folded into :mod:`cosettle_adapter.evaluation`."""
+# shim: removed at integration (or kept for version 0.2, as it warns)
+"""Folded into :mod:`cosettle_adapter.evaluation`; its names warn and go in version 0.3."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-from cosettle_adapter.evaluation import variants
-from cosettle_adapter.evaluation.consistency import (
-    cycle_accuracy,
-    tracking_error,
-)
-from cosettle_adapter.evaluation.consistency import (
-    cycle_consistent as comes_home,
-)
-from cosettle_adapter.evaluation.drift import (
-    GAPS,
-    Correspondence,
-    drift_by_gap,
-    match_accuracy,
-    mutual_correspondences,
-    temporal_drift,
-    true_correspondences,
-)
-from cosettle_adapter.evaluation.representation_metrics import (
-    Representation,
-    RepresentationMetrics,
-    VideoRepresentation,
-)
-from cosettle_adapter.evaluation.spectra import (
-    Prediction,
-    Spectrum,
-    SpectrumStatistics,
-    directional_gain,
-    spearman,
-)
-from cosettle_adapter.evaluation.variants import (
-    ADAPTED,
-    CENTRED,
-    RAW_LAST,
-    RAW_SAME,
-    SETTLED,
-    centred,
-    centred_layer,
-)
-from cosettle_adapter.evaluation.variants import FeatureVariant as FeatureKind
-from cosettle_adapter.evaluation.variants import guide_variant as guide_kind
-from cosettle_adapter.evaluation.variants import read_layers as read_blocks
+    from torch import Tensor
+
+    compare_features: Callable[..., dict[str, Tensor]]
+    drift_by_gap: Callable[..., dict[str, float]]
+
+# names of version 0.1 that changed
+_RENAMED = {
+    "FeatureKind": "FeatureVariant",
+    "comes_home": "cycle_consistent",
+    "feature_kinds": "feature_variants",
+    "guide_kind": "guide_variant",
+    "read_blocks": "read_layers",
+}
+_MODULES = ("variants", "drift", "consistency", "representation_metrics", "spectra")
 
 
-def feature_kinds(adapter: Any, *, beside: Any = None, **options: Any) -> list[FeatureKind]:
-    """See :func:`cosettle_adapter.evaluation.variants.feature_variants`."""
-    return variants.feature_variants(adapter, **({"baselines": beside} | options))
+def __getattr__(name: str) -> Any:
+    new = _RENAMED.get(name, name)
+    for module in _MODULES:
+        place = f"cosettle_adapter.evaluation.{module}"
+        found = getattr(importlib.import_module(place), new, None)
+        if found is not None and not name.startswith("_"):
+            message = f"cosettle_adapter.analysis.{name} goes in version 0.3; use {place}.{new}"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return _OLD_KEYWORDS[name](found) if name in _OLD_KEYWORDS else found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def compare_features(
-    adapter: Any, frames: Tensor, *, kinds: Any = None, **options: Any
-) -> dict[str, Tensor]:
-    """See :func:`cosettle_adapter.evaluation.variants.compare_features`."""
-    return variants.compare_features(adapter, frames, **({"variants": kinds} | options))
+def _renamed_keyword(old: str, new: str) -> Any:
+    def wrap(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            if old in options:
+                options[new] = options.pop(old)
+            return function(*args, **options)
+
+        return call
+
+    return wrap
 
 
-__all__ = [
-    "ADAPTED",
-    "CENTRED",
-    "GAPS",
-    "RAW_LAST",
-    "RAW_SAME",
-    "SETTLED",
-    "Correspondence",
-    "FeatureKind",
-    "Prediction",
-    "Representation",
-    "RepresentationMetrics",
-    "Spectrum",
-    "SpectrumStatistics",
-    "VideoRepresentation",
-    "centred",
-    "centred_layer",
-    "comes_home",
-    "compare_features",
-    "cycle_accuracy",
-    "directional_gain",
-    "drift_by_gap",
-    "feature_kinds",
-    "guide_kind",
-    "match_accuracy",
-    "mutual_correspondences",
-    "read_blocks",
-    "spearman",
-    "temporal_drift",
-    "tracking_error",
-    "true_correspondences",
-]
+_OLD_KEYWORDS = {
+    "feature_kinds": _renamed_keyword("beside", "baselines"),
+    "compare_features": _renamed_keyword("kinds", "variants"),
+}

@@ -26,7 +26,7 @@ def token_frames(features: Tensor, *, at_least: int) -> Tensor:
     """Return ``(T, C, h, w)`` as contiguous ``(T, h w, C)``, float32 or float64.
 
     Raises:
-        GeometryError: features that are not ``(T, C, h, w)`` floats.
+        GeometryError: features of another shape or dtype.
         FrameError: fewer frames than ``at_least``.
     """
     if features.ndim != 4 or not features.is_floating_point():
@@ -47,32 +47,24 @@ def nearest_patch(queries: Tensor, keys: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cycle_accuracy(features: Tensor, *, gap: int = 1, tolerance: int = 0) -> float:
-    """Share of patches that a cycle from frame t to t + gap and back brings home.
+    """Share of patches, in [0, 1], that :func:`cycle_consistent` is true for (paper, Figure 1).
 
-    A patch of frame t goes to its nearest neighbour by cosine in frame t + gap, and from there to
-    the nearest neighbour in frame t. Mean over patches and over all t (Figure 1 of the paper).
-
-    Args:
-        features: ``(T, C, h, w)`` floats.
-        gap: frames between the two ends.
-        tolerance: rows and columns a patch may be off and still count as home.
-
-    Returns:
-        A share in [0, 1]; features that do not vary give about 1 / (h w).
-
-    Raises:
-        GeometryError: features that are not ``(T, C, h, w)`` floats.
-        FrameError: no more than ``gap`` frames.
-        ValueError: ``gap`` below 1 or ``tolerance`` below 0.
+    Features that do not vary give about 1 / (h w).
     """
     return float(cycle_consistent(features, gap=gap, tolerance=tolerance).float().mean())
 
 
 @torch.no_grad()
 def cycle_consistent(features: Tensor, *, gap: int = 1, tolerance: int = 0) -> Tensor:
-    """Tell which patches come home: the map whose mean is :func:`cycle_accuracy`.
+    """Tell which patches come home in a cycle from frame t to t + gap and back.
 
-    Arguments and errors are those of :func:`cycle_accuracy`.
+    A patch of frame t goes to its nearest neighbour by cosine in frame t + gap, and from there to
+    the nearest neighbour in frame t.
+
+    Args:
+        features: ``(T, C, h, w)`` floats, more than ``gap`` frames.
+        gap: frames between the two ends, at least 1.
+        tolerance: rows and columns a patch may be off and still count as home.
 
     Returns:
         ``(T - gap, h, w)`` bool on the features' device.
@@ -105,9 +97,8 @@ def tracking_error(
 ) -> dict[str, float]:
     """How far nearest-neighbour tracking of frame 0's points ends from where they truly are.
 
-    Tracks with the training-free baseline :func:`~cosettle_adapter.correspondence.track_points`,
-    over the whole frame and without memory: what is measured is the features, not a tracker.
-    Frame 0 does not count, nor does a point while it is hidden.
+    Tracks with :func:`~cosettle_adapter.correspondence.track_points`, over the whole frame and
+    without memory. Frame 0 does not count, nor does a point while it is hidden.
 
     Args:
         features: ``(T, C, h, w)`` floats.

@@ -44,10 +44,7 @@ def mutual_correspondences(guide: Tensor, gap: int) -> list[Correspondence]:
     Args:
         guide: ``(T, C, h, w)`` features to match by cosine. They must not be the features that
             are measured, which would be judged where they agree with themselves.
-        gap: frames between the two.
-
-    Returns:
-        One for every pair of frames; none for a clip of ``gap`` frames or fewer.
+        gap: frames between the two; one correspondence for every such pair of frames.
     """
     return [
         Correspondence((t, t + gap), mutual_nearest(guide[t], guide[t + gap])[0])
@@ -58,15 +55,14 @@ def mutual_correspondences(guide: Tensor, gap: int) -> list[Correspondence]:
 def true_correspondences(clip: RenderedClip, geometry: Geometry, gap: int) -> list[Correspondence]:
     """Take the patches that truly show the same: a point visible at the centre of both.
 
+    That is, the patches of the first frame whose centre comes within a quarter of a patch, in both
+    directions, of a centre of the second. Half a patch off, features differ whether or not they
+    drift.
+
     Args:
         clip: a clip of known motion.
         geometry: how its frames became the grid of patches.
-        gap: frames between the two.
-
-    Returns:
-        One for every pair of frames: the patches of the first whose centre comes within a quarter
-        of a patch, in both directions, of a centre of the second. Half a patch off, features
-        differ whether or not they drift.
+        gap: frames between the two; one correspondence for every such pair of frames.
     """
     centres = rearrange(geometry.cell_centers(), "h w xy -> (h w) xy")
     rows, columns = geometry.grid
@@ -116,9 +112,6 @@ def temporal_drift(features: Tensor, correspondences: Iterable[Correspondence]) 
     Returns:
         0 where features stay with things, about 1 where they have nothing to do with them; NaN
         without a correspondence, or where all features are equal.
-
-    Raises:
-        GeometryError: features that are not ``(T, C, h, w)`` floats.
     """
     frames = token_frames(features, at_least=1)
     frames = F.normalize(frames - frames.mean(dim=(0, 1)), dim=-1)
@@ -150,13 +143,7 @@ def match_accuracy(features: Tensor, correspondences: Iterable[Correspondence]) 
 
     Args:
         features: ``(T, C, h, w)`` floats.
-        correspondences: true ones, on the same grid.
-
-    Returns:
-        A share in [0, 1], over all correspondences; NaN without one.
-
-    Raises:
-        GeometryError: features that are not ``(T, C, h, w)`` floats.
+        correspondences: true ones, on the same grid. Without any the share is NaN.
     """
     frames = F.normalize(token_frames(features, at_least=1), dim=-1)
     width = features.shape[-1]

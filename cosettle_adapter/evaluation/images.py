@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,21 +38,18 @@ def read_labels(path: Path, *, colours: bool = False) -> NDArray[np.uint8]:
     Raises:
         FrameError: the file is missing or damaged, or its pixels are not labels.
     """
-    pillow: Any = require("PIL.Image", extra="eval", purpose="reading masks")
-    try:
-        with pillow.open(path) as opened:
-            if opened.mode in ("P", "L", "1"):
-                return np.asarray(opened).astype(np.uint8)
-            if not colours:
-                raise FrameError(
-                    f"{path} is a {opened.mode} image, expected a palette (P) or grey (L) PNG "
-                    "whose values are object ids; take the data set's own annotations, or save "
-                    "your masks as one number a pixel"
-                )
-            bright: NDArray[np.uint8] = np.asarray(opened.convert("RGB")).max(2) > 0
-            return bright.astype(np.uint8)
-    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise FrameError(f"{path} cannot be read as a mask: {error}") from error
+    with _opened(path, "a mask") as image:
+        if image.mode in ("P", "L", "1"):
+            labels: NDArray[np.uint8] = np.asarray(image).astype(np.uint8)
+            return labels
+        if not colours:
+            raise FrameError(
+                f"{path} is a {image.mode} image, expected a palette (P) or grey (L) PNG whose "
+                "values are object ids; take the data set's own annotations, or save your masks "
+                "as one number a pixel"
+            )
+        bright: NDArray[np.uint8] = np.asarray(image.convert("RGB")).max(2) > 0
+        return bright.astype(np.uint8)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -59,10 +58,16 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         FrameError: the file is missing, damaged or not an image.
     """
-    pillow: Any = require("PIL.Image", extra="eval", purpose="reading frames")
+    with _opened(path, "an image") as image:
+        width, height = image.size
+        return height, width
+
+
+@contextlib.contextmanager
+def _opened(path: Path, what: str) -> Iterator[Any]:
+    pillow: Any = require("PIL.Image", extra="eval", purpose="reading images")
     try:
-        with pillow.open(path) as opened:
-            width, height = opened.size
+        with pillow.open(path) as image:
+            yield image
     except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise FrameError(f"{path} cannot be read as an image: {error}") from error
-    return height, width
+        raise FrameError(f"{path} cannot be read as {what}: {error}") from error

@@ -9,13 +9,14 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.video import find_images, is_video
 from cosettle_adapter.video.files import VIDEO_SUFFIXES
 
 Part = Literal["train", "val"]
+_VALIDATION = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,24 +39,11 @@ class LabelledVideo:
         return self.name
 
 
-class Split(NamedTuple):
-    """Rows of videos to learn from, and rows to be judged by."""
-
-    train: list[int]
-    val: list[int]
-
-
 def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
     """List the videos of ``DIR/<class>/<video>``, or of ``DIR/train`` and ``DIR/val``.
 
     A video is a video file or a folder of images. When ``train`` and ``val`` are the only folders
-    of the data folder, each is read as a folder of classes. Nothing is opened.
-
-    Args:
-        root: the data folder.
-
-    Returns:
-        Videos in order of name.
+    of ``root``, each is read as a folder of classes. Videos come in order of name.
 
     Raises:
         FrameError: no such folder, no classes, a class without videos, or a class of ``val``
@@ -77,27 +65,15 @@ def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
     return train + val
 
 
-def split_videos(
-    videos: Sequence[LabelledVideo], *, validation: float = 0.25, seed: int = 0
-) -> Split:
-    """Split videos into those to learn from and those to be judged by.
+def split_videos(videos: Sequence[LabelledVideo], *, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Split videos into rows to learn from and rows to be judged by.
 
-    A given split is kept. Otherwise each class gives the share ``validation`` of its videos, at
-    least one and never all; which ones depends on names and seed alone, not on order or platform,
-    and a video that is added or missing moves few others.
-
-    Args:
-        videos: at least two of each class.
-        validation: share, in (0, 1).
-        seed: of the choice.
+    A given split is kept. Otherwise a quarter of each class is judged, see :func:`held_out`.
 
     Raises:
         FrameError: a class with one video, or a given split with an empty part or with classes
             to be judged that there is nothing to learn from.
-        ValueError: ``validation`` is out of range.
     """
-    if not 0 < validation < 1:
-        raise ValueError(f"got validation={validation}, expected a share between 0 and 1")
     labels = [video.label for video in videos]
     given = any(video.part for video in videos)
     if given:
@@ -110,7 +86,7 @@ def split_videos(
                 "one to learn from, one to be judged by. Add videos or leave the class out"
             )
         names = [video.name for video in videos]
-        val = held_out(names, labels, share=validation, seed=seed)
+        val = held_out(names, labels, share=_VALIDATION, seed=seed)
     train = sorted(set(range(len(videos))) - set(val))
     unknown = sorted({labels[row] for row in val} - {labels[row] for row in train})
     if given and (not train or not val or unknown):
@@ -119,13 +95,14 @@ def split_videos(
             + (f", and none to train on of {some_of(unknown)}" if unknown else "")
             + "; both parts need readable videos of the same classes"
         )
-    return Split(train, val)
+    return train, val
 
 
 def held_out(names: Sequence[str], labels: Sequence[str], *, share: float, seed: int) -> list[int]:
     """Choose rows of every class: the nearest to ``share`` of it, at least one, never all.
 
-    Classes of one row give none.
+    Classes of one row give none. Which rows depends on names and seed alone, not on order or
+    platform, and a video that is added or missing moves few others.
     """
     by_label: defaultdict[str, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):

@@ -46,11 +46,8 @@ class Segment(NamedTuple):
 def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
     """Read a CSV file with the header ``video,start,end,label``, times in seconds.
 
-    Args:
-        path: the file, UTF-8; further columns and blank lines are ignored.
-
-    Returns:
-        Segments by video in order of first mention, each video's by start.
+    Further columns and blank lines are ignored. Segments come by video in order of first mention,
+    each video's by start.
 
     Raises:
         FrameError: no such file, a column is missing, a row without a video or a label or with
@@ -121,44 +118,40 @@ def localise(
         FrameError: fewer than two videos, or a label that only one of them shows.
         ValueError: a k below 1.
     """
-    stretches = [_stretches(video, segments) for video in videos]
-    shown = Counter(label for row in stretches for label in {label for label, _ in row})
+    stretches = [
+        each for row, video in enumerate(videos) for each in _stretches(row, video, segments)
+    ]
+    shown = Counter(label for _, label in {(each.row, each.label) for each in stretches})
     if shown[BACKGROUND] == 1:
-        stretches = [[each for each in row if each.label != BACKGROUND] for row in stretches]
+        stretches = [each for each in stretches if each.label != BACKGROUND]
         del shown[BACKGROUND]
     _check(videos, segments, shown)
     classes = sorted(shown)
+    labels = torch.tensor([classes.index(each.label) for each in stretches])
+    rows = torch.tensor([each.row for each in stretches])
+    means = {
+        name: torch.stack([videos[s.row].features[name][s.frames].mean(0) for s in stretches])
+        for name in videos[0].features
+    }
     columns: dict[str, dict[int, list[str]]] = {}
-    names: list[str] = []
-    truth: list[str] = []
-    times: list[float] = []
-    for video, own in zip(videos, stretches, strict=True):
-        if not own:
-            continue
-        others = [
-            (other, stretch)
-            for other, row in zip(videos, stretches, strict=True)
-            if other is not video
-            for stretch in row
-        ]
-        labels = torch.tensor([classes.index(stretch.label) for _, stretch in others])
-        bank = {
-            name: torch.stack([o.features[name][stretch.frames].mean(0) for o, stretch in others])
-            for name in video.features
-        }
-        judged = [frame for stretch in own for frame in stretch.frames]
-        names += [video.video] * len(judged)
-        truth += [stretch.label for stretch in own for _ in stretch.frames]
-        times += video.times[judged].tolist()
-        queries = with_centred({n: v[judged] for n, v in video.features.items()}, bank)
+    frames: list[tuple[str, str, float]] = []  # name of the video, label, time
+    for row, video in enumerate(videos):
+        judged = [(f, each.label) for each in stretches if each.row == row for f in each.frames]
+        frames += [(video.video, label, float(video.times[frame])) for frame, label in judged]
+        own = {name: values[[f for f, _ in judged]] for name, values in video.features.items()}
+        bank = {name: values[rows != row] for name, values in means.items()}
+        queries = with_centred(own, bank)
         for name, keys in with_centred(bank, bank).items():
-            votes = nearest_votes(keys, labels, queries[name], ks=ks, classes=len(classes))
+            votes = nearest_votes(
+                keys, labels[rows != row], queries[name], ks=ks, classes=len(classes)
+            )
             for k, tally in votes.items():
                 column = columns.setdefault(name, {}).setdefault(k, [])
                 column += [classes[best] for best in tally.argmax(dim=1).tolist()]
+    names, truth, times = zip(*frames, strict=True)
     return {
         name: {
-            k: Predictions(tuple(names), tuple(truth), tuple(predicted), tuple(times), {"k": k})
+            k: Predictions(names, truth, tuple(predicted), times, {"k": k})
             for k, predicted in by_k.items()
         }
         for name, by_k in columns.items()
@@ -166,13 +159,14 @@ def localise(
 
 
 class _Stretch(NamedTuple):
-    """Consecutive frames of one segment, or of none."""
+    """Consecutive frames of a video (by row) that are of one segment, or of none."""
 
+    row: int
     label: str
     frames: list[int]
 
 
-def _stretches(video: VideoFrames, segments: Sequence[Segment]) -> list[_Stretch]:
+def _stretches(row: int, video: VideoFrames, segments: Sequence[Segment]) -> list[_Stretch]:
     own = [segment for segment in segments if segment.video == video.video]
 
     def segment_at(frame: int) -> int:
@@ -180,7 +174,7 @@ def _stretches(video: VideoFrames, segments: Sequence[Segment]) -> list[_Stretch
         return next((i for i, s in enumerate(own) if s.start <= time < s.end), -1)
 
     return [
-        _Stretch(own[index].label if index >= 0 else BACKGROUND, list(frames))
+        _Stretch(row, own[index].label if index >= 0 else BACKGROUND, list(frames))
         for index, frames in groupby(range(len(video.times)), key=segment_at)
     ]
 

@@ -71,8 +71,8 @@ class WorstMoment:
         video: its name.
         when: times of the two frames, or their positions in an image folder.
         frames: ``(2, 3, H, W)`` uint8, made small.
-        consistent: ``(h, w)`` bool, patches of the first frame that come home from the second.
-        cycle_accuracy: share of them, in [0, 1].
+        consistent: ``(h, w)`` bool, patches of the first frame that come home.
+        cycle_accuracy: share of them.
     """
 
     video: str
@@ -113,9 +113,7 @@ def evaluate_representation(
     variants: Sequence[FeatureVariant] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> RepresentationReport:
-    """Measure what stays together within videos and apart between them.
-
-    Videos are read one at a time, each in one pass of the backbone for all variants.
+    """Measure what stays together within videos and apart between them, one video at a time.
 
     Args:
         adapter: backbone and projection.

@@ -99,35 +99,31 @@ class RepresentationMetrics:
 
         Args:
             percentiles: percentiles of the radius.
-            gap: frames between the two ends of a cycle.
+            gap: frames between the two ends of a cycle, at least 1.
             trim: frames left out of D_intra at both ends of a video; the released code leaves
                 out 3. The diameter takes them all.
             seed: of the positions; with 42 they are those of the released code.
-
-        Raises:
-            ValueError: an option out of range.
         """
         if gap < 1 or trim < 0:
             raise ValueError(f"got gap={gap} and trim={trim}, expected gap >= 1 and trim >= 0")
         self.percentiles = tuple(float(percentile) for percentile in percentiles)
         self.gap, self.trim, self.seed = gap, trim, seed
-        self._gram, self._tokens = torch.empty(0), 0
+        self._gram = torch.empty(0)
         self._rows: list[VideoRepresentation] = []
         self._samples: list[Tensor] = []
         self._shape: tuple[int, ...] | None = None
 
     @torch.no_grad()
     def add(self, features: Tensor, *, name: str = "") -> None:
-        """Measure one video.
+        """Measure one video; by default it is called by its number.
 
         Args:
             features: ``(T, C, h, w)`` floats, patch tokens of consecutive frames; the same
-                ``(C, h, w)`` for all videos, or there are no equal positions.
-            name: what to call it; by default its number.
+                ``(C, h, w)`` for all videos.
+            name: what to call it.
 
         Raises:
-            GeometryError: features that are not ``(T, C, h, w)`` floats, or of another shape
-                than the first video's.
+            GeometryError: features that are not floats of the first video's ``(C, h, w)``.
             FrameError: too few frames, or values that are not finite; the video is not added.
         """
         frames = token_frames(features, at_least=max(2 * self.trim + 2, self.gap + 1))
@@ -135,28 +131,19 @@ class RepresentationMetrics:
         name = name or f"video {len(self._rows)}"
         if not bool(frames.isfinite().all()):
             raise FrameError(f"the features of {name} hold values that are not finite")
-        _, patches, width = frames.shape
+        length, patches, width = frames.shape
         if self._shape is None:
             self._shape = tuple(features.shape[1:])
             self._gram = torch.zeros(width, width, dtype=torch.float64)
         centred = frames - frames.mean(dim=(0, 1))
-        steps = distances_to_next(centred[self.trim : len(centred) - self.trim])
+        steps = distances_to_next(centred[self.trim : length - self.trim])
         distance = float(steps.sort(dim=1).values[:, : max(1, patches // 2)].double().mean())
-        middle = frames[len(frames) // 2].to("cpu", torch.float64)
+        middle = frames[length // 2].to("cpu", torch.float64)
         self._gram += middle.T @ middle
-        self._tokens += patches
         order = torch.randperm(patches, generator=torch.Generator().manual_seed(self.seed))
         self._samples.append(middle[order[:_POSITIONS]])
-        self._rows.append(
-            VideoRepresentation(
-                name=name,
-                frames=len(frames),
-                d_intra=self._shares(distance, centred),
-                d_intra_raw=distance,
-                d_inter={},
-                cycle_accuracy=cycle_accuracy(features, gap=self.gap),
-            )
-        )
+        shares, cycles = self._shares(distance, centred), cycle_accuracy(features, gap=self.gap)
+        self._rows.append(VideoRepresentation(name, length, shares, distance, {}, cycles))
 
     @torch.no_grad()
     def result(self) -> Representation:
@@ -165,7 +152,7 @@ class RepresentationMetrics:
         Raises:
             FrameError: no video was added.
         """
-        if not self._rows:
+        if self._shape is None:
             raise FrameError("no video was added, so there is nothing to measure; call add first")
         samples = torch.stack(self._samples)
         samples = samples - samples.mean(dim=(0, 1))
@@ -174,14 +161,14 @@ class RepresentationMetrics:
             replace(row, d_inter=self._shares(distance, samples))
             for row, distance in zip(self._rows, distances, strict=True)
         )
-        d_inter = sum(distances) / len(distances)
+        tokens = len(rows) * self._shape[1] * self._shape[2]
         return Representation(
             videos=rows,
             d_intra={p: _mean([row.d_intra[p] for row in rows]) for p in self.percentiles},
             d_intra_raw=_mean([row.d_intra_raw for row in rows]),
-            d_inter=self._shares(d_inter, samples),
-            d_inter_raw=d_inter,
-            effective_rank=effective_rank(self._gram, self._tokens),
+            d_inter=self._shares(_mean(distances), samples),
+            d_inter_raw=_mean(distances),
+            effective_rank=effective_rank(self._gram, tokens),
             cycle_accuracy=_mean([row.cycle_accuracy for row in rows]),
         )
 
@@ -194,11 +181,7 @@ class RepresentationMetrics:
 
 
 def check_same_shape(expected: tuple[int, ...] | None, features: Tensor) -> None:
-    """Refuse features ``(T, C, h, w)`` of another shape than the first video's.
-
-    Raises:
-        GeometryError: they differ.
-    """
+    """Refuse features ``(T, C, h, w)`` of another ``(C, h, w)`` than the first video's."""
     if expected not in (None, shape := tuple(features.shape[1:])):
         raise GeometryError(
             f"got features (C, h, w) = {shape} after a video of {expected}; videos are compared at "
@@ -207,13 +190,9 @@ def check_same_shape(expected: tuple[int, ...] | None, features: Tensor) -> None
 
 
 def distances_to_next(frames: Tensor) -> Tensor:
-    """Return the Euclidean distance of every patch to its nearest one in the next frame.
+    """Return the Euclidean distance ``(T - 1, N)`` of every patch to its nearest one a frame on.
 
-    Args:
-        frames: ``(T, N, C)``, centred: a large common offset would cost digits.
-
-    Returns:
-        ``(T - 1, N)``.
+    ``frames`` are ``(T, N, C)`` and centred: a large common offset would cost digits.
     """
     distances = []
     for here, there in pairwise(frames):

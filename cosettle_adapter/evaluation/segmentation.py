@@ -64,8 +64,7 @@ def evaluate_sequence(
     """Propagate the first mask of a clip by features and score the others.
 
     Args:
-        features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, one
-            for every frame; an iterable is consumed at constant memory.
+        features: as in :func:`propagate_masks`.
         masks: ``(T, H, W)`` uint8 object ids, 0 the background, 255 void; fewer with
             ``annotated``.
         protocol: ``crw`` or ``dino``, see :func:`propagate_masks`.
@@ -138,7 +137,8 @@ def propagate_masks(
     map (for ``dino`` each then stretched to [0, 1]) and the strongest one wins.
 
     Args:
-        features: as in :func:`evaluate_sequence`.
+        features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, one
+            for every frame.
         mask: ``(H, W)`` uint8 label map of the first frame.
         classes: labels to propagate, the first of them the background, which takes whatever has
             no other of these labels.

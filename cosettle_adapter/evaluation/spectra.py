@@ -105,11 +105,7 @@ class SpectrumStatistics:
     """
 
     def __init__(self, *, gap: int = 1) -> None:
-        """Begin with no videos.
-
-        Args:
-            gap: frames between corresponding patches, at least 1.
-        """
+        """Begin with no videos; ``gap``, at least 1, is between corresponding patches."""
         if gap < 1:
             raise ValueError(f"got gap={gap}, expected at least 1")
         self.gap = gap
@@ -130,11 +126,8 @@ class SpectrumStatistics:
         """Add one video.
 
         Args:
-            tokens: ``(T, C, h, w)`` floats before the projection; one ``(C, h, w)`` for all.
-
-        Raises:
-            GeometryError: tokens of another kind, or of another shape than the first video's.
-            FrameError: no more than ``gap`` frames.
+            tokens: ``(T, C, h, w)`` floats before the projection, more than ``gap`` frames; one
+                ``(C, h, w)`` for all videos.
         """
         frames = token_frames(tokens, at_least=self.gap + 1)
         check_same_shape(self._shape, tokens)
@@ -191,14 +184,13 @@ def directional_gain(
 ) -> Tensor:
     """Return how much longer small steps along directions become.
 
+    That is the root mean square over tokens of the length of the Jacobian times the direction; for
+    an affine projection the length of its matrix times the direction.
+
     Args:
         projection: maps ``(N, C)`` to ``(N, C')``, row by row.
         tokens: ``(N, C)`` where it is differentiated, in forward mode.
-        directions: ``(K, C)`` unit vectors.
-
-    Returns:
-        ``(K,)`` float64, root mean square over tokens of the length of Jacobian times direction.
-        For an affine projection that is the length of its matrix times the direction.
+        directions: ``(K, C)`` unit vectors; the gains are ``(K,)`` float64.
     """
     module = getattr(projection, "__self__", projection)
     if isinstance(module, torch.nn.Module):

@@ -155,13 +155,9 @@ def _fused(variant: FeatureVariant, mode: FusionMode, backbone: Backbone) -> Fea
 def guide_variant(adapter: CoSettleAdapter, variants: Sequence[FeatureVariant]) -> FeatureVariant:
     """Return the centred single layer whose matches stand for the truth on real clips.
 
-    Of the layers that no projection reads and no fusion matches by, it is the one nearest two
-    thirds of the depth, the later of two equally near; of all layers where every one is read. Raw
-    and centred single layers do not count as reading: nothing would be left.
-
-    Args:
-        adapter: backbone and projection.
-        variants: the features whose drift will be measured.
+    It is chosen by :func:`guide_layer` among those that no projection of the variants to be
+    measured reads and no fusion matches by. Raw and centred single layers do not count as reading:
+    nothing would be left.
     """
     backbone = adapter.backbone
     read = {backbone.block(layer) for layer in adapter.config.layers}
@@ -173,7 +169,10 @@ def guide_variant(adapter: CoSettleAdapter, variants: Sequence[FeatureVariant]) 
 
 
 def guide_layer(depth: int, read: Iterable[int]) -> int:
-    """Choose the layer of :func:`guide_variant` for a backbone of ``depth`` layers."""
+    """Choose the layer nearest two thirds of the depth that is not read, the later of two.
+
+    Where every layer is read, it is chosen of all.
+    """
     free = sorted(set(range(depth)) - set(read), reverse=True)
     return min(free or range(depth), key=lambda layer: abs(3 * (layer + 1) - 2 * depth))
 
@@ -194,15 +193,10 @@ def raw_same(features: Mapping[str, Value]) -> Value:
 
 
 def read_layers(backbone: Backbone, images: Tensor, wanted: Sequence[Reads]) -> dict[Reads, Tensor]:
-    """Read several sets of layers in one pass of the backbone.
-
-    Args:
-        backbone: the frozen encoder.
-        images: normalised ``(B, 3, H, W)``.
-        wanted: sets of layers; those of one set are concatenated along the channels.
+    """Read several sets of layers of images ``(B, 3, H, W)`` in one pass of the backbone.
 
     Returns:
-        Set of layers to ``(B, C, h, w)``.
+        Set of layers to ``(B, C, h, w)``, its layers concatenated along the channels.
     """
     singles = sorted({(layer, norm) for layers, norm in wanted for layer in layers})
     maps = backbone.intermediate_tokens(
@@ -227,7 +221,7 @@ def encode_variants(
     Args:
         adapter: gives the backbone.
         batches: the clip's frames ``(N, 3, H, W)`` uint8, one forward pass each.
-        variants: see :func:`feature_variants`.
+        variants: what to make.
         size: what frames are resized to, as in the adapter's ``forward``.
 
     Yields:
@@ -263,7 +257,7 @@ def compare_features(
         variants: those of :func:`feature_variants` by default.
 
     Returns:
-        Name of a variant to its features ``(T, C, h, w)``, float32 on the CPU.
+        What :func:`encode_variants` yields, by name.
     """
 
     def batches() -> Iterator[Tensor]:

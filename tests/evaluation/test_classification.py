@@ -64,6 +64,7 @@ def blobs(classes: int, *, apart: float = 0.7) -> tuple[Tensor, Tensor]:
     return apart * noise(classes, 5, seed=9)[labels] + noise(len(labels), 5), labels
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("penalty", [1e-3, 0.1, 10.0])
 def test_a_probe_minimises_its_objective(

@@ -99,8 +99,12 @@ def test_every_mask_needs_a_map(maps: int, message: str) -> None:
 
 def test_wrong_masks_say_what_was_expected() -> None:
     features, masks = moving_squares()
-    with pytest.raises(FrameError, match=r"a clip of 2 frame\(s\) cannot be scored"):
+    with pytest.raises(FrameError, match="first and the last frame of the clip's 2 do not"):
         evaluate_sequence(features[:2], masks[:2])
+    with pytest.raises(FrameError, match=r"2 masks for the frames \[1, 3\].*first is frame 0"):
+        evaluate_sequence(features, masks[[1, 3]], annotated=[1, 3])
+    with pytest.raises(FrameError, match=r"uint8 masks of shape \(48, 80\), expected"):
+        evaluate_sequence(features, masks[0])
     with pytest.raises(FrameError, match="int64 masks"):
         evaluate_sequence(features, masks.astype(np.int64))  # type: ignore[arg-type]
     with pytest.raises(FrameError, match="first mask has no object"):
