@@ -39,8 +39,8 @@ __all__ = [
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
     from cosettle_adapter.backbones import load_backbone
+    from cosettle_adapter.hub import list_models
     from cosettle_adapter.projection import Projection, ProjectionConfig
-    from cosettle_adapter.published import list_models
     from cosettle_adapter.streaming import FeatureChunk
     from cosettle_adapter.training.fit import fit
     from cosettle_adapter.video.geometry import Geometry

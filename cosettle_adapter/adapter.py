@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from cosettle_adapter.backbones import Backbone, HubOptions
-from cosettle_adapter.backbones.released import BACKBONE_FILE
+from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
 from cosettle_adapter.correspondence import FusionMode, TemporalFusion
@@ -28,7 +28,7 @@ from cosettle_adapter.video import Fit, FrameSelection, open_frames, pinned, pre
 from cosettle_adapter.video.selection import selected
 
 if TYPE_CHECKING:
-    from cosettle_adapter.hub import Pushed
+    from cosettle_adapter.upload import Pushed
 
 __all__ = ["DEFAULT_BATCH_SIZE", "CoSettleAdapter", "FeatureChunk", "Size"]
 
@@ -190,7 +190,7 @@ class CoSettleAdapter(FeatureModel):
 
         ``options`` and errors are those of :func:`cosettle_adapter.hub.push`.
         """
-        from cosettle_adapter.hub import push  # brings the cards, which few processes need
+        from cosettle_adapter.upload import push  # brings the cards, which few processes need
 
         self._check_stored()
         if self._backbone_file is not None:

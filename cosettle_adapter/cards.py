@@ -26,7 +26,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from cosettle_adapter.backbones import BackboneRow, lookup
-from cosettle_adapter.backbones.released import OFFICIAL_REPOSITORY
+from cosettle_adapter.backbones.downloads import OFFICIAL_REPOSITORY
 from cosettle_adapter.convert import RELEASED
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.licences import binding_licences, hub_licence, restriction

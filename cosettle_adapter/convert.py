@@ -19,21 +19,16 @@ from torch import Tensor
 
 from cosettle_adapter.backbones import BackboneRow, HubOptions
 from cosettle_adapter.backbones.architectures import check_tensors, meta_model
-from cosettle_adapter.backbones.blobs import check_blob
 from cosettle_adapter.backbones.checkpoints import Checkpoint, is_whole, read_checkpoint
+from cosettle_adapter.backbones.downloads import converted_folder, file_sha256, released_checkpoint
 from cosettle_adapter.backbones.layouts import to_timm
-from cosettle_adapter.backbones.released import (
-    BACKBONE_FILE,
-    converted_folder,
-    released_checkpoint,
-)
 from cosettle_adapter.backbones.weights import (
+    BACKBONE_FILE,
     LoadedWeights,
     fingerprint,
     load_weights,
     save_tensors,
 )
-from cosettle_adapter.backbones.wheels import file_sha256
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 from cosettle_adapter.projection import (
     CONFIG_FILE,
@@ -170,7 +165,6 @@ def released_projection(row: BackboneRow, options: HubOptions) -> Path:
     folder = converted_folder(row, released.commit, options)
     if _is_complete(folder):
         return folder
-    check_blob(released.path, what=released.filename)
     conversion = convert_checkpoint(
         released.path,
         row,

@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from cosettle_adapter.backbones import REGISTRY, BackboneRow, HubOptions, lookup
-from cosettle_adapter.backbones.blobs import check_blob
-from cosettle_adapter.backbones.hub_options import one_line
+from cosettle_adapter.backbones.downloads import OFFICIAL_REPOSITORY, hub_file, one_line
 from cosettle_adapter.backbones.registry import is_backbone_name
-from cosettle_adapter.backbones.released import BACKBONE_FILE, OFFICIAL_REPOSITORY
+from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.errors import (
     ProjectionFormatError,
     UnknownModelError,
@@ -25,7 +23,6 @@ from cosettle_adapter.errors import (
     did_you_mean,
 )
 from cosettle_adapter.fitting_cache import cache_folder
-from cosettle_adapter.lazy import load_on_use
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, ProjectionConfig
 
 _BUNDLED = Path(__file__).parent / "projections"
@@ -241,25 +238,10 @@ def _download(repository: str, options: HubOptions) -> Path:
 
 def _fetch(repository: str, filename: str, options: HubOptions) -> Path:
     try:
-        file = hf_hub_download(
-            repository,
-            filename,
-            cache_dir=options.hub_cache,
-            revision=options.revision,
-            token=options.token,
-            local_files_only=options.offline,
-        )
+        return hub_file(repository, filename, options)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         how = "the Hub cache only" if options.offline else "the Hub cache, then the Hub"
         raise WeightsUnavailableError(
             f"no {filename} from the Hub repository {repository} (tried {how}): "
             f"{one_line(error)}. A local folder is given as a path, for example ./my-projection"
         ) from error
-    return check_blob(Path(file), what=f"{filename} of {repository}")
-
-
-# shim: removed at integration
-__getattr__ = load_on_use(
-    __name__,
-    dict.fromkeys(("HubUploadError", "Pushed", "push"), "cosettle_adapter.upload"),
-)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,5 +45,28 @@ def load_on_use(package: str, modules: Mapping[str, str]) -> Callable[[str], Any
         value = getattr(importlib.import_module(modules[name]), name)
         setattr(sys.modules[package], name, value)
         return value
+
+    return load
+
+
+def moved_to(package: str, *places: str) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for a module whose names have moved: each warns for one version.
+
+    Args:
+        package: its ``__name__``.
+        *places: modules that have its names now.
+    """
+
+    def load(name: str) -> Any:
+        for place in () if name.startswith("__") else places:
+            found = getattr(importlib.import_module(place), name, None)
+            if found is not None:
+                warnings.warn(
+                    f"{package}.{name} moved to {place}; the old place goes in version 0.3",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                return found
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return load

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from cosettle_adapter.backbones import Backbone, HubOptions, load_backbone
 from cosettle_adapter.fitting import find_recipe
 from cosettle_adapter.fitting_cache import fitted_projection
+from cosettle_adapter.hub import PublishedProjection, find_projection, is_published
 from cosettle_adapter.projection import Projection, ProjectionConfig
-from cosettle_adapter.published import PublishedProjection, find_projection, is_published
 
 RAW = "none: the backbone's own tokens"
 

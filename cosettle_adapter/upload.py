@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from cosettle_adapter.backbones.hub_options import one_line
+from cosettle_adapter.backbones.downloads import one_line
 from cosettle_adapter.cards import model_card
 from cosettle_adapter.errors import CosettleError, UnknownModelError
 from cosettle_adapter.hub import is_repository

@@ -20,7 +20,7 @@ from cosettle_adapter.backbones import (
     load_backbone,
     registry,
 )
-from cosettle_adapter.backbones.row import HubFile
+from cosettle_adapter.backbones.rows import HubFile
 from cosettle_adapter.backbones.weights import LoadedWeights, fingerprint
 from cosettle_adapter.cli import main
 from cosettle_adapter.convert import convert_checkpoint, differences

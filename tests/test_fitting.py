@@ -15,7 +15,7 @@ from cosettle_adapter.closed_form import StatisticsError
 from cosettle_adapter.errors import GeometryError
 from cosettle_adapter.fitting import fit_starter, read_layers
 from cosettle_adapter.starter import known_correspondences, starter_clips, starter_photographs
-from cosettle_adapter.video.rendered import render_clip
+from cosettle_adapter.video.synthetic import render_clip
 
 from helpers import small_corpus, tiny_state
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.cli.report import ReportFilm, write_report
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +16,10 @@ from rich.console import Console
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.cli import demo
-from cosettle_adapter.cli.comparison import comparison, terminal_table
-from cosettle_adapter.cli.report import ReportFilm, ReportTable, write_report
+from cosettle_adapter.cli.tables import terminal_table
 from cosettle_adapter.errors import FrameError, GeometryError
+from cosettle_adapter.evaluation.report import Table as ReportTable
+from cosettle_adapter.evaluation.tables import comparison
 from cosettle_adapter.visualization import (
     comparison_picture,
     feature_panels,

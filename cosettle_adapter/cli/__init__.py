@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosettle_adapter.errors import CosettleError, MissingExtraError
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
 
 # name, function (loaded when the command is called), help
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo:demo", "Write PCA films and a report that compare features."),
     "list": ("models:list_models", "Show models and backbones."),
     "download": ("models:download", "Download and verify models' weights."),
     "extract": ("extract:extract", "Write the features of videos to files."),
@@ -26,12 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train:train", "Train a projection on a folder of videos."),
     "prepare": ("prepare:prepare", "Extract the frames of a corpus for training."),
     "export": ("export:export", "Write a model as an ONNX or torch.export file."),
+    "view": ("view:view", "Click a patch and see what it is similar to, in a local page."),
     "convert": ("models:convert", "Convert a checkpoint of the official code."),
     "push": ("models:push", "Upload a projection to the Hugging Face Hub, with a card."),
 }
-
-# commands that still parse with argparse
-OLD = ("demo", "view")
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -61,8 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = console(stderr=True)
     _configure_logging(errors, verbose=verbose)
     try:
-        if words and words[0] in OLD:
-            return _old(words)
         status = application()(words, exit_on_error=False, result_action="return_value")
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt as interruption:
@@ -95,19 +90,6 @@ def application() -> App:
     for name, (function, text) in COMMANDS.items():
         app.command(f"cosettle_adapter.cli.{function}", name=name, help=text)
     return app
-
-
-def _old(words: list[str]) -> int:
-    from cosettle_adapter.cli.common import console
-
-    parser = argparse.ArgumentParser(prog="cosettle-adapter")
-    commands = parser.add_subparsers(dest="command", required=True)
-    module: Any = importlib.import_module(f"cosettle_adapter.cli.{words[0]}")
-    module.add_arguments(commands.add_parser(words[0], help=module.HELP))
-    options = parser.parse_args(words)
-    options.words = words
-    status: int = module.run(options, console())
-    return status
 
 
 def _configure_logging(errors: object, *, verbose: bool) -> None:

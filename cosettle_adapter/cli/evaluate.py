@@ -78,8 +78,8 @@ class FeatureOptions(ModelOptions):
             ValueError: two of one name.
         """
         from cosettle_adapter.backbones import HubOptions
+        from cosettle_adapter.hub import find_projection
         from cosettle_adapter.projection import Projection
-        from cosettle_adapter.published import find_projection
 
         hub = HubOptions(cache_dir=self.cache_dir, local_files_only=self.offline)
         found: dict[str, Projection] = {}

@@ -28,7 +28,7 @@ from cosettle_adapter.extraction import (
 from cosettle_adapter.extraction.formats import FORMATS, format_of
 from cosettle_adapter.extraction.ray import RayOptions, extract_with_ray, require_ray
 from cosettle_adapter.extraction.settings import StorageName
-from cosettle_adapter.published import is_published
+from cosettle_adapter.hub import is_published
 from cosettle_adapter.video import FrameSelection, probe
 
 _LISTED = 50

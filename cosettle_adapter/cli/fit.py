@@ -40,7 +40,7 @@ def fit(
             name_transform=lambda name: _NAMES.get(name) or default_name_transform(name),
             parse=re.compile("^(?!concatenations|strengths)"),
         ),
-    ] = FitSettings(),  # noqa: B008  # frozen
+    ] = FitSettings(),  # frozen
     concatenate: Annotated[
         list[Layers] | None, Parameter(converter=parse_sets, n_tokens=-1)
     ] = None,

@@ -18,7 +18,7 @@ def prepare(
     *,
     data: list[str],
     output: Output,
-    settings: Annotated[PrepareSettings, Parameter(name="*")] = PrepareSettings(),  # noqa: B008
+    settings: Annotated[PrepareSettings, Parameter(name="*")] = PrepareSettings(),
     workers: int = os.cpu_count() or 1,
 ) -> None:
     """Extract the frames of a corpus once, so that training reads small images.

@@ -93,7 +93,7 @@ def train(
             negative_bool="no-",
             negative_iterable=(),
         ),
-    ] = TrainSettings(),  # noqa: B008
+    ] = TrainSettings(),
 ) -> int:
     """Train a projection for a backbone on a folder of videos; the paper's method.
 

@@ -22,8 +22,6 @@ from cosettle_adapter.closed_form.statistics import TokenStatistics
 from cosettle_adapter.correspondence import corresponding_patches, soft_correspondences
 from cosettle_adapter.errors import StatisticsError
 
-block_scale, solve_blocks = layer_scale, solve_layers  # shim: removed at integration
-
 __all__ = [
     "NUISANCES",
     "SOLVERS",
@@ -34,7 +32,6 @@ __all__ = [
     "StatisticsError",
     "TokenStatistics",
     "apply_to_maps",
-    "block_scale",
     "centre",
     "corresponding_patches",
     "layer_scale",
@@ -43,7 +40,6 @@ __all__ = [
     "settle_clip",
     "soft_correspondences",
     "soft_threshold",
-    "solve_blocks",
     "solve_layers",
     "surrogate",
     "whiten",

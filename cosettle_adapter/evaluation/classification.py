@@ -13,7 +13,7 @@ from cosettle_adapter.evaluation.labelled_videos import held_out, split_videos
 from cosettle_adapter.evaluation.predictions import TEMPERATURE, Predictions, nearest_votes
 from cosettle_adapter.evaluation.variants import CENTRED, raw_same
 from cosettle_adapter.evaluation.videos import PooledVideos, with_centred
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 LINEAR = "linear probe"
 PENALTIES = tuple(10.0**exponent for exponent in range(1, -7, -1))

@@ -18,7 +18,7 @@ import numpy as np
 
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.evaluation.images import read_frame, read_labels
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 from cosettle_adapter.video import FrameSelection, find_images
 
 if TYPE_CHECKING:

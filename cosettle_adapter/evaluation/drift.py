@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cosettle_adapter.correspondence import mutual_nearest
 from cosettle_adapter.evaluation.consistency import nearest_patch, token_frames
-from cosettle_adapter.video.rendered import RenderedClip
+from cosettle_adapter.video.synthetic import RenderedClip
 
 if TYPE_CHECKING:
     from cosettle_adapter.video.geometry import Geometry

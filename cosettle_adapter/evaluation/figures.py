@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cosettle_adapter.evaluation.report import Figure, Section, Table, picture
 from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST, RAW_SAME
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 if TYPE_CHECKING:
     from cosettle_adapter.evaluation.representation import RepresentationReport, WorstMoment

@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 from cosettle_adapter.video.files import read_image
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

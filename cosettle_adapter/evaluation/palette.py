@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosettle_adapter.extras import require
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.imports import require
+from cosettle_adapter.io import atomic_path
 
 if TYPE_CHECKING:
     import numpy as np

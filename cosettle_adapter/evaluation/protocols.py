@@ -14,7 +14,7 @@ from cosettle_adapter.evaluation.clips import Clip
 from cosettle_adapter.evaluation.masks import summarise
 from cosettle_adapter.evaluation.palette import save_labels
 from cosettle_adapter.evaluation.segmentation import evaluate_sequence
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.io import atomic_path
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cosettle_adapter.evaluation.drift import Correspondence
     from cosettle_adapter.video import RenderedClip
     from cosettle_adapter.video.geometry import Geometry
-    from cosettle_adapter.video.rendered import Motion
+    from cosettle_adapter.video.synthetic import Motion
 
 FRAMES = 16
 SIZE = (280, 490)

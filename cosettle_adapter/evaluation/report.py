@@ -19,8 +19,8 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extras import require
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.imports import require
+from cosettle_adapter.io import atomic_path
 
 _MEDIA_TYPES = {
     ".mp4": "video/mp4",

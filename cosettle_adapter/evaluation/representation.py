@@ -29,7 +29,7 @@ from cosettle_adapter.evaluation.variants import (
 )
 from cosettle_adapter.evaluation.videos import each_readable, frames_of
 from cosettle_adapter.video import open_frames
-from cosettle_adapter.video.resampling import resize
+from cosettle_adapter.video.geometry import resize
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.videos import PooledVideos, with_centred
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 _CHUNK = 512  # queries ranked at a time
 

@@ -26,11 +26,10 @@ from cosettle_adapter.evaluation.variants import (
     feature_variants,
     guide_variant,
 )
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.io import atomic_path
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import open_frames
-from cosettle_adapter.video.geometry import plan_geometry
-from cosettle_adapter.video.sides import nearest_valid
+from cosettle_adapter.video.geometry import nearest_valid, plan_geometry
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter

@@ -18,7 +18,7 @@ from torch import Tensor
 from cosettle_adapter.closed_form import StatisticsError, TokenStatistics, corresponding_patches
 from cosettle_adapter.evaluation.consistency import token_frames
 from cosettle_adapter.evaluation.representation_metrics import check_same_shape
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 _TIE = 1e-5  # relative gains that differ by less are equal: projections are float32
 _TOKENS = 4  # kept of each video, at which gains may be evaluated

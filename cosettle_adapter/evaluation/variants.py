@@ -50,11 +50,6 @@ class FeatureVariant:
     widths: tuple[int, ...] = ()
 
     @property
-    def blocks(self) -> Reads:
-        """``reads``."""  # shim: removed at integration
-        return self.reads
-
-    @property
     def needs_clip(self) -> bool:
         """Whether it is made of a whole clip, and not of each frame alone."""
         return self.finish is not None or self.fusion is not None

@@ -26,7 +26,7 @@ from cosettle_adapter.export.program import (
     check_suffix,
     reason,
 )
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.errors import CosettleError, GeometryError, MissingExtraError
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.io import atomic_path
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import as_frames, photographs, render_clip
 from cosettle_adapter.video.geometry import resize

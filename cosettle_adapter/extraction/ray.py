@@ -16,7 +16,7 @@ from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.errors import MissingExtraError
 from cosettle_adapter.extraction.errors import EngineError, FormatError
 from cosettle_adapter.extraction.run import Job, Outcome, attempt
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 _OBJECT_STORE_BYTES = 128 << 20  # rows hold names and outcomes, never features
 _MOST_DEATHS = 2  # workers that may die at one source before it is given up

@@ -18,7 +18,7 @@ from torch import Tensor
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.extraction.record import RunRecord
 from cosettle_adapter.extraction.settings import ExtractSettings
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 from cosettle_adapter.video import Geometry
 
 Description = tuple[Tensor, Geometry, Mapping[str, Any]]

@@ -14,7 +14,7 @@ from PIL import Image  # comes with torchvision, which timm requires
 from torch import Tensor
 
 from cosettle_adapter.video.arrays import image_to_frame
-from cosettle_adapter.video.rendered import RenderedClip, render_clip
+from cosettle_adapter.video.synthetic import RenderedClip, render_clip
 
 CLIPS = 48  # each photograph twice
 FRAMES = 2

@@ -25,8 +25,7 @@ from torch.utils.data import Dataset
 
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.files import atomic_path
-from cosettle_adapter.locking import exclusive
+from cosettle_adapter.io import atomic_path, exclusive
 from cosettle_adapter.training.data import Batch, Key, TrainingPairs, load_batches
 from cosettle_adapter.training.encoding import Views, draw_offsets, encode_views
 from cosettle_adapter.training.errors import (

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosettle_adapter.cards import model_card
-from cosettle_adapter.files import atomic_path
-from cosettle_adapter.locking import exclusive
+from cosettle_adapter.io import atomic_path, exclusive
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection
 from cosettle_adapter.training.distribution import everywhere, on_main
 from cosettle_adapter.training.errors import CheckpointError, TrainingError, disk_full

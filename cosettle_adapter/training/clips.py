@@ -14,7 +14,7 @@ from torch import Tensor
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.video import probe
 from cosettle_adapter.video.files import VIDEO_SUFFIXES
-from cosettle_adapter.video.sources import pending_frames
+from cosettle_adapter.video.reader import pending_frames
 
 _FAR = 4.0  # seconds; about as much lies between a frame and its keyframe
 

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from cosettle_adapter.errors import CosettleError, FrameError
 from cosettle_adapter.training.discovery import EXPECTED, Discovery, Found, discover
+from cosettle_adapter.video.decoder import FileRange, decode_video
 from cosettle_adapter.video.files import IMAGE_SUFFIXES, natural_key, read_image
-from cosettle_adapter.video.selected import count_frames, read_frames
-from cosettle_adapter.video.streams import FileRange
-from cosettle_adapter.video.timeline import PendingFrame
-from cosettle_adapter.video.video import decode_video
+from cosettle_adapter.video.random_access import count_frames, read_frames
+from cosettle_adapter.video.selection import PendingFrame
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

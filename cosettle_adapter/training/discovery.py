@@ -20,8 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from cosettle_adapter.errors import FrameError, did_you_mean
-from cosettle_adapter.extras import require
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.imports import require
+from cosettle_adapter.io import atomic_path
 from cosettle_adapter.video.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 INDEX_NAME = "cosettle_corpus.json"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 from cosettle_adapter.training.errors import TrainingError
 
 if TYPE_CHECKING:

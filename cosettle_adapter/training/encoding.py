@@ -10,7 +10,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.backbones.positions import Positions, join_positions
+from cosettle_adapter.backbones.backbone import Positions
+from cosettle_adapter.training.positions import join_positions, perturbed_positions
 from cosettle_adapter.training.seeds import generator_of
 from cosettle_adapter.training.settings import ObjectiveSettings
 
@@ -110,7 +111,7 @@ def encode_views(
                 f"expected offsets (1, 2) or ({clips}, 2) for {clips} clips, got {got}"
             )
         again = rearrange(frames[:, :-1], "b t c h w -> (b t) c h w")
-        perturbed = backbone.perturbed_positions(grid, offsets, ratio=settings.pea_ratio)
+        perturbed = perturbed_positions(backbone, grid, offsets, ratio=settings.pea_ratio)
         variant = torch.arange(1, len(offsets) + 1).expand(clips)  # 0 is the backbone's own
         own = torch.zeros(len(images), dtype=torch.int64)
         index = torch.cat([own, repeat(variant, "b -> (b t)", t=length - 1)])

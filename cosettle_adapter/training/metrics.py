@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cosettle_adapter.extras import require
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.imports import require
+from cosettle_adapter.io import atomic_path
 from cosettle_adapter.training.checkpoint import METRICS_FILE, room_for_run
 
 

@@ -21,12 +21,12 @@ from cosettle_adapter.closed_form import (
     StatisticsError,
     TokenStatistics,
     apply_to_maps,
-    solve_blocks,
+    solve_layers,
 )
 from cosettle_adapter.correspondence import propagate_labels
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.training.clips import neighbouring_frames
-from cosettle_adapter.video.rendered import RenderedClip, render_clip
+from cosettle_adapter.video.synthetic import RenderedClip, render_clip
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Candidate:
         """
         row = SOLVERS[self.solver]
         widths = [backbone.widths[layer] for layer in self.layers]
-        return solve_blocks(
+        return solve_layers(
             statistics,
             widths,
             lambda scaled: row.solve(scaled, self.strength, nuisance),

@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 from einops import rearrange
 from torch import Tensor
 
-from cosettle_adapter import extras
+from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.io import atomic_path
 from cosettle_adapter.training.corpus import Corpus, Video
 from cosettle_adapter.training.discovery import INDEX_NAME, read_index, write_index
 from cosettle_adapter.training.errors import DiskFullError, TrainingError
 from cosettle_adapter.video.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from cosettle_adapter.video.timeline import PendingFrame
+from cosettle_adapter.video.selection import PendingFrame
 
 SKIPPED_NAME = "skipped.txt"
 
@@ -315,7 +315,7 @@ def _wanted(job: Job, frames: Iterable[PendingFrame]) -> Iterator[PendingFrame]:
 
 
 def _write_jpeg(pixels: Tensor, path: Path, settings: PrepareSettings) -> None:
-    image_module = extras.require("PIL.Image", extra="train", purpose="writing image files")
+    image_module = imports.require("PIL.Image", extra="train", purpose="writing image files")
     image = image_module.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
     scale = settings.size / min(image.size)
     if scale < 1:

@@ -23,14 +23,15 @@ from cosettle_adapter.closed_form import (
     Nuisance,
     StatisticsError,
     TokenStatistics,
-    block_scale,
     corresponding_patches,
+    layer_scale,
     soft_correspondences,
 )
 from cosettle_adapter.closed_form.statistics import exact
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.training.clips import neighbouring_frames
 from cosettle_adapter.training.model_selection import Layers
+from cosettle_adapter.training.positions import perturbed_positions
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ class _Collector:
             seed = zlib.crc32(f"{settings.seed} {clip.name}".encode())
             offsets = torch.rand(2, 2, generator=torch.Generator().manual_seed(seed))
             offsets = repeat(offsets, "two yx -> (pairs two) yx", pairs=len(frames) // 2)
-            positions = backbone.perturbed_positions(grid, offsets)
+            positions = perturbed_positions(backbone, grid, offsets)
             maps = backbone.intermediate_tokens(images, layers, norm=False, positions=positions)
             hidden = dict(zip(layers, (each.float() for each in maps), strict=True))
         moments = _Moments(tokens)
@@ -273,7 +274,7 @@ def _add_pairs(
     scale = maps.new_ones(maps.shape[1])
     if len(widths) > 1:
         centred = maps - reduce(maps, "t c h w -> 1 c 1 1", "mean")
-        scale = block_scale(reduce(centred.square(), "t c h w -> c", "mean"), widths)
+        scale = layer_scale(reduce(centred.square(), "t c h w -> c", "mean"), widths)
     here, there = maps * rearrange(scale, "c -> c 1 1")
     if how == "soft":
         rows, columns, weights = soft_correspondences(here, there)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter
-from cosettle_adapter.analysis import RepresentationMetrics
-from cosettle_adapter.analysis.consistency import tracking_error
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import CosettleError
+from cosettle_adapter.evaluation.consistency import tracking_error
+from cosettle_adapter.evaluation.representation_metrics import RepresentationMetrics
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.training.corpus import Corpus, Video
 from cosettle_adapter.training.errors import TrainingError
 from cosettle_adapter.training.model_selection import mask_overlap, render_from
-from cosettle_adapter.video.resampling import resize
+from cosettle_adapter.video.geometry import resize
 
 CRITERION = "overlap"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosettle_adapter.lazy import load_on_use
+from cosettle_adapter.imports import load_on_use
 from cosettle_adapter.video.arrays import as_frames, validate_frames
 from cosettle_adapter.video.decoder import SourceInfo
 from cosettle_adapter.video.files import (
@@ -23,10 +23,10 @@ from cosettle_adapter.video.geometry import (
     plan_geometry,
     resample_to_points,
 )
-from cosettle_adapter.video.photographs import photographs  # shim: goes with that module
 from cosettle_adapter.video.prefetch import prefetch
 from cosettle_adapter.video.reader import FrameChunk, open_frames, pinned, probe
 from cosettle_adapter.video.selection import FrameSelection
+from cosettle_adapter.video.synthetic import photographs
 
 if TYPE_CHECKING:
     from cosettle_adapter.video.random_access import count_frames, read_frames

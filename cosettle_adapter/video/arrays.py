@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from cosettle_adapter import extras
+from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
 
 _ACCEPTED = (
@@ -91,7 +91,7 @@ def image_to_frame(image: Any) -> Tensor:
     Raises:
         FrameError: a mode without a known range of values (32-bit float).
     """
-    numpy = extras.require("numpy", extra="video", purpose="reading PIL images")
+    numpy = imports.require("numpy", extra="video", purpose="reading PIL images")
     if image.mode == "F":
         raise FrameError("got a 32-bit float PIL image; pass it as a float array in [0, 1] instead")
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip rather than scale

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cosettle_adapter import extras
+from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
 from cosettle_adapter.video.completeness import Completeness
 from cosettle_adapter.video.selection import PendingFrame
@@ -196,7 +196,7 @@ def open_video(source: VideoSource, *, threads: bool = True) -> Iterator[Video]:
         MissingExtraError: PyAV or numpy is not installed.
     """
     av = pyav()
-    extras.require("numpy", extra="video", purpose="reading video files")
+    imports.require("numpy", extra="video", purpose="reading video files")
     hint = "it is no video, or its end, which holds the index, is missing"
     if source.suffix.lower() in _LOADERS:
         hint = f"load it with {_LOADERS[source.suffix.lower()]} and pass the frames"
@@ -326,7 +326,7 @@ def reason(error: BaseException) -> str:
 
 def pyav() -> Any:
     """Import PyAV, or say which extra brings it."""
-    return extras.require("av", extra="video", purpose="reading video files")
+    return imports.require("av", extra="video", purpose="reading video files")
 
 
 def _url(source: VideoSource) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cosettle_adapter import extras
+from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.video.arrays import image_to_frame
 
@@ -81,8 +81,8 @@ def read_image(path: Path) -> Tensor:
         FrameError: the file is missing, damaged or not an image.
     """
     purpose = "reading image files"
-    image_module = extras.require("PIL.Image", extra="video", purpose=purpose)
-    operations = extras.require("PIL.ImageOps", extra="video", purpose=purpose)
+    image_module = imports.require("PIL.Image", extra="video", purpose=purpose)
+    operations = imports.require("PIL.ImageOps", extra="video", purpose=purpose)
     try:
         with image_module.open(path) as image:
             return image_to_frame(operations.exif_transpose(image))

@@ -20,7 +20,7 @@ from einops import einsum, rearrange
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from cosettle_adapter import extras
+from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.video.arrays import image_to_frame, validate_frames
 from cosettle_adapter.video.geometry import as_sides, check_side, resize
@@ -56,8 +56,8 @@ def photographs() -> dict[str, Tensor]:
         FrameError: the installed scikit-image has been stripped of its photographs.
     """
     purpose = "loading the demo photographs"
-    folder = Path(extras.require("skimage.data", extra="demo", purpose=purpose).__path__[0])
-    image_module = extras.require("PIL.Image", extra="demo", purpose=purpose)
+    folder = Path(imports.require("skimage.data", extra="demo", purpose=purpose).__path__[0])
+    image_module = imports.require("PIL.Image", extra="demo", purpose=purpose)
     loaded = {}
     for name, file in _PHOTOGRAPHS.items():
         try:

@@ -11,8 +11,7 @@ from PIL import Image
 
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.cli import main
-from cosettle_adapter.video.photographs import photographs
-from cosettle_adapter.video.rendered import render_clip
+from cosettle_adapter.video.synthetic import photographs, render_clip
 
 from helpers import shared_data, write_video
 

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from cosettle_adapter.cli.options import size
 
 from cosettle_adapter import __version__
 from cosettle_adapter.backbones import REGISTRY, VisionTransformerBackbone
 from cosettle_adapter.cli import COMMANDS, main
-from cosettle_adapter.cli.options import size
 from cosettle_adapter.feature_file import read_features
 
 from helpers import REAL, write_video

@@ -10,8 +10,7 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.correspondence import TemporalFusion, fusion, temporal_fusion
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.video.photographs import photographs
-from cosettle_adapter.video.rendered import render_clip
+from cosettle_adapter.video.synthetic import photographs, render_clip
 
 MODES = ("symmetric", "causal")
 

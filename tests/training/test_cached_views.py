@@ -19,7 +19,7 @@ from torch import nn
 
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.errors import FrameError, MissingExtraError
-from cosettle_adapter.locking import exclusive
+from cosettle_adapter.io import exclusive
 from cosettle_adapter.training import cached_views
 from cosettle_adapter.training.cached_views import CachedViews
 from cosettle_adapter.training.corpus import Corpus

@@ -15,6 +15,7 @@ from cosettle_adapter.errors import GeometryError
 from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.encoding import Views, compile_encoder, draw_offsets, encode_views
 from cosettle_adapter.training.metrics import read_metrics
+from cosettle_adapter.training.positions import perturbed_positions
 from cosettle_adapter.training.settings import ObjectiveSettings
 from cosettle_adapter.training.train import train
 
@@ -108,7 +109,7 @@ def test_views_are_what_encoding_one_by_one_gives(kind: str, pea: str, length: i
     moved = 0.0
     for clip in range(3):
         offset = offsets[clip if pea == "sample" else 0]
-        positions = backbone.perturbed_positions((4, 4), offset[None])
+        positions = perturbed_positions(backbone, (4, 4), offset[None])
         for frame in range(length):
             image = ((frames[clip, frame] - mean) / std)[None]
             own = rearrange(backbone.patch_tokens(image, layer=1), "1 c h w -> (h w) c")

@@ -17,8 +17,8 @@ from cosettle_adapter.training.clips import find_clips, neighbouring_frames
 from cosettle_adapter.training.fit import FitSettings, fit_projection, split
 from cosettle_adapter.training.statistics import collect_statistics
 from cosettle_adapter.video import FrameSelection, open_frames, probe
-from cosettle_adapter.video.sources import SourceInfo
-from cosettle_adapter.video.timeline import PendingFrame
+from cosettle_adapter.video.decoder import SourceInfo
+from cosettle_adapter.video.selection import PendingFrame
 
 from helpers import write_video
 

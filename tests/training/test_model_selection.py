@@ -17,7 +17,7 @@ from cosettle_adapter.training.model_selection import (
     mask_overlap,
     pairs_with_last,
 )
-from cosettle_adapter.video.rendered import render_clip
+from cosettle_adapter.video.synthetic import render_clip
 
 
 def test_the_upper_two_thirds_and_each_beside_the_last_are_the_default(

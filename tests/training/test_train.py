@@ -20,7 +20,7 @@ from training_fakes import QUICK, SMALL_VIT, FakeData, small_backbone
 from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.locking import exclusive
+from cosettle_adapter.io import exclusive
 from cosettle_adapter.training.checkpoint import latest, read_run
 from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import (

@@ -1,2 +1,0 @@
-# shim: removed at integration
-"""Moved to data and cached_views."""
