@@ -19,7 +19,7 @@ _PUBLIC = {
     "Projection": "cosettle_adapter.projection",
     "ProjectionConfig": "cosettle_adapter.projection",
     "fit": "cosettle_adapter.training.fit",
-    "list_models": "cosettle_adapter.published",
+    "list_models": "cosettle_adapter.hub",
     "load_backbone": "cosettle_adapter.backbones",
 }
 

@@ -188,7 +188,7 @@ class CoSettleAdapter(FeatureModel):
     def push_to_hub(self, repo_id: str, **options: Any) -> Pushed:
         """Upload what :meth:`save_pretrained` writes, with a generated model card.
 
-        ``options`` and errors are those of :func:`cosettle_adapter.hub.push`.
+        ``options`` and errors are those of :func:`cosettle_adapter.upload.push`.
         """
         from cosettle_adapter.upload import push  # brings the cards, which few processes need
 

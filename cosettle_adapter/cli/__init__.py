@@ -53,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingExtraError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_ERROR
-    from cosettle_adapter.cli.common import console
+    from cosettle_adapter.cli.common import command_line, console
 
+    command_line.set(tuple(words))
     errors = console(stderr=True)
     _configure_logging(errors, verbose=verbose)
     try:
@@ -86,6 +87,7 @@ def application() -> App:
         help="Temporally consistent patch features. Add -v to log every step.",
         version=__version__,
         default_parameter=Parameter(negative=(), consume_multiple=True),
+        suppress_keyboard_interrupt=False,  # main says what is kept
     )
     for name, (function, text) in COMMANDS.items():
         app.command(f"cosettle_adapter.cli.{function}", name=name, help=text)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cosettle_adapter.cli.common import ModelOptions, Size, console, frame_progress, rate
 from cosettle_adapter.correspondence.fusion import FusionMode
-from cosettle_adapter.video import FrameSelection
+from cosettle_adapter.video import FrameSelection, probe
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
@@ -50,9 +50,10 @@ def view(
 
     out = console()
     select = dataclasses.replace(select, max_frames=select.max_frames or _FRAMES)
+    frames = probe(source).frames  # a source that cannot be read is told before a model is loaded
     with out.status(f"loading {model.model}"):
         adapter = model.load(raw=raw)
-    clip = _encoded(adapter, source, select, size, batch_size, temporal_fusion, out)
+    clip = _encoded(adapter, source, frames, select, size, batch_size, temporal_fusion, out)
     server = open_server(clip, port=port)
     try:
         if port and server.server_port != port:
@@ -71,17 +72,16 @@ def view(
 def _encoded(
     adapter: CoSettleAdapter,
     source: str,
+    frames: int | None,
     select: FrameSelection,
     size: Size,
     batch_size: int,
     fusion: FusionMode | None,
     out: Console,
 ) -> ViewedClip:
-    from cosettle_adapter.video import probe
     from cosettle_adapter.visualization.viewer import view_clip
 
     most = select.max_frames or _FRAMES
-    frames = probe(source).frames
     ranged = select.start is not None or select.end is not None
     there = None if frames is None or ranged else -(-frames // select.every)
     with frame_progress(out) as progress:
