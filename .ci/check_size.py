@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 PACKAGE_LINES = 15_000
@@ -19,15 +20,22 @@ def lines(path: Path) -> int:
 
 
 def inference_path() -> set[Path]:
-    """Modules that loading a published adapter and streaming with it imports."""
+    """Modules that `from_pretrained(...)(frames)` and `.stream(...)` import."""
+    import timm
     import torch
+    from safetensors.torch import save_file
 
     from cosettle_adapter import CoSettleAdapter
-    from cosettle_adapter.backbones import load_backbone
 
-    backbone = load_backbone("timm:test_vit.r160_in1k", pretrained=False)
-    adapter = CoSettleAdapter.raw(backbone)
-    frames = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
+    name = "timm:test_vit.r160_in1k"
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.safetensors"
+        model = timm.create_model("test_vit.r160_in1k", num_classes=0)
+        save_file(model.state_dict(), weights)
+        adapter = CoSettleAdapter.from_pretrained(
+            name, projection="settle", backbone_weights=weights, local_files_only=True
+        )
+    frames = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     adapter(frames)
     list(adapter.stream(frames, temporal_fusion="symmetric"))
     loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.backbones import REGISTRY, VisionTransformerBackbone
+from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.cli import main
 from cosettle_adapter.extraction import read_features
 from cosettle_adapter.hub import list_models
@@ -60,12 +57,11 @@ def test_the_snippet_prints_the_shapes_it_shows(
     (snippet,) = blocks("python")
     exec(compile(snippet, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:2] == re.findall(r"print\(.*\)  # (torch\.Size.*)", snippet)
-    assert [line.split("]")[0] for line in printed[2:]] == [
+    assert printed[:1] == re.findall(r"print\(.*\)  # (torch\.Size.*)", snippet)
+    assert [line.split("]")[0] for line in printed[1:]] == [
         "torch.Size([8, 384, 20, 28",
         "torch.Size([2, 384, 20, 28",
     ]
-    assert (workplace / "out" / "projection.safetensors").is_file()
 
 
 def test_the_commands_work(workplace: Path) -> None:
@@ -75,18 +71,15 @@ def test_the_commands_work(workplace: Path) -> None:
         for line in block.splitlines()
         if line.startswith("cosettle-adapter ")
     ]
-    assert [command[0] for command in commands] == [
-        "list", "extract", "extract", "export", "fit", "train", "train", "prepare", "evaluate",
-        "benchmark", "benchmark",
-    ]  # fmt: skip
+    names = ["list", "extract", "extract", "evaluate", "fit", "train", "export"]
+    assert [command[0] for command in commands] == names
     for command in commands:
         # the README's own commands, made quick where they would fit all blocks on many frames
         quick = {
-            "train": [] if "--resume" in command else QUICK_TRAINING,
+            "train": QUICK_TRAINING,
             "fit": ["--layers", "7", "--rendered", "1", "--pairs", "1", "--size", "56"],
             "evaluate": ["--size", "140x196"],
             "export": ["--size", "56", "70"],
-            "benchmark": [] if "page" in command else ["--quick"],
         }
         assert main([*command, *quick.get(command[0], [])]) == 0
     features = read_features("clip.safetensors").features
@@ -95,27 +88,8 @@ def test_the_commands_work(workplace: Path) -> None:
     assert (workplace / "adapter.onnx").is_file()
     assert (workplace / "my-projection" / "config.json").is_file()
     assert CoSettleAdapter.from_pretrained("trained").config.fit["method"] == "train"
-    assert len(list((workplace / "frames").rglob("*.jpg"))) == 24
     results = json.loads((workplace / "results.json").read_text())
     assert results["total"]["adapted"]["J mean"] > 0.5
-    assert "frames/s against the bare timm backbone" in Path("costs.md").read_text("utf-8")
-
-
-def test_two_processes_train_as_the_readme_says(workplace: Path) -> None:
-    (line,) = [
-        line for block in blocks("bash") for line in block.splitlines() if "torchrun" in line
-    ]
-    launcher, *arguments = shlex.split(line)
-    assert launcher == "torchrun"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
-    subprocess.run(
-        [*command, *QUICK_TRAINING, "--device", "cpu"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )
-    config = json.loads((workplace / "by-two" / "config.json").read_text())
-    assert config["fit"]["processes"] == 2
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -136,29 +110,6 @@ def test_what_it_links_to_is_there() -> None:
             assert (ROOT / target).exists(), target
 
 
-def test_the_table_of_weights_names_every_model_with_its_licence_and_reported_figures() -> None:
-    table = README.partition("## Weights")[2].partition("## Backbones")[0]
-    rows = re.findall(r"^\| `([\w.-]+)` \|(.*)\|$", table, flags=re.MULTILINE)
-    models = {model.name for model in list_models() if model.has_projection}
-    assert {name for name, _ in rows} == models
-    for name, cells in rows:
-        row = REGISTRY[name]
-        assert row.licence in cells
-        if row.release is not None:
-            alone, settled = row.release.reported["DAVIS J&F"]
-            assert f"reported {alone}, {settled}" in cells
-
-
-def test_every_other_backbone_is_named_with_its_positions() -> None:
-    table = README.partition("## Backbones")[2].partition("\n## ")[0]
-    listed = {
-        name: cells
-        for cells in table.splitlines()
-        if cells.startswith("| ")
-        for name in re.findall(r"`([\w.-]+)`", cells)
-    }
-    models = {model.name for model in list_models() if model.has_projection}
-    assert listed.keys() == REGISTRY.keys() - models
-    for name, cells in listed.items():
-        kinds = cells.rstrip(" |").rpartition("|")[2].strip()
-        assert kinds == REGISTRY[name].positions.replace("+", " and "), name
+def test_it_names_every_model_with_a_published_projection() -> None:
+    for model in list_models():
+        assert not model.has_projection or f"`{model.name}`" in README or model.name in README
