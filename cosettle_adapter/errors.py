@@ -1,7 +1,7 @@
-"""Every error the package raises on purpose.
+"""The errors that the package raises on purpose.
 
-All derive from :class:`CosettleError`, and each also from the built-in exception a caller would
-reach for first, so ``except ValueError`` keeps working in code that has never heard of us.
+All derive from :class:`CosettleError`, and each also from the built-in exception that a caller
+would catch first, so that ``except ValueError`` works in code that does not know this package.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class UnknownModelError(CosettleError, ValueError):
 
 
 class ProjectionFormatError(CosettleError, ValueError):
-    """A projection folder whose config or weights are not what the format says."""
+    """A projection folder whose config or weights do not follow the format."""
 
 
 class BackboneMismatchError(CosettleError, ValueError):
-    """A projection put on a backbone other than the one it was fitted on."""
+    """A projection combined with a backbone other than the one it was fitted on."""
 
 
 class WeightsUnavailableError(CosettleError, OSError):
@@ -35,7 +35,15 @@ class WeightsUnavailableError(CosettleError, OSError):
 
 
 class CorruptWeightsError(CosettleError, ValueError):
-    """A weight file that is truncated, tampered with, or not the model it claims to be."""
+    """A weight file that is truncated, altered, or not of the model it should be."""
+
+
+class CorruptFeatureFileError(CosettleError, ValueError):
+    """A feature file that is truncated, damaged, or not a feature file at all."""
+
+
+class StatisticsError(CosettleError, ValueError):
+    """Features or clips from which nothing can be computed: too few, all equal, not finite."""
 
 
 class FrameError(CosettleError, ValueError):

@@ -1,6 +1,7 @@
-"""A projection for any backbone, fitted on the starter corpus, with the core dependencies alone.
+"""A projection for any backbone, fitted on the starter corpus, with the core dependencies only.
 
-What turns statistics into a projection is a :class:`Recipe`, whose version the projection records.
+A :class:`Recipe`, whose version the projection records, makes a projection of statistics. (The
+module is not called ``fit``, because ``cosettle_adapter.fit`` is the public function.)
 """
 
 from __future__ import annotations
@@ -16,18 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.closed_form import (
-    AffineMap,
-    StatisticsError,
-    TokenStatistics,
-    centre,
-    solve_blocks,
-)
-from cosettle_adapter.errors import GeometryError
+from cosettle_adapter.closed_form import AffineMap, TokenStatistics, centre, solve_layers
+from cosettle_adapter.errors import GeometryError, StatisticsError
 from cosettle_adapter.projection import Projection, ProjectionConfig
-from cosettle_adapter.starter import CLIPS, FRAMES, corresponding_cells, starter_clips
+from cosettle_adapter.starter import CLIPS, FRAMES, known_correspondences, starter_clips
 from cosettle_adapter.version import __version__
-from cosettle_adapter.video.rendered import RenderedClip
+from cosettle_adapter.video import RenderedClip
 
 RECIPE = 1  # the default one
 
@@ -41,10 +36,10 @@ _LEAST_VARIANCE = 1e-8  # of tokens, relative to their mean square
 def read_layers(backbone: Backbone, clips: Iterable[RenderedClip]) -> tuple[int, ...]:
     """Choose the layers to read, without labels: by how well they match patches of known motion.
 
-    Of the layers that match best, to 3 %, the latest is read, which says most about what patches
-    show; with it those a sixth of the depth before and after, if they match two thirds as well.
-    On DINOv2 ViT-S/14 that is 5, 7 and 9 of 12. Late blocks of transformers and the last stage of
-    CNNs often match badly, and stay out.
+    Of the layers that match best, within 3 %, the latest is read, which is the most semantic; with
+    it those a sixth of the depth before and after, if they match two thirds as well. On DINOv2
+    ViT-S/14 that is 5, 7 and 9 of 12. Late layers of transformers and the last stage of CNNs often
+    match badly, and are left out.
 
     Args:
         backbone: the frozen encoder.
@@ -54,36 +49,24 @@ def read_layers(backbone: Backbone, clips: Iterable[RenderedClip]) -> tuple[int,
     matched = torch.zeros(backbone.depth, dtype=torch.float64)
     for clip in clips:
         maps = _encoded(clip.frames[[0, -1]], backbone, layers)
-        for layer, cells in zip(layers, maps, strict=True):
-            matched[layer] += _matched(cells, clip)
+        for layer, tokens in zip(layers, maps, strict=True):
+            matched[layer] += _matched(tokens, clip)
     best = int((matched >= _EQUALLY * matched.max()).nonzero()[-1])
     step = max(1, round(backbone.depth / 6))
     near = [layer for layer in (best - step, best, best + step) if layer in layers]
     return tuple(layer for layer in near if matched[layer] >= _NEARLY * matched[best])
 
 
-def _matched(cells: Tensor, clip: RenderedClip) -> float:
+def _matched(tokens: Tensor, clip: RenderedClip) -> float:
     """Share of patches of two frames ``(2, C, h, w)`` matched to within one patch of the truth."""
-    grid = (cells.shape[-2], cells.shape[-1])
-    centred = cells.double() - reduce(cells.double(), "t c h w -> 1 c 1 1", "mean")
+    height, width = tokens.shape[-2:]
+    centred = tokens.double() - reduce(tokens.double(), "t c h w -> 1 c 1 1", "mean")
     first, last = F.normalize(rearrange(centred, "t c h w -> t (h w) c"), dim=-1)
-    here, there = corresponding_cells(clip, len(clip.frames) - 1, grid)
+    here, there = known_correspondences(clip, len(clip.frames) - 1, (height, width))
     found = (first[here] @ last.T).argmax(1)
-    away = torch.maximum(
-        (found // grid[1] - there // grid[1]).abs(), (found % grid[1] - there % grid[1]).abs()
-    )
-    return float((away <= 1).double().mean()) if len(here) else 0.0
-
-
-def solve(statistics: TokenStatistics, widths: Sequence[int], out_width: int) -> AffineMap:
-    """Centre each layer, divide it by its own deviation, and keep the principal axes.
-
-    Args:
-        statistics: of the concatenated layers.
-        widths: channels of each layer.
-        out_width: channels to keep.
-    """
-    return solve_blocks(statistics, widths, centre, out_width=out_width)
+    rows = (found // width - there // width).abs()
+    columns = (found % width - there % width).abs()
+    return float((torch.maximum(rows, columns) <= 1).double().mean()) if len(here) else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,22 +76,20 @@ class Recipe:
     Attributes:
         layers: chooses the layers of a backbone that are read, by rendered clips.
         solve: statistics, widths of the layers and channels to return, to a map.
-        formula: what it does, to be recorded beside a projection.
+        formula: what it does, recorded in the projection's config.
         averaging: share for :attr:`ProjectionConfig.averaging`.
-        pairs: whether ``solve`` needs the statistics of corresponding patches.
     """
 
     layers: Callable[[Backbone, Iterable[RenderedClip]], tuple[int, ...]]
     solve: Callable[[TokenStatistics, Sequence[int], int], AffineMap]
     formula: str
     averaging: float = 0.0
-    pairs: bool = False
 
 
 RECIPES = {
     1: Recipe(
         read_layers,
-        solve,
+        lambda statistics, widths, out: solve_layers(statistics, widths, centre, out_width=out),
         "layers centred, each divided by its own deviation, concatenated, principal axes; then "
         "each patch averaged with its most similar neighbours",
         averaging=0.2,
@@ -139,14 +120,13 @@ def fit_starter(
 ) -> Projection:
     """Fit a projection on the starter corpus.
 
-    Deterministic. The encoder runs where the backbone is; statistics are gathered in float64 on
-    the CPU.
+    Deterministic. The encoder runs on the backbone's device; statistics are float64 on the CPU.
 
     Args:
         backbone: in float32 at its native stride.
         recipe: version; the default one if not given.
-        start: number of clips that were seen already, and their statistics, to go on from.
-        on_clip: called after each of :data:`~cosettle_adapter.starter.CLIPS` clips with just that.
+        start: number of clips already processed, and their statistics, to resume from.
+        on_clip: called after each of :data:`~cosettle_adapter.starter.CLIPS` clips with the same.
 
     Returns:
         In eval mode, gradients off, on the CPU.
@@ -159,7 +139,7 @@ def fit_starter(
     if backbone.dtype != torch.float32 or backbone.stride != backbone.patch:
         raise ValueError(
             f"a projection is fitted in float32 at stride {backbone.patch}, got {row.name} in "
-            f"{backbone.dtype} at stride {backbone.stride}: load it so"
+            f"{backbone.dtype} at stride {backbone.stride}: load it with these"
         )
     version, how = find_recipe(recipe)
     size = _size(backbone)
@@ -169,7 +149,7 @@ def fit_starter(
         start = (0, TokenStatistics(sum(widths)))
     done, statistics = start
     for clip in starter_clips(size, skip=done):
-        _gather(statistics, clip, backbone, layers, pairs=how.pairs)
+        _collect(statistics, clip, backbone, layers)
         done += 1
         if on_clip is not None:
             on_clip(done, statistics)
@@ -199,22 +179,17 @@ def fit_starter(
         recipe=version,
         averaging=how.averaging,
     )
+    weight, bias = (sign * affine.weight).float(), (sign[:, 0] * affine.bias).float()
     with torch.device("meta"):  # draws no random numbers
         projection = Projection(config)
-    projection.load_state_dict(
-        {
-            "linears.0.weight": (sign * affine.weight).float(),
-            "linears.0.bias": (sign[:, 0] * affine.bias).float(),
-        },
-        assign=True,
-    )
+    projection.load_state_dict({"linears.0.weight": weight, "linears.0.bias": bias}, assign=True)
     return projection.requires_grad_(False).eval()
 
 
 def _size(backbone: Backbone) -> tuple[int, int]:
-    """About :data:`_SIDE` in whole cells; the backbone's own size where it takes no other."""
-    cell = backbone.patch if backbone.row.kind == "vit" else math.lcm(backbone.patch, 32)
-    side = max(1, round(_SIDE / cell)) * cell
+    """About :data:`_SIDE` in whole patches; the backbone's own size if it takes no other."""
+    unit = backbone.patch if backbone.row.kind == "vit" else math.lcm(backbone.patch, 32)
+    side = max(1, round(_SIDE / unit)) * unit
     try:
         backbone.patch_tokens(torch.zeros(1, 3, side, side, device=backbone.device), layer=0)
     except GeometryError:
@@ -231,21 +206,12 @@ def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[
     return [maps.cpu() for maps in backbone.intermediate_tokens(images, layers, norm=False)]
 
 
-def _gather(
-    statistics: TokenStatistics,
-    clip: RenderedClip,
-    backbone: Backbone,
-    layers: Sequence[int],
-    *,
-    pairs: bool,
+def _collect(
+    statistics: TokenStatistics, clip: RenderedClip, backbone: Backbone, layers: Sequence[int]
 ) -> None:
-    read = torch.cat(_encoded(clip.frames, backbone, layers), dim=1)
-    statistics.add_tokens(rearrange(read, "t c h w -> (t h w) c"))
-    if pairs:
-        tokens = rearrange(read, "t c h w -> t (h w) c")
-        for frame in range(1, len(tokens)):
-            here, there = corresponding_cells(clip, frame, (read.shape[-2], read.shape[-1]))
-            statistics.add_pairs(tokens[0, here], tokens[frame, there])
+    """Add a clip to statistics."""
+    maps = torch.cat(_encoded(clip.frames, backbone, layers), dim=1)
+    statistics.add_tokens(rearrange(maps, "t c h w -> (t h w) c"))
     statistics.end_clip()
 
 

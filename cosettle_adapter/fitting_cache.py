@@ -1,4 +1,4 @@
-"""Projections that were fitted on first use: kept in the user's cache, fitted once.
+"""Projections fitted on first use: fitted once and kept in the user's cache.
 
 The key is the backbone's fingerprint and the version of the recipe.
 """
@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from cosettle_adapter.backbones import Backbone, HubOptions
-from cosettle_adapter.closed_form import StatisticsError, TokenStatistics
-from cosettle_adapter.errors import ProjectionFormatError
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.closed_form import TokenStatistics
+from cosettle_adapter.errors import ProjectionFormatError, StatisticsError
 from cosettle_adapter.fitting import RECIPE, find_recipe, fit_starter
+from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection
 from cosettle_adapter.starter import CLIPS
 
@@ -35,7 +35,7 @@ _SAVE_EVERY = 10.0  # seconds
 
 
 def cache_folder(name: str, fingerprint: str, options: HubOptions, version: int = RECIPE) -> Path:
-    """Return the folder of the projection that is fitted on first use, there or not."""
+    """Return the folder of the projection that is fitted on first use, whether it exists or not."""
     slug = re.sub(r"[^\w.-]+", "-", name)
     short = fingerprint.removeprefix("sha256:")[:12]
     return options.own_cache("projections", f"{slug}-{short}-recipe{version}")
@@ -50,15 +50,15 @@ def fitted_projection(
 ) -> Projection:
     """Return a backbone's projection from the cache, or fit it and put it there.
 
-    Processes that ask at once wait for one of them. A fit that was killed goes on where it was.
-    Where the cache cannot be written, the projection is fitted in memory, with a warning.
+    Of processes that ask at once, one fits and the others wait. A fit that was killed resumes. If
+    the cache cannot be written, the projection is fitted in memory, with a warning.
 
     Args:
         backbone: what the projection is for.
         options: whose cache.
         recipe: version; the default one if not given.
-        native: loads the backbone in float32 at its native stride, for a fit, where ``backbone``
-            is not.
+        native: loads the backbone in float32 at its native stride, for a fit, if ``backbone`` is
+            not.
 
     Raises:
         ValueError: no such recipe.
@@ -70,8 +70,8 @@ def fitted_projection(
     if found is not None:
         return found
     with contextlib.ExitStack() as held:
-        keeper = _Keeper(folder)
-        with keeper.writing():
+        progress = _Progress(folder)
+        with progress.writing():
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
         found = _cached(folder, backbone.fingerprint)
@@ -79,17 +79,17 @@ def fitted_projection(
             return found
         is_native = backbone.dtype == torch.float32 and backbone.stride == backbone.patch
         source = backbone if is_native else native()
-        start = keeper.resumed()
+        start = progress.resumed()
         bar: Any = tqdm  # untyped
         named = {"desc": f"fitting {backbone.row.name}", "unit": "clip"}
-        with bar(total=CLIPS, initial=start[0] if start else 0, **named) as progress:
+        with bar(total=CLIPS, initial=start[0] if start else 0, **named) as shown:
 
             def on_clip(done: int, statistics: TokenStatistics) -> None:
-                progress.update()
-                keeper.on_clip(done, statistics, backbone.row.name)
+                shown.update()
+                progress.on_clip(done, statistics, backbone.row.name)
 
             projection = fit_starter(source, recipe=version, start=start, on_clip=on_clip)
-        with keeper.writing():
+        with progress.writing():
             projection.save(folder)
             for path in folder.iterdir():
                 if path.name not in (CONFIG_FILE, WEIGHTS_FILE):
@@ -97,8 +97,8 @@ def fitted_projection(
     return projection
 
 
-class _Keeper:
-    """Keeps what a fit has so far; gives up, with one warning, where it cannot write."""
+class _Progress:
+    """Saves the statistics of an unfinished fit; stops with one warning if it cannot write."""
 
     def __init__(self, folder: Path) -> None:
         self._folder: Path | None = folder
@@ -107,7 +107,7 @@ class _Keeper:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Run the block; if it cannot write, warn once and go without the cache."""
+        """Run the block; if it cannot write, warn once and continue without the cache."""
         try:
             yield
         except OSError as error:
@@ -132,7 +132,7 @@ class _Keeper:
         return statistics.clips, statistics
 
     def on_clip(self, done: int, statistics: TokenStatistics, name: str) -> None:
-        """Say once what is going on, and save the statistics from time to time."""
+        """Announce the fit once, and save the statistics from time to time."""
         now = time.monotonic()
         self._clips += 1
         if self._clips == 2:  # the first is slower than the others
@@ -171,8 +171,6 @@ def _locked(path: Path) -> Iterator[None]:
     except Timeout:
         logger.warning("another process is fitting this projection; waiting for it (%s)", path)
         lock.acquire()
-    except NotImplementedError:  # a disk without locks
-        logger.debug("no locks at %s", path)
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cosettle_adapter.closed_form import AffineMap
 from cosettle_adapter.correspondence import average_neighbours
 from cosettle_adapter.errors import ProjectionFormatError
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.io import atomic_path
 
 FORMAT_VERSION = 2  # 1 had neither recipe nor averaging, and is read as well
 CONFIG_FILE = "config.json"
@@ -34,18 +34,19 @@ Kind = Literal["linear", "mlp2", "mlp3", "affine", "identity"]
 Activation = Literal["tanh", "gelu", "relu"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
-_LINEAR_LAYERS: dict[str, int] = {"linear": 1, "mlp2": 2, "mlp3": 3, "affine": 1, "identity": 0}
+_MATRICES: dict[str, int] = {"linear": 1, "mlp2": 2, "mlp3": 3, "affine": 1, "identity": 0}
 _PLAIN = ("affine", "identity")  # neither activation nor LayerNorm
+_REQUIRED = {"backbone", "fingerprint", "layers", "norm", "in_width", "out_width"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionConfig:
-    """Everything there is to know about a projection; written to ``config.json`` beside it.
+    """Everything known about a projection; written to ``config.json`` beside its weights.
 
     Attributes:
         backbone: registry name of the backbone it was fitted on.
         fingerprint: fingerprint of that backbone's tensors (``sha256:...``).
-        layers: 0-based transformer blocks that are read, concatenated along the channels.
+        layers: 0-based layers that are read, concatenated along the channels.
         norm: whether the backbone's final norm is applied to the tokens that are read.
         in_width: channels read, summed over ``layers``.
         out_width: channels returned.
@@ -57,7 +58,7 @@ class ProjectionConfig:
         fit: how the weights were found: method, data, settings, seed, package version.
         figures: measured figures, each beside the command that printed it.
         licence: licence of the projection and of the backbone it depends on.
-        settled: whether an affine map, found on a clip, comes after everything else.
+        settled: whether an affine map, found on a clip, follows everything else.
         recipe: version of the recipe it was fitted by, if it was by one.
         averaging: share with which each patch is averaged with its most similar neighbours
             within the frame, in [0, 1); 0 for none.
@@ -82,28 +83,26 @@ class ProjectionConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ProjectionFormatError(
-                f"unknown projection kind {self.kind!r}; "
-                f"expected one of {', '.join(get_args(Kind))}"
-            )
-        if self.activation not in get_args(Activation):
-            raise ProjectionFormatError(
-                f"unknown activation {self.activation!r}; "
-                f"expected one of {', '.join(get_args(Activation))}"
-            )
-        for field in ("in_width", "out_width"):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
+        for what, value, known in (
+            ("projection kind", self.kind, get_args(Kind)),
+            ("activation", self.activation, get_args(Activation)),
+        ):
+            if value not in known:
                 raise ProjectionFormatError(
-                    f"{field} must be a positive integer, got {getattr(self, field)!r}"
+                    f"unknown {what} {value!r}; expected one of {', '.join(known)}"
                 )
+        for field in ("in_width", "out_width"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ProjectionFormatError(f"{field} must be a positive integer, got {value!r}")
         if self.kind == "identity" and self.in_width != self.out_width:
             raise ProjectionFormatError(
                 f"an identity keeps its width, got {self.in_width} and {self.out_width}"
             )
-        if not self.layers or any(not isinstance(layer, int) for layer in self.layers):
+        listed = isinstance(self.layers, list | tuple) and len(self.layers) > 0
+        if not listed or any(not isinstance(layer, int) for layer in self.layers):
             raise ProjectionFormatError(
-                f"layers must name at least one transformer block, got {self.layers!r}"
+                f"layers must be a list of at least one layer number, got {self.layers!r}"
             )
         if not isinstance(self.averaging, int | float) or not 0 <= self.averaging < 1:
             raise ProjectionFormatError(f"averaging must be in [0, 1), got {self.averaging!r}")
@@ -115,11 +114,7 @@ class ProjectionConfig:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = CONFIG_FILE) -> ProjectionConfig:
-        """Read the text of ``config.json``.
-
-        Args:
-            text: the file's content.
-            source: what to call the file in an error.
+        """Read the text of ``config.json``; ``source`` is what errors call the file.
 
         Raises:
             ProjectionFormatError: not JSON, another format version, or fields that are missing,
@@ -130,33 +125,23 @@ class ProjectionConfig:
         except json.JSONDecodeError as error:
             raise ProjectionFormatError(f"{source} is not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ProjectionFormatError(
-                f"{source} holds a {type(values).__name__}, expected an object"
-            )
+            raise ProjectionFormatError(f"{source} holds no JSON object, got {text[:40]!r}")
         version = values.get("format_version")
         if version not in (1, FORMAT_VERSION):
             raise ProjectionFormatError(
                 f"{source} has format_version {version!r}, and this version of cosettle-adapter "
                 f"reads 1 to {FORMAT_VERSION}. Upgrade with: pip install -U cosettle-adapter"
             )
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(values.keys() - fields.keys())
-        required = {
-            name
-            for name, field in fields.items()
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        }
-        missing = sorted(required - values.keys())
+        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+        missing = sorted(_REQUIRED - values.keys())
         if unknown or missing:
             raise ProjectionFormatError(
                 f"{source}: missing fields {missing or 'none'}, unknown fields {unknown or 'none'}"
             )
-        if not isinstance(values["layers"], list):
-            raise ProjectionFormatError(
-                f"{source}: layers must be a list of block numbers, got {values['layers']!r}"
-            )
-        values |= {"layers": tuple(values["layers"]), "format_version": FORMAT_VERSION}
-        return cls(**values)
+        try:
+            return cls(**{**values, "format_version": FORMAT_VERSION})
+        except ProjectionFormatError as error:
+            raise ProjectionFormatError(f"{source}: {error}") from error
 
 
 class Projection(nn.Module):
@@ -169,7 +154,7 @@ class Projection(nn.Module):
     def __init__(self, config: ProjectionConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.in_width] + [config.out_width] * _LINEAR_LAYERS[config.kind]
+        widths = [config.in_width] + [config.out_width] * _MATRICES[config.kind]
         layers = [nn.Linear(width, following) for width, following in pairwise(widths)]
         for layer in layers:
             if config.kind == "affine":
@@ -203,11 +188,9 @@ class Projection(nn.Module):
                 f"expected features (B, {self.config.in_width}, h, w), got {tuple(features.shape)}"
             )
         tokens = self.project(rearrange(features, "b c h w -> b h w c"))
-        if self.config.averaging:
-            maps = average_neighbours(
-                rearrange(tokens, "b h w c -> b c h w"), self.config.averaging
-            )
-            tokens = rearrange(maps, "b c h w -> b h w c")
+        if share := self.config.averaging:
+            averaged = average_neighbours(rearrange(tokens, "b h w c -> b c h w"), share)
+            tokens = rearrange(averaged, "b c h w -> b h w c")
         if self.settling is not None:
             tokens = self.settling(tokens.to(self.settling.weight.dtype))
         return rearrange(tokens, "b h w c -> b c h w").contiguous()
@@ -232,9 +215,9 @@ class Projection(nn.Module):
     def followed_by(self, affine: AffineMap, fit: Mapping[str, Any]) -> Projection:
         """Return a new projection: this one, then an affine map of its features.
 
-        Where this one is itself affine, or the identity, and averages nothing, the two become a
-        single ``affine`` one, which costs no more than either; others get the map as a layer of
-        its own. Figures measured with this one are not those of the new one, and are left out.
+        If this one is itself affine or the identity and averages nothing, the two become a single
+        ``affine`` one, which costs no more than either; otherwise the map is applied last. Figures
+        measured with this one do not hold for the new one, and are left out.
 
         Args:
             affine: maps ``C = config.out_width`` channels to as many.
@@ -256,22 +239,18 @@ class Projection(nn.Module):
         before = AffineMap.identity(self.config.out_width)
         if isinstance(last, nn.Linear):
             before = AffineMap(last.weight.detach().double(), last.bias.detach().double())
-        both = affine.to(before.weight.device).after(before)
-        projection = Projection(config).to(before.weight.device)
-        projection.load_state_dict(
-            {
-                **self.state_dict(),
-                f"{name}.weight": both.weight.float(),
-                f"{name}.bias": both.bias.float(),
-            }
-        )
+        device = before.weight.device
+        both = affine.to(device).after(before)
+        projection = Projection(config).to(device)
+        map_state = {f"{name}.weight": both.weight.float(), f"{name}.bias": both.bias.float()}
+        projection.load_state_dict({**self.state_dict(), **map_state})
         return projection.requires_grad_(False).eval()
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``projection.safetensors`` into ``folder``, each atomically."""
         folder = Path(folder)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        # Through memory: the format's own writer hides that it was the disk that is full.
+        # Through memory: safetensors' own writer hides that the disk is full.
         content = to_safetensors(tensors, metadata={"format_version": str(FORMAT_VERSION)})
         with atomic_path(folder / WEIGHTS_FILE) as path:
             path.write_bytes(content)
@@ -284,27 +263,27 @@ class Projection(nn.Module):
 
         Raises:
             ProjectionFormatError: a file is missing or unreadable, or its tensors are not exactly
-                the ones the config describes, in float32.
+                those of the config, finite and in float32.
         """
         folder = Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
+        described, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        for file in (described, weights):
+            if not file.is_file():
                 raise ProjectionFormatError(
-                    f"{folder} is not a projection: it has no {name}. A projection folder holds "
-                    f"{CONFIG_FILE} and {WEIGHTS_FILE}, as save_pretrained writes them"
+                    f"{folder} is not a projection: it has no {file.name}. A projection folder "
+                    f"holds {CONFIG_FILE} and {WEIGHTS_FILE}, as save_pretrained writes them"
                 )
-        config = ProjectionConfig.from_json(
-            (folder / CONFIG_FILE).read_text(encoding="utf-8"), source=str(folder / CONFIG_FILE)
-        )
+        text = described.read_text(encoding="utf-8")
+        config = ProjectionConfig.from_json(text, source=str(described))
         try:
-            tensors = load_file(folder / WEIGHTS_FILE)
+            tensors = load_file(weights)
         except (SafetensorError, OSError) as error:
             raise ProjectionFormatError(
-                f"{folder / WEIGHTS_FILE} is truncated or not a safetensors file: {error}"
+                f"{weights} is truncated or not a safetensors file: {error}"
             ) from error
         with torch.device("meta"):
             projection = cls(config)
-        _check_tensors(projection.state_dict(), tensors, source=folder / WEIGHTS_FILE)
+        _check_tensors(projection.state_dict(), tensors, source=weights)
         projection.load_state_dict(tensors, strict=True, assign=True)
         return projection.requires_grad_(False).eval()
 
@@ -316,13 +295,12 @@ def _check_tensors(
     faults = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
     faults += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     for name in sorted(expected.keys() & found.keys()):
-        if found[name].shape != expected[name].shape:
-            faults.append(
-                f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
-            )
-        elif found[name].dtype != torch.float32:
-            faults.append(f"{name} is {found[name].dtype}, expected torch.float32")
-        elif not bool(torch.isfinite(found[name]).all()):
+        tensor, shape = found[name], tuple(expected[name].shape)
+        if tensor.shape != shape:
+            faults.append(f"{name} is {tuple(tensor.shape)}, expected {shape}")
+        elif tensor.dtype != torch.float32:
+            faults.append(f"{name} is {tensor.dtype}, expected torch.float32")
+        elif not bool(torch.isfinite(tensor).all()):
             faults.append(f"{name} holds values that are not finite")
     if faults:
         raise ProjectionFormatError(f"{source} does not fit its {CONFIG_FILE}: {'; '.join(faults)}")

@@ -12,93 +12,270 @@ projection reads of the frozen backbone in the same way, to compare with.
 
 from __future__ import annotations
 
-import argparse
+import pickle
+import re
+import shlex
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
+import cyclopts
 import torch
+from PIL import Image
+from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.dino_tracker import load_overlapping, prepare
-from cosettle_adapter.errors import CosettleError
+from cosettle_adapter.errors import CosettleError, FrameError, GeometryError
+from cosettle_adapter.extraction import RunRecord, dino_tracker
+from cosettle_adapter.extraction.dino_tracker import CHANNELS, FRAME, PATCH
+from cosettle_adapter.extraction.errors import DinoTrackerError
+from cosettle_adapter.video.arrays import image_to_frame
+
+CONFIGS = ("config/preprocessing.yaml", "config/train.yaml")
+FEATURES = "dino_embeddings/dino_embed_video.pt"
+USUAL_LENGTH = 32.0  # of a token of 1024 channels behind a layer norm
+
+MASKS = """\
+# foreground masks, made of its own DINOv2 features
+python preprocessing/save_dino_embed_video.py --config "$BEFORE" --data-path "$DATA" --for-mask
+python preprocessing/create_fg_mask.py --h {video_resh} --w {video_resw} \\
+  --dino-embed-video-path "$DATA/dino_embeddings/dino_embed_video-layer=23.pt" \\
+  --mask-path "$DATA/masks" --fg_mask_threshold {fg_mask_threshold}
+"""
+FLOW = """\
+# optical flow
+python preprocessing/extract_trajectories.py --frames-path "$DATA/video" \\
+  --output-path "$DATA/of_trajectories/trajectories.pt" --threshold {threshold} \\
+  --min-trajectory-length {min_trajectory_length} --infer-res-size {video_resh} {video_resw}{direct}
+python preprocessing/split_trajectories_to_fg_bg.py --fg_masks_path "$DATA/masks" \\
+  --traj_path "$DATA/of_trajectories/trajectories.pt" \\
+  --fg_traj_path "$DATA/of_trajectories/fg_trajectories.pt" \\
+  --bg_traj_path "$DATA/of_trajectories/bg_trajectories.pt"
+"""
+DIRECT_FLOW = " --filter-using-direct-flow --direct-flow-threshold {direct_flow_threshold}"
+TRACKS = """\
+# best buddies (do not run main_preprocessing.py, which would overwrite the features)
+python preprocessing_dino_bb/main_dino_bb_preprocessing.py --config "$BEFORE" --data-path "$DATA"
+# training
+python train.py --config "$AFTER" --data-path "$DATA"
+# tracks of a grid of points, and a film of them
+python inference_grid.py --config "$AFTER" --data-path "$DATA" --use-segm-mask
+python visualization/visualize_rainbow.py --data-path "$DATA" --plot-trails
+"""
 
 
-def main() -> None:
-    options = parse_options()
-    name = Path(options.data).expanduser().absolute().name
-    frozen = options.raw or options.layer is not None
-    output = options.output or f"{name}-{'raw' if frozen else 'cosettle'}"
+def main(
+    *,
+    repo: Path,
+    data: Path,
+    output: Annotated[Path | None, cyclopts.Parameter(name=("--output", "-o"))] = None,
+    stride: Literal[7, 14] = 7,
+    model: str = "dinov2-vits14-pypi",
+    raw: bool = False,
+    layer: int | None = None,
+    temporal_fusion: Literal["symmetric", "causal"] | None = None,
+    device: str | None = None,
+    batch_size: int = 4,
+    rescale: bool = True,
+) -> None:
+    """Write features for DINO-Tracker, and print what is left to run.
+
+    Args:
+        repo: checkout of DINO-Tracker; only read.
+        data: clip: video/ with frames, perhaps masks/; only read.
+        output: folder to make; by default the clip's name and -cosettle or -raw.
+        stride: pixels a patch; 14 takes a quarter of the space.
+        model: registered name, Hub repository or folder.
+        raw: the frozen tokens that the projection reads.
+        layer: the tokens of this block of the frozen backbone.
+        temporal_fusion: average patches with their matches in neighbouring frames.
+        device: torch device; by default the GPU where there is one.
+        batch_size: frames a forward pass.
+        rescale: give features the length of DINO-Tracker's own, or a usual one.
+    """
+    repo, data = repo.expanduser().resolve(), data.expanduser().resolve()
+    kind = "raw" if raw or layer is not None else "cosettle"
+    copy = (output or Path(f"{data.name}-{kind}")).expanduser().resolve()
+    frames, masks = find_inputs(data, copy)
+    configs = tracker_configs(repo, stride)
+    make = partial(CoSettleAdapter.from_pretrained, model)
+    if layer is not None:
+        make = partial(CoSettleAdapter.raw, model, layer=layer)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        prepared = prepare(
-            load(options),
-            options.repo,
-            options.data,
-            output,
-            stride=options.stride,
-            batch_size=options.batch_size,
-            rescale=options.rescale,
-            temporal_fusion=options.temporal_fusion,
-            location=options.load_to,
-            on_frame=show_progress,
+        adapter = make(device=device, stride=stride)  # patches overlap where they can
+    except GeometryError:  # feature maps have no stride to choose; they are interpolated
+        adapter = make(device=device)
+    adapter = adapter.without_projection() if raw else adapter
+    dino_tracker.check_adapter(adapter)
+    h, w = dino_tracker.cells(stride).grid
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = 4 * len(frames) * CHANNELS * h * w, shutil.disk_usage(copy.parent).free
+    if free < needed:
+        raise DinoTrackerError(
+            f"the features take {needed / 1e9:.2f} GB, and {copy.parent} has {free / 1e9:.2f} GB "
+            "free; --stride 14 takes a quarter of stride 7"
         )
-    except (CosettleError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{prepared.path}: features {prepared.shape}, {prepared.scale.reason}")
+    with tempfile.TemporaryDirectory(dir=copy.parent, prefix=f".{copy.name}.") as temporary:
+        folder = Path(temporary, "folder")  # gets its name when it is whole
+        (folder / FEATURES).parent.mkdir(parents=True)
+        for name in ("video", "masks") if masks else ("video",):
+            link(data / name, folder / name)
+        for name, text in configs.items():
+            if text != read_text(repo / name):
+                (folder / "config").mkdir(exist_ok=True)
+                (folder / name).write_bytes(text.encode())
+        asked = {"storage": "float32", "batch_size": batch_size}
+        record = RunRecord(asked, (CHANNELS, h, w), dino_tracker.cells(stride))
+        store = dino_tracker.TrackerStore(folder / FEATURES, record)
+        chunks = adapter.stream(
+            read_frames(frames), batch_size=batch_size, temporal_fusion=temporal_fusion
+        )
+        factor, told = 1.0, "left as long as they are"
+        for chunk in chunks:
+            features = dino_tracker.arrange(
+                chunk.features, chunk.geometry, stride=stride, first=chunk.start
+            )
+            if rescale and not chunk.start:
+                factor, told = choose_scale(features[:1], data / FEATURES)
+            store.append((factor * features).cpu())
+        store.finish(torch.zeros(len(frames)))
+        store.close()
+        folder.rename(copy)
+    print(f"{copy}: features ({len(frames)}, {CHANNELS}, {h}, {w}), {told}")
     print("\n# To run in DINO-Tracker's environment:\n")
-    print(prepared.script, end="")
+    print(commands(repo, data, copy, configs, bool(masks)), end="")
 
 
-def load(options: argparse.Namespace) -> CoSettleAdapter:
-    """What computes the features; its patches overlap where they can."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    raw = partial(CoSettleAdapter.raw, options.model, layer=options.layer)
-    if options.layer is not None:
-        return load_overlapping(raw, options.stride, device=device)
-    adapted = partial(CoSettleAdapter.from_pretrained, options.model)
-    adapter = load_overlapping(adapted, options.stride, device=device)
-    return adapter.without_projection() if options.raw else adapter
+def find_inputs(data: Path, copy: Path) -> tuple[list[Path], list[Path]]:
+    """Frames and masks as its `load_video` lists them: `.jpg` and `.png`, sorted as paths."""
+    if copy == data or data in copy.parents or copy.exists():
+        raise DinoTrackerError(f"{copy} exists already, or lies in --data: name another folder")
+    frames, masks = (
+        sorted([*(data / name).glob("*.jpg"), *(data / name).glob("*.png")])
+        for name in ("video", "masks")
+    )
+    if len(frames) < 2:
+        raise DinoTrackerError(
+            f"{data / 'video'} holds {len(frames)} .jpg or .png frames, and tracking needs two. "
+            "DINO-Tracker's preprocessing/mp4_to_frames.py makes such a folder of a film"
+        )
+    if (data / "masks").exists() and len(masks) != len(frames):
+        raise DinoTrackerError(
+            f"{data} holds {len(frames)} frames in video/ and {len(masks)} masks in masks/; "
+            "DINO-Tracker wants one mask a frame, or no masks/ at all, and then makes its own"
+        )
+    return frames, masks
 
 
-def show_progress(done: int, frames: int) -> None:
-    end = "\n" if done == frames else ""
-    print(f"\r{done} of {frames} frames", end=end, file=sys.stderr, flush=True)
+def tracker_configs(repo: Path, stride: int) -> dict[str, str]:
+    """Its two configs for features at `stride`; what need not change stays byte for byte."""
+    if not all((repo / name).is_file() for name in CONFIGS):
+        raise DinoTrackerError(
+            f"{repo} is no checkout of DINO-Tracker, which has {' and '.join(CONFIGS)}: "
+            "git clone https://github.com/AssafSinger94/dino-tracker"
+        )
+    size = {"video_resh": FRAME[0], "video_resw": FRAME[1]}
+    before = {**size, "dino_stride": stride}
+    after = {**size, "stride": stride, "dino_patch_size": PATCH}
+    texts = {name: read_text(repo / name) for name in CONFIGS}
+    for name, changes in zip(CONFIGS, (before, after), strict=True):
+        for key, value in changes.items():
+            begin, end = find_value(texts[name], key).span("value")
+            texts[name] = f"{texts[name][:begin]}{value}{texts[name][end:]}"
+    return texts
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repo", required=True, help="checkout of DINO-Tracker; only read")
-    parser.add_argument(
-        "--data", required=True, help="clip: video/ with frames, perhaps masks/; only read"
-    )
-    parser.add_argument("-o", "--output", help="folder to make; DATA's name and -cosettle or -raw")
-    parser.add_argument(
-        "--stride", type=int, choices=(7, 14), default=7, help="pixels a cell; 14 is 4 times less"
-    )
-    parser.add_argument(
-        "--model", default="dinov2-vits14-pypi", help="registered name, Hub repository or folder"
-    )
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--raw", action="store_true", help="the frozen tokens the projection reads")
-    kind.add_argument("--layer", type=int, help="this block of the frozen backbone")
-    parser.add_argument(
-        "--temporal-fusion",
-        choices=("symmetric", "causal"),
-        help="average patches with their matches in neighbouring frames",
-    )
-    parser.add_argument("--device", help="torch device; the GPU where there is one")
-    parser.add_argument("--batch-size", type=int, default=4, help="frames a forward pass")
-    parser.add_argument(
-        "--no-rescale", dest="rescale", action="store_false", help="leave the features' length"
-    )
-    parser.add_argument(
-        "--load-to",
-        default="cuda:0",
-        metavar="DEVICE",
-        help="where DINO-Tracker finds the features when it loads them; it needs cuda:0",
-    )
-    return parser.parse_args()
+def read_text(path: Path) -> str:
+    return path.read_bytes().decode()  # with the line ends that it has
+
+
+def find_value(text: str, key: str) -> re.Match[str]:
+    pattern = rf"^{key}[ \t]*:[ \t]*(?P<value>[^\s#]+)[ \t]*(?:#.*)?\r?$"
+    found = list(re.finditer(pattern, text, flags=re.MULTILINE))
+    if len(found) != 1:
+        raise DinoTrackerError(
+            f"a config has {len(found)} lines '{key}: ...' in place of one; it is not that of the "
+            "DINO-Tracker known here (November 2024)"
+        )
+    return found[0]
+
+
+def link(original: Path, copy: Path) -> None:
+    try:
+        copy.symlink_to(original.resolve(), target_is_directory=True)
+    except (OSError, NotImplementedError):
+        shutil.copytree(original, copy)
+
+
+def read_frames(paths: list[Path]) -> Iterator[Tensor]:
+    """`(3, 476, 854)` uint8, by Lanczos and not turned by EXIF, as its `load_video` reads them."""
+    for number, path in enumerate(paths, 1):
+        try:
+            with Image.open(path) as image:
+                if image.mode != "RGB":
+                    raise FrameError(
+                        f"{path} is an image of mode {image.mode}, and DINO-Tracker takes RGB "
+                        "alone; convert the frames first, for example by image.convert('RGB')"
+                    )
+                yield image_to_frame(image.resize(FRAME[::-1], Image.Resampling.LANCZOS))
+        except (OSError, SyntaxError) as error:
+            raise FrameError(f"{path} cannot be read as an image: {error}") from error
+        print(f"\r{number} of {len(paths)} frames", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def choose_scale(features: Tensor, baseline: Path) -> tuple[float, str]:
+    """A factor that gives features the mean length of DINO-Tracker's own, or a usual one.
+
+    The residual that it adds would swamp short ones, and what is compared should be as long.
+    """
+    wanted, why = USUAL_LENGTH, "as of tokens behind a layer norm"
+    if baseline.is_file():
+        try:
+            theirs = torch.load(baseline, map_location="cpu", mmap=True, weights_only=True)
+            wanted, why = mean_length(theirs[:: max(1, len(theirs) // 8)]), f"that of {baseline}"
+        except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise DinoTrackerError(
+                f"{baseline} does not hold features (T, C, h, w): delete it, or leave the "
+                "features as long as they are (--no-rescale)"
+            ) from error
+    own = mean_length(features)
+    return wanted / own, f"mean length {own:.2f}, scaled to {wanted:.2f}, {why}"
+
+
+def mean_length(features: Tensor) -> float:
+    """Of the features of a patch, over `(T, C, h, w)`."""
+    frames, _channels, _height, _width = features.shape
+    return float(sum(each.float().norm(dim=0).mean() for each in features)) / frames
+
+
+def commands(repo: Path, data: Path, copy: Path, configs: dict[str, str], has_masks: bool) -> str:
+    """What turns features into tracks, for a shell: all but the step that makes the features."""
+    used = [
+        (repo if text == read_text(repo / name) else copy) / name for name, text in configs.items()
+    ]
+    quoted = [shlex.quote(str(path)) for path in (repo, copy, *used)]
+    script = 'cd {}\nexport PYTHONPATH="$PWD" DATA={} BEFORE={} AFTER={}\n'.format(*quoted)
+    values = dict(re.findall(r"(?m)^(\w+)[ \t]*:[ \t]*([^\s#]+)", configs[CONFIGS[0]]))
+    flow = data / "of_trajectories"
+    if not has_masks:
+        script += MASKS.format(**values)
+    if has_masks and all((flow / f"{half}_trajectories.pt").is_file() for half in ("fg", "bg")):
+        script += "# optical flow, which the features do not change\n"
+        script += f'cp -R {shlex.quote(str(flow))} "$DATA/of_trajectories"\n'
+    else:
+        filtered = values["filter_using_direct_flow"].lower() in ("true", "yes", "on")
+        script += FLOW.format(direct=DIRECT_FLOW.format(**values) if filtered else "", **values)
+    return script + TRACKS
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        cyclopts.run(main)
+    except (CosettleError, OSError) as problem:
+        sys.exit(f"error: {problem}")

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from cosettle_adapter import CoSettleAdapter, evaluation
+from cosettle_adapter import CoSettleAdapter, FrameSelection, evaluation
 
 RAW = "last raw"
 
@@ -26,26 +26,23 @@ def main() -> None:
     options = parse_options()
     adapter = CoSettleAdapter.from_pretrained(options.model, device=options.device)
     variants = make_variants(adapter)
-    sequences = evaluation.davis_sequences(
-        options.data,
-        year=options.year,
-        sequences=options.sequences,
-        every=options.every,
-        max_frames=options.max_frames,
+    select = FrameSelection(every=options.every, max_frames=options.max_frames)
+    clips = evaluation.davis_clips(
+        options.data, year=options.year, clips=options.clips, select=select
     )
     print(f"{options.model}, projection of {adapter.config.layers}; frames at {options.size}")
     print(f"protocol {options.protocol}, every {options.every} frame(s), J&F in percent\n")
     print(f"{'':24}" + "".join(f"{name:>21}" for name in variants))
 
     results = {name: [] for name in variants}
-    for sequence in sequences:
-        last, tokens = encode(adapter, sequence, tuple(options.size))
-        masks = sequence.read_masks()
+    for clip in clips:
+        last, tokens = encode(adapter, clip, tuple(options.size))
+        masks = clip.read_annotations()
         for name, variant in variants.items():
             features = variant(last, tokens)
             scores = evaluation.evaluate_sequence(features, masks, protocol=options.protocol)
             results[name].append(scores)
-        print_row(sequence.name, [results[name][-1].j_and_f for name in variants])
+        print_row(clip.name, [results[name][-1].j_and_f for name in variants])
 
     columns = list(results.values())
     raw = [scores.j_and_f for scores in results[RAW]]
@@ -56,15 +53,15 @@ def main() -> None:
     print_row("worst clip - raw", [min(gain) for gain in gains])
 
 
-def encode(adapter: CoSettleAdapter, sequence: evaluation.DavisSequence, size: tuple[int, int]):
+def encode(adapter: CoSettleAdapter, clip: evaluation.Clip, size: tuple[int, int]):
     """A clip's tokens, each (T, C, h, w): of the last block, of those that the projection reads."""
     layers = adapter.config.layers
     last_block = adapter.backbone.depth - 1
     # None: the last block with the final norm that the registry gives it, others without
     norm = adapter.config.norm if last_block in layers else adapter.config.norm or None
     last, tokens = [], []
-    for index in range(len(sequence.frames)):
-        images = adapter.preprocess(sequence.read_frame(index), size=size)
+    for index in range(len(clip)):
+        images = adapter.preprocess(clip.read_frame(index), size=size)
         *read, final = adapter.backbone.intermediate_tokens(images, (*layers, -1), norm=norm)
         last.append(final.float())
         tokens.append(torch.cat(read, dim=1).float())
@@ -108,7 +105,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=2, default=(476, 882), metavar=("H", "W"))
     parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")
     parser.add_argument("--max-frames", type=int, help="keep at most this many frames of a clip")
-    parser.add_argument("--sequences", nargs="+", help="clips to take; all of val by default")
+    parser.add_argument(
+        "--clips", "--sequences", nargs="+", help="clips to take; all of val by default"
+    )
     parser.add_argument("--year", choices=("2016", "2017"), help="by default the newest there is")
     parser.add_argument("--protocol", choices=("crw", "dino"), default="crw")
     parser.add_argument("--device", default="cpu")

@@ -43,7 +43,7 @@ def main() -> None:
     session = onnxruntime.InferenceSession(options.output, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     patch, (rows, columns) = metadata["patch"], json.loads(metadata["grid"])
-    print(f"made of {metadata['backbone']}: {rows} x {columns} cells, a patch is {patch} pixels\n")
+    print(f"made of {metadata['backbone']}: {rows} x {columns} patches of {patch} pixels\n")
 
     photos = photographs()
     clip = render_clip(
@@ -77,7 +77,9 @@ def main() -> None:
         row, column = np.unravel_index(one.argmax(), one.shape)
         centre = [int((cell + 0.5) * side) for cell in (row, column)]
         hits += bool(clip.object_mask[index, centre[0], centre[1]])
-    print(f"the object's middle cell is most like a cell on the object in {hits} of {len(frames)}")
+    print(
+        f"the object's middle patch is most like a patch on the object in {hits} of {len(frames)}"
+    )
 
 
 def parse_options() -> argparse.Namespace:

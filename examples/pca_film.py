@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.analysis import RAW_LAST, compare_features, feature_kinds
+from cosettle_adapter.evaluation.variants import RAW_LAST, compare_features, feature_variants
 from cosettle_adapter.starter import starter_photographs
 from cosettle_adapter.video import open_frames, render_clip
 from cosettle_adapter.visualization import pca_film
@@ -32,9 +32,9 @@ def main() -> None:
         frames = torch.cat([chunk.frames for chunk in chunks])
 
     adapter = CoSettleAdapter.from_pretrained(options.model)
-    kinds = feature_kinds(adapter, fusion="symmetric")
+    kinds = feature_variants(adapter, fusion="symmetric")
     shown = [kind for kind in kinds if kind.name in (RAW_LAST, "adapted, fused")]
-    features = compare_features(adapter, frames, size=options.size, kinds=shown)
+    features = compare_features(adapter, frames, size=options.size, variants=shown)
     mode = "bilinear" if options.smooth else "nearest"
     path = pca_film(frames, features, options.output, fps=options.fps, mode=mode)
     print(f"{len(frames)} frames: {path}")

@@ -18,8 +18,8 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.analysis import ADAPTED, RAW_LAST, compare_features
 from cosettle_adapter.correspondence import track_points
+from cosettle_adapter.evaluation.variants import ADAPTED, RAW_LAST, compare_features
 from cosettle_adapter.video import RenderedClip, open_frames, photographs, render_clip
 from cosettle_adapter.visualization import draw_tracks, side_by_side, write_film
 

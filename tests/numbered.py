@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -22,35 +23,36 @@ def numbered(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
     return frames
 
 
-def encode_numbered(
+def encode(
     path: Path,
-    count: int,
-    height: int = 48,
-    width: int = 64,
+    frames: Sequence[np.ndarray],
     *,
     codec: str = "libx264",
+    pixel_format: str = "yuv420p",
     options: dict[str, str] | None = None,
     muxing: dict[str, str] | None = None,
     times: Sequence[int] | None = None,
     rate: int = 10,
     coding_order: bool = False,
+    audio_seconds: int = 0,
 ) -> Path:
-    """Write :func:`numbered` frames.
+    """Write a video.
 
     ``times`` are in milliseconds; ``coding_order`` gives frames the times at which they are coded,
     as some writers do.
     """
-    frames = numbered(count, height, width)
     with av.open(str(path), "w", options=muxing or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pixel_format
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream("pcm_s16le", rate=8000) if audio_seconds else None
+        kind = "rgba" if frames[0].shape[-1] == 4 else "rgb24"
         for index, pixels in enumerate([*frames, None]):
             frame = None
             if pixels is not None:
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame = av.VideoFrame.from_ndarray(pixels, format=kind)
                 if times is not None:
                     frame.pts, frame.time_base = times[index], Fraction(1, 1000)
             for packet in stream.encode(frame):
@@ -58,7 +60,18 @@ def encode_numbered(
                     packet.dts += round(2 / (rate * packet.time_base))  # the first are negative
                     packet.pts = packet.dts
                 container.mux(packet)
+        for second in range(audio_seconds):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
+            silence.sample_rate, silence.pts = 8000, 8000 * second
+            container.mux(sound.encode(silence))
     return path
+
+
+def encode_numbered(
+    path: Path, count: int, height: int = 48, width: int = 64, **options: Any
+) -> Path:
+    """Write :func:`numbered` frames with the options of :func:`encode`."""
+    return encode(path, numbered(count, height, width), **options)
 
 
 def numbers(frames: torch.Tensor) -> list[int]:

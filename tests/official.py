@@ -1,16 +1,18 @@
 """The paper's eight encoders and its head, written again from their papers in plain PyTorch.
 
 Nothing here knows timm or this package: a state dict in the authors' own layout goes in, features
-come out. ``test_conversion`` holds the package against it.
+come out. ``test_convert`` holds the package against it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,7 +31,7 @@ class Encoder:
     final_norm: bool = True
     layer_scale: bool = False
     by_scale: bool = True  # positions by scale factor with 0.1 added, else by size, antialiased
-    clip: bool = False  # OpenAI's names, norm before the blocks, QuickGELU, no patch bias
+    clip: bool = False  # OpenAI's names, norm before the layers, QuickGELU, no patch bias
 
 
 ENCODERS = {
@@ -43,93 +45,77 @@ ENCODERS = {
     "dinov2-vitb16-in1k": Encoder(registers=4, layer_scale=True, by_scale=False),
 }
 
+_CLIP_NAMES = {  # the other seven's names: OpenAI's
+    r"^patch_embed\.proj\.": "visual.conv1.",
+    r"^pos_embed$": "visual.positional_embedding",
+    r"^cls_token$": "visual.class_embedding",
+    r"^blocks\.": "visual.transformer.resblocks.",
+    r"\.norm([12])\.": r".ln_\1.",
+    r"\.attn\.qkv\.": ".attn.in_proj_",
+    r"\.attn\.proj\.": ".attn.out_proj.",
+    r"\.mlp\.fc1\.": ".mlp.c_fc.",
+    r"\.mlp\.fc2\.": ".mlp.c_proj.",
+    r"^norm_pre\.": "visual.ln_pre.",
+    r"^norm\.": "visual.ln_post.",
+    r"^adapter\.": "visual.adapter.",
+}
+
+
+def _name(name: str, encoder: Encoder) -> str:
+    for pattern, clip in _CLIP_NAMES.items() if encoder.clip else ():
+        name = re.sub(pattern, clip, name)
+    return name
+
 
 def random_state(encoder: Encoder, *, width: int, depth: int, seed: int = 0) -> dict[str, Tensor]:
     """A checkpoint's ``model`` with random tensors, under the names its authors use."""
     generator = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
 
-    def random(*shape: int, scale: float, mean: float = 0.0) -> Tensor:
-        return torch.randn(shape, generator=generator) * scale + mean
+    def draw(name: str, *shape: int, scale: float, mean: float = 0.0) -> None:
+        state[name] = torch.randn(shape, generator=generator) * scale + mean
 
-    def linear(name: str, out: int, into: int, separator: str = ".") -> dict[str, Tensor]:
-        return {
-            f"{name}{separator}weight": random(out, into, scale=into**-0.5),
-            f"{name}{separator}bias": random(out, scale=0.1),
-        }
+    def linear(name: str, out: int, into: int) -> None:
+        draw(f"{name}.weight", out, into, scale=into**-0.5)
+        draw(f"{name}.bias", out, scale=0.1)
 
-    def norm(name: str) -> dict[str, Tensor]:
-        return {
-            f"{name}.weight": random(width, scale=0.2, mean=1.0),
-            f"{name}.bias": random(width, scale=0.2),
-        }
+    def norm(name: str) -> None:
+        draw(f"{name}.weight", width, scale=0.2, mean=1.0)
+        draw(f"{name}.bias", width, scale=0.2)
 
-    names = CLIP_NAMES if encoder.clip else TIMM_NAMES
-    cells = SIDE * SIDE + encoder.class_token
-    state = {
-        names["patch"] + ".weight": random(width, 3, PATCH, PATCH, scale=0.04),
-        names["positions"]: random(*(() if encoder.clip else (1,)), cells, width, scale=0.5),
-    }
+    batch = () if encoder.clip else (1,)
+    draw("patch_embed.proj.weight", width, 3, PATCH, PATCH, scale=0.04)
+    draw("pos_embed", *batch, SIDE * SIDE + encoder.class_token, width, scale=0.5)
     if not encoder.clip:
-        state[names["patch"] + ".bias"] = random(width, scale=0.1)
+        draw("patch_embed.proj.bias", width, scale=0.1)
     if encoder.class_token:
-        state[names["class"]] = random(*((width,) if encoder.clip else (1, 1, width)), scale=0.5)
+        draw("cls_token", *batch, *batch, width, scale=0.5)
     if encoder.registers:
-        state["register_tokens"] = random(1, encoder.registers, width, scale=0.5)
-        state["mask_token"] = random(1, width, scale=0.5)
+        draw("register_tokens", 1, encoder.registers, width, scale=0.5)
+        draw("mask_token", 1, width, scale=0.5)
     if encoder.clip:
-        state |= norm("visual.ln_pre")
-        state["visual.proj"] = random(width, 32, scale=0.1)
-        # the text tower rides along
-        state |= {"positional_embedding": random(7, 32, scale=0.1), "logit_scale": random(scale=1)}
-        state |= linear("transformer.resblocks.0.mlp.c_fc", 32, 32)
-        state["transformer.resblocks.0.attn.in_proj_weight"] = random(96, 32, scale=0.1)
+        norm("norm_pre")
+        draw("visual.proj", width, 32, scale=0.1)
+        # the text tower is stored with it
+        draw("positional_embedding", 7, 32, scale=0.1)
+        draw("logit_scale", scale=1)
+        linear("transformer.resblocks.0.mlp.c_fc", 32, 32)
+        draw("transformer.resblocks.0.attn.in_proj_weight", 96, 32, scale=0.1)
     for index in range(depth):
-        block = names["block"].format(index)
-        state |= norm(block + names["norm1"]) | norm(block + names["norm2"])
-        state |= linear(block + names["qkv"], 3 * width, width, names["qkv_separator"])
-        state |= linear(block + names["out"], width, width)
-        state |= linear(block + names["fc1"], 4 * width, width)
-        state |= linear(block + names["fc2"], width, 4 * width)
+        layer = f"blocks.{index}."
+        norm(layer + "norm1")
+        norm(layer + "norm2")
+        linear(layer + "attn.qkv", 3 * width, width)
+        linear(layer + "attn.proj", width, width)
+        linear(layer + "mlp.fc1", 4 * width, width)
+        linear(layer + "mlp.fc2", width, 4 * width)
         if encoder.layer_scale:
-            state[block + "ls1.gamma"] = random(width, scale=0.3)
-            state[block + "ls2.gamma"] = random(width, scale=0.3)
-    state |= norm(names["norm"])
-    head = names["head"]
-    state |= linear(head + "adapter_linear", width, width)
-    state |= norm(head + "adapter_layer_norm1")
-    return state
-
-
-TIMM_NAMES = {
-    "patch": "patch_embed.proj",
-    "positions": "pos_embed",
-    "class": "cls_token",
-    "block": "blocks.{}.",
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "qkv": "attn.qkv",
-    "qkv_separator": ".",
-    "out": "attn.proj",
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
-    "norm": "norm",
-    "head": "adapter.adapter.",
-}
-CLIP_NAMES = {
-    "patch": "visual.conv1",
-    "positions": "visual.positional_embedding",
-    "class": "visual.class_embedding",
-    "block": "visual.transformer.resblocks.{}.",
-    "norm1": "ln_1",
-    "norm2": "ln_2",
-    "qkv": "attn.in_proj",
-    "qkv_separator": "_",
-    "out": "attn.out_proj",
-    "fc1": "mlp.c_fc",
-    "fc2": "mlp.c_proj",
-    "norm": "visual.ln_post",
-    "head": "visual.adapter.adapter.",
-}
+            draw(layer + "ls1.gamma", width, scale=0.3)
+            draw(layer + "ls2.gamma", width, scale=0.3)
+    norm("norm")
+    linear("adapter.adapter.adapter_linear", width, width)
+    norm("adapter.adapter.adapter_layer_norm1")
+    return {_name(name, encoder): tensor for name, tensor in state.items()}
 
 
 def save_checkpoint(path: Path, state: dict[str, Tensor], **arguments: object) -> Path:
@@ -147,64 +133,57 @@ def save_checkpoint(path: Path, state: dict[str, Tensor], **arguments: object) -
 
 def features(state: dict[str, Tensor], frames: Tensor, encoder: Encoder, depth: int) -> Tensor:
     """Encoder and head: frames ``(B, 3, H, W)`` uint8 to ``(B, C, h, w)``."""
-    names = CLIP_NAMES if encoder.clip else TIMM_NAMES
-    width = state[names["norm"] + ".weight"].numel()
+
+    def tensor(name: str) -> Tensor:
+        return state[_name(name, encoder)]
+
+    width = tensor("norm.weight").numel()
 
     def norm(x: Tensor, name: str, eps: float = encoder.eps) -> Tensor:
-        return F.layer_norm(x, (width,), state[f"{name}.weight"], state[f"{name}.bias"], eps)
+        return F.layer_norm(x, (width,), tensor(f"{name}.weight"), tensor(f"{name}.bias"), eps)
 
-    def linear(x: Tensor, name: str, separator: str = ".") -> Tensor:
-        return F.linear(x, state[f"{name}{separator}weight"], state[f"{name}{separator}bias"])
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, tensor(f"{name}.weight"), tensor(f"{name}.bias"))
 
     images = (frames.float() / 255 - MEAN) / STD
-    x = F.conv2d(
-        images,
-        state[names["patch"] + ".weight"],
-        state.get(names["patch"] + ".bias"),
-        stride=PATCH,
-    )
+    bias = None if encoder.clip else tensor("patch_embed.proj.bias")
+    x = F.conv2d(images, tensor("patch_embed.proj.weight"), bias, stride=PATCH)
     batch, _, h, w = x.shape
-    x = x.flatten(2).transpose(1, 2)
-    positions = state[names["positions"]].reshape(-1, width)
-    leading, cells = positions[: encoder.class_token], positions[encoder.class_token :]
+    x = rearrange(x, "b c h w -> b (h w) c")
+    positions = tensor("pos_embed").reshape(-1, width)
+    leading, patches = positions[: encoder.class_token], positions[encoder.class_token :]
     if (h, w) != (SIDE, SIDE):
-        square = cells.reshape(1, SIDE, SIDE, width).permute(0, 3, 1, 2)
+        square = rearrange(patches, "(h w) c -> 1 c h w", h=SIDE)
         if encoder.by_scale:
             factor = ((h + 0.1) / SIDE, (w + 0.1) / SIDE)
             square = F.interpolate(square, scale_factor=factor, mode="bicubic")
         else:
             square = F.interpolate(square, (h, w), mode="bicubic", antialias=True)
-        cells = square.permute(0, 2, 3, 1).reshape(h * w, width)
-    x = x + cells
+        patches = rearrange(square, "1 c h w -> (h w) c")
+    x = x + patches
     if encoder.class_token:
-        token = state[names["class"]].reshape(1, 1, width) + leading
+        token = tensor("cls_token").reshape(1, 1, width) + leading
         x = torch.cat([token.expand(batch, -1, -1), x], dim=1)
     if encoder.registers:
-        registers = state["register_tokens"].expand(batch, -1, -1)
+        registers = tensor("register_tokens").expand(batch, -1, -1)
         x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
     if encoder.clip:
-        x = norm(x, "visual.ln_pre")
+        x = norm(x, "norm_pre")
     for index in range(depth):
-        block = names["block"].format(index)
-        qkv = linear(norm(x, block + names["norm1"]), block + names["qkv"], names["qkv_separator"])
-        query, key, value = (
-            part.reshape(batch, -1, HEADS, width // HEADS).transpose(1, 2)
-            for part in qkv.chunk(3, dim=-1)
-        )
+        layer = f"blocks.{index}."
+        qkv = linear(norm(x, layer + "norm1"), layer + "attn.qkv")
+        query, key, value = rearrange(qkv, "b n (three a c) -> three b a n c", three=3, a=HEADS)
         scores = query @ key.transpose(-2, -1) * (width // HEADS) ** -0.5
-        mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, -1, width)
-        mixed = linear(mixed, block + names["out"])
-        x = x + (mixed * state[block + "ls1.gamma"] if encoder.layer_scale else mixed)
-        hidden = linear(norm(x, block + names["norm2"]), block + names["fc1"])
+        mixed = rearrange(scores.softmax(-1) @ value, "b a n c -> b n (a c)")
+        mixed = linear(mixed, layer + "attn.proj")
+        x = x + (mixed * tensor(layer + "ls1.gamma") if encoder.layer_scale else mixed)
+        hidden = linear(norm(x, layer + "norm2"), layer + "mlp.fc1")
         hidden = hidden * torch.sigmoid(1.702 * hidden) if encoder.clip else F.gelu(hidden)
-        out = linear(hidden, block + names["fc2"])
-        x = x + (out * state[block + "ls2.gamma"] if encoder.layer_scale else out)
+        out = linear(hidden, layer + "mlp.fc2")
+        x = x + (out * tensor(layer + "ls2.gamma") if encoder.layer_scale else out)
     if encoder.final_norm:
-        x = norm(x, names["norm"])
+        x = norm(x, "norm")
     x = x[:, encoder.class_token + encoder.registers :]
-    x = norm(
-        torch.tanh(linear(x, names["head"] + "adapter_linear")),
-        names["head"] + "adapter_layer_norm1",
-        1e-5,
-    )
-    return x.transpose(1, 2).reshape(batch, width, h, w)
+    x = torch.tanh(linear(x, "adapter.adapter.adapter_linear"))
+    x = norm(x, "adapter.adapter.adapter_layer_norm1", 1e-5)
+    return rearrange(x, "b (h w) c -> b c h w", h=h)

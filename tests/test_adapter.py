@@ -1,235 +1,76 @@
+"""Loading, saving and settling adapters."""
+
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
+from einops import rearrange
 from safetensors.torch import save_file
 
-from cosettle_adapter import CoSettleAdapter, Projection, list_models
+from cosettle_adapter import CoSettleAdapter, FrameSelection, Projection, list_models
 from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
+from cosettle_adapter.closed_form import AffineMap, settle_clip
 from cosettle_adapter.errors import (
-    BackboneMismatchError,
-    FrameError,
-    GeometryError,
     ProjectionFormatError,
     UnknownModelError,
     WeightsUnavailableError,
 )
 
-from helpers import REAL, projection_for, tiny_state
+from helpers import REAL, projection_for, tiny_state, write_video
+
+CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 
 
-def frames(count: int = 3, height: int = 48, width: int = 64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (count, 3, height, width)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+def clip(count: int = 6, *, seed: int = 0) -> torch.Tensor:
+    """A photograph of noise that slides."""
+    generator = torch.Generator().manual_seed(seed)
+    photo = torch.randint(0, 256, (3, 48, 160), dtype=torch.uint8, generator=generator)
+    return torch.stack([photo[..., 7 * t : 7 * t + 80] for t in range(count)])
 
 
-@pytest.mark.parametrize("leading", [(), (1,), (5,), (2, 3)])
-def test_leading_dimensions_are_kept(
-    tiny_adapter: CoSettleAdapter, leading: tuple[int, ...]
-) -> None:
-    clip = torch.zeros(*leading, 3, 48, 64)
-    assert tiny_adapter(clip).shape == (*leading, 192, 3, 4)
-    raw, features = tiny_adapter(clip, return_backbone=True)
-    assert raw.shape == features.shape == (*leading, 192, 3, 4)
-
-
-def test_bytes_floats_arrays_and_images_give_the_same(tiny_adapter: CoSettleAdapter) -> None:
-    clip = frames()
-    expected = tiny_adapter(clip)
-    channels_last = clip.movedim(1, -1).contiguous().numpy()
-    images = [Image.fromarray(frame) for frame in channels_last]
-    for same in (clip.float() / 255, channels_last, channels_last.astype(np.float32) / 255, images):
-        torch.testing.assert_close(tiny_adapter(same), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(tiny_adapter(images[1]), expected[1], atol=1e-5, rtol=1e-5)
-
-
-@settings(max_examples=10)
-@given(count=st.integers(1, 7), batch_size=st.integers(1, 9))
-def test_chunking_does_not_change_the_result(
-    tiny_backbone: VisionTransformerBackbone, count: int, batch_size: int
-) -> None:
-    adapter = CoSettleAdapter(tiny_backbone, projection_for(tiny_backbone))
-    clip = frames(count)
-    whole = adapter(clip, batch_size=count)
-    torch.testing.assert_close(adapter(clip, batch_size=batch_size), whole, atol=1e-5, rtol=0)
-
-
-def test_the_same_frames_give_the_same_bits(tiny_adapter: CoSettleAdapter) -> None:
-    assert torch.equal(tiny_adapter(frames()), tiny_adapter(frames()))
-
-
-def test_features_are_the_projection_of_what_the_row_normalises(
-    tiny_adapter: CoSettleAdapter,
-) -> None:
-    clip = frames()
-    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    images = (clip.float() / 255 - mean) / std
-    torch.testing.assert_close(tiny_adapter.preprocess(clip), images)
-    tokens = tiny_adapter.backbone.patch_tokens(images, layer=7, norm=False)
-    raw, features = tiny_adapter(clip, return_backbone=True)
-    torch.testing.assert_close(raw, tokens)
-    torch.testing.assert_close(features, tiny_adapter.projection(tokens))
-
-
-def test_unit_length_on_request(tiny_adapter: CoSettleAdapter) -> None:
-    lengths = tiny_adapter(frames(), normalize=True).norm(dim=1)
-    torch.testing.assert_close(lengths, torch.ones_like(lengths))
-
-
-def test_several_blocks_are_concatenated(tiny_backbone: VisionTransformerBackbone) -> None:
-    projection = projection_for(tiny_backbone, layers=(2, 5), in_width=384, out_width=32)
-    adapter = CoSettleAdapter(tiny_backbone, projection)
-    raw, features = adapter(frames(1), return_backbone=True)
-    assert raw.shape == (1, 384, 3, 4)
-    assert features.shape == (1, 32, 3, 4)
-
-
-@pytest.mark.parametrize(
-    ("options", "grid"),
-    [
-        ({}, (3, 4)),
-        ({"size": 64}, (4, 5)),
-        ({"size": (32, 80)}, (2, 5)),
-        ({"fit": "pad"}, (4, 5)),
-    ],
-)
-def test_sizes(
-    tiny_adapter: CoSettleAdapter, options: dict[str, object], grid: tuple[int, int]
-) -> None:
-    clip = frames(1, 50, 65)
-    geometry = tiny_adapter.geometry(50, 65, **options)  # type: ignore[arg-type]
-    assert geometry.grid == grid
-    assert tiny_adapter(clip, **options).shape[-2:] == grid
-    centres = geometry.cell_centers()
-    torch.testing.assert_close(
-        geometry.pixels_to_cells(centres)[1, 2], torch.tensor([1.0, 2.0]).double()
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(
-    tiny_backbone: VisionTransformerBackbone,
-    dtype: torch.dtype,
-    tmp_path: Path,
-    tiny_registered: BackboneRow,
-) -> None:
+@pytest.fixture
+def weights(tiny_registered: BackboneRow, tmp_path: Path) -> Path:
+    """The registered tiny backbone's file."""
     save_file(tiny_state(), tmp_path / "backbone.safetensors")
-    projection_for(tiny_backbone).save(tmp_path / "p")
-    half = CoSettleAdapter.from_pretrained(
-        tmp_path / "p", backbone_weights=tmp_path / "backbone.safetensors", dtype=dtype
-    )
-    features = half(frames())
-    assert features.dtype == half.dtype == dtype
-    assert next(half.projection.parameters()).dtype == torch.float32
-    full = CoSettleAdapter(tiny_backbone, projection_for(tiny_backbone))(frames())
-    cosine = torch.cosine_similarity(features.float(), full, dim=1)
-    assert float(cosine.min()) > 0.98
+    return tmp_path / "backbone.safetensors"
 
 
-def test_nothing_is_learned_by_accident(tiny_adapter: CoSettleAdapter) -> None:
-    tiny_adapter.train()
-    assert not tiny_adapter(frames()).requires_grad
-    tiny_adapter.projection.requires_grad_(True)
-    tiny_adapter(frames()).sum().backward()
-    trained = {name for name, value in tiny_adapter.named_parameters() if value.grad is not None}
-    assert trained == {
-        f"projection.{name}" for name, _ in tiny_adapter.projection.named_parameters()
-    }
-
-
-def test_input_gradients_reach_the_frames(
-    tiny_backbone: VisionTransformerBackbone, tiny_registered: BackboneRow, tmp_path: Path
-) -> None:
-    save_file(tiny_state(), tmp_path / "backbone.safetensors")
-    projection_for(tiny_backbone).save(tmp_path / "p")
-    adapter = CoSettleAdapter.from_pretrained(
-        tmp_path / "p",
-        backbone_weights=tmp_path / "backbone.safetensors",
-        requires_input_grad=True,
-    )
-    clip = (frames().float() / 255).requires_grad_()
-    adapter(clip).square().sum().backward()
-    assert clip.grad is not None
-    assert float(clip.grad.abs().sum()) > 0
-
-
-def test_streaming_equals_one_call(tiny_adapter: CoSettleAdapter) -> None:
-    clip = frames(7)
-    whole = tiny_adapter(clip)
-    chunks = list(tiny_adapter.stream(clip, batch_size=3, return_backbone=True, fps=10))
-    assert [len(chunk.features) for chunk in chunks] == [3, 3, 1]
-    assert [chunk.start for chunk in chunks] == [0, 3, 6]
-    streamed = torch.cat([chunk.features for chunk in chunks])
-    torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=0)
-    times = torch.cat([chunk.timestamps for chunk in chunks])
-    torch.testing.assert_close(times, torch.arange(7).double() / 10)
-    assert chunks[0].geometry == tiny_adapter.geometry(48, 64)
-    assert chunks[0].backbone is not None
-    assert next(tiny_adapter.stream(clip)).backbone is None
-
-
-def test_bad_stream_arguments_fail_at_the_call(tiny_adapter: CoSettleAdapter) -> None:
-    with pytest.raises(FrameError, match=r"every must be at least 1 .*, got 0"):
-        tiny_adapter.stream(frames(), every=0)
-    with pytest.raises(FrameError, match=r"nowhere\.mp4 does not exist"):
-        tiny_adapter.stream("nowhere.mp4")
-
-
-@pytest.mark.parametrize(
-    ("clip", "error"),
-    [
-        (torch.zeros(0, 3, 48, 48), FrameError),
-        (torch.zeros(2, 4, 48, 48), FrameError),
-        (torch.full((2, 3, 48, 48), 200.0), FrameError),
-        (torch.full((2, 3, 48, 48), torch.nan), FrameError),
-        (torch.full((2, 3, 48, 48), -1.0), FrameError),
-        (torch.zeros(2, 3, 48, 48, dtype=torch.long), FrameError),
-        (torch.zeros(2, 3, 8, 48), GeometryError),
-    ],
-)
-def test_frames_that_cannot_be_used(
-    tiny_adapter: CoSettleAdapter, clip: torch.Tensor, error: type[Exception]
-) -> None:
-    with pytest.raises(error):
-        tiny_adapter(clip)
-
-
-def test_a_batch_of_nothing(tiny_adapter: CoSettleAdapter) -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        tiny_adapter(frames(), batch_size=0)
-
-
-def test_a_projection_of_another_backbone_is_refused(
-    tiny_backbone: VisionTransformerBackbone,
-) -> None:
-    projection = projection_for(tiny_backbone, fingerprint="sha256:" + "a" * 64)
-    with pytest.raises(BackboneMismatchError, match="fingerprint aaaaaaaaaaaa, but the backbone"):
-        CoSettleAdapter(tiny_backbone, projection)
-    adapter = CoSettleAdapter(tiny_backbone, projection, allow_mismatched_backbone=True)
-    assert adapter(frames(1)).shape == (1, 192, 3, 4)
-
-
-def test_a_projection_of_another_width_is_refused(tiny_backbone: VisionTransformerBackbone) -> None:
-    with pytest.raises(ProjectionFormatError, match=r"reads 96 channels, but 1 block\(s\)"):
-        CoSettleAdapter(tiny_backbone, projection_for(tiny_backbone, in_width=96))
-
-
-def test_raw_reads_any_block(tiny_backbone: VisionTransformerBackbone) -> None:
-    images = CoSettleAdapter.raw(tiny_backbone).preprocess(frames(1))
+def test_raw_reads_any_layer(tiny_backbone: VisionTransformerBackbone) -> None:
+    images = CoSettleAdapter.raw(tiny_backbone).preprocess(clip(1))
     for layer, normed in ((-1, True), (11, True), (4, False)):
         raw = CoSettleAdapter.raw(tiny_backbone, layer=layer)
         expected = tiny_backbone.patch_tokens(images, layer=layer, norm=normed)
-        assert torch.equal(raw(frames(1)), expected)
+        assert torch.equal(raw(clip(1)), expected)
+
+
+def test_raw_takes_what_from_pretrained_takes(
+    tiny_registered: BackboneRow, weights: Path, tmp_path: Path
+) -> None:
+    raw = CoSettleAdapter.raw(
+        tiny_registered.name,
+        backbone_weights=weights,
+        cache_dir=tmp_path,
+        local_files_only=True,
+        dtype=torch.bfloat16,
+        stride=8,
+    )
+    assert (raw.dtype, raw.backbone.stride) == (torch.bfloat16, 8)
+    with pytest.raises(WeightsUnavailableError):
+        CoSettleAdapter.raw("dinov2-vitb14", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_without_its_projection_an_adapter_returns_what_that_reads(
+    tiny_adapter: CoSettleAdapter,
+) -> None:
+    tokens, _ = tiny_adapter(clip(1), return_backbone=True)
+    raw = tiny_adapter.without_projection()
+    assert raw.backbone is tiny_adapter.backbone
+    assert torch.equal(raw(clip(1)), tokens)
 
 
 def test_save_and_load_are_bit_equal_and_small(
@@ -239,14 +80,9 @@ def test_save_and_load_are_bit_equal_and_small(
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 2_000_000
     loaded = CoSettleAdapter.from_pretrained(tmp_path / "out", local_files_only=True)
     assert loaded.config == real_adapter.config
-    clip = frames(1, 56, 70)
-    assert torch.equal(loaded(clip), real_adapter(clip))
-
-
-def test_the_real_adapter_as_the_readme_shows_it(real_adapter: CoSettleAdapter) -> None:
-    raw, features = real_adapter(frames(2, 140, 210), return_backbone=True)
-    assert (raw.shape, features.shape) == ((2, 1152, 10, 15), (2, 384, 10, 15))
-    assert real_adapter.config.figures["summary"]
+    raw, features = loaded(clip(1), return_backbone=True, size=(56, 70))
+    assert (raw.shape, features.shape) == ((1, 1152, 4, 5), (1, 384, 4, 5))
+    assert torch.equal(features, real_adapter(clip(1), size=(56, 70)))
 
 
 def test_an_alias_means_the_alias_even_beside_a_folder_of_that_name(
@@ -262,57 +98,63 @@ def test_an_alias_means_the_alias_even_beside_a_folder_of_that_name(
         CoSettleAdapter.from_pretrained(f"./{REAL}")
 
 
-def test_what_was_not_published_is_not_had_by_asking_for_it() -> None:
-    with pytest.raises(UnknownModelError, match="no projection has been published for dinov2-v"):
-        CoSettleAdapter.from_pretrained("dinov2-vitb14", projection="published")
-
-
-def test_raw_takes_what_from_pretrained_takes(tiny_registered: BackboneRow, tmp_path: Path) -> None:
-    save_file(tiny_state(), tmp_path / "backbone.safetensors")
-    raw = CoSettleAdapter.raw(
-        tiny_registered.name,
-        backbone_weights=tmp_path / "backbone.safetensors",
-        cache_dir=tmp_path,
-        local_files_only=True,
-        dtype=torch.bfloat16,
-    )
-    assert raw.dtype == torch.bfloat16
-    with pytest.raises(WeightsUnavailableError):
-        CoSettleAdapter.raw("dinov2-vitb14", cache_dir=tmp_path, local_files_only=True)
-
-
-def test_names_that_are_nothing() -> None:
-    with pytest.raises(UnknownModelError, match="Did you mean 'dinov2-vits14-pypi'"):
-        CoSettleAdapter.from_pretrained("dinov2-vits14-pipy")
-    with pytest.raises(ProjectionFormatError, match="is not a folder"):
-        CoSettleAdapter.from_pretrained("./nowhere")
-    with pytest.raises(WeightsUnavailableError, match=r"no config\.json from the Hub repository"):
-        CoSettleAdapter.from_pretrained("owner/nothing", local_files_only=True)
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("dinov2-vits14-pipy", {}, UnknownModelError, "Did you mean 'dinov2-vits14-pypi'"),
+        (
+            "dinov2-vits41",
+            {"projection": "settle"},
+            UnknownModelError,
+            "Did you mean 'dinov2-vits14'",
+        ),
+        ("./nowhere", {}, ProjectionFormatError, "is not a folder"),
+        (
+            "owner/nothing",
+            {"local_files_only": True},
+            WeightsUnavailableError,
+            r"no config\.json from the Hub repository",
+        ),
+        (
+            "dinov2-vitb14",
+            {"projection": "published"},
+            UnknownModelError,
+            "no projection has been published for dinov2-v",
+        ),
+        ("dinov2-vitb14", {"projection": "best"}, ValueError, r"or a folder .*, got 'best'"),
+    ],
+)
+def test_names_that_are_nothing(
+    name: str, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        CoSettleAdapter.from_pretrained(name, **options)  # type: ignore[arg-type]
 
 
 def test_a_hub_repository_loads_from_the_cache_without_network(
-    tiny_backbone: VisionTransformerBackbone, tiny_registered: BackboneRow, tmp_path: Path
+    tiny_backbone: VisionTransformerBackbone, weights: Path, tmp_path: Path
 ) -> None:
     repository = tmp_path / "cache" / "models--owner--mine"
     projection_for(tiny_backbone).save(repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    save_file(tiny_state(), tmp_path / "backbone.safetensors")
     adapter = CoSettleAdapter.from_pretrained(
         "owner/mine",
         cache_dir=tmp_path / "cache",
         local_files_only=True,
-        backbone_weights=tmp_path / "backbone.safetensors",
+        backbone_weights=weights,
+        requires_input_grad=True,
     )
-    assert adapter(frames(1)).shape == (1, 192, 3, 4)
+    frames = (clip(2).float() / 255).requires_grad_()
+    adapter(frames).square().sum().backward()
+    assert frames.grad is not None
+    assert float(frames.grad.abs().sum()) > 0
 
 
 def test_list_models_shows_every_row_with_published_ones_first() -> None:
     models = list_models()
-    names = [model.name for model in models]
-    assert {"dinov2-vitb14", "mae-vitl16", "clip-vitb16", REAL} <= set(names)
-    assert names[0] == REAL
-    assert models[0].projection == "in the package"
+    assert models[0].name == REAL
+    assert {"dinov2-vitb14", "mae-vitl16", "clip-vitb16"} <= {model.name for model in models}
     order = ["in the package", "by the authors", "fitted, in your cache", "fitted on first use"]
     ranks = [order.index(model.projection) for model in models]
     assert ranks == sorted(ranks)
@@ -320,23 +162,113 @@ def test_list_models_shows_every_row_with_published_ones_first() -> None:
     assert json.dumps([dataclasses.asdict(model) for model in models])
 
 
-def test_the_projection_that_ships_is_small_and_names_its_licence() -> None:
-    from cosettle_adapter.published import bundled_folder
-
-    folder = bundled_folder(REAL)
-    assert folder is not None
-    projection = Projection.load(folder)
-    assert projection.config.licence
-    assert projection.config.fit["clips"] > 0
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
+def with_kind(backbone: VisionTransformerBackbone, kind: str) -> CoSettleAdapter:
+    return CoSettleAdapter(backbone, projection_for(backbone, kind=kind))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_agrees_with_the_cpu(real_adapter: CoSettleAdapter, dtype: torch.dtype) -> None:
-    cuda = CoSettleAdapter.from_pretrained(REAL, device="cuda", dtype=dtype)
-    clip = frames(2, 140, 210)
-    features = cuda(clip)
-    assert features.is_cuda
-    cosine = torch.cosine_similarity(features.float().cpu(), real_adapter(clip), dim=1)
-    assert float(cosine.min()) > (0.9999 if dtype == torch.float32 else 0.97)
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("identity", "affine"), ("affine", "affine"), ("linear", "linear"), ("mlp2", "mlp2")],
+)
+def test_a_settled_adapter_returns_its_clip_settled_and_can_be_saved(
+    tiny_backbone: VisionTransformerBackbone, kind: str, found: str, tmp_path: Path
+) -> None:
+    adapter = with_kind(tiny_backbone, kind)
+    before = adapter(clip())
+    settled = adapter.settle(clip(), batch_size=4)
+    torch.testing.assert_close(settled(clip()), settle_clip(before), **CLOSE)
+    assert torch.equal(adapter(clip()), before)
+    assert (settled.unsettled, adapter.unsettled) == (adapter, adapter)
+    assert settled.backbone is adapter.backbone
+    assert settled.config.kind == found
+    assert settled.config.settled == (found != "affine"), "two affine maps become one"
+    assert not any(name.startswith("_unsettled") for name in settled.state_dict())
+
+    settled.save_pretrained(tmp_path / "settled")
+    loaded = CoSettleAdapter(tiny_backbone, Projection.load(tmp_path / "settled"))
+    assert torch.equal(loaded(clip()), settled(clip()))
+    fit = loaded.config.fit
+    assert fit["method"].startswith("settled on one clip")
+    assert (fit["frames"], fit["ridge"], fit["clip"]) == (6, 1.0, "Tensor")
+    assert fit["base"] == adapter.config.fit
+    assert loaded.unsettled is loaded
+
+
+def test_settling_again_starts_from_the_stored_projection(tiny_adapter: CoSettleAdapter) -> None:
+    twice = tiny_adapter.settle(clip(seed=1)).settle(clip(seed=2))
+    assert twice.unsettled is tiny_adapter
+    assert torch.equal(twice(clip()), tiny_adapter.settle(clip(seed=2))(clip()))
+
+
+def test_a_projection_followed_by_two_maps_is_followed_by_both(
+    tiny_backbone: VisionTransformerBackbone,
+) -> None:
+    tokens = torch.randn(2, 192, 3, 4)
+    maps = [AffineMap(torch.randn(192, 192).double() / 14, torch.randn(192)) for _ in range(2)]
+    for kind in ("affine", "linear", "identity"):
+        projection = projection_for(tiny_backbone, kind=kind)
+        found = projection.followed_by(maps[0], {}).followed_by(maps[1], {"method": "second"})
+        patches = rearrange(projection(tokens), "b c h w -> b h w c")
+        expected = rearrange(maps[1](maps[0](patches)), "b h w c -> b c h w")
+        torch.testing.assert_close(found(tokens), expected, **CLOSE)
+        assert found.config.fit["method"] == "second"
+        assert found.config.figures == {}
+        assert not any(parameter.requires_grad for parameter in found.parameters())
+
+
+def test_a_file_is_settled_on_even_if_it_breaks_off(
+    tiny_adapter: CoSettleAdapter, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = write_video(tmp_path / "clip.mkv", frames=40, height=48, width=64, noisy=True)
+    settled = tiny_adapter.settle(whole, size=(32, 48), select=FrameSelection(every=10))
+    assert (settled.config.fit["clip"], settled.config.fit["frames"]) == ("clip.mkv", 4)
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    settled = tiny_adapter.settle(cut, size=(32, 48))
+    assert 0 < settled.config.fit["frames"] < 40
+    assert "settled on the readable part of the clip" in caplog.text
+
+
+def test_any_backbone_settles_without_a_projection(
+    tiny_backbone: VisionTransformerBackbone,
+    tiny_registered: BackboneRow,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    asked = {}
+
+    def load(name: str, **options: object) -> VisionTransformerBackbone:
+        asked.update(options, name=name)
+        return tiny_backbone
+
+    monkeypatch.setattr("cosettle_adapter.loading.load_backbone", load)
+    adapter = CoSettleAdapter.from_pretrained(
+        tiny_registered.name, projection="settle", stride=8, revision="abc"
+    )
+    assert (asked["name"], asked["stride"]) == (tiny_registered.name, 8)
+    assert asked["options"].revision == "abc"  # type: ignore[attr-defined]
+    assert adapter.settles
+    assert "settled on each clip" in adapter.config.fit["method"]
+    raw = CoSettleAdapter.raw(tiny_backbone)
+    torch.testing.assert_close(adapter(clip()), settle_clip(raw(clip())), **CLOSE)
+
+    with pytest.raises(ProjectionFormatError, match="it settles on every clip anew"):
+        adapter.save_pretrained(tmp_path / "nothing")
+    with pytest.raises(ProjectionFormatError, match=r"adapter\.settle"):
+        adapter.push_to_hub("someone/something")
+    found = adapter.settle(clip())
+    assert not found.settles
+    torch.testing.assert_close(found(clip()), adapter(clip()), **CLOSE)
+    found.save_pretrained(tmp_path / "found")
+    assert Projection.load(tmp_path / "found").config.kind == "affine"
+
+
+def test_low_precision_settles_in_float32(tiny_backbone: VisionTransformerBackbone) -> None:
+    half = copy.deepcopy(tiny_backbone).to(torch.bfloat16)
+    settled = with_kind(half, "identity").settle(clip())
+    assert settled.projection.linears[0].weight.dtype == torch.float32
+    found = settled(clip())
+    assert found.dtype == torch.bfloat16
+    expected = with_kind(tiny_backbone, "identity").settle(clip())(clip())
+    cosine = torch.cosine_similarity(found.float(), expected, dim=1)
+    assert float(cosine.min()) > 0.95

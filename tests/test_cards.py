@@ -1,26 +1,27 @@
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from rich.console import Console
 
-from cosettle_adapter import Projection, ProjectionConfig
-from cosettle_adapter.backbones import REGISTRY, BackboneRow, lookup, registry
-from cosettle_adapter.cards import model_card, weights_card, weights_cards
-from cosettle_adapter.cli import cards as cards_command
-from cosettle_adapter.published import bundled_folder
+from cosettle_adapter import ProjectionConfig
+from cosettle_adapter.backbones import REGISTRY, lookup, registry
+from cosettle_adapter.cards import model_card
+from cosettle_adapter.hub import bundled_config
 from cosettle_adapter.video.geometry import plan_geometry
 
 from helpers import REAL, TINY
 
-FOLDER = Path(__file__).parents[1] / "weights_cards"
+ROOT = Path(__file__).parents[1]
+SCRIPT = runpy.run_path(str(ROOT / ".ci" / "cards.py"), run_name="cards")
+CARDS: dict[str, str] = SCRIPT["weights_cards"]()
 RELEASED = [name for name, row in REGISTRY.items() if row.release is not None]
 HEADINGS = ["Details", "Data", "Figures", "Limits", "Use", "Citation"]
 
@@ -31,141 +32,166 @@ def config(backbone: str = "mae-vitb16", **changes: Any) -> ProjectionConfig:
 
 
 def bundled() -> ProjectionConfig:
-    folder = bundled_folder(REAL)
-    assert folder is not None
-    return Projection.load(folder).config
+    found = bundled_config(REAL)
+    assert found is not None
+    return found
 
 
 def section(card: str, heading: str) -> str:
     return re.split(r"^## ", card, flags=re.MULTILINE)[1 + HEADINGS.index(heading)]
 
 
+def licence(card: str) -> dict[str, str]:
+    data = ModelCard(card).data.to_dict()
+    return {key: value for key, value in data.items() if key.startswith("license")}
+
+
 def test_the_cards_are_what_the_registry_says() -> None:
-    """If this fails, run `cosettle-adapter cards`."""
-    cards = [path for path in FOLDER.iterdir() if not path.stem.isupper()]  # TRAIN.md is a study
-    written = {path.name: path.read_text(encoding="utf-8") for path in cards}
-    assert written == weights_cards()
-
-
-def test_there_is_a_card_for_every_published_projection() -> None:
+    """If this fails, run `python .ci/cards.py`."""
+    pages = [path for path in (ROOT / "weights_cards").iterdir() if not path.stem.isupper()]
+    assert {path.name: path.read_text(encoding="utf-8") for path in pages} == CARDS
     assert len(RELEASED) == 8
-    published = {name for name in REGISTRY if name in RELEASED or bundled_folder(name) is not None}
-    assert {REAL, *RELEASED} <= published
-    assert weights_cards().keys() == {f"{name}.md" for name in published}
+    assert CARDS.keys() == {f"{name}.md" for name in (REAL, *RELEASED)}
 
 
 @pytest.mark.parametrize("name", [REAL, *RELEASED])
-def test_every_card_has_its_sections_and_licence(name: str) -> None:
-    card = weights_cards()[f"{name}.md"]
+def test_every_card_has_its_sections_licence_and_true_shapes(name: str) -> None:
+    card, row = CARDS[f"{name}.md"], lookup(name)
     assert re.findall(r"^## (.*)$", card, flags=re.MULTILINE) == HEADINGS
-    assert f"| licence | {lookup(name).licence} |" in card
-    assert ("commercial purposes" in card) == ("-NC" in lookup(name).licence)
-
-
-def test_the_non_commercial_ones_are_the_three_that_are() -> None:
-    marked = {n for n in RELEASED if "**Non-commercial.**" in weights_card(lookup(n), None)}
-    assert marked == {"mae-vitb16", "mocov3-vitb16", "ijepa-vitb16"}
-
-
-@pytest.mark.parametrize("name", [REAL, *RELEASED])
-def test_the_shapes_are_those_of_the_model(name: str) -> None:
-    row = lookup(name)
-    (snippet,) = re.findall(r"```python\n(.*?)```", weights_cards()[f"{name}.md"], re.DOTALL)
+    assert f"| licence | {row.licence} |" in card
+    restricted = name in ("mae-vitb16", "mocov3-vitb16", "ijepa-vitb16")
+    assert ("**Restricted: non-commercial use only.**" in card) == restricted
+    snippet = section(card, "Use")
     assert f'from_pretrained("{name}")' in snippet
     frames = re.search(r"\((\d+), 3, (\d+), (\d+)\)", snippet)
     assert frames is not None
     count, height, width = map(int, frames.groups())
     grid = plan_geometry(height, width, patch=row.patch, stride=row.patch).grid
+    read = bundled().in_width if name == REAL else row.width
     shown = re.findall(r"print\(.*\)  # (.*)", snippet)
-    projection = bundled_folder(name)
-    read = row.width if projection is None else Projection.load(projection).config.in_width
-    assert shown == [str(torch.Size((count, width, *grid))) for width in (row.width, read)]
+    assert shown == [str(torch.Size((count, channels, *grid))) for channels in (row.width, read)]
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_reported_figures_are_marked_and_never_measured(name: str) -> None:
-    row = lookup(name)
-    assert row.release is not None
-    figures = section(weights_card(row, None), "Figures")
+    release = lookup(name).release
+    assert release is not None
+    card = CARDS[f"{name}.md"]
+    assert f"`ckpts/ours/{release.name}+ours` of [yafeng19/Co-Settle]" in card
+    assert "| parameters | 592,128 |" in card
+    figures = section(card, "Figures")
     assert "### Reported by the authors (not measured here)" in figures
-    for benchmark, (alone, ours) in row.release.reported.items():
+    for benchmark, (alone, ours) in release.reported.items():
         assert f"| {benchmark} | {alone} | {ours} |" in figures
     assert figures.partition("### Measured")[2].strip() == "None measured here yet."
 
 
-def test_a_released_projection_tells_where_it_comes_from() -> None:
-    card = weights_card(lookup("ijepa-vitb16"), None)
-    assert "`ckpts/ours/ijepa+ours` of [yafeng19/Co-Settle]" in card
-    assert "| final norm | not applied |" in card
-    assert "| parameters | 592,128 |" in card
-
-
 def test_every_measured_figure_stands_beside_its_command() -> None:
-    measured = bundled().figures["measured"]
-    figures = section(weights_card(lookup(REAL), bundled()), "Figures")
-    for entry in measured:
+    card = CARDS[f"{REAL}.md"]
+    figures = section(card, "Figures")
+    for entry in bundled().figures["measured"]:
         assert entry["command"] in figures
-        assert {len(row) for row in entry["rows"]} == {len(entry["columns"])}
         for row in entry["rows"]:
-            cells = ["" if value is None else str(value) for value in row]
-            bold = entry.get("highlight") == row[0]
-            cells = [f"**{cell}**" if bold and cell else cell for cell in cells]
-            assert re.sub(r"\| +(?=\|)", "| ", f"| {' | '.join(cells)} |") in figures
-
-
-def test_the_shipped_card_keeps_its_caveats() -> None:
-    card = weights_card(lookup(REAL), bundled())
-    assert "**No figure here is a figure of Meta's DINOv2.**" in card
-    assert "It is not the paper's method." in card
-    assert "Recipe and fusion were chosen on these clips" in card
-    assert "an interval that includes zero" in section(card, "Limits")
+            assert len(row) == len(entry["columns"])
+            bold = "**" if row[0] == entry.get("highlight") else ""
+            cells = ["" if value is None else f"{bold}{value}{bold}" for value in row]
+            assert f"| {' | '.join(cells)} |" in figures
+    for caveat in (
+        "**No figure here is a figure of Meta's DINOv2.**",
+        "It is not the paper's method.",
+        "Recipe and fusion were chosen on these clips",
+        "an interval that includes zero",
+    ):
+        assert caveat in card
 
 
 def test_a_model_card_is_the_same_card_behind_front_matter() -> None:
     card = ModelCard(model_card(bundled(), repository="user/mine"))
-    assert card.data.to_dict() == {
+    (result,) = card.data.eval_results or ()
+    assert (result.metric_type, result.metric_value) == ("J&F", 70.7)
+    assert result.dataset_name == "DAVIS-2016, in a coarse setting"
+    assert {k: v for k, v in card.data.to_dict().items() if k != "model-index"} == {
         "license": "mit",
         "library_name": "cosettle-adapter",
         "pipeline_tag": "image-feature-extraction",
         "tags": ["cosettle", "video", "temporal-consistency", "image-feature-extraction"],
     }
-    ours = weights_card(lookup(REAL), bundled())
-    assert (
-        card.text.strip()
-        == ours.replace(f"# {REAL}\n", "# user/mine\n", 1)
-        .replace(f'from_pretrained("{REAL}")', 'from_pretrained("user/mine")')
-        .strip()
-    )
+    ours = CARDS[f"{REAL}.md"].replace(f"# {REAL}\n", "# user/mine\n", 1)
+    ours = ours.replace(f'from_pretrained("{REAL}")', 'from_pretrained("user/mine")')
+    assert card.text.strip() == ours.strip()
 
 
 def test_front_matter_names_base_model_and_data_sets() -> None:
     data = ModelCard(model_card(config(fit={"datasets": ["owner/clips"]}))).data
     assert data.base_model == "timm/vit_base_patch16_224.mae"
     assert data.datasets == ["owner/clips"]
-    assert data.license == "cc-by-nc-4.0"
+    assert data.eval_results is None
+
+
+DINOV3 = {
+    "license": "other",
+    "license_name": "dinov3",
+    "license_link": "https://ai.meta.com/resources/models-and-libraries/dinov3-license",
+}
 
 
 @pytest.mark.parametrize(
-    ("licence", "expected"),
+    ("backbone", "own", "expected"),
     [
-        ("Apache-2.0", {"license": "apache-2.0"}),
-        ("BSD-3-Clause", {"license": "bsd-3-clause"}),
-        ("LicenseRef-DINOv3", {"license": "other", "license_name": "dinov3"}),
-        ("My own, v2", {"license": "other", "license_name": "my-own-v2"}),
-        ("", {"license": "apache-2.0"}),
-        ("LicenseRef-unstated", {"license": "apache-2.0"}),
+        ("MIT", "", {"license": "mit"}),
+        ("MIT", "LicenseRef-unstated", {"license": "mit"}),
+        ("mit", "Apache-2.0", {"license": "apache-2.0"}),
+        ("MIT", "My own, v2", {"license": "other", "license_name": "my-own-v2"}),
+        ("MIT", "CC-BY-NC-4.0", {"license": "cc-by-nc-4.0"}),
+        ("CC-BY-NC-4.0", "MIT", {"license": "cc-by-nc-4.0"}),
+        ("LicenseRef-DINOv3", "MIT", DINOV3),
+        ("dinov3-license", "", DINOV3),
+        ("LicenseRef-DINOv3", "LicenseRef-DINOv3", DINOV3),
+        (
+            "LicenseRef-DINOv3",
+            "CC-BY-NC-4.0",
+            {"license": "other", "license_name": "dinov3-and-cc-by-nc-4.0"},
+        ),
+        ("unknown", "MIT", {"license": "unknown"}),
     ],
 )
-def test_licences_in_the_words_of_the_hub(licence: str, expected: dict[str, str]) -> None:
-    data = ModelCard(model_card(config("dinov2-vits14", licence=licence))).data.to_dict()
-    assert {key: value for key, value in data.items() if key.startswith("license")} == expected
+def test_a_projections_licence_never_weakens_its_backbones(
+    backbone: str, own: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = dataclasses.replace(TINY, licence=backbone)
+    monkeypatch.setitem(registry.REGISTRY, TINY.name, row)
+    card = model_card(config(TINY.name, licence=own))
+    assert licence(card) == expected
+    free = expected["license"] in ("mit", "apache-2.0")
+    assert ("**Restricted" in card) != free
+
+
+@pytest.mark.parametrize(
+    ("stated", "name", "words"),
+    [
+        ("LicenseRef-Apple-AMLR", "apple-amlr", "**Restricted: research use only.**"),
+        ("apple-amlr", "apple-amlr", "research use only"),
+        ("apple-ascl", "apple-ascl", "use under Apple's conditions"),
+        ("fair-noncommercial-research-license", "fair-noncommercial-research", "non-commercial"),
+        ("gemma", "gemma", "read its terms first"),
+        ("LicenseRef-NCSA-Like", "ncsa-like", "read its terms first"),
+    ],
+)
+def test_what_is_not_known_to_be_permissive_is_restricted(
+    stated: str, name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.REGISTRY, TINY.name, dataclasses.replace(TINY, licence=stated))
+    card = model_card(config(TINY.name, licence="MIT"))
+    assert licence(card)["license_name"] == name
+    assert words in card
+    assert "The backbone's weights are under" in card
 
 
 def test_nothing_known_is_nothing_claimed() -> None:
     card = model_card(config("somebody-elses-vit"))
-    data = ModelCard(card).data.to_dict()
-    assert data["license"] == "unknown"
-    assert "base_model" not in data
+    assert licence(card) == {"license": "unknown"}
+    assert "**Restricted: no licence is stated.**" in card
+    assert "base_model" not in ModelCard(card).data.to_dict()
     assert "Nothing was recorded." in section(card, "Data")
     assert section(card, "Figures").endswith("None measured here yet.\n\n")
     assert "compare both on your videos first" in section(card, "Limits")
@@ -181,20 +207,17 @@ def test_what_somebody_just_fitted() -> None:
         "overlap_by_block": {"4": 0.7, "5": 0.81},
         "command": "cosettle-adapter fit --data clips",
     }
-    data = section(model_card(config(kind="affine", fit=fit)), "Data")
+    card = model_card(config(kind="affine", fit=fit))
+    data = section(card, "Data")
     assert r"| method | centre \| damp |" in data
     assert "| clips | 12,345 |" in data
     assert "skipped" not in data
-    assert "| blocks | 4 | 5 |\n|---|---|---|\n| overlap | 0.700 | **0.810** |" in data
+    assert "| layers | 4 | 5 |\n| --- | --- | --- |\n| overlap | 0.700 | **0.810** |" in data
     assert "```bash\ncosettle-adapter fit --data clips\n```" in data
+    assert "their own projection of this backbone, not this one" in section(card, "Figures")
 
 
-def test_the_authors_figures_are_not_somebody_elses() -> None:
-    figures = section(model_card(config()), "Figures")
-    assert "their own projection of this backbone, not this one" in figures
-
-
-def test_a_converted_release_is_the_authors(tmp_path: Path) -> None:
+def test_a_converted_release_is_the_authors() -> None:
     fit = {"method": "trained by the paper's authors; converted from their checkpoint"}
     card = model_card(config(fit=fit))
     assert "and the authors' projection." in card
@@ -207,7 +230,8 @@ def test_a_backbone_without_a_source_is_given_as_a_file(monkeypatch: pytest.Monk
     card = model_card(config(TINY.name, layers=(2, 10)), repository="user/mine")
     assert 'from_pretrained("user/mine", backbone_weights="backbone.safetensors")' in card
     assert "| weights from | no public source is registered" in card
-    assert "| reads | blocks 2, 10 (0-based); block 11 is never run |" in card
+    assert "| reads | layers 2, 10 (0-based); the layers after that are never run |" in card
+    assert "| note |" not in card
 
 
 def test_rows_of_feature_maps() -> None:
@@ -217,37 +241,31 @@ def test_rows_of_feature_maps() -> None:
     assert "torch.Size([4, 1024, 20, 35])" in card
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp2", "mlp3", "affine", "identity"])
-def test_parameters_are_counted(kind: Any) -> None:
-    counted = {"linear": 88, "mlp2": 160, "mlp3": 232, "affine": 72, "identity": 0}
-    assert f"| parameters | {counted[kind]} |" in model_card(config(kind=kind))
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("linear", 88), ("mlp2", 160), ("mlp3", 232), ("affine", 72), ("identity", 0)],
+)
+def test_parameters_are_counted(kind: str, count: int) -> None:
+    assert f"| parameters | {count} |" in model_card(config(kind=kind))
 
 
-def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    cards_command.add_arguments(parser)
-    return cards_command.run(parser.parse_args(arguments), Console())
-
-
-def test_the_command_writes_and_checks(
+def test_the_script_writes_and_checks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["cards.py", *arguments])
+        status: int = SCRIPT["main"]()
+        return status
+
     folder = ("-o", str(tmp_path))
     assert run("--check", *folder) == 1
     assert not list(tmp_path.iterdir())
-    assert run(*folder) == run("--check", *folder) == 0
-    assert {path.name for path in tmp_path.iterdir()} == weights_cards().keys()
-    capsys.readouterr()
+    assert run(*folder) == run("--check", *folder) == run("--check") == 0
     (tmp_path / f"{REAL}.md").write_text("stale")
     (tmp_path / "gone.md").write_text("orphan")
+    capsys.readouterr()
     assert run("--check", *folder) == 1
     told = capsys.readouterr().out
-    assert f"stale: {tmp_path / REAL}.md" in told
-    assert f"no such model, delete: {tmp_path / 'gone.md'}" in told
-    assert run("--check", "-o", str(FOLDER)) == 0
-
-
-def test_a_row_of_its_own_needs_no_note() -> None:
-    bare: BackboneRow = dataclasses.replace(lookup("dino-vitb16"), note="")
-    assert "| note |" not in weights_card(bare, None)
+    assert f"stale: {REAL}.md" in told
+    assert "no such model, delete: gone.md" in told
+    assert "python .ci/cards.py" in told

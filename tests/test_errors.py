@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from cosettle_adapter import errors
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 
 def test_every_error_is_ours_and_a_builtin_one() -> None:

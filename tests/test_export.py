@@ -15,13 +15,10 @@ from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import GeometryError, MissingExtraError
-from cosettle_adapter.export import ExportError, to_onnx, to_torch_export
-from cosettle_adapter.export.onnx_file import OPSET, _translate, check_exporter
-from cosettle_adapter.export.parity import frames_to_compare
-from cosettle_adapter.export.program import OneSize, Traced, trace
-from cosettle_adapter.export.signature import plan_signature
+from cosettle_adapter.export import ExportError, onnx, to_onnx, to_torch_export
+from cosettle_adapter.export.program import Traced, frames_to_compare
 from cosettle_adapter.video import photographs
-from cosettle_adapter.video.resampling import resize
+from cosettle_adapter.video.geometry import resize
 
 SIZE = {"dinov2": (56, 70), "clip": (64, 80), "rotary": (64, 80), "convnext": (64, 96)}
 
@@ -45,21 +42,16 @@ def files(folder: Path) -> set[str]:
 
 @functools.cache
 def made_once() -> tuple[Traced, Any]:
-    adapter = small_adapter("vit")
-    signature = plan_signature(
-        adapter, (64, 64), preprocessing=True, normalize=False, static_batch=None
-    )
-    model = OneSize(adapter, preprocessing=True, normalize=False)
-    traced = trace(model, signature, unfused=True)
-    return traced, _translate(traced, signature, OPSET)
+    traced = Traced(small_adapter("vit"), (64, 64), unfused=True)
+    return traced, onnx._translate(traced, onnx.OPSET)
 
 
 @pytest.fixture
 def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare tests of what becomes of a file the seconds of making it."""
     traced, program = made_once()
-    monkeypatch.setattr("cosettle_adapter.export.onnx_file.trace", lambda *_, **__: traced)
-    monkeypatch.setattr("cosettle_adapter.export.onnx_file._translate", lambda *_: program)
+    monkeypatch.setattr(onnx, "Traced", lambda *_, **__: traced)
+    monkeypatch.setattr(onnx, "_translate", lambda *_: program)
 
 
 @pytest.mark.parametrize(
@@ -85,21 +77,21 @@ def test_the_real_backbone_too(real_adapter: CoSettleAdapter, tmp_path: Path) ->
     frames = photos(size, 3)
     found = onnx_features(exported.path, frames)
     torch.testing.assert_close(found, real_adapter(frames), atol=1e-4, rtol=0)
-    block = CoSettleAdapter.raw(real_adapter.backbone, layer=7)
-    shorter = to_onnx(block, tmp_path / "block.onnx", size, check=False)
-    unread = 4 * 384 * 384 * 12 * 4  # blocks 8 to 11
+    layer = CoSettleAdapter.raw(real_adapter.backbone, layer=7)
+    shorter = to_onnx(layer, tmp_path / "layer.onnx", size, check=False)
+    unread = 4 * 384 * 384 * 12 * 4  # layers 8 to 11
     assert shorter.size < exported.size - unread
 
 
-def test_metadata_tell_what_it_is_and_nothing_about_this_machine(tmp_path: Path) -> None:
+def test_metadata_and_no_paths_of_this_machine(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     adapter = small_adapter("vit")
-    onnx = to_onnx(adapter, tmp_path / "model.onnx", (64, 80), normalize=True, check=False)
+    model = to_onnx(adapter, tmp_path / "model.onnx", (64, 80), normalize=True, check=False)
     program = to_torch_export(
         adapter, tmp_path / "model.pt2", (64, 80), normalize=True, check=False
     )
-    assert onnx.signature == program.signature
-    stored = runtime.InferenceSession(onnx.path).get_modelmeta().custom_metadata_map
+    assert model.signature == program.signature
+    stored = runtime.InferenceSession(model.path).get_modelmeta().custom_metadata_map
     assert stored["backbone"] == "small-vit16"
     assert stored["fingerprint"] == adapter.backbone.fingerprint
     assert {key: json.loads(stored[key]) for key in ("layers", "patch", "grid", "normalized")} == {
@@ -108,49 +100,43 @@ def test_metadata_tell_what_it_is_and_nothing_about_this_machine(tmp_path: Path)
     extra = {"cosettle_adapter.json": ""}
     torch.export.load(program.path, extra_files=extra)
     assert json.loads(extra["cosettle_adapter.json"]) == program.signature.metadata
-    for path in (onnx.path, program.path):
+    for path in (model.path, program.path):
         content = path.read_bytes()
         assert b"site-packages" not in content
         assert str(Path(__file__).parents[1]).encode() not in content
 
 
-def test_images_as_preprocess_returns_them(tmp_path: Path) -> None:
-    adapter = small_adapter("vit")
-    path = tmp_path / "model.onnx"
-    exported = to_onnx(
-        adapter, path, (64, 80), preprocessing=False, normalize=True, static_batch=1, check=False
-    )
-    assert str(exported.signature.input) == "images float32 (1, 3, 64, 80)"
-    frames = photos((64, 80), 1)
-    torch.testing.assert_close(
-        onnx_features(path, adapter.preprocess(frames)), adapter(frames, normalize=True)
-    )
-
-
-def test_overlapping_patches_and_half_precision(tmp_path: Path) -> None:
-    adapter = small_adapter("vit", stride=8)
+def test_a_program_runs_without_this_package(tmp_path: Path) -> None:
+    adapter, frames = small_adapter("vit", stride=8), photos((64, 80), 3)
     exported = to_torch_export(adapter, tmp_path / "model.pt2", (64, 80))
     assert exported.signature.output.shape == ("batch", 32, 7, 9)
-    half = small_adapter("clip", dtype=torch.float16)
-    exported = to_onnx(half, tmp_path / "half.onnx", (32, 32))
-    assert exported.signature.output.dtype == "float16"
-    assert exported.parity is not None
-
-
-def test_a_program_runs_without_this_package(tmp_path: Path) -> None:
-    adapter, frames = small_adapter("vit"), photos((64, 80), 3)
-    path = to_torch_export(adapter, tmp_path / "model.pt2", (64, 80), check=False).path
     torch.save(frames, tmp_path / "frames.pt")
     script = (
         "import sys, torch; sys.modules['cosettle_adapter'] = sys.modules['timm'] = None\n"
         "features = torch.export.load('model.pt2').module()(torch.load('frames.pt'))\n"
         "torch.save(features.detach(), 'features.pt')"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=path.parent, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     torch.testing.assert_close(torch.load(tmp_path / "features.pt"), adapter(frames))
 
 
-def test_what_is_not_read_stays_out(tmp_path: Path) -> None:
+def test_half_precision_and_images_as_preprocess_returns_them(tmp_path: Path) -> None:
+    adapter = small_adapter("clip", dtype=torch.float16)
+    path = tmp_path / "half.onnx"
+    exported = to_onnx(adapter, path, (32, 32), preprocessing=False, normalize=True, static_batch=1)
+    assert str(exported.signature.input) == "images float32 (1, 3, 32, 32)"
+    assert exported.signature.output.dtype == "float16"
+    assert exported.parity is not None
+    frames = photos((32, 32), 1)
+    torch.testing.assert_close(
+        onnx_features(path, adapter.preprocess(frames)),
+        adapter(frames, normalize=True),
+        atol=1e-2,
+        rtol=0,
+    )
+
+
+def test_what_is_not_read_is_left_out(tmp_path: Path) -> None:
     backbone = small_adapter("vit").backbone
     first, last = (
         to_torch_export(
@@ -159,44 +145,60 @@ def test_what_is_not_read_stays_out(tmp_path: Path) -> None:
         )
         for layer in (0, 1)
     )  # fmt: skip
-    block = sum(each.nbytes for each in backbone.vit.blocks[1].parameters())
-    assert last.size - first.size > block
+    layer = sum(each.nbytes for each in backbone.vit.blocks[1].parameters())
+    assert last.size - first.size > layer
     assert backbone.vit.blocks[1].norm1.weight is not None, "the adapter itself is left alone"
     assert first.parity is None
 
 
 @pytest.mark.usefixtures("one_program")
-def test_weights_beyond_two_gigabytes_go_beside_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cosettle_adapter.export.onnx_file._LARGEST_FILE", 0)
-    exported = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
-    assert files(tmp_path) == {"model.onnx", "model.onnx.data"}
-    assert exported.size == sum(file.stat().st_size for file in tmp_path.iterdir())
-    moved = exported.path.parent.rename(tmp_path.with_name("elsewhere")) / "model.onnx"
-    frames = photos((64, 64), 1)
-    torch.testing.assert_close(onnx_features(moved, frames), small_adapter("vit")(frames))
+class TestFiles:
+    def test_weights_beyond_two_gigabytes_go_beside_the_model(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(onnx, "_LARGEST_FILE", 0)
+        exported = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
+        assert files(tmp_path) == {"model.onnx", "model.onnx.data"}
+        assert exported.size == sum(file.stat().st_size for file in tmp_path.iterdir())
+        moved = exported.path.parent.rename(tmp_path.with_name("elsewhere")) / "model.onnx"
+        frames = photos((64, 64), 1)
+        torch.testing.assert_close(onnx_features(moved, frames), small_adapter("vit")(frames))
 
+    @pytest.mark.parametrize("kind", ["wrong", "misshapen", "unloadable"])
+    def test_a_file_that_does_not_compute_the_same_is_not_kept(
+        self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        onnxruntime = pytest.importorskip("onnxruntime")
 
-@pytest.mark.usefixtures("one_program")
-def test_a_file_that_computes_something_else_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+        class Wrong:
+            def __init__(self, *_: Any, **__: Any) -> None:
+                if kind == "unloadable":
+                    raise RuntimeError("Opset 18 is under development")
 
-    class Wrong:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
+            def run(self, _: Any, inputs: dict[str, Any]) -> list[Any]:
+                side = 4 if kind == "wrong" else 3
+                return [torch.zeros(len(inputs["frames"]), 32, side, 4).numpy()]
 
-        def run(self, _: Any, inputs: dict[str, Any]) -> list[Any]:
-            return [torch.zeros(len(inputs["frames"]), 32, 4, 4).numpy()]
+        monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+        (tmp_path / "model.onnx").write_bytes(b"an earlier one")
+        told = {
+            "wrong": r"differs from PyTorch by .* was not kept",
+            "misshapen": r"returns \(3, 32, 3, 4\), PyTorch \(3, 32, 4, 4\)",
+            "unloadable": r"cannot load .* Opset 18 .*install -U onnxruntime",
+        }
+        with pytest.raises(ExportError, match=told[kind]):
+            to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
+        assert files(tmp_path) == {"model.onnx"}
+        assert (tmp_path / "model.onnx").read_bytes() == b"an earlier one"
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
-    (tmp_path / "model.onnx").write_bytes(b"an earlier one")
-    with pytest.raises(ExportError, match=r"differs from PyTorch by .* was not kept"):
-        to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
-    assert files(tmp_path) == {"model.onnx"}
-    assert (tmp_path / "model.onnx").read_bytes() == b"an earlier one"
+    def test_without_onnx_runtime_the_file_is_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        exported = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
+        assert exported.parity is None
+        assert exported.path.is_file()
+        assert "onnxruntime" in caplog.text
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,12 +211,9 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert files(tmp_path) == set()
 
 
-def test_the_nearest_size_is_named(tmp_path: Path) -> None:
-    with pytest.raises(GeometryError, match=r"65 x 90 .* nearest size that does is 64 x 96"):
-        to_torch_export(small_adapter("vit"), tmp_path / "model.pt2", (65, 90))
-
-
-def test_what_cannot_be_exported_says_what_can(tmp_path: Path) -> None:
+def test_what_cannot_be_exported_says_what_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = small_adapter("vit")
     settling = CoSettleAdapter._settling(adapter.backbone)
     with pytest.raises(ExportError, match=r"Export adapter\.settle\(clip\)"):
@@ -223,62 +222,28 @@ def test_what_cannot_be_exported_says_what_can(tmp_path: Path) -> None:
         to_onnx(adapter, tmp_path / "model.pt", (64, 64))
     with pytest.raises(ExportError, match="static_batch must be at least 1"):
         to_torch_export(adapter, tmp_path / "model.pt2", (64, 64), static_batch=0)
-
-
-def test_brain_floats_are_for_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = small_adapter("vit")
+    with pytest.raises(GeometryError, match=r"65 x 90 .* nearest size that does is 64 x 96"):
+        to_torch_export(adapter, tmp_path / "model.pt2", (65, 90))
     monkeypatch.setattr(CoSettleAdapter, "dtype", torch.bfloat16)
     with pytest.raises(ExportError, match=r"dtype=torch\.float16 or torch\.float32, or .* \.pt2"):
         to_onnx(adapter, tmp_path / "model.onnx", (64, 64))
 
 
-def test_a_missing_exporter_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_early_exporter_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"cosettle-adapter\[export\]"):
-        check_exporter()
-
-
-def test_an_early_torch_says_which_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+        onnx.check_exporter()
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
     with pytest.raises(ExportError, match=r"needs torch 2\.6 or newer, this is 2\.4\.1"):
-        check_exporter()
+        onnx.check_exporter()
 
 
-@pytest.mark.usefixtures("one_program")
-def test_a_file_that_the_runtime_cannot_load_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("Opset 18 is under development")
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
-    with pytest.raises(ExportError, match=r"cannot load .* Opset 18 .*install -U onnxruntime"):
-        to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
-    assert files(tmp_path) == set()
-
-
-@pytest.mark.usefixtures("one_program")
-def test_without_onnx_runtime_the_file_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    exported = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
-    assert exported.parity is None
-    assert exported.path.is_file()
-    assert "onnxruntime" in caplog.text
-
-
-def test_frames_to_compare_on() -> None:
+def test_frames_to_compare_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert frames_to_compare(None, (32, 48), None).shape == (3, 3, 32, 48)
     floats = torch.rand(2, 3, 40, 40)
     frames = frames_to_compare(floats, (32, 48), 5)
     assert (frames.shape, frames.dtype) == ((5, 3, 32, 48), torch.uint8)
     assert frames.max() > 200
     assert torch.equal(frames[1], frames[4])
-
-
-def test_textures_stand_in_for_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     assert frames_to_compare(None, (32, 48), 2).float().std() > 10

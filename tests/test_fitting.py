@@ -14,8 +14,8 @@ from cosettle_adapter.backbones import REGISTRY, BackboneRow, VisionTransformerB
 from cosettle_adapter.closed_form import StatisticsError
 from cosettle_adapter.errors import GeometryError
 from cosettle_adapter.fitting import fit_starter, read_layers
-from cosettle_adapter.starter import corresponding_cells, starter_clips, starter_photographs
-from cosettle_adapter.video.rendered import render_clip
+from cosettle_adapter.starter import known_correspondences, starter_clips, starter_photographs
+from cosettle_adapter.video.synthetic import render_clip
 
 from helpers import small_corpus, tiny_state
 
@@ -84,8 +84,8 @@ def test_the_best_matching_layer_is_read_with_neighbours_that_match_nearly_as_we
 
 
 def test_patches_are_matched_where_the_motion_takes_them() -> None:
-    photograph = starter_photographs()["chelsea"]
-    clip = render_clip(photograph, frames=2, size=(96, 128), motion="pan", amount=0.3, seed=2)
+    photo = starter_photographs()["chelsea"]
+    clip = render_clip(photo, frames=2, size=(96, 128), motion="pan", amount=0.3, seed=2)
     pixels = rearrange(clip.frames.float(), "t c (h y) (w x) -> t (c y x) h w", y=8, x=8)
     assert fitting._matched(pixels, clip) > 0.45
     assert fitting._matched(torch.randn(2, 8, 12, 16), clip) < 0.3
@@ -139,9 +139,11 @@ def test_features_that_say_nothing_are_an_error(tiny_backbone: VisionTransformer
             fit_starter(broken)
 
 
-def test_only_the_native_form_is_fitted(tiny_backbone: VisionTransformerBackbone) -> None:
+def test_what_cannot_be_fitted_says_so(tiny_backbone: VisionTransformerBackbone) -> None:
     with pytest.raises(ValueError, match=r"float32 at stride 16, got tiny-vit16 in torch.bfloat16"):
         fit_starter(copy.deepcopy(tiny_backbone).to(torch.bfloat16))
+    with pytest.raises(ValueError, match="unknown recipe 99; this version knows 1"):
+        fit_starter(tiny_backbone, recipe=99)
 
 
 def test_a_backbone_of_one_size_is_fitted_at_it(
@@ -159,31 +161,13 @@ def test_a_backbone_of_one_size_is_fitted_at_it(
     assert fit_starter(tiny_backbone).config.fit["size"] == [224, 224]
 
 
-def test_an_unknown_recipe_lists_the_known_ones(tiny_backbone: VisionTransformerBackbone) -> None:
-    with pytest.raises(ValueError, match="unknown recipe 99; this version knows 1"):
-        fit_starter(tiny_backbone, recipe=99)
-
-
-def test_a_recipe_may_ask_for_corresponding_patches(
-    tiny_backbone: VisionTransformerBackbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = dataclasses.replace(fitting.RECIPES[1], pairs=True, averaging=0.25)
-    monkeypatch.setitem(fitting.RECIPES, 2, pairs)
-    counted: list[int] = []
-    config = fit_starter(
-        tiny_backbone, recipe=2, on_clip=lambda _, statistics: counted.append(statistics.pairs)
-    ).config
-    assert (config.recipe, config.averaging) == (2, 0.25)
-    assert 0 < counted[0] < counted[-1] <= 4 * 2 * 16
-
-
-def test_corresponding_cells_are_where_the_motion_takes_them() -> None:
+def test_known_correspondences_are_where_the_motion_takes_them() -> None:
     photograph = starter_photographs()["chelsea"]
     clip = render_clip(photograph, frames=3, size=(64, 96), motion="pan", amount=0.5, seed=3)
-    here, there = corresponding_cells(clip, 0, (4, 6))
+    here, there = known_correspondences(clip, 0, (4, 6))
     assert torch.equal(here, torch.arange(24))
     assert torch.equal(there, here)
-    here, there = corresponding_cells(clip, 2, (4, 6))
+    here, there = known_correspondences(clip, 2, (4, 6))
     shift = clip.homographies[2, :2, 2] / 16
     column = (here % 6 + 0.5 + shift[0]).floor().long()
     row = (here // 6 + 0.5 + shift[1]).floor().long()

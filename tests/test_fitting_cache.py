@@ -107,9 +107,7 @@ def test_threads_wait_for_one_of_them(weights: Path, fits: list[str]) -> None:
     assert len({adapter.projection.linears[0].weight.sum().item() for adapter in adapters}) == 1
 
 
-def test_a_killed_fit_goes_on_where_it_was_and_needs_no_extra(
-    weights: Path, tmp_path: Path
-) -> None:
+def test_a_killed_fit_resumes_and_needs_no_extra(weights: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "killed", weights, "stop", "3").returncode < 0
     assert [path.name for path in stored(tmp_path / "killed").iterdir()] == [
         "statistics.safetensors"
@@ -123,8 +121,9 @@ def test_a_killed_fit_goes_on_where_it_was_and_needs_no_extra(
         assert torch.equal(found[name], tensor)
 
 
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-@pytest.mark.parametrize("at", ["mkdir", "write_bytes"])
+@pytest.mark.parametrize(
+    ("code", "at"), [(errno.EROFS, "mkdir"), (errno.EACCES, "mkdir"), (errno.ENOSPC, "write_bytes")]
+)
 def test_a_cache_that_cannot_be_written_is_done_without(
     weights: Path,
     fits: list[str],
@@ -150,7 +149,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
 def test_a_recipe_is_pinned(weights: Path, tmp_path: Path) -> None:
     assert load(weights, recipe=1).config.recipe == 1
-    with pytest.raises(ValueError, match="unknown recipe 7; this version knows 1"):
+    with pytest.raises(ValueError, match="unknown recipe 7"):
         load(weights, recipe=7)
     backbone = build_backbone(TINY, tiny_state(), fingerprint=load(weights).backbone.fingerprint)
     projection_for(backbone).save(tmp_path / "own")
@@ -158,8 +157,6 @@ def test_a_recipe_is_pinned(weights: Path, tmp_path: Path) -> None:
     assert own.config.layers == (7,)
     with pytest.raises(ValueError, match="was not made by recipe 1"):
         load(weights, projection=str(tmp_path / "own"), recipe=1)
-    with pytest.raises(ValueError, match=r"'settle' or a folder .*, got 'best'"):
-        load(weights, projection="best")
 
 
 def test_a_published_one_that_cannot_be_reached_is_an_error_and_never_another_one(

@@ -1,34 +1,32 @@
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from fake_hub import READER, TOKEN, FakeHub, Request, use_fake_hub
-from huggingface_hub import ModelCard
-from rich.console import Console
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 
 from cosettle_adapter import CoSettleAdapter, Projection
-from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone, registry
-from cosettle_adapter.cli import push as push_command
+from cosettle_adapter.backbones import BackboneRow, HubOptions, VisionTransformerBackbone
+from cosettle_adapter.cli import main
 from cosettle_adapter.errors import (
     CosettleError,
     ProjectionFormatError,
     UnknownModelError,
     WeightsUnavailableError,
 )
-from cosettle_adapter.hub import HubUploadError, push
+from cosettle_adapter.hub import bundled_folder, find_projection, is_published
+from cosettle_adapter.upload import HubUploadError, push
 
-from helpers import TINY, projection_for, tiny_state
+from helpers import REAL, TINY, projection_for, tiny_state
 
 REPO = "user/mine"
-FILES = {"config.json", "projection.safetensors", "README.md"}
+WEIGHTS = "projection.safetensors"
+FILES = {"config.json", WEIGHTS, "README.md"}
 
 
 @pytest.fixture
@@ -57,15 +55,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-Load = Callable[..., CoSettleAdapter]
-
-
-@pytest.fixture
-def load(weights: Path) -> Load:
-    def load(name: str = REPO, **options: object) -> CoSettleAdapter:
-        return CoSettleAdapter.from_pretrained(name, backbone_weights=weights, **options)  # type: ignore[arg-type]
-
-    return load
+def loaded(name: str = REPO, **options: str | bool | None) -> Projection:
+    return Projection.load(find_projection(name, HubOptions(**options)).folder)  # type: ignore[arg-type]
 
 
 def same(projection: Projection, other: Projection) -> bool:
@@ -75,171 +66,145 @@ def same(projection: Projection, other: Projection) -> bool:
     )
 
 
-def test_what_is_pushed_comes_back(hub: FakeHub, first: Projection, load: Load) -> None:
-    pushed = push(first, REPO, token=TOKEN)
+def test_a_registered_name_comes_before_a_folder_and_the_hub(
+    hub: FakeHub, first: Projection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (REAL, REPO):
+        first.save(tmp_path / name)
+    bundled = find_projection(REAL, HubOptions())
+    assert (bundled.folder, bundled.bundled) == (bundled_folder(REAL), True)
+    assert find_projection(f"./{REAL}", HubOptions()).folder == Path(REAL)
+    assert same(loaded(REPO), first), "a folder comes before a repository"
+    assert hub.requests == []
+    assert is_published(REAL)
+    assert is_published("mae-vitb16")
+    assert not is_published(TINY.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (TINY.name, UnknownModelError, "no projection has been published for tiny-vit16"),
+        ("./nowhere", ProjectionFormatError, "nowhere is not a folder"),
+        (Path("nowhere"), ProjectionFormatError, "nowhere is not a folder"),
+        ("mae-vitb61", UnknownModelError, "neither a registered model.*Did you mean 'mae-vitb16'"),
+        ("us er/a", UnknownModelError, "neither a registered model"),
+        ("user/nothing", WeightsUnavailableError, r"no config\.json from the Hub repository"),
+    ],
+)
+def test_names_that_lead_nowhere(
+    hub: FakeHub, name: str | Path, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        find_projection(name, HubOptions())
+
+
+def test_what_is_pushed_comes_back(hub: FakeHub, first: Projection, weights: Path) -> None:
+    pushed = push(first, REPO, token=TOKEN, commit_message="Better")
     assert pushed.url == f"{hub.url}/{REPO}/commit/{pushed.commit}"
-    adapter = load()
+    assert [(c.oid, c.title) for c in hub.history(REPO)] == [(pushed.commit, "Better")]
+    assert hub.files(REPO).keys() == FILES
+    adapter = CoSettleAdapter.from_pretrained(REPO, backbone_weights=weights)
     assert same(adapter.projection, first)
     assert adapter.config == first.config
     assert adapter(torch.zeros(1, 3, 32, 48)).shape == (1, 192, 2, 3)
+    hub.requests.clear()
+    assert same(loaded(local_files_only=True), first)
+    assert hub.requests == []
 
 
-def test_a_push_is_one_commit_of_everything(hub: FakeHub, first: Projection) -> None:
-    pushed = push(first, REPO, token=TOKEN, commit_message="Better")
-    assert [(c.oid, c.title) for c in hub.history(REPO)] == [(pushed.commit, "Better")]
-    assert hub.files(REPO).keys() == FILES
-    assert len([path for path in hub.asked("POST") if "/commit/" in path]) == 1
-
-
-def test_a_commit_is_loaded_by_its_id(
-    hub: FakeHub, first: Projection, second: Projection, load: Load
+def test_commits_branches_and_pull_requests(
+    hub: FakeHub, first: Projection, second: Projection
 ) -> None:
     pinned = push(first, REPO, token=TOKEN).commit
-    assert push(second, REPO, token=TOKEN).commit != pinned
-    assert len(hub.history(REPO)) == 2
-    assert same(load(revision=pinned).projection, first)
-    assert same(load().projection, second)
-
-
-def test_a_branch_and_a_pull_request_leave_main_alone(
-    hub: FakeHub, first: Projection, second: Projection, load: Load
-) -> None:
-    push(first, REPO, token=TOKEN)
     push(second, REPO, token=TOKEN, revision="next")
-    proposed = push(second, REPO, token=TOKEN, create_pr=True)
+    proposed = push(second, REPO, token=READER, create_pr=True)  # a stranger can propose
     assert proposed.pull_request == f"{hub.url}/{REPO}/discussions/1"
-    assert same(load().projection, first)
-    assert same(load(revision="next").projection, second)
-    assert same(load(revision="refs/pr/1").projection, second)
-
-
-def test_a_stranger_can_propose(hub: FakeHub, first: Projection, second: Projection) -> None:
-    push(first, REPO, token=TOKEN)
-    with pytest.raises(HubUploadError, match="may not write to user"):
-        push(second, REPO, token=READER)
-    assert push(second, REPO, token=READER, create_pr=True).pull_request is not None
     assert len(hub.history(REPO)) == 1
+    assert same(loaded(), first)
+    assert same(loaded(revision="next"), second)
+    assert same(loaded(revision="refs/pr/1"), second)
+    push(second, REPO, token=TOKEN)
+    assert same(loaded(), second)
+    assert same(loaded(revision=pinned), first)
 
 
-def test_the_config_is_asked_for_before_the_weights(
-    hub: FakeHub, first: Projection, load: Load
+def test_config_first_then_the_weights_of_the_same_commit(
+    hub: FakeHub, first: Projection, second: Projection
 ) -> None:
     push(first, REPO, token=TOKEN)
     hub.requests.clear()
-    load()
-    asked = [path.rpartition("/")[2] for path in hub.asked()]
-    assert set(asked) == {"config.json", "projection.safetensors"}
-    assert asked.index("projection.safetensors") > max(
-        index for index, name in enumerate(asked) if name == "config.json"
-    )
-
-
-@pytest.mark.parametrize("config", [False, True])
-def test_a_pickle_is_never_fetched(
-    hub: FakeHub, first: Projection, load: Load, config: bool
-) -> None:
-    hub.put("user/old", "projection.bin", b"\x80\x04pickle")
-    hub.put("user/old", "pytorch_model.bin", b"\x80\x04pickle")
-    if config:
-        hub.put("user/old", "config.json", first.config.to_json().encode())
-    missing = "projection.safetensors" if config else "config.json"
-    with pytest.raises(WeightsUnavailableError, match=f"no {missing} from the Hub repository"):
-        load("user/old")
-    assert not [path for path in hub.asked() if path.endswith(".bin")]
-
-
-def truncated(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-def flipped(data: bytes) -> bytes:
-    return data[:-1] + bytes([data[-1] ^ 0xFF])
-
-
-def no_header(data: bytes) -> bytes:
-    return b"\xff" * 16 + data[16:]
-
-
-@pytest.mark.parametrize("spoil", [truncated, flipped, no_header])
-def test_a_broken_download_is_an_error_and_leaves_nothing(
-    hub: FakeHub, first: Projection, load: Load, tmp_path: Path, spoil: Callable[[bytes], bytes]
-) -> None:
-    push(first, REPO, token=TOKEN)
-    hub.spoil["projection.safetensors"] = spoil
-    with pytest.raises(CosettleError, match=r"projection\.safetensors"):
-        load()
-    assert not list((tmp_path / "home").rglob("*projection.safetensors*"))
-    hub.spoil.clear()
-    assert same(load().projection, first)
-
-
-def test_the_weights_belong_to_the_commit_of_the_config(
-    hub: FakeHub, first: Projection, second: Projection, load: Load
-) -> None:
-    push(first, REPO, token=TOKEN)
     pending = [second]
 
     def push_meanwhile(request: Request) -> None:
-        if request.path.endswith("/projection.safetensors") and pending:
+        if request.path.endswith(f"/{WEIGHTS}") and pending:
             push(pending.pop(), REPO, token=TOKEN)
 
     hub.on_request = push_meanwhile
-    assert same(load().projection, first)
+    assert same(loaded(), first)
+    asked = [path.rpartition("/")[2] for path in hub.asked() if "/resolve/" in path]
+    assert asked[0] == "config.json"
+    assert same(loaded(), second)
 
 
-def test_a_config_that_cannot_be_used_ends_it_before_the_weights(
-    hub: FakeHub, first: Projection, load: Load
-) -> None:
+def test_an_unusable_config_is_an_error_before_the_weights(hub: FakeHub, first: Projection) -> None:
     push(first, REPO, token=TOKEN)
     config = hub.files(REPO)["config.json"].replace(b'"format_version": 2', b'"format_version": 9')
     hub.put(REPO, "config.json", config)
     with pytest.raises(ProjectionFormatError, match="format_version 9"):
-        load()
-    assert not [path for path in hub.asked() if "projection.safetensors" in path]
+        loaded()
+    assert not [path for path in hub.asked() if WEIGHTS in path]
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_a_pickle_is_never_fetched(hub: FakeHub, first: Projection, config: bool) -> None:
+    hub.put("user/old", "projection.bin", b"\x80\x04pickle")
+    hub.put("user/old", "pytorch_model.bin", b"\x80\x04pickle")
+    if config:
+        hub.put("user/old", "config.json", first.config.to_json().encode())
+    missing = WEIGHTS if config else "config.json"
+    with pytest.raises(WeightsUnavailableError, match=f"no {missing} from the Hub repository"):
+        loaded("user/old")
+    assert not [path for path in hub.asked() if path.endswith(".bin")]
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + bytes([data[-1] ^ 255])]
+)
+def test_a_broken_download_is_refused_and_the_next_one_heals(
+    hub: FakeHub, first: Projection, spoil: Callable[[bytes], bytes]
+) -> None:
+    push(first, REPO, token=TOKEN)
+    hub.spoil[WEIGHTS] = spoil
+    with pytest.raises(CosettleError, match=WEIGHTS):
+        loaded()
+    hub.spoil.clear()
+    assert same(loaded(), first)
 
 
 def test_a_private_repository_needs_a_token(
-    hub: FakeHub, first: Projection, load: Load, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, first: Projection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(first, REPO, token=TOKEN, private=True)
-    hub.requests.clear()
     for token in (None, False, READER):
         with pytest.raises(WeightsUnavailableError, match=r"private or gated repo.* authenticated"):
-            load(token=token)
-    assert same(load(token=TOKEN).projection, first)
+            loaded(token=token)
+    assert same(loaded(token=TOKEN), first)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert same(load(token=True).projection, first)
-    assert {request.token for request in hub.requests} == {None, READER, TOKEN}
+    assert same(loaded(token=True), first)
 
 
-def test_a_gated_repository_needs_its_owners_leave(
-    hub: FakeHub, first: Projection, load: Load
-) -> None:
-    push(first, REPO, token=TOKEN)
-    hub.create(REPO, gated=True)
-    with pytest.raises(WeightsUnavailableError, match="restricted"):
-        load(token=READER)
-    hub.granted.add("reader")
-    assert same(load(token=READER).projection, first)
+def test_private_is_never_public(hub: FakeHub, first: Projection) -> None:
+    hub.create(REPO)
+    with pytest.raises(HubUploadError, match="exists and is public"):
+        push(first, REPO, token=TOKEN, private=True)
+    assert hub.history(REPO) == []
+    push(first, "user/secret", token=TOKEN, private=True)
+    assert getattr(hub.repository("user/secret"), "private", None) is True
 
 
-def test_tokens_stay_with_the_hub(hub: FakeHub, first: Projection, load: Load) -> None:
-    push(first, REPO, token=TOKEN, private=True)
-    load(token=TOKEN)
-    stored = [request for request in hub.requests if request.server == "storage"]
-    assert {request.method for request in stored} == {"PUT", "GET"}
-    assert {request.token for request in stored} == {None}
-
-
-def test_what_is_cached_needs_no_request(hub: FakeHub, first: Projection, load: Load) -> None:
-    push(first, REPO, token=TOKEN)
-    load()
-    hub.requests.clear()
-    assert same(load(local_files_only=True).projection, first)
-    assert hub.requests == []
-
-
-def test_the_card_shows_the_licence_and_shapes_that_are_real(
+def test_the_card_shows_shapes_that_are_real(
     hub: FakeHub,
     first: Projection,
     weights: Path,
@@ -248,49 +213,20 @@ def test_the_card_shows_the_licence_and_shapes_that_are_real(
 ) -> None:
     push(first, REPO, token=TOKEN)
     text = hub.files(REPO)["README.md"].decode()
-    card = ModelCard(text)
-    assert card.data.license == "apache-2.0"
-    assert card.data.library_name == "cosettle-adapter"
-    assert card.data.pipeline_tag == "image-feature-extraction"
-    assert {"cosettle", "video"} <= set(card.data.tags or ())
-    assert "| licence | Apache-2.0 |" in card.content
-    assert first.config.fingerprint in card.content
+    assert ModelCard(text).data.license == "apache-2.0"
     (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert f'from_pretrained("{REPO}"' in snippet
     monkeypatch.chdir(weights.parent)
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out.splitlines() == re.findall(r"# (torch\.Size.*)", snippet)
-
-
-@pytest.mark.parametrize("stated", ["", "MIT", "CC-BY-NC-4.0"])
-def test_a_non_commercial_backbone_makes_it_non_commercial(
-    hub: FakeHub, first: Projection, monkeypatch: pytest.MonkeyPatch, stated: str
-) -> None:
-    row = dataclasses.replace(TINY, licence="CC-BY-NC-4.0")
-    monkeypatch.setitem(registry.REGISTRY, TINY.name, row)
-    first.config = dataclasses.replace(first.config, licence=stated)
-    push(first, REPO, token=TOKEN)
-    card = ModelCard(hub.files(REPO)["README.md"].decode())
-    assert card.data.license == "cc-by-nc-4.0"
-    assert "neither may be used for commercial purposes" in card.content
-
-
-def test_a_licence_that_the_hub_does_not_know_is_named(hub: FakeHub, first: Projection) -> None:
-    first.config = dataclasses.replace(first.config, licence="LicenseRef-DINOv3")
-    push(first, REPO, token=TOKEN)
-    data = ModelCard(hub.files(REPO)["README.md"].decode()).data.to_dict()
-    assert (data["license"], data["license_name"]) == ("other", "dinov3")
 
 
 def test_a_card_somebody_edited_is_kept(
     hub: FakeHub, first: Projection, second: Projection, caplog: pytest.LogCaptureFixture
 ) -> None:
     push(first, REPO, token=TOKEN)
-    generated = hub.files(REPO)["README.md"]
-    edited = generated + b"\nWe like it.\n"
+    edited = hub.files(REPO)["README.md"] + b"\nWe like it.\n"
     hub.put(REPO, "README.md", edited)
-    pushed = push(second, REPO, token=TOKEN)
-    assert pushed.kept_card
+    assert push(second, REPO, token=TOKEN).kept_card
     assert "overwrite_card=True replaces it" in caplog.text
     assert hub.files(REPO)["README.md"] == edited
     assert not push(second, REPO, token=TOKEN, overwrite_card=True).kept_card
@@ -299,15 +235,11 @@ def test_a_card_somebody_edited_is_kept(
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
 def test_a_card_nobody_edited_is_replaced(hub: FakeHub, first: Projection, newline: bytes) -> None:
-    push(first, REPO, token=TOKEN, card="# Mine\n\nOne.\n")
+    hub.put(REPO, "README.md", b"---\nlicense: mit\n---\n")  # front matter alone is no card
+    assert not push(first, REPO, token=TOKEN, card="# Mine\n\nOne.\n").kept_card
     hub.put(REPO, "README.md", hub.files(REPO)["README.md"].replace(b"\n", newline))
     assert not push(first, REPO, token=TOKEN, card="# Mine\n\nTwo.\n").kept_card
     assert b"Two." in hub.files(REPO)["README.md"]
-
-
-def test_front_matter_alone_is_no_card(hub: FakeHub, first: Projection) -> None:
-    hub.put(REPO, "README.md", b"---\nlicense: mit\n---\n")
-    assert not push(first, REPO, token=TOKEN).kept_card
 
 
 def test_a_card_edited_in_between_is_not_lost(hub: FakeHub, first: Projection) -> None:
@@ -323,46 +255,35 @@ def test_a_card_edited_in_between_is_not_lost(hub: FakeHub, first: Projection) -
     assert hub.files(REPO)["README.md"] == b"# Edited\n"
 
 
-def test_extra_files_are_in_the_same_commit(
-    hub: FakeHub, first: Projection, tmp_path: Path
-) -> None:
-    (tmp_path / "films.md").write_text("film")
-    push(first, REPO, token=TOKEN, extra_files={"docs/films.md": tmp_path / "films.md"})
-    assert hub.files(REPO).keys() == {*FILES, "docs/films.md"}
-    assert len(hub.history(REPO)) == 1
+NOWHERE = Path("nowhere.md")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("options", "error", "message"),
     [
-        ("config.json", "would replace the projection's own"),
-        ("model.pth", "looks like a pickle"),
-        ("other.md", "is not a file"),
+        ({"extra_files": {"config.json": NOWHERE}}, ValueError, "replace the projection's own"),
+        ({"extra_files": {"model.pth": NOWHERE}}, ValueError, "looks like a pickle"),
+        ({"extra_files": {"other.md": NOWHERE}}, ValueError, "is not a file"),
+        ({"revision": "0" * 40}, ValueError, "is a commit; name the branch"),
+        ({"token": None}, HubUploadError, r"needs an access token.*`hf auth login`.*token="),
+        ({"token": True}, HubUploadError, "needs an access token"),
+        ({"token": False}, HubUploadError, "needs an access token"),
+        *(
+            ({"repo_id": name}, UnknownModelError, "cannot be a Hub repository: expected owner/n")
+            for name in ("mine", "a/b/c", "user/", "user/a--b", "user/a..b", "us er/a")
+        ),
     ],
 )
-def test_extra_files_that_are_refused(
-    hub: FakeHub, first: Projection, tmp_path: Path, name: str, message: str
+def test_what_cannot_be_pushed_is_not_asked_for(
+    hub: FakeHub,
+    first: Projection,
+    options: dict[str, object],
+    error: type[Exception],
+    message: str,
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        push(first, REPO, token=TOKEN, extra_files={name: tmp_path / "nowhere.md"})
+    with pytest.raises(error, match=message):
+        push(first, **{"repo_id": REPO, "token": TOKEN, **options})  # type: ignore[arg-type]
     assert hub.requests == []
-
-
-@pytest.mark.parametrize("token", [None, True, False])
-def test_without_a_token_nothing_is_asked(
-    hub: FakeHub, first: Projection, token: bool | None
-) -> None:
-    with pytest.raises(HubUploadError, match=r"needs an access token.*`hf auth login`.*token="):
-        push(first, REPO, token=token)
-    assert hub.requests == []
-
-
-def test_the_stored_token_is_used(
-    hub: FakeHub, first: Projection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    push(first, REPO)
-    assert hub.files(REPO).keys() == FILES
 
 
 @pytest.mark.parametrize(
@@ -375,24 +296,20 @@ def test_a_token_that_may_not(hub: FakeHub, first: Projection, token: str, messa
     assert hub.repository(REPO) is None
 
 
-@pytest.mark.parametrize("name", ["mine", "a/b/c", "user/", "user/a--b", "user/a..b", "us er/a"])
-def test_names_that_cannot_be(hub: FakeHub, first: Projection, name: str) -> None:
-    with pytest.raises(UnknownModelError, match="cannot be a Hub repository: expected owner/name"):
-        push(first, name, token=TOKEN)
-    assert hub.requests == []
-
-
-def test_a_commit_cannot_be_pushed_to(hub: FakeHub, first: Projection) -> None:
-    with pytest.raises(ValueError, match="is a commit; name the branch"):
-        push(first, REPO, token=TOKEN, revision="0" * 40)
-
-
-@pytest.mark.parametrize(("method", "path"), [("PUT", "/put/"), ("POST", "/commit/")])
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (403, "may not write"),
+        (404, "may not see it"),
+        (500, "problem of its own"),
+        (418, "refused"),
+    ],
+)
 def test_a_push_that_fails_commits_nothing(
-    hub: FakeHub, first: Projection, method: str, path: str
+    hub: FakeHub, first: Projection, status: int, message: str
 ) -> None:
-    hub.fail(method, path, 403)
-    with pytest.raises(HubUploadError, match="Nothing was committed"):
+    hub.fail("POST", "/commit/", status)
+    with pytest.raises(HubUploadError, match=rf"{message}.*Nothing was committed"):
         push(first, REPO, token=TOKEN)
     assert hub.history(REPO) == []
     push(first, REPO, token=TOKEN)
@@ -405,31 +322,16 @@ def test_a_card_the_hub_refuses_is_told(hub: FakeHub, first: Projection) -> None
     assert hub.history(REPO) == []
 
 
-def test_private_is_never_public(hub: FakeHub, first: Projection) -> None:
-    hub.create(REPO)
-    with pytest.raises(HubUploadError, match="exists and is public"):
-        push(first, REPO, token=TOKEN, private=True)
-    assert hub.history(REPO) == []
-    push(first, "user/secret", token=TOKEN, private=True)
-    repository = hub.repository("user/secret")
-    assert repository is not None
-    assert repository.private
-
-
 def test_no_network(hub: FakeHub, first: Projection, monkeypatch: pytest.MonkeyPatch) -> None:
-    with FakeHub() as gone:
-        url = gone.url
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", url, raising=False)
+    def unreachable(request: Request) -> None:
+        raise OSError("no route to host")
+
+    hub.on_request = unreachable
     with pytest.raises(HubUploadError, match="is there a network"):
         push(first, REPO, token=TOKEN)
-
-
-def test_offline(hub: FakeHub, first: Projection, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubUploadError, match="HF_HUB_OFFLINE is set; unset it"):
         push(first, REPO, token=TOKEN)
-    assert hub.requests == []
 
 
 def test_the_command(
@@ -440,31 +342,22 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     first.save(tmp_path / "fitted")
+    (tmp_path / "fitted" / "backbone.safetensors").write_bytes(b"what convert writes")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("COLUMNS", "400")
-    parser = argparse.ArgumentParser()
-    push_command.add_arguments(parser)
-    options = parser.parse_args([str(tmp_path / "fitted"), REPO, "--message", "First"])
-    assert push_command.run(options, Console()) == 0
+    command = ["push", str(tmp_path / "fitted"), REPO]
+    assert main([*command, "--message", "First"]) == 0
     (commit,) = hub.history(REPO)
     assert commit.title == "First"
+    assert commit.files.keys() == {*FILES, "backbone.safetensors"}
     printed = capsys.readouterr().out
     assert f"{hub.url}/{REPO}/commit/{commit.oid}" in printed
     assert f"from_pretrained('{REPO}', revision='{commit.oid}')" in printed
-
-
-def test_the_fake_lists_what_was_seeded(hub: FakeHub) -> None:
-    path = "ckpts/ours/mae+ours/checkpoint-4.pth"
-    old = hub.put("yafeng19/Co-Settle", path, b"old")
-    hub.put("yafeng19/Co-Settle", path, b"new")
-    api = huggingface_hub.HfApi()
-    assert path in api.list_repo_files("yafeng19/Co-Settle")
-    (file,) = api.get_paths_info("yafeng19/Co-Settle", [path], expand=False)
-    assert file.path == path
-    tree = api.list_repo_tree("yafeng19/Co-Settle", "ckpts", recursive=True)
-    assert [entry.path for entry in tree][-1] == path
-    for revision, content in ((old, b"old"), ("main", b"new")):
-        found = huggingface_hub.hf_hub_download("yafeng19/Co-Settle", path, revision=revision)
-        assert Path(found).read_bytes() == content
-    with pytest.raises(AssertionError, match=r"reached for 'huggingface\.co'"):
-        huggingface_hub.utils.get_session().get("http://huggingface.co/")
+    hub.put(REPO, "README.md", b"# Ours\n")
+    assert main([*command, "--private"]) == 1
+    assert main(command) == 0
+    assert "--overwrite-card replaces it" in capsys.readouterr().out
+    (tmp_path / "card.md").write_text("# Another\n")
+    assert main([*command, "--card", str(tmp_path / "card.md"), "--overwrite-card"]) == 0
+    assert hub.files(REPO)["README.md"].startswith(b"# Another\n")
+    assert main([*command, "--create-pr"]) == 0
+    assert f"{hub.url}/{REPO}/discussions/1" in capsys.readouterr().out

@@ -15,8 +15,8 @@ from PIL import Image
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import REGISTRY, VisionTransformerBackbone
 from cosettle_adapter.cli import main
-from cosettle_adapter.feature_file import read_features
-from cosettle_adapter.published import list_models
+from cosettle_adapter.extraction import read_features
+from cosettle_adapter.hub import list_models
 
 from helpers import write_video
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.cli import demo
-from cosettle_adapter.cli.comparison import comparison, terminal_table
-from cosettle_adapter.cli.report import ReportFilm, ReportTable, write_report
+from cosettle_adapter.cli import common, demo
+from cosettle_adapter.cli.tables import terminal_table
 from cosettle_adapter.errors import FrameError, GeometryError
+from cosettle_adapter.evaluation.tables import comparison
+from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST, RAW_SAME
 from cosettle_adapter.visualization import (
     comparison_picture,
     feature_panels,
@@ -403,84 +404,33 @@ def test_a_comparison_marks_the_best_and_leaves_out_what_was_not_measured() -> N
     assert "5.1%" in console.file.getvalue()
 
 
-def test_a_report_is_one_file_with_its_text_escaped(tmp_path: Path) -> None:
-    write_film(film(), tmp_path / "film.mp4")
-    write_film(film(1), tmp_path / "still.png")
-    table = ReportTable(
-        "a < b", ["features", "x & y"], [["<raw>", '"1"']], note="<i>", best={0: [1]}
-    )
-    path = write_report(
-        tmp_path / "out" / "report.html",
-        title="<script>alert(1)</script>",
-        lead="5 > 4",
-        tables=[table],
-        films=[
-            ReportFilm(tmp_path / "film.mp4", 'say "cheese"', poster=tmp_path / "still.png"),
-            ReportFilm(tmp_path / "still.png", "still"),
-        ],
-        facts={"model & co": "<none>"},
-    )
-    page = path.read_text(encoding="utf-8")
-    for text in ("a &lt; b", "x &amp; y", "&lt;raw&gt;", "5 &gt; 4", "model &amp; co", "&lt;i&gt;"):
-        assert text in page
-    assert "<script" not in page
-    assert 'aria-label="say &quot;cheese&quot;"' in page
-    assert page.count("data:video/mp4;base64,") == 1
-    assert page.count("data:image/png;base64,") == 2
-    assert "http" not in page
-    assert "<td class=best>&quot;1&quot;</td>" in page
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
-
-
-def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("earlier")
-    film_path = tmp_path / "film.avi"
-    film_path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"'film\.avi'.*\.mp4"):
-        write_report(
-            path, title="", lead="", tables=[], films=[ReportFilm(film_path, "")], facts={}
-        )
-    assert path.read_text() == "earlier"
-    with pytest.raises(ValueError, match="row 1 of table 't' with 1 cells, expected 2"):
-        ReportTable("t", ["a", "b"], [["1", "2"], ["3"]])
-
-
 # the demo
 
 
-def test_the_demo_writes_films_posters_and_a_report(
+def run_demo(
+    monkeypatch: pytest.MonkeyPatch, adapter: CoSettleAdapter, **options: Any
+) -> tuple[str, Path]:
+    """What it prints, and the folder it writes."""
+    told = io.StringIO()
+    monkeypatch.setattr(demo, "console", lambda: Console(file=told, width=400))
+    monkeypatch.setattr(common.ModelOptions, "load", lambda self: adapter)
+    monkeypatch.setattr(demo, "_RENDERED_SIZE", (64, 96))
+    demo.demo(size=48, **options)
+    return told.getvalue(), options["output"]
+
+
+def test_the_demo_writes_films_pictures_and_a_report(
     tmp_path: Path, tiny_adapter: CoSettleAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "load_adapter", lambda options: tiny_adapter)
-    monkeypatch.setattr(demo, "_RENDERED_SIZE", (64, 96))
     video = write_film(film(8, 64, 96), tmp_path / "mine.mp4")
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    output = tmp_path / "out"
-    options = parser.parse_args(
-        ["--output", str(output), "--video", str(video), "--frames", "3", "--size", "48"]
+    told, output = run_demo(
+        monkeypatch, tiny_adapter, output=tmp_path / "out", video=video, frames=3
     )
-    console = Console(file=io.StringIO(), width=160)
-    assert demo.run(options, console) == 0
-    assert sorted(file.name for file in output.iterdir()) == [
-        "film.mp4",
-        "film.png",
-        "rendered.mp4",
-        "rendered.png",
-        "report.html",
-    ]
+    names = ["film.mp4", "film.png", "rendered.mp4", "rendered.png", "report.html"]
+    assert sorted(file.name for file in output.iterdir()) == names
     assert len(decoded(output / "film.mp4")) == len(decoded(output / "rendered.mp4")) == 3
-    assert isinstance(console.file, io.StringIO)
-    page, told = (output / "report.html").read_text(), console.file.getvalue()
-    for row in (
-        "raw last block",
-        "raw same block",
-        "centred",
-        "adapted",
-        "adapted, fused",
-        "drift",
-    ):
+    page = (output / "report.html").read_text()
+    for row in (RAW_LAST, RAW_SAME, CENTRED, ADAPTED, "adapted, fused", "drift"):
         assert row in page
         assert row in told
     assert page.count("data:video/mp4;base64,") == page.count("data:image/png;base64,") == 2
@@ -488,18 +438,17 @@ def test_the_demo_writes_films_posters_and_a_report(
     assert tiny_adapter.backbone.fingerprint in page
 
 
+def test_the_demo_continues_without_a_sample_it_cannot_get(
+    tmp_path: Path, tiny_adapter: CoSettleAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = common.ModelOptions(offline=True, cache_dir=tmp_path)
+    told, output = run_demo(
+        monkeypatch, tiny_adapter, output=tmp_path / "out", frames=2, model=model
+    )
+    assert "continuing without the sample video: bikes.mp4" in told
+    assert (output / "report.html").is_file()
+
+
 def test_the_demo_needs_two_frames() -> None:
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
     with pytest.raises(ValueError, match="--frames 1, expected at least 2"):
-        demo.run(parser.parse_args(["--frames", "1"]), Console(file=io.StringIO()))
-
-
-def test_the_demo_goes_on_without_a_sample_it_cannot_get(tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    options = parser.parse_args(["--offline", "--cache-dir", str(tmp_path)])
-    console = Console(file=io.StringIO(), width=400)
-    assert demo._video(options, console) is None
-    assert isinstance(console.file, io.StringIO)
-    assert "going on without the sample video: bikes.mp4" in console.file.getvalue()
+        demo.demo(frames=1)

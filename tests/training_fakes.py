@@ -10,7 +10,7 @@ import torch
 
 from cosettle_adapter.backbones import REGISTRY, Backbone, BackboneRow, build_backbone
 from cosettle_adapter.backbones.weights import fingerprint
-from cosettle_adapter.training.objective import ObjectiveSettings
+from cosettle_adapter.training.data import Batch
 from cosettle_adapter.training.seeds import generator_of
 from cosettle_adapter.training.settings import TrainSettings
 
@@ -44,7 +44,7 @@ QUICK = TrainSettings(
     size=SIZE,
     base_lr=0.05,
     seed=3,
-    objective=ObjectiveSettings(pea="batch"),
+    pea="batch",
 )
 
 
@@ -52,13 +52,6 @@ def small_backbone(row: BackboneRow = SMALL_VIT) -> Backbone:
     """The row's architecture with random weights, the same every time."""
     state = tiny_state(row)
     return build_backbone(row, state, fingerprint=fingerprint(state), origin="random")
-
-
-@dataclasses.dataclass(frozen=True)
-class FakeBatch:
-    frames: torch.Tensor
-    seeds: torch.Tensor
-    skipped: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass
@@ -118,9 +111,9 @@ class FakeData:
         return {"frames": frames, "seed": 1000 * epoch + index, "skipped": skipped}
 
     @staticmethod
-    def collate(samples: Sequence[dict[str, Any]]) -> FakeBatch:
-        return FakeBatch(
-            torch.stack([sample["frames"] for sample in samples]),
+    def collate(samples: Sequence[dict[str, Any]]) -> Batch:
+        return Batch(
             torch.tensor([sample["seed"] for sample in samples]),
-            tuple(skipped for sample in samples for skipped in sample["skipped"]),
+            frames=torch.stack([sample["frames"] for sample in samples]),
+            skipped=tuple(skipped for sample in samples for skipped in sample["skipped"]),
         )

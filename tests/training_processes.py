@@ -12,7 +12,7 @@ from training_fakes import QUICK, SMALL_CLIP, SMALL_VIT, FakeData, small_backbon
 
 from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import TrainingError, TrainingInterrupted
-from cosettle_adapter.training.loop import StepReport, train
+from cosettle_adapter.training.train import StepReport, train
 
 # two processes with half of QUICK's batch
 HALF = dataclasses.replace(QUICK, batch_size=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -181,12 +180,6 @@ class Backbone(nn.Module, abc.ABC):
     @abc.abstractmethod
     def positions(self, grid: Grid) -> Positions:
         """Return the positions of a grid in float32, computed once."""
-
-    def perturbed_positions(self, grid: Grid, offsets: Tensor, *, ratio: float = 10.0) -> Any:
-        """Deprecated place of :func:`cosettle_adapter.training.positions.perturbed_positions`."""
-        # shim: removed at integration
-        training = importlib.import_module("cosettle_adapter.training.positions")
-        return training.perturbed_positions(self, grid, offsets, ratio=ratio)
 
     @abc.abstractmethod
     def _maps(

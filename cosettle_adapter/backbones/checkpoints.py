@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 _STATE_DICTS = (  # where training codes keep the model, the first that is there
     "model",

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.io import atomic_path
 
 logger = logging.getLogger(__name__)
 

@@ -32,13 +32,10 @@ from cosettle_adapter.backbones.downloads import (
     released_checkpoint,
     remembered,
 )
-from cosettle_adapter.backbones.downloads import (  # shim: removed at integration
-    package_member as package_member,
-)
 from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.backbones.rows import BackboneRow, HubFile, WheelFile
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.io import atomic_path
 
 logger = logging.getLogger(__name__)
 

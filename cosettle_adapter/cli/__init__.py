@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosettle_adapter.errors import CosettleError, MissingExtraError
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
@@ -18,25 +16,19 @@ if TYPE_CHECKING:
 
 # name, function (loaded when the command is called), help
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo:demo", "Write PCA films and a report that compare features."),
     "list": ("models:list_models", "Show models and backbones."),
     "download": ("models:download", "Download and verify models' weights."),
+    "extract": ("extract:extract", "Write the features of videos to files."),
+    "evaluate": ("evaluate:app", "Measure a model on a benchmark."),
+    "fit": ("fit:fit", "Fit a projection on a folder of videos."),
+    "train": ("train:train", "Train a projection on a folder of videos."),
+    "prepare": ("prepare:prepare", "Extract the frames of a corpus for training."),
+    "export": ("export:export", "Write a model as an ONNX or torch.export file."),
+    "view": ("view:view", "Click a patch and see what it is similar to, in a local page."),
+    "convert": ("models:convert", "Convert a checkpoint of the official code."),
+    "push": ("models:push", "Upload a projection to the Hugging Face Hub, with a card."),
 }
-
-# commands that still parse with argparse
-OLD = (
-    "demo",
-    "convert",
-    "extract",
-    "export",
-    "view",
-    "fit",
-    "train",
-    "prepare",
-    "evaluate",
-    "benchmark",
-    "push",
-    "cards",
-)
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -61,13 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingExtraError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_ERROR
-    from cosettle_adapter.cli.common import console
+    from cosettle_adapter.cli.common import command_line, console
 
+    command_line.set(tuple(words))
     errors = console(stderr=True)
     _configure_logging(errors, verbose=verbose)
     try:
-        if words and words[0] in OLD:
-            return _old(words)
         status = application()(words, exit_on_error=False, result_action="return_value")
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt as interruption:
@@ -96,23 +87,11 @@ def application() -> App:
         help="Temporally consistent patch features. Add -v to log every step.",
         version=__version__,
         default_parameter=Parameter(negative=(), consume_multiple=True),
+        suppress_keyboard_interrupt=False,  # main says what is kept
     )
     for name, (function, text) in COMMANDS.items():
         app.command(f"cosettle_adapter.cli.{function}", name=name, help=text)
     return app
-
-
-def _old(words: list[str]) -> int:
-    from cosettle_adapter.cli.common import console
-
-    parser = argparse.ArgumentParser(prog="cosettle-adapter")
-    commands = parser.add_subparsers(dest="command", required=True)
-    module: Any = importlib.import_module(f"cosettle_adapter.cli.{words[0]}")
-    module.add_arguments(commands.add_parser(words[0], help=module.HELP))
-    options = parser.parse_args(words)
-    options.words = words
-    status: int = module.run(options, console())
-    return status
 
 
 def _configure_logging(errors: object, *, verbose: bool) -> None:

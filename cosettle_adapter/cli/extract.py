@@ -1,231 +1,242 @@
-"""Write the features of one video, or of many, to files.
-
-A killed run goes on where it was when the same command is given again; what is finished already is
-left as it is.
-"""
+"""The command that writes the features of one video, or of many, to files."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any, Literal
 
-from cosettle_adapter.cli.options import (
-    DTYPES,
-    add_fusion_argument,
-    add_model_arguments,
-    load_adapter,
-    size,
-    torch_dtype,
+from cyclopts import Group, Parameter, validators
+from rich.console import Console
+
+from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.cli.common import ModelOptions, Output, Size, console, frame_progress, rate
+from cosettle_adapter.errors import CosettleError
+from cosettle_adapter.extraction import (
+    ExtractSettings,
+    Job,
+    Outcome,
+    Shard,
+    Source,
+    extract_many,
+    find_sources,
+    plan_jobs,
 )
+from cosettle_adapter.extraction.formats import FORMATS, format_of
+from cosettle_adapter.extraction.ray import RayOptions, extract_with_ray, require_ray
+from cosettle_adapter.extraction.settings import StorageName
+from cosettle_adapter.hub import is_published
+from cosettle_adapter.video import FrameSelection, probe
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Any
-
-    from rich.console import Console
-
-    from cosettle_adapter.adapter import CoSettleAdapter
-    from cosettle_adapter.cli.extraction_progress import ExtractionProgress
-    from cosettle_adapter.extraction import Job, Outcome, Shard, Source
-
-HELP = "write the features of videos to files"
-
-_FORMATS = ("safetensors", "zarr", "npy-memmap", "dino-tracker")
+_LISTED = 50
+_TOKENS = Group("Features without the projection", validator=validators.LimitedChoice())
+_SPREAD = Group("Many videos on many machines")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's options."""
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="video file, folder of images or pattern of images; or several of these, or folders "
-        "of videos",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        help="the file, whose suffix tells its format; without a suffix, and for several sources, "
-        "a folder",
-    )
-    parser.add_argument(
-        "--format",
-        choices=_FORMATS,
-        help="of the files in a folder; safetensors by default",
-    )
-    add_model_arguments(parser)
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--raw", action="store_true", help="the frozen tokens the projection reads, without it"
-    )
-    kind.add_argument(
-        "--layer", type=int, help="this block's own tokens, without the projection; any backbone"
-    )
-    parser.add_argument(
-        "--settle",
-        action="store_true",
-        help="settle each frame by the statistics of those before it",
-    )
-    add_fusion_argument(parser)
-    parser.add_argument("--size", type=size, help="shorter side, or HEIGHTxWIDTH")
-    parser.add_argument("--fit", choices=("resize", "pad"), default="resize")
-    parser.add_argument("--stride", type=int, help="step between patches, for overlapping ones")
-    parser.add_argument("--batch-size", type=int, default=8, help="frames a forward pass")
-    parser.add_argument("--storage", choices=DTYPES, help="dtype on disk; --dtype's by default")
-    parser.add_argument("--start", type=float, help="first second")
-    parser.add_argument("--end", type=float, help="second to stop before")
-    parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")
-    parser.add_argument("--max-frames", type=int, help="keep at most this many")
-    parser.add_argument("--fps", type=float, help="of images, for their timestamps")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="redo what is there already, and what was started with other options",
-    )
-    spread = parser.add_argument_group("many videos on many machines")
-    spread.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="do the I-th of N shares, from 0; by default as torchrun or srun say (RANK and "
-        "WORLD_SIZE, or SLURM_PROCID and SLURM_NTASKS)",
-    )
-    spread.add_argument("--engine", choices=("local", "ray"), default="local")
-    spread.add_argument("--workers", type=int, default=1, help="with ray: models at work at once")
-    spread.add_argument(
-        "--gpus-per-worker", type=float, help="with ray: 1 on --device cuda; a fraction shares"
-    )
-    spread.add_argument("--retries", type=int, default=1, help="with ray: of videos that failed")
+@dataclasses.dataclass(frozen=True)
+class Settings(ExtractSettings):  # noqa: D101
+    __doc__ = ExtractSettings.__doc__
+    size: Size | None = None  # as 476 or 476x882
+    storage: StorageName | None = None
 
 
-def run(options: argparse.Namespace, console: Console) -> int:
-    """Extract, with progress bars."""
-    from cosettle_adapter.cli.extraction_progress import ExtractionProgress, summarize
-    from cosettle_adapter.extraction import find_sources
+def extract(
+    sources: Sequence[str],
+    /,
+    *,
+    output: Output,
+    model: ModelOptions = ModelOptions(),
+    settings: Annotated[Settings, Parameter(name="*")] = Settings(),
+    select: Annotated[FrameSelection, Parameter(name="*")] = FrameSelection(),
+    overwrite: bool = False,
+    raw: Annotated[bool, Parameter(group=_TOKENS)] = False,
+    layer: Annotated[int | None, Parameter(group=_TOKENS)] = None,
+    shard: Annotated[str | None, Parameter(group=_SPREAD)] = None,
+    engine: Annotated[Literal["local", "ray"], Parameter(group=_SPREAD)] = "local",
+    spread: Annotated[RayOptions, Parameter(name="*", group=_SPREAD)] = RayOptions(),
+) -> int:
+    """Write the features of videos to files.
 
-    if options.engine == "ray":
-        from cosettle_adapter.extraction.ray_engine import require_ray
+    An interrupted command resumes where it was when it is given again; what is finished already
+    is left as it is.
 
+    Args:
+        sources: a video, a folder of images or a pattern of images; or several of these, or
+            folders of videos.
+        output: the file, whose suffix tells its format; without a suffix, and for several
+            sources, a folder (of safetensors, unless ``--format`` says otherwise).
+        overwrite: redo what exists already, and what was started with other options.
+        raw: the frozen tokens that the projection reads.
+        layer: the tokens of this block or stage, of any backbone.
+        shard: I/N: do the I-th of N shares, from 0; by default as torchrun or srun say.
+        engine: ray spreads videos over a Ray cluster, or the processors of this machine.
+    """
+    out = console()
+    if engine == "ray":
         require_ray()
-    shard = _shard(options)
-    options.device = shard.device(options.device)
-    # with ray, to fill the cache once and to fail at once: the workers load it for themselves
-    device = options.device if options.engine == "local" else "cpu"
-    with console.status(f"loading {options.model}"):
-        adapter: CoSettleAdapter | None = _load(
-            argparse.Namespace(**{**vars(options), "device": device})
-        )
-    if options.engine == "ray":
-        adapter = None
-    sources = find_sources(options.sources)
-    jobs = shard.of(_plan(options, sources))
-    _tell_plan(console, sources, jobs, shard)
+    if shard is not None:
+        share = Shard.parse(shard)
+    else:  # Ray spreads the work by itself
+        share = Shard() if engine == "ray" else Shard.from_environment()
+    model = dataclasses.replace(model, device=share.device(model.device))
+    with out.status(f"loading {model.model}"):
+        # workers load it for themselves; here, to fill the cache once and to fail at once
+        here = model if engine == "local" else dataclasses.replace(model, device="cpu")
+        adapter = _load(here, raw=raw, layer=layer)
+    found = find_sources(sources)
+    jobs = share.of(_plan(found, output, settings.format))
+    if len(found) > 1 or share.count > 1:
+        out.print(_understood(found, jobs, share), markup=False, highlight=False)
     outcomes: list[Outcome] = []
+    options: dict[str, Any] = {"settings": settings, "select": select, "overwrite": overwrite}
     try:
-        with ExtractionProgress(console, jobs, options) as progress:
-            for outcome in _outcomes(options, adapter, jobs, progress):
+        with _Bars(out, jobs, settings, select, many=len(jobs) != 1 or engine == "ray") as bars:
+            if engine == "local":
+                done = extract_many(
+                    adapter, jobs, on_job=bars.started, on_chunk=bars.advanced, **options
+                )
+            else:
+                del adapter
+                if spread.gpus_per_worker is None and model.device.startswith("cuda"):
+                    spread = dataclasses.replace(spread, gpus_per_worker=1)
+                load = functools.partial(_load, model, raw=raw, layer=layer)
+                done = extract_with_ray(load, jobs, how=spread, on_retry=bars.retried, **options)
+            for outcome in done:
                 outcomes.append(outcome)
-                progress.finished(outcome)
+                bars.finished(outcome)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            "what is written is kept: the same command goes on from there"
+            "what is written is kept: the same command resumes from there"
         ) from None
-    status = summarize(console, outcomes)
-    if status and shard.ends_together:
-        console.print(
-            "exit status 0 all the same: torchrun would end the other shards", highlight=False
-        )
+    status = _summarize(out, outcomes)
+    if status and share.ends_together:
+        out.print("exit status 0 all the same: torchrun would end the other shards")
         return 0
     return status
 
 
-def _outcomes(
-    options: argparse.Namespace,
-    adapter: CoSettleAdapter | None,
-    jobs: list[Job],
-    progress: ExtractionProgress,
-) -> Iterator[Outcome]:
-    from cosettle_adapter.extraction import extract_many
-
-    how = _extract_options(options)
-    if adapter is not None:
-        yield from extract_many(
-            adapter, jobs, on_job=progress.started, on_chunk=progress.advanced, **how
-        )
-        return
-    from cosettle_adapter.extraction.ray_engine import RayOptions, extract_with_ray
-
-    gpus = options.gpus_per_worker
-    if gpus is None:
-        gpus = 1 if options.device.startswith("cuda") else 0
-    spread = RayOptions(workers=options.workers, gpus=gpus, retries=options.retries)
-    load = functools.partial(_load, options)
-    yield from extract_with_ray(load, jobs, how=spread, on_retry=progress.retried, **how)
-
-
-def _load(options: argparse.Namespace) -> CoSettleAdapter:
+def _load(model: ModelOptions, *, raw: bool, layer: int | None) -> CoSettleAdapter:
     """Load what computes the features that were asked for."""
-    if options.layer is not None:
-        return load_adapter(options, layer=options.layer, stride=options.stride)
-    if options.raw and options.projection is None:
-        from cosettle_adapter.published import is_published
-
-        if not is_published(options.model):  # nothing is fitted to be left out
-            return load_adapter(options, raw=True, stride=options.stride)
-    adapter = load_adapter(options, stride=options.stride)
-    return adapter.without_projection() if options.raw else adapter
+    if layer is not None:
+        return model.load(layer=layer)
+    if raw and model.projection is None and not is_published(model.model):
+        return model.load(raw=True)  # nothing is fitted to be left out
+    adapter = model.load()
+    return adapter.without_projection() if raw else adapter
 
 
-def _plan(options: argparse.Namespace, sources: list[Source]) -> list[Job]:
-    from cosettle_adapter.extraction import Job, plan_jobs
-    from cosettle_adapter.extraction.formats import DEFAULT_FORMAT, find_format, format_of
-
-    told = format_of(options.output)
-    if told is None:
-        return plan_jobs(sources, options.output, find_format(options.format or DEFAULT_FORMAT))
+def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
+    by_suffix = format_of(output)
+    if by_suffix is None:
+        return plan_jobs(sources, output, FORMATS[form or "safetensors"])
     if len(sources) > 1:
         raise ValueError(
-            f"{len(sources)} sources need a folder to write to, and -o {options.output} is one "
-            f"{told.name} file: give -o {options.output.with_suffix('')} --format {told.name}"
+            f"{len(sources)} sources need a folder to write to, and -o {output} is one "
+            f"{by_suffix.name} file: give -o {output.with_suffix('')} --format {by_suffix.name}"
         )
-    return [Job(sources[0].path, options.output)]
+    return [Job(sources[0].path, output)]
 
 
-def _extract_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "format": options.format,
-        "batch_size": options.batch_size,
-        "size": options.size,
-        "fit": options.fit,
-        "start": options.start,
-        "end": options.end,
-        "every": options.every,
-        "max_frames": options.max_frames,
-        "fps": options.fps,
-        "settle": True if options.settle else None,
-        "temporal_fusion": options.temporal_fusion,
-        "storage": torch_dtype(options.storage) if options.storage else None,
-        "overwrite": options.overwrite,
-    }
+def _understood(sources: list[Source], jobs: list[Job], share: Shard) -> str:
+    """Say what was found: ``3 videos and 1 sequence of images; 2 in shard 0/2 (--shard)``."""
+    videos = sum(source.kind == "video" for source in sources)
+    images = len(sources) - videos
+    found = [f"{videos} video{'s' * (videos != 1)}"] if videos else []
+    if images:
+        found.append(f"{images} sequence{'s' * (images != 1)} of images")
+    told = " and ".join(found)
+    if share.count > 1:
+        told += f"; {len(jobs)} in shard {share.index}/{share.count} ({share.given_by})"
+    return told
 
 
-def _shard(options: argparse.Namespace) -> Shard:
-    from cosettle_adapter.extraction import Shard
+class _Bars:
+    """Bars over the frames of the current video and, where there are several, over videos."""
 
-    if options.shard is not None:
-        return Shard.parse(options.shard)
-    # Ray spreads the work by itself
-    return Shard() if options.engine == "ray" else Shard.from_environment()
+    def __init__(
+        self,
+        out: Console,
+        jobs: list[Job],
+        settings: ExtractSettings,
+        select: FrameSelection,
+        *,
+        many: bool,
+    ) -> None:
+        self._out, self._settings, self._select = out, settings, select
+        self._bars = frame_progress(out)
+        self._videos = self._bars.add_task("videos", total=len(jobs), rate="", visible=many)
+        self._frames = self._bars.add_task("", total=None, rate="", visible=False)
+        self._found: int | None = None
+
+    def __enter__(self) -> _Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def started(self, job: Job) -> None:
+        self._found = None
+        self._bars.reset(
+            self._frames, description=Path(job.source).name, total=None, visible=True, rate=""
+        )
+        self._bars.update(self._frames, total=self._expected(job))
+
+    def advanced(self, frames: int) -> None:
+        if self._found is None:  # frames of an earlier run say nothing of this one's rate
+            self._found = max(0, frames - self._settings.batch_size)
+        elapsed = self._bars.tasks[-1].elapsed
+        self._bars.update(self._frames, completed=frames, rate=rate(frames - self._found, elapsed))
+
+    def retried(self, failed: Sequence[Outcome]) -> None:
+        self._out.print(f"trying {len(failed)} that failed again", markup=False)
+
+    def finished(self, outcome: Outcome) -> None:
+        if outcome.extraction is not None:
+            frames = outcome.extraction.frames
+            self._bars.update(self._frames, total=frames, completed=frames)
+        self._bars.advance(self._videos)
+
+    def _expected(self, job: Job) -> int | None:
+        """The number of frames, as far as it is known before reading them."""
+        select, total = self._select, None
+        if select.start is None and select.end is None and not job.output.exists():
+            with contextlib.suppress(CosettleError, OSError):
+                count = probe(job.source).frames
+                total = None if count is None else -(-count // select.every)
+        if select.max_frames is not None:
+            total = select.max_frames if total is None else min(total, select.max_frames)
+        return total
 
 
-def _tell_plan(console: Console, sources: list[Source], jobs: list[Job], shard: Shard) -> None:
-    from cosettle_adapter.extraction.sources import understood
-
-    if len(sources) > 1 or shard.count > 1:
-        share = ""
-        if shard.count > 1:
-            share = f"; {len(jobs)} in shard {shard.index}/{shard.count} ({shard.told_by})"
-        console.print(f"{understood(sources)}{share}", markup=False, highlight=False)
+def _summarize(out: Console, outcomes: Sequence[Outcome]) -> int:
+    """Say what became of every source; return the exit status."""
+    say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    early = [each.extraction for each in outcomes if each.extraction and each.extraction.truncated]
+    result = outcomes[0].extraction if len(outcomes) == 1 else None
+    if result is not None:
+        shape = ", ".join(map(str, (result.frames, *result.shape)))
+        state = ": " if not outcomes[0].skipped else " exists already: "
+        found = (
+            f" (resumed after {result.found} frames)" if 0 < result.found < result.frames else ""
+        )
+        say(f"{result.path}{state}features ({shape}), timestamps{found}")
+    elif len(outcomes) != 1:
+        skipped = sum(outcome.skipped for outcome in outcomes)
+        written = len(outcomes) - skipped - len(failed)
+        counts = {"written": written, "there already": skipped, "failed": len(failed)}
+        told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        say(told or "nothing to do")
+    lines = [(f"the source ended early: {each.truncated}", "yellow") for each in early]
+    for outcome in failed:
+        source = "" if outcome.job.source in str(outcome.error) else f"{outcome.job.source}: "
+        lines.append((f"failed: {source}{outcome.error}", "red"))
+    for line, style in lines[:_LISTED]:
+        say(line, style=style)
+    if len(lines) > _LISTED:
+        say(f"and {len(lines) - _LISTED} more like these")
+    return 1 if lines else 0

@@ -1,236 +1,163 @@
-"""Train a projection for a backbone on a folder of videos; the paper's method.
-
-One process trains on the CPU or a GPU; several train together under `accelerate launch` or
-`torchrun`, which are given `-m cosettle_adapter.cli train ...`. An interrupted run goes on with
-`--resume DIR` alone.
-"""
+"""Train a projection for a backbone on a folder of videos; the paper's method."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import functools
 import logging
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cosettle_adapter.cli.options import DTYPES, add_cache_arguments, add_weights_argument
+from cyclopts import Parameter, Token, default_name_transform
+
+from cosettle_adapter.backbones import HubOptions, load_backbone
+from cosettle_adapter.cli.common import command_line, console
 from cosettle_adapter.cli.training_progress import TrainingProgress, print_result
+from cosettle_adapter.training import train as training
+from cosettle_adapter.training.batches import open_data
+from cosettle_adapter.training.checkpoint import check_folder, read_run
+from cosettle_adapter.training.corpus import Corpus
+from cosettle_adapter.training.distribution import make_accelerator
+from cosettle_adapter.training.errors import TrainingError
+from cosettle_adapter.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
 
-    from cosettle_adapter.training.settings import TrainSettings
-
-HELP = "train a projection on a folder of videos"
-
-_VIEWS_FOLDER = "views"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's options."""
-    run = parser.add_argument_group("the run")
-    run.add_argument("--backbone", help="registered name, timm:<tag> or open_clip:<arch>/<tag>")
-    add_weights_argument(parser)
-    run.add_argument(
-        "--data", nargs="+", help="folders, lists, patterns or WebDataset shards of videos"
-    )
-    run.add_argument("-o", "--output", type=Path, help="folder to write")
-    run.add_argument(
-        "--resume", nargs="?", type=Path, const=True, metavar="DIR",
-        help="go on with the run in DIR, with the options it began with",
-    )  # fmt: skip
-    run.add_argument("--overwrite", action="store_true", help="remove a run that is there")
-    run.add_argument("--validation", nargs="+", help="videos to measure after each epoch")
-    run.add_argument("--epochs", type=int, default=5)
-    run.add_argument("--batch-size", type=int, default=128, help="samples a process and pass")
-    run.add_argument("--accumulation", type=int, default=1, help="passes a step")
-    run.add_argument("--pairs-per-clip", type=int, help="an epoch; by default about 2,000 in all")
-    run.add_argument("--seed", type=int, default=0)
-    _add_head_arguments(parser.add_argument_group("the head"))
-    _add_objective_arguments(parser.add_argument_group("the objective"))
-    _add_machine_arguments(parser.add_argument_group("the machine"))
-    run.add_argument("--licence", help="licence to record; the backbone's by default")
-    run.add_argument("--about-data", default="", help="what the clips are, to record")
-    add_cache_arguments(parser)
+_NAMES = {
+    "layers": "layer",
+    "temperatures": "temperature",
+    "separability_weight": "kl-weight",
+    "warmup_epochs": "warmup",
+}
+_PATHS = ("data", "validation", "init", "backbone-weights", "views-folder", "output")
 
 
-def _add_head_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--head", choices=("linear", "mlp2", "mlp3", "affine"), default="linear")
-    group.add_argument("--activation", choices=("tanh", "gelu", "relu"), default="tanh")
-    group.add_argument(
-        "--init", default="random", help="random, identity, or a projection folder to start from"
-    )
-    group.add_argument("--layer", type=int, nargs="+", help="blocks to read; the last by default")
-    group.add_argument(
-        "--norm", action=argparse.BooleanOptionalAction, help="apply the backbone's final norm"
-    )
-    group.add_argument("--stride", type=int, help="pixels between patches; the patch by default")
-    group.add_argument(
-        "--base-lr",
-        type=float,
-        help="for 256 samples a step; the paper's 1e-4, more on short runs",
-    )
-    group.add_argument("--weight-decay", type=float, default=0.05, help="of matrices")
-    group.add_argument("--warmup", type=float, help="epochs; one, or a fifth of a short run")
+def _folder_or_nothing(_: Any, tokens: Sequence[Token]) -> str:
+    return tokens[0].value if tokens else ""
 
 
-def _add_objective_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--frames", type=int, default=2, help="of a cycle")
-    group.add_argument("--size", type=int, default=224, help="side of the square frames")
-    group.add_argument("--squash", action="store_true", help="to the square, before cropping")
-    group.add_argument("--temperature", type=float, nargs="+", default=[0.03])
-    group.add_argument("--kl-weight", type=float, default=3.0, help="0 leaves the KL term away")
-    group.add_argument(
-        "--pea", choices=("sample", "batch", "off"), default="sample",
-        help="perturb positions for each sample, alike in a batch as the paper's code, or not",
-    )  # fmt: skip
-    group.add_argument("--pea-ratio", type=float, default=10.0)
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What a run is made of, beside its settings.
+
+    Attributes:
+        backbone: registered name, timm:TAG or open_clip:ARCHITECTURE/TAG.
+        backbone_weights: your own file of the backbone: safetensors or a PyTorch checkpoint.
+        data: folders, lists, patterns or WebDataset shards of videos.
+        output: folder to write.
+        resume: continue the run in this folder (by default that of -o) with the options it began
+            with; those given beside it count more.
+        overwrite: remove a run that is there.
+        validation: videos to measure after each epoch; the best projection by them is the result.
+        stride: pixels between patches; the patch by default.
+        device: auto, cpu, cuda, cuda:1, mps.
+        views_folder: of --cache-views; by default views/ in the output.
+        tensorboard: write TensorBoard's files as well.
+        licence: licence to record; the backbone's by default.
+        about_data: what the clips are, to record.
+        cache_dir: cache in place of HF_HOME.
+        offline: never touch the network.
+    """
+
+    backbone: str | None = None
+    backbone_weights: Path | None = None
+    data: tuple[str, ...] | None = None
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None
+    resume: Annotated[str | None, Parameter(converter=_folder_or_nothing, n_tokens=-1)] = None
+    overwrite: bool = False
+    validation: tuple[str, ...] | None = None
+    stride: int | None = None
+    device: str = "auto"
+    views_folder: Path | None = None
+    tensorboard: bool = False
+    licence: str | None = None
+    about_data: str | None = None
+    cache_dir: Path | None = None
+    offline: bool = False
 
 
-def _add_machine_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    group.add_argument("--precision", choices=DTYPES, default="float32", help="of the encoder")
-    group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
-    group.add_argument("--workers", type=int, default=0, help="processes that decode videos")
-    group.add_argument(
-        "--cache-views", type=int, default=0, metavar="K", help="encode K views a clip, once"
-    )
-    group.add_argument("--views-folder", type=Path, help="of --cache-views; views/ in the output")
-    group.add_argument("--save-every", type=int, help="steps; 5 minutes and epochs in any case")
-    group.add_argument("--log-every", type=int, default=1, help="steps")
-    group.add_argument("--tensorboard", action="store_true", help="write its files as well")
+def train(
+    *,
+    options: Annotated[TrainOptions, Parameter(name="*")] = TrainOptions(),
+    settings: Annotated[
+        TrainSettings,
+        Parameter(
+            name="*",
+            name_transform=lambda name: _NAMES.get(name) or default_name_transform(name),
+            negative=None,
+            negative_bool="no-",
+            negative_iterable=(),
+        ),
+    ] = TrainSettings(),
+) -> int:
+    """Train a projection for a backbone on a folder of videos; the paper's method.
 
-
-def run(options: argparse.Namespace, console: Console) -> int:
-    """Train, with a progress bar, and write the projection."""
-    from cosettle_adapter.training.distribution import make_accelerator
-
-    options, words = _complete(options)
-    accelerator = make_accelerator(options.device)
-    if accelerator.is_main_process:
-        try:
-            return _train(options, words, accelerator, console)
-        finally:
-            accelerator.end_training()
-    # The first process tells what happens; the others fail with it in silence.
-    logging.getLogger("cosettle_adapter").setLevel(logging.CRITICAL)
-    console.quiet = True
+    One process trains on the CPU or a GPU; several train together under accelerate launch or
+    torchrun, which are given -m cosettle_adapter.cli train ... An interrupted run continues with
+    --resume DIR alone.
+    """
+    words = list(command_line.get())
+    if options.resume is not None:
+        options, settings, words = _resumed(options, words)
+    if not (options.backbone and options.data and options.output):
+        needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
+        missing = ", ".join(name for name, value in needed.items() if not value)
+        raise TrainingError(f"missing {missing}: a new run needs all three")
+    run = functools.partial(_train, options.backbone, options.data, options.output)
+    accelerator, output = make_accelerator(options.device), console()
+    if not accelerator.is_main_process:
+        # The first process reports what happens; the others fail with it in silence.
+        logging.getLogger("cosettle_adapter").setLevel(logging.CRITICAL)
+        output.quiet = True
     try:
-        return _train(options, words, accelerator, console)
-    except (OSError, ValueError):
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        return run(options, settings, words, accelerator, output)
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        if accelerator.is_main_process:
+            raise
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     finally:
         accelerator.end_training()
 
 
-def _complete(options: argparse.Namespace) -> tuple[argparse.Namespace, Sequence[str]]:
-    """Add what a run began with to the options it is resumed with; these count more.
-
-    Returns:
-        The options, and the words of the command line that began the run.
-    """
-    from cosettle_adapter.training.checkpoint import Checkpoint
-    from cosettle_adapter.training.errors import TrainingError
-
-    words: Sequence[str] = options.words
-    if options.resume is not None:
-        folder = options.output if options.resume is True else options.resume
-        if folder is None or options.output not in (None, folder):
-            raise TrainingError("give --resume the folder of the run, and no other to -o")
-        words = Checkpoint.load(folder).command or words
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        options = parser.parse_args([*words[1:], *options.words[1:]])
-        options.resume, options.output = True, folder
-        # a run that began by removing another does not do so again
-        options.overwrite = options.overwrite and "--overwrite" not in words
-    missing = [
-        name
-        for name, value in (
-            ("--backbone", options.backbone), ("--data", options.data), ("-o", options.output)
-        )
-        if not value
-    ]  # fmt: skip
-    if missing:
-        raise TrainingError(f"missing {', '.join(missing)}: a new run needs all three")
-    return options, words
-
-
-def _settings(options: argparse.Namespace) -> TrainSettings:
-    from cosettle_adapter.training.objective import ObjectiveSettings
-    from cosettle_adapter.training.settings import TrainSettings
-
-    return TrainSettings(
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        accumulation=options.accumulation,
-        base_lr=options.base_lr,
-        weight_decay=options.weight_decay,
-        warmup_epochs=options.warmup,
-        layers=tuple(options.layer) if options.layer else None,
-        norm=options.norm,
-        head=options.head,
-        activation=options.activation,
-        init=options.init,
-        frames=options.frames,
-        size=options.size,
-        squash=options.squash,
-        pairs_per_clip=options.pairs_per_clip,
-        cache_views=options.cache_views,
-        objective=ObjectiveSettings(
-            temperatures=tuple(options.temperature),
-            separability_weight=options.kl_weight,
-            pea=options.pea,
-            pea_ratio=options.pea_ratio,
-        ),
-        precision=options.precision,
-        compile=options.compile,
-        seed=options.seed,
-        workers=options.workers,
-        save_every=options.save_every,
-        log_every=options.log_every,
-    )
-
-
 def _train(
-    options: argparse.Namespace,
+    name: str,
+    data: tuple[str, ...],
+    folder: Path,
+    options: TrainOptions,
+    settings: TrainSettings,
     words: Sequence[str],
     accelerator: Accelerator,
     console: Console,
 ) -> int:
-    from cosettle_adapter.backbones import HubOptions, load_backbone
-    from cosettle_adapter.training.corpora.corpus import Corpus
-    from cosettle_adapter.training.data import open_data
-    from cosettle_adapter.training.loop import train
-    from cosettle_adapter.training.result import check_folder
-
-    settings, resume = _settings(options), options.resume is not None
-    check_folder(options.output, resume=resume, overwrite=options.overwrite)
-    corpus = Corpus.open(options.data)
+    resume = options.resume is not None
+    check_folder(folder, resume=resume, overwrite=options.overwrite)
+    corpus = Corpus.open(data)
     validation = Corpus.open(options.validation) if options.validation else None
-    with console.status(f"loading {options.backbone}"), accelerator.local_main_process_first():
+    with console.status(f"loading {name}"), accelerator.local_main_process_first():
         backbone = load_backbone(
-            options.backbone,
+            name,
             weights=options.backbone_weights,
             stride=options.stride,
             options=HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline),
         )
     with TrainingProgress(console) as progress:
-        data = open_data(
+        samples = open_data(
             corpus,
             backbone,
             settings,
             accelerator=accelerator,
-            views_folder=options.views_folder or options.output / _VIEWS_FOLDER,
+            views_folder=options.views_folder or folder / "views",
             on_sample=progress.encoded,
         )
-        trained = train(
+        trained = training.train(
             backbone,
-            data,
-            options.output,
+            samples,
+            folder,
             settings,
             accelerator=accelerator,
             resume=resume,
@@ -238,12 +165,69 @@ def _train(
             validation=validation,
             tensorboard=options.tensorboard,
             licence=options.licence or "",
-            about_data=options.about_data or ", ".join(Path(place).name for place in options.data),
-            command=words,
+            about_data=options.about_data or ", ".join(Path(each).name for each in data),
+            command=_absolute(words),
             on_start=progress.begin,
             on_step=progress.stepped,
         )
     for name, reason in corpus.problems:
         console.print(f"left out {name}: {reason}", markup=False)
-    print_result(console, trained, options.output)
+    print_result(console, trained, folder)
     return 0
+
+
+# --- the words of a command line: what a run began with, to be resumed from anywhere ---
+
+
+def _resumed(
+    options: TrainOptions, words: Sequence[str]
+) -> tuple[TrainOptions, TrainSettings, list[str]]:
+    """Add what a run began with to what it is resumed with, which counts more."""
+    from cosettle_adapter.cli import application
+
+    folder = Path(options.resume) if options.resume else options.output
+    if folder is None or options.output not in (None, folder):
+        raise TrainingError("give --resume the folder of the run, and no other to -o")
+    began = read_run(folder).command or list(words)
+    given = {name for name, _ in _grouped(words)}
+    kept = [word for name, group in _grouped(began) if name not in given for word in group]
+    _, bound, _ = application().parse_args(
+        ["train", *kept, *words[1:]], exit_on_error=False, print_error=True
+    )
+    bound.apply_defaults()
+    # a run that began by removing another does not do so again
+    overwrite = options.overwrite and "--overwrite" not in began
+    both: TrainOptions = bound.arguments["options"]
+    both = dataclasses.replace(both, output=folder, resume="", overwrite=overwrite)
+    return both, bound.arguments["settings"], began
+
+
+def _absolute(words: Sequence[str]) -> list[str]:
+    """Make paths absolute, so that a run resumes from any folder."""
+    absolute = list(words[:1])
+    for name, (option, *values) in _grouped(words):
+        option, equals, value = option.partition("=")
+        if name in _PATHS:
+            value, *values = (_absolute_path(each, name) for each in (value, *values))
+        absolute += [f"{option}{equals}{value}", *values]
+    return absolute
+
+
+def _absolute_path(text: str, option: str) -> str:
+    path = Path(text).expanduser()
+    if not text or (option == "init" and not path.is_dir()):
+        return text
+    return os.path.normpath(path.absolute())
+
+
+def _grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return the options of a command line with their values, each by its plain name."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in words[1:]:
+        if re.match("-[-a-z]", word):
+            name = word.partition("=")[0].lstrip("-")
+            name = {"o": "output"}.get(name, name.removeprefix("no-"))
+            groups.append((name, [word]))
+        elif groups:
+            groups[-1][1].append(word)
+    return groups

@@ -4,18 +4,13 @@ Statistics of many clips and a solver give a projection to be stored (:data:`SOL
 of a single clip settle that clip's features on top of any projection (:class:`Settler`).
 """
 
-from __future__ import annotations
-
-from cosettle_adapter.closed_form.affine import AffineMap
-from cosettle_adapter.closed_form.blocks import block_scale, solve_blocks
-from cosettle_adapter.closed_form.correspondences import (
-    corresponding_patches,
-    soft_correspondences,
-)
+from cosettle_adapter.closed_form.affine import AffineMap, layer_scale, solve_layers
 from cosettle_adapter.closed_form.settling import Settler, apply_to_maps, settle_clip
 from cosettle_adapter.closed_form.solvers import (
     NUISANCES,
+    SOLVERS,
     Nuisance,
+    Solver,
     centre,
     nuisance_covariance,
     ridge_shrinkage,
@@ -23,8 +18,9 @@ from cosettle_adapter.closed_form.solvers import (
     surrogate,
     whiten,
 )
-from cosettle_adapter.closed_form.statistics import StatisticsError, TokenStatistics
-from cosettle_adapter.closed_form.table import SOLVERS, Solver
+from cosettle_adapter.closed_form.statistics import TokenStatistics
+from cosettle_adapter.correspondence import corresponding_patches, soft_correspondences
+from cosettle_adapter.errors import StatisticsError
 
 __all__ = [
     "NUISANCES",
@@ -36,15 +32,15 @@ __all__ = [
     "StatisticsError",
     "TokenStatistics",
     "apply_to_maps",
-    "block_scale",
     "centre",
     "corresponding_patches",
+    "layer_scale",
     "nuisance_covariance",
     "ridge_shrinkage",
     "settle_clip",
     "soft_correspondences",
     "soft_threshold",
-    "solve_blocks",
+    "solve_layers",
     "surrogate",
     "whiten",
 ]

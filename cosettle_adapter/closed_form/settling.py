@@ -1,4 +1,4 @@
-"""Settling a single clip's features by the clip's own statistics, at test time, in frame order."""
+"""Settling one clip's features by the clip's own statistics, at test time, in frame order."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.closed_form.affine import AffineMap
-from cosettle_adapter.closed_form.correspondences import corresponding_patches
-from cosettle_adapter.closed_form.statistics import StatisticsError
+from cosettle_adapter.closed_form.statistics import exact
+from cosettle_adapter.correspondence import corresponding_patches
+from cosettle_adapter.errors import StatisticsError
 
 RIDGE = 1.0
 PRIOR_PAIRS = 2000.0
@@ -20,15 +21,15 @@ _LONGEST_WAIT = 8  # frames
 class Settler:
     """Running statistics of one clip's features, and the map that settles them.
 
-    The features may come from any projection, or from none. The map takes off the clip's mean
+    The features may come from any projection, or from none. The map subtracts the clip's mean
     token and damps the directions in which corresponding patches of adjacent frames differ::
 
         y = k (P + r s I)^(-1/2) (x - mean),   P = (n S + n0 s I) / (n + n0)
 
     with S the clip's intra-video covariance from n pairs, s its mean eigenvalue, and k such that
-    P = s I gives k (...) = I. The prior is that the projection left all directions alike, which
-    is what a stored one was fitted for: few pairs (or frames that stand still) move little from
-    it and the clip is only centred; no frames leave features as they are.
+    P = s I gives k (...) = I. The prior is that all directions vary equally over time, which is
+    what a stored projection was fitted for: with few pairs, or still frames, the clip is hardly
+    more than centred; without frames, features stay as they are.
 
     Features must be added in frame order. Memory is one frame and a ``(C, C)`` matrix.
 
@@ -59,12 +60,12 @@ class Settler:
         if not (ridge > 0 and 0 <= prior_pairs < math.inf and 0 < forgetting <= 1):
             raise ValueError(
                 f"got ridge={ridge}, prior_pairs={prior_pairs} and forgetting={forgetting}, "
-                "expected a positive ridge, no negative number of pairs, and forgetting in (0, 1]"
+                "expected a positive ridge, at least 0 pairs, and forgetting in (0, 1]"
             )
         self.frames = 0
         self._width = width
         self._ridge, self._prior, self._forgetting = ridge, prior_pairs, forgetting
-        self._cells = 0.0
+        self._patches = 0.0
         self._pairs = 0.0
         self._sum = torch.zeros(width, dtype=torch.float64)
         self._differences = torch.zeros(width, width, dtype=torch.float64)
@@ -97,11 +98,11 @@ class Settler:
 
     @torch.no_grad()
     def settle(self, features: Tensor) -> Tensor:
-        """Add the clip's next frames, and settle each by what was seen up to it.
+        """Add the clip's next frames, and settle each by the frames up to it.
 
         The damping is solved again when the clip has grown by a quarter, and every eight frames
-        at the latest; the mean is always up to date. When depends on the number of frames alone,
-        so the result does not depend on how frames are split over calls.
+        at the latest; the mean is always up to date. Both depend on the number of frames only, so
+        the result does not depend on how frames are split over calls.
 
         Args:
             features: ``(N, C, h, w)`` floats.
@@ -115,7 +116,7 @@ class Settler:
             wait = min(max(self.frames // 4, 1), _LONGEST_WAIT)
             if self._weight is None or self.frames - self._solved_at >= wait:
                 self._weight, self._solved_at = self._damping(), self.frames
-            damping = AffineMap(self._weight, -(self._weight @ (self._sum / self._cells)))
+            damping = AffineMap(self._weight, -(self._weight @ (self._sum / self._patches)))
             settled.append(apply_to_maps(damping, rearrange(frame, "c h w -> 1 c h w")))
         return torch.cat(settled) if settled else features
 
@@ -125,10 +126,10 @@ class Settler:
 
         The identity where none were.
         """
-        if not self._cells:
+        if not self._patches:
             return AffineMap.identity(self._width)
         weight = self._damping()
-        return AffineMap(weight, -(weight @ (self._sum / self._cells)))
+        return AffineMap(weight, -(weight @ (self._sum / self._patches)))
 
     def _damping(self) -> Tensor:
         eye = torch.eye(self._width, dtype=torch.float64, device=self._sum.device)
@@ -145,18 +146,17 @@ class Settler:
 
     def _add(self, frame: Tensor) -> None:
         if not self.frames:
-            # MPS has no float64.
-            device = "cpu" if frame.device.type == "mps" else frame.device
+            device = exact(frame[:0]).device
             self._sum, self._differences = self._sum.to(device), self._differences.to(device)
-        cells = rearrange(frame, "c h w -> (h w) c")
-        total = cells.sum(0, dtype=torch.float32).to(self._sum)
+        patches = rearrange(frame, "c h w -> (h w) c")
+        total = patches.sum(0, dtype=torch.float32).to(self._sum)
         if not bool(torch.isfinite(total).all()):
             raise StatisticsError(
                 f"features of frame {self.frames} are not finite; compute them in float32 or "
                 "bfloat16"
             )
         self._sum = self._forgetting * self._sum + total
-        self._cells = self._forgetting * self._cells + len(cells)
+        self._patches = self._forgetting * self._patches + len(patches)
         self._pairs *= self._forgetting
         self._differences *= self._forgetting
         if self._before is not None and self._before.shape == frame.shape:
@@ -177,15 +177,9 @@ def apply_to_maps(affine: AffineMap, features: Tensor) -> Tensor:
 def settle_clip(
     features: Tensor, *, ridge: float = RIDGE, prior_pairs: float = PRIOR_PAIRS
 ) -> Tensor:
-    """Settle a whole clip's features by all of its frames.
+    """Settle the features ``(T, C, h, w)`` of a clip, in frame order, by all of its frames.
 
-    Args:
-        features: ``(T, C, h, w)`` floats of one clip, in frame order.
-        ridge: as for :class:`Settler`.
-        prior_pairs: as for :class:`Settler`.
-
-    Returns:
-        ``(T, C, h, w)`` in the dtype of ``features``.
+    The dtype is kept; ``ridge`` and ``prior_pairs`` are those of :class:`Settler`.
     """
     settler = Settler(features.shape[1], ridge=ridge, prior_pairs=prior_pairs)
     settler.update(features)

@@ -1,27 +1,30 @@
-"""Closed-form projections: affine maps that are best in a sense one can write down.
+"""Closed-form projections: affine maps that minimise an objective one can write down.
 
 With T the total covariance of the tokens, m their mean, and S the covariance of a patch around
 its own mean over time (half the mean outer product of the differences of corresponding patches),
-a projection should map corresponding patches to equal features (little ``tr W S W'``) without
-throwing away what tells patches apart. Every solver makes that precise in its own way. All centre
-the tokens, and scale the result to unit variance per channel, as a LayerNorm would; cosines do not
-see the scale.
+a projection should map corresponding patches to equal features (small ``tr W S W'``) without
+losing what distinguishes patches. Every solver makes that precise in its own way. All centre the
+tokens, and scale the result to unit variance per channel, as a LayerNorm would; cosines do not
+depend on the scale.
 
-In place of S a *nuisance* covariance may stand, which adds other things that a feature should not
+S can be replaced by a *nuisance* covariance, which adds other things that a feature should not
 depend on: see :func:`nuisance_covariance`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cosettle_adapter.closed_form.affine import AffineMap
-from cosettle_adapter.closed_form.statistics import StatisticsError, TokenStatistics
+from cosettle_adapter.closed_form.statistics import TokenStatistics
+from cosettle_adapter.errors import StatisticsError
 
 Nuisance = Literal["intra", "intra+clips", "intra+positions"]
 NUISANCES: tuple[Nuisance, ...] = get_args(Nuisance)
@@ -31,13 +34,13 @@ def nuisance_covariance(statistics: TokenStatistics, nuisance: Nuisance = "intra
     """Return the covariance ``(C, C)`` of what features should not depend on.
 
     Args:
-        statistics: of a block's tokens.
+        statistics: of a layer's tokens.
         nuisance: ``intra`` is S; ``intra+clips`` adds the covariance of the clips' mean tokens,
-            so that what a whole clip has in common counts as little; ``intra+positions`` adds
-            the position leakage.
+            so that what a whole clip has in common counts little as well; ``intra+positions``
+            adds the position leakage.
 
     Raises:
-        StatisticsError: nothing to know it by, or corresponding patches that never differ.
+        StatisticsError: no statistics of that kind, or corresponding patches that never differ.
         ValueError: no such nuisance.
     """
     if nuisance not in NUISANCES:
@@ -55,11 +58,10 @@ def nuisance_covariance(statistics: TokenStatistics, nuisance: Nuisance = "intra
 def centre(
     statistics: TokenStatistics, strength: float = 1.0, nuisance: Nuisance = "intra"
 ) -> AffineMap:
-    """Take the mean token off: ``y = c (x - m)``.
+    """Subtract the mean token: ``y = c (x - m)``.
 
-    The affine map of most variance among those that keep all angles, and what every other solver
-    ends in when its strength says that nothing is to be damped. ``strength`` and ``nuisance``
-    change nothing.
+    The affine map of most variance among those that keep all angles, and the limit of every other
+    solver at the strength that damps nothing. ``strength`` and ``nuisance`` have no effect.
     """
     del strength, nuisance
     return _finished(torch.eye(statistics.width, dtype=torch.float64), statistics)
@@ -75,7 +77,7 @@ def ridge_shrinkage(
     there. A direction of variance s is scaled by ``lambda / (s + lambda)``.
 
     Args:
-        statistics: of a block's tokens.
+        statistics: of a layer's tokens.
         strength: lambda in units of S's mean eigenvalue; infinity only centres.
         nuisance: see :func:`nuisance_covariance`.
 
@@ -97,13 +99,13 @@ def whiten(
     """Whiten by a power of a covariance: ``W = (S + r I)^-a``, or of T.
 
     With ``a = 1/2``, cosines in the new features are those of a space whose Mahalanobis distance
-    weighs every direction by how little it should vary: the whitening of S + r I, which is S seen
-    through white noise of variance r. Directions of temporal variance far below r pass alike,
-    those far above are whitened. Smaller powers go half the way. Whitening T instead (PCA
-    whitening) knows nothing of time: it is what to compare with.
+    weighs every direction by how little it should vary: the whitening of S + r I, which is S plus
+    white noise of variance r. Directions of temporal variance far below r keep their relative
+    scale, those far above are whitened. Smaller powers go half the way. Whitening T instead (PCA
+    whitening) uses nothing temporal: it is a baseline.
 
     Args:
-        statistics: of a block's tokens.
+        statistics: of a layer's tokens.
         strength: r in units of the covariance's mean eigenvalue; infinity only centres.
         nuisance: see :func:`nuisance_covariance`.
         power: a.
@@ -125,7 +127,7 @@ def whiten(
 def soft_threshold(
     statistics: TokenStatistics, strength: float = 1.0, nuisance: Nuisance = "intra"
 ) -> AffineMap:
-    """Turn directions down by the share of their variance that is temporal; the worst, off.
+    """Damp directions by the share of their variance that is temporal; remove the worst.
 
     In coordinates in which T is white, along the eigenvectors of S there (the generalised
     eigenproblem ``S v = s T v``, the one of discriminant analysis), s is the share of a
@@ -136,7 +138,7 @@ def soft_threshold(
     ``(T - S) T^-1 (x - m)``, the best linear guess at a patch's mean over time from one look at it.
 
     Args:
-        statistics: of a block's tokens.
+        statistics: of a layer's tokens.
         strength: tau; 0 only centres.
         nuisance: see :func:`nuisance_covariance`.
 
@@ -156,13 +158,13 @@ def surrogate(
 
     The surrogate is ``E |W (x1 - x2)|^2 + lambda E |W x + b - (x - m)|^2``, consistency of
     corresponding patches plus fidelity to the tokens; to the centred ones, since the mean token
-    tells nothing apart. Its best bias is ``b = -W m``. With ``E (x1 - x2)(x1 - x2)' = 2 S`` it is
+    distinguishes nothing. Its best bias is ``b = -W m``. With ``E (x1 - x2)(x1 - x2)' = 2 S`` it is
     then ``2 tr(W S W') + lambda tr((W - I) T (W - I)')``, whose derivative
     ``4 W S + 2 lambda (W - I) T`` is zero there. A direction whose share of temporal variance is
     s (as in :func:`soft_threshold`) has gain ``lambda / (2 s + lambda)``.
 
     Args:
-        statistics: of a block's tokens.
+        statistics: of a layer's tokens.
         strength: lambda, the weight of fidelity; infinity only centres.
         nuisance: see :func:`nuisance_covariance`.
 
@@ -174,6 +176,71 @@ def surrogate(
         raise ValueError(f"strength must be positive, got {strength}")
     # lambda / (2 s + lambda), written so that an infinite lambda is its limit
     return _generalised(statistics, lambda s: 1 / (1 + 2 * s / strength), nuisance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A row of :data:`SOLVERS`.
+
+    Attributes:
+        name: the value of ``--solver``.
+        solve: statistics, strength and nuisance to map.
+        formula: what it does, in one line, recorded in a projection's config.
+        strength: the default one.
+        strengths: those worth trying.
+    """
+
+    name: str
+    solve: Callable[[TokenStatistics, float, Nuisance], AffineMap]
+    formula: str
+    strength: float = 1.0
+    strengths: tuple[float, ...] = (0.1, 1.0, 10.0)
+
+
+SOLVERS: Mapping[str, Solver] = {
+    row.name: row
+    for row in (
+        Solver("centre", centre, "centre: c (x - mean)", strengths=(1.0,)),
+        Solver(
+            "shrink",
+            ridge_shrinkage,
+            "centre, then shrink by the intra-video covariance: c r (S + r I)^-1 (x - mean)",
+        ),
+        Solver(
+            "whiten",
+            whiten,
+            "centre, then damp by the intra-video covariance: c (S + r I)^(-1/2) (x - mean)",
+        ),
+        Solver(
+            "whiten-quarter",
+            functools.partial(whiten, power=0.25),
+            "centre, then damp by the intra-video covariance: c (S + r I)^(-1/4) (x - mean)",
+        ),
+        Solver(
+            "whiten-total",
+            functools.partial(whiten, total=True),
+            "PCA whitening: c (T + r I)^(-1/2) (x - mean), T the total covariance",
+        ),
+        Solver(
+            "whiten-total-quarter",
+            functools.partial(whiten, power=0.25, total=True),
+            "half a PCA whitening: c (T + r I)^(-1/4) (x - mean), T the total covariance",
+        ),
+        Solver(
+            "soft-threshold",
+            soft_threshold,
+            "gains max(0, 1 - tau s), s the share of a direction's variance that is temporal",
+            strengths=(0.5, 1.0, 2.0),
+        ),
+        Solver(
+            "surrogate",
+            surrogate,
+            "the paper's quadratic surrogate: c lambda T (2 S + lambda T)^-1 (x - mean)",
+            strength=3.0,
+            strengths=(0.3, 1.0, 3.0, 10.0),
+        ),
+    )
+}
 
 
 def _spectral(
@@ -203,8 +270,7 @@ def _generalised(
     """``gain(s)`` along the generalised eigenvectors ``S v = s T v``, in token coordinates.
 
     With ``T = E D E'`` and ``D^-1/2 E' S E D^-1/2 = U diag(s) U'`` that is ``E D^1/2 U diag(g) U'
-    D^-1/2 E'``. Directions in which no token varied are left as they are: there, 0 / 0 is not
-    asked for.
+    D^-1/2 E'``. Directions in which no token varied, where s would be 0 / 0, are left as they are.
     """
     noise = nuisance_covariance(statistics, nuisance)
     values, vectors = torch.linalg.eigh(statistics.covariance)

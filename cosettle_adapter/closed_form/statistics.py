@@ -1,4 +1,4 @@
-"""Second-order statistics of patch tokens, gathered in one pass at constant memory."""
+"""Second-order statistics of patch tokens, collected in one pass at constant memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cosettle_adapter.errors import CosettleError
+from cosettle_adapter.errors import StatisticsError
 
 _TOKENS = ("tokens", "sum", "outer")
 _PAIRS = ("pairs", "differences")
@@ -18,22 +18,18 @@ _VECTORS = ("sum", "clip_sum", "view_sum")
 _MATRICES = ("outer", "differences", "clip_outer", "view_outer")
 
 
-class StatisticsError(CosettleError, ValueError):
-    """Too little data to say anything."""
-
-
 class TokenStatistics:
-    """What closed-form projections need to know of patch tokens.
+    """What closed-form projections need to know about patch tokens.
 
     * **Total**: mean and covariance of all tokens.
     * **Intra-video**: covariance of a patch around its own mean over time, from corresponding
       patches of two frames.
     * **Between clips**: covariance of the clips' mean tokens.
-    * **Position leakage**: covariance of what a patch's token changes by when its position is
-      hidden from the encoder.
+    * **Position leakage**: covariance of the change in a patch's token when its position is hidden
+      from the encoder.
 
-    All are kept as plain sums in float64, so that merging the statistics of parts equals one pass
-    over the whole, in any order. Memory is a few ``(C, C)`` matrices.
+    All are kept as sums in float64, so that merging the statistics of parts equals one pass over
+    the whole, in any order. Memory is a few ``(C, C)`` matrices.
 
     Attributes:
         width: channels of a token.
@@ -42,7 +38,7 @@ class TokenStatistics:
     def __init__(self, width: int) -> None:
         self.width = width
         self._sums: dict[str, Tensor] = {}
-        # Of the clip that is being added.
+        # of the clip that is being added
         self._clip_tokens, self._clip_sum = 0, torch.zeros(width, dtype=torch.float64)
 
     @property
@@ -52,7 +48,7 @@ class TokenStatistics:
 
     @property
     def pairs(self) -> int:
-        """Number of corresponding pairs seen; the sum of their weights where they had any."""
+        """Number of corresponding pairs seen; of weighted ones the sum of the weights."""
         return round(float(self._get("pairs")))
 
     @property
@@ -67,11 +63,11 @@ class TokenStatistics:
 
     def add_tokens(self, tokens: Tensor) -> None:
         """Add tokens ``(N, C)``."""
-        tokens = self._taken(tokens)
+        tokens = self._checked(tokens)
         self.add_moments(len(tokens), tokens.sum(0), tokens.T @ tokens)
 
     def add_moments(self, count: int, total: Tensor, outer: Tensor) -> None:
-        """Add tokens of which the sums are known already.
+        """Add tokens whose sums are already known.
 
         Args:
             count: number of tokens.
@@ -93,7 +89,7 @@ class TokenStatistics:
         self._clip_sum += total.cpu()
 
     def end_clip(self) -> None:
-        """Say that the tokens since the last end were those of one clip."""
+        """Count the tokens added since the last call as one clip."""
         if self._clip_tokens:
             mean = self._clip_sum / self._clip_tokens
             self._add("clips", 1)
@@ -103,19 +99,19 @@ class TokenStatistics:
 
     def add_pairs(self, here: Tensor, there: Tensor) -> None:
         """Add corresponding tokens ``(M, C)`` of two frames of one video."""
-        difference = self._taken(here) - self._taken(there)
+        difference = self._checked(here) - self._checked(there)
         self._add("pairs", len(difference))
         self._add("differences", difference.T @ difference)
 
     def add_soft_pairs(self, here: Tensor, there: Tensor, weights: Tensor) -> None:
-        """Add every pair of tokens of two frames, each by how far the two correspond.
+        """Add every pair of tokens of two frames, weighted by how likely the two correspond.
 
         Args:
             here: ``(N, C)``.
             there: ``(M, C)`` of another frame of the video.
-            weights: ``(N, M)``, not negative.
+            weights: ``(N, M)``, at least 0.
         """
-        here, there = self._taken(here), self._taken(there)
+        here, there = self._checked(here), self._checked(there)
         weights = weights.to(here)
         # sum_ij w_ij (x_i - y_j)(x_i - y_j)^T, without forming the N M differences
         cross = here.T @ (weights @ there)
@@ -125,13 +121,13 @@ class TokenStatistics:
 
     def add_views(self, plain: Tensor, perturbed: Tensor) -> None:
         """Add the same tokens ``(N, C)`` as they are and with their positions perturbed."""
-        difference = self._taken(plain) - self._taken(perturbed)
+        difference = self._checked(plain) - self._checked(perturbed)
         self._add("views", len(difference))
         self._add("view_sum", difference.sum(0))
         self._add("view_outer", difference.T @ difference)
 
     def merge(self, other: TokenStatistics) -> None:
-        """Add what another pass saw of other clips.
+        """Add the statistics of other clips.
 
         Raises:
             ValueError: statistics of another width.
@@ -139,7 +135,7 @@ class TokenStatistics:
         if other.width != self.width:
             raise ValueError(
                 f"got statistics of {other.width} channels, expected {self.width}: "
-                "merge statistics of the same blocks of one backbone"
+                "merge statistics of the same layers of one backbone"
             )
         for name, value in other._sums.items():
             self._add(name, value)
@@ -160,10 +156,10 @@ class TokenStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TokenStatistics:
-        """Make statistics of what :meth:`to_tensors` returned.
+        """Restore statistics from what :meth:`to_tensors` returned.
 
         Raises:
-            StatisticsError: tensors of another kind.
+            StatisticsError: other tensors.
         """
         unknown = sorted(tensors.keys() - {"width", *_EVERY})
         if "width" not in tensors or unknown:
@@ -202,7 +198,7 @@ class TokenStatistics:
 
     @property
     def clip_covariance(self) -> Tensor:
-        """Covariance ``(C, C)`` of the clips' mean tokens, every clip counting alike."""
+        """Covariance ``(C, C)`` of the clips' mean tokens, each clip with the same weight."""
         self._require("clips", "whole clips")
         mean = self._get("clip_sum") / self._get("clips")
         return self._get("clip_outer") / self._get("clips") - torch.outer(mean, mean)
@@ -211,14 +207,14 @@ class TokenStatistics:
     def leakage_covariance(self) -> Tensor:
         """Covariance ``(C, C)`` of a token around the mean of itself with and without position.
 
-        Half the covariance of the difference. What perturbing adds to all tokens alike is not
-        part of it: centring takes that off.
+        Half the covariance of the difference. What perturbing adds to all tokens equally is not
+        part of it: centring removes that.
         """
         self._require("views", "tokens with perturbed positions")
         mean = self._get("view_sum") / self._get("views")
         return (self._get("view_outer") / self._get("views") - torch.outer(mean, mean)) / 2
 
-    def _taken(self, tokens: Tensor) -> Tensor:
+    def _checked(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 2 or tokens.shape[1] != self.width:
             raise ValueError(f"expected tokens (N, {self.width}), got {tuple(tokens.shape)}")
         return exact(tokens)
@@ -240,6 +236,6 @@ class TokenStatistics:
 
 
 def exact(tokens: Tensor) -> Tensor:
-    """Return tokens in float64, on their device if it knows such numbers."""
+    """Return tokens in float64, on their device if it supports that."""
     device = "cpu" if tokens.device.type == "mps" else tokens.device
     return tokens.to(device, torch.float64)

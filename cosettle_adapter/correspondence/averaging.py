@@ -1,7 +1,7 @@
-"""Averaging within a frame: every patch with the patches near by that look most like it.
+"""Averaging within a frame: every patch with the patches near by that are most similar to it.
 
 Non-local means (Buades, Coll & Morel, "A non-local algorithm for image denoising", CVPR 2005) on
-a feature map. Patches of one thing agree in what they are and differ in noise and in position;
+a feature map. Patches of one object agree in what they show and differ in noise and in position;
 their mean keeps the former. Temporal fusion does the same between frames.
 """
 
@@ -39,8 +39,8 @@ def average_neighbours(features: Tensor, share: float) -> Tensor:
     count = min(NEIGHBOURS, height * width - 1)
     if count < 1 or share == 0:
         return features
-    cells = rearrange(features.float(), "b c h w -> b (h w) c")
-    unit = F.normalize(cells, dim=-1)
+    patches = rearrange(features.float(), "b c h w -> b (h w) c")
+    unit = F.normalize(patches, dim=-1)
     frame = torch.arange(batch, device=features.device) * (height * width)
     means = []
     for top in range(0, height, _BAND):
@@ -52,14 +52,13 @@ def average_neighbours(features: Tensor, share: float) -> Tensor:
         cosine, index = cosine.masked_fill(~near, -torch.inf).topk(min(count, keys.shape[1]))
         weights = torch.softmax(cosine / TEMPERATURE, dim=-1)
         index = index + low * width + rearrange(frame, "b -> b 1 1")
-        means.append(_weighted(rearrange(cells, "b n c -> (b n) c"), index, weights))
-    mean = torch.cat(means, dim=1)
-    averaged = torch.lerp(cells, mean, share)
+        means.append(_weighted(rearrange(patches, "b n c -> (b n) c"), index, weights))
+    averaged = torch.lerp(patches, torch.cat(means, dim=1), share)
     return rearrange(averaged, "b (h w) c -> b c h w", h=height).to(features.dtype)
 
 
 def _neighbours(rows: range, others: range, width: int, device: torch.device) -> Tensor:
-    """``(q, n)`` bool: which patches of ``others`` are neighbours of those of ``rows``."""
+    """``(q, n)`` bool: which patches of the rows ``others`` are neighbours of those of ``rows``."""
     places = [
         torch.cartesian_prod(
             torch.arange(each.start, each.stop, device=device), torch.arange(width, device=device)
@@ -71,10 +70,10 @@ def _neighbours(rows: range, others: range, width: int, device: torch.device) ->
     return (squared > 0) & (squared <= RADIUS**2)
 
 
-def _weighted(cells: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """``(B, q, C)``: sums of the cells ``(B n, C)`` at an index ``(B, q, k)``, by weights."""
+def _weighted(patches: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """``(B, q, C)``: sums of the patches ``(B n, C)`` at an index ``(B, q, k)``, by weights."""
     if torch.compiler.is_exporting():  # ONNX has no embedding_bag
-        return einsum(cells[index], weights, "b q k c, b q k -> b q c")
+        return einsum(patches[index], weights, "b q k c, b q k -> b q c")
     flat, by = (rearrange(each, "b q k -> (b q) k") for each in (index, weights))
-    found = F.embedding_bag(flat, cells, mode="sum", per_sample_weights=by)
+    found = F.embedding_bag(flat, patches, mode="sum", per_sample_weights=by)
     return rearrange(found, "(b q) c -> b q c", b=len(index))

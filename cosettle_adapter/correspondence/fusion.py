@@ -1,11 +1,11 @@
 """Temporal fusion: every patch averaged with its matches in the neighbouring frames.
 
-A backbone looks at each frame alone, so the features of one and the same thing flicker. Averaging
-features over time takes the flicker out, provided that the average follows the motion. Non-local
-means (Buades, Coll & Morel, "A non-local algorithm for image denoising", CVPR 2005; for film:
-"Denoising image sequences does not require motion estimation", AVSS 2005) does so without an
-estimate of motion: the mean is over what looks alike, weighted by how much it does. With x_i(t)
-the feature of patch i of frame t, the result is::
+A backbone sees each frame alone, so the features of one object flicker. Averaging features over
+time removes the flicker, provided that the average follows the motion. Non-local means (Buades,
+Coll & Morel, "A non-local algorithm for image denoising", CVPR 2005; for video: "Denoising image
+sequences does not require motion estimation", AVSS 2005) does so without estimating motion: the
+mean is over what looks alike, weighted by how much it does. With x_i(t) the feature of patch i of
+frame t, the result is::
 
     y_i(t) = x_i(t) + share / K  sum_k g_ik (m_ik - x_i(t))
 
@@ -14,17 +14,17 @@ m_ik is the mean of the five patches of frame k that are most similar to patch i
 softmax(cosine / 0.1). Where x = s + n, with s what the matches share and n independent noise, the
 variance of n falls by about (1 - share)^2 + share^2 / (5 K) and s stays.
 
-What has no counterpart in frame k, for it is hidden there or outside, has matches all the same,
-wrong ones. They seldom lead back, and seldom move as the patches around do::
+A patch that is hidden or outside in frame k has matches all the same, wrong ones. They seldom lead
+back, and seldom move as the patches around do::
 
     g_ik = exp(-d^2 / 2 - s^2 / 8)
 
 where d is the distance in patches between i and the best match in frame t of i's best match in
-frame k, and s how far the way from i to its match is from the median way of the 3 x 3 patches
-around i. The whole frame is searched, so no motion is too fast.
+frame k, and s the distance between i's displacement to its match and the median displacement of
+the 3 x 3 patches around i. The whole frame is searched, so no motion is too fast.
 
 Within a scene, neighbouring patches have matches that lead back and lie side by side; across a cut
-few have, which is how cuts are found.
+few do, which is how cuts are found.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange, reduce
@@ -51,7 +51,7 @@ TEMPERATURE = 0.1
 WINDOW = 2
 APART = 2.0  # patches, deviation of s
 # A cut is where the share of neighbouring patches whose matches lead back and stay neighbours is
-# below CUT / (h + w). Ten DAVIS clips, every third frame, block 7 of DINOv2 ViT-S, centred or not:
+# below CUT / (h + w). Ten DAVIS clips, every third frame, layer 7 of DINOv2 ViT-S, centred or not:
 # adjacent frames have 0.21 at least on 8 x 14 patches, 0.23 on 10 x 18, 0.15 on 20 x 35 and 0.08 on
 # 34 x 63, frames of two clips at most 0.15, 0.13, 0.06 and 0.03.
 CUT = 5.5
@@ -77,8 +77,8 @@ class TemporalFusion:
         """Begin a clip.
 
         Args:
-            mode: ``symmetric`` averages over frames on both sides, and so returns a frame when
-                ``window`` more have come; ``causal`` over past frames alone, at once.
+            mode: ``symmetric`` averages over frames on both sides, and so returns a frame after
+                ``window`` more have come; ``causal`` over past frames only, at once.
             window: frames on each side.
 
         Raises:
@@ -111,16 +111,14 @@ class TemporalFusion:
         guide = features if guide is None else guide
         _check(features, guide)
         shape = features.shape[1:]
-        if self._like.shape[1:] != shape or (
-            self._recent and self._recent[-1].unit.shape[1] != guide.shape[1]
-        ):
+        known = self._recent[-1].unit.shape[1] if self._recent else guide.shape[1]
+        if self._like.shape[1:] != shape or known != guide.shape[1]:
             if self._symmetric and self._recent:
                 raise GeometryError(
                     f"got features of shape {tuple(shape)} with a guide of {guide.shape[1]} "
                     f"channels while {len(self._recent)} frames of shape "
-                    f"{tuple(self._like.shape[1:])} with a guide of "
-                    f"{self._recent[-1].unit.shape[1]} wait for their neighbours; call flush() "
-                    "before a change"
+                    f"{tuple(self._like.shape[1:])} with a guide of {known} wait for their "
+                    "neighbours; call flush() before a change"
                 )
             self._recent.clear()
         self._like = features.new_empty((0, *shape))
@@ -142,9 +140,9 @@ class TemporalFusion:
             if gap == 1 and _is_cut((forth, from_new), (back, from_old), grid=grid):
                 finished = self._end()
                 break
-            new.average(old.cells, forth, _gate(forth[1], from_new, grid))
+            new.average(old.patches, forth, _gate(forth, from_new, grid))
             if self._symmetric:
-                old.average(new.cells, back, _gate(back[1], from_old, grid))
+                old.average(new.patches, back, _gate(back, from_old, grid))
         self._recent.append(new)
         if not self._symmetric:
             finished = [new.fused()]
@@ -177,7 +175,7 @@ def temporal_fusion(
     Args:
         features: ``(T, C, h, w)`` of one clip in frame order, any floating dtype.
         guide: ``(T, G, h, w)`` maps that matches are taken from; ``None``: the features.
-        mode: ``symmetric`` or ``causal``, as for :class:`TemporalFusion`.
+        mode: as for :class:`TemporalFusion`.
         window: frames on each side.
 
     Returns:
@@ -194,8 +192,8 @@ def temporal_fusion(
 def fusion_guide(tokens: Tensor, widths: Sequence[int]) -> Tensor:
     """Return what an adapter's features are matched by: the middle layer it reads, centred.
 
-    One layer alone loses fewer clips than all that are read, and half the variance of tokens is
-    their mean, which matches everything with everything.
+    One layer finds better matches than all that are read, and half the variance of tokens is their
+    mean, which makes everything similar to everything.
 
     Args:
         tokens: ``(T, C, h, w)``, the layers that are read, along the channels.
@@ -208,11 +206,18 @@ def fusion_guide(tokens: Tensor, widths: Sequence[int]) -> Tensor:
     return guide - reduce(guide, "t c h w -> t c 1 1", "mean")
 
 
+class _Matches(NamedTuple):
+    """The best matches of every patch in another frame, best first."""
+
+    cosine: Tensor  # (h w, k)
+    patch: Tensor  # (h w, k), their numbers
+
+
 @dataclasses.dataclass
 class _Frame:
     """A frame and what its neighbours have added to it."""
 
-    cells: Tensor  # (h w, C) float32
+    patches: Tensor  # (h w, C) float32
     unit: Tensor  # (h w, G) of unit length
     means: Tensor  # (h w, C), the sum over neighbours of gate and mean of the matches
     gates: Tensor  # (h w, 1), the sum over neighbours
@@ -220,81 +225,74 @@ class _Frame:
 
     @classmethod
     def of(cls, features: Tensor, guide: Tensor) -> _Frame:
-        cells, matched = (rearrange(each.float(), "c h w -> (h w) c") for each in (features, guide))
-        unit = F.normalize(matched, dim=1)
+        patches, guides = (
+            rearrange(each.float(), "c h w -> (h w) c") for each in (features, guide)
+        )
+        unit = F.normalize(guides, dim=1)
         # half precision is fast on GPUs and slow on CPUs
         unit = unit.to(guide.dtype) if guide.device.type == "cuda" else unit
-        cells = cells.contiguous()
-        return cls(cells, unit, torch.zeros_like(cells), torch.zeros_like(cells[:, :1]))
+        patches = patches.contiguous()
+        return cls(patches, unit, torch.zeros_like(patches), torch.zeros_like(patches[:, :1]))
 
-    def average(self, other: Tensor, matches: tuple[Tensor, Tensor], gate: Tensor) -> None:
-        cosine, index = matches
+    def average(self, other: Tensor, matches: _Matches, gate: Tensor) -> None:
         gate = rearrange(gate, "q -> q 1")
-        weights = torch.softmax(cosine.float() / TEMPERATURE, dim=1) * gate
-        self.means += F.embedding_bag(index, other, mode="sum", per_sample_weights=weights)
+        weights = torch.softmax(matches.cosine.float() / TEMPERATURE, dim=1) * gate
+        self.means += F.embedding_bag(matches.patch, other, mode="sum", per_sample_weights=weights)
         self.gates += gate
         self.neighbours += 1
 
     def fused(self) -> Tensor:
         share = SHARE / max(self.neighbours, 1)
-        return torch.addcmul(self.cells, self.gates, self.cells, value=-share).add_(
+        return torch.addcmul(self.patches, self.gates, self.patches, value=-share).add_(
             self.means, alpha=share
         )
 
 
-def _match(here: Tensor, there: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Cosines and indices ``(h w, k)`` of the best matches, in both directions, best first."""
+def _match(here: Tensor, there: Tensor) -> tuple[_Matches, _Matches]:
+    """The best matches in both directions, from bands of the affinity matrix."""
     count = len(here)
     k = min(MATCHES, count)
     band = max(k, _BAND // count)
-    forth: list[tuple[Tensor, Tensor]] = []
-    back: list[tuple[Tensor, Tensor]] = []
+    forth, back = [], []
     for start in range(0, count, band):
         block = here[start : start + band] @ there.T
-        forth.append(_topk(block, k))
-        cosine, index = _topk(block.T.contiguous(), min(k, len(block)))
+        forth.append(block.topk(k, dim=1))
+        cosine, index = block.T.contiguous().topk(min(k, len(block)), dim=1)
         back.append((cosine, index + start))
     cosine, index = (torch.cat(each, dim=1) for each in zip(*back, strict=True))
-    cosine, chosen = _topk(cosine, k)
-    cosines, indices = (torch.cat(each) for each in zip(*forth, strict=True))
-    return (cosines, indices), (cosine, index.gather(1, chosen))
+    cosine, chosen = cosine.topk(k, dim=1)
+    matches = _Matches(*(torch.cat(each) for each in zip(*forth, strict=True)))
+    return matches, _Matches(cosine, index.gather(1, chosen))
 
 
-def _topk(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    best = block.topk(k, dim=1)
-    return best.values, best.indices
-
-
-def _miss(
-    forth: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor], grid: tuple[int, int]
-) -> Tensor:
+def _miss(forth: _Matches, back: _Matches, grid: tuple[int, int]) -> Tensor:
     """How far from every patch the match of its match is, ``(h w,)`` in patches."""
-    away: Tensor = _moved(back[1][forth[1][:, 0], 0], grid).float().norm(dim=0)
+    away: Tensor = _moved(back.patch[forth.patch[:, 0], 0], grid).float().norm(dim=0)
     return away
 
 
-def _gate(index: Tensor, miss: Tensor, grid: tuple[int, int]) -> Tensor:
+def _gate(matches: _Matches, miss: Tensor, grid: tuple[int, int]) -> Tensor:
     """How far the matches of every patch are trusted, ``(h w,)`` in [0, 1]: g of the module."""
-    moved = _moved(index[:, 0], grid).float()
-    ways = rearrange(moved, "yx (h w) -> yx 1 h w", h=grid[0])
-    around = F.unfold(F.pad(ways, (1, 1, 1, 1), mode="replicate"), 3)
+    moved = _moved(matches.patch[:, 0], grid).float()
+    maps = rearrange(moved, "yx (h w) -> yx 1 h w", h=grid[0])
+    around = F.unfold(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3)
     apart = (moved - around.median(dim=1).values).square().sum(0)
     return torch.exp(-miss.square() / 2 - apart / (2 * APART**2))
 
 
-def _is_cut(*ways: tuple[tuple[Tensor, Tensor], Tensor], grid: tuple[int, int]) -> bool:
-    """Whether few neighbouring patches have matches that lead back and are neighbours too.
+def _is_cut(*directions: tuple[_Matches, Tensor], grid: tuple[int, int]) -> bool:
+    """Whether few neighbouring patches have matches that lead back (to one patch) and lie adjacent.
 
-    To one patch in both. ``ways`` are matches and misses in the one direction and in the other.
+    Each direction is given by its matches and misses.
     """
     kept: list[Tensor] = []
-    for (_, index), miss in ways:
-        moved = rearrange(_moved(index[:, 0], grid), "yx (h w) -> yx h w", h=grid[0])
-        home = rearrange(miss <= 1, "(h w) -> h w", h=grid[0])
+    for matches, miss in directions:
+        moved = rearrange(_moved(matches.patch[:, 0], grid), "yx (h w) -> yx h w", h=grid[0])
+        returned = rearrange(miss <= 1, "(h w) -> h w", h=grid[0])
         for axis, size in enumerate(grid):
-            both = home.narrow(axis, 0, size - 1) & home.narrow(axis, 1, size - 1)
-            beside = moved.diff(dim=axis + 1).abs().amax(0) <= 1
-            kept.append(rearrange(both & beside, "h w -> (h w)"))
+            both = returned.narrow(axis, 0, size - 1) & returned.narrow(axis, 1, size - 1)
+            adjacent = moved.diff(dim=axis + 1).abs().amax(0) <= 1
+            kept.append(rearrange(both & adjacent, "h w -> (h w)"))
     return float(torch.cat(kept).float().mean()) < min(CUT_AT_MOST, CUT / sum(grid))
 
 

@@ -1,28 +1,30 @@
-"""Mutual nearest neighbours of two feature maps."""
+"""Which patches of two feature maps show the same thing, by mutual similarity."""
 
 from __future__ import annotations
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
-from cosettle_adapter.correspondence.maps import unit_map
+from cosettle_adapter.correspondence.affinity import unit_map
 from cosettle_adapter.errors import GeometryError
+
+TEMPERATURE = 0.05
 
 
 @torch.no_grad()
 def mutual_nearest(a: Tensor, b: Tensor, *, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Find the pairs of cells that are each other's nearest neighbour by cosine.
+    """Find the pairs of patches that are each other's nearest neighbour by cosine.
 
     Args:
         a: ``(C, h, w)``, any floating dtype.
         b: ``(C, h', w')`` on the same device; the grids may differ.
-        chunk: cells of ``a`` compared at a time; bounds memory and does not change the result.
+        chunk: patches of ``a`` compared at a time; bounds memory and does not change the result.
 
     Returns:
-        Flat cell indices ``(M, 2)`` int64, in ``a`` (ascending) and in ``b``, row-major; and the
-        pairs' cosines ``(M,)``. Among equally near cells the first one counts, so identical
-        cells are matched at most once.
+        Flat patch indices ``(M, 2)`` int64, in ``a`` (ascending) and in ``b``, row-major; and the
+        pairs' cosines ``(M,)``. Of equally near patches the first one counts, so that identical
+        patches are matched at most once.
 
     Raises:
         GeometryError: maps of other shapes or with different channels.
@@ -43,20 +45,75 @@ def mutual_nearest(a: Tensor, b: Tensor, *, chunk: int = 1024) -> tuple[Tensor, 
             "compare features of one model"
         )
     rows, columns = rearrange(a, "c h w -> (h w) c"), rearrange(b, "c h w -> c (h w)")
-    ahead, cosine = [], []
+    forth, cosine = [], []
     back_cosine = rows.new_full((columns.shape[1],), -torch.inf)
     back = torch.zeros(columns.shape[1], dtype=torch.long, device=rows.device)
     for start in range(0, len(rows), chunk):
         block = rows[start : start + chunk] @ columns
         best, index = block.max(1)
-        ahead.append(index)
+        forth.append(index)
         cosine.append(best)
         best, index = block.max(0)
         better = best > back_cosine
         back_cosine = torch.where(better, best, back_cosine)
         back = torch.where(better, index + start, back)
-    forth = torch.cat(ahead)
+    nearest = torch.cat(forth)
     here = torch.arange(len(rows), device=rows.device)
-    mutual = back[forth] == here
-    pairs = torch.stack([here[mutual], forth[mutual]], dim=1)
-    return pairs, torch.cat(cosine)[mutual]
+    mutual = back[nearest] == here
+    return torch.stack([here[mutual], nearest[mutual]], dim=1), torch.cat(cosine)[mutual]
+
+
+def corresponding_patches(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Find patches of two frames of one video that show the same thing.
+
+    They are mutual nearest neighbours by cosine after the mean of both frames is subtracted: what
+    all patches have in common hides how they differ.
+
+    Args:
+        here: ``(C, h, w)`` floating point.
+        there: ``(C, h, w)`` of another frame.
+
+    Returns:
+        Their patches, not centred, ``(M, C)`` each; none if the two frames are equal, because a
+        still frame says nothing about motion.
+    """
+    flat, centred = _flat_and_centred(here, there)
+    if torch.equal(here, there):
+        return flat[0, :0], flat[1, :0]
+    pairs, _ = mutual_nearest(centred[0], centred[1])
+    return flat[0, pairs[:, 0]], flat[1, pairs[:, 1]]
+
+
+@torch.no_grad()
+def soft_correspondences(
+    here: Tensor, there: Tensor, *, temperature: float = TEMPERATURE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weigh every pair of patches of two frames by how likely both show the same thing.
+
+    The weight is the probability of stepping from one patch to the other and back, where steps
+    follow cosines of centred patches: ``softmax_j(cos / t) softmax_i(cos / t)``. Mutual nearest
+    neighbours are the limit of a low temperature.
+
+    Args:
+        here: ``(C, h, w)`` floating point.
+        there: ``(C, h, w)`` of another frame.
+        temperature: positive; the lower, the fewer pairs share the weight.
+
+    Returns:
+        Patches ``(N, C)`` and ``(M, C)``, not centred, and weights ``(N, M)``; all zero if the two
+        frames are equal.
+    """
+    flat, centred = _flat_and_centred(here, there)
+    if torch.equal(here, there):
+        return flat[0], flat[1], flat.new_zeros(len(flat[0]), len(flat[1]))
+    rows = rearrange(unit_map(centred[0]), "c h w -> (h w) c")
+    columns = rearrange(unit_map(centred[1]), "c h w -> c (h w)")
+    cosine = rows @ columns / temperature
+    return flat[0], flat[1], cosine.softmax(0) * cosine.softmax(1)
+
+
+def _flat_and_centred(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Both frames as patches ``(2, N, C)``, and as maps ``(2, C, h, w)`` minus their mean."""
+    maps = torch.stack([here, there])
+    centred = maps - reduce(maps, "two c h w -> 1 c 1 1", "mean")
+    return rearrange(maps, "two c h w -> two (h w) c"), centred

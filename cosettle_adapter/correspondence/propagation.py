@@ -1,68 +1,105 @@
 """Label propagation: carry a segmentation of the first frame through a clip by its features.
 
-A clip's affinities are never held at once: a band of lines of the grid is compared with a few
-context frames at a time, only with the lines within reach, and all that stays is its top-k.
+The affinities of a clip are never held at once: a band of lines of the grid is compared with a few
+context frames at a time, only with the lines within reach, and only its top-k are kept.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
-from cosettle_adapter.correspondence.affinity import locality_mask, topk_of_lines
-from cosettle_adapter.correspondence.maps import each_map, unit_map
-from cosettle_adapter.correspondence.protocols import PROTOCOLS, Protocol
+from cosettle_adapter.correspondence.affinity import (
+    each_map,
+    locality_mask,
+    topk_of_lines,
+    unit_map,
+)
 from cosettle_adapter.errors import FrameError, GeometryError
 
-_CHUNK, _CHUNK_ON_CPU = 8192, 256  # cells of a frame
-_SMALL = 1024  # cells of a frame that is not worth splitting
-_AGAINST = 8192  # cells of the context that a chunk is compared with, about
+Protocol = Literal["crw", "dino"]
+
+_CHUNK, _CHUNK_ON_CPU = 8192, 256  # patches of a frame
+_SMALL = 1024  # patches of a frame that is not worth splitting
+_AGAINST = 8192  # patches of the context that a chunk is compared with, about
 
 
-class _Window:
-    """The last frames, at most ``size``, in one tensor, so that they are compared together."""
+@dataclasses.dataclass(frozen=True)
+class PropagationProtocol:
+    """How labels reach a frame from the frames before it.
 
-    def __init__(self, size: int) -> None:
-        self._size, self._added = size, 0
-        self._cells = torch.empty(0)
-        self._labels = torch.empty(0)
+    A figure is only comparable with others of the same protocol, frame size and frame rate.
 
-    def __len__(self) -> int:
-        return min(self._added, self._size)
+    Attributes:
+        context: preceding frames that are searched besides the first.
+        radius: how far from its own place a patch is searched for, in patches; ``math.inf`` for
+            anywhere.
+        topk: most similar patches, over all context frames together, whose labels are averaged.
+        temperature: the average's weights are the softmax of cosine / temperature.
+        neighbourhood: ``disk`` is Euclidean distance strictly below the radius, ``square`` is
+            row and column distance up to and including it.
+        restrict_first: apply the neighbourhood to the first frame as well.
+        repeat_first: before ``context`` preceding frames exist, copies of the first frame (under
+            the neighbourhood) stand in for the missing ones and compete for the top-k.
+    """
 
-    @property
-    def cells(self) -> Tensor:
-        """``(n, long, short, C)``, in no order."""
-        return self._cells[: len(self)]
+    context: int
+    radius: float
+    topk: int
+    temperature: float
+    neighbourhood: Literal["disk", "square"]
+    restrict_first: bool
+    repeat_first: bool
 
-    @property
-    def labels(self) -> Tensor:
-        """``(n, long short, K)``."""
-        return self._labels[: len(self)]
+    def __post_init__(self) -> None:
+        if self.context < 0:
+            raise ValueError(f"context must be 0 or more preceding frames, got {self.context}")
+        if self.topk < 1:
+            raise ValueError(f"topk must be at least 1 patch, got {self.topk}")
+        if not self.radius > 0:
+            raise ValueError(
+                f"radius must be above 0 patches, got {self.radius}; use math.inf for anywhere"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
-    def add(self, cells: Tensor, labels: Tensor) -> None:
-        """Put a frame in the place of the oldest."""
-        if not self._size:
-            return
-        if self._added == len(self._cells) < self._size:
-            room = min(self._size, max(4, 2 * self._added))
-            with torch.inference_mode(False):  # else nothing could be put in outside that mode
-                grown = cells.new_empty(room, *cells.shape), labels.new_empty(room, *labels.shape)
-            if self._added:
-                grown[0][: self._added], grown[1][: self._added] = self._cells, self._labels
-            self._cells, self._labels = grown
-        place = self._added % self._size
-        self._cells[place], self._labels[place] = cells, labels
-        self._added += 1
+
+PROTOCOLS: dict[str, PropagationProtocol] = {
+    # videowalk's test.py as SiamMAE and CropMAE use it. Its loader puts `context` copies of frame
+    # 0 before the clip: they lie in the sliding window, hence under the radius, and count once
+    # each. So frame 1 takes all seven votes from the single best patch near by: a plain copy.
+    "crw": PropagationProtocol(
+        context=20,
+        radius=20,
+        topk=7,
+        temperature=0.7,
+        neighbourhood="disk",
+        restrict_first=False,
+        repeat_first=True,
+    ),
+    # DINO's eval_video_segmentation.py: the queue starts empty and never holds frame 0.
+    "dino": PropagationProtocol(
+        context=7,
+        radius=12,
+        topk=5,
+        temperature=0.1,
+        neighbourhood="square",
+        restrict_first=True,
+        repeat_first=False,
+    ),
+}
 
 
 class LabelPropagator:
-    """Propagates labels frame by frame, keeping the features of the context alone.
+    """Propagates labels frame by frame and keeps the context only.
 
     Example:
         >>> propagator = LabelPropagator(torch.rand(3, 20, 35))
@@ -87,11 +124,12 @@ class LabelPropagator:
             first_labels: ``(K, h, w)`` floating point, soft labels of the first frame at the
                 grid of the features.
             context: preceding frames, in place of the protocol's.
-            radius: in cells, in place of the protocol's; ``math.inf`` for no restriction.
-            topk: number of cells averaged, in place of the protocol's.
+            radius: in patches, in place of the protocol's; ``math.inf`` for no restriction.
+            topk: number of patches averaged, in place of the protocol's.
             temperature: of the softmax, in place of the protocol's.
-            protocol: ``crw`` (videowalk, SiamMAE, CropMAE, Co-Settle) or ``dino``.
-            chunk: cells of a frame compared at a time; bounds memory and does not change the
+            protocol: ``crw`` (videowalk, SiamMAE, CropMAE, Co-Settle) or ``dino``; their numbers
+                are in :data:`PROTOCOLS`.
+            chunk: patches of a frame compared at a time; bounds memory and does not change the
                 result. By default 8192, and 256 of a frame of more than 1024 on a CPU.
 
         Raises:
@@ -101,11 +139,16 @@ class LabelPropagator:
         if protocol not in PROTOCOLS:
             known = " or ".join(repr(name) for name in PROTOCOLS)
             raise ValueError(f"got protocol {protocol!r}, expected {known}")
-        given = {"context": context, "radius": radius, "topk": topk, "temperature": temperature}
+        given: dict[str, Any] = {
+            "context": context,
+            "radius": radius,
+            "topk": topk,
+            "temperature": temperature,
+        }
         changes = {name: value for name, value in given.items() if value is not None}
-        self.protocol = dataclasses.replace(PROTOCOLS[protocol], **changes)  # type: ignore[arg-type]
+        self.protocol = dataclasses.replace(PROTOCOLS[protocol], **changes)
         if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1 cell, got {chunk}")
+            raise ValueError(f"chunk must be at least 1 patch, got {chunk}")
         self.chunk = chunk
         if first_labels.ndim != 3 or first_labels.numel() == 0:
             raise GeometryError(
@@ -115,11 +158,15 @@ class LabelPropagator:
         if not first_labels.is_floating_point():
             raise GeometryError(
                 f"got first_labels of dtype {first_labels.dtype}, expected floating point: "
-                "one-hot the label ids over K, bring them to the grid and call .float()"
+                "one-hot the label ids over K, resize them to the grid and call .float()"
             )
         self._first_labels = first_labels.clone()
-        self._first: Tensor | None = None  # (long, short, C), unit length; the longer side first
-        self._recent = _Window(self.protocol.context)
+        # Patches are (long, short, C) of unit length, the longer side of the grid first: bands run
+        # along it, where the radius leaves out the most. Labels are (long short, K).
+        self._first: Tensor | None = None
+        self._recent: collections.deque[tuple[Tensor, Tensor]] = collections.deque(
+            maxlen=self.protocol.context
+        )
 
     @torch.no_grad()
     def step(self, features: Tensor) -> Tensor:
@@ -137,60 +184,58 @@ class LabelPropagator:
                 the frames before.
         """
         unit = unit_map(features)
-        grid = tuple(unit.shape[1:])
-        if grid != tuple(self._first_labels.shape[1:]):
+        grid, expected = tuple(unit.shape[1:]), tuple(self._first_labels.shape[1:])
+        if grid != expected:
             raise GeometryError(
-                f"got features on a grid of {grid}, expected the labels' "
-                f"{tuple(self._first_labels.shape[1:])}: bring first_labels to the feature grid "
-                "(bilinear, from the full-size one-hot masks)"
+                f"got features on a grid of {grid}, expected the labels' {expected}: resize "
+                "first_labels to the feature grid (bilinear, from the full-size one-hot masks)"
             )
-        cells = rearrange(unit, "c h w -> w h c" if _wide(grid) else "c h w -> h w c").contiguous()
-        to_cells = "k h w -> (w h) k" if _wide(grid) else "k h w -> (h w) k"
+        wide = grid[1] > grid[0]
+        patches = rearrange(unit, "c h w -> w h c" if wide else "c h w -> h w c").contiguous()
         if self._first is None:
-            self._first = cells
-            self._first_labels = self._first_labels.to(cells.device)
+            self._first = patches
+            self._first_labels = self._first_labels.to(patches.device)
             return self._first_labels.clone()
-        if cells.shape != self._first.shape:
+        if patches.shape != self._first.shape:
             raise GeometryError(
-                f"got features of {cells.shape[-1]} channels after a first frame of "
+                f"got features of {patches.shape[-1]} channels after a first frame of "
                 f"{self._first.shape[-1]}; start a new LabelPropagator for other features"
             )
-        first_labels = rearrange(self._first_labels, to_cells)
-        found = self._propagate(cells, self._first, first_labels)
-        self._recent.add(cells, found)
-        before, _, after = to_cells.partition(" -> ")
-        return rearrange(found, f"{after} -> {before}", h=grid[0])
+        flat = "(w h) k" if wide else "(h w) k"
+        first_labels = rearrange(self._first_labels, f"k h w -> {flat}")
+        found = self._propagate(patches, self._first, first_labels)
+        self._recent.append((patches, found))
+        return rearrange(found, f"{flat} -> k h w", h=grid[0]).clone()
 
-    def _propagate(self, cells: Tensor, first: Tensor, first_labels: Tensor) -> Tensor:
-        """Labels ``(long short, K)`` of ``cells``, a band of lines at a time."""
-        lines, short, _ = cells.shape
-        height = max(1, self._chunk(cells) // short)
-        recent = self._recent.labels
-        labels = torch.cat([first_labels, *recent])
+    def _propagate(self, patches: Tensor, first: Tensor, first_labels: Tensor) -> Tensor:
+        """Labels ``(long short, K)`` of ``patches``, a band of lines at a time."""
+        lines, short, _ = patches.shape
+        height = max(1, self._chunk(patches) // short)
+        labels = torch.cat([first_labels, *(labels for _, labels in self._recent)])
         bands = []
         for start in range(0, lines, height):
-            stop = min(start + height, lines)
-            cosine, index = self._nearest(cells, first, start, stop)
+            band = range(start, min(start + height, lines))
+            cosine, index = self._nearest(patches, first, band)
             weights = torch.softmax(cosine / self.protocol.temperature, dim=1).to(labels.dtype)
             bands.append(einsum(weights, labels[index], "q n, q n k -> q k"))
         return torch.cat(bands)
 
-    def _nearest(
-        self, cells: Tensor, first: Tensor, start: int, stop: int
-    ) -> tuple[Tensor, Tensor]:
-        """Top-k of a band of lines: cosines and indices into first and recent cells, ``(q, k)``."""
-        lines, short, _ = cells.shape
+    def _nearest(self, patches: Tensor, first: Tensor, band: range) -> tuple[Tensor, Tensor]:
+        """Top-k of a band: cosines and indices into first and recent patches, ``(q, k)``."""
         protocol = self.protocol
-        queries = rearrange(cells[start:stop], "l s c -> (l s) c")
+        lines, short, _ = patches.shape
+        queries = rearrange(patches[band.start : band.stop], "l s c -> (l s) c")
         reach = lines if math.isinf(protocol.radius) else math.floor(protocol.radius)
-        low, high = max(0, start - reach), min(lines, stop + reach)
-        mask = locality_mask(protocol, range(start, stop), range(low, high), short, like=queries)
+        low, high = max(0, band.start - reach), min(lines, band.stop + reach)
+        mask = locality_mask(
+            protocol.radius, protocol.neighbourhood, band, range(low, high), short, like=queries
+        )
         found: list[tuple[Tensor, Tensor]] = []
 
-        def add(blocks: Tensor, first_cell: int, copies: int = 1) -> None:
+        def add(blocks: Tensor, first_patch: int, copies: int = 1) -> None:
             cosine, index = topk_of_lines(blocks, short, protocol.topk)
             n = blocks.shape[2]
-            index = first_cell + index // n * (lines * short) + index % n
+            index = first_patch + index // n * (lines * short) + index % n
             copies = min(copies, protocol.topk)
             cosine, index = (
                 repeat(each, "q n -> q (copies n)", copies=copies) for each in (cosine, index)
@@ -200,10 +245,10 @@ class LabelPropagator:
         # The first frame, anywhere or within reach; then as often as preceding frames are missing.
         missing = protocol.context - len(self._recent) if protocol.repeat_first else 0
         if protocol.restrict_first:
-            near = torch.addmm(mask, queries, rearrange(first[low:high], "l s c -> c (l s)"))
+            near = torch.addmm(mask, queries, _columns(first[low:high]))
             add(rearrange(near, "q n -> 1 q n"), low * short)
         else:
-            block = queries @ rearrange(first, "l s c -> c (l s)")
+            block = queries @ _columns(first)
             add(rearrange(block, "q n -> 1 q n"), 0)
             near = block[:, low * short : high * short]
             near = near + mask if missing else near
@@ -212,36 +257,28 @@ class LabelPropagator:
         # The preceding frames, a few together.
         together = max(1, _AGAINST // mask.shape[1])
         for begin in range(0, len(self._recent), together):
-            keys = self._recent.cells[begin : begin + together, low:high]
-            keys = rearrange(keys, "f l s c -> f c (l s)")
-            blocks = torch.baddbmm(mask, repeat(queries, "q c -> f q c", f=len(keys)), keys)
+            frames = list(itertools.islice(self._recent, begin, begin + together))
+            blocks = mask.new_empty(len(frames), *mask.shape)
+            for block, (keys, _) in zip(blocks, frames, strict=True):
+                torch.addmm(mask, queries, _columns(keys[low:high]), out=block)
             add(blocks, ((1 + begin) * lines + low) * short)
-        cosine, chosen = torch.cat([cosine for cosine, _ in found], dim=1).topk(
-            min(protocol.topk, sum(cosine.shape[1] for cosine, _ in found)), dim=1
-        )
-        return cosine, torch.cat([index for _, index in found], dim=1).gather(1, chosen)
+        cosine, index = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+        cosine, chosen = cosine.topk(min(protocol.topk, cosine.shape[1]), dim=1)
+        return cosine, index.gather(1, chosen)
 
-    def _chunk(self, cells: Tensor) -> int:
+    def _chunk(self, patches: Tensor) -> int:
         if self.chunk is not None:
             return self.chunk
-        count = cells.shape[0] * cells.shape[1]
-        return _CHUNK_ON_CPU if cells.device.type == "cpu" and count > _SMALL else _CHUNK
+        count = patches.shape[0] * patches.shape[1]
+        return _CHUNK_ON_CPU if patches.device.type == "cpu" and count > _SMALL else _CHUNK
 
 
 def propagate_labels(
-    features: Tensor | Iterable[Tensor],
-    first_labels: Tensor,
-    *,
-    context: int | None = None,
-    radius: float | None = None,
-    topk: int | None = None,
-    temperature: float | None = None,
-    protocol: Protocol = "crw",
-    chunk: int | None = None,
+    features: Tensor | Iterable[Tensor], first_labels: Tensor, **options: Any
 ) -> Tensor:
     """Carry soft labels of the first frame through a clip.
 
-    Every cell takes the labels of its most similar cells in the first frame and in the frames
+    Every patch takes the labels of its most similar patches in the first frame and in the frames
     just before it, weighted by similarity; labels stay soft and are carried on as they are.
     Memory grows with the context, not with the clip, when ``features`` is an iterable.
 
@@ -249,12 +286,8 @@ def propagate_labels(
         features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``; any
             floating dtype, need not be normalised.
         first_labels: ``(K, h, w)`` floating point, soft labels of the first frame.
-        context: preceding frames, in place of the protocol's.
-        radius: in cells, in place of the protocol's; ``math.inf`` for no restriction.
-        topk: number of cells averaged, in place of the protocol's.
-        temperature: of the softmax, in place of the protocol's.
-        protocol: ``crw`` or ``dino``; see :data:`PROTOCOLS` for the numbers.
-        chunk: cells compared at a time; bounds memory and does not change the result.
+        **options: ``protocol``, ``context``, ``radius``, ``topk``, ``temperature`` and ``chunk``
+            of :class:`LabelPropagator`.
 
     Returns:
         ``(T, K, h, w)``; the first frame's are ``first_labels``.
@@ -264,21 +297,12 @@ def propagate_labels(
         GeometryError: shapes that do not fit together.
         ValueError: an unknown protocol, or an option out of range.
     """
-    propagator = LabelPropagator(
-        first_labels,
-        context=context,
-        radius=radius,
-        topk=topk,
-        temperature=temperature,
-        protocol=protocol,
-        chunk=chunk,
-    )
+    propagator = LabelPropagator(first_labels, **options)
     labels = [propagator.step(frame) for frame in each_map(features)]
     if not labels:
         raise FrameError("got no feature maps to propagate labels through; expected at least one")
     return torch.stack(labels)
 
 
-def _wide(grid: tuple[int, ...]) -> bool:
-    # bands run along the longer side, where the radius leaves the most out
-    return grid[1] > grid[0]
+def _columns(patches: Tensor) -> Tensor:
+    return rearrange(patches, "l s c -> c (l s)")

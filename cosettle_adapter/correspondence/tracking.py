@@ -1,4 +1,4 @@
-"""Nearest-neighbour point tracking: what features alone know about where a point went."""
+"""Nearest-neighbour point tracking: where points went, by features alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosettle_adapter.correspondence.maps import each_map, unit_map
+from cosettle_adapter.correspondence.affinity import each_map, unit_map
 from cosettle_adapter.errors import FrameError, GeometryError
 
 
@@ -19,12 +19,12 @@ class Tracks(NamedTuple):
     """Where points of frame 0 are in every frame.
 
     Attributes:
-        positions: ``(T, N, 2)`` fractional (row, col) in cells; whole numbers are cell centres.
-        score: ``(T, N)`` cosine between the point's feature and the best cell's.
-        cycle_error: ``(T, N)`` the occlusion score: distance in cells between the point and
-            where the feature at its tracked position matches back to in frame 0. A visible point
-            comes home, one that is hidden was matched to something else: above one or two cells
-            the point is probably occluded, out of the frame, or on a repeated texture.
+        positions: ``(T, N, 2)`` fractional (row, col) in patches; whole numbers are centres.
+        score: ``(T, N)`` cosine between the point's feature and the best patch's.
+        cycle_error: ``(T, N)`` the occlusion score: distance in patches between the point and
+            where the feature at its tracked position matches back to in frame 0. It is small for a
+            visible point; above one or two patches the point is probably occluded, outside the
+            frame, or on a repeated texture.
     """
 
     positions: Tensor
@@ -43,18 +43,18 @@ def track_points(
 ) -> Tracks:
     """Track points of frame 0 by the nearest neighbour of their features.
 
-    Frames are matched with frame 0 one by one, so nothing drifts and nothing is smoothed. The
-    best cell is refined to a fraction of a cell by a soft-argmax around it.
+    Every frame is matched with frame 0, so nothing drifts and nothing is smoothed. The best patch
+    is refined to a fraction of a patch by a soft-argmax around it.
 
     Args:
         features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)``; any floating dtype.
-        points: ``(N, 2)`` fractional (row, col) cells of frame 0, on the features' device; the
-            grid spans ``[-0.5, h - 0.5] x [-0.5, w - 0.5]``.
-        radius_argmax: cells around the best one, by Euclidean distance, that the soft-argmax
-            averages; 0 returns the best cell's centre.
-        temperature: of the soft-argmax; smaller trusts the best cell more.
-        search_radius: look only this many cells around the point's position in the frame
-            before; by default the whole frame.
+        points: ``(N, 2)`` fractional (row, col) in patches of frame 0, on the features' device;
+            the grid spans ``[-0.5, h - 0.5] x [-0.5, w - 0.5]``.
+        radius_argmax: patches around the best one, by Euclidean distance, that the soft-argmax
+            averages; 0 returns the best patch's centre.
+        temperature: of the soft-argmax; smaller trusts the best patch more.
+        search_radius: look only this many patches around the point's position in the frame
+            before; by default in the whole frame.
 
     Returns:
         :class:`Tracks`; frame 0 is matched with itself.
@@ -64,7 +64,16 @@ def track_points(
         GeometryError: shapes that do not fit together, or points outside the grid.
         ValueError: an option out of range.
     """
-    _check_options(radius_argmax, temperature, search_radius)
+    if not radius_argmax >= 0:
+        raise ValueError(f"radius_argmax must be 0 or more patches, got {radius_argmax}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if search_radius is not None and not search_radius >= 1:
+        raise ValueError(
+            f"search_radius must be at least 1 patch, got {search_radius}; use None for the "
+            "whole frame"
+        )
+    refine = (radius_argmax, temperature)
     positions, scores, errors = [], [], []
     first: Tensor | None = None
     for features_t in each_map(features):
@@ -78,33 +87,20 @@ def track_points(
                 f"got a map of shape {tuple(here.shape)} in a clip that began with "
                 f"{tuple(first.shape)}; all frames of a clip need the same shape"
             )
-        refine = (radius_argmax, temperature)
         last, score = _match(here, queries, refine, last, search_radius)
-        home, _ = _match(first, _sample(here, last), refine, origin, None)
+        back, _ = _match(first, _sample(here, last), refine, origin, None)
         positions.append(last)
         scores.append(score)
-        errors.append((home - origin).norm(dim=1))
+        errors.append((back - origin).norm(dim=1))
     if not positions:
         raise FrameError("got no feature maps to track points through; expected at least one")
     return Tracks(torch.stack(positions), torch.stack(scores), torch.stack(errors))
 
 
-def _check_options(radius_argmax: float, temperature: float, search_radius: float | None) -> None:
-    if not radius_argmax >= 0:
-        raise ValueError(f"radius_argmax must be 0 or more cells, got {radius_argmax}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if search_radius is not None and not search_radius >= 1:
-        raise ValueError(
-            f"search_radius must be at least 1 cell, got {search_radius}; use None for the "
-            "whole frame"
-        )
-
-
 def _check_points(points: Tensor, first: Tensor) -> Tensor:
     if points.ndim != 2 or points.shape[1] != 2:
         raise GeometryError(
-            f"got points of shape {tuple(points.shape)}, expected (N, 2): (row, col) in cells"
+            f"got points of shape {tuple(points.shape)}, expected (N, 2): (row, col) in patches"
         )
     points = points.to(first)
     size = torch.tensor(first.shape[1:]).to(first)
@@ -113,8 +109,8 @@ def _check_points(points: Tensor, first: Tensor) -> Tensor:
         rows, columns = first.shape[1:]
         raise GeometryError(
             f"got the point {points[outside][0].tolist()}, which is outside the grid: expected "
-            f"(row, col) cells with rows in [-0.5, {rows - 0.5}] and columns in "
-            f"[-0.5, {columns - 0.5}]; pixels / patch - 0.5 gives cells"
+            f"(row, col) in patches, rows in [-0.5, {rows - 0.5}] and columns in "
+            f"[-0.5, {columns - 0.5}]; that is pixels / patch - 0.5"
         )
     return points
 
@@ -139,15 +135,10 @@ def _match(
     around: Tensor,
     search_radius: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Best sub-cell positions ``(N, 2)`` of queries ``(N, C)`` in a map, and their cosines."""
+    """Best positions ``(N, 2)`` of queries ``(N, C)`` in a map, and their cosines ``(N,)``."""
     radius, temperature = refine
-    h, w = features.shape[1:]
-    lines = torch.meshgrid(
-        torch.arange(h, device=features.device),
-        torch.arange(w, device=features.device),
-        indexing="ij",
-    )
-    centres = rearrange(list(lines), "two h w -> (h w) two").to(features)
+    height, width = features.shape[1:]
+    centres = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(features)
     cosine = einsum(queries, features, "n c, c h w -> n h w")
     cosine = rearrange(cosine, "n h w -> n (h w)")
     if search_radius is not None:
@@ -159,5 +150,5 @@ def _match(
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # cdist's default multiplies matrices for many points, which is off by 1e-3 cells
+    # cdist's default multiplies matrices for many points, which is off by 1e-3 patches
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

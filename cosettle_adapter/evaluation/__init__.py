@@ -1,95 +1,101 @@
-"""Does it track? Measures, data sets and protocols (extra ``[eval]``)."""
+"""Does it track? Data sets, measures, benchmarks and reports (extra ``[eval]``).
+
+:func:`evaluate` runs a benchmark, such as :func:`davis_protocol`, on every variant of an adapter's
+features; measures and lists of clips serve on their own as well.
+"""
 
 from __future__ import annotations
 
-from cosettle_adapter.evaluation.datasets import (
-    BADJA_JOINTS,
-    JHMDB_JOINTS,
-    VIP_CLASSES,
-    BadjaClip,
-    Clip,
-    DavisSequence,
-    FolderClip,
-    JhmdbClip,
-    JointClip,
-    Joints,
-    MaskClip,
-    TapVidClip,
-    VipClip,
-    badja_clips,
-    davis_sequences,
-    folder_clips,
-    iter_tapvid_clips,
-    jhmdb_clips,
-    tapvid_clips,
-    vip_clips,
-)
-from cosettle_adapter.evaluation.metrics import (
+from typing import TYPE_CHECKING, Any
+
+from cosettle_adapter.evaluation.badja import BADJA_JOINTS, badja_clips, badja_protocol
+from cosettle_adapter.evaluation.clips import Clip
+from cosettle_adapter.evaluation.davis import davis_clips, davis_protocol
+from cosettle_adapter.evaluation.folder import folder_clips, folder_protocol
+from cosettle_adapter.evaluation.jhmdb import JHMDB_JOINTS, jhmdb_clips, jhmdb_protocol
+from cosettle_adapter.evaluation.joints import Joints
+from cosettle_adapter.evaluation.keypoints import (
     BadjaAccuracy,
-    ConfusionMatrix,
-    MaskScores,
     Pck,
-    Queries,
-    Summary,
-    TapVidMetrics,
     badja_accuracy,
-    boundary_f,
-    j_and_f,
     joint_box_scale,
-    mean_over_videos,
     pck,
+)
+from cosettle_adapter.evaluation.masks import Summary, boundary_f, region_similarity, summarise
+from cosettle_adapter.evaluation.points import (
+    Queries,
+    TapVidMetrics,
     queries_first,
     queries_strided,
-    region_similarity,
-    summarise,
     tapvid_metrics,
 )
+from cosettle_adapter.evaluation.protocols import ClipScores, Propagation, Protocol
+from cosettle_adapter.evaluation.rendered import rendered_clips, rendered_protocol
+from cosettle_adapter.evaluation.run import Evaluation, evaluate
 from cosettle_adapter.evaluation.segmentation import (
     SequenceScores,
     evaluate_sequence,
     mean_over_objects,
 )
+from cosettle_adapter.evaluation.semantic import ConfusionMatrix
+from cosettle_adapter.evaluation.tapvid import (
+    Tracks,
+    iter_tapvid_clips,
+    tapvid_clips,
+    tapvid_protocol,
+)
+from cosettle_adapter.evaluation.vip import VIP_CLASSES, vip_clips, vip_protocol
 
 __all__ = [
     "BADJA_JOINTS",
     "JHMDB_JOINTS",
     "VIP_CLASSES",
     "BadjaAccuracy",
-    "BadjaClip",
     "Clip",
+    "ClipScores",
     "ConfusionMatrix",
-    "DavisSequence",
-    "FolderClip",
-    "JhmdbClip",
-    "JointClip",
+    "Evaluation",
     "Joints",
-    "MaskClip",
-    "MaskScores",
     "Pck",
+    "Propagation",
+    "Protocol",
     "Queries",
     "SequenceScores",
     "Summary",
-    "TapVidClip",
     "TapVidMetrics",
-    "VipClip",
+    "Tracks",
     "badja_accuracy",
     "badja_clips",
+    "badja_protocol",
     "boundary_f",
-    "davis_sequences",
+    "davis_clips",
+    "davis_protocol",
+    "evaluate",
     "evaluate_sequence",
     "folder_clips",
+    "folder_protocol",
     "iter_tapvid_clips",
-    "j_and_f",
     "jhmdb_clips",
+    "jhmdb_protocol",
     "joint_box_scale",
     "mean_over_objects",
-    "mean_over_videos",
     "pck",
     "queries_first",
     "queries_strided",
     "region_similarity",
+    "rendered_clips",
+    "rendered_protocol",
     "summarise",
     "tapvid_clips",
     "tapvid_metrics",
+    "tapvid_protocol",
     "vip_clips",
+    "vip_protocol",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        from cosettle_adapter.evaluation.legacy import moved
+
+        return moved(name)

@@ -1,200 +1,124 @@
-"""Does a video's pooled feature tell its class? Nearest neighbours and a linear probe.
-
-Features are frozen and mean-pooled over patches and frames; every kind of them (raw, centred,
-adapted) is judged on the same split, from one pass of the encoder.
-"""
+"""Does a video's pooled feature tell its class? Nearest neighbours and a linear probe."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cosettle_adapter.analysis import CENTRED, RAW_LAST, RAW_SAME
-from cosettle_adapter.evaluation.labelled_videos import LabelledVideo, held_out, split_videos
-from cosettle_adapter.evaluation.pooling import PooledVideos, with_centred
-from cosettle_adapter.evaluation.probe import choose_probe, nearest_votes
+from cosettle_adapter.evaluation.labelled_videos import held_out, split_videos
+from cosettle_adapter.evaluation.predictions import TEMPERATURE, Predictions, nearest_votes
+from cosettle_adapter.evaluation.variants import CENTRED, raw_same
+from cosettle_adapter.evaluation.videos import PooledVideos, with_centred
+from cosettle_adapter.imports import require
 
 LINEAR = "linear probe"
+PENALTIES = tuple(10.0**exponent for exponent in range(1, -7, -1))
+_DEFAULT_PENALTY = 1e-2  # where the training set is too small to hold anything out
 _CHOOSE_SHARE = 0.2  # of the training videos, to choose the linear probe's penalty by
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassScore:
-    """How many videos of a class were recognised."""
-
-    label: str
-    videos: int
-    correct: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share in [0, 1]."""
-        return self.correct / self.videos
-
-
-@dataclasses.dataclass(frozen=True)
-class Guess:
-    """What a video was taken for."""
-
-    name: str
-    label: str
-    predicted: str
-
-    @property
-    def correct(self) -> bool:
-        """Whether that is its class."""
-        return self.label == self.predicted
-
-
-@dataclasses.dataclass(frozen=True)
-class Classification:
-    """One method on one kind of features.
-
-    Attributes:
-        method: ``5-NN``, ... or ``linear probe``.
-        videos: a row for each video that was judged.
-        settings: k and temperature, or the penalty and the accuracy it was chosen by.
-    """
-
-    method: str
-    videos: tuple[Guess, ...]
-    settings: Mapping[str, float | None]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of videos, in [0, 1]."""
-        return sum(guess.correct for guess in self.videos) / len(self.videos)
-
-    @property
-    def classes(self) -> tuple[ClassScore, ...]:
-        """A row for each class that was judged, in order of name."""
-        count = Counter(guess.label for guess in self.videos)
-        correct = Counter(guess.label for guess in self.videos if guess.correct)
-        return tuple(ClassScore(label, count[label], correct[label]) for label in sorted(count))
-
-    @property
-    def mean_per_class(self) -> float:
-        """Mean over classes of their accuracy, in [0, 1]."""
-        rows = self.classes
-        return sum(row.accuracy for row in rows) / len(rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassificationReport:
-    """Every method on every kind of features.
-
-    Attributes:
-        results: kind of features to method to result.
-        train: names of the videos that were learnt from.
-        skipped: name to why, of videos that could not be read.
-    """
-
-    results: Mapping[str, Mapping[str, Classification]]
-    train: tuple[str, ...]
-    skipped: Mapping[str, str]
-
-
 def classify(
-    pooled: PooledVideos,
-    *,
-    ks: Sequence[int] = (1, 5, 10, 20),
-    temperature: float = 0.07,
-    linear: bool = True,
-    validation: float = 0.25,
-    seed: int = 0,
-) -> ClassificationReport:
-    """Classify videos by every kind of their pooled features.
+    pooled: PooledVideos, *, ks: Sequence[int] = (1, 5, 10, 20), seed: int = 0
+) -> dict[str, dict[str, Predictions]]:
+    """Classify videos by every variant of their pooled features, all on the same split.
 
     Args:
-        pooled: see :func:`~cosettle_adapter.evaluation.pooling.pool_videos`.
+        pooled: see :func:`~cosettle_adapter.evaluation.videos.pool_videos`.
         ks: numbers of neighbours; all training videos where a number is larger.
-        temperature: of the neighbours' weights.
-        linear: fit linear probes as well.
-        validation: share of each class that is judged, where no split was given.
-        seed: of the split, and of the training videos that choose the penalty.
+        seed: of the split, where none was given (a quarter of each class is judged), and of the
+            training videos that choose the probe's penalty.
 
     Returns:
-        Results for raw, centred (minus the mean of the training videos) and adapted features. A
-        linear probe standardises, so centring changes nothing for it.
+        Method (``5-NN``, ... and ``linear probe``, if there are two classes to tell apart) to what
+        it predicts, for raw, centred (minus the mean of the training videos) and adapted features.
 
     Raises:
         FrameError: a class with a single readable video, or a split that lacks a part.
-        ValueError: an option out of range.
+        ValueError: a k below 1.
     """
-    videos = pooled.videos
-    train, val = split_videos(videos, validation=validation, seed=seed)
-    reference = {name: values[train] for name, values in pooled.features.items()}
-    features = with_centred(pooled.features, reference)
-    results: dict[str, dict[str, Classification]] = {}
-    for name, values in features.items():
-        results[name] = classify_features(
-            values[train],
-            [videos[row] for row in train],
-            values[val],
-            [videos[row] for row in val],
-            ks=ks,
-            temperature=temperature,
-            linear=linear and name != CENTRED,
-            seed=seed,
+    train, val = split_videos(pooled.videos, seed=seed)
+    labels = [pooled.videos[row].label for row in train]
+    classes = sorted(set(labels))
+    numbers = torch.tensor([classes.index(label) for label in labels])
+    names = [pooled.videos[row].name for row in train]
+    chosen_by = held_out(names, labels, share=_CHOOSE_SHARE, seed=seed)
+
+    def taken_for(scores: Tensor, settings: Mapping[str, float | None]) -> Predictions:
+        return Predictions(
+            names=tuple(pooled.videos[row].name for row in val),
+            labels=tuple(pooled.videos[row].label for row in val),
+            predicted=tuple(classes[best] for best in scores.argmax(dim=1).tolist()),
+            settings=settings,
         )
-    if linear and CENTRED in results:
-        same = RAW_SAME if RAW_SAME in results else RAW_LAST
-        results[CENTRED][LINEAR] = results[same][LINEAR]
-    return ClassificationReport(
-        results, tuple(videos[row].name for row in train), dict(pooled.skipped)
-    )
+
+    results: dict[str, dict[str, Predictions]] = {}
+    reference = {name: values[train] for name, values in pooled.features.items()}
+    for name, values in with_centred(pooled.features, reference).items():
+        votes = nearest_votes(values[train], numbers, values[val], ks=ks, classes=len(classes))
+        results[name] = {
+            f"{k}-NN": taken_for(tally, {"k": k, "temperature": TEMPERATURE})
+            for k, tally in votes.items()
+        }
+        if len(classes) < 2:
+            continue
+        if name == CENTRED:  # the probe standardises, so centring changes nothing
+            results[name][LINEAR] = raw_same(results)[LINEAR]
+            continue
+        scores, settings = linear_probe(values[train], numbers, values[val], chosen_by)
+        results[name][LINEAR] = taken_for(scores, settings)
+    return results
 
 
-def classify_features(
-    train: Tensor,
-    train_videos: Sequence[LabelledVideo],
-    val: Tensor,
-    val_videos: Sequence[LabelledVideo],
-    *,
-    ks: Sequence[int] = (1, 5, 10, 20),
-    temperature: float = 0.07,
-    linear: bool = True,
-    seed: int = 0,
-) -> dict[str, Classification]:
-    """Classify videos by one kind of features.
+def linear_probe(
+    train: Tensor, labels: Tensor, queries: Tensor, chosen_by: Sequence[int]
+) -> tuple[Tensor, dict[str, float | None]]:
+    """Fit multinomial logistic regression with L2 to standardised features.
+
+    It minimises mean cross entropy + penalty / 2 * the sum of squared weights, of one weight
+    vector a class; the bias is free. The penalty is that of :data:`PENALTIES` with the best
+    accuracy, then the lowest cross entropy, on training rows that are held out for that; the
+    probe is then fitted to all.
 
     Args:
-        train: ``(N, C)`` features to learn from.
-        train_videos: their videos.
-        val: ``(M, C)`` features to judge.
-        val_videos: their videos, of no other classes.
-        ks: as in :func:`classify`, like the other options.
-        temperature: of the neighbours' weights.
-        linear: fit a linear probe as well.
-        seed: of the training videos that choose its penalty.
+        train: ``(N, C)`` training features.
+        labels: ``(N,)`` int64, each of 0 to K - 1, for K of at least 2.
+        queries: ``(Q, C)`` features to judge.
+        chosen_by: training rows to choose the penalty by, of no class that others lack; without
+            any it is 0.01.
 
     Returns:
-        Method to result.
+        Logits ``(Q, K)`` float64, and ``penalty`` with the accuracy it was
+        ``chosen_at`` (None if no row was held out).
     """
-    classes = sorted({video.label for video in train_videos})
-    number = {label: index for index, label in enumerate(classes)}
-    labels = torch.tensor([number[video.label] for video in train_videos])
-    found: dict[str, Classification] = {}
+    models: Any = require("sklearn.linear_model", extra="eval", purpose="the linear probe")
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[list(chosen_by)] = True
 
-    def judge(method: str, scores: Tensor, settings: Mapping[str, float | None]) -> None:
-        guesses = tuple(
-            Guess(video.name, video.label, classes[index])
-            for video, index in zip(val_videos, scores.argmax(dim=1).tolist(), strict=True)
-        )
-        found[method] = Classification(method, guesses, settings)
+    def logits(rows: Tensor, penalty: float, judged: Tensor) -> Tensor:
+        features = train[rows].double()
+        mean, scale = features.mean(dim=0), features.std(dim=0, correction=0)
+        flat = scale <= torch.finfo(torch.float32).eps * features.abs().amax(dim=0)
+        scale = torch.where(flat, torch.inf, scale)  # rounding is no variation
+        # scikit-learn sums the cross entropy, and has one weight vector for two classes: the
+        # difference of the two meant here, for which the penalty is half as large
+        weight = (2 if int(labels.max()) == 1 else 1) / (penalty * len(features))
+        model = models.LogisticRegression(C=weight, tol=1e-8, max_iter=2000)
+        model.fit(((features - mean) / scale).numpy(), labels[rows].numpy())
+        standard = (judged.double() - mean) / scale
+        found = torch.from_numpy(model.decision_function(standard.numpy()))
+        return torch.stack([torch.zeros_like(found), found], dim=1) if found.ndim == 1 else found
 
-    votes = nearest_votes(train, labels, val, ks=ks, classes=len(classes), temperature=temperature)
-    for k, tally in votes.items():
-        judge(f"{k}-NN", tally, {"k": k, "temperature": temperature})
-    if linear:
-        names = [video.name for video in train_videos]
-        train_labels = [video.label for video in train_videos]
-        held = held_out(names, train_labels, share=_CHOOSE_SHARE, seed=seed)
-        chosen = choose_probe(train, labels, held, classes=len(classes))
-        settings = {"penalty": chosen.probe.penalty, "chosen_at": chosen.held_out_accuracy}
-        judge(LINEAR, chosen.probe.logits(val), settings)
-    return found
+    penalty, accuracy = _DEFAULT_PENALTY, None
+    if chosen_by:
+        scores = []
+        for each in PENALTIES:
+            found = logits(~held, each, train[held])
+            right = float((found.argmax(1) == labels[held]).double().mean())
+            scores.append((right, -float(F.cross_entropy(found, labels[held])), each))
+        accuracy, _, penalty = max(scores)
+    found = logits(torch.ones_like(held), penalty, queries)
+    return found, {"penalty": penalty, "chosen_at": accuracy}

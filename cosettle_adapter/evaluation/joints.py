@@ -1,87 +1,97 @@
-"""Joints by label propagation: heat maps of the first frame in, positions out."""
+"""Annotated joints of a clip, and a small JSON format for data sets that lack one."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any, Literal
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from einops import rearrange, reduce
-from torch import Tensor
+import numpy as np
 
-from cosettle_adapter.correspondence import propagate_labels
+from cosettle_adapter.errors import FrameError
 
-_SIGMA = 0.5  # cells
-_REACH = 3  # standard deviations that are drawn
-_BEST = 5  # cells whose centroid is a joint's position
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+KEYPOINTS = "keypoints.json"
 
 
-def joint_heat_maps(cells: Tensor, grid: tuple[int, int], *, sigma: float = _SIGMA) -> Tensor:
-    """Draw a Gaussian for every joint.
+class Joints(NamedTuple):
+    """Annotated joints of a clip, one row for every annotated frame.
 
-    Args:
-        cells: ``(J, 2)`` fractional (row, col) cells.
-        grid: ``(h, w)``.
-        sigma: standard deviation in cells.
-
-    Returns:
-        ``(J, h, w)`` float32, 1 where a joint lies on a cell's centre, 0 beyond three standard
-        deviations (in whole cells): a joint well outside the frame leaves its map empty.
+    Attributes:
+        names: J names.
+        xy: ``(A, J, 2)`` float64 (x, y) in pixels of the clip's frames; any value where not
+            visible.
+        visible: ``(A, J)`` boolean.
+        areas: ``(A,)`` float64, pixels of the clip's frames that show the whole animal; None
+            where that is not annotated.
     """
-    rows, columns = (torch.arange(side, dtype=torch.float32) for side in grid)
-    row, column = cells.float().unbind(-1)
-    down = rearrange(rows, "h -> 1 h 1") - rearrange(row, "j -> j 1 1")
-    right = rearrange(columns, "w -> 1 1 w") - rearrange(column, "j -> j 1 1")
-    near = (down.abs() <= math.ceil(_REACH * sigma)) & (right.abs() <= math.ceil(_REACH * sigma))
-    return torch.exp(-(down**2 + right**2) / (2 * sigma**2)) * near
+
+    names: tuple[str, ...]
+    xy: NDArray[np.float64]
+    visible: NDArray[np.bool_]
+    areas: NDArray[np.float64] | None = None
 
 
-def decode_joints(heat_maps: Tensor, *, best: int = _BEST) -> tuple[Tensor, Tensor]:
-    """Read positions out of heat maps: the centroid of the strongest cells, by their weight.
+class KeypointFile(NamedTuple):
+    """What a keypoint file says.
 
-    Args:
-        heat_maps: ``(..., J, h, w)``, not negative.
-        best: number of cells.
-
-    Returns:
-        ``(..., J, 2)`` fractional (row, col) cells, and ``(..., J)`` whether there was anything:
-        a map that is empty everywhere gives no position.
+    Attributes:
+        names: J names of joints.
+        size: (height, width) of the frames that positions are in.
+        frames: A frame numbers, ascending.
+        xy: ``(A, J, 2)`` float64 (x, y) pixels as written.
+        visible: ``(A, J)`` boolean.
     """
-    width = heat_maps.shape[-1]
-    flat = rearrange(heat_maps, "... h w -> ... (h w)")
-    weights, index = flat.topk(min(best, flat.shape[-1]), dim=-1)
-    found = weights.sum(-1) > 0
-    share = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    places = torch.stack([index // width, index % width], dim=-1).to(share)
-    return reduce(share[..., None] * places, "... k two -> ... two", "sum"), found
+
+    names: tuple[str, ...]
+    size: tuple[int, int]
+    frames: tuple[int, ...]
+    xy: NDArray[np.float64]
+    visible: NDArray[np.bool_]
 
 
-def propagate_joints(
-    features: Tensor | Iterable[Tensor],
-    cells: Tensor,
-    *,
-    protocol: Literal["crw", "dino"] = "crw",
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Carry joints of the first frame through a clip.
+def read_keypoints(path: Path) -> KeypointFile:
+    """Read ``{"keypoint_names", "width", "height", "annotations": [{"frame", "xy", "visible"}]}``.
 
-    Args:
-        features: ``(T, C, h, w)``, or an iterable of maps.
-        cells: ``(J, 2)`` fractional (row, col) cells of frame 0.
-        protocol: as in :func:`~cosettle_adapter.correspondence.propagate_labels`.
-        **options: likewise.
+    ``xy`` holds one ``[x, y]`` and ``visible`` one boolean for every name.
 
-    Returns:
-        ``(T, J, 2)`` fractional cells and ``(T, J)`` whether a joint is still to be seen.
+    Raises:
+        FrameError: the file is missing, not JSON, or not of this form.
     """
-    maps = iter(features)
-    first = next(maps)
-    heat = joint_heat_maps(cells, (first.shape[-2], first.shape[-1])).to(first.device)
-    labels = propagate_labels(_chain(first, maps), heat, protocol=protocol, **options)
-    return decode_joints(labels)
+    content = read_json(path)
+    try:
+        names = tuple(str(name) for name in content["keypoint_names"])
+        size = int(content["height"]), int(content["width"])
+        rows = sorted(content["annotations"], key=lambda row: int(row["frame"]))
+        frames = tuple(int(row["frame"]) for row in rows)
+        xy = np.array([row["xy"] for row in rows], dtype=np.float64)
+        visible = np.array([row["visible"] for row in rows])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FrameError(
+            f"{path} is not a keypoint file ({type(error).__name__}: {error}); expected "
+            '{"keypoint_names", "width", "height", "annotations": [{"frame", "xy", "visible"}]}'
+        ) from error
+    count = len(names)
+    if xy.shape != (len(frames), count, 2) or visible.shape != xy.shape[:2] or not frames:
+        raise FrameError(
+            f"{path} has positions of shape {xy.shape} and visibility of shape {visible.shape}, "
+            f"expected (A, {count}, 2) and (A, {count}) for its {count} joints and at least one "
+            "frame"
+        )
+    if visible.dtype != np.bool_ or len(set(frames)) != len(frames):
+        raise FrameError(f"{path} must have true or false for visible, and every frame once")
+    return KeypointFile(names, size, frames, xy, visible)
 
 
-def _chain(first: Tensor, rest: Iterable[Tensor]) -> Iterable[Tensor]:
-    yield first
-    yield from rest
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FrameError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FrameError(f"{path} cannot be read as JSON: {error}") from error

@@ -9,14 +9,14 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.video.files import IMAGE_SUFFIXES
-
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm")
+from cosettle_adapter.video import find_images, is_video
+from cosettle_adapter.video.files import VIDEO_SUFFIXES
 
 Part = Literal["train", "val"]
+_VALIDATION = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +39,11 @@ class LabelledVideo:
         return self.name
 
 
-class Split(NamedTuple):
-    """Rows of videos to learn from, and rows to be judged by."""
-
-    train: list[int]
-    val: list[int]
-
-
 def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
     """List the videos of ``DIR/<class>/<video>``, or of ``DIR/train`` and ``DIR/val``.
 
     A video is a video file or a folder of images. When ``train`` and ``val`` are the only folders
-    of the data folder, each is read as a folder of classes. Nothing is opened.
-
-    Args:
-        root: the data folder.
-
-    Returns:
-        Videos in order of name.
+    of ``root``, each is read as a folder of classes. Videos come in order of name.
 
     Raises:
         FrameError: no such folder, no classes, a class without videos, or a class of ``val``
@@ -65,8 +52,7 @@ def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FrameError(f"{root} is not a folder; expected {root.name}/<class>/<video>")
-    folders = _folders(root)
-    if {folder.name for folder in folders} != {"train", "val"}:
+    if {folder.name for folder in _folders(root)} != {"train", "val"}:
         return _classes(root, root, None)
     train = _classes(root / "train", root, "train")
     val = _classes(root / "val", root, "val")
@@ -79,55 +65,44 @@ def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
     return train + val
 
 
-def split_videos(
-    videos: Sequence[LabelledVideo], *, validation: float = 0.25, seed: int = 0
-) -> Split:
-    """Split videos into those to learn from and those to be judged by.
+def split_videos(videos: Sequence[LabelledVideo], *, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Split videos into rows to learn from and rows to be judged by.
 
-    A given split is kept. Otherwise each class gives the share ``validation`` of its videos, at
-    least one and never all; which ones depends on names and seed alone, not on order or platform,
-    and a video that is added or missing moves few others.
-
-    Args:
-        videos: at least two of each class.
-        validation: share, in (0, 1).
-        seed: of the choice.
+    A given split is kept. Otherwise a quarter of each class is judged, see :func:`held_out`.
 
     Raises:
         FrameError: a class with one video, or a given split with an empty part or with classes
             to be judged that there is nothing to learn from.
-        ValueError: ``validation`` is out of range.
     """
-    if not 0 < validation < 1:
-        raise ValueError(f"got validation={validation}, expected a share between 0 and 1")
-    if any(video.part for video in videos):
-        train = [row for row, video in enumerate(videos) if video.part != "val"]
+    labels = [video.label for video in videos]
+    given = any(video.part for video in videos)
+    if given:
         val = [row for row, video in enumerate(videos) if video.part == "val"]
-        known = {videos[row].label for row in train}
-        unknown = sorted({videos[row].label for row in val} - known)
-        if not train or not val or unknown:
+    else:
+        lonely = sorted(label for label, count in Counter(labels).items() if count < 2)
+        if lonely:
             raise FrameError(
-                f"got {len(train)} videos to train on and {len(val)} to validate"
-                + (f", and none to train on of {some_of(unknown)}" if unknown else "")
-                + "; both parts need readable videos of the same classes"
+                f"got a single readable video of {some_of(lonely)}, expected at least 2 a class: "
+                "one to learn from, one to be judged by. Add videos or leave the class out"
             )
-        return Split(train, val)
-    lonely = sorted(name for name, n in Counter(video.label for video in videos).items() if n < 2)
-    if lonely:
+        names = [video.name for video in videos]
+        val = held_out(names, labels, share=_VALIDATION, seed=seed)
+    train = sorted(set(range(len(videos))) - set(val))
+    unknown = sorted({labels[row] for row in val} - {labels[row] for row in train})
+    if given and (not train or not val or unknown):
         raise FrameError(
-            f"got a single readable video of {some_of(lonely)}, expected at least 2 a class: "
-            "one to learn from, one to be judged by. Add videos or leave the class out"
+            f"got {len(train)} videos to train on and {len(val)} to validate"
+            + (f", and none to train on of {some_of(unknown)}" if unknown else "")
+            + "; both parts need readable videos of the same classes"
         )
-    names = [video.name for video in videos]
-    val = held_out(names, [video.label for video in videos], share=validation, seed=seed)
-    chosen = set(val)
-    return Split([row for row in range(len(videos)) if row not in chosen], val)
+    return train, val
 
 
 def held_out(names: Sequence[str], labels: Sequence[str], *, share: float, seed: int) -> list[int]:
     """Choose rows of every class: the nearest to ``share`` of it, at least one, never all.
 
-    Classes of one row give none.
+    Classes of one row give none. Which rows depends on names and seed alone, not on order or
+    platform, and a video that is added or missing moves few others.
     """
     by_label: defaultdict[str, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):
@@ -135,24 +110,21 @@ def held_out(names: Sequence[str], labels: Sequence[str], *, share: float, seed:
     chosen: list[int] = []
     for rows in by_label.values():
         if len(rows) > 1:
-            count = min(max(1, math.floor(share * len(rows) + 0.5)), len(rows) - 1)
-            chosen += sorted(rows, key=lambda row: _lot(names[row], seed))[:count]
+            rows.sort(key=lambda row: hashlib.sha256(f"{seed}/{names[row]}".encode()).digest())
+            chosen += rows[: min(max(1, math.floor(share * len(rows) + 0.5)), len(rows) - 1)]
     return sorted(chosen)
 
 
-def _lot(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+def some_of(names: Iterable[str]) -> str:
+    """Quote the first few names and count the rest."""
+    listed = [repr(name) for name in names]
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
 
 def _classes(folder: Path, root: Path, part: Part | None) -> list[LabelledVideo]:
-    classes = _folders(folder)
-    if not classes:
-        raise FrameError(
-            f"{folder} has no folders; expected one for each class, {folder.name}/<class>/<video>"
-        )
     videos = []
-    for label in classes:
-        found = [path for path in sorted(label.iterdir()) if _is_video(path)]
+    for label in _folders(folder):
+        found = [path for path in sorted(label.iterdir()) if _holds_video(path)]
         if not found:
             raise FrameError(
                 f"{label} holds no videos: expected video files ({', '.join(VIDEO_SUFFIXES)}) or "
@@ -162,22 +134,18 @@ def _classes(folder: Path, root: Path, part: Part | None) -> list[LabelledVideo]
             LabelledVideo(path, label.name, path.relative_to(root).as_posix(), part)
             for path in found
         ]
+    if not videos:
+        raise FrameError(
+            f"{folder} has no folders; expected one for each class, {folder.name}/<class>/<video>"
+        )
     return videos
 
 
-def _is_video(path: Path) -> bool:
-    if path.name.startswith("."):
-        return False
+def _holds_video(path: Path) -> bool:
     if path.is_dir():
-        return any(image.suffix.lower() in IMAGE_SUFFIXES for image in path.iterdir())
-    return path.suffix.lower() in VIDEO_SUFFIXES
+        return not path.name.startswith(".") and bool(find_images(path))
+    return is_video(path)
 
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def some_of(names: Iterable[str]) -> str:
-    """Quote the first few names and count the rest."""
-    listed = [repr(name) for name in names]
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

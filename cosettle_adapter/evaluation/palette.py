@@ -5,28 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosettle_adapter.extras import require
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.imports import require
+from cosettle_adapter.io import atomic_path
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_LABELS = 256
-
 
 def colours() -> bytes:
     """Return the palette of PASCAL VOC and DAVIS: 256 RGB colours.
 
-    The bits of a label, three at a time, set the bits of red, green and blue from the highest
-    down.
+    The bits of a label, three at a time, set the bits of red, green and blue from the highest down.
     """
-    table = bytearray()
-    for label in range(_LABELS):
-        for channel in range(3):
-            bits = (label >> (3 * place + channel) & 1 for place in range(3))
-            table.append(sum(bit << (7 - place) for place, bit in enumerate(bits)))
-    return bytes(table)
+    return bytes(
+        sum((label >> (3 * place + channel) & 1) << (7 - place) for place in range(3))
+        for label in range(256)
+        for channel in range(3)
+    )
 
 
 def save_labels(labels: NDArray[np.uint8], path: Path) -> None:

@@ -1,145 +1,184 @@
-"""One page a model: spectra, distances before and after, bars by sequence, where it fails."""
+"""One HTML page with tables, figures and films that can be sent around as a single file.
+
+It needs no other file and no network, follows the reader's light or dark setting, and is written
+whole or not at all. All text is escaped.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
-from cosettle_adapter.analysis import Representation, Spectrum
-from cosettle_adapter.evaluation import html, plots
-from cosettle_adapter.evaluation.figures import (
-    SequenceChart,
-    distance_figure,
-    sequence_figure,
-    spectrum_figure,
-)
-from cosettle_adapter.evaluation.html import Table
-from cosettle_adapter.evaluation.representation import LostCells
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.imports import require
+from cosettle_adapter.io import atomic_path
 
-_LOST = (226.0, 63.0, 45.0)  # red over cells that do not come home
-
-
-@dataclass(frozen=True, eq=False)
-class FailureFrame:
-    """A picture of something that went wrong.
-
-    Attributes:
-        image: ``(3, H, W)`` uint8.
-        caption: what went wrong.
-    """
-
-    image: Tensor
-    caption: str
+_MEDIA_TYPES = {
+    ".mp4": "video/mp4",
+    ".gif": "image/gif",
+    ".png": "image/png",
+    ".webp": "image/webp",
+}
+# a player's controls would cover half of a flat film
+_TOGGLE = "this.paused ? this.play() : this.pause()"
 
 
 @dataclass(frozen=True)
-class ModelReport:
-    """All that a page may show; every part but the title may be missing.
+class Table:
+    """A table.
 
     Attributes:
-        title: heading and window title.
-        lead: the paragraph below it.
-        representation: kind of features to figures.
-        spectrum: of the tokens the projection reads.
-        charts: figures by sequence.
-        failures: pictures, in order.
-        tables: any others.
-        facts: what was run with what, as name and value.
-        percentile: percentile of the diameters that distances are shares of.
-        gamma: weight of D_intra in the margin.
+        title: heading.
+        columns: header cells; the first column names the rows.
+        rows: cells as text, as many as there are columns.
+        note: a sentence below it.
+        best: for each row, the columns to set in bold (by index).
+        emphasis: row (by index) that the table is about.
+        rule: row (by index) before which a line is drawn in the terminal.
     """
 
     title: str
-    lead: str = ""
-    representation: Mapping[str, Representation] = field(default_factory=dict)
-    spectrum: Spectrum | None = None
-    charts: Sequence[SequenceChart] = ()
-    failures: Sequence[FailureFrame] = ()
-    tables: Sequence[Table] = ()
-    facts: Mapping[str, str] = field(default_factory=dict)
-    percentile: float = 95.0
-    gamma: float = 1.0
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    best: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    emphasis: int | None = None
+    rule: int | None = None
+
+    def __post_init__(self) -> None:
+        for index, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"got row {index} of table {self.title!r} with {len(row)} cells, expected "
+                    f"{len(self.columns)}: one for each column"
+                )
 
 
-def write_model_report(path: str | os.PathLike[str], report: ModelReport) -> Path:
-    """Write the page; it needs no other file and no network, and is written whole or not at all.
+@dataclass(frozen=True)
+class Figure:
+    """A figure.
+
+    Attributes:
+        content: HTML, inserted as it is: see :func:`film`, :func:`picture` and ``figures``.
+        caption: text below it.
+        width: how much of the page's width it takes.
+    """
+
+    content: str
+    caption: str
+    width: Literal["whole", "half", "third"] = "whole"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of a page; without parts it is left out.
+
+    Attributes:
+        title: heading, if any.
+        parts: tables, figures and, as plain text, notes.
+    """
+
+    title: str
+    parts: Sequence[Table | Figure | str]
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    lead: str = "",
+    sections: Sequence[Section] = (),
+    facts: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a page.
 
     Args:
         path: where to; missing folders are created.
-        report: what to show.
+        title: heading and window title.
+        lead: the paragraph below the heading.
+        sections: shown in order.
+        facts: what was run with what, as name and value.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: a percentile that was not measured.
-        FrameError: a failure whose image is not ``(3, H, W)`` uint8.
-        MissingExtraError: there are failures to show and Pillow is not installed.
+        MissingExtraError: jinja2 is not installed.
     """
-    distances = distance_figure(
-        report.representation, percentile=report.percentile, gamma=report.gamma
+    jinja: Any = require("jinja2", extra="report", purpose="writing a report")
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    environment = jinja.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(template).render(
+        title=title, lead=lead, sections=sections, facts=facts
     )
-    pictures = "".join(
-        html.figure(html.picture(failure.image, failure.caption), failure.caption)
-        for failure in report.failures
-    )
-    sections = [
-        html.section("Within and between videos", distances),
-        html.section(
-            "What the projection does to each direction", spectrum_figure(report.spectrum)
-        ),
-        *(html.section(chart.title, sequence_figure(chart)) for chart in report.charts),
-        html.section("Where it fails", pictures and f"<div class=pictures>{pictures}</div>"),
-        *(html.section(table.title, html.table(table)) for table in report.tables),
-        html.section("What was run", html.facts(report.facts)),
-    ]
-    text = html.page(report.title, report.lead, sections, style=plots.STYLE)
     with atomic_path(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 
-def distance_charts(
-    results: Mapping[str, Representation], *, percentile: float = 95.0
-) -> list[SequenceChart]:
-    """Return cycle accuracy and D_intra by video, ready for a :class:`ModelReport`."""
-    intra: dict[str, dict[str, float]] = {}
-    cycle: dict[str, dict[str, float]] = {}
-    for kind, result in results.items():
-        for video in result.videos:
-            intra.setdefault(video.name, {})[kind] = video.d_intra[percentile]
-            cycle.setdefault(video.name, {})[kind] = 100 * video.cycle_accuracy
-    return [
-        SequenceChart("Cycle accuracy by video", "cells that come home, %", cycle, form="{:.1f}"),
-        SequenceChart(
-            "Distance to the next frame by video",
-            "D_intra, diameters of the video",
-            intra,
-            note="Low for steady features, but also for those that tell little apart.",
-            form="{:.4f}",
-        ),
-    ]
+def film(path: Path, caption: str, poster: Path | None = None) -> Figure:
+    """Return a film or picture from a file, whose bytes go into the page.
 
+    Args:
+        path: ``.mp4``, ``.gif``, ``.png`` or ``.webp``.
+        caption: a sentence below it.
+        poster: picture shown until the film can play.
 
-def lost_cells_frame(moment: LostCells) -> FailureFrame:
-    """Show the first frame with the cells that do not come home in red, the second beside it."""
-    first, second = moment.frames.float()
-    height, width = first.shape[1:]
-    lost = rearrange((~moment.home).float(), "h w -> 1 1 h w")
-    lost = rearrange(F.interpolate(lost, size=(height, width)), "1 1 h w -> 1 h w").cpu()
-    red = rearrange(torch.tensor(_LOST), "c -> c 1 1").expand_as(first)
-    gap = torch.full((3, height, max(2, width // 64)), 255.0)
-    image = torch.cat([torch.lerp(first, red, 0.55 * lost), gap, second], dim=2)
-    return FailureFrame(
-        image.round().to(torch.uint8),
-        f"{moment.video}, {moment.when}: {100 * moment.cycle_accuracy:.0f} % of the cells come "
-        "home, those in red do not.",
+    Raises:
+        ValueError: an unknown format.
+        OSError: a file that cannot be read.
+    """
+    source, words = _embedded(path), escape(caption)
+    if path.suffix.lower() != ".mp4":
+        return Figure(f'<img src="{source}" alt="{words}">', caption)
+    shown = f' poster="{_embedded(poster)}"' if poster else ""
+    return Figure(
+        f'<video src="{source}"{shown} aria-label="{words}" autoplay loop muted playsinline '
+        f'tabindex="0" title="click to pause or play" onclick="{_TOGGLE}" '
+        f"onkeydown=\"if (event.key === ' ') {{ event.preventDefault(); {_TOGGLE} }}\"></video>",
+        caption,
     )
+
+
+def picture(
+    image: Tensor, caption: str, width: Literal["whole", "half", "third"] = "third"
+) -> Figure:
+    """Return an image ``(3, H, W)`` uint8 as a figure.
+
+    Raises:
+        FrameError: another shape or dtype.
+        MissingExtraError: Pillow is not installed.
+    """
+    if image.ndim != 3 or len(image) != 3 or str(image.dtype) != "torch.uint8":
+        raise FrameError(
+            f"got a picture of shape {tuple(image.shape)} and dtype {image.dtype}, expected "
+            "(3, H, W) uint8"
+        )
+    pillow: Any = require("PIL.Image", extra="eval", purpose="showing pictures in a report")
+    file = io.BytesIO()
+    pixels = rearrange(image.cpu(), "c h w -> h w c").contiguous()
+    pillow.fromarray(pixels.numpy()).save(file, format="JPEG", quality=88)
+    source = _data_url("image/jpeg", file.getvalue())
+    return Figure(f'<img src="{source}" alt="{escape(caption)}">', caption, width)
+
+
+def _embedded(path: Path) -> str:
+    media_type = _MEDIA_TYPES.get(path.suffix.lower())
+    if media_type is None:
+        raise ValueError(
+            f"got {path.name!r}, which a report cannot show; use one of {', '.join(_MEDIA_TYPES)}"
+        )
+    return _data_url(media_type, path.read_bytes())
+
+
+def _data_url(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"

@@ -12,29 +12,24 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from cosettle_adapter.analysis import (
-    ADAPTED,
-    CENTRED,
-    RAW_LAST,
-    RAW_SAME,
-    FeatureKind,
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation.consistency import cycle_consistent
+from cosettle_adapter.evaluation.representation_metrics import (
     Representation,
     RepresentationMetrics,
-    Spectrum,
-    SpectrumStatistics,
-    centred,
-    comes_home,
 )
-from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.encoding import (
-    EncodedChunk,
-    Source,
-    each_readable,
-    encoded_chunks,
-    joined,
-    step_of,
+from cosettle_adapter.evaluation.spectra import Spectrum, SpectrumStatistics
+from cosettle_adapter.evaluation.variants import (
+    ADAPTED,
+    CENTRED,
+    FeatureVariant,
+    encode_variants,
+    feature_variants,
+    raw_same,
 )
-from cosettle_adapter.video.resampling import resize
+from cosettle_adapter.evaluation.videos import each_readable, frames_of
+from cosettle_adapter.video import open_frames
+from cosettle_adapter.video.geometry import resize
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
@@ -69,21 +64,21 @@ class RepresentationSettings:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LostCells:
-    """The moment at which the adapted features of a video (raw ones, without) lose most cells.
+class WorstMoment:
+    """The two frames of a video between which features lose most patches.
 
     Attributes:
         video: its name.
         when: times of the two frames, or their positions in an image folder.
         frames: ``(2, 3, H, W)`` uint8, made small.
-        home: ``(h, w)`` bool, cells of the first frame that come home from the second.
-        cycle_accuracy: share of them, in [0, 1].
+        consistent: ``(h, w)`` bool, patches of the first frame that come home.
+        cycle_accuracy: share of them.
     """
 
     video: str
     when: str
     frames: Tensor
-    home: Tensor
+    consistent: Tensor
     cycle_accuracy: float
 
 
@@ -92,34 +87,33 @@ class RepresentationReport:
     """What :func:`evaluate_representation` measured.
 
     Attributes:
-        results: kind of features to figures: raw last block, raw same block (where that is
-            another), centred by the video's mean token, adapted.
+        results: variant to figures: raw last block, raw same block (where that is another),
+            centred by the video's mean token, adapted.
         spectrum: of the tokens the projection reads; None with a single video or no motion.
-        failures: the worst moments, worst first, of different videos.
+        failures: the worst moments of the adapted features (of raw ones, without a projection),
+            worst first, of different videos.
         skipped: name to why, of videos that could not be used.
         settings: how it was done.
     """
 
     results: Mapping[str, Representation]
     spectrum: Spectrum | None
-    failures: tuple[LostCells, ...]
+    failures: tuple[WorstMoment, ...]
     skipped: Mapping[str, str]
     settings: RepresentationSettings
 
 
 def evaluate_representation(
     adapter: CoSettleAdapter,
-    videos: Sequence[Source],
+    videos: Sequence[str | Path],
     settings: RepresentationSettings | None = None,
     *,
     failures: int = 6,
     batch_size: int = 8,
-    kinds: Sequence[FeatureKind] | None = None,
+    variants: Sequence[FeatureVariant] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> RepresentationReport:
-    """Measure what stays together within videos and apart between them.
-
-    Videos are read one at a time, each in one pass of the backbone for all kinds of features.
+    """Measure what stays together within videos and apart between them, one video at a time.
 
     Args:
         adapter: backbone and projection.
@@ -127,7 +121,8 @@ def evaluate_representation(
         settings: see :class:`RepresentationSettings`.
         failures: how many worst moments to keep.
         batch_size: frames a forward pass.
-        kinds: as for :func:`~cosettle_adapter.evaluation.encoding.encoded_chunks`.
+        variants: those of :func:`~cosettle_adapter.evaluation.variants.feature_variants` by
+            default.
         on_video: called with the number of videos done and their number.
 
     Raises:
@@ -135,37 +130,43 @@ def evaluate_representation(
         MissingExtraError: PyAV or Pillow is needed and not installed.
     """
     settings = settings or RepresentationSettings()
-    metrics: dict[str, RepresentationMetrics] = {}
+    # of what is made of a whole clip, only the centred features
+    measured = [
+        each
+        for each in variants or feature_variants(adapter)
+        if not each.needs_clip or each.name == CENTRED
+    ]
+    metrics = {
+        each.name: RepresentationMetrics(gap=settings.gap, trim=settings.trim, seed=settings.seed)
+        for each in measured
+    }
     statistics = SpectrumStatistics(gap=settings.spectrum_gap)
-    worst: list[LostCells] = []
+    worst: list[WorstMoment] = []
     skipped: dict[str, str] = {}
     paths = _named(videos)
 
     def measure(name: str) -> None:
-        chunks = list(_read(adapter, paths[name], settings, batch_size, kinds))
-        features, times = joined(chunks)
-        _check(features, settings)
-        same = features.get(RAW_SAME, features[RAW_LAST])
-        adapted = features.get(ADAPTED)
-        raw = {name: features.pop(name) for name in (RAW_LAST, RAW_SAME) if name in features}
-        features = {**raw, CENTRED: centred(same), **features}
-        for kind, maps in features.items():
-            if kind not in metrics:
-                metrics[kind] = RepresentationMetrics(
-                    gap=settings.gap, trim=settings.trim, seed=settings.seed
-                )
-            metrics[kind].add(maps, name=name)
+        features, times, frames = _read(adapter, paths[name], settings, batch_size, measured)
+        same = raw_same(features)
+        for variant, maps in features.items():
+            metrics[variant].add(maps, name=name)
         statistics.add(same)
-        frames = torch.cat([chunk.frames for chunk in chunks])
-        judged = same if adapted is None else adapted
-        worst.append(_lost_cells(name, paths[name], judged, frames, times, settings.gap))
+        consistent = cycle_consistent(features.get(ADAPTED, same), gap=settings.gap)
+        shares = reduce(consistent.double(), "t h w -> t", "mean")
+        lost = int(shares.argmin())
+        pair = [lost, lost + settings.gap]
+        first, second = times[pair].tolist()
+        # images in a folder have positions, not times
+        video = paths[name].is_file()
+        when = f"{first:.2f} s to {second:.2f} s" if video else f"frame {first:g} to {second:g}"
+        worst.append(WorstMoment(name, when, frames[pair], consistent[lost], float(shares[lost])))
         worst.sort(key=lambda moment: moment.cycle_accuracy)
         del worst[failures:]
 
     each_readable(list(paths), measure, skipped, on_video)
     enough = statistics.videos > 1 and statistics.pairs > 0 and ADAPTED in metrics
     return RepresentationReport(
-        results={kind: gathered.result() for kind, gathered in metrics.items()},
+        results={variant: gathered.result() for variant, gathered in metrics.items()},
         spectrum=statistics.spectrum(adapter.projection.project) if enough else None,
         failures=tuple(worst),
         skipped=skipped,
@@ -173,7 +174,7 @@ def evaluate_representation(
     )
 
 
-def _named(videos: Sequence[Source]) -> dict[str, Path]:
+def _named(videos: Sequence[str | Path]) -> dict[str, Path]:
     """Names are those of the files, or whole paths where two would have the same."""
     paths = list(dict.fromkeys(Path(video) for video in videos))
     count = Counter(path.name for path in paths)
@@ -185,48 +186,39 @@ def _read(
     path: Path,
     settings: RepresentationSettings,
     batch_size: int,
-    kinds: Sequence[FeatureKind] | None,
-) -> Iterator[EncodedChunk]:
-    """Chunks of a video whose frames, once encoded, are small."""
-    for chunk in encoded_chunks(
-        adapter,
-        path,
-        every=step_of(path, rate=settings.rate),
-        max_frames=settings.frames,
-        size=settings.size,
-        crop=settings.crop,
-        batch_size=batch_size,
-        kinds=kinds,
-    ):
-        side = min(_THUMBNAIL, chunk.frames.shape[-1])
-        small = resize(chunk.frames, (side, side)).round().to(torch.uint8)
-        yield dataclasses.replace(chunk, frames=small)
+    variants: Sequence[FeatureVariant],
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Features, times and small frames of a video, refused before anything of it is counted."""
+    select = dataclasses.replace(frames_of(path, rate=settings.rate), max_frames=settings.frames)
+    times, frames = [], []
 
+    def batches() -> Iterator[Tensor]:
+        for chunk in open_frames(path, select, chunk_size=batch_size):
+            square = central_square(chunk.frames, settings.crop)
+            side = min(_THUMBNAIL, square.shape[-1])
+            frames.append(resize(square, (side, side)).round().to(torch.uint8))
+            times.append(chunk.timestamps)
+            yield square
 
-def _check(features: Mapping[str, Tensor], settings: RepresentationSettings) -> None:
-    """Refuse a video before anything of it is counted."""
+    features = dict(encode_variants(adapter, batches(), variants, size=settings.size))
+    found = sum(map(len, times))
     needed = max(2 * settings.trim + 2, settings.gap + 1, settings.spectrum_gap + 1)
-    found = len(features[RAW_LAST])
     if found < needed:
         raise FrameError(
             f"got {found} frames at {settings.rate:g} a second, expected at least {needed}; take "
             "more a second (rate), or a smaller gap and trim"
         )
-    for kind, maps in features.items():
+    for name, maps in features.items():
         if not bool(maps.isfinite().all()):
-            raise FrameError(f"its features ({kind}) hold values that are not finite")
+            raise FrameError(f"its features ({name}) hold values that are not finite")
+    return features, torch.cat(times), torch.cat(frames)
 
 
-def _lost_cells(
-    name: str, path: Path, adapted: Tensor, frames: Tensor, times: Tensor, gap: int
-) -> LostCells:
-    home = comes_home(adapted, gap=gap)
-    shares = reduce(home.double(), "t h w -> t", "mean")
-    worst = int(shares.argmin())
-    pair = [worst, worst + gap]
-    first, second = times[pair].tolist()
-    # images in a folder have positions, not times
-    when = (
-        f"{first:.2f} s to {second:.2f} s" if path.is_file() else f"frame {first:g} to {second:g}"
-    )
-    return LostCells(name, when, frames[pair], home[worst], float(shares[worst]))
+def central_square(frames: Tensor, share: float = 1.0) -> Tensor:
+    """Cut the central square out of frames ``(N, 3, H, W)``: ``share`` times the short side."""
+    if not 0 < share <= 1:
+        raise ValueError(f"got a crop of {share}, expected a share of the short side in (0, 1]")
+    height, width = frames.shape[-2:]
+    side = max(1, round(share * min(height, width)))
+    top, left = (height - side) // 2, (width - side) // 2
+    return frames[..., top : top + side, left : left + side]

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -18,11 +19,9 @@ from torch.nn import functional as F
 
 from cosettle_adapter.correspondence import LabelPropagator
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.metrics import boundary_f, region_similarity
-from cosettle_adapter.extras import require
+from cosettle_adapter.evaluation.masks import boundary_f, region_similarity
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 VOID = 255  # pixels that belong to no object and do not count
@@ -64,82 +63,57 @@ def evaluate_sequence(
 ) -> SequenceScores:
     """Propagate the first mask of a clip by features and score the others.
 
-    The first mask is one-hot at its full size and brought to the grid: bilinear and soft for
-    ``crw``, nearest for ``dino``. Propagated labels are brought back bilinear to the size of the
-    masks (for ``dino`` each then stretched to [0, 1]) and the strongest one wins.
-
     Args:
-        features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, one
-            for every mask; an iterable is consumed at constant memory.
+        features: as in :func:`propagate_masks`.
         masks: ``(T, H, W)`` uint8 object ids, 0 the background, 255 void; fewer with
             ``annotated``.
-        protocol: ``crw`` or ``dino``.
+        protocol: ``crw`` or ``dino``, see :func:`propagate_masks`.
         annotated: frame of each mask, ascending from 0, where not every frame has one; the others
             are propagated through and not scored.
         on_mask: called with the index of every frame and its propagated object ids ``(H, W)``.
         **options: what :class:`~cosettle_adapter.correspondence.LabelPropagator` takes.
 
     Raises:
-        FrameError: fewer than three masks, no object in the first one, or another number of
-            feature maps than masks.
+        FrameError: no mask between the first and the last frame, no object in the first mask, or
+            another number of feature maps than masks.
         GeometryError: features that do not fit together.
     """
-    np: Any = require("numpy", extra="eval", purpose="measuring masks")
     masks = np.asarray(masks)
-    if masks.ndim != 3 or masks.dtype != np.uint8:
-        raise FrameError(
-            f"got {masks.dtype} masks of shape {masks.shape}, expected uint8 (T, H, W)"
-        )
-    if annotated is None and len(masks) < 3:
-        raise FrameError(
-            f"a clip of {len(masks)} frame(s) cannot be scored: the first and the last do not "
-            "count, so at least 3 are needed"
-        )
-    if annotated is not None and (list(annotated[:1]) != [0] or len(annotated) != len(masks)):
-        raise FrameError(
-            f"got {len(masks)} masks for the frames {list(annotated)[:9]}, expected one for each, "
-            "of which the first is frame 0"
-        )
-    objects = tuple(int(i) for i in np.unique(masks[0]) if i not in (0, VOID))
-    if not objects:
-        raise FrameError(
-            "the first mask has no object (no value from 1 to 254), so there is nothing to "
-            "propagate; start the clip at a frame that shows one"
-        )
-    frames = len(masks) if annotated is None else None
-    rows = {frame: row for row, frame in enumerate(annotated or range(len(masks)))}
-    scores: list[dict[int, tuple[float, float]]] = [{} for _ in objects]
+    frames = list(range(len(masks))) if annotated is None else list(annotated)
+    objects = _checked_objects(masks, frames)
+    rows = {frame: row for row, frame in enumerate(frames)}
+    scores: dict[int, list[tuple[float, float]]] = {}
     count = 0
     propagated = propagate_masks(features, masks[0], (0, *objects), protocol=protocol, **options)
-    for count, ids in enumerate(propagated, start=1):
-        if frames is not None and count > frames:
+    for index, ids in enumerate(propagated):
+        count = index + 1
+        if annotated is None and index == len(masks):
             break
-        on_mask(count - 1, ids)
-        if count == 1 or count - 1 not in rows:
-            continue
-        truth = masks[rows[count - 1]]
-        void = truth == VOID
-        for object_id, found in zip(objects, scores, strict=True):
-            gt, pred = truth == object_id, ids == object_id
-            j, f = region_similarity(gt, pred, void=void), boundary_f(gt, pred, void=void)
-            found[count - 1] = (j, f)
-    if (frames is not None and count != frames) or count <= max(rows):
-        more = "more" if frames is not None and count > frames else count
+        on_mask(index, ids)
+        if index and index in rows:
+            truth = masks[rows[index]]
+            void = truth == VOID
+            pairs = [(truth == object_id, ids == object_id) for object_id in objects]
+            scores[index] = [
+                (region_similarity(gt, pred, void=void), boundary_f(gt, pred, void=void))
+                for gt, pred in pairs
+            ]
+    if count <= frames[-1] or (annotated is None and count != len(masks)):
         raise FrameError(
-            f"got masks up to frame {max(rows)}, but {more} feature maps; give one map for every "
-            "frame, and a mask for every frame unless annotated says which have one"
+            f"got masks up to frame {frames[-1]}, but {'more' if count > len(masks) else count} "
+            "feature maps; give one map for every frame, and a mask for every frame unless "
+            "annotated says which have one"
         )
-    for found in scores:
-        found.pop(count - 1, None)  # the last frame does not count
-    if not scores[0]:
+    scores.pop(count - 1, None)  # the last frame does not count
+    if not scores:
         raise FrameError(
-            f"none of the masks of the frames {list(rows)[:9]} counts: the first and the last "
-            f"frame of the clip's {count} do not; annotate one between them"
+            f"none of the masks of the frames {frames[:9]} counts: the first and the last frame "
+            f"of the clip's {count} do not; annotate one between them"
         )
     return SequenceScores(
         objects,
-        j=tuple(tuple(j for j, _ in found.values()) for found in scores),
-        f=tuple(tuple(f for _, f in found.values()) for found in scores),
+        j=tuple(tuple(row[i][0] for row in scores.values()) for i in range(len(objects))),
+        f=tuple(tuple(row[i][1] for row in scores.values()) for i in range(len(objects))),
     )
 
 
@@ -158,8 +132,13 @@ def propagate_masks(
 ) -> Iterator[NDArray[np.uint8]]:
     """Propagate a label map through a clip, frame by frame, at constant memory.
 
+    The first map is one-hot at its full size and brought to the grid: bilinear and soft for
+    ``crw``, nearest for ``dino``. Propagated labels are brought back bilinear to the size of the
+    map (for ``dino`` each then stretched to [0, 1]) and the strongest one wins.
+
     Args:
-        features: as in :func:`evaluate_sequence`.
+        features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, one
+            for every frame.
         mask: ``(H, W)`` uint8 label map of the first frame.
         classes: labels to propagate, the first of them the background, which takes whatever has
             no other of these labels.
@@ -167,9 +146,8 @@ def propagate_masks(
         **options: what :class:`~cosettle_adapter.correspondence.LabelPropagator` takes.
 
     Yields:
-        The label map ``(H, W)`` of every frame, decoded as :func:`evaluate_sequence` says.
+        The label map ``(H, W)`` of every frame.
     """
-    np: Any = require("numpy", extra="eval", purpose="measuring masks")
     names = np.asarray(classes, dtype=np.uint8)
     propagator: LabelPropagator | None = None
     for feature in features:
@@ -179,7 +157,29 @@ def propagate_masks(
         yield names[_decode(propagator.step(feature), mask.shape, protocol)]
 
 
-def _first_labels(mask: Any, classes: Sequence[int], grid: Sequence[int], protocol: str) -> Tensor:
+def _checked_objects(masks: NDArray[np.uint8], frames: Sequence[int]) -> tuple[int, ...]:
+    """Return the ids of the first mask's objects, of masks that can be scored."""
+    if masks.ndim != 3 or masks.dtype != np.uint8:
+        raise FrameError(
+            f"got {masks.dtype} masks of shape {masks.shape}, expected uint8 (T, H, W)"
+        )
+    if frames[:1] != [0] or len(frames) != len(masks):
+        raise FrameError(
+            f"got {len(masks)} masks for the frames {frames[:9]}, expected one for each, of which "
+            "the first is frame 0"
+        )
+    objects = tuple(int(i) for i in np.unique(masks[0]) if i not in (0, VOID))
+    if not objects:
+        raise FrameError(
+            "the first mask has no object (no value from 1 to 254), so there is nothing to "
+            "propagate; start the clip at a frame that shows one"
+        )
+    return objects
+
+
+def _first_labels(
+    mask: NDArray[np.uint8], classes: Sequence[int], grid: Sequence[int], protocol: str
+) -> Tensor:
     ids = torch.from_numpy(mask.astype("int64"))
     masks = torch.stack([ids == label for label in classes[1:]])
     one_hot = torch.cat([~masks.any(0, keepdim=True), masks])

@@ -23,7 +23,7 @@ class QueryTracks(NamedTuple):
 
     Attributes:
         xy: ``(Q, T, 2)`` float64 (x, y) pixels of the clip's frames.
-        cycle_error: ``(Q, T)`` cells by which a point misses itself on the way back.
+        cycle_error: ``(Q, T)`` patches by which a point misses itself on the way back.
     """
 
     xy: Tensor
@@ -57,14 +57,14 @@ def track_queries(
         )
     h, w = features.shape[-2:]
     limits = torch.tensor([h, w], dtype=torch.float64) - 0.5
-    cells = geometry.pixels_to_cells(points.double()).clamp(min=-0.5).minimum(limits)
+    places = geometry.pixels_to_cells(points.double()).clamp(min=-0.5).minimum(limits)
     xy = torch.zeros(len(asked), len(features), 2, dtype=torch.float64)
     error = torch.zeros(len(asked), len(features))
     for frame in sorted(set(asked.tolist())):
         chosen = asked == frame
-        # Frames are matched with the query's one by one, so their order does not matter.
+        # frames are matched with the query's one by one, so their order does not matter
         maps = (features[index] for index in (frame, *range(len(features))))
-        tracks = track_points(maps, cells[chosen].to(features.device), **options)
+        tracks = track_points(maps, places[chosen].to(features.device), **options)
         found = geometry.cells_to_pixels(tracks.positions[1:].double().cpu())
         xy[chosen] = rearrange(found, "t q two -> q t two")
         error[chosen] = rearrange(tracks.cycle_error[1:].float().cpu(), "t q -> q t")

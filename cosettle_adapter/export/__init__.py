@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from cosettle_adapter.export.errors import ExportError
-from cosettle_adapter.export.onnx_file import to_onnx
-from cosettle_adapter.export.parity import Parity
-from cosettle_adapter.export.program_file import to_torch_export
-from cosettle_adapter.export.signature import Exported, Signature, TensorSpec
+from cosettle_adapter.export.onnx import to_onnx
+from cosettle_adapter.export.program import (
+    Exported,
+    ExportError,
+    Parity,
+    Signature,
+    TensorSpec,
+    to_torch_export,
+)
 
 __all__ = [
     "ExportError",

@@ -1,34 +1,150 @@
-"""An adapter at one frame size as a ``torch.export`` program: both kinds of files come from it."""
+"""An adapter at one frame size as a ``torch.export`` program, checked against PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
+import io
 import itertools
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from cosettle_adapter.adapter import CoSettleAdapter
-from cosettle_adapter.backbones.timm_features import copy_modules
-from cosettle_adapter.export.errors import ExportError
-from cosettle_adapter.export.parity import Parity, compare, frames_to_compare
-from cosettle_adapter.export.signature import BATCH, Signature
+from cosettle_adapter.errors import CosettleError, GeometryError, MissingExtraError
+from cosettle_adapter.io import atomic_path
+from cosettle_adapter.version import __version__
+from cosettle_adapter.video import as_frames, photographs, render_clip
+from cosettle_adapter.video.geometry import resize
 
+METADATA_FILE = "cosettle_adapter.json"
+FRAMES = 3  # to compare on
+_BATCH = "batch"
 _EXAMPLE_BATCH = 2  # a batch of one would be taken for a constant
 _LARGEST_BATCH = 2**20  # torch 2.6 asks for any bound below that of its integers
+# Of the largest feature. Kernels differ by far less than what a wrong graph does.
+_ALLOWED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-class OneSize(nn.Module):
+class ExportError(CosettleError, ValueError):
+    """A model that cannot be exported, or whose file computes something else than the model."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: its name, dtype and shape, whose first side may be ``"batch"``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} ({', '.join(map(str, self.shape))})"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What an exported model takes and returns, and what it says about itself.
+
+    Attributes:
+        input: ``frames``, RGB uint8 in [0, 255]; or ``images``, float32 and normalised with the
+            ``mean`` and ``std`` of the metadata, where preprocessing was left out.
+        output: ``features`` ``(batch, C, h, w)``.
+        metadata: where the model comes from and what its patches are; JSON-ready values.
+    """
+
+    input: TensorSpec
+    output: TensorSpec
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """A comparison of an exported file with the model in PyTorch."""
+
+    runtime: str  # what ran the file, with its version
+    frames: int
+    difference: float  # largest absolute difference of any feature
+    largest: float  # largest absolute feature
+
+    def __str__(self) -> str:
+        return (
+            f"{self.runtime} is within {self.difference:.1e} of PyTorch on {self.frames} frame(s) "
+            f"(largest feature {self.largest:.3g})"
+        )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model that was written."""
+
+    path: Path
+    size: int  # bytes, of a ``.data`` file beside it too
+    signature: Signature
+    parity: Parity | None  # ``None`` if it was not compared with PyTorch
+
+
+def to_torch_export(
+    adapter: CoSettleAdapter,
+    path: str | Path,
+    size: tuple[int, int],
+    *,
+    preprocessing: bool = True,
+    normalize: bool = False,
+    static_batch: int | None = None,
+    check: bool = True,
+    check_on: Any = None,
+) -> Exported:
+    """Write an adapter at one frame size as a ``torch.export`` program.
+
+    It is read back by ``torch.export.load(path).module()``, called with one tensor, on the
+    device it was exported on. Its metadata is in the file as ``cosettle_adapter.json``:
+    ``torch.export.load(path, extra_files={"cosettle_adapter.json": ""})`` fills it in.
+
+    Args:
+        adapter: frozen backbone and projection; device and dtype become the file's.
+        path: a ``.pt2`` file.
+        size: ``(H, W)`` of the frames, whole patches; positions are resized for it and stored.
+        preprocessing: take uint8 frames; otherwise images as ``adapter.preprocess`` returns them.
+        normalize: scale every patch's feature to unit length.
+        static_batch: take exactly so many frames at a time; ``None`` takes any number.
+        check: run the file on a few frames, and keep it only if it computes the same.
+        check_on: frames to check on, of any kind and size that the adapter takes; rendered ones
+            by default.
+
+    Raises:
+        GeometryError: ``size`` is not made of whole patches.
+        ExportError: torch cannot trace this model, or the file computes something else.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    check_suffix(path, ".pt2")
+    traced = Traced(adapter, size, preprocessing, normalize, static_batch)
+    # Through memory: the format's own writer hides that it was the disk that is full.
+    content = io.BytesIO()
+    metadata = {METADATA_FILE: json.dumps(traced.signature.metadata)}
+    torch.export.save(traced.program, content, extra_files=metadata)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+        parity = None
+        if check:
+            loaded = torch.export.load(temporary).module()
+            parity = traced.compare(loaded, f"torch.export ({torch.__version__})", check_on)
+    return Exported(path, path.stat().st_size, traced.signature, parity)
+
+
+class _OneSize(nn.Module):
     """Frames, or normalised images, of one size to features: the function that is exported."""
 
-    def __init__(self, adapter: CoSettleAdapter, *, preprocessing: bool, normalize: bool) -> None:
+    def __init__(self, adapter: CoSettleAdapter, preprocessing: bool, normalize: bool) -> None:
         super().__init__()
-        self.adapter = adapter
-        self.preprocessing = preprocessing
-        self.normalize = normalize
+        self.adapter, self.preprocessing, self.normalize = adapter, preprocessing, normalize
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -40,85 +156,168 @@ class OneSize(nn.Module):
         return adapter._finished(adapter._encode_images(inputs)[1], self.normalize)
 
 
-@dataclasses.dataclass(frozen=True)
 class Traced:
-    """A traced model.
+    """An adapter traced at one size; tensors that its features do not depend on are left out.
 
-    Attributes:
-        model: what was traced.
-        signature: what it takes and returns.
-        program: the ``torch.export.ExportedProgram``.
-        dynamic_shapes: what was left open, as ``torch.export`` takes it; ``None`` for nothing.
+    ``unfused`` spells attention out. The fused operator computes the same, but the exporter of
+    ONNX knows it for four axes only, and Hiera's has five.
     """
-
-    model: OneSize
-    signature: Signature
-    program: Any
-    dynamic_shapes: Any
 
     @torch.no_grad()
-    def compared(self, run: Callable[[Tensor], Tensor], runtime: str, check_on: Any) -> Parity:
-        """Run the model and a file made of it on the same frames.
+    def __init__(
+        self,
+        adapter: CoSettleAdapter,
+        size: tuple[int, int],
+        preprocessing: bool = True,
+        normalize: bool = False,
+        static_batch: int | None = None,
+        *,
+        unfused: bool = False,
+    ) -> None:
+        self.signature = _plan_signature(adapter, size, preprocessing, normalize, static_batch)
+        self.model = _OneSize(adapter, preprocessing, normalize)
+        self.dynamic_shapes: Any = None
+        if static_batch is None:
+            batch = torch.export.Dim(_BATCH, max=_LARGEST_BATCH)
+            self.dynamic_shapes = {"inputs": {0: batch}}
+        example = torch.zeros(
+            (static_batch or _EXAMPLE_BATCH, 3, *size),
+            dtype=torch.uint8 if preprocessing else torch.float32,
+            device=adapter.device,
+        )
+        self.model(example)  # positions of this size are computed now, and stored as constants
+        with _plain_attention(self.model) if unfused else contextlib.nullcontext():
+            self.program = _trace(self.model, example, self.dynamic_shapes)
+            unread = _unread(self.program)
+            # One stays in any case: encoders look at their first parameter for their dtype.
+            unread.discard(next(name for name, _ in self.model.named_parameters()))
+            if unread:
+                slim = _without(self.model, unread)
+                self.program = _trace(slim, example, self.dynamic_shapes)
+        for node in self.program.graph.nodes:  # would take folders of this machine into the file
+            node.meta.pop("stack_trace", None)
 
-        Args:
-            run: runs the file, a tensor in and a tensor out.
-            runtime: what runs it, with its version.
-            check_on: frames of any kind and size; ``None`` for rendered ones.
+    @torch.no_grad()
+    def compare(self, run: Callable[[Tensor], Tensor], runtime: str, check_on: Any) -> Parity:
+        """Compare the model with a file made of it, which ``run`` runs, on the same frames.
 
         Raises:
-            ExportError: the file computes something else.
+            ExportError: the results differ by more than rounding, or in shape, or hold NaN.
         """
         count, height, width = (self.signature.input.shape[axis] for axis in (0, -2, -1))
-        static = None if count == BATCH else int(count)
+        static = None if count == _BATCH else int(count)
         frames = frames_to_compare(check_on, (int(height), int(width)), static)
-        adapter = self.model.adapter
-        inputs = frames if self.model.preprocessing else adapter.preprocess(frames)
-        inputs = inputs.to(adapter.device)
-        return compare(runtime, run(inputs), self.model(inputs))
+        inputs = frames if self.model.preprocessing else self.model.adapter.preprocess(frames)
+        inputs = inputs.to(self.model.adapter.device)
+        found, expected = (each(inputs).detach().cpu() for each in (run, self.model))
+        if found.shape != expected.shape:
+            raise ExportError(
+                f"{runtime} returns {tuple(found.shape)}, PyTorch {tuple(expected.shape)}: the "
+                "file was not kept"
+            )
+        difference = float((found.double() - expected.double()).abs().max())
+        parity = Parity(runtime, len(expected), difference, float(expected.abs().max()))
+        dtype = str(expected.dtype).removeprefix("torch.")
+        if not difference <= _ALLOWED[dtype] * max(parity.largest, 1e-6):
+            raise ExportError(
+                f"{runtime} differs from PyTorch by {difference:.3g} where features reach "
+                f"{parity.largest:.3g}, more than rounding explains in {dtype}: the file was not "
+                "kept. check=False (--no-check) keeps it for a look at it"
+            )
+        return parity
 
 
-@torch.no_grad()
-def trace(model: OneSize, signature: Signature, *, unfused: bool = False) -> Traced:
-    """Trace a model; tensors that its features do not depend on are left out.
+def frames_to_compare(given: Any, size: tuple[int, int], count: int | None) -> Tensor:
+    """Return ``(N, 3, H, W)`` uint8 frames on which file and model are compared.
 
-    Args:
-        model: what to trace.
-        signature: what it takes.
-        unfused: spell attention out; the fused operator computes the same, but the exporter of
-            ONNX knows it for four axes only, and Hiera's has five.
-
-    Raises:
-        ExportError: this version of torch cannot trace this encoder.
+    They are the ``given`` ones, resized, or rendered: a camera that moves over a photograph, or
+    over noise where scikit-image is not installed. Given a ``count``, the last one is repeated
+    where there are too few.
     """
-    count, *sides = signature.input.shape
-    dynamic = count == BATCH
-    shape = (_EXAMPLE_BATCH if dynamic else count, *sides)
-    example = torch.zeros(shape, dtype=getattr(torch, signature.input.dtype))  # type: ignore[arg-type]
-    example = example.to(model.adapter.device)
-    shapes = {"inputs": {0: torch.export.Dim(BATCH, max=_LARGEST_BATCH)}} if dynamic else None
-    model(example)  # positions of this size are computed now, and stored as constants
-    with _plain_attention(model) if unfused else contextlib.nullcontext():
-        program = _slim(model, example, shapes)
-    for node in program.graph.nodes:  # would take folders of this machine into the file
-        node.meta.pop("stack_trace", None)
-    return Traced(model, signature, program, shapes)
+    if given is None:
+        try:
+            photo = photographs()["coffee"]
+        except MissingExtraError:
+            generator = torch.Generator().manual_seed(0)
+            photo = torch.randint(0, 256, (3, 24, 32), dtype=torch.uint8, generator=generator)
+        frames = render_clip(photo, frames=count or FRAMES, size=size).frames
+    else:
+        frames = rearrange(as_frames(given), "... c h w -> (...) c h w")
+        scale = 1 if frames.dtype == torch.uint8 else 255
+        if frames.shape[-2:] != size:
+            frames = resize(frames, size)
+        frames = (frames.float() * scale).round().to(torch.uint8)
+    return frames if count is None else frames[torch.arange(count).clamp(max=len(frames) - 1)]
 
 
-def _slim(model: OneSize, example: Tensor, shapes: Any) -> Any:
-    """Trace a model without what its features do not depend on."""
-    program = _trace(model, example, shapes)
-    # One stays in any case: encoders look at their first parameter for their dtype.
-    first = next(name for name, _ in model.named_parameters())
-    unread = _unread(program) - {first}
-    return _trace(_without(model, unread), example, shapes) if unread else program
+def check_suffix(path: Path, suffix: str) -> None:
+    """Raise unless a file is named as what it will be."""
+    if path.suffix != suffix:
+        raise ExportError(f"expected a file name that ends in {suffix}, got {path}")
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error began with: its type and the first line that says anything."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"
+
+
+def _plan_signature(
+    adapter: CoSettleAdapter,
+    size: tuple[int, int],
+    preprocessing: bool,
+    normalize: bool,
+    static_batch: int | None,
+) -> Signature:
+    if adapter.settles:
+        raise ExportError(
+            "this adapter settles on every clip anew, which one exported model cannot do. Export "
+            "adapter.settle(clip), which is settled on one clip for good, or a fitted projection"
+        )
+    if static_batch is not None and static_batch < 1:
+        raise ExportError(f"static_batch must be at least 1, or None for any, got {static_batch}")
+    backbone, config = adapter.backbone, adapter.config
+    geometry = adapter.geometry(*size)
+    if geometry.padded != geometry.frame:
+        raise GeometryError(
+            f"an exported model takes frames of one exact size, and {size[0]} x {size[1]} (height "
+            f"x width) does not fit patch {backbone.patch} at stride {backbone.stride}; the "
+            f"nearest size that does is {geometry.padded[0]} x {geometry.padded[1]}"
+        )
+    count: int | str = _BATCH if static_batch is None else static_batch
+    dtype = str(adapter.dtype).removeprefix("torch.")
+    metadata = {
+        "cosettle_adapter": __version__,
+        "backbone": backbone.row.name,
+        "fingerprint": backbone.fingerprint,
+        "licence": config.licence,
+        "layers": list(config.layers),
+        "projection": config.kind,
+        "patch": backbone.patch,
+        "stride": backbone.stride,
+        "size": list(geometry.frame),
+        "grid": list(geometry.grid),
+        "preprocessing": preprocessing,
+        "mean": list(backbone.row.mean),
+        "std": list(backbone.row.std),
+        "normalized": normalize,
+    }
+    taken = ("frames", "uint8") if preprocessing else ("images", "float32")
+    return Signature(
+        input=TensorSpec(*taken, (count, 3, *geometry.frame)),
+        output=TensorSpec("features", dtype, (count, adapter.width, *geometry.grid)),
+        metadata=metadata,
+    )
 
 
 @contextlib.contextmanager
-def _plain_attention(model: OneSize) -> Iterator[None]:
+def _plain_attention(model: nn.Module) -> Iterator[None]:
     """Have timm's encoders multiply queries by keys themselves meanwhile."""
     # Encoders whose windows belong to one size keep copies for others, which are no submodules.
-    fitted = getattr(model.adapter.backbone, "_fitted", {}).values()
-    inside = itertools.chain(model.modules(), *(copy.modules() for copy in fitted))
+    fitted = getattr(model.adapter.backbone, "_fitted", {}).values()  # type: ignore[union-attr]
+    inside = itertools.chain(model.modules(), *(each.modules() for each in fitted))
     fused = [module for module in inside if getattr(module, "fused_attn", False) is True]
     try:
         for module in fused:
@@ -140,7 +339,7 @@ def _trace(model: nn.Module, example: Tensor, shapes: Any) -> Any:
 
 
 def _unread(program: Any) -> set[str]:
-    """Names of parameters and buffers that nothing in a program reads: later blocks, heads."""
+    """Names of parameters and buffers that nothing in a program reads: later layers, heads."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return {
@@ -150,18 +349,11 @@ def _unread(program: Any) -> set[str]:
     }
 
 
-def _without(model: OneSize, names: set[str]) -> OneSize:
+def _without(model: nn.Module, names: set[str]) -> nn.Module:
     """Copy a model without some tensors, sharing all others."""
-    slim: OneSize = copy_modules(model, lambda tensor: tensor)
+    tensors = (*model.parameters(), *model.buffers())
+    slim: nn.Module = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name in names:
         module, _, leaf = name.rpartition(".")
         setattr(slim.get_submodule(module), leaf, None)
     return slim
-
-
-def reason(error: BaseException) -> str:
-    """Return what an error began with: its type and the first line that says anything."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}"

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from cosettle_adapter.extraction.finished import Extraction
-from cosettle_adapter.extraction.many import Job, Outcome, extract_many, plan_jobs
-from cosettle_adapter.extraction.run import extract
-from cosettle_adapter.extraction.sharding import Shard
-from cosettle_adapter.extraction.sources import Source, find_sources
+from cosettle_adapter.extraction.formats import FORMATS, FeatureFile, read_features
+from cosettle_adapter.extraction.record import RunRecord
+from cosettle_adapter.extraction.run import (
+    Extraction,
+    Job,
+    Outcome,
+    extract,
+    extract_many,
+    plan_jobs,
+)
+from cosettle_adapter.extraction.settings import ExtractSettings
+from cosettle_adapter.extraction.sources import Shard, Source, find_sources
 
 __all__ = [
+    "FORMATS",
+    "ExtractSettings",
     "Extraction",
+    "FeatureFile",
     "Job",
     "Outcome",
+    "RunRecord",
     "Shard",
     "Source",
     "extract",
     "extract_many",
     "find_sources",
     "plan_jobs",
+    "read_features",
 ]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from cosettle_adapter.errors import CosettleError
+from cosettle_adapter.errors import CorruptWeightsError, CosettleError
 
 
 class ExtractionError(CosettleError, RuntimeError):
-    """An extraction that cannot go on as it was asked for."""
+    """An extraction that cannot be done as it was asked for."""
 
 
 class FormatError(ExtractionError, ValueError):
-    """A format that does not exist, or that cannot hold what it should."""
+    """A format that does not exist, or that cannot hold the features."""
 
 
 class OutputExistsError(ExtractionError, FileExistsError):
-    """There is something under the output's name, or a started run, that is not this one's."""
+    """The output exists, or was started, with other settings."""
 
 
 class OutputBusyError(ExtractionError, BlockingIOError):
@@ -22,4 +22,16 @@ class OutputBusyError(ExtractionError, BlockingIOError):
 
 
 class EngineError(ExtractionError):
-    """The engine that spreads an extraction over machines broke down."""
+    """The Ray cluster failed."""
+
+
+class DinoTrackerError(CosettleError, ValueError):
+    """A backbone or features that DINO-Tracker cannot use."""
+
+
+class CorruptFeatureFileError(CosettleError, ValueError):
+    """A feature file that is truncated, or not a feature file."""
+
+
+class DamagedFeatureFileError(CorruptFeatureFileError, CorruptWeightsError):
+    """What is raised until version 0.3, for code that expects the error of version 0.1."""

@@ -1,224 +1,365 @@
-"""One source through an adapter into one feature file, at constant memory."""
+"""One source, or many, through an adapter into feature files, at constant memory."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosettle_adapter.adapter import DEFAULT_BATCH_SIZE, CoSettleAdapter, FeatureChunk, Size
-from cosettle_adapter.correspondence.fusion import WINDOW, FusionMode
-from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.extraction.background import in_background
-from cosettle_adapter.extraction.errors import OutputExistsError
-from cosettle_adapter.extraction.finished import (
-    ANEW,
-    Extraction,
-    check_recipe,
-    find_finished,
-    listed,
+from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.correspondence.fusion import WINDOW
+from cosettle_adapter.errors import (
+    CosettleError,
+    FrameError,
+    MissingExtraError,
+    TruncatedVideoError,
 )
-from cosettle_adapter.extraction.formats import Format, Layout, choose_format, storage_dtype
-from cosettle_adapter.extraction.record import differences, make_record
-from cosettle_adapter.extraction.settings import Settings
-from cosettle_adapter.extraction.transfer import Transfer
+from cosettle_adapter.extraction.errors import FormatError, OutputExistsError
+from cosettle_adapter.extraction.formats import choose_format, storage_dtype
+from cosettle_adapter.extraction.record import (
+    RunRecord,
+    describe_run,
+    differences,
+    read_sidecar,
+    sidecar_path,
+)
+from cosettle_adapter.extraction.settings import ExtractSettings
+from cosettle_adapter.extraction.sources import Source, output_names
+from cosettle_adapter.extraction.stores import Store
 from cosettle_adapter.extraction.work import Work
-from cosettle_adapter.video.geometry import Fit
+from cosettle_adapter.video import FrameSelection
+from cosettle_adapter.video.selection import selected
 
 logger = logging.getLogger(__name__)
+
+_REDO = "start over with --overwrite (overwrite=True), or give the output another name"
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """What :func:`extract` wrote.
+
+    Attributes:
+        path: the feature file; its sidecar lies beside it, as ``PATH.json``.
+        frames: number of frames in it.
+        shape: ``(C, h, w)`` of one frame's features.
+        truncated: why the source ended early, or ``None`` if it was read to its end.
+        found: how many of the frames an earlier run had written; all, if it had finished.
+    """
+
+    path: Path
+    frames: int
+    shape: tuple[int, int, int]
+    truncated: str | None = None
+    found: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One source and where its features go."""
+
+    source: str
+    output: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        job: the job.
+        extraction: what was written, or found finished; ``None`` if it failed.
+        error: why it failed, in a sentence; ``None`` if it did not.
+        transient: whether another attempt may succeed: not where source or settings are at fault.
+    """
+
+    job: Job
+    extraction: Extraction | None = None
+    error: str | None = None
+    transient: bool = False
+
+    @property
+    def skipped(self) -> bool:
+        """Whether it was finished before."""
+        return self.extraction is not None and self.extraction.found == self.extraction.frames
 
 
 def extract(
     adapter: CoSettleAdapter,
     source: Any,
     destination: str | Path,
+    settings: ExtractSettings | None = None,
     *,
-    format: str | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    size: Size | None = None,
-    fit: Fit = "resize",
-    start: float | None = None,
-    end: float | None = None,
-    every: int = 1,
-    max_frames: int | None = None,
-    fps: float | None = None,
-    settle: bool | None = None,
-    temporal_fusion: FusionMode | None = None,
-    storage: torch.dtype | None = None,
+    select: FrameSelection | None = None,
     overwrite: bool = False,
     on_chunk: Callable[[int], None] = lambda frames: None,
+    **options: Any,
 ) -> Extraction:
     """Write the features of a video of any length to a file, and a JSON sidecar beside it.
 
-    Decoding runs ahead in a thread, writing behind in another. The file appears whole or not at
-    all. Until then the work lies in ``.NAME.partial`` beside it; when a run is killed, the same
-    call goes on behind its last whole batch, and the file is the same, byte for byte, as that of
-    a run that was never broken. Frames that later ones depend on are encoded again: one or two
-    batches for temporal fusion, all where features are settled. Those of arrays and iterators
-    begin anew. What is finished already is left as it is. When the source breaks off, the features
-    of its readable frames are kept and the result says so.
+    The file appears whole or not at all; until then the work lies in ``.NAME.partial`` beside it.
+    When a run is interrupted or killed, the same call resumes it after its last whole batch, and
+    the file is byte-identical to that of an uninterrupted run. Frames that later ones depend on
+    are encoded again: one or two batches for temporal fusion, all where features are settled.
+    Arrays and iterators start over. What is finished already is left as it is. When a video breaks
+    off, the features of its readable frames are kept and the result says so.
 
     Args:
         adapter: what computes the features.
-        source: as in :meth:`CoSettleAdapter.stream`, like the options up to ``settle``.
+        source: as in :meth:`CoSettleAdapter.stream`.
         destination: the file to write.
-        format: ``safetensors``, ``zarr``, ``npy-memmap`` or ``dino-tracker``; by default what the
-            suffix of ``destination`` tells.
-        batch_size: frames a forward pass.
-        size: what frames are resized to.
-        fit: what happens to sides that are not whole patches.
-        start: first second to read.
-        end: second to stop before.
-        every: keep every n-th frame.
-        max_frames: keep at most this many frames.
-        fps: frames per second of sources without timestamps.
-        settle: settle each frame by the statistics of those before it.
-        temporal_fusion: ``"symmetric"`` or ``"causal"``.
-        storage: dtype of the stored features; the adapter's by default.
-        overwrite: replace what is there under that name once the new file is whole.
+        settings: how features are computed and stored.
+        select: which frames; all by default.
+        overwrite: replace what is there under that name, once the new file is whole.
         on_chunk: called with the number of frames done so far after every batch.
+        **options: fields of :class:`ExtractSettings`, instead of ``settings`` or to change it
+            (``batch_size=4``); those of :class:`FrameSelection` are deprecated.
 
     Raises:
         FrameError: not a single frame could be read, or frames cannot be used.
         FormatError: no such format, or it cannot store that dtype.
-        OutputExistsError: there is another file of that name, or the started run of other
-            settings, and ``overwrite`` is not given.
+        OutputExistsError: the file exists, or was started, with other settings, and ``overwrite``
+            is not given; or the folder holds features by another recipe.
         OutputBusyError: another run is writing this file.
         ValueError: another ``temporal_fusion``.
         OSError: the file could not be written; an earlier one of that name is left as it was.
     """
     path = Path(destination)
-    row = choose_format(path, format)
-    settings = Settings(
-        size=size, fit=fit, start=start, end=end, every=every, max_frames=max_frames, fps=fps,
-        settle=settle, temporal_fusion=temporal_fusion, storage=storage, batch_size=batch_size,
-    )  # fmt: skip
-    settings = row.plan(adapter, settings)
-    dtype = storage_dtype(row, settings.storage, adapter.dtype)
-    record = make_record(adapter, source, settings, row.name, dtype)
-    check_recipe(path, record)
-    work = Work(path, row)
-    if not overwrite:
-        finished = None if work.folder.exists() else find_finished(path, record)
-        if finished is not None:
-            return finished
+    fields = {field.name for field in dataclasses.fields(FrameSelection)}
+    moved = {name: options.pop(name) for name in list(options) if name in fields}
+    select = selected(select, moved)
+    settings = dataclasses.replace(settings or ExtractSettings(), **options)
+    store = choose_format(path, settings.format)
+    settings = store.plan(adapter, settings)
+    dtype = storage_dtype(store, settings.storage, adapter.dtype)
+    asked = describe_run(adapter, source, settings, select, format=store.name, storage=dtype)
+    _check_recipe(path, asked)
+    work = Work(path, store)
+    if not overwrite and not work.folder.exists() and (finished := _finished(path, asked)):
+        return finished
     with work.claimed():
-        whole = _take_up(work, path, record, overwrite=overwrite)
-        if whole or not overwrite:
-            finished = find_finished(path, record)  # by now, though perhaps not a moment ago
-            if finished is not None:
-                return finished
-        work.kept = _resumable(record)
+        completed = _resume(work, path, asked, overwrite=overwrite)
+        # by now there may be a file that was not there a moment ago
+        if (completed or not overwrite) and (finished := _finished(path, asked)):
+            return finished
+        work.kept = _is_resumable(asked)
         found = work.frames
-        run = _Run(adapter, row, dtype, record, work)
-        truncated = run.encode(source, settings, on_chunk)
+        truncated = _encode(adapter, source, work, store, asked, settings, select, on_chunk)
         work.finish(truncated=truncated)
-        return Extraction(path, work.frames, work.shape, truncated, found)
+        assert work.record is not None
+        return Extraction(path, work.frames, work.record.shape, truncated, found)
 
 
-def _take_up(work: Work, path: Path, record: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """Go on with what an earlier run left, or clear it away; tell whether that made it whole."""
+def plan_jobs(sources: Sequence[Source], folder: Path, form: type[Store]) -> list[Job]:
+    """Give every source an output in ``folder``, named after it."""
+    names = output_names(sources)
+    return [
+        Job(source.path, folder / f"{name}{form.suffix}")
+        for source, name in zip(sources, names, strict=True)
+    ]
+
+
+def extract_many(
+    adapter: CoSettleAdapter,
+    jobs: Sequence[Job],
+    settings: ExtractSettings | None = None,
+    *,
+    on_job: Callable[[Job], None] = lambda job: None,
+    **options: Any,
+) -> Iterator[Outcome]:
+    """Do jobs one after the other; one that fails does not affect the others.
+
+    Args:
+        adapter: what computes the features.
+        jobs: sources and outputs.
+        settings: as in :func:`extract`, like all others.
+        on_job: called before each.
+        **options: more arguments of :func:`extract`.
+
+    Yields:
+        An outcome a job, in order.
+
+    Raises:
+        OSError: the disk is full, so that the others would fail too.
+        FormatError: no such format, or it cannot hold what was asked for.
+        MissingExtraError: what reads such sources, or writes such files, is not installed.
+    """
+    for job in jobs:
+        on_job(job)
+        yield attempt(adapter, job, settings=settings, **options)
+
+
+def attempt(adapter: CoSettleAdapter, job: Job, **options: Any) -> Outcome:
+    """Do one job, and turn what is wrong with it into its outcome; raises what would stop all."""
+    try:
+        return Outcome(job, extract(adapter, job.source, job.output, **options))
+    except (FormatError, MissingExtraError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        logger.debug("%s failed", job.source, exc_info=True)
+        transient = not isinstance(error, CosettleError)
+        return Outcome(job, error=str(error) or type(error).__name__, transient=transient)
+
+
+def _finished(path: Path, asked: Mapping[str, Any]) -> Extraction | None:
+    """Return what is under ``path`` if it is what was asked for, ``None`` if nothing is."""
+    if not path.exists():
+        return None
+    sidecar = read_sidecar(path)
+    if sidecar is None:
+        name = sidecar_path(path).name
+        raise OutputExistsError(f"{path} exists, but not {name}, which says what it is; {_REDO}")
+    if not _is_resumable(asked):
+        raise OutputExistsError(f"{path} exists; {_REDO}")
+    different = differences({name: sidecar.get(name) for name in asked}, asked, numerical=False)
+    if different:
+        raise OutputExistsError(f"{path} exists: {different}; {_REDO}")
+    frames, channels, height, width = sidecar["shape"]
+    return Extraction(path, frames, (channels, height, width), sidecar["truncated"], frames)
+
+
+def _check_recipe(path: Path, asked: Mapping[str, Any]) -> None:
+    """Refuse features of a backbone by one recipe beside others by another recipe.
+
+    The first neighbour that has a recipe tells that of all.
+    """
+    recipe = asked["projection"]["recipe"]
+    for sidecar in path.parent.glob("*.json") if recipe is not None else ():
+        beside = read_sidecar(sidecar.with_suffix(""))
+        if beside is None or beside.get("fingerprint") != asked["fingerprint"]:
+            continue
+        other = beside["projection"].get("recipe")
+        if other not in (recipe, None):
+            raise OutputExistsError(
+                f"{path.parent} holds features by recipe {other} ({sidecar.stem}), which cannot "
+                f"be compared with those by recipe {recipe} that {path.name} would hold: load the "
+                f"adapter with recipe={other}, or give another folder"
+            )
+        if other is not None:
+            return
+
+
+def _is_resumable(asked: Mapping[str, Any]) -> bool:
+    return asked["source_identity"] is not None
+
+
+def _resume(work: Work, path: Path, asked: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Resume what an earlier run left, or discard it; tell whether that completed the output."""
     started = work.started()
-    differing = [] if started is None else differences(started, record)
-    if not _resumable(record) or (differing and overwrite):
+    different = "" if started is None else differences(started, asked)
+    if not _is_resumable(asked) or (different and overwrite):
         work.discard()
         return False
-    if differing:
+    if different:
         raise OutputExistsError(
-            f"a started run of {path} was asked for otherwise: {listed(differing)}; ask for the "
-            f"same to go on with it, or {ANEW}"
+            f"{path} was started with other settings: {different}; use the same ones to resume it, "
+            f"or {_REDO}"
         )
     if work.publish():
         return True
-    work.go_on()
+    work.resume()
     if work.frames:
-        logger.info("going on with %s after %d frames", path, work.frames)
+        logger.info("resuming %s after %d frames", path, work.frames)
     return False
 
 
-def _resumable(record: Mapping[str, Any]) -> bool:
-    return record["source_identity"] is not None
+def _encode(
+    adapter: CoSettleAdapter,
+    source: Any,
+    work: Work,
+    store: type[Store],
+    asked: Mapping[str, Any],
+    settings: ExtractSettings,
+    select: FrameSelection,
+    on_chunk: Callable[[int], None],
+) -> str | None:
+    """Write all frames that are not there yet; return why the source ended early, if it did.
+
+    Decoding runs ahead in a thread, and a batch is written while the next one is encoded.
+    """
+    done, batch_size = work.frames, settings.batch_size
+    skip = done
+    if asked["settings"]["settle"]:
+        skip = 0
+    elif settings.temporal_fusion is not None:  # whole batches on which no frame to come depends
+        skip = max(0, done - WINDOW) // batch_size * batch_size
+    chunks = adapter.stream(
+        source,
+        select=select,
+        batch_size=batch_size,
+        size=settings.size,
+        fit=settings.fit,
+        skip=skip,
+        settle=settings.settle,
+        temporal_fusion=settings.temporal_fusion,
+    )
+
+    def write(record: RunRecord, wait: Callable[[], Tensor], timestamps: Tensor) -> None:
+        work.append(record, wait(), timestamps)
+
+    try:
+        with (
+            contextlib.closing(chunks),  # type: ignore[type-var]
+            ThreadPoolExecutor(1, "cosettle-writer") as writer,
+        ):
+            written: Future[None] | None = None
+            try:
+                for chunk in chunks:
+                    if chunk.start < done:
+                        continue  # encoded only for those that depend on it
+                    features, geometry = store.arrange(
+                        chunk.features, chunk.geometry, first=chunk.start
+                    )
+                    _, channels, height, width = features.shape
+                    record = RunRecord(asked, (channels, height, width), geometry)
+                    arriving = _to_cpu(features.to(record.dtype))
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(write, record, arriving, chunk.timestamps)
+                    done += len(chunk.timestamps)
+                    on_chunk(done)
+            except TruncatedVideoError as error:
+                if not done:
+                    raise
+                return str(error)
+            finally:
+                if written is not None:
+                    written.result()
+    except FrameError:
+        work.kept = False  # the source is at fault, so there is nothing to resume
+        raise
+    except BaseException:
+        if work.kept and work.frames:
+            logger.warning(
+                "%d frames are kept in %s: the same call resumes after them",
+                work.frames,
+                work.folder,
+            )
+        raise
+    return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """The part of a run that computes."""
+def _to_cpu(features: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy features to the CPU; return what waits for them, in another thread."""
+    if features.device.type != "cuda":
+        return features.cpu
+    target = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    target.copy_(features, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(features.device))
 
-    adapter: CoSettleAdapter
-    row: Format
-    dtype: torch.dtype
-    record: Mapping[str, Any]
-    work: Work
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return target
 
-    def encode(
-        self, source: Any, settings: Settings, on_chunk: Callable[[int], None]
-    ) -> str | None:
-        """Write all frames that are not there yet; return why the source ended early, if so."""
-        truncated: str | None = None
-        done = self.work.frames
-        skip = self._independent(done, settings)
-        chunks = self.adapter.stream(source, skip=skip, **settings.stream_options())
-        try:
-            with (
-                contextlib.closing(chunks),  # type: ignore[type-var]
-                in_background(self._write) as write,
-            ):
-                try:
-                    for chunk in chunks:
-                        if chunk.start < done:
-                            continue  # encoded for those behind it alone
-                        write(self._started(chunk, settings.batch_size))
-                        done += len(chunk.timestamps)
-                        on_chunk(done)
-                except TruncatedVideoError as error:
-                    if not done:
-                        raise
-                    truncated = str(error)
-        except FrameError:
-            self.work.kept = False  # the source is at fault, so there is nothing to go on with
-            raise
-        except BaseException:
-            if self.work.kept and self.work.frames:
-                logger.warning(
-                    "%d frames are kept in %s: the same call goes on from there",
-                    self.work.frames,
-                    self.work.folder,
-                )
-            raise
-        return truncated
-
-    def _independent(self, done: int, settings: Settings) -> int:
-        """How many of the frames that are written can be passed over: batches, all of them whole.
-
-        Those behind depend on none of them.
-        """
-        if self.record["settings"]["settle"]:
-            return 0
-        if settings.temporal_fusion is None:
-            return done
-        return max(0, done - WINDOW) // settings.batch_size * settings.batch_size
-
-    def _started(self, chunk: FeatureChunk, batch_size: int) -> _Batch:
-        features, geometry = self.row.arrange(chunk.features, chunk.geometry)
-        _, channels, height, width = features.shape
-        layout = Layout((channels, height, width), self.dtype, batch_size, geometry, self.record)
-        return _Batch(layout, Transfer.start(features, self.dtype), chunk.timestamps)
-
-    def _write(self, batch: _Batch) -> None:
-        self.work.begin(batch.layout)
-        self.work.append(batch.features.wait(), batch.timestamps)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Batch:
-    """A batch on its way to the writer."""
-
-    layout: Layout
-    features: Transfer
-    timestamps: Tensor
+    return wait

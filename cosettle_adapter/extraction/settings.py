@@ -1,50 +1,46 @@
-"""What is asked of an extraction, apart from the model and the source."""
+"""How features are computed and stored: the options of an extraction.
 
-from __future__ import annotations
+Without ``from __future__ import annotations``, so that the command line can derive its options.
+"""
 
 import dataclasses
-from typing import Any
+from typing import Literal
 
 import torch
 
 from cosettle_adapter.adapter import DEFAULT_BATCH_SIZE, Size
 from cosettle_adapter.correspondence.fusion import FusionMode
-from cosettle_adapter.video.geometry import Fit
+from cosettle_adapter.video import Fit
+
+FormatName = Literal["safetensors", "zarr", "npy-memmap", "dino-tracker"]
+StorageName = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Options of :func:`extract` that decide what is in the file.
+class ExtractSettings:
+    """How features are computed and stored.
 
     Attributes:
-        size: what frames are resized to.
+        format: of the file; by default as its suffix says.
+        batch_size: frames per forward pass.
+        size: what frames are resized to: the shorter side, or height and width.
         fit: what happens to sides that are not whole patches.
-        start: first second to read.
-        end: second to stop before.
-        every: keep every n-th frame.
-        max_frames: keep at most this many frames.
-        fps: frames per second of sources without timestamps.
-        settle: settle each frame by the statistics of those before it; ``None`` for the
-            adapter's own way.
-        temporal_fusion: average patches with their matches in neighbouring frames.
-        storage: dtype of the stored features; ``None`` for the adapter's.
-        batch_size: frames a forward pass.
+        settle: settle each frame by the statistics of those before it; by default, as the adapter
+            does.
+        temporal_fusion: average patches with their matches in neighbouring frames: on both sides,
+            or in past ones only.
+        storage: dtype on disk; by default, the adapter's.
     """
 
+    format: FormatName | None = None
+    batch_size: int = DEFAULT_BATCH_SIZE
     size: Size | None = None
     fit: Fit = "resize"
-    start: float | None = None
-    end: float | None = None
-    every: int = 1
-    max_frames: int | None = None
-    fps: float | None = None
     settle: bool | None = None
     temporal_fusion: FusionMode | None = None
-    storage: torch.dtype | None = None
-    batch_size: int = DEFAULT_BATCH_SIZE
+    storage: StorageName | torch.dtype | None = None
 
-    def stream_options(self) -> dict[str, Any]:
-        """Return the keywords of :meth:`CoSettleAdapter.stream`."""
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del options["storage"]
-        return options
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

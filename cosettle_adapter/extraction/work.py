@@ -1,8 +1,9 @@
-"""An output under construction: features, journal and sidecar in a folder beside it."""
+"""An output under construction, in a folder beside it that survives interruptions."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import zlib
@@ -11,51 +12,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from cosettle_adapter.extraction.errors import ExtractionError, OutputBusyError
-from cosettle_adapter.extraction.formats.base import Format, Layout, Store
-from cosettle_adapter.extraction.formats.flat import as_bytes
-from cosettle_adapter.extraction.journal import Entry, Journal, Notes
-from cosettle_adapter.extraction.sidecar import sidecar_path, sidecar_text
-from cosettle_adapter.locking import LOCK_FILE, exclusive
+from cosettle_adapter.extraction.errors import OutputBusyError
+from cosettle_adapter.extraction.record import RunRecord, sidecar_path
+from cosettle_adapter.extraction.stores import Store, as_bytes
 
-_FEATURES, _SIDECAR, _JOURNAL, _REPLACED = "features", "sidecar.json", "journal", "replaced"
+_WINDOWS = os.name == "nt"
+
+logger = logging.getLogger(__name__)
 
 
 class Work:
-    """What exists of an output before it is whole.
+    """The unfinished features, their journal and, at the end, their sidecar.
 
-    Everything lies in ``.NAME.partial`` beside the output. The features come under the output's
-    name in one step, when they are whole, and their sidecar right after; a run that is killed
-    between the two does the second when it is started again.
+    All lie in ``.NAME.partial`` beside the output. The features get the output's name in one step,
+    once they are whole, and the sidecar right after; a run that is killed in between is completed
+    by the next one.
 
     Attributes:
-        frames: number of frames written.
-        kept: whether the folder outlives a failure.
+        folder: where it lies.
+        record: of what is written; ``None`` before the first batch.
+        kept: whether the folder is kept after a failure.
     """
 
-    def __init__(self, output: Path, row: Format) -> None:
-        """Name the output; nothing is touched."""
-        self._output, self._row = output, row
+    def __init__(self, output: Path, form: type[Store]) -> None:
+        """Name the output and its format; nothing is touched."""
         self.folder = output.with_name(f".{output.name}.partial")
-        self._journal = Journal(self.folder / _JOURNAL)
-        self._layout: Layout | None = None
-        self._store: Store | None = None
-        self._timestamps: list[float] = []
+        self.record: RunRecord | None = None
         self.kept = True
+        self._output, self._form = output, form
+        self._features, self._sidecar, self._journal, self._lock = (
+            self.folder / name for name in ("features", "sidecar.json", "journal", ".lock")
+        )
+        self._store: Store | None = None
 
     @property
     def frames(self) -> int:
         """Number of frames written."""
-        return len(self._timestamps)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(C, h, w)`` of one frame."""
-        if self._layout is None:
-            raise ExtractionError(f"nothing was written to {self._output}")
-        return self._layout.shape
+        return 0 if self.record is None else len(self.record.timestamps)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -64,158 +60,126 @@ class Work:
         Raises:
             OutputBusyError: another run is writing it.
         """
-        refusal = OutputBusyError(
-            f"another run is writing {self._output}: wait until it ends, or use another name"
-        )
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._leave)  # once the lock is given up
-            while True:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    stack.enter_context(exclusive(self.folder, refusal=refusal))
-                    break
-                except FileNotFoundError:
-                    continue  # who had it has just finished and removed the folder
+        lock = self._acquire()
+        try:
+            yield
+        finally:
+            self._close()
+            # what was not resumed may be the work of another run, with other settings
+            empty = self._store is not None and not self.frames
+            if not self.kept or empty or not self._journal.exists():
+                self.discard()
+            if not _WINDOWS:  # where an open file cannot be removed, and filelock removes it
+                self._lock.unlink(missing_ok=True)  # now, so that nobody locks a removed file
+            lock.release()
+            with contextlib.suppress(OSError):  # not empty, or locked by another run already
+                self.folder.rmdir()
+
+    def _acquire(self) -> FileLock:
+        lock = FileLock(self._lock)
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                yield
-            finally:
-                self.close()
-                if not self.kept or self._is_empty():
-                    self.discard()
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise OutputBusyError(
+                    f"another run is writing {self._output}: wait until it ends, or use another "
+                    "name"
+                ) from None
+            except FileNotFoundError:
+                continue  # the run that held it has just finished and removed the folder
+            except (OSError, NotImplementedError) as error:
+                logger.debug("no locks in %s: %s", self.folder, error)
+                return lock
+            if self._lock.exists():
+                return lock
+            lock.release()
 
     def started(self) -> Mapping[str, Any] | None:
-        """Return the record of the run that left something here, if one did."""
-        notes = self._journal.read()
-        return None if notes is None else notes.layout.metadata
+        """Return what the run was asked for that left something here, if one did."""
+        record = RunRecord.read_journal(self._journal)
+        return None if record is None else record.asked
 
     def discard(self) -> None:
-        """Remove everything that is here but the lock."""
+        """Remove everything but the lock."""
         for entry in self.folder.iterdir():
-            if entry.name != LOCK_FILE:
-                _remove(entry)
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry != self._lock:
+                entry.unlink()
 
-    def go_on(self) -> None:
-        """Take up what an earlier run left, up to its last batch that is whole and undamaged."""
-        notes = self._journal.read()
-        if notes is None or not (self.folder / _FEATURES).exists():
+    def resume(self) -> None:
+        """Continue what an earlier run left, after its last whole and undamaged batch."""
+        record = RunRecord.read_journal(self._journal)
+        if record is None or not self._features.exists():
             self.discard()
             return
-        self._layout = notes.layout
-        self._store = self._row.open(self.folder / _FEATURES, notes.layout)
-        whole: list[Entry] = []
-        for entry in notes.entries:
-            stop = self.frames + len(entry.timestamps)
-            if not self._holds(entry, self.frames, stop):
+        store = self._form(self._features, record)
+        frames = whole = 0
+        for checksum, timestamps in record.batches:
+            try:
+                features = store.read_back(frames, frames + len(timestamps))
+            except (OSError, ValueError):
                 break
-            whole.append(entry)
-            self._timestamps += entry.timestamps
-        self._store.keep(self.frames)
-        self._journal.begin(Notes(notes.layout, whole))
+            if zlib.crc32(as_bytes(features)) != checksum:
+                break
+            frames += len(timestamps)
+            whole += 1
+        store.keep(frames)
+        del record.batches[whole:]
+        record.write_journal(self._journal)
+        self.record, self._store = record, store
 
-    def begin(self, layout: Layout) -> None:
-        """Say what the features are like, before the first batch or on going on.
-
-        Raises:
-            ExtractionError: they are not like those already there.
-        """
-        if self._store is None:
-            self._layout = layout
-            self._store = self._row.open(self.folder / _FEATURES, layout)
-            self._journal.begin(Notes(layout, []))
-        elif self._layout is None or (layout.shape, layout.dtype) != (
-            self._layout.shape,
-            self._layout.dtype,
-        ):
-            raise ExtractionError(
-                f"the started run of {self._output} has other features, "
-                f"{self.shape} in place of {layout.shape}; begin anew with --overwrite "
-                "(overwrite=True)"
-            )
-
-    def append(self, features: Tensor, timestamps: Tensor) -> None:
-        """Write ``(N, C, h, w)`` features in the layout's dtype, on the CPU, and note them."""
-        if self._store is None:
-            raise ExtractionError("append comes after begin")
+    def append(self, record: RunRecord, features: Tensor, timestamps: Tensor) -> None:
+        """Write ``(N, C, h, w)`` features on the CPU; ``record`` is used for the first batch."""
         features = features.contiguous()
-        entry = Entry(zlib.crc32(as_bytes(features)), timestamps.tolist())
-        with self._errors_named():
+        with self._naming_errors():
+            if self.record is None or self._store is None:
+                self.record, self._store = record, self._form(self._features, record)
+                record.write_journal(self._journal)
             self._store.append(features)
-            self._store.flush()
-            self._journal.append(entry)
-        self._timestamps += entry.timestamps
+            checksum = zlib.crc32(as_bytes(features))
+            self.record.add_batch(self._journal, checksum, timestamps.tolist())
 
     def finish(self, *, truncated: str | None) -> None:
         """Make the output whole and give it its name."""
-        if self._store is None or self._layout is None:
-            raise ExtractionError("finish comes after begin")
-        text = sidecar_text(self._layout, self._timestamps, truncated=truncated)
-        unfinished = self.folder / f"{_SIDECAR}.new"
-        with self._errors_named():
-            self._store.finish(torch.tensor(self._timestamps, dtype=torch.float64))
-            self.close()
-            unfinished.write_text(text)
-            _sync(self.folder)
-        unfinished.replace(self.folder / _SIDECAR)
+        assert self.record is not None
+        assert self._store is not None
+        unfinished = self.folder / "sidecar.new"
+        with self._naming_errors():
+            self._store.finish(torch.tensor(self.record.timestamps, dtype=torch.float64))
+            self._close()
+            unfinished.write_text(self.record.sidecar(truncated=truncated))
+            for path in self.folder.rglob("*"):
+                if path.is_file() and path != self._lock:
+                    with path.open("rb+") as file:
+                        os.fsync(file.fileno())
+        unfinished.replace(self._sidecar)
         self.publish()
 
     def publish(self) -> bool:
-        """Give finished work its name, or finish doing so; tell whether there was any."""
-        features, sidecar = self.folder / _FEATURES, self.folder / _SIDECAR
-        if not sidecar.exists():
+        """Give finished work its name, or complete that; tell whether there was any."""
+        if not self._sidecar.exists():
             return False
-        if features.exists():
-            if self._output.is_dir():  # a folder takes no other one's place by itself
-                self._output.replace(self.folder / _REPLACED)
+        if self._features.exists():
+            if self._output.is_dir():  # a folder does not replace another one by itself
+                self._output.replace(self.folder / "replaced")
             sidecar_path(self._output).unlink(missing_ok=True)
-            features.replace(self._output)
-        sidecar.replace(sidecar_path(self._output))
+            self._features.replace(self._output)
+        self._sidecar.replace(sidecar_path(self._output))
         self.kept = False
         return True
 
-    def close(self) -> None:
-        """Release what is open."""
+    def _close(self) -> None:
         if self._store is not None:
             self._store.close()
 
     @contextlib.contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        """Have an error of the disk say which output it is about."""
+    def _naming_errors(self) -> Iterator[None]:
+        """Add the output's name to errors of the disk that name no file."""
         try:
             yield
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise
             raise OSError(error.errno, error.strerror, str(self._output)) from error
-
-    def _leave(self) -> None:
-        with contextlib.suppress(OSError):  # there is work in it, or another run
-            self.folder.rmdir()
-
-    def _is_empty(self) -> bool:
-        # what was not taken up may be another run's, which was refused and not asked to go
-        taken_up = self._store is not None
-        return not self.frames if taken_up else self._journal.read() is None
-
-    def _holds(self, entry: Entry, start: int, stop: int) -> bool:
-        if self._store is None:
-            return False
-        try:
-            features = self._store.read(start, stop)
-        except (OSError, ValueError):
-            return False
-        return zlib.crc32(as_bytes(features)) == entry.checksum
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Have everything in a folder on the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from PIL import Image  # comes with torchvision, which timm requires
 from torch import Tensor
 
 from cosettle_adapter.video.arrays import image_to_frame
-from cosettle_adapter.video.rendered import RenderedClip, render_clip
+from cosettle_adapter.video.synthetic import RenderedClip, render_clip
 
 CLIPS = 48  # each photograph twice
 FRAMES = 2
@@ -36,8 +36,8 @@ def starter_photographs() -> dict[str, Tensor]:
 def starter_clips(size: tuple[int, int], *, skip: int = 0) -> Iterator[RenderedClip]:
     """Render the corpus: a camera pans, zooms and turns, and another photograph's cut-out moves.
 
-    Noise and a drift of exposure and sharpness are as a camera has them. Every clip is the same
-    on every call, whatever the others are.
+    Noise, exposure and sharpness vary as they do in a camera. Every clip is the same on every call
+    and does not depend on the others.
 
     Args:
         size: (H, W) of the frames.
@@ -59,24 +59,24 @@ def starter_clips(size: tuple[int, int], *, skip: int = 0) -> Iterator[RenderedC
         )
 
 
-def corresponding_cells(
+def known_correspondences(
     clip: RenderedClip, frame: int, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Say which cells of a frame show what cells of frame 0 show, by the known motion.
+    """Return which patches of a frame show what patches of frame 0 show, by the known motion.
 
     Args:
         clip: a rendered clip.
         frame: number of the other frame.
-        grid: (h, w), cells that divide the frames evenly.
+        grid: (h, w) of patches that divide the frames evenly.
 
     Returns:
-        ``(M,)`` int64 numbers of cells of frame 0, row by row, and of the cells of the other
-        frame into which their centres move; what cannot be seen there is left out.
+        ``(M,)`` int64 numbers of patches of frame 0, row by row, and of the patches of the other
+        frame into which their centres move, without those that cannot be seen there.
     """
-    cell = torch.tensor([clip.frames.shape[-1] / grid[1], clip.frames.shape[-2] / grid[0]])
+    patch = torch.tensor([clip.frames.shape[-1] / grid[1], clip.frames.shape[-2] / grid[0]])
     axes = torch.meshgrid(torch.arange(grid[1]), torch.arange(grid[0]), indexing="xy")
-    centres = (rearrange(torch.stack(axes), "xy h w -> (h w) xy") + 0.5) * cell
+    centres = (rearrange(torch.stack(axes), "xy h w -> (h w) xy") + 0.5) * patch
     positions, visible = clip.track(centres)
     here = visible[frame].nonzero()[:, 0]
-    column, row = (positions[frame, here] / cell).long().unbind(-1)
+    column, row = (positions[frame, here] / patch).long().unbind(-1)
     return here, row * grid[1] + column

@@ -14,13 +14,13 @@ from torch import Tensor
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.video import probe
 from cosettle_adapter.video.files import VIDEO_SUFFIXES
-from cosettle_adapter.video.sources import pending_frames
+from cosettle_adapter.video.reader import pending_frames
 
 _FAR = 4.0  # seconds; about as much lies between a frame and its keyframe
 
 
 def find_clips(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return every video file below a folder, in order of name.
+    """Return every video file below a folder, in order of name; hidden files are left out.
 
     Raises:
         FrameError: no such folder, or no video in it.
@@ -28,7 +28,13 @@ def find_clips(folder: str | os.PathLike[str]) -> list[Path]:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise FrameError(f"{root} is not a folder; clips are read from a folder of video files")
-    clips = sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    clips = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in VIDEO_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
     if not clips:
         raise FrameError(f"no video files below {root} ({', '.join(VIDEO_SUFFIXES)})")
     return clips
@@ -56,7 +62,7 @@ def neighbouring_frames(clip: Path, *, pairs: int, gap: int) -> Iterator[Tensor]
     reach = (gap + 1) / info.fps if info.fps else 0.0
     starts = sorted({max(seconds - reach, 0.0) * index / pairs for index in range(pairs)})
     while starts:
-        # Nearer than that, to go on is quicker than to come again from a keyframe.
+        # Nearer than that, reading on is quicker than decoding from a keyframe again.
         far = (n for n in range(1, len(starts)) if starts[n] - starts[n - 1] > _FAR)
         reading = next(far, len(starts))
         yield from _pairs_from(clip, deque(starts[:reading]), gap)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 from cosettle_adapter.training.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -45,10 +45,11 @@ def make_accelerator(device: str = "auto") -> Accelerator:
             )
         if wanted.type == "cuda" and wanted.index < torch.cuda.device_count():
             torch.cuda.set_device(wanted)
-    on_cpu = wanted.type == "cpu" if wanted is not None else not _has_accelerator(several)
-    patience = accelerate.InitProcessGroupKwargs(timeout=_PATIENCE)
+    on_gpu = torch.cuda.is_available() or (not several and torch.backends.mps.is_available())
     accelerator: Accelerator = accelerate.Accelerator(
-        cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patience]
+        cpu=wanted.type == "cpu" if wanted is not None else not on_gpu,
+        mixed_precision="no",
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     if wanted is not None and accelerator.device.type != wanted.type:
         raise TrainingError(
@@ -68,12 +69,6 @@ def make_accelerator(device: str = "auto") -> Accelerator:
     return accelerator
 
 
-def _has_accelerator(several: bool) -> bool:
-    if torch.cuda.is_available():
-        return True
-    return not several and torch.backends.mps.is_available()
-
-
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:
     """Return every process's ``value``, in order of rank."""
     if accelerator.num_processes == 1:
@@ -83,34 +78,37 @@ def gather(accelerator: Accelerator, value: Any) -> list[Any]:
     return values
 
 
-def from_main(accelerator: Accelerator, value: Any) -> Any:
-    """Return the main process's ``value`` in all of them."""
-    if accelerator.num_processes == 1:
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
+def everywhere(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do ``work`` in all processes, and fail in all of them if it fails in one.
+
+    Raises:
+        Exception: what ``work`` raised here.
+        TrainingError: the same message, where another process failed.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    messages = gather(accelerator, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for message in messages:
+        if message is not None:
+            raise TrainingError(message)
+    return result  # type: ignore[return-value]  # without a failure there is one
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """Do ``work`` in the main process while the others wait, and fail together if it fails.
+    """Do ``work`` in the main process while the others wait; all fail if it fails.
 
     Returns:
         What ``work`` returned, in the main process; ``None`` elsewhere.
-
-    Raises:
-        Exception: what ``work`` raised, in the main process.
-        TrainingError: the same sentence, in the others.
     """
-    result, error = None, None
-    if accelerator.is_main_process:
-        try:
-            result = work()
-        except Exception as raised:
-            error = raised
-    sentence = from_main(accelerator, None if error is None else str(error))
-    if error is not None:
-        raise error
-    if sentence is not None:
-        raise TrainingError(sentence)
-    return result
+    return everywhere(accelerator, lambda: work() if accelerator.is_main_process else None)
+
+
+def from_main(accelerator: Accelerator, value: T) -> T:
+    """Return the main process's ``value`` in all of them."""
+    main: T = gather(accelerator, value if accelerator.is_main_process else None)[0]
+    return main

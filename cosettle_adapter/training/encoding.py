@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.backbones.positions import Positions, join_positions
-from cosettle_adapter.training.losses import Grid
+from cosettle_adapter.backbones.backbone import Positions
+from cosettle_adapter.training.positions import join_positions, perturbed_positions
+from cosettle_adapter.training.seeds import generator_of
+from cosettle_adapter.training.settings import ObjectiveSettings
 
-if TYPE_CHECKING:
-    from cosettle_adapter.training.objective import ObjectiveSettings
+Grid = tuple[int, int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Views:
+class Views(NamedTuple):
     """What the head is trained on: the frozen backbone's tokens of a batch of clips.
 
     Attributes:
@@ -31,6 +30,31 @@ class Views:
     forward: Tensor
     backward: Tensor
     grid: Grid
+
+
+def draw_offsets(
+    settings: ObjectiveSettings, *, seed: int, step: int, sample_seeds: Tensor
+) -> Tensor:
+    """Draw where the zoomed grid of positions is cropped.
+
+    One place per step is a function of ``seed`` and ``step``; one per sample is a function of that
+    sample's own seed. So neither depends on how samples are spread over processes, accumulated or
+    resumed.
+
+    Args:
+        settings: ``pea`` decides which.
+        seed: of the run.
+        step: optimiser steps taken so far.
+        sample_seeds: ``(B,)`` int64, the seed of each sample.
+
+    Returns:
+        ``(1, 2)``, or ``(B, 2)`` for ``sample``: float64 in [0, 1), on the CPU.
+    """
+    if settings.pea == "sample":
+        generators = [generator_of("pea", int(sample)) for sample in sample_seeds]
+    else:
+        generators = [generator_of("pea", seed, step)]
+    return torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in generators])
 
 
 def encode_views(
@@ -62,7 +86,7 @@ def encode_views(
 
     Raises:
         TypeError: frames that are not floating point.
-        ValueError: another shape of frames or offsets, or a layer or norm that is not there.
+        ValueError: another shape of frames or offsets, or a layer or norm that does not exist.
         GeometryError: sides that do not fit the backbone.
     """
     if not frames.is_floating_point():
@@ -74,58 +98,51 @@ def encode_views(
             f"expected frames (B, T, 3, H, W) with T of 2 or more, got {tuple(frames.shape)}"
         )
     clips, length = frames.shape[:2]
-    images = _normalize(backbone, frames)
-    grid = backbone.grid(images.shape[-2], images.shape[-1])
-    if settings.pea == "off":
-        tokens = _tokens(backbone, rearrange(images, "b t c h w -> (b t) c h w"), layers, norm)
-        plain = rearrange(tokens, "(b t) n c -> b t n c", t=length)
-        return Views(plain, plain[:, :-1], grid)
-    if offsets is None or tuple(offsets.shape) not in ((1, 2), (clips, 2)):
-        got = None if offsets is None else tuple(offsets.shape)
-        raise ValueError(f"expected offsets (1, 2) or ({clips}, 2) for {clips} clips, got {got}")
-    images, positions = _with_perturbed(backbone, images, grid, settings, offsets)
-    tokens = _tokens(backbone, images, layers, norm, positions)
-    return Views(
-        rearrange(tokens[: clips * length], "(b t) n c -> b t n c", t=length),
-        rearrange(tokens[clips * length :], "(b t) n c -> b t n c", t=length - 1),
-        grid,
-    )
-
-
-def _normalize(backbone: Backbone, frames: Tensor) -> Tensor:
     frames = frames.to(backbone.device, non_blocking=True).float()
     mean, std = (frames.new_tensor(each) for each in (backbone.row.mean, backbone.row.std))
-    return (frames - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
-
-
-def _with_perturbed(
-    backbone: Backbone, images: Tensor, grid: Grid, settings: ObjectiveSettings, offsets: Tensor
-) -> tuple[Tensor, Positions]:
-    """All images to encode, ``(B (2 T - 1), 3, H, W)``, and where their patches are said to be."""
-    clips, length = images.shape[:2]
-    perturbed = backbone.perturbed_positions(grid, offsets, ratio=settings.pea_ratio)
-    variant = torch.arange(1, len(offsets) + 1).expand(clips)
-    index = torch.cat(
-        [
-            torch.zeros(clips * length, dtype=torch.int64),
-            repeat(variant, "b -> (b t)", t=length - 1),
-        ]
-    )
-    together = torch.cat(
-        [
-            rearrange(images, "b t c h w -> (b t) c h w"),
-            rearrange(images[:, :-1], "b t c h w -> (b t) c h w"),
-        ]
-    )
-    return together, join_positions(backbone.positions(grid), perturbed, index)
-
-
-def _tokens(
-    backbone: Backbone,
-    images: Tensor,
-    layers: Sequence[int],
-    norm: bool | None,
-    positions: Positions | None = None,
-) -> Tensor:
+    frames = (frames - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
+    grid = backbone.grid(frames.shape[-2], frames.shape[-1])
+    images = rearrange(frames, "b t c h w -> (b t) c h w")
+    positions: Positions | None = None
+    if settings.pea != "off":
+        if offsets is None or tuple(offsets.shape) not in ((1, 2), (clips, 2)):
+            got = None if offsets is None else tuple(offsets.shape)
+            raise ValueError(
+                f"expected offsets (1, 2) or ({clips}, 2) for {clips} clips, got {got}"
+            )
+        again = rearrange(frames[:, :-1], "b t c h w -> (b t) c h w")
+        perturbed = perturbed_positions(backbone, grid, offsets, ratio=settings.pea_ratio)
+        variant = torch.arange(1, len(offsets) + 1).expand(clips)  # 0 is the backbone's own
+        own = torch.zeros(len(images), dtype=torch.int64)
+        index = torch.cat([own, repeat(variant, "b -> (b t)", t=length - 1)])
+        images = torch.cat([images, again])
+        positions = join_positions(backbone.positions(grid), perturbed, index)
     maps = backbone.intermediate_tokens(images, layers, norm=norm, positions=positions)
-    return rearrange(torch.cat(maps, dim=1), "b c h w -> b (h w) c")
+    tokens = rearrange(torch.cat(maps, dim=1), "b c h w -> b (h w) c")
+    forward = rearrange(tokens[: clips * length], "(b t) n c -> b t n c", t=length)
+    if settings.pea == "off":
+        return Views(forward, forward[:, :-1], grid)
+    backward = rearrange(tokens[clips * length :], "(b t) n c -> b t n c", t=length - 1)
+    return Views(forward, backward, grid)
+
+
+def compile_encoder(backbone: Backbone, *, backend: str = "inductor") -> None:
+    """Compile a backbone's blocks in place, each by itself.
+
+    All blocks of a transformer share one compiled graph, so that this takes seconds rather than
+    minutes; an encoder without blocks is compiled whole. What is compiled already stays as it is.
+
+    Args:
+        backbone: to compile; nothing happens before it runs.
+        backend: of ``torch.compile``.
+    """
+    blocks = [
+        block
+        for module in backbone.modules()
+        for name, group in module.named_children()
+        if name == "blocks"
+        for block in group.children()
+    ]
+    for module in blocks or backbone.children():
+        if module._compiled_call_impl is None:
+            module.compile(backend=backend)

@@ -17,54 +17,23 @@ from typing import Any
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone, load_backbone
-from cosettle_adapter.closed_form import SOLVERS, AffineMap, Nuisance, TokenStatistics
+from cosettle_adapter.closed_form import SOLVERS, AffineMap, TokenStatistics
 from cosettle_adapter.projection import Projection, ProjectionConfig
-from cosettle_adapter.training.candidates import Candidate, block_sets, candidates, labels, solve
-from cosettle_adapter.training.choice import mask_overlap, overlaps, rendered_clips
 from cosettle_adapter.training.clips import find_clips
-from cosettle_adapter.training.gathering import Correspondences, Gathered, Gathering, gather
+from cosettle_adapter.training.model_selection import (
+    Candidate,
+    candidates,
+    labels,
+    layer_sets,
+    overlaps,
+    rendered_clips,
+)
+from cosettle_adapter.training.statistics import FitSettings, collect_statistics
 from cosettle_adapter.version import __version__
 
-__all__ = ["Fit", "FitSettings", "fit", "fit_projection", "mask_overlap"]
+__all__ = ["Fit", "FitSettings", "fit", "fit_projection"]
 
 _HELD_OUT_EVERY = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class FitSettings:
-    """How a projection is fitted.
-
-    Attributes:
-        layers: 0-based single blocks to choose from; the upper two thirds by default.
-        concatenations: sets of blocks to be read together, to choose from as well; the last block
-            beside each earlier one by default, none by default where ``layers`` are given.
-        solvers: names of solvers (``cosettle_adapter.closed_form.SOLVERS``) to choose from.
-        strengths: to choose from, in units of the solvers, which are S's mean eigenvalue for the
-            ridge of ``shrink``, where infinity only centres. Each solver's default by default;
-            all that the table lists for it if empty. Rendered clips are a poor judge of them:
-            their objects never change shape, so they favour less damping than real videos bear.
-        nuisance: what to damp: S, S and the covariance of the clips' means (``intra+clips``), or
-            S and the position leakage (``intra+positions``, which encodes every frame twice).
-        size: shorter side of the frames in pixels; rounded to whole patches.
-        pairs: pairs of frames taken from each clip at each gap.
-        gaps: frames between the two of a pair; long ones reach past occlusions.
-        correspondences: ``hard`` mutual nearest neighbours, or all pairs of patches by ``soft``
-            weights.
-        rendered: clips rendered for choosing; 0 where there is nothing to choose.
-        seed: of the rendered motion, and of perturbed positions.
-    """
-
-    layers: tuple[int, ...] | None = None
-    concatenations: tuple[tuple[int, ...], ...] | None = None
-    solvers: tuple[str, ...] = ("shrink",)
-    strengths: tuple[float, ...] | None = None
-    nuisance: Nuisance = "intra"
-    size: int = 280
-    pairs: int = 4
-    gaps: tuple[int, ...] = (3,)
-    correspondences: Correspondences = "hard"
-    rendered: int = 12
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +91,10 @@ def fit(
     """
     if isinstance(backbone, str):
         backbone = load_backbone(backbone, **loading)
-    files = (
-        find_clips(clips)
-        if isinstance(clips, str | os.PathLike)
-        else [Path(clip).expanduser() for clip in clips]
-    )
+    if isinstance(clips, str | os.PathLike):
+        files = find_clips(clips)
+    else:
+        files = [Path(clip).expanduser() for clip in clips]
     found = fit_projection(
         backbone,
         files,
@@ -151,7 +119,7 @@ def fit_projection(
 ) -> Fit:
     """Fit a projection for a backbone on unlabelled clips.
 
-    Statistics of every candidate's blocks come from one encoder pass over pairs of neighbouring
+    Statistics of every candidate's layers come from one encoder pass over pairs of neighbouring
     frames. The candidate is then chosen without labels: on clips rendered from frames of held-out
     videos, in which a cut-out moves over a background, by how well propagating its known mask
     keeps to it.
@@ -173,17 +141,14 @@ def fit_projection(
         ValueError: settings that this backbone cannot have, or nothing to choose by.
     """
     settings = settings or FitSettings()
-    sets = block_sets(backbone, settings.layers, settings.concatenations)
+    sets = layer_sets(backbone, settings.layers, settings.concatenations)
     every = candidates(sets, settings.solvers, settings.strengths)
     if len(every) > 1 and settings.rendered < 1:
         raise ValueError(
             f"{len(every)} projections to choose from and no rendered clips to choose by; render "
-            "some, or leave one block, solver and strength"
+            "some, or leave one layer, solver and strength"
         )
-    held_out = list(clips[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
-    if len(clips) < 2 * _HELD_OUT_EVERY:
-        held_out = list(clips)
-    fitted_on = [clip for clip in clips if clip not in held_out] or list(clips)
+    fitted_on, held_out = split(clips)
     done, total = 0, len(fitted_on) + settings.rendered
 
     def advance(count: int = 1) -> None:
@@ -191,19 +156,11 @@ def fit_projection(
         done += count
         on_clip(done, total)
 
-    gathering = Gathering(
-        sets=tuple(sets),
-        size=settings.size,
-        pairs=settings.pairs,
-        gaps=settings.gaps,
-        correspondences=settings.correspondences,
-        leakage=settings.nuisance == "intra+positions",
-        seed=settings.seed,
+    statistics, skipped = collect_statistics(
+        backbone, fitted_on, sets, settings, workers=workers, on_clips=advance
     )
-    gathered = gather(backbone, fitted_on, gathering, workers=workers, on_clips=advance)
     solutions = {
-        each: solve(backbone, each, gathered.statistics[each.blocks], settings.nuisance)
-        for each in every
+        each: each.solve(backbone, statistics[each.layers], settings.nuisance) for each in every
     }
     scores: dict[Candidate, float] = {}
     if settings.rendered > 0:
@@ -212,17 +169,31 @@ def fit_projection(
         )
         scores = overlaps(backbone, solutions, rendered, on_clip=advance)
     chosen = max(scores, key=lambda each: scores[each]) if scores else every[0]
+    about = {
+        "data": data,
+        "clips": len(clips),
+        "skipped": sorted(path.name for path in skipped),
+    }
     projections = {
         each: _projection(
             backbone,
             each,
             solution,
-            _record(settings, each, gathered, scores, len(clips), data),
+            _record(settings, each, about, statistics[each.layers], scores),
             licence,
         )
         for each, solution in solutions.items()
     }
-    return Fit(projections, chosen, scores, gathered.skipped)
+    return Fit(projections, chosen, scores, skipped)
+
+
+def split(clips: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the clips to fit on and those held out, which are the same where there are few."""
+    if len(clips) < 2 * _HELD_OUT_EVERY:
+        return list(clips), list(clips)
+    held_out = list(clips[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
+    apart = set(held_out)
+    return [clip for clip in clips if clip not in apart] or list(clips), held_out
 
 
 def _projection(
@@ -236,7 +207,7 @@ def _projection(
         backbone=backbone.row.name,
         fingerprint=backbone.fingerprint,
         backbone_revision=backbone.revision,
-        layers=candidate.blocks,
+        layers=candidate.layers,
         norm=False,
         in_width=solution.weight.shape[1],
         out_width=solution.weight.shape[0],
@@ -254,22 +225,19 @@ def _projection(
 def _record(
     settings: FitSettings,
     candidate: Candidate,
-    gathered: Gathered,
+    about: Mapping[str, Any],
+    statistics: TokenStatistics,
     scores: Mapping[Candidate, float],
-    clips: int,
-    data: str,
 ) -> dict[str, Any]:
-    statistics: TokenStatistics = gathered.statistics[candidate.blocks]
-    names = labels(list(scores))
+    """Return ``config.fit``: how a candidate's projection was made."""
     record: dict[str, Any] = {
         "method": SOLVERS[candidate.solver].formula,
-        "data": data,
-        "clips": clips,
-        "skipped": sorted(path.name for path in gathered.skipped),
+        **about,
         "tokens": statistics.tokens,
         "pairs": statistics.pairs,
     }
     if scores:
+        names = labels(list(scores))
         record["blocks_chosen_by"] = "overlap of the propagated mask of a cut-out on rendered clips"
         record["overlap_by_block"] = {
             names[each]: round(score, 4) for each, score in scores.items()

@@ -1,4 +1,4 @@
-"""The head that is trained, and what it starts from."""
+"""The head that is trained, what it starts from, and its optimiser."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.training.errors import TrainingError
 from cosettle_adapter.training.seeds import seed_of
-
-INITS = ("random", "identity")
+from cosettle_adapter.training.settings import TrainSettings
 
 _LINEAR_RANGE = 0.1
 """Scale at which tanh is a straight line to 0.3 %; LayerNorm undoes it."""
@@ -30,6 +29,16 @@ class Head(nn.Module):
         return self.projection.project(tokens)
 
 
+def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """Return AdamW with decay on matrices only; each step sets its learning rate."""
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas)
+
+
 def new_head(config: ProjectionConfig, *, init: str, seed: int) -> Projection:
     """Make the projection that training starts from.
 
@@ -42,7 +51,7 @@ def new_head(config: ProjectionConfig, *, init: str, seed: int) -> Projection:
     Args:
         config: of the projection that is wanted.
         init: ``random``, ``identity``, or a folder with a projection for the same backbone,
-            blocks and norm: of the same kind and activation, or affine.
+            layers and norm: of the same kind and activation, or affine.
         seed: of a random start.
 
     Raises:
@@ -54,18 +63,25 @@ def new_head(config: ProjectionConfig, *, init: str, seed: int) -> Projection:
         head = Projection(config)
     if init == "random":
         return head
-    if init == "identity":
-        eye = torch.eye(config.out_width)
-        _start_from_affine(head, eye, torch.zeros(config.out_width), source="the identity")
-        return head
-    start = _load_start(config, init)
-    if start.config.kind in ("affine", "identity") and start.config.kind != config.kind:
-        state = start.state_dict()
-        weight = state.get("linears.0.weight", torch.eye(config.out_width))
-        bias = state.get("linears.0.bias", torch.zeros(config.out_width))
-        _start_from_affine(head, weight, bias, source=init)
-    else:
-        head.load_state_dict(start.state_dict())
+    weight, bias = torch.eye(config.out_width), torch.zeros(config.out_width)
+    if init != "identity":
+        start = _load_start(config, init)
+        if start.config.kind == config.kind:
+            head.load_state_dict(start.state_dict())
+            return head
+        if start.config.kind == "affine":
+            state = start.state_dict()
+            weight, bias = state["linears.0.weight"], state["linears.0.bias"]
+    if config.kind != "affine" and config.activation != "tanh":
+        raise TrainingError(
+            f"a head with {config.activation} cannot start from {init}: it has no range that is "
+            "a straight line. Use --activation tanh, or --init random"
+        )
+    scale = 1.0 if config.kind == "affine" else _LINEAR_RANGE
+    first, *following = head.linears
+    first.load_state_dict({"weight": scale * weight, "bias": scale * bias})
+    for linear in following:
+        linear.load_state_dict({"weight": torch.eye(len(bias)), "bias": torch.zeros(len(bias))})
     return head
 
 
@@ -73,7 +89,7 @@ def _load_start(config: ProjectionConfig, init: str) -> Projection:
     folder = Path(init).expanduser()
     if not folder.is_dir():
         raise TrainingError(
-            f"{init!r} is no start: give {', '.join(map(repr, INITS))}, or a projection folder"
+            f"{init!r} is no start: give 'random', 'identity', or a projection folder"
         )
     start = Projection.load(folder)
     fields = ["fingerprint", "layers", "norm", "in_width", "out_width"]
@@ -91,22 +107,3 @@ def _load_start(config: ProjectionConfig, init: str) -> Projection:
             "affine projection can start a head of another kind"
         )
     return start
-
-
-@torch.no_grad()
-def _start_from_affine(head: Projection, weight: Tensor, bias: Tensor, *, source: str) -> None:
-    config = head.config
-    if config.kind == "affine":
-        scale = 1.0
-    elif config.activation == "tanh":
-        scale = _LINEAR_RANGE
-    else:
-        raise TrainingError(
-            f"a head with {config.activation} cannot start from {source}: it has no range that is "
-            "a straight line. Use --activation tanh, or --init random"
-        )
-    first, *following = head.linears
-    state = {"weight": scale * weight, "bias": scale * bias}
-    first.load_state_dict(state)
-    for linear in following:
-        linear.load_state_dict({"weight": torch.eye(len(bias)), "bias": torch.zeros(len(bias))})

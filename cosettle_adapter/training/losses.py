@@ -1,65 +1,91 @@
-"""The paper's two losses: cycles over frames, and staying close to the backbone."""
+"""The paper's objective: cycles that close, on tokens that stay close to the backbone's."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
-Grid = tuple[int, int]
+from cosettle_adapter.training.encoding import Grid, Views
+from cosettle_adapter.training.settings import ObjectiveSettings
 
 _EPSILON = 1e-6
 _LONGEST = 1.01  # of a unit vector; half precision rounds
 
 
-def cycle_consistency_loss(
-    x1: Tensor,
-    x2: Tensor,
-    x1_perturbed: Tensor,
-    grid: Grid,
-    temperature: float = 0.03,
-    pool: int = 2,
-) -> tuple[Tensor, Tensor]:
-    """Walk from each place of frame 1 to frame 2 and back, and ask to arrive where one set out.
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Scalars of one batch, float32.
 
-    The paper's cycle-consistency loss (section 3.3; ``forward_asy_cycle_loss`` in each model of
-    the official code). Unit vectors are averaged over ``pool x pool`` cells and not scaled to
-    unit length again; with ``A12 = softmax(x1 x2^T / t)`` and ``A21' = softmax(x2 x1'^T / t)``,
-    the loss is the cross-entropy of ``log(A12 A21' + 1e-6)``, taken as logits, with the identity.
+    Attributes:
+        total: what is minimised; the only one to call ``backward`` on.
+        cycle: the cycle-consistency loss.
+        separability: the separability loss before it is weighted.
+        accuracy: the share of cycles that end where they began, in [0, 1].
+    """
+
+    total: Tensor
+    cycle: Tensor
+    separability: Tensor
+    accuracy: Tensor
+
+
+def objective(
+    project: Callable[[Tensor], Tensor], views: Views, settings: ObjectiveSettings
+) -> Losses:
+    """Compute the losses of a head on a batch of views.
+
+    All views are projected in one call (so that a module wrapped for data-parallel training is
+    called once per pass), scaled to unit length and compared in float32, under autocast as well.
+    Gradients reach what ``project`` is made of, never the tokens.
 
     Args:
-        x1: ``(B, N, C)`` unit vectors of frame 1, row by row; ``N = h * w``.
-        x2: ``(B, N, C)`` unit vectors of frame 2.
-        x1_perturbed: ``(B, N, C)`` unit vectors of frame 1 seen with perturbed positions.
-        grid: ``(h, w)``. Rows and columns that do not fill a ``pool x pool`` window are left out,
-            at the bottom and on the right.
-        temperature: ``t`` of the softmaxes.
-        pool: cells averaged along each side.
+        project: the head: tokens ``(..., C)`` to ``(..., C')``.
+        views: from :func:`~cosettle_adapter.training.encoding.encode_views`.
+        settings: temperatures, weight and pool.
 
     Returns:
-        The loss, and the share of places from which the likeliest walk comes back to where it
-        set out, in [0, 1]: two scalars, float32 (float64 for float64 vectors).
+        The losses; ``separability`` is 0 where its weight is 0 and the head changes the width.
 
     Raises:
-        TypeError: vectors that are not floating-point tensors.
-        ValueError: shapes that do not fit each other or the grid, vectors longer than 1, a
-            temperature that is not positive, or a window larger than the grid.
+        ValueError: a head that changes the width while the separability loss has a weight.
     """
-    x1, x2, x1_perturbed = _unit_vectors(False, x1=x1, x2=x2, x1_perturbed=x1_perturbed)
-    if x1.ndim != 3 or not x1.shape == x2.shape == x1_perturbed.shape:
-        raise ValueError(
-            "expected x1, x2 and x1_perturbed (B, N, C) of one shape, got "
-            f"{tuple(x1.shape)}, {tuple(x2.shape)} and {tuple(x1_perturbed.shape)}"
-        )
-    plain = torch.stack([x1, x2], dim=1)
-    return _cycles(plain, rearrange(x1_perturbed, "b n c -> b 1 n c"), grid, temperature, pool)
+    with torch.autocast(views.forward.device.type, enabled=False):
+        tokens = torch.cat([views.forward, views.backward], dim=1)
+        # Tensors made in inference mode cannot take part in a backward pass.
+        tokens = (tokens.clone() if tokens.is_inference() else tokens.detach()).float()
+        projected = F.normalize(project(tokens).float(), dim=-1)
+        frames = views.forward.shape[1]
+        forward, backward = projected[:, :frames], projected[:, frames:]
+        cycles = [
+            cycle_consistency_loss(
+                forward, backward, views.grid, temperature, settings.pool, normalised=True
+            )
+            for temperature in settings.temperatures
+        ]
+        cycle, accuracy = (torch.stack(each).mean() for each in zip(*cycles, strict=True))
+        if tokens.shape[-1] == projected.shape[-1]:
+            separability = semantic_separability_loss(
+                F.normalize(tokens, dim=-1), projected, normalised=True
+            )
+        elif settings.separability_weight:
+            raise ValueError(
+                "the separability loss compares channels one by one, but the head makes "
+                f"{projected.shape[-1]} of {tokens.shape[-1]}: keep the width, or set "
+                "separability_weight=0"
+            )
+        else:
+            separability = projected.new_zeros(())
+        total = cycle + settings.separability_weight * separability
+    return Losses(total, cycle, separability, accuracy)
 
 
-def multi_frame_cycle_loss(
+def cycle_consistency_loss(
     forward: Tensor,
     backward: Tensor,
     grid: Grid,
@@ -68,26 +94,33 @@ def multi_frame_cycle_loss(
     *,
     normalised: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Walk out over frames and back, for every number of frames, and average over the cycles.
+    """Walk from each place of frame 1 over the clip and back, to arrive where the walk began.
 
-    Cycle ``k`` goes from frame 1 over 2, 3, ... to frame ``k`` on plain views, and back over
-    ``k - 1``, ..., 2 to 1 on perturbed ones; ``k`` from 2 to ``T``. Its transition matrix is the
-    product of the softmaxes on the way; loss and accuracy of each are those of
-    :func:`cycle_consistency_loss`, which this is for two frames.
+    The paper's cycle-consistency loss (section 3.3; ``forward_asy_cycle_loss`` in the official
+    code). Unit vectors are averaged over ``pool x pool`` patches and not scaled to unit length
+    again. For two frames, with ``A12 = softmax(x1 x2^T / t)`` and ``A21' = softmax(x2 x1'^T / t)``,
+    the loss is the cross-entropy of ``log(A12 A21' + 1e-6)``, taken as logits, with the identity.
+    Of more frames, cycle ``k`` goes over plain views to frame ``k`` and back over perturbed ones;
+    loss and accuracy are means over ``k`` from 2 to ``T``.
 
     Args:
-        forward: ``(B, T, N, C)`` unit vectors of the frames' plain views, ``T`` at least 2.
+        forward: ``(B, T, N, C)`` unit vectors of the frames' plain views, ``T`` at least 2 and
+            ``N = h * w``, row by row.
         backward: ``(B, T - 1, N, C)`` unit vectors of perturbed views of all frames but the last.
-        grid: as in :func:`cycle_consistency_loss`.
-        temperature: as in :func:`cycle_consistency_loss`.
-        pool: as in :func:`cycle_consistency_loss`.
-        normalised: the vectors are known to be of unit length; a look at them waits for a GPU.
+        grid: ``(h, w)``. Rows and columns that do not fill a window are left out, at the bottom
+            and on the right.
+        temperature: ``t`` of the softmaxes.
+        pool: patches averaged along each side.
+        normalised: skip the check for unit length, which waits for a GPU.
 
     Returns:
-        Loss and accuracy, each the mean over the cycles.
+        The loss, and the share of places from which the likeliest walk returns, in [0, 1]: two
+        scalars, float32 (float64 for float64 vectors).
 
     Raises:
-        TypeError, ValueError: as :func:`cycle_consistency_loss`.
+        TypeError: vectors that are not floating point.
+        ValueError: shapes that do not fit each other or the grid, vectors longer than 1, a
+            temperature that is not positive, or a window larger than the grid.
     """
     forward, backward = _unit_vectors(normalised, forward=forward, backward=backward)
     b, t, *vectors = forward.shape
@@ -96,28 +129,52 @@ def multi_frame_cycle_loss(
             "expected forward (B, T, N, C) with T of 2 or more and backward (B, T - 1, N, C), "
             f"got {tuple(forward.shape)} and {tuple(backward.shape)}"
         )
-    return _cycles(forward, backward, grid, temperature, pool)
-
-
-def _cycles(
-    forward: Tensor, backward: Tensor, grid: Grid, temperature: float, pool: int
-) -> tuple[Tensor, Tensor]:
-    if forward.shape[2] != math.prod(grid):
+    if vectors[0] != math.prod(grid):
         raise ValueError(
             f"expected {math.prod(grid)} vectors for a grid of {grid[0]} x {grid[1]}, "
-            f"got {forward.shape[2]}"
+            f"got {vectors[0]}"
         )
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"the temperature must be positive, got {temperature}")
     if not isinstance(pool, int) or not 1 <= pool <= min(grid):
-        raise ValueError(
-            f"pool must be a whole number of cells from 1 to {min(grid)}, the shorter side of the "
-            f"grid, got {pool!r}"
-        )
+        raise ValueError(f"pool must be a whole number from 1 to {min(grid)}, got {pool!r}")
     with torch.autocast(forward.device.type, enabled=False):
-        out = _pooled(forward, grid, pool)
-        back = _pooled(backward, grid, pool)
+        out, back = _pooled(forward, grid, pool), _pooled(backward, grid, pool)
         return _mean_over_cycles(out, back, temperature)
+
+
+def semantic_separability_loss(
+    original: Tensor, projected: Tensor, *, normalised: bool = False
+) -> Tensor:
+    """Divergence of the projected tokens from the backbone's, as distributions over channels.
+
+    The paper's semantic separability regularisation (section 3.3; ``forward_kl_loss`` in the
+    official code): ``KL(softmax(original) || softmax(projected))``, summed over all tokens of all
+    views and divided by ``B``. Softmaxes of unit vectors are nearly uniform, so for vectors near
+    each other each token adds ``(1 - cos) / C``: at 3 views of 196 tokens and width 768,
+    ``0.766 (1 - cos)``. Longer clips and larger grids weigh more, narrower backbones too.
+
+    Args:
+        original: ``(B, ..., C)`` unit vectors of the backbone.
+        projected: ``(B, ..., C)`` unit vectors after the projection.
+        normalised: as in :func:`cycle_consistency_loss`.
+
+    Returns:
+        A scalar, float32 (float64 for float64 vectors).
+
+    Raises:
+        TypeError, ValueError: as :func:`cycle_consistency_loss`.
+    """
+    original, projected = _unit_vectors(normalised, original=original, projected=projected)
+    if original.ndim < 2 or original.shape != projected.shape:
+        raise ValueError(
+            "expected original and projected vectors (B, ..., C) of one shape, got "
+            f"{tuple(original.shape)} and {tuple(projected.shape)}"
+        )
+    with torch.autocast(original.device.type, enabled=False):
+        return F.kl_div(
+            F.log_softmax(projected, dim=-1), F.softmax(original, dim=-1), reduction="batchmean"
+        )
 
 
 def _mean_over_cycles(out: Tensor, back: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -140,51 +197,16 @@ def _mean_over_cycles(out: Tensor, back: Tensor, temperature: float) -> tuple[Te
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
-def semantic_separability_loss(
-    original: Tensor, projected: Tensor, *, normalised: bool = False
-) -> Tensor:
-    """Divergence of the projected tokens from the backbone's, as distributions over channels.
-
-    The paper's semantic separability regularisation (section 3.3; ``forward_kl_loss`` in each
-    model of the official code): ``KL(softmax(original) || softmax(projected))``, summed over all
-    tokens of all views and divided by ``B``. Softmaxes of unit vectors are nearly uniform, so for
-    vectors near each other each token adds ``(1 - cos) / C``: at 3 views of 196 tokens and width
-    768, ``0.766 (1 - cos)``. Longer clips and larger grids weigh more, narrower backbones too.
-
-    Args:
-        original: ``(B, ..., C)`` unit vectors of the backbone.
-        projected: ``(B, ..., C)`` unit vectors after the projection.
-        normalised: as in :func:`multi_frame_cycle_loss`.
-
-    Returns:
-        A scalar, float32 (float64 for float64 vectors).
-
-    Raises:
-        TypeError: vectors that are not floating-point tensors.
-        ValueError: another shape for each, or vectors longer than 1.
-    """
-    original, projected = _unit_vectors(normalised, original=original, projected=projected)
-    if original.ndim < 2 or original.shape != projected.shape:
-        raise ValueError(
-            "expected original and projected vectors (B, ..., C) of one shape, got "
-            f"{tuple(original.shape)} and {tuple(projected.shape)}"
-        )
-    with torch.autocast(original.device.type, enabled=False):
-        return F.kl_div(
-            F.log_softmax(projected, dim=-1), F.softmax(original, dim=-1), reduction="batchmean"
-        )
-
-
-def _pooled(vectors: Tensor, grid: Grid, pool: int) -> Tensor:
-    cells = rearrange(vectors, "b t (h w) c -> b t h w c", h=grid[0])
-    h, w = (side // pool for side in grid)
-    whole = cells[:, :, : h * pool, : w * pool]
-    return reduce(whole, "b t (h p) (w q) c -> b t (h w) c", "mean", p=pool, q=pool)
-
-
 def _transition(here: Tensor, there: Tensor, temperature: float) -> Tensor:
     """``(B, n, n)``: from each place of one frame, the chance to go to each of the other."""
     return F.softmax(here @ rearrange(there, "b n c -> b c n") / temperature, dim=-1)
+
+
+def _pooled(vectors: Tensor, grid: Grid, pool: int) -> Tensor:
+    patches = rearrange(vectors, "b t (h w) c -> b t h w c", h=grid[0])
+    h, w = (side // pool for side in grid)
+    whole = patches[:, :, : h * pool, : w * pool]
+    return reduce(whole, "b t (h p) (w q) c -> b t (h w) c", "mean", p=pool, q=pool)
 
 
 def _unit_vectors(normalised: bool, **given: Tensor) -> Sequence[Tensor]:
@@ -196,7 +218,7 @@ def _unit_vectors(normalised: bool, **given: Tensor) -> Sequence[Tensor]:
         if vectors.ndim < 2 or not vectors.numel():
             raise ValueError(f"expected {name} (B, ..., C), got {tuple(vectors.shape)}")
         if normalised or torch.compiler.is_compiling():
-            continue  # a look at the values would wait for the device, or break the graph
+            continue  # reading the values would wait for the device, or break the graph
         longest = float(torch.linalg.vector_norm(vectors.detach(), dim=-1).max())
         if longest > _LONGEST:
             raise ValueError(

@@ -3,68 +3,121 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.projection import Activation, ProjectionConfig
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.objective import ObjectiveSettings
 
-Head = Literal["linear", "mlp2", "mlp3", "affine"]
+Perturbation = Literal["batch", "sample", "off"]
+HeadKind = Literal["linear", "mlp2", "mlp3", "affine"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 LR_SAMPLES = 256
-"""Samples a step to which ``base_lr`` belongs; the learning rate grows in proportion."""
+"""Samples per step to which ``base_lr`` belongs; the learning rate grows in proportion."""
+
+_PAPER_LR = 1e-4
+_PAPER_TRAVEL = 2344 * 2e-4  # steps (five epochs of 240,000 clips by 512) times highest rate
+_SHORT_RUN_LR = 1e-3
+
+_AT_LEAST = {
+    "epochs": 1, "batch_size": 1, "accumulation": 1, "frames": 2, "size": 1, "pool": 1,
+    "pairs_per_clip": 1, "cache_views": 0, "workers": 0, "log_every": 1, "save_every": 1,
+    "separability_weight": 0, "pea_ratio": 0, "weight_decay": 0,
+}  # fmt: skip
+_KNOWN: dict[str, Any] = {
+    "pea": Perturbation, "head": HeadKind, "activation": Activation, "precision": Precision,
+}  # fmt: skip
+_NOT_THE_RESULT = ("workers", "log_every", "save_every", "batch_size", "accumulation")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings:
+class ObjectiveSettings:
+    """What is minimised: ``cycle + separability_weight * separability``.
+
+    ``sample`` and ``batch`` estimate the same loss at the same cost. With one crop of the positions
+    for each sample the gradient varies less from step to step: by 9 to 13 % at 32 clips and by
+    half at 256 (DINOv2-S on rendered clips: ``pytest tests/training/test_pea_modes.py --run-slow
+    -s``). Hence the default.
+
+    Attributes:
+        temperatures: of the softmaxes in the cycle; its loss and accuracy are means over them.
+        separability_weight: weight of the separability (KL) loss, the paper's lambda; 0 removes it.
+        pea: where the zoomed grid of positions is cropped: at a place of its own for each sample,
+            at one place per step for the whole batch (as in the official code), or off.
+        pea_ratio: the grid of positions is zoomed by one plus this.
+        pool: patches averaged along each side before cycles are walked.
+    """
+
+    temperatures: tuple[float, ...] = (0.03,)
+    separability_weight: float = 3.0
+    pea: Perturbation = "sample"
+    pea_ratio: float = 10.0
+    pool: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(self.temperatures))
+        if not self.temperatures or not all(0 < each < math.inf for each in self.temperatures):
+            raise TrainingError(
+                f"temperatures must be one or more positive numbers, got {self.temperatures}"
+            )
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            least, known = _AT_LEAST.get(name), get_args(_KNOWN.get(name))
+            if least is not None and value is not None and not least <= value < math.inf:
+                raise TrainingError(f"{name} must be at least {least}, got {value}")
+            if known and value not in known:
+                raise TrainingError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(ObjectiveSettings):
     """How a projection is trained.
 
-    The defaults are the paper's, with these differences: ``objective.pea`` (see there), ``squash``
-    (whole frames are cropped, which keeps their aspect), 128 samples a step in one process where
-    the paper has 512 in four, and on small corpora ``pairs_per_clip`` and ``base_lr``.
+    The defaults are the paper's, with these differences: ``pea`` (see
+    :class:`ObjectiveSettings`), ``squash`` (whole frames are cropped, which keeps their aspect
+    ratio), 128 samples per step in one process where the paper has 512 in four, and on small
+    corpora ``pairs_per_clip`` and ``base_lr``.
 
     Only the encoder runs in half precision, and no gradient passes through it: the head, its
     gradients and the losses are float32 throughout, so there is no loss to scale.
 
     Attributes:
         epochs: passes over the samples.
-        batch_size: samples a process and forward pass; lowered where there are fewer samples.
-        accumulation: forward passes a step. One step sees ``batch_size * processes *
-            accumulation`` samples, and it is the same step however that product comes about.
-        base_lr: learning rate for 256 samples a step; ``None`` for the paper's, raised on short
-            runs as :func:`~cosettle_adapter.training.schedule.learning_rate` says.
+        batch_size: samples per process and forward pass; lowered where there are fewer samples.
+        accumulation: forward passes per step. A step sees batch_size x processes x accumulation
+            samples, and it is the same step however that product is divided.
+        base_lr: learning rate for 256 samples per step; the paper's 1e-4 by default, higher on
+            short runs.
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
-        warmup_epochs: linear warm-up from 0, in epochs; ``None`` for one epoch, or a fifth of a
-            run of fewer than five. A half cosine to 0 follows, both step by step.
-        layers: 0-based blocks to read, negative from the end, concatenated along the channels;
-            ``None`` for the backbone's default.
-        norm: apply the final norm; ``None`` does as the backbone's row says for the last block,
-            and does not for earlier ones.
+        warmup_epochs: linear warm-up from 0, in epochs, followed by a half cosine to 0; by default
+            one epoch, or a fifth of a run of fewer than five.
+        layers: 0-based layers to read, negative from the end, concatenated along the channels; by
+            default the backbone's own.
+        norm: apply the final norm; by default as the backbone's row says for the last layer, and
+            not for earlier ones.
         head: kind of the projection.
         activation: its nonlinearity.
-        init: ``random`` (truncated normal of 0.02; an ``affine`` head starts as the identity),
-            ``identity`` (nearly: see :func:`~cosettle_adapter.training.head.new_head`), or a
-            projection folder to start from.
-        frames: frames of a cycle; 2 is the paper's.
+        init: random (an affine head starts as the identity), identity, or a projection folder to
+            start from.
+        frames: frames of a cycle; the paper's is 2.
         size: side of the square frames in pixels.
-        squash: squash frames to the square before cropping, as the paper's code does.
-        pairs_per_clip: samples drawn from each clip in an epoch; ``None`` makes epochs of about
-            2,000 samples.
-        cache_views: encoded views of each clip that are kept on disk and used over and over; 0
-            decodes and encodes new ones all the time.
-        objective: temperatures, weights and the positional perturbation.
+        squash: squash frames to the square before cropping, as the official code does.
+        pairs_per_clip: samples drawn from each clip in an epoch; by default as many as make epochs
+            of about 2,000 samples.
+        cache_views: encoded views per clip that are kept on disk and used over and over; 0 decodes
+            and encodes new ones all the time.
         precision: of the encoder's arithmetic.
-        compile: run the encoder through ``torch.compile``.
+        compile: run the encoder through torch.compile.
         seed: of everything that is drawn at random.
         workers: processes that decode videos; 0 decodes between steps. Does not change a result.
         save_every: steps between checkpoints; there is one at least every five minutes and at
             the end of each epoch in any case.
-        log_every: steps between lines of ``metrics.jsonl``.
+        log_every: steps between lines of metrics.jsonl.
     """
 
     epochs: int = 5
@@ -76,7 +129,7 @@ class TrainSettings:
     warmup_epochs: float | None = None
     layers: tuple[int, ...] | None = None
     norm: bool | None = None
-    head: Head = "linear"
+    head: HeadKind = "linear"
     activation: Activation = "tanh"
     init: str = "random"
     frames: int = 2
@@ -84,7 +137,6 @@ class TrainSettings:
     squash: bool = False
     pairs_per_clip: int | None = None
     cache_views: int = 0
-    objective: ObjectiveSettings = dataclasses.field(default_factory=ObjectiveSettings)
     precision: Precision = "float32"
     compile: bool = False
     seed: int = 0
@@ -93,58 +145,44 @@ class TrainSettings:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        at_least = {
-            "epochs": 1, "batch_size": 1, "accumulation": 1, "frames": 2, "size": 1,
-            "pairs_per_clip": 1, "cache_views": 0, "workers": 0, "log_every": 1, "save_every": 1,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise TrainingError(f"{name} must be at least {least}, got {value}")
-        if (self.base_lr is not None and not self.base_lr > 0) or not self.weight_decay >= 0:
-            raise TrainingError(
-                f"got base_lr={self.base_lr} and weight_decay={self.weight_decay}; "
-                "expected a positive rate and a decay of at least 0"
-            )
-        if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
+        super().__post_init__()
+        if self.base_lr is not None and not self.base_lr > 0:
+            raise TrainingError(f"base_lr must be a positive rate, got {self.base_lr}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs <= self.epochs:
             raise TrainingError(
                 f"warmup_epochs must be from 0 to the {self.epochs} epochs of the run, "
                 f"got {self.warmup_epochs}"
             )
-        for name, known in (("head", Head), ("activation", Activation), ("precision", Precision)):
-            if getattr(self, name) not in get_args(known):
-                raise TrainingError(
-                    f"unknown {name} {getattr(self, name)!r}; "
-                    f"expected one of {', '.join(get_args(known))}"
-                )
         if self.layers is not None and not self.layers:
-            raise TrainingError("layers must name at least one block, or be None")
+            raise TrainingError("layers must name at least one layer, or be None")
 
     @property
     def warmup(self) -> float:
         """Epochs of warm-up."""
         return min(1.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as a plain dictionary, tuples as lists."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return plain
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that decide the result, as JSON: they must not change on resuming."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in plain.items() if name not in _NOT_THE_RESULT}
 
     def record(self) -> dict[str, Any]:
-        """Return what is told of the settings beside a projection: what decided its weights."""
-        told = self.to_json() | {"warmup_epochs": self.warmup, **self.to_json()["objective"]}
-        told["init"] = Path(self.init).name
-        elsewhere = ("objective", "layers", "norm", "head", "activation", "pairs_per_clip")
-        untold = (*elsewhere, "batch_size", "accumulation", "workers", "save_every", "log_every")
-        return {name: value for name, value in told.items() if name not in untold}
+        """Return what is recorded beside a projection: the settings that its config lacks."""
+        elsewhere = ("layers", "norm", "head", "activation", "pairs_per_clip")
+        told = {
+            **self.decisive(),
+            "warmup_epochs": self.warmup,
+            "init": Path(self.init).name,
+        }
+        return {name: value for name, value in told.items() if name not in elsewhere}
 
     def head_config(self, backbone: Backbone) -> ProjectionConfig:
         """Return the config of the projection that is to be trained on ``backbone``.
 
         Raises:
-            ValueError: no such block.
+            ValueError: no such layer.
         """
         layers = (backbone.default_layer,) if self.layers is None else self.layers
         layers = tuple(backbone.block(layer) for layer in layers)
@@ -164,8 +202,35 @@ class TrainSettings:
             activation=self.activation,
         )
 
+    def highest_lr(self, samples: int, steps: int) -> float:
+        """Return the highest learning rate of a run: ``base_lr * samples / 256``.
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        Where ``base_lr`` is not given it is the paper's 1e-4. That belongs to a corpus of 240,000
+        clips: on a few thousand samples the head would end about where it began. So a run of fewer
+        steps gets a higher rate, by which steps times rate is what it is in the paper, up to 1e-3.
+
+        Args:
+            samples: samples per step, over all processes and accumulated batches.
+            steps: of the whole run.
+        """
+        if self.base_lr is not None:
+            return self.base_lr * samples / LR_SAMPLES
+        return max(_PAPER_LR * samples / LR_SAMPLES, min(_PAPER_TRAVEL / steps, _SHORT_RUN_LR))
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup: float) -> float:
+    """Return the share of the highest learning rate that a step uses.
+
+    From 0 in a straight line over the warm-up, then half a cosine to 0 (``util/lr_sched.py`` of
+    the official code, in steps in place of fractions of an epoch).
+
+    Args:
+        step: 0-based.
+        steps: of the whole run.
+        warmup: steps of warm-up; need not be whole.
+    """
+    if step < warmup:
+        return step / warmup
+    if step >= steps:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

@@ -28,11 +28,7 @@ class StopRequest:
         self._since = 0.0
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Take note of a signal; a second Ctrl-C stops at once.
-
-        Raises:
-            KeyboardInterrupt: the second Ctrl-C.
-        """
+        """Take note of a signal; a second Ctrl-C raises ``KeyboardInterrupt`` at once."""
         del frame
         if self.signal is None:
             self.signal, self._since = signal.Signals(number), time.monotonic()

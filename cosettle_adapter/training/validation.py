@@ -3,13 +3,11 @@
 The best projection so far is the one whose features keep a known mask best: the **overlap** of the
 propagated mask of a cut-out with where it truly is, on clips rendered from the validation videos'
 own frames. The motion is known because it was rendered, so nobody needs to have labelled
-anything; ``cosettle-adapter fit`` chooses its block the same way.
+anything; ``cosettle-adapter fit`` chooses its layer the same way.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import math
 from collections.abc import Sequence
 
@@ -17,85 +15,52 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter
-from cosettle_adapter.analysis import RepresentationMetrics
-from cosettle_adapter.analysis.consistency import tracking_error
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import CosettleError
+from cosettle_adapter.evaluation.consistency import tracking_error
+from cosettle_adapter.evaluation.representation_metrics import RepresentationMetrics
 from cosettle_adapter.projection import Projection, ProjectionConfig
-from cosettle_adapter.training.corpora.corpus import Corpus, Video
+from cosettle_adapter.training.corpus import Corpus, Video
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.fit import mask_overlap
-from cosettle_adapter.video.rendered import RenderedClip, render_clip
-from cosettle_adapter.video.resampling import resize
-
-logger = logging.getLogger(__name__)
+from cosettle_adapter.training.model_selection import mask_overlap, render_from
+from cosettle_adapter.video.geometry import resize
 
 CRITERION = "overlap"
 
 _CLIPS = 32
 _FRAMES = 8
 _RENDERED = 12
-_MOTION = 0.4
-_PHOTOMETRIC = 0.7
 _POINTS = 8  # a side
 _PERCENTILE = 95.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Figures:
-    """What features do on the validation clips.
-
-    Attributes:
-        overlap: intersection over union of propagated masks on rendered clips, in [0, 1]; more
-            is better, and the best projection is chosen by it.
-        tracking_error: mean distance of tracked points from the truth on rendered clips, pixels.
-        cycle_accuracy: share of cells that come home in real clips, in [0, 1].
-        d_intra: distance to the nearest patch of the next frame, in diameters of the clip.
-        d_inter: distance to other clips, in diameters; NaN for a single clip.
-    """
-
-    overlap: float
-    tracking_error: float
-    cycle_accuracy: float
-    d_intra: float
-    d_inter: float
-
-    def to_json(self) -> dict[str, float | None]:
-        """Return the figures with NaN as ``None``."""
-        values = dataclasses.asdict(self)
-        return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 class Validation:
     """Clips whose tokens are computed once; then only the head runs.
 
-    At most 32 clips are used, spread evenly over the folder, and 8 frames of each, spread evenly
+    At most 32 clips are used, spread evenly over the corpus, and 8 frames of each, spread evenly
     over the clip and resized to the square that is trained on.
+
+    Args:
+        backbone: the frozen encoder.
+        corpus: of the validation clips.
+        config: of the projection in training: which layers are read.
+        size: side of the square frames in pixels.
+        seed: of the rendered motion.
 
     Attributes:
         skipped: clips that could not be read, and why.
+
+    Raises:
+        TrainingError: no clip could be read.
     """
 
     def __init__(
         self, backbone: Backbone, corpus: Corpus, config: ProjectionConfig, *, size: int, seed: int
     ) -> None:
-        """Read and encode the clips.
-
-        Args:
-            backbone: the frozen encoder.
-            corpus: of the validation clips.
-            config: of the projection in training: which blocks are read.
-            size: side of the square frames in pixels.
-            seed: of the rendered motion.
-
-        Raises:
-            TrainingError: no clip could be read.
-        """
         self._adapter = CoSettleAdapter.raw(backbone)
         self._config, self._size = config, size
         self.skipped: dict[str, str] = {}
-        self._names: list[str] = []
-        self._clips: list[Tensor] = []
+        self._clips: dict[str, Tensor] = {}
         photos: list[Tensor] = []
         for video in evenly(corpus.videos, _CLIPS):
             try:
@@ -104,62 +69,61 @@ class Validation:
                 self.skipped[video.name] = str(error)
                 continue
             photos.append(frames[0])
-            self._names.append(video.name)
-            self._clips.append(self._encode(resize(frames, (size, size)) / 255))
+            self._clips[video.name] = self._encode(resize(frames, (size, size)) / 255)
         if not photos:
             reason = next(iter(self.skipped.values()), "there is none")
             raise TrainingError(f"no validation clip could be read; the first: {reason}")
-        self._rendered = [
-            (clip, self._encode(clip.frames.float() / 255)) for clip in self._render(photos, seed)
-        ]
+        rendered = render_from(photos, count=_RENDERED, size=(size, size), seed=seed)
+        self._rendered = [(clip, self._encode(clip.frames.float() / 255)) for clip in rendered]
 
-    def measure(self, projection: Projection | None) -> Figures:
-        """Measure a projection, or with ``None`` the backbone's own tokens."""
+    def measure(self, projection: Projection | None) -> dict[str, float | None]:
+        """Measure a projection, or with ``None`` the backbone's own tokens.
+
+        Returns:
+            ``overlap``: intersection over union of propagated masks on rendered clips, in [0, 1];
+            more is better, and the best projection is chosen by it. ``tracking_error``: mean
+            distance of tracked points from the truth on rendered clips, pixels.
+            ``cycle_accuracy``: share of patches with consistent cycles in real clips, in [0, 1].
+            ``d_intra``: distance to the nearest patch of the next frame, in diameters of the clip.
+            ``d_inter``: distance to other clips, in diameters; ``None`` for a single clip.
+        """
         metrics = RepresentationMetrics(percentiles=(_PERCENTILE,))
-        for name, tokens in zip(self._names, self._clips, strict=True):
-            metrics.add(_project(projection, tokens, self._adapter.device), name=name)
+        for name, tokens in self._clips.items():
+            metrics.add(self._project(projection, tokens), name=name)
         geometry = self._adapter.geometry(self._size, self._size)
+        centres = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) * (self._size / _POINTS)
+        points = torch.cartesian_prod(centres, centres)
         overlaps, errors = [], []
         for clip, tokens in self._rendered:
-            features = _project(projection, tokens, self._adapter.device)
+            features = self._project(projection, tokens)
             overlaps.append(mask_overlap(features, clip))
-            points = _points(self._size)
-            positions, visible = clip.track(points)
-            error = tracking_error(features, geometry, points, positions, visible)
+            error = tracking_error(features, geometry, points, *clip.track(points))
             errors.append(error["mean"])
         found = metrics.result()
-        return Figures(
-            overlap=sum(overlaps) / len(overlaps),
-            tracking_error=sum(errors) / len(errors),
-            cycle_accuracy=found.cycle_accuracy,
-            d_intra=found.d_intra[_PERCENTILE],
-            d_inter=found.d_inter[_PERCENTILE],
-        )
+        figures = {
+            CRITERION: sum(overlaps) / len(overlaps),
+            "tracking_error": sum(errors) / len(errors),
+            "cycle_accuracy": found.cycle_accuracy,
+            "d_intra": found.d_intra[_PERCENTILE],
+            "d_inter": found.d_inter[_PERCENTILE],
+        }
+        return {name: None if math.isnan(value) else value for name, value in figures.items()}
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:
         """Tokens ``(T, C, h, w)`` on the CPU, of frames ``(T, 3, S, S)`` in [0, 1]."""
-        backbone, config = self._adapter.backbone, self._config
         images = self._adapter.preprocess(frames.clamp(0, 1))
-        maps = backbone.intermediate_tokens(images, config.layers, norm=config.norm)
+        maps = self._adapter.backbone.intermediate_tokens(
+            images, self._config.layers, norm=self._config.norm
+        )
         return torch.cat(maps, dim=1).float().cpu()
 
-    def _render(self, photos: Sequence[Tensor], seed: int) -> list[RenderedClip]:
-        """The cut-out of one photo moves over another."""
-        count = len(photos)
-        return [
-            render_clip(
-                photos[index % count],
-                cutout=photos[(index + 1 + index // count) % count],
-                frames=_FRAMES,
-                size=(self._size, self._size),
-                motion="mixed",
-                amount=_MOTION,
-                photometric=_PHOTOMETRIC,
-                seed=seed + index,
-            )
-            for index in range(_RENDERED)
-        ]
+    @torch.no_grad()
+    def _project(self, projection: Projection | None, tokens: Tensor) -> Tensor:
+        if projection is None:
+            return tokens
+        projected: Tensor = projection(tokens.to(self._adapter.device)).cpu()
+        return projected
 
 
 def evenly(videos: Sequence[Video], count: int) -> list[Video]:
@@ -181,17 +145,3 @@ def read_evenly(video: Video, count: int) -> Tensor:
         raise TrainingError(f"{video.name} has {length} frame, and nothing to follow")
     count = min(count, length)
     return video.read([index * (length - 1) // (count - 1) for index in range(count)])
-
-
-@torch.no_grad()
-def _project(projection: Projection | None, tokens: Tensor, device: torch.device) -> Tensor:
-    if projection is None:
-        return tokens
-    projected: Tensor = projection(tokens.to(device)).cpu()
-    return projected
-
-
-def _points(size: int) -> Tensor:
-    """Points ``(N, 2)`` (x, y) in pixels, evenly over a square frame."""
-    centres = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) * (size / _POINTS)
-    return torch.cartesian_prod(centres, centres)

@@ -1,22 +1,40 @@
-"""Anything to uint8 frames and timestamps, one chunk at a time, and from pixels to cells."""
+"""Anything to uint8 frames and timestamps, one chunk at a time, and from pixels to patches."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosettle_adapter.lazy import load_on_use
+from cosettle_adapter.imports import load_on_use
 from cosettle_adapter.video.arrays import as_frames, validate_frames
-from cosettle_adapter.video.geometry import Fit, Geometry, plan_geometry
-from cosettle_adapter.video.photographs import photographs
+from cosettle_adapter.video.decoder import SourceInfo
+from cosettle_adapter.video.files import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    find_images,
+    find_videos,
+    is_image,
+    is_video,
+    read_image,
+)
+from cosettle_adapter.video.geometry import (
+    Fit,
+    Geometry,
+    apply_geometry,
+    plan_geometry,
+    resample_to_points,
+)
 from cosettle_adapter.video.prefetch import prefetch
-from cosettle_adapter.video.resampling import apply_geometry, resample_to_points
+from cosettle_adapter.video.reader import FrameChunk, open_frames, pinned, probe
 from cosettle_adapter.video.selection import FrameSelection
-from cosettle_adapter.video.sources import FrameChunk, SourceInfo, open_frames, pinned, probe
+from cosettle_adapter.video.synthetic import photographs
 
 if TYPE_CHECKING:
-    from cosettle_adapter.video.rendered import RenderedClip, render_clip
+    from cosettle_adapter.video.random_access import count_frames, read_frames
+    from cosettle_adapter.video.synthetic import RenderedClip, render_clip
 
 __all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
     "Fit",
     "FrameChunk",
     "FrameSelection",
@@ -25,12 +43,19 @@ __all__ = [
     "SourceInfo",
     "apply_geometry",
     "as_frames",
+    "count_frames",
+    "find_images",
+    "find_videos",
+    "is_image",
+    "is_video",
     "open_frames",
     "photographs",
     "pinned",
     "plan_geometry",
     "prefetch",
     "probe",
+    "read_frames",
+    "read_image",
     "render_clip",
     "resample_to_points",
     "validate_frames",
@@ -40,8 +65,11 @@ __all__ = [
 __getattr__ = load_on_use(
     __name__,
     {
-        "RenderedClip": "cosettle_adapter.video.rendered",
-        "render_clip": "cosettle_adapter.video.rendered",
+        "RenderedClip": "cosettle_adapter.video.synthetic",
+        "count_frames": "cosettle_adapter.video.random_access",
+        "photographs": "cosettle_adapter.video.synthetic",
+        "read_frames": "cosettle_adapter.video.random_access",
+        "render_clip": "cosettle_adapter.video.synthetic",
     },
 )
 

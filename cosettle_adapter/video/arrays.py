@@ -1,16 +1,16 @@
-"""Whatever holds pixels in memory, as one channel-first tensor that has been checked."""
+"""Frames in memory - tensors, arrays, PIL images - as one channel-first tensor, checked."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from cosettle_adapter import extras
+from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
 
 _ACCEPTED = (
@@ -19,8 +19,8 @@ _ACCEPTED = (
 )
 _AXES = {3: "(3, H, W)", 4: "(T, 3, H, W)", 5: "(B, T, 3, H, W)"}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# a resize or a division in float32 may end this far outside [0, 1]
-_ROUNDING = 1e-5
+_ROUNDING = 1e-5  # a resize or a division in float32 may end this far outside [0, 1]
+_OVERSHOT = "if a resize overshot, frames.clamp(0, 1)"
 
 
 def as_frames(frames: Any) -> Tensor:
@@ -61,17 +61,18 @@ def validate_frames(frames: Tensor) -> None:
     if frames.dtype == torch.uint8:
         return
     if frames.dtype not in _FLOATS:
-        _refuse_dtype(frames.dtype)
+        hint = {
+            torch.bool: "masks are not frames",
+            torch.uint16: "16-bit: (frames.to(torch.int32) // 257).to(torch.uint8)",
+        }.get(frames.dtype, "if the values are in [0, 255], use .to(torch.uint8)")
+        raise FrameError(
+            f"got dtype {frames.dtype}, expected uint8 in [0, 255] or float in [0, 1]; {hint}"
+        )
     if torch.compiler.is_compiling():  # looking at values would break the graph
         return
     low, high = (bound.item() for bound in torch.aminmax(frames.detach()))
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
-        _refuse_range(low, high)
-
-
-def is_image(candidate: Any) -> bool:
-    """Tell whether something is a PIL image, without importing PIL."""
-    return _is_a(candidate, "PIL.Image", "Image")
+        raise FrameError(_wrong_range(low, high))
 
 
 def is_array(candidate: Any) -> bool:
@@ -79,16 +80,18 @@ def is_array(candidate: Any) -> bool:
     return _is_a(candidate, "numpy", "ndarray")
 
 
-def image_to_frame(image: Any) -> Tensor:
-    """Convert a PIL image of any mode to RGB pixels; transparency is dropped.
+def is_pil(candidate: Any) -> bool:
+    """Tell whether something is a PIL image, without importing PIL."""
+    return _is_a(candidate, "PIL.Image", "Image")
 
-    Returns:
-        (3, H, W) uint8 tensor.
+
+def image_to_frame(image: Any) -> Tensor:
+    """Convert a PIL image to (3, H, W) uint8 RGB; transparency is dropped.
 
     Raises:
         FrameError: a mode without a known range of values (32-bit float).
     """
-    numpy = extras.require("numpy", extra="video", purpose="reading PIL images")
+    numpy = imports.require("numpy", extra="video", purpose="reading PIL images")
     if image.mode == "F":
         raise FrameError("got a 32-bit float PIL image; pass it as a float array in [0, 1] instead")
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip rather than scale
@@ -108,37 +111,32 @@ def _to_tensor(frames: Any) -> Tensor:
         return frames
     if is_array(frames):
         return _array_to_tensor(frames)
-    if is_image(frames):
+    if is_pil(frames):
         return image_to_frame(frames)
     if isinstance(frames, (list, tuple)):
         return _stack(frames)
-    raise FrameError(f"cannot read frames from {_describe(frames)}; expected {_ACCEPTED}")
-
-
-def _describe(thing: Any) -> str:
-    if isinstance(thing, (str, bytes)) or hasattr(thing, "__fspath__"):
-        return f"the path {thing!r} (open_frames reads files)"
-    return f"an object of type {type(thing).__name__}"
+    kind = f"an object of type {type(frames).__name__}"
+    if isinstance(frames, (str, bytes)) or hasattr(frames, "__fspath__"):
+        kind = f"the path {frames!r} (open_frames reads files)"
+    raise FrameError(f"cannot read frames from {kind}; expected {_ACCEPTED}")
 
 
 def _stack(images: Sequence[Any]) -> Tensor:
     if not images:
         raise FrameError(f"got zero frames: an empty list; expected {_ACCEPTED}")
-    converted: list[Tensor] = []
-    for index, image in enumerate(images):
-        frame = _to_tensor(image)
+    converted = [_to_tensor(image) for image in images]
+    first = converted[0]
+    for index, frame in enumerate(converted):
         if frame.ndim != 3:
             raise FrameError(
                 f"item {index} of the list has shape {tuple(frame.shape)}, expected one image, "
                 "(3, H, W) or (H, W, 3); concatenate clips before passing them"
             )
-        if converted and (frame.shape, frame.dtype) != (converted[0].shape, converted[0].dtype):
-            first = converted[0]
+        if (frame.shape, frame.dtype) != (first.shape, first.dtype):
             raise FrameError(
                 f"item {index} of the list is {tuple(frame.shape)} {frame.dtype}, but item 0 is "
                 f"{tuple(first.shape)} {first.dtype}; give all frames one size and dtype"
             )
-        converted.append(frame)
     return torch.stack(converted)
 
 
@@ -152,36 +150,28 @@ def _array_to_tensor(array: Any) -> Tensor:
             f"got a numpy array of dtype {array.dtype}, expected uint8 in [0, 255] or float in "
             "[0, 1]; use .astype(numpy.uint8)"
         ) from error
-    if tensor.ndim in _AXES and _is_channel_last(tuple(tensor.shape)):
-        return rearrange(tensor, "... h w c -> ... c h w")
+    if tensor.ndim in _AXES:
+        first, last = tensor.shape[-3], tensor.shape[-1]
+        if last == 3 or (first != 3 and last in (1, 2, 4)):
+            return rearrange(tensor, "... h w c -> ... c h w")
     return tensor
-
-
-def _is_channel_last(shape: tuple[int, ...]) -> bool:
-    if shape[-1] == 3 or shape[-3] == 3:
-        return shape[-1] == 3
-    return shape[-1] in (1, 2, 4)
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
     if len(shape) not in _AXES:
-        hint = ""
-        if len(shape) == 2:
-            hint = "; a grayscale image: repeat it to 3 channels, (3, H, W)"
+        hint = "; a grayscale image: repeat it to 3 channels, (3, H, W)" if len(shape) == 2 else ""
         raise FrameError(
             f"got shape {shape} with {len(shape)} axes, expected {', '.join(_AXES.values())}{hint}"
         )
     if 0 in shape:
         raise FrameError(f"got zero frames or pixels: shape {shape}; expected {_AXES[len(shape)]}")
-    channels = shape[-3]
+    channels, last = shape[-3], shape[-1]
     if channels == 3:
         return
-    if shape[-1] in (1, 3, 4):
+    if last in (1, 3, 4):
         order = {3: "2, 0, 1", 4: "0, 3, 1, 2", 5: "0, 1, 4, 2, 3"}[len(shape)]
-        hint = (
-            f"channels look to be last: pass the numpy array, or frames.permute({order})"
-            + {1: ", and repeat 1 channel to 3", 3: "", 4: ", and drop alpha"}[shape[-1]]
-        )
+        then = {1: ", and repeat 1 channel to 3", 3: "", 4: ", and drop alpha"}[last]
+        hint = f"channels look to be last: pass the numpy array, or frames.permute({order}){then}"
     elif channels == 1:
         hint = (
             "grayscale: repeat to 3 with frames.repeat_interleave(3, dim=-3), "
@@ -200,28 +190,19 @@ def _check_shape(shape: tuple[int, ...]) -> None:
     raise FrameError(f"got {amount} in shape {shape}, expected {_AXES[len(shape)]}; {hint}")
 
 
-def _refuse_dtype(dtype: torch.dtype) -> NoReturn:
-    hints = {
-        torch.bool: "masks are not frames",
-        torch.uint16: "16-bit: (frames.to(torch.int32) // 257).to(torch.uint8)",
-    }
-    hint = hints.get(dtype, "if the values are in [0, 255], use .to(torch.uint8)")
-    raise FrameError(f"got dtype {dtype}, expected uint8 in [0, 255] or float in [0, 1]; {hint}")
-
-
-def _refuse_range(low: float, high: float) -> NoReturn:
+def _wrong_range(low: float, high: float) -> str:
     if low != low or high != high:
-        raise FrameError("float frames hold NaN; expected finite values in [0, 1]")
+        return "float frames hold NaN; expected finite values in [0, 1]"
     if low == -torch.inf or high == torch.inf:
-        raise FrameError("float frames hold infinite values; expected finite values in [0, 1]")
+        return "float frames hold infinite values; expected finite values in [0, 1]"
     if low < -_ROUNDING:
         hint = "these look normalised: do not normalise, the adapter does"
         if low > -0.25 and high < 1.25:
-            hint += "; if a resize overshot, frames.clamp(0, 1)"
+            hint += f"; {_OVERSHOT}"
     elif high < 1.25:
-        hint = "if a resize overshot, frames.clamp(0, 1)"
+        hint = _OVERSHOT
     elif high <= 255:
         hint = "divide by 255, or use .to(torch.uint8)"
     else:
         hint = f"divide by the largest value the format allows ({high:g} was met)"
-    raise FrameError(f"float frames must lie in [0, 1], got min {low:g} and max {high:g}; {hint}")
+    return f"float frames must lie in [0, 1], got min {low:g} and max {high:g}; {hint}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cosettle_adapter.errors import TruncatedVideoError
+
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
@@ -32,22 +34,20 @@ class Completeness:
         self.seconds: float | None = None
         self.streams: list[Any] = [stream]
         self.partial_tail = False
-        self._origin = 0.0
-        self._reached = 0.0
+        self._origin = self._reached = self._shown = self._widest_gap = 0.0
         self._read = 0
         self._last: float | None = None
-        self._shown = 0.0
-        self._widest_gap = 0.0
+        base: Any = stream.time_base or 0
         tag = _tagged_seconds(stream.metadata)
         if self.frames and container.format.name == "avi":
             # the duration of a cut AVI file is estimated from its size; its frame count is not
-            self.seconds = float(self.frames * _base(stream))
+            self.seconds = float(self.frames * base)
         elif stream.duration:
-            self.seconds = float(stream.duration * _base(stream))
+            self.seconds = float(stream.duration * base)
         elif tag is not None or container.duration:
             self.seconds = (container.duration or 0) / 1e6 if tag is None else tag
             # such lengths count from zero, and may be those of another stream
-            self._origin = float((stream.start_time or 0) * _base(stream))
+            self._origin = float((stream.start_time or 0) * base)
             if tag is None:
                 self.streams = [s for s in container.streams if s.type in ("video", "audio")]
 
@@ -58,7 +58,7 @@ class Completeness:
             self._reached = max(self._reached, end - self._origin)
 
     def saw_frame(self, time: float, duration: float) -> None:
-        """Note a decoded frame: its time from the stream's start, how long it stands."""
+        """Note a frame: its time from the stream's start, how long it is shown."""
         if self._last is not None:
             self._widest_gap = max(self._widest_gap, time - self._last)
         self._read += 1
@@ -66,32 +66,28 @@ class Completeness:
         self._shown = max(self._shown, time + duration)
         self._reached = max(self._reached, self._shown)
 
-    def shortfall(self, *, from_start: bool) -> str | None:
-        """Say what is missing at the end of the file, or None if it is complete.
+    def check(self, source: object, frames_read: int, *, from_start: bool) -> None:
+        """Raise :class:`TruncatedVideoError` if the file ended too early.
 
-        Args:
-            from_start: every frame of the file was seen, not only those after a seek.
+        ``from_start`` tells that every frame was seen, not only those after a seek.
         """
-        if self.partial_tail:
-            return self.promise(from_start=from_start)
-        if self.seconds is None or (from_start and self._read >= (self.frames or float("inf"))):
-            return None
-        slack = max(
-            min(_SLACK_SECONDS, _SLACK_SHARE * self.seconds), _SLACK_GAPS * self._widest_gap
+        if not self.partial_tail:
+            whole = from_start and self.frames is not None and self._read >= self.frames
+            if self.seconds is None or whole:
+                return
+            slack = min(_SLACK_SECONDS, _SLACK_SHARE * self.seconds)
+            slack = max(slack, _SLACK_GAPS * self._widest_gap)
+            if self._reached + self._origin >= self.seconds - slack:
+                return
+        raise TruncatedVideoError(
+            f"{source} ends early: {self.promise(from_start=from_start)}", frames_read=frames_read
         )
-        if self._reached + self._origin >= self.seconds - slack:
-            return None
-        return self.promise(from_start=from_start)
 
     def promise(self, *, from_start: bool) -> str:
         """Describe how much was read, and of how much the header promises."""
         frames = f"{self._read} of {self.frames} frames" if self.frames else f"{self._read} frames"
         length = "unknown length" if self.seconds is None else f"{self.seconds:.2f} s"
         return f"read {frames + ', ' if from_start else ''}{self._shown:.2f} s of {length}"
-
-
-def _base(stream: VideoStream) -> Any:
-    return stream.time_base or 0
 
 
 def _tagged_seconds(metadata: dict[str, str]) -> float | None:

@@ -1,30 +1,25 @@
-"""How a frame becomes a grid of patch cells, and the way back to pixels.
+"""From frames to the encoder's grid of patches and back: sizes, coordinates, resampling.
 
 Pixel coordinates are (x, y) in the original frame and continuous: pixel (0, 0) covers
-``[0, 1) x [0, 1)`` and has its centre at (0.5, 0.5). Cell coordinates are (row, col), whole at the
-cells' centres. Cell (i, j) has its centre at ``patch / 2 + stride * (i, j)`` of the frame the
+``[0, 1) x [0, 1)`` and has its centre at (0.5, 0.5). Grid coordinates are (row, col), whole at the
+patches' centres. Patch (i, j) has its centre at ``patch / 2 + stride * (i, j)`` of the frame the
 encoder sees, which is the original frame resized and, with ``fit="pad"``, extended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.video.sides import (
-    as_sides,
-    check_side,
-    check_steps,
-    check_valid,
-    nearest_valid,
-    next_valid,
-    whole,
-)
 
 Fit = Literal["resize", "pad"]
 
@@ -53,11 +48,11 @@ class Geometry:
     fit: Fit
 
     def __post_init__(self) -> None:
-        check_steps(self.patch, self.stride, self.fit)
         for name in ("frame", "resized", "padded"):
-            as_sides(name, getattr(self, name))
+            object.__setattr__(self, name, as_sides(name, getattr(self, name)))
+        _check_steps(self.patch, self.stride, self.fit)
         for axis, seen, resized in zip(("height", "width"), self.padded, self.resized, strict=True):
-            check_valid(f"padded {axis}", seen, self.patch, self.stride)
+            _check_valid(f"padded {axis}", seen, self.patch, self.stride)
             if seen < resized or (self.fit == "resize" and seen != resized):
                 raise GeometryError(
                     f"padded {axis} {seen} does not go with resized {axis} {resized} under "
@@ -66,7 +61,7 @@ class Geometry:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w) of the grid of cells."""
+        """(h, w) of the grid of patches."""
         h, w = (1 + (side - self.patch) // self.stride for side in self.padded)
         return h, w
 
@@ -76,26 +71,17 @@ class Geometry:
         return self.resized[0] / self.frame[0], self.resized[1] / self.frame[1]
 
     def cell_centers(self) -> Tensor:
-        """Centre of every cell in the original frame.
+        """Return (h, w, 2) float64 (x, y) pixels of every patch's centre in the original frame.
 
-        Returns:
-            (h, w, 2) float64 tensor of (x, y) pixels. Cells that lie mostly on padding have
-            centres beyond the frame's bottom or right edge.
+        Those of patches that lie mostly on padding are beyond the frame's bottom or right edge.
         """
         rows, cols = (torch.arange(n, dtype=torch.float64) for n in self.grid)
         return self.cells_to_pixels(torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1))
 
     def cells_to_pixels(self, cells: Tensor) -> Tensor:
-        """Map (row, col) cells, whole or fractional, to (x, y) pixels of the original frame.
+        """Map (..., 2) of (row, col), whole or not, to (x, y) pixels of the original frame.
 
-        Args:
-            cells: (..., 2) tensor of (row, col).
-
-        Returns:
-            (..., 2) tensor of (x, y) in the dtype of ``cells``; integers become float64.
-
-        Raises:
-            GeometryError: the last axis is not 2 long.
+        The dtype is kept, but integers become float64.
         """
         row, col = _pairs(cells, "cells", "(row, col)")
         sy, sx = self.scale
@@ -104,18 +90,9 @@ class Geometry:
         return torch.stack((x, y), dim=-1)
 
     def pixels_to_cells(self, points: Tensor) -> Tensor:
-        """Map (x, y) pixels of the original frame to fractional (row, col) cells.
+        """Map (..., 2) of (x, y) pixels to fractional (row, col): :meth:`cells_to_pixels` undone.
 
-        The inverse of :meth:`cells_to_pixels`; nothing is rounded or clamped.
-
-        Args:
-            points: (..., 2) tensor of (x, y).
-
-        Returns:
-            (..., 2) tensor of (row, col) in the dtype of ``points``; integers become float64.
-
-        Raises:
-            GeometryError: the last axis is not 2 long.
+        Nothing is rounded or clamped.
         """
         x, y = _pairs(points, "points", "(x, y)")
         sy, sx = self.scale
@@ -125,30 +102,18 @@ class Geometry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready lists, numbers and strings."""
-        fields = asdict(self)
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Geometry:
-        """Rebuild a geometry from :meth:`to_dict`.
-
-        Raises:
-            GeometryError: a field is missing, unknown or contradicts the others.
-        """
-        known = set(cls.__dataclass_fields__)
-        if set(fields) != known:
+    def from_dict(cls, values: Mapping[str, Any]) -> Geometry:
+        """Rebuild a geometry from :meth:`to_dict`; raise :class:`GeometryError` if it is none."""
+        known = {field.name for field in fields(cls)}
+        if set(values) != known:
             raise GeometryError(
                 f"a geometry has the fields {sorted(known)}; "
-                f"missing {sorted(known - set(fields))}, unknown {sorted(set(fields) - known)}"
+                f"missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}"
             )
-        return cls(
-            frame=as_sides("frame", fields["frame"]),
-            resized=as_sides("resized", fields["resized"]),
-            padded=as_sides("padded", fields["padded"]),
-            patch=fields["patch"],
-            stride=fields["stride"],
-            fit=fields["fit"],
-        )
+        return cls(**values)
 
 
 def plan_geometry(
@@ -163,7 +128,7 @@ def plan_geometry(
     """Decide how frames of one size are brought to a size the encoder can cut into patches.
 
     An encoder takes sides of ``patch + k * stride`` pixels. With ``fit="resize"`` each side goes
-    to the nearest such number (the larger of two equally near), which may bend the aspect ratio
+    to the nearest such number (the larger of two equally near), which may change the aspect ratio
     by a few pixels. With ``fit="pad"`` the aspect ratio is kept and the bottom and right edge are
     replicated up to the next such number.
 
@@ -178,34 +143,179 @@ def plan_geometry(
         fit: ``"resize"`` or ``"pad"``.
 
     Raises:
-        GeometryError: a side is not positive, a frame is smaller than a patch and no ``size`` is
-            given, ``size`` is not made of valid sides, or the stride does not go with the patch.
+        GeometryError: the numbers do not go together; the message names those that do.
 
     Example:
         >>> plan_geometry(480, 854, patch=14, size=224).grid
         (16, 28)
     """
-    patch, stride = check_steps(patch, patch if stride is None else stride, fit)
+    patch = check_side("patch", patch)
+    stride = patch if stride is None else check_side("stride", stride)
+    _check_steps(patch, stride, fit)
     frame = as_sides("frame", (height, width))
     if isinstance(size, (tuple, list)):
-        return _into_box(frame, as_sides("size", size), patch, stride, fit)
-    if size is None:
-        for axis, side in zip(("height", "width"), frame, strict=True):
-            if side < patch:
-                raise GeometryError(
-                    f"frame {axis} {side} is smaller than one patch of {patch}; "
-                    f"pass size= to enlarge the frames, for example size={16 * patch}"
-                )
-        short = min(frame)
-    else:
-        short = check_side("size", size)
+        box = as_sides("size", size)
+        for axis, side in zip(("height", "width"), box, strict=True):
+            _check_valid(f"size {axis}", side, patch, stride)
+        factor = min(box[0] / frame[0], box[1] / frame[1])
+        # the shorter side of a very long frame may round to nothing
+        inside = max(1, _whole(frame[0] * factor)), max(1, _whole(frame[1] * factor))
+        return Geometry(frame, inside if fit == "pad" else box, box, patch, stride, fit)
+    if size is None and min(frame) < patch:
+        axis = "height" if height < patch else "width"
+        raise GeometryError(
+            f"frame {axis} {min(frame)} is smaller than one patch of {patch}; "
+            f"pass size= to enlarge the frames, for example size={16 * patch}"
+        )
+    short = min(frame) if size is None else check_side("size", size)
     target = (frame[0] * short / min(frame), frame[1] * short / min(frame))
     if fit == "pad":
-        resized = (whole(target[0]), whole(target[1]))
-        padded = (next_valid(resized[0], patch, stride), next_valid(resized[1], patch, stride))
+        resized = (_whole(target[0]), _whole(target[1]))
+        steps = [max(0, -((patch - side) // stride)) for side in resized]
+        padded = (patch + stride * steps[0], patch + stride * steps[1])
         return Geometry(frame, resized, padded, patch, stride, fit)
     seen = (nearest_valid(target[0], patch, stride), nearest_valid(target[1], patch, stride))
     return Geometry(frame, seen, seen, patch, stride, fit)
+
+
+def apply_geometry(frames: Tensor, geometry: Geometry) -> Tensor:
+    """Resize and pad frames as planned.
+
+    Resizing is bicubic with antialiasing, in float32, clamped to the input's range. Padding
+    repeats the last row and column. Frames that fit already come back as they are, the same
+    tensor; padding alone keeps the dtype.
+
+    Args:
+        frames: (T, 3, H, W) uint8 in [0, 255] or float in [0, 1].
+        geometry: the plan, made for (H, W).
+
+    Returns:
+        (T, 3, H', W') with (H', W') = ``geometry.padded``, in the range of the input: [0, 255]
+        for uint8 and [0, 1] for float. float32 if anything was resized.
+
+    Raises:
+        GeometryError: the frames are not of the size the geometry was planned for.
+    """
+    if frames.ndim != 4 or tuple(frames.shape[-2:]) != geometry.frame:
+        raise GeometryError(
+            f"got frames of shape {tuple(frames.shape)}, but the geometry was planned for "
+            f"(T, 3, {geometry.frame[0]}, {geometry.frame[1]}); "
+            "call plan_geometry for this frame size"
+        )
+    if geometry.resized != geometry.frame:
+        frames = resize(frames, geometry.resized)
+    bottom, right = (p - r for p, r in zip(geometry.padded, geometry.resized, strict=True))
+    # torch's replicate padding knows no uint8
+    if bottom:
+        frames = torch.cat((frames, frames[..., -1:, :].expand(-1, -1, bottom, -1)), dim=-2)
+    if right:
+        frames = torch.cat((frames, frames[..., -1:].expand(-1, -1, -1, right)), dim=-1)
+    return frames
+
+
+def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> Tensor:
+    """Read a feature grid at pixels of the original frame, bilinearly between patch centres.
+
+    Args:
+        features: (T, C, h, w) float features on ``geometry.grid``.
+        geometry: how the frames became that grid.
+        points: (N, 2) or (hh, ww, 2) of (x, y) pixels of the original frame. Points beyond the
+            outermost patch centres take the value at the border.
+
+    Returns:
+        (T, C, N) or (T, C, hh, ww), in the dtype of ``features``.
+
+    Raises:
+        GeometryError: ``features`` is not on the geometry's grid, or ``points`` has another shape
+            or holds NaN or infinite values.
+    """
+    h, w = geometry.grid
+    if features.ndim != 4 or tuple(features.shape[-2:]) != (h, w):
+        raise GeometryError(
+            f"got features of shape {tuple(features.shape)}, expected (T, C, {h}, {w}): "
+            "the grid of this geometry"
+        )
+    if points.ndim not in (2, 3):
+        raise GeometryError(
+            f"got points of shape {tuple(points.shape)}, expected (N, 2) or (hh, ww, 2)"
+        )
+    cells = geometry.pixels_to_cells(points)
+    if not bool(torch.isfinite(cells).all()):
+        raise GeometryError("points hold NaN or infinite values; leave those points out")
+    row, down = _between(cells[..., 0], h)
+    col, across = _between(cells[..., 1], w)
+    corners = (
+        (row[0] * w + col[0], (1 - down) * (1 - across)),
+        (row[0] * w + col[1], (1 - down) * across),
+        (row[1] * w + col[0], down * (1 - across)),
+        (row[1] * w + col[1], down * across),
+    )
+    # a weighted sum of looked-up rows; grid_sample's float32 coordinates are off by 1e-5 of a patch
+    precise = torch.float64 if features.dtype == torch.float64 else torch.float32
+    table = rearrange(features, "t c h w -> (h w) (t c)").to(precise)
+    index = rearrange([corner for corner, _ in corners], "k ... -> (...) k")
+    weight = rearrange([share for _, share in corners], "k ... -> (...) k").to(precise)
+    sampled = _here_or_on_cpu(_weighted_rows, table, index, weight)
+    sampled = rearrange(sampled, "n (t c) -> t c n", t=len(features)).to(features.dtype)
+    if points.ndim == 2:
+        return sampled
+    return rearrange(sampled, "t c (hh ww) -> t c hh ww", hh=len(points))
+
+
+def resize(frames: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Resize (T, C, H, W) frames to ``sides``: float32, bicubic, antialiased, range kept."""
+
+    def bicubic(pixels: Tensor) -> Tensor:
+        return F.interpolate(pixels, size=sides, mode="bicubic", antialias=True)
+
+    top = 255.0 if frames.dtype == torch.uint8 else 1.0
+    return _here_or_on_cpu(bicubic, frames.to(torch.float32)).clamp_(0.0, top)
+
+
+def nearest_valid(length: float, patch: int, stride: int) -> int:
+    """Return the side ``patch + k * stride`` nearest to a length; the larger of two."""
+    return patch + stride * max(0, _whole((length - patch) / stride))
+
+
+def as_sides(name: str, sides: Any) -> tuple[int, int]:
+    """Return (height, width) as ints, or say what ``name`` should have been."""
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+        raise GeometryError(f"{name} must be (height, width), got {sides!r}")
+    return check_side(f"{name} height", sides[0]), check_side(f"{name} width", sides[1])
+
+
+def check_side(name: str, side: Any) -> int:
+    """Return ``side`` as an int of at least 1, or say what ``name`` should have been."""
+    try:
+        length = operator.index(side)
+    except TypeError:
+        length = 0
+    if length < 1:
+        raise GeometryError(f"{name} must be a whole number of at least 1, got {side!r}")
+    return length
+
+
+def _whole(length: float) -> int:
+    return math.floor(length + 0.5)  # halves up
+
+
+def _check_steps(patch: int, stride: int, fit: str) -> None:
+    if check_side("stride", stride) > check_side("patch", patch):
+        raise GeometryError(
+            f"stride {stride} is larger than patch {patch} and would skip pixels; "
+            f"use a stride from 1 to {patch}"
+        )
+    if fit not in get_args(Fit):
+        raise GeometryError(f"got fit={fit!r}, expected 'resize' or 'pad'")
+
+
+def _check_valid(name: str, side: int, patch: int, stride: int) -> None:
+    below = patch + stride * max(0, (side - patch) // stride)
+    if side != below:
+        raise GeometryError(
+            f"{name} {side} is not patch + k * stride for patch {patch} and stride {stride}; "
+            f"the nearest that are: {below} and {below + stride}"
+        )
 
 
 def _pairs(values: Tensor, name: str, meaning: str) -> tuple[Tensor, Tensor]:
@@ -220,14 +330,22 @@ def _pairs(values: Tensor, name: str, meaning: str) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _into_box(
-    frame: tuple[int, int], box: tuple[int, int], patch: int, stride: int, fit: Fit
-) -> Geometry:
-    for axis, side in zip(("height", "width"), box, strict=True):
-        check_valid(f"size {axis}", side, patch, stride)
-    if fit == "resize":
-        return Geometry(frame, box, box, patch, stride, fit)
-    factor = min(box[0] / frame[0], box[1] / frame[1])
-    # the shorter side of a very long frame may round to nothing
-    resized = max(1, whole(frame[0] * factor)), max(1, whole(frame[1] * factor))
-    return Geometry(frame, resized, box, patch, stride, fit)
+def _between(position: Tensor, count: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Indices before and after a position among ``count`` patches, and the share of the latter."""
+    position = position.clamp(0, count - 1)
+    before = position.floor()
+    after = (before + 1).clamp(max=count - 1)
+    return (before.long(), after.long()), position - before
+
+
+def _weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    index, weight = index.to(table.device), weight.to(table.device)
+    return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
+
+
+def _here_or_on_cpu(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Run an operation where its first tensor lives, or on the CPU if no kernel exists there."""
+    try:
+        return operation(*tensors)
+    except NotImplementedError:
+        return operation(*(tensor.cpu() for tensor in tensors)).to(tensors[0].device)

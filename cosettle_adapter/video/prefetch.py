@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Generator, Iterable
+from typing import TypeVar
 
 from cosettle_adapter.errors import FrameError
 
@@ -14,16 +13,6 @@ Item = TypeVar("Item")
 
 # a producer that hangs in its own read must not hang the consumer's close
 _PATIENCE = 5.0
-
-
-@dataclass(frozen=True)
-class _Delivery(Generic[Item]):
-    item: Item
-
-
-@dataclass(frozen=True)
-class _End:
-    error: BaseException | None
 
 
 def prefetch(iterable: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
@@ -36,13 +25,7 @@ def prefetch(iterable: Iterable[Item], depth: int = 2) -> Generator[Item, None, 
 
     Args:
         iterable: what to iterate; only the thread touches it.
-        depth: number of items to hold ready, at least 1.
-
-    Returns:
-        A generator of the same items.
-
-    Raises:
-        FrameError: ``depth`` is below 1.
+        depth: number of items to hold ready, at least 1, else :class:`FrameError`.
     """
     if depth < 1:
         raise FrameError(f"depth must be at least 1, got {depth}")
@@ -50,22 +33,22 @@ def prefetch(iterable: Iterable[Item], depth: int = 2) -> Generator[Item, None, 
 
 
 def _consume(iterable: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    ready: queue.Queue[_Delivery[Item] | _End] = queue.Queue(maxsize=depth)
+    # one item in a list, or how the producer ended: its error, or None
+    ready: queue.Queue[list[Item] | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
     producer = threading.Thread(
         target=_produce, args=(iterable, ready, stop), name="cosettle-prefetch", daemon=True
     )
     del iterable  # the thread alone keeps it alive
     producer.start()
-    message: _Delivery[Item] | _End | None = None
+    received: list[Item] | BaseException | None = None
     try:
-        while isinstance(message := ready.get(), _Delivery):
-            yield message.item
-            message = None  # not kept alive while the next one is awaited
-        if message.error is not None:
-            raise message.error
+        while isinstance(received := ready.get(), list):
+            yield received.pop()  # not kept alive while the next one is awaited
+        if received is not None:
+            raise received
     finally:
-        message = None  # an error and its traceback would keep each other alive
+        received = None  # an error and its traceback would keep each other alive
         stop.set()
         # room for the item the producer may be waiting to hand over
         while not ready.empty():
@@ -77,15 +60,15 @@ def _consume(iterable: Iterable[Item], depth: int) -> Generator[Item, None, None
 
 def _produce(
     iterable: Iterable[Item],
-    ready: queue.Queue[_Delivery[Item] | _End],
+    ready: queue.Queue[list[Item] | BaseException | None],
     stop: threading.Event,
 ) -> None:
     error: BaseException | None = None
-    iterator: Iterator[Item] | None = None
+    iterator = None
     try:
         iterator = iter(iterable)
         for item in iterator:
-            ready.put(_Delivery(item))
+            ready.put([item])
             del item
             if stop.is_set():
                 break
@@ -97,4 +80,4 @@ def _produce(
     except BaseException as raised:
         error = error or raised
     if not stop.is_set():
-        ready.put(_End(error))
+        ready.put(error)

@@ -1,16 +1,26 @@
-"""Which frames of a source are wanted: one object, wherever frames are chosen."""
+"""Which frames of a source to read: one object, wherever frames are chosen."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.video.timeline import PendingFrame
+
+
+@dataclass(frozen=True, eq=False)
+class PendingFrame:
+    """A frame whose time is known and whose pixels are made when they are asked for."""
+
+    time: float  # seconds from the start of the source
+    name: str  # what errors call it: a file, or a position
+    load: Callable[[], Tensor]  # makes the pixels, (3, H, W) uint8 or float in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -50,15 +60,10 @@ class FrameSelection:
     def of(
         self, frames: Generator[PendingFrame, None, None], source: str, *, skip: int = 0
     ) -> Generator[PendingFrame, None, None]:
-        """Yield the wanted ones of ``frames``, which come in order of time, then close them.
+        """Yield the wanted ones of a source's frames, which come in order of time; close them.
 
-        Args:
-            frames: all frames of the source.
-            source: what errors call the source.
-            skip: pass over the first ones of those kept, without making their pixels.
-
-        Raises:
-            FrameError: there are none.
+        ``source`` is what a :class:`FrameError` calls it if there are none; ``skip`` passes over
+        the first ones of those kept.
         """
         kept = in_range = 0
         times: list[float] = []

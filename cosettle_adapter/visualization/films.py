@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extras import require
-from cosettle_adapter.files import atomic_path
+from cosettle_adapter.imports import require
+from cosettle_adapter.io import atomic_path
 
 _SUFFIXES = (".mp4", ".gif", ".png", ".webp")
 _CRF = "18"  # visually lossless H.264

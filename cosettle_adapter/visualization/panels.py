@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 from cosettle_adapter.visualization.films import write_film
 from cosettle_adapter.visualization.pca import fit_pca, pca_frames
 from cosettle_adapter.visualization.pixels import check_frames

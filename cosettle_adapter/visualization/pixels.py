@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.video.geometry import Geometry
-from cosettle_adapter.video.resampling import resample_to_points
+from cosettle_adapter.video.geometry import Geometry, resample_to_points
 
 FRAMES_AT_ONCE = 8  # finding each pixel's cells costs more than reading them for a few frames
 

@@ -7,10 +7,9 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosettle_adapter.correspondence.maps import unit_map
+from cosettle_adapter.correspondence.affinity import unit_map
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.video.geometry import Geometry
-from cosettle_adapter.video.resampling import resample_to_points
+from cosettle_adapter.video.geometry import Geometry, resample_to_points
 from cosettle_adapter.visualization.colours import colour_scale
 from cosettle_adapter.visualization.pixels import (
     FRAMES_AT_ONCE,

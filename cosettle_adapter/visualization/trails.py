@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 from cosettle_adapter.visualization.colours import chosen_colours
 from cosettle_adapter.visualization.pixels import check_frames
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence import average_neighbours, fusion, temporal_fusion
-from cosettle_adapter.evaluation.datasets import davis_sequences
-from cosettle_adapter.evaluation.gains import paired_interval
+from cosettle_adapter.evaluation.legacy import davis_sequences
 from cosettle_adapter.evaluation.segmentation import evaluate_sequence
+from cosettle_adapter.evaluation.tables import paired_interval
 from cosettle_adapter.video import open_frames
 
 MODEL, SIZE, WIDTH, FRAMES = "dinov2-vits14-pypi", (280, 490), 384, 20

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from training_fakes import small_backbone
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.cli import extract, main
-from cosettle_adapter.extraction.formats import FORMATS
-from cosettle_adapter.feature_file import read_features
+from cosettle_adapter.cli import main
+from cosettle_adapter.cli.common import ModelOptions
+from cosettle_adapter.extraction import Job, extract_many, read_features
+from cosettle_adapter.extraction.ray import RayOptions
 
 from helpers import projection_for, write_video
 
@@ -22,13 +23,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     calls: list[dict[str, object]] = []
     backbone = small_backbone()
 
-    def load_adapter(options: argparse.Namespace, **asked: object) -> CoSettleAdapter:
-        calls.append({"device": options.device, **asked})
+    def load(model: ModelOptions, **asked: object) -> CoSettleAdapter:
+        calls.append({"device": model.device, **asked})
         if asked.get("raw") or asked.get("layer") is not None:
             return CoSettleAdapter.raw(backbone, layer=asked.get("layer"))  # type: ignore[arg-type]
         return CoSettleAdapter(backbone, projection_for(backbone, layers=(1,)))
 
-    monkeypatch.setattr(extract, "load_adapter", load_adapter)
+    monkeypatch.setattr(ModelOptions, "load", load)
     monkeypatch.setenv("COLUMNS", "300")
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -46,10 +47,6 @@ def videos(tmp_path: Path, loaded: list[dict[str, object]]) -> Path:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def test_the_formats_are_the_table() -> None:
-    assert set(extract._FORMATS) == set(FORMATS)
 
 
 def test_a_folder_of_videos_becomes_a_folder_of_files(
@@ -76,21 +73,45 @@ def test_finished_files_of_other_settings_are_refused(
     command = ["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.safetensors")]
     assert main(command) == 0
     assert main(command) == 0
-    assert "is there already: features (6, 32, 3, 4)" in capsys.readouterr().out
+    assert "exists already: features (6, 32, 3, 4)" in capsys.readouterr().out
     assert main([*command, "--every", "2"]) == 1
-    assert "every was 1 and is 2; begin anew with --overwrite" in capsys.readouterr().out
+    assert "every was 1 and is 2; start over with --overwrite" in capsys.readouterr().out
     assert main([*command, "--every", "2", "--overwrite"]) == 0
     assert len(read_features(tmp_path / "a.safetensors").features) == 3
 
 
-def test_features_can_be_fused(videos: Path, tmp_path: Path) -> None:
-    output = tmp_path / "a.safetensors"
-    command = ["extract", str(videos / "a.mp4"), "-o", str(output)]
-    assert main([*command, "--temporal-fusion", "causal"]) == 0
-    assert (
-        json.loads((tmp_path / "a.safetensors.json").read_text())["settings"]["temporal_fusion"]
-        == "causal"
-    )
+def test_options_reach_the_extraction(videos: Path, tmp_path: Path) -> None:
+    command = ["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.npy")]
+    command += ["--temporal-fusion", "causal", "--settle", "--size", "32x48", "--fit", "pad"]
+    command += ["--storage", "float16", "--batch-size", "3", "--start", "0.04", "--max-frames", "4"]
+    assert main(command) == 0
+    said = json.loads((tmp_path / "a.npy.json").read_text())
+    assert said["settings"] == {
+        "size": [32, 48], "fit": "pad", "start": 0.04, "end": None, "every": 1, "max_frames": 4,
+        "fps": None, "settle": True, "temporal_fusion": "causal",
+    }  # fmt: skip
+    assert (said["storage"], said["batch_size"], said["shape"]) == ("float16", 3, [4, 32, 2, 3])
+
+
+def test_ray_spreads_the_videos(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[dict[str, object]]
+) -> None:
+    spread: list[RayOptions] = []
+
+    def here(make: Any, jobs: list[Job], *, how: RayOptions, on_retry: Any, **options: Any) -> Any:
+        spread.append(how)
+        on_retry([])
+        return extract_many(make(), jobs, **options)
+
+    monkeypatch.setattr("cosettle_adapter.cli.extract.extract_with_ray", here)
+    monkeypatch.setattr("cosettle_adapter.cli.extract.require_ray", lambda: None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["extract", str(videos), "-o", str(tmp_path / "out"), "--engine", "ray"]
+    assert main([*command, "--workers", "2", "--retries", "0", "--device", "cuda"]) == 0
+    assert spread == [RayOptions(workers=2, gpus_per_worker=1, retries=0)]
+    assert [call["device"] for call in loaded] == ["cpu", "cuda"]
+    assert names(tmp_path / "out")[::2] == [f"{name}.safetensors" for name in "abc"]
 
 
 def test_shards_share_the_videos(
@@ -135,7 +156,7 @@ def test_raw_is_what_the_projection_reads_and_layer_a_block(
     source = str(videos / "a.mp4")
     files = [tmp_path / f"{index}.safetensors" for index in range(4)]
     assert main(["extract", source, "-o", str(files[0]), "--raw"]) == 0
-    adapter = extract.load_adapter(argparse.Namespace(device="cpu", model=""))
+    adapter = ModelOptions().load()
     (chunk,) = adapter.stream(source, return_backbone=True)
     assert chunk.backbone is not None
     assert torch.equal(read_features(files[0]).features, chunk.backbone)
@@ -144,8 +165,8 @@ def test_raw_is_what_the_projection_reads_and_layer_a_block(
     unpublished = ["extract", source, "--model", "dinov2-vitb14", "-o"]
     assert main([*unpublished, str(files[2]), "--raw"]) == 0
     assert loaded[-1]["raw"], "nothing is fitted to be left out"
-    with pytest.raises(SystemExit):
-        main(["extract", source, "-o", str(files[0]), "--raw", "--layer", "0"])
+    assert main(["extract", source, "-o", str(files[0]), "--raw", "--layer", "0"]) == 2
+    assert main(["extract", source, "-o", str(files[0]), "--format", "npz"]) == 2
 
 
 def test_where_outputs_go(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +176,7 @@ def test_where_outputs_go(videos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["extract", str(videos), "-o", str(tmp_path / "x.npy")]) == 1
     assert "3 sources need a folder to write to" in capsys.readouterr().err
     assert main(["extract", source, "-o", str(tmp_path / "x.npy"), "--format", "zarr"]) == 1
-    assert "its suffix tells npy-memmap" in capsys.readouterr().err
+    assert "x.npy is to be zarr, but its suffix is not .zarr" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_that_the_work_is_kept(
@@ -169,4 +190,4 @@ def test_ctrl_c_says_that_the_work_is_kept(
 
     monkeypatch.setattr("cosettle_adapter.extraction.work.Work.append", interrupt)
     assert main(["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.npy")]) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "the same command resumes from there" in capsys.readouterr().err

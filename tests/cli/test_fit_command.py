@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 
 from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import VisionTransformerBackbone
-from cosettle_adapter.cli import fit, main
-from cosettle_adapter.closed_form import NUISANCES, SOLVERS
+from cosettle_adapter.cli import main
 
 from helpers import write_video
 
@@ -22,21 +20,6 @@ def clips(tmp_path: Path) -> Path:
     return tmp_path / "clips"
 
 
-def test_the_options_are_the_tables() -> None:
-    assert set(SOLVERS) == set(fit.SOLVER_NAMES)
-    parser = argparse.ArgumentParser()
-    fit.add_arguments(parser)
-    (nuisance,) = [each for each in parser._actions if each.dest == "nuisance"]
-    assert nuisance.choices == NUISANCES
-
-
-def test_concatenations_are_parsed() -> None:
-    assert fit.blocks("5+7+9") == (5, 7, 9)
-    for wrong in ("7", "5,7", "5+x"):
-        with pytest.raises(argparse.ArgumentTypeError, match=r"expected blocks such as 7\+11"):
-            fit.blocks(wrong)
-
-
 def test_every_option_reaches_the_fit(
     tiny_backbone: VisionTransformerBackbone,
     clips: Path,
@@ -44,7 +27,7 @@ def test_every_option_reaches_the_fit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("cosettle_adapter.backbones.load_backbone", lambda *_, **__: tiny_backbone)
+    monkeypatch.setattr("cosettle_adapter.cli.fit.load_backbone", lambda *_, **__: tiny_backbone)
     output = tmp_path / "fitted"
     command = f"fit --backbone tiny --data {clips} -o {output} --layers --concatenate 7+9 5+7+9+11"
     command += " --solver whiten centre --strengths 2 --gap 2 4 --correspondences soft"
@@ -76,10 +59,12 @@ def test_an_unknown_solver_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("cosettle_adapter.backbones.load_backbone", lambda *_, **__: tiny_backbone)
-    command = f"fit --backbone tiny --data {clips} -o {tmp_path / 'no'} --solver pca"
-    assert main(command.split()) == 1
+    monkeypatch.setattr("cosettle_adapter.cli.fit.load_backbone", lambda *_, **__: tiny_backbone)
+    command = f"fit --backbone tiny --data {clips} -o {tmp_path / 'no'}"
+    assert main(f"{command} --solver pca".split()) == 1
     assert "unknown solver pca" in " ".join(capsys.readouterr().err.split())
+    assert main(f"{command} --concatenate 5,7".split()) == 2
+    assert "expected layers such as 7+11" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("task", ["representation", "retrieval"])

@@ -6,21 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from cyclopts import Token
 
 from cosettle_adapter import __version__
 from cosettle_adapter.backbones import REGISTRY, VisionTransformerBackbone
 from cosettle_adapter.cli import COMMANDS, main
-from cosettle_adapter.cli.options import size
-from cosettle_adapter.feature_file import read_features
+from cosettle_adapter.cli.common import parse_size
+from cosettle_adapter.extraction import read_features
 
 from helpers import REAL, write_video
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for flag in ("--help", "--version"):
-        with pytest.raises(SystemExit) as caught:
-            main([flag])
-        assert caught.value.code == 0
+    assert main(["--help"]) == main(["--version"]) == 0
     printed = capsys.readouterr().out
     assert __version__ in printed
     assert all(command in printed for command in COMMANDS)
@@ -28,10 +26,15 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
-    assert caught.value.code == 0
-    assert "usage: cosettle-adapter " + command in capsys.readouterr().out
+    assert main([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "Usage: cosettle-adapter " + command in printed
+    assert "``" not in printed
+
+
+def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--jsn"]) == 2
+    assert "Did you mean --json?" in capsys.readouterr().err
 
 
 def test_list_shows_a_table_and_json(
@@ -131,7 +134,7 @@ def test_ctrl_c_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cosettle_adapter.published.list_models", interrupt)
+    monkeypatch.setattr("cosettle_adapter.hub.list_models", interrupt)
     assert main(["list"]) == 130
 
 
@@ -139,13 +142,13 @@ def test_ctrl_c_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     ("text", "expected"), [("476", 476), ("476x882", (476, 882)), ("28X42", (28, 42))]
 )
 def test_sizes_parse(text: str, expected: object) -> None:
-    assert size(text) == expected
+    assert parse_size(None, [Token(value=text)]) == expected
 
 
 @pytest.mark.parametrize("text", ["", "big", "1x2x3", "-5", "0"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(Exception, match="expected 476 or 476x882"):
-        size(text)
+    with pytest.raises(ValueError, match="expected 476 or 476x882"):
+        parse_size(None, [Token(value=text)])
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.cli import main, view
+from cosettle_adapter.cli import main
+from cosettle_adapter.cli.common import ModelOptions
 from cosettle_adapter.visualization.viewer import ViewerServer
 
 from helpers import write_video
@@ -33,7 +34,7 @@ def stopped_at_once(
         ran.append(server)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(view, "load_adapter", lambda options, **_: tiny_adapter)
+    monkeypatch.setattr(ModelOptions, "load", lambda self, **_: tiny_adapter)
     monkeypatch.setattr(ViewerServer, "serve_forever", serve)
     monkeypatch.setenv("COLUMNS", "300")
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
@@ -97,7 +98,7 @@ def test_the_browser_opens_only_where_there_is_a_screen(
 def test_a_clip_that_is_not_there_is_told_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(view, "load_adapter", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(ModelOptions, "load", lambda *_, **__: pytest.fail("was loaded"))
     assert main(["view", str(tmp_path / "none.mp4"), "--no-browser"]) == 1
     assert "none.mp4" in capsys.readouterr().err
 
@@ -108,14 +109,15 @@ def test_ctrl_c_ends_a_real_server_cleanly(clip: Path) -> None:
         from cosettle_adapter import CoSettleAdapter
         from cosettle_adapter.backbones import build_backbone
         from cosettle_adapter.backbones.weights import fingerprint
-        from cosettle_adapter.cli import main, view
+        from cosettle_adapter.cli import main
+        from cosettle_adapter.cli.common import ModelOptions
         from helpers import TINY, projection_for, tiny_state
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
         state = tiny_state()
         backbone = build_backbone(TINY, state, fingerprint=fingerprint(state), origin="random")
         adapter = CoSettleAdapter(backbone, projection_for(backbone))
-        view.load_adapter = lambda options, **_: adapter
+        ModelOptions.load = lambda self, **_: adapter
         sys.exit(main(["view", sys.argv[1], "--size", "32", "--port", "0", "--no-browser"]))
     """
     tests = Path(__file__).parents[1]

@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cosettle_adapter.analysis import cycle_accuracy
 from cosettle_adapter.closed_form import Settler, StatisticsError, settle_clip
 
 WIDTH = 12
@@ -46,11 +45,7 @@ def test_one_frame_or_still_frames_are_only_centred() -> None:
     still = frame.expand(9, -1, -1, -1)
     expected = centred.expand(9, -1, -1, -1)
     torch.testing.assert_close(settle_clip(still), expected, atol=1e-5, rtol=0)
-
-
-def test_channels_that_flicker_are_damped() -> None:
-    gains = settled_by(moving(20), prior_pairs=10).solution().weight.diagonal()
-    assert float(gains[:2].max()) < 0.7 * float(gains[2:].min())
+    assert settle_clip(moving(3).bfloat16()).dtype == torch.bfloat16
 
 
 def test_the_solution_is_what_it_says() -> None:
@@ -100,22 +95,6 @@ def test_how_frames_are_split_over_calls_does_not_matter(cuts: list[int]) -> Non
     torch.testing.assert_close(parts.solution().weight, whole.solution().weight)
 
 
-def test_a_frame_is_settled_by_the_frames_up_to_it() -> None:
-    clip = moving(12)
-    changed = torch.cat([clip[:7], moving(5, seed=3)])
-    first, second = Settler(WIDTH).settle(clip), Settler(WIDTH).settle(changed)
-    assert torch.equal(first[:7], second[:7])
-    assert not torch.equal(first[7:], second[7:])
-
-
-def test_the_last_frame_of_a_stream_is_nearly_as_settled_as_the_whole_clip() -> None:
-    clip = moving(40)
-    last = Settler(WIDTH, prior_pairs=50).settle(clip)[-1]
-    whole = settle_clip(clip, prior_pairs=50)[-1]
-    cosine = torch.cosine_similarity(last, whole, dim=0)
-    assert float(cosine.min()) > 0.99
-
-
 def test_forgetting_forgets() -> None:
     before, after = moving(30), moving(30, seed=5) - 7
     remembering = settled_by(torch.cat([before, after])).solution()
@@ -126,23 +105,6 @@ def test_forgetting_forgets() -> None:
     assert float(remembering(mean).norm()) > 5
     assert forgetful.pairs < 30 / 0.3
     torch.testing.assert_close(fresh(mean), torch.zeros(WIDTH).double(), atol=1e-4, rtol=0)
-
-
-def test_settling_helps_where_channels_flicker() -> None:
-    clip = moving(16, noise=4.0)
-    settled = settle_clip(clip, prior_pairs=50, ridge=0.1)
-    assert cycle_accuracy(settled) > cycle_accuracy(clip) + 0.02
-
-
-def test_the_total_scale_stays() -> None:
-    clip = moving(12)
-    tokens = rearrange(clip, "t c h w -> (t h w) c")
-    settled = rearrange(settle_clip(clip, prior_pairs=0), "t c h w -> (t h w) c")
-    assert 0.5 < float(settled.var(0).mean() / tokens.var(0).mean()) < 2
-
-
-def test_dtype_is_kept() -> None:
-    assert settle_clip(moving(3).bfloat16()).dtype == torch.bfloat16
 
 
 def test_frames_of_another_size_begin_anew_but_keep_what_is_known() -> None:

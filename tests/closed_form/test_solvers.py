@@ -27,7 +27,7 @@ WIDTH = 4
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 
 
-def gathered(*, noise: float = 3.0, seed: int = 0, turn: bool = False) -> TokenStatistics:
+def collected(*, noise: float = 3.0, seed: int = 0, turn: bool = False) -> TokenStatistics:
     """Tokens whose first channel alone changes over time; in other coordinates with ``turn``."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(4000, WIDTH, generator=generator) + 5
@@ -55,7 +55,7 @@ def matrix(found: AffineMap) -> torch.Tensor:
 @every_solver
 @pytest.mark.parametrize("nuisance", NUISANCES)
 def test_every_solver_centres_and_gives_unit_variance(solver: Solver, nuisance: str) -> None:
-    statistics = gathered(turn=True)
+    statistics = collected(turn=True)
     for strength in solver.strengths:
         found = solver.solve(statistics, strength, nuisance)  # type: ignore[arg-type]
         torch.testing.assert_close(
@@ -65,35 +65,27 @@ def test_every_solver_centres_and_gives_unit_variance(solver: Solver, nuisance: 
         assert float(variance.diagonal().mean()) == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["shrink", "whiten", "whiten-quarter", "soft-threshold"])
-def test_what_moves_is_turned_down(name: str) -> None:
-    solver = SOLVERS[name]
-    gains = solver.solve(gathered(), solver.strength, "intra").weight.diagonal().abs()
-    assert float(gains[0]) < 0.7 * float(gains[1:].min())
-
-
 def test_whitening_solves_its_equation() -> None:
-    statistics = gathered(turn=True)
+    statistics = collected(turn=True)
     weight = whiten(statistics, 0.5).weight
     intra = statistics.intra_covariance
     ridged = intra + 0.5 * intra.diagonal().mean() * torch.eye(WIDTH).double()
     identity = weight @ ridged @ weight.T
     torch.testing.assert_close(identity / identity[1, 1], torch.eye(WIDTH).double())
     quarter = matrix(whiten(statistics, 0.5, power=0.25))
-    torch.testing.assert_close(matrix(AffineMap(quarter @ quarter, quarter[0])), matrix(
-        AffineMap(weight, weight[0])
-    ))  # fmt: skip
+    both = AffineMap(quarter @ quarter, quarter[0])
+    torch.testing.assert_close(matrix(both), matrix(AffineMap(weight, weight[0])))
 
 
 def test_whitening_the_total_covariance_whitens_the_tokens() -> None:
-    statistics = gathered(turn=True)
+    statistics = collected(turn=True)
     weight = whiten(statistics, 1e-9, total=True).weight
     covariance = weight @ statistics.covariance @ weight.T
     torch.testing.assert_close(covariance, torch.eye(WIDTH).double(), atol=1e-6, rtol=0)
 
 
 def test_shrinkage_minimises_its_objective() -> None:
-    statistics = gathered(turn=True)
+    statistics = collected(turn=True)
     intra = statistics.intra_covariance
     ridge = 2.0 * intra.diagonal().mean()
     found = ridge_shrinkage(statistics, 2.0).weight
@@ -106,7 +98,7 @@ def test_shrinkage_minimises_its_objective() -> None:
 
 
 def test_the_surrogate_is_minimised_exactly() -> None:
-    statistics = gathered(turn=True)
+    statistics = collected(turn=True)
     intra, total, mean = statistics.intra_covariance, statistics.covariance, statistics.mean
     found = surrogate(statistics, 1.5)
     direct = 1.5 * total @ torch.linalg.inv(2 * intra + 1.5 * total)
@@ -124,16 +116,8 @@ def test_the_surrogate_is_minimised_exactly() -> None:
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-7, rtol=0)
 
 
-@given(share=st.floats(0, 3), tau=st.floats(0, 3))
-def test_the_gain_of_soft_thresholding_minimises_its_objective(share: float, tau: float) -> None:
-    gain = max(0.0, 1 - tau * share)
-    grid = torch.linspace(0, 2, 401).double()
-    losses = (grid - 1).square() / 2 + tau * share * grid
-    assert (gain - 1) ** 2 / 2 + tau * share * gain <= float(losses.min()) + 1e-12
-
-
 def test_soft_thresholding_at_one_is_the_wiener_filter() -> None:
-    statistics = gathered(noise=0.5, turn=True)
+    statistics = collected(noise=0.5, turn=True)
     total, intra = statistics.covariance, statistics.intra_covariance
     wiener = (total - intra) @ torch.linalg.inv(total)
     found = soft_threshold(statistics, 1.0).weight
@@ -141,7 +125,7 @@ def test_soft_thresholding_at_one_is_the_wiener_filter() -> None:
 
 
 def test_soft_thresholding_turns_directions_off() -> None:
-    statistics = gathered(turn=True)
+    statistics = collected(turn=True)
     ranks = [torch.linalg.matrix_rank(soft_threshold(statistics, tau).weight) for tau in (0.5, 2)]
     assert list(map(int, ranks)) == [WIDTH, WIDTH - 1]
 
@@ -149,20 +133,20 @@ def test_soft_thresholding_turns_directions_off() -> None:
 @pytest.mark.parametrize(
     "found",
     [
-        ridge_shrinkage(gathered(), math.inf),
-        whiten(gathered(), math.inf),
-        soft_threshold(gathered(), 0.0),
-        surrogate(gathered(), math.inf),
+        ridge_shrinkage(collected(), math.inf),
+        whiten(collected(), math.inf),
+        soft_threshold(collected(), 0.0),
+        surrogate(collected(), math.inf),
     ],
 )
 def test_no_damping_is_centring(found: AffineMap) -> None:
-    expected = centre(gathered())
+    expected = centre(collected())
     torch.testing.assert_close(found.weight, expected.weight)
     torch.testing.assert_close(found.bias, expected.bias)
 
 
 def test_nuisances_add_up() -> None:
-    statistics = gathered()
+    statistics = collected()
     intra = nuisance_covariance(statistics)
     torch.testing.assert_close(
         nuisance_covariance(statistics, "intra+clips"), intra + statistics.clip_covariance
@@ -202,22 +186,18 @@ def test_degenerate_statistics_are_errors_not_nan(solver: Solver) -> None:
         solver.solve(flat, solver.strength, "intra")
     with pytest.raises(StatisticsError, match=r"no (tokens|corresponding pairs) were gathered"):
         solver.solve(TokenStatistics(WIDTH), solver.strength, "intra")
-
-
-@pytest.mark.parametrize("name", ["shrink", "whiten", "soft-threshold", "surrogate"])
-def test_clips_without_motion_are_an_error(name: str) -> None:
-    still = TokenStatistics(WIDTH)
-    tokens = torch.randn(10, WIDTH)
+    still, tokens = TokenStatistics(WIDTH), torch.randn(10, WIDTH)
     still.add_tokens(tokens)
     still.add_pairs(tokens, tokens)
-    with pytest.raises(StatisticsError, match="the clips have no motion"):
-        SOLVERS[name].solve(still, 1.0, "intra")
+    if solver.name != "centre" and "total" not in solver.name:
+        with pytest.raises(StatisticsError, match="the clips have no motion"):
+            solver.solve(still, solver.strength, "intra")
 
 
 def test_strengths_out_of_range_are_errors() -> None:
     with pytest.raises(ValueError, match="ridge must be positive, got 0"):
-        whiten(gathered(), 0)
+        whiten(collected(), 0)
     with pytest.raises(ValueError, match="strength must be positive, got -1"):
-        surrogate(gathered(), -1)
+        surrogate(collected(), -1)
     with pytest.raises(ValueError, match="strength must be finite and not negative, got inf"):
-        soft_threshold(gathered(), math.inf)
+        soft_threshold(collected(), math.inf)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from einops import einsum, reduce
+from einops import einsum
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -36,7 +36,7 @@ def random_clips(count: int, *, width: int = 3, seed: int = 0) -> list[torch.Ten
     return clips
 
 
-def gather(clips: Sequence[torch.Tensor]) -> TokenStatistics:
+def collect(clips: Sequence[torch.Tensor]) -> TokenStatistics:
     statistics = TokenStatistics(clips[0].shape[-1] if clips else 3)
     for here, there in clips:
         statistics.add_tokens(torch.cat([here, there]))
@@ -63,6 +63,8 @@ def test_the_definitions() -> None:
         statistics.add_pairs(here, there)
         statistics.add_views(here, there)
         statistics.end_clip()
+        statistics.end_clip()  # a clip without tokens is none
+    assert statistics.clips == 6
     tokens = torch.cat([here for here, _ in clips]).double()
     differences = torch.cat([here - there for here, there in clips]).double()
     means = torch.stack([here.double().mean(0) for here, _ in clips])
@@ -87,14 +89,6 @@ def test_sums_that_are_known_already_are_added() -> None:
         known.add_moments(9, torch.zeros(3), torch.zeros(4, 4))
 
 
-def test_intra_covariance_recovers_the_covariance_of_independent_draws() -> None:
-    root = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    draws = torch.randn(2, 100_000, 4, generator=torch.Generator().manual_seed(2)).double() @ root
-    statistics = TokenStatistics(4)
-    statistics.add_pairs(draws[0], draws[1])
-    torch.testing.assert_close(statistics.intra_covariance, root.T @ root, atol=0.1, rtol=0.05)
-
-
 def test_soft_pairs_are_the_weighted_sum_over_all_pairs() -> None:
     here, there = torch.randn(5, 3).double(), torch.randn(7, 3).double()
     weights = torch.rand(5, 7).double()
@@ -116,43 +110,38 @@ def test_hard_pairs_are_the_limit_of_soft_ones() -> None:
     torch.testing.assert_close(soft.intra_covariance, hard.intra_covariance, atol=1e-5, rtol=1e-2)
 
 
-def test_a_still_frame_has_no_soft_pairs() -> None:
+def test_a_still_frame_has_no_correspondences() -> None:
     frame = torch.randn(8, 4, 5)
     assert float(soft_correspondences(frame, frame.clone())[2].sum()) == 0
+    assert not len(corresponding_patches(frame, frame.clone())[0])
 
 
 @given(split=st.integers(0, 9), seed=st.integers(0, 5))
-def test_merging_two_parts_equals_one_pass(split: int, seed: int) -> None:
+def test_merging_two_parts_in_any_order_equals_one_pass(split: int, seed: int) -> None:
     clips = random_clips(9, seed=seed)
-    first = gather(clips[:split])
-    first.merge(gather(clips[split:]))
-    assert_same(first, gather(clips))
-
-
-@given(order=st.permutations(range(9)))
-def test_the_order_of_clips_changes_nothing(order: list[int]) -> None:
-    clips = random_clips(9)
-    assert_same(gather([clips[index] for index in order]), gather(clips))
+    last = collect(clips[split:])
+    last.merge(collect(clips[:split]))
+    assert_same(last, collect(clips))
 
 
 def test_a_file_between_processes_loses_nothing(tmp_path: Path) -> None:
     clips = random_clips(6)
-    save_file(gather(clips[:4]).to_tensors(), tmp_path / "part.safetensors")
+    save_file(collect(clips[:4]).to_tensors(), tmp_path / "part.safetensors")
     merged = TokenStatistics.from_tensors(load_file(tmp_path / "part.safetensors"))
-    merged.merge(gather(clips[4:]))
-    assert_same(merged, gather(clips))
+    merged.merge(collect(clips[4:]))
+    assert_same(merged, collect(clips))
 
 
 def test_scaled_statistics_are_those_of_scaled_tokens() -> None:
     scale = torch.tensor([0.5, 2.0, 3.0])
     clips = random_clips(5)
-    assert_same(gather(clips).scaled(scale), gather([clip * scale for clip in clips]), atol=1e-5)
+    assert_same(collect(clips).scaled(scale), collect([clip * scale for clip in clips]), atol=1e-5)
 
 
 def test_tensors_of_something_else_are_refused() -> None:
     with pytest.raises(StatisticsError, match="expected the tensors of token statistics"):
         TokenStatistics.from_tensors({"weight": torch.zeros(3)})
-    tensors = gather(random_clips(2)).to_tensors()
+    tensors = collect(random_clips(2)).to_tensors()
     tensors["outer"] = torch.zeros(2, 2)
     with pytest.raises(StatisticsError, match=r"outer is \(2, 2\) at width 3"):
         TokenStatistics.from_tensors(tensors)
@@ -173,15 +162,3 @@ def test_nothing_gathered_is_an_error() -> None:
     for name, message in missing.items():
         with pytest.raises(StatisticsError, match=message):
             getattr(empty, name)
-
-
-def test_every_clip_counts_alike_in_the_covariance_of_their_means() -> None:
-    short, long = torch.randn(3, 4), torch.randn(300, 4) + 2
-    statistics = TokenStatistics(4)
-    for tokens in (short, long):
-        statistics.add_tokens(tokens)
-        statistics.end_clip()
-        statistics.end_clip()  # a clip without tokens is none
-    assert statistics.clips == 2
-    means = torch.stack([reduce(tokens.double(), "n c -> c", "mean") for tokens in (short, long)])
-    torch.testing.assert_close(statistics.clip_covariance, torch.cov(means.T, correction=0))

@@ -1,21 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from cosettle_adapter.analysis import ADAPTED, CENTRED, RAW_LAST
+from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.frame_features import VideoFrames, encode_videos
-from cosettle_adapter.evaluation.localisation import localise
-from cosettle_adapter.evaluation.segments import Segment, read_segments
-
-from helpers import write_video
-
-if TYPE_CHECKING:
-    from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.evaluation.localisation import Segment, localise, read_segments
+from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST
+from cosettle_adapter.evaluation.videos import VideoFrames, encode_videos
 
 RUN, JUMP, REST = torch.eye(4)[:3]
 SEGMENTS = [
@@ -40,80 +34,78 @@ def two_videos(**options: float) -> list[VideoFrames]:
 
 
 def test_frames_are_what_the_nearest_segments_of_other_videos_are() -> None:
-    report = localise(two_videos(noise=0.05), SEGMENTS, ks=(1,))
-    assert list(report.results) == [RAW_LAST, CENTRED, ADAPTED]
-    assert report.segments == 6  # four labelled and a background each
-    for by_k in report.results.values():
+    results = localise(two_videos(noise=0.05), SEGMENTS, ks=(1,))
+    assert list(results) == [RAW_LAST, CENTRED, ADAPTED]
+    for by_k in results.values():
         assert by_k[1].accuracy == by_k[1].mean_per_class == 1.0
-    rows = report.results[ADAPTED][1].videos
-    assert rows[0].labels == ("run", "run", "jump", "jump", "background")
-    assert rows[0].times == (0.0, 1.0, 2.0, 3.0, 4.0)
+    found = results[ADAPTED][1]
+    assert found.names == ("a",) * 5 + ("b",) * 5
+    assert found.labels[:5] == ("run", "run", "jump", "jump", "background")
+    assert found.times[:5] == (0.0, 1.0, 2.0, 3.0, 4.0)
 
 
 def test_figures_are_those_of_the_frames() -> None:
     videos = two_videos()
     # b's first jump looks like running, so a's later ones have a mixed neighbour
     videos[1].features[ADAPTED][1] = RUN
-    found = localise(videos, SEGMENTS, ks=(1,)).results[ADAPTED][1]
-    rows = {row.video: row for row in found.videos}
-    assert rows["b"].predicted == ("background", "run", "jump", "run", "run")
-    assert rows["b"].correct == 4
-    assert rows["b"].accuracy == 0.8
-    right = sum(row.correct for row in rows.values())
-    assert found.accuracy == right / 10
-    jumps = [
-        p == "jump" for row in rows.values()
-        for label, p in zip(row.labels, row.predicted, strict=True) if label == "jump"
-    ]  # fmt: skip
+    found = localise(videos, SEGMENTS, ks=(1,))[ADAPTED][1]
+    assert found.predicted[5:] == ("background", "run", "jump", "run", "run")
+    right = [a == b for a, b in zip(found.labels, found.predicted, strict=True)]
+    assert found.accuracy == sum(right) / 10
+    jumps = [hit for hit, label in zip(right, found.labels, strict=True) if label == "jump"]
     assert found.per_class["jump"] == sum(jumps) / 4
     assert found.mean_per_class == pytest.approx(sum(found.per_class.values()) / 3)
 
 
 def test_predictions_equal_a_reference() -> None:
-    videos = [
-        frames(name, *torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
-        for i, name in enumerate("abc")
-    ]
-    segments = [Segment(v, s, s + 2, label) for v in "abc" for s, label in ((0, "x"), (4, "y"))]
-    report = localise(videos, segments, ks=(1,), background=None)
-    for index, row in enumerate(report.results[ADAPTED][1].videos):
-        others = [v for i, v in enumerate(videos) if i != index]
-        bank = [(v.features[ADAPTED][s : s + 2].mean(0), x) for v in others
-                for s, x in ((0, "x"), (4, "y"))]  # fmt: skip
-        cosine = torch.nn.functional.cosine_similarity
-        judged = videos[index].features[ADAPTED][[0, 1, 4, 5]]
-        expected = [max(bank, key=lambda b: float(cosine(b[0], q, dim=0)))[1] for q in judged]
-        assert list(row.predicted) == expected
-        assert row.labels == ("x", "x", "y", "y")
+    generator = torch.Generator().manual_seed(0)
+    videos = [frames(name, *torch.randn(8, 4, generator=generator)) for name in "abc"]
+    spans = [(0, 2, "x"), (4, 6, "y"), (2, 4, "background"), (6, 8, "background")]
+    segments = [Segment(v, *span) for v in "abc" for span in spans[:2]]
+    found = localise(videos, segments, ks=(1,))[ADAPTED][1]
+    cosine = torch.nn.functional.cosine_similarity
+    expected = []
+    for video in videos:
+        bank = [
+            (other.features[ADAPTED][start:end].mean(0), label)
+            for other in videos
+            if other is not video
+            for start, end, label in sorted(spans)
+        ]
+        expected += [
+            max(bank, key=lambda each: float(cosine(each[0], query, dim=0)))[1]
+            for query in video.features[ADAPTED]
+        ]
+    assert list(found.predicted) == expected
 
 
 def test_centring_takes_off_what_all_segments_share() -> None:
-    videos = two_videos(noise=0.05, offset=100.0)
-    segments = [*SEGMENTS[:2], Segment("b", 1, 2, "jump"), Segment("b", 2, 3, "jump"), SEGMENTS[3]]
-    results = localise(videos, segments, ks=(3,), background=None).results
-    assert results[CENTRED][3].accuracy == 1.0
+    everywhere = [Segment(v, 0, 9, "jump") for v in "ab"]
+    videos = [frames(v, RUN, RUN, JUMP, JUMP, JUMP, noise=0.05, offset=100.0) for v in "ab"]
+    segments = [
+        Segment(v, *span) for v in "ab"
+        for span in ((0, 2, "run"), (2, 3, "jump"), (3, 4, "jump"), (4, 5, "jump"))
+    ]  # fmt: skip
+    results = localise(videos, segments, ks=(4,))
+    assert results[CENTRED][4].accuracy == 1.0
     # under a large common offset all segments are equally near, and the commoner label wins
-    assert results[RAW_LAST][3].videos[0].predicted == ("jump",) * 4
+    assert set(results[RAW_LAST][4].predicted) == {"jump"}
+    assert localise(videos, everywhere)[ADAPTED][1].accuracy == 1.0
 
 
-def test_background_can_be_left_out() -> None:
-    report = localise(two_videos(), SEGMENTS, ks=(1,), background=None)
-    assert list(report.results[ADAPTED][1].per_class) == ["jump", "run"]
-    assert report.segments == 4
-    # only one video has any: nothing could be learnt about it
-    segments = [*SEGMENTS, Segment("a", 4, 9, "run")]
-    report = localise(two_videos(), segments, ks=(1,))
-    assert list(report.results[ADAPTED][1].per_class) == ["jump", "run"]
+def test_background_of_one_video_is_left_out() -> None:
+    results = localise(two_videos(), [*SEGMENTS, Segment("a", 4, 9, "run")], ks=(1,))
+    assert list(results[ADAPTED][1].per_class) == ["jump", "run"]
 
 
-def test_what_cannot_be_learnt_is_said() -> None:
+def test_what_cannot_be_learnt_is_described() -> None:
     with pytest.raises(FrameError, match="got 1 readable videos with segments, expected at least"):
         localise(two_videos()[:1], SEGMENTS)
     with pytest.raises(FrameError, match="only one readable video shows 'dive'"):
-        localise(two_videos(), [*SEGMENTS[:3], Segment("b", 3, 5, "dive")], background=None)
+        localise(two_videos(), [*SEGMENTS, Segment("b", 0, 1, "dive")])
     late = [Segment(s.video, s.start + 90, s.end + 90, s.label) for s in SEGMENTS]
     with pytest.raises(FrameError, match="no frame lies within a segment"):
-        localise(two_videos(), late, background=None)
+        localise(two_videos(), late)
 
 
 def write_csv(path: Path, text: str) -> Path:
@@ -163,25 +155,6 @@ def test_touching_and_equal_segments_do_not_overlap(tmp_path: Path) -> None:
     assert len(read_segments(write_csv(tmp_path / "s.csv", text))) == 4
 
 
-def test_videos_are_encoded_at_a_rate_and_broken_ones_listed(
-    tiny_adapter: CoSettleAdapter, tmp_path: Path
-) -> None:
-    write_video(tmp_path / "a.mp4", frames=20, height=48, width=64)
-    (tmp_path / "broken.mp4").write_bytes(b"not a video")
-    segments = [Segment(video, 0, 1, "x") for video in ("a.mp4", "broken.mp4", "gone.mp4")]
-    done: list[tuple[int, int]] = []
-    videos, skipped = encode_videos(
-        tiny_adapter, tmp_path, segments, rate=12.5, size=48,
-        on_video=lambda *progress: done.append(progress),
-    )  # fmt: skip
-    assert [video.video for video in videos] == ["a.mp4"]
-    torch.testing.assert_close(videos[0].times, torch.arange(10).double() * 0.08)
-    assert videos[0].features[ADAPTED].shape == (10, 192)
-    assert list(skipped) == ["broken.mp4", "gone.mp4"]
-    assert "does not exist" in skipped["gone.mp4"]
-    assert done == [(1, 3), (2, 3), (3, 3)]
-
-
 def test_what_is_seen_is_localised_end_to_end(
     tiny_adapter: CoSettleAdapter, tmp_path: Path
 ) -> None:
@@ -195,7 +168,7 @@ def test_what_is_seen_is_localised_end_to_end(
                 frame.random_(0, 256, generator=generator)
             image.fromarray(frame.numpy()).save(tmp_path / name / f"{index}.png")
     segments = [Segment(v, s, s + 3, x) for v in "ab" for s, x in ((0, "calm"), (3, "noise"))]
-    videos, skipped = encode_videos(tiny_adapter, tmp_path, segments, size=48)
-    report = localise(videos, segments, ks=(1,), skipped=skipped)
-    for by_k in report.results.values():
+    paths = {video: tmp_path / video for video in "ab"}
+    videos, _ = encode_videos(tiny_adapter, paths, rate=4.0, size=48)
+    for by_k in localise(videos, segments, ks=(1,)).values():
         assert by_k[1].per_class == {"calm": 1.0, "noise": 1.0}

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from cosettle_adapter.analysis import ADAPTED, CENTRED, RAW_LAST
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import retrieval
 from cosettle_adapter.evaluation.labelled_videos import LabelledVideo, Part
-from cosettle_adapter.evaluation.pooling import PooledVideos
-from cosettle_adapter.evaluation.retrieval import retrieve, retrieve_features
+from cosettle_adapter.evaluation.retrieval import Retrieval, retrieve
+from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST
+from cosettle_adapter.evaluation.videos import PooledVideos
 
 
 def videos_of(labels: str, part: Part | None = None) -> list[LabelledVideo]:
@@ -23,7 +24,12 @@ def videos_of(labels: str, part: Part | None = None) -> list[LabelledVideo]:
     ]
 
 
-def by_hand(features: torch.Tensor, labels: str, ks: tuple[int, ...]) -> tuple[dict, float]:
+def search(features: Tensor, labels: str, **options: tuple[int, ...]) -> Retrieval:
+    pooled = PooledVideos(tuple(videos_of(labels)), {ADAPTED: features}, {})
+    return retrieve(pooled, **options)[ADAPTED]
+
+
+def by_hand(features: Tensor, labels: str, ks: tuple[int, ...]) -> tuple[dict, float]:
     """R@k and mAP of every video searching all others."""
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     hits, precisions = {k: [] for k in ks}, []
@@ -43,61 +49,52 @@ def by_hand(features: torch.Tensor, labels: str, ks: tuple[int, ...]) -> tuple[d
 @hypothesis_settings(max_examples=40)
 def test_figures_equal_their_definitions(labels: str, seed: int) -> None:
     features = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(seed))
-    videos = videos_of(labels)
     if all(labels.count(label) == 1 for label in labels):
         return
-    found = retrieve_features(features, videos, features, videos, ks=(1, 2, 5))
+    found = search(features, labels, ks=(1, 2, 5))
     recall, precision = by_hand(features, labels, (1, 2, 5))
     assert found.recall == pytest.approx(recall)
     assert found.mean_average_precision == pytest.approx(precision)
-    alone = [v.name for v in videos if labels.count(v.label) == 1]
+    alone = [f"None/{i}.mp4" for i, label in enumerate(labels) if labels.count(label) == 1]
     assert list(found.alone) == alone
     assert len(found.queries) == len(labels) - len(alone)
 
 
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = "aabbccabc"
-    features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    whole = retrieve_features(features, videos_of(labels), features, videos_of(labels))
-    monkeypatch.setattr(retrieval, "_CHUNK", 2)
-    assert retrieve_features(features, videos_of(labels), features, videos_of(labels)) == whole
-
-
-def test_a_query_never_finds_itself() -> None:
+def test_a_query_never_finds_itself_and_chunks_do_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     features = torch.eye(4)
     features[1, 0] = 0.9
-    found = retrieve_features(features, videos_of("abab"), features, videos_of("abab"))
+    found = search(features, "abab")
     assert found.queries[0].nearest == "None/1.mp4"  # of the other class, but nearer
     assert found.queries[0].first_hit == 2
     assert found.recall == {1: 0.25, 5: 1.0, 10: 1.0}
+    monkeypatch.setattr(retrieval, "_CHUNK", 3)
+    assert search(features, "abab") == found
 
 
-def test_classes_that_are_apart_are_found_whole() -> None:
-    labels = "aaabbbccc"
-    centres = torch.eye(3).repeat_interleave(3, dim=0)
-    features = centres + 0.01 * torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
-    found = retrieve_features(features, videos_of(labels), features, videos_of(labels))
-    assert found.recall == {1: 1.0, 5: 1.0, 10: 1.0}
-    assert found.mean_average_precision == 1.0
-    assert found.per_class == {"a": 1.0, "b": 1.0, "c": 1.0}
+def test_of_equally_near_videos_the_earlier_comes_first() -> None:
+    found = search(torch.ones(5, 2), "abbaa")
+    assert [query.nearest for query in found.queries[:2]] == ["None/1.mp4", "None/0.mp4"]
+    # the first finds b, b, a, a
+    assert found.queries[0].average_precision == pytest.approx((1 / 3 + 2 / 4) / 2)
 
 
-def test_every_kind_is_searched_and_a_given_split_is_kept() -> None:
+def test_every_variant_is_searched_and_a_given_split_is_kept() -> None:
     videos = (*videos_of("aabb", "train"), *videos_of("ab", "val"))
     plain = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.05], [0.05, 1]])
-    features = {RAW_LAST: plain + 1000, ADAPTED: plain}
-    report = retrieve(PooledVideos(videos, features, {"x": "broken"}))
-    assert list(report.results) == [RAW_LAST, CENTRED, ADAPTED]
-    assert report.gallery == 4
-    assert report.skipped == {"x": "broken"}
-    assert [query.name for query in report.results[ADAPTED].queries] == ["val/0.mp4", "val/1.mp4"]
-    assert report.results[ADAPTED].mean_average_precision == 1.0
-    assert report.results[CENTRED].mean_average_precision == 1.0
+    results = retrieve(PooledVideos(videos, {RAW_LAST: plain + 1000, ADAPTED: plain}, {}))
+    assert list(results) == [RAW_LAST, CENTRED, ADAPTED]
+    for variant in (CENTRED, ADAPTED):
+        found = results[variant]
+        assert found.searched == 4
+        assert [query.name for query in found.queries] == ["val/0.mp4", "val/1.mp4"]
+        assert found.mean_average_precision == 1.0
+        assert found.per_class == {"a": 1.0, "b": 1.0}
 
 
 def test_nothing_to_find_is_an_error() -> None:
-    features = torch.randn(3, 2)
     with pytest.raises(FrameError, match="no query has another video of its class to find"):
-        retrieve_features(features, videos_of("abc"), features, videos_of("abc"))
+        search(torch.randn(3, 2), "abc")
     with pytest.raises(ValueError, match=r"ks=\(0,\)"):
-        retrieve_features(features, videos_of("aab"), features, videos_of("aab"), ks=(0,))
+        search(torch.randn(3, 2), "aab", ks=(0,))

@@ -13,9 +13,7 @@ from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import (
     Clip,
     iter_tapvid_clips,
-    queries_first,
     tapvid_clips,
-    tapvid_metrics,
 )
 
 T, H, W, N = 4, 12, 20, 3
@@ -53,21 +51,13 @@ def test_a_dict_of_videos(tmp_path: Path, protocol: int) -> None:
     for clip, expected in zip(clips, content.values(), strict=True):
         assert isinstance(clip, Clip)
         assert len(clip) == T
-        np.testing.assert_array_equal(clip.points, expected["points"])
-        np.testing.assert_array_equal(clip.occluded, expected["occluded"])
+        np.testing.assert_array_equal(clip.read_annotations().points, expected["points"])
+        np.testing.assert_array_equal(clip.read_annotations().occluded, expected["occluded"])
         for t in range(T):
             np.testing.assert_array_equal(clip.read_frame(t), expected["video"][t])
         frame = clip.read_frame(0)
         frame[:] = 0  # a frame is the caller's own
         assert clip.read_frame(0).any()
-
-
-def test_a_list_of_videos(tmp_path: Path) -> None:
-    clips = tapvid_clips(write(tmp_path / "tapvid_rgb_stacking.pkl", [entry(0), entry(1)]))
-    assert [clip.name for clip in clips] == [
-        "tapvid_rgb_stacking_0000",
-        "tapvid_rgb_stacking_0001",
-    ]
 
 
 @pytest.mark.parametrize("kind", [list, np.array, lambda x: np.array(x, dtype=object)])
@@ -78,17 +68,6 @@ def test_frames_as_jpeg_files(tmp_path: Path, kind: Any, protocol: int) -> None:
     assert len(clip) == T
     assert clip.read_frame(2).shape == (H, W, 3)
     assert abs(int(clip.read_frame(2).mean()) - 20) <= 1
-
-
-def test_tracks_are_x_y_at_the_size_asked_for(tmp_path: Path) -> None:
-    content = entry()
-    content["points"][0, 0] = [0.25, 0.5]
-    (clip,) = tapvid_clips(write(tmp_path / "one.pkl", {"a": content}))
-    np.testing.assert_allclose(clip.read_tracks()[0, 0], [64, 128])
-    np.testing.assert_allclose(clip.read_tracks((H, W))[0, 0], [5, 6])
-    queries = queries_first(clip.occluded, clip.read_tracks())
-    perfect = (queries.occluded, queries.tracks)
-    assert tapvid_metrics(queries.points, *perfect, *perfect).average_jaccard == 1
 
 
 def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
@@ -127,7 +106,7 @@ def test_one_bad_video_does_not_lose_the_others(tmp_path: Path) -> None:
     }
     assert set(clips) == set(expected)
     for name, message in expected.items():
-        for read in (clips[name].read_tracks, lambda clip=clips[name]: clip.read_frame(0)):
+        for read in (clips[name].read_annotations, lambda clip=clips[name]: clip.read_frame(0)):
             with pytest.raises(FrameError, match=f"TAP-Vid video '{name}' of .*{message}"):
                 read()
 
@@ -137,7 +116,7 @@ def test_a_damaged_frame_is_named(tmp_path: Path) -> None:
     video[1] = video[1][:40]
     (clip,) = tapvid_clips(write(tmp_path / "a.pkl", {"goat": {**entry(), "video": video}}))
     assert clip.read_frame(0).shape == (H, W, 3)
-    with pytest.raises(FrameError, match="frame 1 of TAP-Vid video 'goat' cannot be read"):
+    with pytest.raises(FrameError, match="frame 1 of 'goat' cannot be read"):
         clip.read_frame(1)
 
 

@@ -36,7 +36,7 @@ def test_the_official_layout(tmp_path: Path, labels: str) -> None:
     assert len(clip) == 3
     assert clip.annotated == (0, 1, 2)
     assert abs(int(clip.read_frame(1).mean()) - 26) <= 2
-    masks = clip.read_masks()
+    masks = clip.read_annotations()
     np.testing.assert_array_equal(masks[:, 0, 0], [1, 6, 11])
     matrix = ConfusionMatrix(VIP_CLASSES)
     matrix.add(masks, masks)
@@ -61,14 +61,6 @@ def test_the_lists_that_are_about(tmp_path: Path, name: str, lines: list[str]) -
     assert [clip.name for clip in vip_clips(root)] == LISTED
 
 
-def test_videos_by_name_need_no_list(tmp_path: Path) -> None:
-    root = write_vip(tmp_path)
-    (root / "lists" / "val_videos.txt").unlink()
-    assert [clip.name for clip in vip_clips(root, videos=["videos1"])] == ["videos1"]
-    with pytest.raises(FrameError, match=r"no video 'video1' in .* Did you mean 'videos1'"):
-        vip_clips(root, videos=["video1"])
-
-
 def test_one_bad_video_does_not_lose_the_others(tmp_path: Path) -> None:
     root = write_vip(tmp_path)
     names = ["videos12", "videos8", "videos1", "videos404"]
@@ -77,14 +69,14 @@ def test_one_bad_video_does_not_lose_the_others(tmp_path: Path) -> None:
     (root / "Images" / "videos8" / f"{26:012d}.jpg").unlink()
     (labels / "videos1" / f"{1:012d}.png").unlink()
     good, stray, late, gone = vip_clips(root)
-    assert good.read_masks().shape == (3, 8, 10)
+    assert good.read_annotations().shape == (3, 8, 10)
     for clip, message in [
         (stray, r"'videos8' has masks without a frame in .*: 000000000026.png"),
         (late, r"'videos1' has no mask for its first frame 000000000001.jpg, expected .*01.png"),
         (gone, r"'videos404' has no frames: .*videos404 holds nothing"),
     ]:
         with pytest.raises(FrameError, match=message):
-            clip.read_masks()
+            clip.read_annotations()
         with pytest.raises(FrameError, match=message):
             clip.read_frame(0)
 

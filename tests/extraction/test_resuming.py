@@ -1,8 +1,7 @@
-"""Runs that were killed or interrupted go on, and what they write is that of an unbroken run."""
+"""Interrupted and killed runs are resumed, and write what an uninterrupted run writes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -10,27 +9,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
-from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.correspondence import fusion
-from cosettle_adapter.errors import FrameError
-from cosettle_adapter.extraction import extract
+from cosettle_adapter.extraction import FORMATS, extract, read_features
 from cosettle_adapter.extraction.errors import OutputBusyError, OutputExistsError
-from cosettle_adapter.extraction.formats import FORMATS
-from cosettle_adapter.feature_file import read_features
-from cosettle_adapter.locking import exclusive
 
 from helpers import write_video
 
 TESTS = Path(__file__).parents[1]
-NAMES = {"safetensors": "f.safetensors", "zarr": "f.zarr", "npy-memmap": "f.npy"}
-
-
-@pytest.fixture
-def clip(tmp_path: Path) -> Path:
-    return write_video(tmp_path / "clip.mp4", frames=40, height=48, width=64, fps=20)
 
 
 def in_a_process(*arguments: str) -> dict[str, dict[str, int]]:
@@ -57,17 +47,22 @@ def content(output: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["plain", "symmetric", "settle"])
+def test_a_killed_run_is_resumed_to_the_same_bytes(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("zarr")
-    told = in_a_process("kill", str(tmp_path), *NAMES)
+    formats = ["safetensors", "zarr", "npy-memmap"] if kind == "plain" else ["safetensors"]
+    told = in_a_process("kill", str(tmp_path), kind, *formats)
+    assert list(told) == formats
     for name, result in told.items():
         suffix = FORMATS[name].suffix
         assert result["signal"] == 9
         assert not result["there"], "nothing has the final name before it is whole"
         assert 8 <= result["found"] <= 20
-        assert result["found"] + result["encoded"] == result["frames"] == 50
+        again = {"plain": 0, "symmetric": 4, "settle": result["found"]}[kind]
+        assert result["encoded"] == 50 - result["found"] + again
         whole, broken = tmp_path / f"whole{suffix}", tmp_path / f"broken{suffix}"
         assert content(whole) == content(broken)
+        assert len(read_features(broken).features) == 50
     assert not list(tmp_path.glob(".*"))
 
 
@@ -86,49 +81,71 @@ def test_memory_does_not_grow_with_the_video(format: str, frames: int, tmp_path:
 
 
 def interrupted(
-    adapter: CoSettleAdapter, clip: Path, destination: Path, error: BaseException, **options: object
+    adapter: CoSettleAdapter,
+    clip: Path,
+    output: Path,
+    error: BaseException | None = None,
+    **options: object,
 ) -> None:
+    error = error or KeyboardInterrupt()
+
     def on_chunk(frames: int) -> None:
         if frames >= 12:
             raise error
 
     with pytest.raises(type(error)):
-        extract(adapter, clip, destination, batch_size=4, on_chunk=on_chunk, **options)  # type: ignore[arg-type]
+        extract(adapter, clip, output, batch_size=4, on_chunk=on_chunk, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", NAMES.values())
+@pytest.mark.parametrize("name", ["f.safetensors", "f.zarr", "f.npy"])
 def test_an_interrupt_keeps_what_is_written_and_an_earlier_file(
     small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path, name: str
 ) -> None:
     if name.endswith("zarr"):
         pytest.importorskip("zarr")
-    destination = tmp_path / name
-    extract(small_adapter, clip, destination, batch_size=4, max_frames=2)
-    before = content(destination)
-    interrupted(small_adapter, clip, destination, KeyboardInterrupt(), overwrite=True)
-    assert content(destination) == before
-    result = extract(small_adapter, clip, destination, batch_size=4, overwrite=True)
+    output = tmp_path / name
+    extract(small_adapter, clip, output, batch_size=4, select=FrameSelection(max_frames=2))
+    before = content(output)
+    interrupted(small_adapter, clip, output, overwrite=True)
+    assert content(output) == before
+    result = extract(small_adapter, clip, output, batch_size=4, overwrite=True)
     assert (result.frames, result.found) == (40, 12)
-    assert len(read_features(destination).features) == 40
+    assert len(read_features(output).features) == 40
     assert not list(tmp_path.glob(".*"))
 
 
-def test_frames_that_are_written_are_not_encoded_again(
-    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "encoded_again"),
+    [
+        ({}, 0),
+        ({"settle": True}, 12),
+        ({"temporal_fusion": "symmetric"}, 4),
+        ({"temporal_fusion": "causal"}, 4),
+        ({"settle": True, "temporal_fusion": "symmetric"}, 12),
+    ],
+)
+def test_no_more_is_encoded_again_than_later_frames_depend_on(
+    small_adapter: CoSettleAdapter,
+    clip: Path,
+    tmp_path: Path,
+    options: dict[str, object],
+    encoded_again: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = {"every": 2, "start": 0.2, "max_frames": 15}
-    destination, unbroken = tmp_path / "f.safetensors", tmp_path / "u.safetensors"
-    interrupted(small_adapter, clip, destination, RuntimeError("out of memory"), **options)
+    monkeypatch.setattr(fusion, "CUT", 0.0)  # features of random weights
+    options = {**options, "select": FrameSelection(start=0.2, every=2, max_frames=15)}
+    output, unbroken = tmp_path / "f.safetensors", tmp_path / "u.safetensors"
+    interrupted(small_adapter, clip, output, RuntimeError("out of memory"), **options)
     encoded: list[int] = []
     handle = small_adapter.projection.register_forward_hook(
         lambda _module, inputs, _output: encoded.append(len(inputs[0]))
     )
-    result = extract(small_adapter, clip, destination, batch_size=4, **options)  # type: ignore[arg-type]
+    result = extract(small_adapter, clip, output, batch_size=4, **options)  # type: ignore[arg-type]
     handle.remove()
-    assert (result.found, sum(encoded)) == (12, 3)
+    assert (result.found, sum(encoded)) == (12, 15 - 12 + encoded_again)
     extract(small_adapter, clip, unbroken, batch_size=4, **options)  # type: ignore[arg-type]
-    assert content(destination)[""] == content(unbroken)[""]
-    assert destination.read_bytes() == unbroken.read_bytes()
+    assert content(output)[""] == content(unbroken)[""]
+    assert output.read_bytes() == unbroken.read_bytes()
 
 
 def damage_features(partial: Path) -> None:
@@ -173,73 +190,56 @@ def test_what_a_crash_damaged_is_written_again(
     harm: Callable[[Path], None],
     found: int,
 ) -> None:
-    destination, unbroken = tmp_path / "f.safetensors", tmp_path / "u.safetensors"
-    interrupted(small_adapter, clip, destination, KeyboardInterrupt())
+    output, unbroken = tmp_path / "f.safetensors", tmp_path / "u.safetensors"
+    interrupted(small_adapter, clip, output)
     harm(tmp_path / ".f.safetensors.partial")
-    assert extract(small_adapter, clip, destination, batch_size=4).found == found
+    assert extract(small_adapter, clip, output, batch_size=4).found == found
     extract(small_adapter, clip, unbroken, batch_size=4)
-    assert destination.read_bytes() == unbroken.read_bytes()
+    assert output.read_bytes() == unbroken.read_bytes()
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"size": 64}, "size was not given and is 64"),
-        ({"every": 2}, "every was 1 and is 2"),
+        ({"select": FrameSelection(every=2)}, "every was 1 and is 2"),
         ({"temporal_fusion": "causal"}, "temporal-fusion was not given and is causal"),
         ({"storage": torch.float16}, "storage was float32 and is float16"),
         ({"batch_size": 8}, "batch-size was 4 and is 8"),
     ],
 )
-def test_a_started_run_of_other_settings_is_refused_or_begun_anew(
+def test_a_run_started_with_other_settings_is_refused_or_overwritten(
     small_adapter: CoSettleAdapter,
     clip: Path,
     tmp_path: Path,
     changed: dict[str, object],
     message: str,
 ) -> None:
-    destination = tmp_path / "f.safetensors"
-    interrupted(small_adapter, clip, destination, KeyboardInterrupt())
+    output = tmp_path / "f.safetensors"
+    interrupted(small_adapter, clip, output)
     options = {"batch_size": 4, **changed}
     with pytest.raises(OutputExistsError, match=message):
-        extract(small_adapter, clip, destination, **options)  # type: ignore[arg-type]
-    result = extract(small_adapter, clip, destination, overwrite=True, **options)  # type: ignore[arg-type]
+        extract(small_adapter, clip, output, **options)  # type: ignore[arg-type]
+    result = extract(small_adapter, clip, output, overwrite=True, **options)  # type: ignore[arg-type]
     assert result.found == 0
 
 
 def test_another_model_or_video_is_refused(
     small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
 ) -> None:
-    destination = tmp_path / "f.safetensors"
-    interrupted(small_adapter, clip, destination, KeyboardInterrupt())
+    output = tmp_path / "f.safetensors"
+    interrupted(small_adapter, clip, output)
     raw = small_adapter.without_projection()
     with pytest.raises(OutputExistsError, match="projection kind was linear and is identity"):
-        extract(raw, clip, destination, batch_size=4)
+        extract(raw, clip, output, batch_size=4)
     write_video(clip, frames=41, height=48, width=64, fps=20)
     with pytest.raises(OutputExistsError, match="the source's content has changed"):
-        extract(small_adapter, clip, destination, batch_size=4)
+        extract(small_adapter, clip, output, batch_size=4)
     assert (tmp_path / ".f.safetensors.partial" / "journal").exists(), "nor is it thrown away"
 
 
-def test_finished_files_are_left_unless_told_otherwise(
-    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
-) -> None:
-    destination = tmp_path / "f.safetensors"
-    first = extract(small_adapter, clip, destination, max_frames=5)
-    assert first.found == 0
-    again = extract(small_adapter, clip.rename(tmp_path / "renamed.mp4"), destination, max_frames=5)
-    assert (again.found, again.frames, again.shape) == (5, 5, first.shape)
-    clip = tmp_path / "renamed.mp4"
-    with pytest.raises(OutputExistsError, match="max-frames was 5 and is 6"):
-        extract(small_adapter, clip, destination, max_frames=6)
-    assert extract(small_adapter, clip, destination, max_frames=6, overwrite=True).frames == 6
-    destination.with_name("f.safetensors.json").unlink()
-    with pytest.raises(OutputExistsError, match=r"without f\.safetensors\.json"):
-        extract(small_adapter, clip, destination, max_frames=6)
-
-
 @pytest.mark.parametrize("name", ["f.safetensors", "f.zarr"])
-def test_a_kill_between_the_last_two_steps_is_made_good(
+def test_a_kill_between_the_last_two_steps_is_completed(
     small_adapter: CoSettleAdapter,
     clip: Path,
     tmp_path: Path,
@@ -248,8 +248,8 @@ def test_a_kill_between_the_last_two_steps_is_made_good(
 ) -> None:
     if name.endswith("zarr"):
         pytest.importorskip("zarr")
-    destination = tmp_path / name
-    extract(small_adapter, clip, destination, max_frames=2, batch_size=4)
+    output = tmp_path / name
+    extract(small_adapter, clip, output, batch_size=4, select=FrameSelection(max_frames=2))
     replace = Path.replace
 
     def killed(path: Path, target: Path) -> Path:
@@ -260,108 +260,70 @@ def test_a_kill_between_the_last_two_steps_is_made_good(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            extract(small_adapter, clip, destination, batch_size=4, overwrite=True)
-    result = extract(small_adapter, clip, destination, batch_size=4)
+            extract(small_adapter, clip, output, batch_size=4, overwrite=True)
+    result = extract(small_adapter, clip, output, batch_size=4)
     assert (result.frames, result.found) == (40, 40)
-    assert len(read_features(destination).timestamps) == 40
+    assert len(read_features(output).timestamps) == 40
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_broken_source_and_frames_in_memory_leave_nothing(
-    small_adapter: CoSettleAdapter, tmp_path: Path
+def test_a_run_over_a_truncated_video_is_resumed(
+    small_adapter: CoSettleAdapter, cut: Path, tmp_path: Path
 ) -> None:
-    frames = [torch.zeros(3, 48, 64, dtype=torch.uint8)] * 10
-    with pytest.raises(FrameError, match="the first frame is"):
-        extract(small_adapter, [*frames, frames[0][:, :32]], tmp_path / "f.npy", batch_size=4)
-    with pytest.raises(OSError, match="gone"):
-        extract(small_adapter, iter([*frames, OSError]), tmp_path / "f.npy", on_chunk=_gone)
-    assert not list(tmp_path.iterdir())
-
-
-def _gone(frames: int) -> None:
-    raise OSError("gone")
-
-
-@pytest.mark.parametrize(
-    ("options", "encoded_again"),
-    [
-        ({"settle": True}, 12),
-        ({"temporal_fusion": "symmetric"}, 4),
-        ({"temporal_fusion": "causal"}, 4),
-        ({"settle": True, "temporal_fusion": "symmetric"}, 12),
-    ],
-)
-def test_features_that_depend_on_earlier_frames_go_on_with_the_same_bytes(
-    small_adapter: CoSettleAdapter,
-    clip: Path,
-    tmp_path: Path,
-    options: dict[str, object],
-    encoded_again: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(fusion, "CUT", 0.0)  # features of random weights
-    destination, unbroken = tmp_path / "f.safetensors", tmp_path / "u.safetensors"
-    interrupted(small_adapter, clip, destination, KeyboardInterrupt(), **options)
-    encoded: list[int] = []
-    handle = small_adapter.projection.register_forward_hook(
-        lambda _module, inputs, _output: encoded.append(len(inputs[0]))
-    )
-    result = extract(small_adapter, clip, destination, batch_size=4, **options)  # type: ignore[arg-type]
-    handle.remove()
-    assert result.found == 12
-    assert sum(encoded) == 40 - 12 + encoded_again
-    extract(small_adapter, clip, unbroken, batch_size=4, **options)  # type: ignore[arg-type]
-    assert content(destination)[""] == content(unbroken)[""]
-    assert destination.read_bytes() == unbroken.read_bytes()
-    plain = [chunk.features for chunk in small_adapter.stream(clip, batch_size=4)]
-    assert not torch.equal(read_features(destination).features, torch.cat(plain))
-
-
-def test_two_runs_do_not_write_one_file(
-    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("fcntl", reason="no such locks here")
-    partial = tmp_path / ".f.npy.partial"
-    partial.mkdir()
-    with (
-        exclusive(partial, refusal=ValueError("the test holds it")),
-        pytest.raises(OutputBusyError, match=r"another run is writing .*f\.npy"),
-    ):
-        extract(small_adapter, clip, tmp_path / "f.npy")
-
-
-def test_a_run_that_finds_its_folder_gone_makes_it_again(
-    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lost: list[Path] = []
-
-    def just_finished(
-        folder: Path, *, refusal: Exception
-    ) -> contextlib.AbstractContextManager[None]:
-        if not lost:
-            lost.append(folder)
-            folder.rmdir()
-            raise FileNotFoundError
-        return exclusive(folder, refusal=refusal)
-
-    monkeypatch.setattr("cosettle_adapter.extraction.work.exclusive", just_finished)
-    assert extract(small_adapter, clip, tmp_path / "f.npy", max_frames=2).frames == 2
-    assert lost
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_broken_run_over_a_truncated_video_says_what_an_unbroken_one_says(
-    small_adapter: CoSettleAdapter, tmp_path: Path
-) -> None:
-    whole = write_video(tmp_path / "w.mkv", frames=80, height=48, width=64, fps=20, noisy=True)
-    cut = tmp_path / "cut.mkv"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    destination, unbroken = tmp_path / "f.npy", tmp_path / "u.npy"
-    interrupted(small_adapter, cut, destination, KeyboardInterrupt())
-    result = extract(small_adapter, cut, destination, batch_size=4)
+    output, unbroken = tmp_path / "f.npy", tmp_path / "u.npy"
+    interrupted(small_adapter, cut, output)
+    result = extract(small_adapter, cut, output, batch_size=4)
     assert result.found == 12
     assert result.truncated is not None
     extract(small_adapter, cut, unbroken, batch_size=4)
-    assert content(destination)[""] == content(unbroken)[""]
-    assert destination.read_bytes() == unbroken.read_bytes()
-    assert extract(small_adapter, cut, destination, batch_size=4).truncated == result.truncated
+    assert content(output)[""] == content(unbroken)[""]
+    assert output.read_bytes() == unbroken.read_bytes()
+    assert extract(small_adapter, cut, output, batch_size=4).truncated == result.truncated
+
+
+@pytest.mark.parametrize("platform", [os.name, "nt"])
+def test_two_runs_do_not_write_one_file(
+    small_adapter: CoSettleAdapter,
+    clip: Path,
+    tmp_path: Path,
+    platform: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing asks for ``fcntl``, so it is the same on Windows."""
+    monkeypatch.setattr("cosettle_adapter.extraction.work._WINDOWS", platform == "nt")
+    monkeypatch.setitem(sys.modules, "cosettle_adapter.locking", None)
+    partial = tmp_path / ".f.npy.partial"
+    partial.mkdir()
+    few = FrameSelection(max_frames=2)
+    with (
+        filelock.FileLock(partial / ".lock"),
+        pytest.raises(OutputBusyError, match=r"another run is writing .*f\.npy"),
+    ):
+        extract(small_adapter, clip, tmp_path / "f.npy", select=few)
+    assert extract(small_adapter, clip, tmp_path / "f.npy", select=few).frames == 2
+    assert (platform == "nt") == partial.exists()  # only Windows' own lock removes its file
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), OSError("no locks available")])
+def test_a_lost_folder_is_made_again_and_disks_may_have_no_locks(
+    small_adapter: CoSettleAdapter,
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+) -> None:
+    acquire, calls = filelock.FileLock.acquire, []
+
+    def unlucky(lock: filelock.FileLock, **options: float) -> object:
+        calls.append(options)
+        if len(calls) == 1:
+            if isinstance(error, FileNotFoundError):  # whose run has just finished
+                (tmp_path / ".f.npy.partial").rmdir()
+            raise error
+        return acquire(lock, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", unlucky)
+    few = FrameSelection(max_frames=2)
+    assert extract(small_adapter, clip, tmp_path / "f.npy", select=few).frames == 2
+    assert len(calls) == (2 if isinstance(error, FileNotFoundError) else 1)
+    assert not list(tmp_path.glob(".*"))

@@ -1,128 +1,101 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from training_fakes import small_backbone
 
-from cosettle_adapter.training import checkpoint as module
 from cosettle_adapter.training.checkpoint import (
-    Checkpoint,
+    RunState,
     differences,
-    random_state,
-    remove_unfinished,
-    restore_random_state,
+    latest,
+    read_run,
+    restore,
+    room_for_run,
+    save,
 )
+from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import CheckpointError, DiskFullError
-from cosettle_adapter.training.metrics_log import MetricsLog, read_metrics
+from cosettle_adapter.training.head import Head, make_optimizer, new_head
+from cosettle_adapter.training.metrics import MetricsLog, read_metrics
+from cosettle_adapter.training.settings import TrainSettings
+
+STATE = RunState({"settings": {"epochs": 5}, "data": "abc"}, step=3, best={"step": 2})
+BEST = {"weight": torch.arange(6.0).reshape(2, 3)}
 
 
-def checkpoint(step: int = 3) -> Checkpoint:
-    return Checkpoint(
-        step=step,
-        steps=10,
-        projection={"weight": torch.arange(6.0).reshape(2, 3)},
-        optimizer={"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"b": (0.9, 1)}]},
-        scheduler={"last_epoch": 3},
-        rng=[random_state()],
-        config={"settings": {"epochs": 5}, "data": "abc"},
-    )
+@pytest.fixture
+def accelerator() -> object:
+    """With a head that made a step, and its optimiser."""
+    accelerator = make_accelerator("cpu")
+    head = Head(new_head(TrainSettings().head_config(small_backbone()), init="random", seed=0))
+    optimizer = accelerator.prepare(make_optimizer(accelerator.prepare(head), TrainSettings()))
+    head(torch.randn(2, 32)).sum().backward()
+    optimizer.step()
+    return accelerator
 
 
-def test_it_comes_back_as_it_was_and_anybody_can_read_it(tmp_path: Path) -> None:
-    checkpoint().save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert {"projection", "optimizer", "scheduler", "scaler", "step", "rng", "config"} <= set(state)
-    assert state["scaler"] is None
-    back = Checkpoint.load(tmp_path)
-    assert torch.equal(back.projection["weight"], checkpoint().projection["weight"])
-    assert (back.step, back.config, back.optimizer["param_groups"]) == (
-        3, {"settings": {"epochs": 5}, "data": "abc"}, [{"b": (0.9, 1)}],
-    )  # fmt: skip
-
-
-def test_a_view_takes_no_more_room_than_it_shows(tmp_path: Path) -> None:
-    large = torch.zeros(1_000_000)
-    saved = checkpoint()
-    saved.projection["weight"] = large[:4]
-    saved.save(tmp_path)
-    assert (tmp_path / "checkpoint.pt").stat().st_size < 100_000
-
-
-def test_generators_go_on_where_they_were() -> None:
-    state = random_state()
-    expected = torch.rand(3), random.random()
-    restore_random_state(state)
+def test_it_comes_back_as_it_was(tmp_path: Path, accelerator: object) -> None:
+    save(accelerator, tmp_path, STATE, BEST)  # type: ignore[arg-type]
+    expected = torch.rand(3), random.random(), np.random.rand()
+    (model,) = accelerator._models  # type: ignore[attr-defined]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    state, best = restore(accelerator, tmp_path, STATE.config)  # type: ignore[arg-type]
+    assert state == STATE
+    assert best is not None
+    assert torch.equal(best["weight"], BEST["weight"])
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert torch.equal(torch.rand(3), expected[0])
-    assert random.random() == expected[1]
+    assert (random.random(), np.random.rand()) == expected[1:]
+    with pytest.raises(CheckpointError, match=r"another run: data was 'abc', is 'x'. Resume it"):
+        restore(accelerator, tmp_path, {**STATE.config, "data": "x"})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "other"])
-def test_a_damaged_checkpoint_is_told(damage: str, tmp_path: Path) -> None:
-    file = tmp_path / "checkpoint.pt"
-    if damage == "cut":
-        checkpoint().save(tmp_path)
-        file.write_bytes(file.read_bytes()[:700])
-    elif damage == "text":
-        file.write_text("not a checkpoint")
+def test_one_checkpoint_is_kept_and_it_is_whole(tmp_path: Path, accelerator: object) -> None:
+    (tmp_path / "checkpoints" / ".step_00000009").mkdir(parents=True)  # of a killed process
+    for step in (3, 3, 12):
+        save(accelerator, tmp_path, RunState({}, step=step), None)  # type: ignore[arg-type]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000012"]
+    assert read_run(tmp_path).step == 12
+
+
+@pytest.mark.parametrize("damage", ["optimizer.bin", "model.safetensors", "run.json", "version"])
+def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path, accelerator: object) -> None:
+    save(accelerator, tmp_path, STATE, BEST)  # type: ignore[arg-type]
+    checkpoint = latest(tmp_path)
+    assert checkpoint is not None
+    if damage == "version":
+        (checkpoint / "run.json").write_text('{"format_version": 99, "config": {}}')
     else:
-        torch.save({"format_version": 99}, file)
-    expected = "has format_version 99" if damage == "other" else "is truncated or not a checkpoint"
-    with pytest.raises(CheckpointError, match=expected):
-        Checkpoint.load(tmp_path)
+        file = checkpoint / damage
+        file.write_bytes(file.read_bytes()[:50])
+    message = "has format_version 99" if damage == "version" else "is damaged or not a checkpoint"
+    with pytest.raises(CheckpointError, match=message):
+        restore(accelerator, tmp_path, STATE.config)  # type: ignore[arg-type]
 
 
-def test_no_checkpoint_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint.pt, so there is no run to"):
-        Checkpoint.load(tmp_path)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint(3).save(tmp_path)
-
-    def no_space(path: Path, data: object) -> int:
-        with path.open("wb") as file:
-            file.write(bytes(10))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", no_space)
-    with pytest.raises(DiskFullError, match=rf"no space left .*--resume {tmp_path}"):
-        checkpoint(4).save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert Checkpoint.load(tmp_path).step == 3
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_disk_that_is_really_full_says_so() -> None:
-    with (
-        pytest.raises(DiskFullError, match="no space left to write into"),
-        module.disk_full_in_a_sentence(Path("out")),
-        Path("/dev/full").open("wb", buffering=0) as file,
-    ):
-        file.write(b"x")
+def test_no_checkpoint_and_one_of_version_0_1(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint, so there is no run to"):
+        read_run(tmp_path)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(CheckpointError, match=r"its checkpoint\.pt is version 0\.1's"):
+        read_run(tmp_path)
 
 
 def test_other_errors_of_the_system_stay_what_they_are() -> None:
-    with (
-        pytest.raises(PermissionError),
-        module.disk_full_in_a_sentence(Path("out")),
-    ):
-        raise PermissionError(errno.EACCES, "no")
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    checkpoint().save(tmp_path)
-    (tmp_path / ".checkpoint.abc123.part.pt").write_bytes(b"half")
-    (tmp_path / ".mine.pt").write_bytes(b"")
-    remove_unfinished(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.pt", "checkpoint.pt"]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, raised in ((PermissionError("no"), PermissionError), (full, DiskFullError)):
+        with pytest.raises(raised), room_for_run(Path("out")):
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), room_for_run(Path("out")):
+        raise RuntimeError("shapes do not match")
 
 
 def test_differences_are_named_with_their_path() -> None:
@@ -134,38 +107,24 @@ def test_differences_are_named_with_their_path() -> None:
 
 def test_lines_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, step=0)
-    for step in range(1, 6):
+    for step in range(6):
         log.write(step, {"loss": step / 2, "kl": float("nan")})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
-    resumed = MetricsLog(tmp_path, step=3)
-    resumed.write(4, {"loss": 9.0})
+    MetricsLog(tmp_path, step=3).write(4, {"loss": 9.0})
     lines = read_metrics(tmp_path)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[-1] == {"step": 4, "loss": 9.0}
     assert lines[0]["kl"] is None, "JSON has no NaN"
-
-
-def test_a_run_resumed_at_its_beginning_is_measured_anew(tmp_path: Path) -> None:
-    for _ in range(2):
-        log = MetricsLog(tmp_path, step=0)
-        log.write(0, {"raw/overlap": 0.5})
-        log.close()
-    assert read_metrics(tmp_path) == [{"step": 0, "raw/overlap": 0.5}]
-    MetricsLog(tmp_path, step=1).close()
-    assert len(read_metrics(tmp_path)) == 1, "not measured again"
-
-
-def test_a_new_run_begins_an_empty_log(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     MetricsLog(tmp_path, step=0)
-    assert read_metrics(tmp_path) == []
+    assert read_metrics(tmp_path) == [], "step 0 is measured again"
 
 
 def test_tensorboard_is_written_where_it_is_installed(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    make_accelerator("cpu")
     log = MetricsLog(tmp_path, step=0, tensorboard=True)
     log.write(1, {"epoch": 1, "loss": 0.5})
     log.close()

@@ -13,8 +13,8 @@ from numbered import encode_numbered, numbered, numbers
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError, MissingExtraError
-from cosettle_adapter.training.corpora.corpus import Corpus
-from cosettle_adapter.training.corpora.index import INDEX_NAME, CorpusIndex
+from cosettle_adapter.training.corpus import Corpus
+from cosettle_adapter.training.discovery import INDEX_NAME, write_index
 
 LENGTH = 12
 
@@ -314,7 +314,7 @@ class TestReading:
         def fail(*_: object) -> None:
             raise MemoryError("too large")
 
-        monkeypatch.setattr("cosettle_adapter.training.corpora.corpus.count_frames", fail)
+        monkeypatch.setattr("cosettle_adapter.training.corpus.count_frames", fail)
         with pytest.raises(FrameError, match=r"a\.mp4 cannot be read \(MemoryError: too large\)"):
             video.length()
 
@@ -345,7 +345,7 @@ class TestIndex:
         for name in ("a/one", "a/two", "three"):
             images(root / name, 3)
         counts = {"a/one": 3, "a/two": 3, "three": 3}
-        CorpusIndex({"size": 256}, counts, complete=True).write(root)
+        write_index(root, {"size": 256}, counts)
         return root
 
     def test_an_index_saves_looking(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training.clips import find_clips, neighbouring_frames
-from cosettle_adapter.training.fit import FitSettings, fit_projection, mask_overlap
-from cosettle_adapter.training.gathering import Gathering, gather
-from cosettle_adapter.video import open_frames, probe, render_clip
-from cosettle_adapter.video.sources import SourceInfo
-from cosettle_adapter.video.timeline import PendingFrame
+from cosettle_adapter.training.fit import FitSettings, fit_projection, split
+from cosettle_adapter.training.statistics import collect_statistics
+from cosettle_adapter.video import FrameSelection, open_frames, probe
+from cosettle_adapter.video.decoder import SourceInfo
+from cosettle_adapter.video.selection import PendingFrame
 
 from helpers import write_video
 
@@ -36,6 +36,11 @@ def clips(tmp_path: Path) -> Path:
 
 
 def test_clips_are_found_below_a_folder(clips: Path, tmp_path: Path) -> None:
+    assert [path.name for path in find_clips(clips)] == ["a.mp4", "b.mkv", "c.mp4"]
+    for hidden in ("._a.mp4", ".trash/d.mp4"):
+        (clips / hidden).parent.mkdir(exist_ok=True)
+        (clips / hidden).write_bytes(b"what a Mac leaves")
+    (clips / "folder.mp4").mkdir()
     assert [path.name for path in find_clips(clips)] == ["a.mp4", "b.mkv", "c.mp4"]
     with pytest.raises(FrameError, match="is not a folder"):
         find_clips(tmp_path / "nowhere")
@@ -66,7 +71,9 @@ def test_pairs_are_the_same_in_however_many_readings(
     last = (info.frames - gap - 1) / info.fps
     expected = []
     for index in range(pairs):
-        chunks = open_frames(clip, start=last * index / pairs, every=gap, max_frames=2)
+        chunks = open_frames(
+            clip, FrameSelection(start=last * index / pairs, every=gap, max_frames=2)
+        )
         expected.append(next(chunks).frames)
     monkeypatch.setattr("cosettle_adapter.training.clips._FAR", far)
     found = list(neighbouring_frames(clip, pairs=pairs, gap=gap))
@@ -104,10 +111,10 @@ def test_pairs_before_the_end_of_a_broken_clip_are_used(
     with pytest.raises(FrameError):
         read.extend(neighbouring_frames(broken, pairs=6, gap=3))
     assert 0 < len(read) < 6
-    plan = Gathering(sets=((2,),), size=64, pairs=6)
-    found = gather(tiny_backbone, [broken], plan)
-    assert found.skipped.keys() == {broken}
-    assert found.statistics[(2,)].tokens == len(read) * 2 * (64 // 16) * (96 // 16)
+    plan = FitSettings(size=64, pairs=6)
+    found, skipped = collect_statistics(tiny_backbone, [broken], [(2,)], plan)
+    assert skipped.keys() == {broken}
+    assert found[2,].tokens == len(read) * 2 * (64 // 16) * (96 // 16)
 
 
 def test_a_fit_is_a_projection_that_loads(
@@ -120,8 +127,8 @@ def test_a_fit_is_a_projection_that_loads(
     )  # fmt: skip
     assert done[-1][0] == done[-1][1]
     config = result.projection.config
-    assert {each.blocks for each in result.scores} == {(2,), (5,)}
-    assert config.layers == result.chosen.blocks
+    assert {each.layers for each in result.scores} == {(2,), (5,)}
+    assert config.layers == result.chosen.layers
     assert result.scores[result.chosen] == max(result.scores.values())
     assert config.fit["overlap_by_block"].keys() == {"2", "5"}
     assert (config.kind, config.licence, config.fit["data"]) == ("affine", "MIT", "squares")
@@ -129,6 +136,26 @@ def test_a_fit_is_a_projection_that_loads(
     adapter = CoSettleAdapter(tiny_backbone, Projection.load(tmp_path / "fitted"))
     features = adapter(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8))
     assert bool(torch.isfinite(features).all())
+
+
+def test_every_fifth_of_many_clips_is_held_out() -> None:
+    """The number of comparisons grows with the number of clips, not with its square."""
+    compared = 0
+
+    class Counted(type(Path())):  # type: ignore[misc]
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return super().__eq__(other)
+
+        __hash__ = type(Path()).__hash__
+
+    clips = [Counted(f"{number:04d}.mp4") for number in range(2000)]
+    fitted_on, held_out = split(clips)
+    assert held_out == clips[4::5]
+    assert len(fitted_on) == 1600
+    assert compared < 4 * len(clips)
+    assert split(clips[:9]) == (clips[:9], clips[:9])
 
 
 def test_a_fit_is_the_same_twice(tiny_backbone: VisionTransformerBackbone, clips: Path) -> None:
@@ -239,17 +266,3 @@ def test_a_fit_in_one_call_is_an_adapter(
     again = cosettle_adapter.fit(tiny_backbone, [str(clip) for clip in find_clips(clips)], settings)
     frames = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     assert torch.equal(adapter(frames), again(frames))
-
-
-def test_overlap_is_high_where_features_follow_the_object() -> None:
-    generator = torch.Generator().manual_seed(0)
-    photos = torch.randint(0, 256, (2, 3, 300, 400), dtype=torch.uint8, generator=generator)
-    clip = render_clip(photos[0], cutout=photos[1], frames=4, size=(96, 128), seed=1)
-    assert clip.object_mask is not None
-    cells = torch.nn.functional.avg_pool2d(clip.object_mask[:, None].float(), 4)
-    perfect = torch.cat([cells, 1 - cells], dim=1)
-    assert mask_overlap(perfect, clip) > 0.7
-    blind = torch.ones(4, 2, 24, 32)
-    assert mask_overlap(blind, clip) < mask_overlap(perfect, clip)
-    with pytest.raises(ValueError, match="no moving object"):
-        mask_overlap(perfect, render_clip(photos[0], frames=4, size=(96, 128)))

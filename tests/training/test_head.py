@@ -88,7 +88,7 @@ def test_a_start_that_is_none_is_told(tmp_path: Path) -> None:
         new_head(config(), init="nowhere", seed=0)
     with pytest.raises(ProjectionFormatError, match="is not a projection"):
         new_head(config(), init=str(tmp_path), seed=0)
-    with pytest.raises(TrainingError, match="relu cannot start from the identity"):
+    with pytest.raises(TrainingError, match="relu cannot start from identity"):
         new_head(config(activation="relu"), init="identity", seed=0)
 
 

@@ -5,14 +5,20 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_fakes import small_backbone
 
+from cosettle_adapter.training.encoding import Views, encode_views
 from cosettle_adapter.training.losses import (
     cycle_consistency_loss,
-    multi_frame_cycle_loss,
+    objective,
     semantic_separability_loss,
 )
+from cosettle_adapter.training.settings import ObjectiveSettings
+
+from helpers import projection_for
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -20,6 +26,14 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
     return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(
         dtype
     )
+
+
+def cycle(
+    x1: Tensor, x2: Tensor, x1_perturbed: Tensor, *rest: object, **named: object
+) -> tuple[Tensor, Tensor]:
+    """The loss of two frames ``(B, N, C)``, as the paper words it."""
+    forward = torch.stack([x1, x2], dim=1)
+    return cycle_consistency_loss(forward, x1_perturbed[:, None], *rest, **named)  # type: ignore[arg-type]
 
 
 def pooled_by_hand(vectors: Tensor, grid: tuple[int, int], pool: int) -> list[Tensor]:
@@ -82,12 +96,10 @@ def test_the_cycle_loss_equals_its_definition(
     x1, x2 = unit(2, cells, 5), unit(2, cells, 5, seed=1)
     perturbed = F.normalize(x1 + 0.3 * unit(2, cells, 5, seed=2), dim=-1)
     expected = cycles_by_hand(torch.stack([x1, x2], 1), perturbed[:, None], grid, temperature, pool)
-    found = cycle_consistency_loss(x1, x2, perturbed, grid, temperature, pool)
+    found = cycle(x1, x2, perturbed, grid, temperature, pool)
     assert [each.dtype for each in found] == [torch.float64] * 2
     assert [float(each) for each in found] == pytest.approx(expected, abs=1e-9)
-    single = cycle_consistency_loss(
-        x1.float(), x2.float(), perturbed.float(), grid, temperature, pool
-    )
+    single = cycle(x1.float(), x2.float(), perturbed.float(), grid, temperature, pool)
     assert [each.dtype for each in single] == [torch.float32] * 2
     assert [float(each) for each in single] == pytest.approx(expected, rel=2e-6, abs=1e-6)
 
@@ -95,47 +107,41 @@ def test_the_cycle_loss_equals_its_definition(
 def test_the_papers_sizes_are_the_defaults() -> None:
     x1, x2, perturbed = (unit(1, 196, 768, seed=seed) for seed in range(3))
     expected = cycles_by_hand(torch.stack([x1, x2], 1), perturbed[:, None], (14, 14), 0.03, 2)
-    found = cycle_consistency_loss(x1.float(), x2.float(), perturbed.float(), (14, 14))
+    found = cycle(x1.float(), x2.float(), perturbed.float(), (14, 14))
     assert [float(each) for each in found] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("frames", [2, 3, 4])
 def test_cycles_over_several_frames_equal_their_definition(frames: int) -> None:
     forward, backward = unit(2, frames, 16, 6), unit(2, frames - 1, 16, 6, seed=1)
-    found = multi_frame_cycle_loss(forward, backward, (4, 4), 0.1)
+    found = cycle_consistency_loss(forward, backward, (4, 4), 0.1)
     expected = cycles_by_hand(forward, backward, (4, 4), 0.1, 2)
     assert [float(each) for each in found] == pytest.approx(expected, abs=1e-9)
-
-
-def test_two_frames_are_the_papers_cycle() -> None:
-    forward, backward = unit(3, 2, 16, 6), unit(3, 1, 16, 6, seed=1)
-    paper = cycle_consistency_loss(forward[:, 0], forward[:, 1], backward[:, 0], (4, 4))
-    assert multi_frame_cycle_loss(forward, backward, (4, 4)) == paper
 
 
 def test_odd_sides_leave_the_last_row_and_column_out() -> None:
     cells = [unit(2, 5, 7, 4, seed=seed) for seed in range(3)]
     flat = [each.flatten(1, 2) for each in cells]
     whole = [each[:, :4, :6].flatten(1, 2) for each in cells]
-    assert cycle_consistency_loss(*flat, (5, 7)) == cycle_consistency_loss(*whole, (4, 6))  # type: ignore[arg-type]
+    assert cycle(*flat, (5, 7)) == cycle(*whole, (4, 6))  # type: ignore[arg-type]
 
 
 def test_distinct_places_that_stay_come_back() -> None:
     places = torch.eye(16, dtype=torch.float64)[None]
-    loss, accuracy = cycle_consistency_loss(places, places, places, (4, 4), pool=1)
+    loss, accuracy = cycle(places, places, places, (4, 4), pool=1)
     assert float(accuracy) == 1
     assert float(loss) == pytest.approx(0, abs=1e-4)
     turned = places.roll(1, dims=1)
-    loss, accuracy = cycle_consistency_loss(places, places, turned, (4, 4), pool=1)
+    loss, accuracy = cycle(places, places, turned, (4, 4), pool=1)
     assert float(accuracy) == 0
     assert float(loss) == pytest.approx(-math.log(1e-6), rel=0.01)
     # any order of the frame in between is fine
-    assert float(cycle_consistency_loss(places, turned, places, (4, 4), pool=1)[1]) == 1
+    assert float(cycle(places, turned, places, (4, 4), pool=1)[1]) == 1
 
 
 def test_random_vectors_come_back_by_chance() -> None:
     x1, x2, perturbed = (unit(60, 196, 64, seed=seed, dtype=torch.float32) for seed in range(3))
-    _, accuracy = cycle_consistency_loss(x1, x2, perturbed, (14, 14))
+    _, accuracy = cycle(x1, x2, perturbed, (14, 14))
     chance, places = 1 / 49, 60 * 49
     assert float(accuracy) == pytest.approx(chance, abs=4 * math.sqrt(chance / places))
 
@@ -143,9 +149,7 @@ def test_random_vectors_come_back_by_chance() -> None:
 def test_the_cycle_losses_gradients() -> None:
     vectors = [0.9 * unit(1, 16, 3, seed=seed) for seed in range(3)]
     inputs = [each.requires_grad_() for each in vectors]
-    assert torch.autograd.gradcheck(
-        lambda *given: cycle_consistency_loss(*given, (4, 4), 0.3)[0], inputs
-    )
+    assert torch.autograd.gradcheck(lambda *given: cycle(*given, (4, 4), 0.3)[0], inputs)
 
 
 def separability_by_hand(original: Tensor, projected: Tensor) -> float:
@@ -193,13 +197,13 @@ def test_near_identity_the_separability_loss_counts_angles(noise: float) -> None
 
 def test_half_precision_and_autocast_compute_in_float32() -> None:
     vectors = [unit(2, 16, 32, seed=seed, dtype=torch.float32) for seed in range(3)]
-    plain = cycle_consistency_loss(*vectors, (4, 4))  # type: ignore[arg-type]
+    plain = cycle(*vectors, (4, 4))  # type: ignore[arg-type]
     kl = semantic_separability_loss(*vectors[:2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert cycle_consistency_loss(*vectors, (4, 4)) == plain  # type: ignore[arg-type]
+        assert cycle(*vectors, (4, 4)) == plain  # type: ignore[arg-type]
         assert torch.equal(semantic_separability_loss(*vectors[:2]), kl)
     halves = [each.half() for each in vectors]
-    loss, _ = cycle_consistency_loss(*halves, (4, 4))  # type: ignore[arg-type]
+    loss, _ = cycle(*halves, (4, 4))  # type: ignore[arg-type]
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(plain[0]), rel=0.01)
 
@@ -208,49 +212,172 @@ def test_what_is_not_a_number_stays_so() -> None:
     """Training stops at a loss that is not finite, and names the batch."""
     vectors = [unit(1, 16, 4, seed=seed) for seed in range(3)]
     vectors[1][0, 3] = math.nan
-    assert math.isnan(cycle_consistency_loss(*vectors, (4, 4))[0])  # type: ignore[arg-type]
+    assert math.isnan(cycle(*vectors, (4, 4))[0])  # type: ignore[arg-type]
 
 
-X = unit(2, 16, 4)
+FORWARD, BACKWARD = unit(2, 2, 16, 4), unit(2, 1, 16, 4)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x2": X[:, :8]}, r"of one shape, got \(2, 16, 4\), \(2, 8, 4\) and \(2, 16, 4\)"),
-        ({"x1": X[0]}, r"\(B, N, C\) of one shape, got \(16, 4\)"),
-        ({"x2": X[:0]}, r"expected x2 \(B, \.\.\., C\), got \(0, 16, 4\)"),
+        ({"backward": unit(2, 2, 16, 4)}, r"\(B, T, N, C\) with T of 2 or more and backward"),
+        ({"forward": unit(2, 1, 16, 4)}, r"got \(2, 1, 16, 4\) and \(2, 1, 16, 4\)"),
+        ({"forward": FORWARD[0]}, r"got \(2, 16, 4\)"),
+        ({"forward": FORWARD[:0]}, r"expected forward \(B, \.\.\., C\), got \(0, 2, 16, 4\)"),
         ({"grid": (4, 5)}, "expected 20 vectors for a grid of 4 x 5, got 16"),
-        ({"x1": X * 30}, r"x1 as unit vectors, got one of length 30: .* F\.normalize"),
+        ({"forward": FORWARD * 30}, r"forward as unit vectors, got one of length 30: .* F\.norm"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"temperature": math.nan}, "temperature must be positive, got nan"),
-        ({"pool": 5}, "pool must be a whole number of cells from 1 to 4, .* got 5"),
-        ({"pool": 0}, "got 0"),
+        ({"pool": 5}, "pool must be a whole number from 1 to 4, got 5"),
         ({"pool": 1.5}, "got 1.5"),
     ],
 )
 def test_arguments_that_do_not_fit(changes: dict[str, object], message: str) -> None:
-    arguments = {"x1": X, "x2": X, "x1_perturbed": X, "grid": (4, 4), **changes}
+    arguments = {"forward": FORWARD, "backward": BACKWARD, "grid": (4, 4), **changes}
     with pytest.raises(ValueError, match=message):
         cycle_consistency_loss(**arguments)  # type: ignore[arg-type]
 
 
 def test_vectors_that_are_no_vectors() -> None:
-    with pytest.raises(TypeError, match="x2 as a floating-point tensor, got list"):
-        cycle_consistency_loss(X, [1.0], X, (4, 4))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="backward as a floating-point tensor, got list"):
+        cycle_consistency_loss(FORWARD, [1.0], (4, 4))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"original as a floating-point tensor, got torch\.int64"):
-        semantic_separability_loss(torch.zeros(2, 3, dtype=torch.int64), X)
-    with pytest.raises(ValueError, match=r"of one shape, got \(2, 16, 4\) and \(2, 16, 3\)"):
-        semantic_separability_loss(X, unit(2, 16, 3))
+        semantic_separability_loss(torch.zeros(2, 3, dtype=torch.int64), FORWARD)
+    with pytest.raises(ValueError, match=r"of one shape, got \(2, 2, 16, 4\) and \(2, 16, 3\)"):
+        semantic_separability_loss(FORWARD, unit(2, 16, 3))
     with pytest.raises(ValueError, match="projected as unit vectors"):
-        semantic_separability_loss(X, 2 * X)
+        semantic_separability_loss(FORWARD, 2 * FORWARD)
 
 
-@pytest.mark.parametrize(
-    ("forward", "backward"), [((2, 3, 16, 4), (2, 3, 16, 4)), ((2, 1, 16, 4), (2, 1, 16, 4))]
-)
-def test_frames_that_do_not_make_cycles(
-    forward: tuple[int, ...], backward: tuple[int, ...]
-) -> None:
-    with pytest.raises(ValueError, match=r"forward \(B, T, N, C\) with T of 2 or more and"):
-        multi_frame_cycle_loss(unit(*forward), unit(*backward), (4, 4))
+# The objective --------------------------------------------------------------------------------
+
+PAPER = ObjectiveSettings()
+
+
+def views_for(clips: int = 3, length: int = 2) -> Views:
+    generator = torch.Generator().manual_seed(0)
+    tokens = 5 * torch.randn(clips, 2 * length - 1, 16, 8, generator=generator)
+    return Views(tokens[:, :length], tokens[:, length:], (4, 4))
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_the_total_is_the_papers(length: int) -> None:
+    views, head = views_for(length=length), nn.Linear(8, 8)
+    found = objective(head, views, PAPER)
+    forward, backward = (
+        F.normalize(head(each), dim=-1) for each in (views.forward, views.backward)
+    )
+    cycle, accuracy = cycle_consistency_loss(forward, backward, (4, 4), 0.03)
+    originals = F.normalize(torch.cat([views.forward, views.backward], dim=1), dim=-1)
+    separability = semantic_separability_loss(originals, torch.cat([forward, backward], dim=1))
+    torch.testing.assert_close(found.cycle, cycle)
+    torch.testing.assert_close(found.separability, separability)
+    torch.testing.assert_close(found.accuracy, accuracy)
+    torch.testing.assert_close(found.total, cycle + 3 * separability)
+    assert all(each.shape == () for each in vars(found).values())
+
+
+def test_several_temperatures_are_averaged() -> None:
+    views, head = views_for(), nn.Linear(8, 8)
+    apart = [
+        objective(head, views, ObjectiveSettings(temperatures=(temperature,)))
+        for temperature in (0.03, 0.1, 0.5)
+    ]
+    both = objective(head, views, ObjectiveSettings(temperatures=(0.03, 0.1, 0.5)))
+    torch.testing.assert_close(both.cycle, torch.stack([each.cycle for each in apart]).mean())
+    torch.testing.assert_close(both.accuracy, torch.stack([each.accuracy for each in apart]).mean())
+    torch.testing.assert_close(both.separability, apart[0].separability)
+
+
+def test_the_head_is_called_once() -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def head(tokens: Tensor) -> Tensor:
+        calls.append(tuple(tokens.shape))
+        return tokens
+
+    losses = objective(head, views_for(3, 3), PAPER)
+    assert calls == [(3, 5, 16, 8)]
+    assert float(losses.separability) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_gradients_reach_only_the_head(inference: bool) -> None:
+    backbone = small_backbone()
+    head = projection_for(backbone)  # type: ignore[arg-type]
+    head.requires_grad_(True)
+    frames = torch.rand(2, 2, 3, 64, 64).requires_grad_()
+    with torch.inference_mode(inference):
+        views = encode_views(
+            backbone, frames, layers=(1,), norm=None, settings=PAPER, offsets=torch.rand(1, 2)
+        )
+    objective(head.project, views, PAPER).total.backward()
+    for parameter in head.parameters():
+        assert parameter.grad is not None
+        assert float(parameter.grad.abs().sum()) > 0
+    assert frames.grad is None
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_two_halves_average_to_the_whole() -> None:
+    views, head = views_for(4), nn.Linear(8, 8)
+
+    def gradient(*parts: Views) -> Tensor:
+        head.zero_grad()
+        for part in parts:
+            (objective(head, part, PAPER).total / len(parts)).backward()
+        assert head.weight.grad is not None
+        return head.weight.grad.clone()
+
+    halves = [
+        views._replace(forward=views.forward[part], backward=views.backward[part])
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(gradient(*halves), gradient(views), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_tokens_and_autocast_give_float32_losses(dtype: torch.dtype) -> None:
+    head, exact = nn.Linear(8, 8), views_for()
+    halves = Views(exact.forward.to(dtype), exact.backward.to(dtype), exact.grid)
+    expected = objective(
+        head, Views(halves.forward.float(), halves.backward.float(), exact.grid), PAPER
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = objective(head, halves, PAPER)
+    for one, other in zip(vars(found).values(), vars(expected).values(), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+
+
+def test_a_head_that_changes_the_width() -> None:
+    views, head = views_for(), nn.Linear(8, 4)
+    with pytest.raises(ValueError, match="the head makes 4 of 8: keep the width, or set"):
+        objective(head, views, PAPER)
+    alone = objective(head, views, ObjectiveSettings(separability_weight=0))
+    assert float(alone.separability) == 0
+    assert torch.equal(alone.total, alone.cycle)
+    watched = objective(nn.Linear(8, 8), views, ObjectiveSettings(separability_weight=0))
+    assert float(watched.separability.detach()) > 0
+    assert torch.equal(watched.total, watched.cycle)
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often a value is brought to Python, for which it waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_objective_does_not_wait_for_the_device() -> None:
+    views = views_for()
+    with Looks() as looks:
+        objective(nn.Linear(8, 8), views, PAPER)
+    assert looks.count == 0
+    with Looks() as looks, pytest.raises(ValueError, match="as unit vectors"):
+        cycle_consistency_loss(views.forward, views.backward, views.grid)
+    assert looks.count == 1

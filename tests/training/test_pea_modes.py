@@ -17,9 +17,11 @@ from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter, Projection, ProjectionConfig
 from cosettle_adapter.backbones import VisionTransformerBackbone
-from cosettle_adapter.training.objective import ObjectiveSettings, Views, draw_offsets, objective
-from cosettle_adapter.video.photographs import photographs
-from cosettle_adapter.video.rendered import render_clip
+from cosettle_adapter.training.encoding import Views, draw_offsets
+from cosettle_adapter.training.losses import objective
+from cosettle_adapter.training.positions import perturbed_positions
+from cosettle_adapter.training.settings import ObjectiveSettings
+from cosettle_adapter.video.synthetic import photographs, render_clip
 
 pytest.importorskip("skimage")
 
@@ -68,7 +70,7 @@ def rendered_tokens(backbone: VisionTransformerBackbone) -> Tokens:
     )
 
     def tokens(images: Tensor, offset: Tensor | None = None) -> Tensor:
-        positions = None if offset is None else backbone.perturbed_positions(grid, offset[None])
+        positions = None if offset is None else perturbed_positions(backbone, grid, offset[None])
         maps = backbone.patch_tokens(images, positions=positions)
         return rearrange(maps, "b c h w -> b (h w) c")
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from cosettle_adapter import Projection, ProjectionConfig
 from cosettle_adapter.backbones import Backbone, VisionTransformerBackbone
-from cosettle_adapter.training.objective import ObjectiveSettings, Views, draw_offsets, objective
-from cosettle_adapter.video.photographs import photographs
-from cosettle_adapter.video.resampling import resize
+from cosettle_adapter.training.encoding import Views, draw_offsets
+from cosettle_adapter.training.losses import objective
+from cosettle_adapter.training.settings import ObjectiveSettings
+from cosettle_adapter.video.geometry import resize
+from cosettle_adapter.video.synthetic import photographs
 
 pytest.importorskip("skimage")
 

@@ -46,11 +46,6 @@ def test_everything_arrives_in_order(depth: int) -> None:
     producer.assert_finished()
 
 
-def test_any_iterable_will_do() -> None:
-    assert list(prefetch([3, 1, 2])) == [3, 1, 2]
-    assert list(prefetch([])) == []
-
-
 def test_the_producer_runs_ahead_in_a_daemon_thread_and_no_further_than_told() -> None:
     producer = Producer()
     ahead = prefetch(producer(), depth=2)
@@ -72,11 +67,6 @@ def test_an_exception_comes_after_the_items_before_it() -> None:
     with pytest.raises(ZeroDivisionError, match="at 3"):
         next(ahead)
     producer.assert_finished()
-
-
-def test_iterables_that_cannot_be_iterated() -> None:
-    with pytest.raises(TypeError):
-        list(prefetch(7))  # type: ignore[arg-type]
 
 
 def _close(ahead: Iterator[int]) -> None:
@@ -122,6 +112,9 @@ def test_breaking_out_of_a_loop_many_times_leaves_no_threads() -> None:
     assert threading.active_count() == threads
 
 
-def test_depth_is_checked_at_the_call() -> None:
+def test_what_can_be_iterated() -> None:
+    assert list(prefetch([3, 1, 2])) == [3, 1, 2]
+    with pytest.raises(TypeError):
+        list(prefetch(7))  # type: ignore[arg-type]
     with pytest.raises(FrameError, match="depth must be at least 1, got 0"):
         prefetch([], depth=0)

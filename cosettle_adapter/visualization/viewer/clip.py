@@ -14,12 +14,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cosettle_adapter.analysis import FeatureKind, feature_kinds, read_blocks
 from cosettle_adapter.correspondence.fusion import FusionMode, temporal_fusion
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.extras import require
-from cosettle_adapter.video import Geometry, open_frames, prefetch
-from cosettle_adapter.video.resampling import resize
+from cosettle_adapter.evaluation.variants import FeatureVariant, feature_variants, read_layers
+from cosettle_adapter.imports import require
+from cosettle_adapter.video import FrameSelection, Geometry, open_frames, prefetch
+from cosettle_adapter.video.geometry import resize
 from cosettle_adapter.visualization.pca import fit_pca
 from cosettle_adapter.visualization.similarity import similarity_maps
 
@@ -70,10 +70,7 @@ def view_clip(
     source: str | os.PathLike[str],
     *,
     size: Size | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    every: int = 1,
-    max_frames: int | None = None,
+    select: FrameSelection | None = None,
     batch_size: int = 4,
     fusion: FusionMode | None = None,
     on_frames: Callable[[int], None] = lambda done: None,
@@ -84,10 +81,7 @@ def view_clip(
         adapter: backbone and projection.
         source: a video file, or a folder or glob of images.
         size: what frames are resized to, as in the adapter's ``forward``.
-        start: first second to read.
-        end: second to stop before.
-        every: keep every n-th frame.
-        max_frames: keep at most this many.
+        select: which frames; all by default.
         batch_size: frames a forward pass.
         fusion: show the adapter's own features fused over time as well.
         on_frames: called with the number of frames done, after each pass.
@@ -99,26 +93,24 @@ def view_clip(
         FrameError: nothing to read, or frames that cannot be used.
         MissingExtraError: Pillow or numpy is not installed.
     """
-    kinds = feature_kinds(adapter)
+    kinds = feature_variants(adapter)
     pictures: list[bytes] = []
     times: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {kind.name: [] for kind in kinds}
     guides: list[Tensor] = []
     geometry: Geometry | None = None
-    chunks = open_frames(
-        source, start=start, end=end, every=every, max_frames=max_frames, chunk_size=batch_size
-    )
+    chunks = open_frames(source, select, chunk_size=batch_size)
     try:
         for chunk in prefetch(chunks):
             geometry = adapter.geometry(*chunk.frames.shape[-2:], size=size)
             images = adapter.preprocess(chunk.frames, size=size)
-            tokens = read_blocks(adapter.backbone, images, [kind.blocks for kind in kinds])
+            tokens = read_layers(adapter.backbone, images, [kind.reads for kind in kinds])
             for kind in kinds:
-                found = kind.of_frames(tokens[kind.blocks])
+                found = kind.of_frames(tokens[kind.reads])
                 parts[kind.name].append(_halved(found, kind))
             # of the last kind, which is what the adapter returns
             if fusion is not None:
-                guides.append(adapter._guide(tokens[kind.blocks]).to("cpu", torch.float16))
+                guides.append(adapter._guide(tokens[kind.reads]).to("cpu", torch.float16))
             pictures.extend(_pictures(chunk.frames))
             times.append(chunk.timestamps)
             on_frames(len(pictures))
@@ -143,7 +135,7 @@ def view_clip(
     )
 
 
-def _halved(features: Tensor, kind: FeatureKind) -> Tensor:
+def _halved(features: Tensor, kind: FeatureVariant) -> Tensor:
     half = features.to("cpu", torch.float16)
     if not half.isfinite().all():
         raise FrameError(
@@ -153,7 +145,7 @@ def _halved(features: Tensor, kind: FeatureKind) -> Tensor:
     return half
 
 
-def _finished(kind: FeatureKind, parts: list[Tensor]) -> Tensor:
+def _finished(kind: FeatureVariant, parts: list[Tensor]) -> Tensor:
     clip = torch.cat(parts)
     return clip if kind.finish is None else kind.finish(clip.float()).half()
 

@@ -1,0 +1,264 @@
+"""A clip's features before and after projections, from one pass of the backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from cosettle_adapter.closed_form import settle_clip
+from cosettle_adapter.correspondence.fusion import FusionMode, fusion_guide, temporal_fusion
+from cosettle_adapter.errors import BackboneMismatchError
+
+if TYPE_CHECKING:
+    from cosettle_adapter.adapter import CoSettleAdapter, Size
+    from cosettle_adapter.backbones import Backbone
+    from cosettle_adapter.projection import Projection
+
+RAW_LAST = "raw last block"
+RAW_SAME = "raw same block"
+CENTRED = "centred"
+ADAPTED = "adapted"
+SETTLED = "settled"
+
+Reads = tuple[tuple[int, ...], bool]  # layers, and whether the final norm is applied
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureVariant:
+    """One way to make features: what is read of the backbone, and what is done with it.
+
+    Attributes:
+        name: what tables call it.
+        reads: the layers, and whether they pass the final norm.
+        projection: applied to every frame's tokens ``(N, C, h, w)``, if any.
+        finish: applied to a whole clip's ``(T, C, h, w)`` after that, if any.
+        fusion: mode of temporal fusion that comes last, if any.
+        widths: channels of each layer read; needed for ``fusion``.
+    """
+
+    name: str
+    reads: Reads
+    projection: Projection | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+    fusion: FusionMode | None = None
+    widths: tuple[int, ...] = ()
+
+    @property
+    def needs_clip(self) -> bool:
+        """Whether it is made of a whole clip, and not of each frame alone."""
+        return self.finish is not None or self.fusion is not None
+
+    @torch.no_grad()
+    def of_frames(self, tokens: Tensor) -> Tensor:
+        """Apply ``projection``; float32."""
+        return tokens.float() if self.projection is None else self.projection(tokens).float()
+
+    @torch.no_grad()
+    def of_clip(self, tokens: Tensor) -> Tensor:
+        """Apply ``projection``, ``finish`` and ``fusion``; float32."""
+        features = self.of_frames(tokens)
+        features = features if self.finish is None else self.finish(features)
+        if self.fusion is None:
+            return features
+        return temporal_fusion(features, fusion_guide(tokens, self.widths), mode=self.fusion)
+
+
+def feature_variants(
+    adapter: CoSettleAdapter,
+    *,
+    baselines: Mapping[str, Projection] | None = None,
+    settle: bool | None = None,
+    centre: bool = False,
+    baseline_layers: Sequence[int] = (),
+    fusion: FusionMode | None = None,
+) -> list[FeatureVariant]:
+    """Return an adapter's features and what they must be compared with.
+
+    Most of what a projection seems to gain over the last layer can come from reading another
+    layer, or from removing the mean token; so both are compared with.
+
+    Args:
+        adapter: backbone and projection.
+        baselines: name to other projections of the same backbone.
+        settle: also settle what the adapter and each baseline return by the clip's own
+            statistics; by default where the adapter was loaded with ``projection="settle"``.
+        centre: also subtract the clip's mean token from what the adapter returns.
+        baseline_layers: single layers to compare with, centred by the clip's mean token.
+        fusion: mode of temporal fusion; what the adapter and each baseline return and the centred
+            single layers are then also given fused.
+
+    Returns:
+        ``raw last block``, ``raw same block`` (the layers that the projection reads, unless that
+        is the last one), ``centred`` (those minus the clip's mean token), ``adapted`` (unless
+        there is no projection), ``settled`` if asked for, and the baselines. A projection that
+        reads several layers is also compared with each earlier one alone, ``raw layer 7`` and
+        ``centred layer 7``.
+
+    Raises:
+        BackboneMismatchError: a baseline of another backbone.
+        ValueError: a layer that does not exist.
+    """
+    backbone, config, projection = adapter.backbone, adapter.config, adapter.projection
+    baselines = baselines or {}
+    settle = adapter.settles if settle is None else settle
+    last: Reads = ((backbone.default_layer,), backbone.row.final_norm)
+    same: Reads = (tuple(backbone.block(layer) for layer in config.layers), config.norm)
+    variants = [FeatureVariant(RAW_LAST, last)]
+    if same != last:
+        variants.append(FeatureVariant(RAW_SAME, same))
+    variants.append(FeatureVariant(CENTRED, same, finish=centred))
+    earlier = sorted(same[0])[:-1]
+    for layer in sorted({*earlier, *(backbone.block(layer) for layer in baseline_layers)}):
+        alone: Reads = ((layer,), layer == backbone.depth - 1 and backbone.row.final_norm)
+        if layer in earlier:
+            variants.append(FeatureVariant(f"raw layer {layer}", alone))
+        variants.append(FeatureVariant(centred_layer(layer), alone, finish=centred))
+    if config.kind != "identity":
+        variants.append(FeatureVariant(ADAPTED, same, projection))
+        if centre:
+            variants.append(FeatureVariant(f"{ADAPTED}, centred", same, projection, centred))
+    if settle:
+        variants.append(FeatureVariant(SETTLED, same, projection, settle_clip))
+    for name, other in baselines.items():
+        if other.config.fingerprint != config.fingerprint:
+            raise BackboneMismatchError(
+                f"{name} was fitted on another backbone ({other.config.backbone}) than the model "
+                f"here ({config.backbone}); compare projections of one backbone"
+            )
+        reads = (tuple(backbone.block(layer) for layer in other.config.layers), other.config.norm)
+        variants.append(FeatureVariant(name, reads, other))
+        if settle:
+            variants.append(FeatureVariant(f"{name}, settled", reads, other, settle_clip))
+    if fusion is not None:
+        fusable = {ADAPTED, *baselines, *map(centred_layer, range(backbone.depth))}
+        variants += [_fused(each, fusion, backbone) for each in variants if each.name in fusable]
+    return variants
+
+
+def _fused(variant: FeatureVariant, mode: FusionMode, backbone: Backbone) -> FeatureVariant:
+    name = f"{variant.name}, fused" + (" causally" if mode == "causal" else "")
+    widths = tuple(backbone.widths[layer] for layer in variant.reads[0])
+    return dataclasses.replace(variant, name=name, fusion=mode, widths=widths)
+
+
+def guide_variant(adapter: CoSettleAdapter, variants: Sequence[FeatureVariant]) -> FeatureVariant:
+    """Return the centred single layer whose matches stand for the truth on real clips.
+
+    It is chosen by :func:`guide_layer` among those that no projection of the variants to be
+    measured reads and no fusion matches by. Raw and centred single layers do not count as reading:
+    nothing would be left.
+    """
+    backbone = adapter.backbone
+    read = {backbone.block(layer) for layer in adapter.config.layers}
+    for variant in variants:
+        if variant.projection is not None or variant.fusion is not None:
+            read.update(variant.reads[0])
+    layer = guide_layer(backbone.depth, read)
+    return FeatureVariant(f"matches of {centred_layer(layer)}", ((layer,), False), finish=centred)
+
+
+def guide_layer(depth: int, read: Iterable[int]) -> int:
+    """Choose the layer nearest two thirds of the depth that is not read, the later of two.
+
+    Where every layer is read, it is chosen of all.
+    """
+    free = sorted(set(range(depth)) - set(read), reverse=True)
+    return min(free or range(depth), key=lambda layer: abs(3 * (layer + 1) - 2 * depth))
+
+
+def centred_layer(layer: int) -> str:
+    """Return the name of a single layer minus the clip's mean token."""
+    return f"centred layer {layer}"
+
+
+def centred(features: Tensor) -> Tensor:
+    """Return a clip's features ``(T, C, h, w)`` minus their mean token."""
+    return features - reduce(features, "t c h w -> 1 c 1 1", "mean")
+
+
+def raw_same(features: Mapping[str, Value]) -> Value:
+    """Return, of values by variant, that of the raw layers which the projection reads."""
+    return features[RAW_SAME if RAW_SAME in features else RAW_LAST]
+
+
+def read_layers(backbone: Backbone, images: Tensor, wanted: Sequence[Reads]) -> dict[Reads, Tensor]:
+    """Read several sets of layers of images ``(B, 3, H, W)`` in one pass of the backbone.
+
+    Returns:
+        Set of layers to ``(B, C, h, w)``, its layers concatenated along the channels.
+    """
+    singles = sorted({(layer, norm) for layers, norm in wanted for layer in layers})
+    maps = backbone.intermediate_tokens(
+        images, [layer for layer, _ in singles], norm=[norm for _, norm in singles]
+    )
+    found = dict(zip(singles, maps, strict=True))
+    return {
+        (layers, norm): torch.cat([found[layer, norm] for layer in layers], dim=1)
+        for layers, norm in wanted
+    }
+
+
+def encode_variants(
+    adapter: CoSettleAdapter,
+    batches: Iterable[Tensor],
+    variants: Sequence[FeatureVariant],
+    *,
+    size: Size | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Encode a clip in one pass of the backbone, then make one variant at a time.
+
+    Args:
+        adapter: gives the backbone.
+        batches: the clip's frames ``(N, 3, H, W)`` uint8, one forward pass each.
+        variants: what to make.
+        size: what frames are resized to, as in the adapter's ``forward``.
+
+    Yields:
+        Name of a variant and its features ``(T, C, h, w)``, float32 on the CPU.
+    """
+    parts: dict[Reads, list[Tensor]] = {variant.reads: [] for variant in variants}
+    for frames in batches:
+        images = adapter.preprocess(frames, size=size)
+        for reads, maps in read_layers(adapter.backbone, images, list(parts)).items():
+            parts[reads].append(maps.float().cpu())
+    tokens = {reads: torch.cat(parts.pop(reads)) for reads in list(parts)}
+    for variant in variants:
+        yield variant.name, variant.of_clip(tokens[variant.reads].to(adapter.device)).cpu()
+
+
+def compare_features(
+    adapter: CoSettleAdapter,
+    frames: Tensor,
+    *,
+    size: Size | None = None,
+    batch_size: int = 4,
+    on_frames: Callable[[int], None] = lambda done: None,
+    variants: Sequence[FeatureVariant] | None = None,
+) -> dict[str, Tensor]:
+    """Return a clip's adapted features and what they must be compared with.
+
+    Args:
+        adapter: backbone and projection.
+        frames: ``(T, 3, H, W)`` uint8.
+        size: what frames are resized to, as in the adapter's ``forward``.
+        batch_size: frames a forward pass.
+        on_frames: called with the number of frames done, after each pass.
+        variants: those of :func:`feature_variants` by default.
+
+    Returns:
+        What :func:`encode_variants` yields, by name.
+    """
+
+    def batches() -> Iterator[Tensor]:
+        for start in range(0, len(frames), batch_size):
+            yield frames[start : start + batch_size]
+            on_frames(min(start + batch_size, len(frames)))
+
+    variants = variants or feature_variants(adapter)
+    return dict(encode_variants(adapter, batches(), variants, size=size))

@@ -1,0 +1,216 @@
+"""Videos as features by variant: pooled to one feature a frame or a video."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
+from cosettle_adapter.evaluation.labelled_videos import LabelledVideo
+from cosettle_adapter.evaluation.variants import (
+    CENTRED,
+    RAW_LAST,
+    RAW_SAME,
+    FeatureVariant,
+    feature_variants,
+    raw_same,
+    read_layers,
+)
+from cosettle_adapter.video import FrameSelection, open_frames, probe
+
+if TYPE_CHECKING:
+    from cosettle_adapter.adapter import CoSettleAdapter, Size
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class VideoFrames(NamedTuple):
+    """One feature a frame of a video, the mean over its patches.
+
+    Attributes:
+        video: its name.
+        times: ``(T,)`` float64 seconds; positions in a folder of images.
+        features: variant to ``(T, C)`` float32.
+    """
+
+    video: str
+    times: Tensor
+    features: Mapping[str, Tensor]
+
+
+class PooledVideos(NamedTuple):
+    """One feature a labelled video, the mean over its patches and frames.
+
+    Attributes:
+        videos: those that could be read.
+        features: variant to ``(V, C)`` float32, a row for each of ``videos``.
+        skipped: name to why, of those that could not.
+    """
+
+    videos: tuple[LabelledVideo, ...]
+    features: Mapping[str, Tensor]
+    skipped: Mapping[str, str]
+
+
+def encode_videos(
+    adapter: CoSettleAdapter,
+    paths: Mapping[str, Path],
+    *,
+    frames: int | None = None,
+    rate: float | None = None,
+    size: Size | None = 224,
+    batch_size: int = 8,
+    variants: Sequence[FeatureVariant] | None = None,
+    on_video: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[VideoFrames], dict[str, str]]:
+    """Encode videos of any length into one feature a frame.
+
+    Args:
+        adapter: backbone and projection.
+        paths: name to video file or folder of images.
+        frames: about how many of a video, see :func:`frames_of`.
+        rate: about how many a second, see :func:`frames_of`.
+        size: what frames are resized to; the shorter side by default.
+        batch_size: frames a forward pass.
+        variants: by default those of
+            :func:`~cosettle_adapter.evaluation.variants.feature_variants`. Those made of a whole
+            clip, such as centred features, are left out.
+        on_video: called with the number of videos done and their number.
+
+    Returns:
+        Videos that could be read, and name to why of those that could not.
+
+    Raises:
+        FrameError: no video could be read.
+        MissingExtraError: PyAV or Pillow is needed and not installed.
+    """
+    variants = [each for each in variants or feature_variants(adapter) if not each.needs_clip]
+    wanted = [variant.reads for variant in variants]
+    skipped: dict[str, str] = {}
+
+    def read(name: str) -> VideoFrames:
+        select = frames_of(paths[name], frames=frames, rate=rate)
+        parts: dict[str, list[Tensor]] = {variant.name: [] for variant in variants}
+        times: list[Tensor] = []
+        for chunk in open_frames(paths[name], select, chunk_size=batch_size):
+            images = adapter.preprocess(chunk.frames, size=size)
+            tokens = read_layers(adapter.backbone, images, wanted)
+            for variant in variants:
+                maps = variant.of_frames(tokens[variant.reads]).cpu()
+                parts[variant.name].append(reduce(maps, "t c h w -> t c", "mean"))
+            times.append(chunk.timestamps)
+        features = {variant: torch.cat(means) for variant, means in parts.items()}
+        return VideoFrames(name, torch.cat(times), features)
+
+    return each_readable(list(paths), read, skipped, on_video), skipped
+
+
+def pool_videos(
+    adapter: CoSettleAdapter, videos: Sequence[LabelledVideo], *, frames: int = 16, **options: Any
+) -> PooledVideos:
+    """Encode videos into one feature each, the mean over patches and frames.
+
+    Args:
+        adapter: backbone and projection.
+        videos: see :func:`~cosettle_adapter.evaluation.labelled_videos.labelled_videos`.
+        frames: about how many of a video, evenly spread over it.
+        **options: ``size``, ``batch_size``, ``variants`` and ``on_video`` of
+            :func:`encode_videos`, whose errors are raised.
+    """
+    named = {video.name: video for video in videos}
+    paths = {name: video.path for name, video in named.items()}
+    found, skipped = encode_videos(adapter, paths, frames=frames, **options)
+    features = {
+        variant: torch.stack([reduce(each.features[variant], "t c -> c", "mean") for each in found])
+        for variant in found[0].features
+    }
+    return PooledVideos(tuple(named[each.video] for each in found), features, skipped)
+
+
+def with_centred(
+    features: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Add the centred features to the others: raw ones minus the mean of a reference.
+
+    A video's own mean would leave nothing of a pooled feature, so it is the mean of the videos
+    that are learnt from or searched; it uses no labels.
+
+    Args:
+        features: variant to ``(N, C)``.
+        reference: variant to ``(M, C)``, whose mean is subtracted.
+
+    Returns:
+        The features in the order raw, centred, all others.
+    """
+    raw = {name: features[name] for name in (RAW_LAST, RAW_SAME) if name in features}
+    if not raw:
+        return dict(features)
+    return {**raw, CENTRED: raw_same(features) - raw_same(reference).mean(dim=0), **features}
+
+
+def frames_of(
+    path: Path, *, frames: int | None = None, rate: float | None = None
+) -> FrameSelection:
+    """Select frames of a video file or a folder of images.
+
+    Args:
+        path: the source.
+        frames: spread about this many evenly over the whole source, and take no more.
+        rate: take about this many a second, where the source has times of its own; all of them
+            where it has not.
+
+    Raises:
+        FrameError: a source that cannot be read.
+        ValueError: ``frames`` below 1 or a ``rate`` that is not positive.
+    """
+    if (frames is not None and frames < 1) or (rate is not None and not rate > 0):
+        raise ValueError(f"got frames={frames} and rate={rate}, expected both above 0")
+    info = probe(path)
+    if frames is not None:
+        return FrameSelection(every=max(1, (info.frames or 0) // frames), max_frames=frames)
+    return FrameSelection(every=max(1, round(info.fps / rate)) if info.fps and rate else 1)
+
+
+def each_readable(
+    items: Sequence[Item],
+    read: Callable[[Item], Found],
+    skipped: dict[str, str],
+    on_item: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Found]:
+    """Read items one by one and return what was read; a failure does not lose the others.
+
+    Args:
+        items: what to read; ``str`` of it is its name.
+        read: reads one.
+        skipped: name to why, filled for those that failed.
+        on_item: called with the number of items done, read or not, and their number.
+
+    Raises:
+        MissingExtraError: what would fail for every item alike.
+        FrameError: not a single item could be read, or there is none.
+    """
+    found = []
+    for done, item in enumerate(items, start=1):
+        try:
+            found.append(read(item))
+        except MissingExtraError:
+            raise
+        except (CosettleError, OSError) as error:
+            logger.warning("skipped %s: %s", item, error)
+            skipped[str(item)] = str(error)
+        on_item(done, len(items))
+    if not items:
+        raise FrameError("got no videos to read; expected at least one")
+    if not found:
+        name, why = next(iter(skipped.items()))
+        raise FrameError(f"none of {len(items)} videos could be read. The first, {name}: {why}")
+    return found

@@ -1,0 +1,191 @@
+"""Adapters as ONNX files."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.export.program import (
+    Exported,
+    ExportError,
+    Parity,
+    Signature,
+    Traced,
+    check_suffix,
+    reason,
+)
+from cosettle_adapter.imports import require
+
+logger = logging.getLogger(__name__)
+
+OPSET = 18
+_FIRST_TORCH = (2, 6)  # its exporter takes torch.export programs
+_LARGEST_FILE = 2**31 - 2**24  # protobuf's 2 GB, less what the graph takes
+
+
+def to_onnx(
+    adapter: CoSettleAdapter,
+    path: str | Path,
+    size: tuple[int, int],
+    *,
+    preprocessing: bool = True,
+    normalize: bool = False,
+    static_batch: int | None = None,
+    opset: int = OPSET,
+    check: bool = True,
+    check_on: Any = None,
+) -> Exported:
+    """Write an adapter at one frame size as an ONNX model.
+
+    The model's metadata says which backbone, fingerprint and layers it is, and its patch, stride
+    and grid; :class:`~cosettle_adapter.export.Signature` lists them.
+
+    Args:
+        adapter: frozen backbone and projection, float32 or float16.
+        path: an ``.onnx`` file. Weights of more than 2 GB, which ONNX files cannot hold, go into
+            a second file, ``<name>.onnx.data``, which has to stay beside it.
+        size: ``(H, W)`` of the frames; resizing is not part of the model.
+        preprocessing: this and the others as for :func:`to_torch_export`.
+        normalize: likewise.
+        static_batch: likewise.
+        opset: version of ONNX's operators.
+        check: likewise, in ONNX Runtime where it is installed.
+        check_on: likewise.
+
+    Raises:
+        MissingExtraError: the exporter's packages are not installed.
+        GeometryError, ExportError, OSError: as for :func:`to_torch_export`, or torch is too old.
+    """
+    path = Path(path)
+    check_suffix(path, ".onnx")
+    check_exporter()
+    if adapter.dtype not in (torch.float32, torch.float16):
+        raise ExportError(
+            f"ONNX runtimes have few kernels for {adapter.dtype}; load the adapter with "
+            "dtype=torch.float16 or torch.float32, or export a .pt2 file"
+        )
+    with _quiet():
+        traced = Traced(adapter, size, preprocessing, normalize, static_batch, unfused=True)
+        onnx_program = _translate(traced, opset)
+    tensors = (*traced.program.state_dict.values(), *traced.program.constants.values())
+    weights = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    with _staged(path) as temporary:
+        onnx_program.save(temporary, external_data=weights > _LARGEST_FILE)
+        parity = _check(temporary, traced, check_on) if check else None
+        written = sum(file.stat().st_size for file in temporary.parent.iterdir())
+    return Exported(path, written, traced.signature, parity)
+
+
+def check_exporter() -> None:
+    """Raise :class:`MissingExtraError` or :class:`ExportError` if ONNX files cannot be written."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _FIRST_TORCH:
+        raise ExportError(
+            f"exporting ONNX needs torch {'.'.join(map(str, _FIRST_TORCH))} or newer, this is "
+            f"{torch.__version__}: upgrade with pip install -U torch, or export a .pt2 file"
+        )
+    for package in ("onnx", "onnxscript"):
+        require(package, extra="export", purpose="exporting ONNX models")
+
+
+def _translate(traced: Traced, opset: int) -> Any:
+    signature: Signature = traced.signature
+    try:
+        program: Any = torch.onnx.export(
+            traced.program,
+            (),
+            dynamo=True,
+            input_names=[signature.input.name],
+            output_names=[signature.output.name],
+            dynamic_shapes=traced.dynamic_shapes,
+            opset_version=opset,
+            verbose=False,
+        )
+    except Exception as error:  # torch raises errors of its exporter's many parts
+        raise ExportError(
+            f"torch {torch.__version__} cannot export {signature.metadata['backbone']} to ONNX: "
+            f"{reason(error)}. A newer torch may, and so may a .pt2 file"
+        ) from error
+    reached = program.model.opset_imports.get("")
+    if reached != opset:
+        raise ExportError(
+            f"torch {torch.__version__} wrote operators of version {reached}, not {opset}; "
+            f"{OPSET} is what its exporter is made for"
+        )
+    for name, value in signature.metadata.items():  # strings as they are, all else as JSON
+        text = value if isinstance(value, str) else json.dumps(value)
+        program.model.metadata_props[name] = text
+    for node in program.model.graph:  # names of Python functions, several times the graph's size
+        node.metadata_props.clear()
+    return program
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what the exporter says about its own work."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+@contextlib.contextmanager
+def _staged(final: Path) -> Iterator[Path]:
+    """Yield a path of the final name in a temporary folder, since a model names its data file.
+
+    All files are moved into place when the block succeeds, the model last; none stays otherwise.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.stem}.") as folder:
+        model = Path(folder) / final.name
+        yield model
+        beside = [file for file in sorted(model.parent.iterdir()) if file != model]
+        for file in (*beside, model):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        if beside:  # an earlier model must not meet the weights of this one
+            final.unlink(missing_ok=True)
+        for file in (*beside, model):
+            file.replace(final.parent / file.name)
+
+
+def _check(path: Path, traced: Traced, check_on: Any) -> Parity | None:
+    try:
+        runtime: Any = importlib.import_module("onnxruntime")
+    except ImportError:
+        logger.warning("not compared with PyTorch without ONNX Runtime: pip install onnxruntime")
+        return None
+    version = f"ONNX Runtime {runtime.__version__}"
+    try:
+        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of types that it names by numbers
+        raise ExportError(
+            f"{version} cannot load the model, so it was not kept: {reason(error)}. Upgrade it "
+            f"with pip install -U onnxruntime, or export for opset {OPSET}; check=False "
+            "(--no-check) keeps the file"
+        ) from error
+
+    def run(inputs: Tensor) -> Tensor:
+        (found,) = session.run(None, {traced.signature.input.name: inputs.cpu().numpy()})
+        return torch.from_numpy(found)
+
+    return traced.compare(run, version, check_on)

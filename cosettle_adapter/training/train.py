@@ -1,0 +1,365 @@
+"""Train a projection by gradients: the paper's method, resumable bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import logging
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cosettle_adapter.backbones import Backbone
+from cosettle_adapter.projection import Projection
+from cosettle_adapter.training import checkpoint
+from cosettle_adapter.training.batches import Plan, TrainingData
+from cosettle_adapter.training.checkpoint import RunState
+from cosettle_adapter.training.corpus import Corpus
+from cosettle_adapter.training.data import load_batches
+from cosettle_adapter.training.distribution import from_main, gather, make_accelerator, on_main
+from cosettle_adapter.training.encoding import compile_encoder
+from cosettle_adapter.training.errors import TrainingInterrupted
+from cosettle_adapter.training.head import Head, make_optimizer, new_head
+from cosettle_adapter.training.metrics import MetricsLog, StepReport, last_epoch_means
+from cosettle_adapter.training.settings import TrainSettings
+from cosettle_adapter.training.step import Stepper
+from cosettle_adapter.training.stopping import stop_request
+from cosettle_adapter.training.validation import CRITERION, Validation
+from cosettle_adapter.version import __version__
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["StepReport", "Trained", "train"]
+
+logger = logging.getLogger(__name__)
+
+_SAVE_SECONDS = 300.0
+_SKIPPED_NAMED = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What training returns.
+
+    Attributes:
+        projection: the result, as it was written: the last one, or the best by validation.
+        steps: of the whole run.
+        chosen_step: steps after which the projection was what it is.
+        figures: validation figures of the backbone's own tokens (``raw``), of the ``first``, the
+            ``last`` and the ``chosen`` projection; empty without validation.
+        skipped: videos that could not be read, and why.
+    """
+
+    projection: Projection
+    steps: int
+    chosen_step: int
+    figures: dict[str, dict[str, float | None]]
+    skipped: dict[str, str]
+
+
+def train(
+    backbone: Backbone,
+    data: TrainingData,
+    output: str | Path,
+    settings: TrainSettings | None = None,
+    *,
+    accelerator: Accelerator | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    validation: Corpus | None = None,
+    tensorboard: bool = False,
+    licence: str = "",
+    about_data: str = "",
+    command: Sequence[str] = (),
+    on_start: Callable[[int], None] = lambda samples: None,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+) -> Trained:
+    """Train a projection for a backbone on unlabelled clips.
+
+    The backbone stays frozen and moves to the accelerator's device. ``output`` becomes a
+    projection folder when the run ends; until then it holds a checkpoint, from which an
+    interrupted run resumes with an identical result, and ``metrics.jsonl``. Several processes
+    train one projection together when they were launched by ``accelerate launch`` or
+    ``torchrun``; only the first writes.
+
+    Args:
+        backbone: the frozen encoder.
+        data: from :func:`~cosettle_adapter.training.batches.open_data` with the same settings.
+        output: folder to write.
+        settings: see :class:`TrainSettings`.
+        accelerator: of this process; by default one for the best device here.
+        resume: continue the run in ``output``.
+        overwrite: remove a run or projection that ``output`` holds.
+        validation: clips to measure before the first step and after each epoch; the projection
+            that is best by them is the result.
+        tensorboard: write TensorBoard's files beside ``metrics.jsonl``.
+        licence: licence to record; the backbone's by default.
+        about_data: what the clips are, to record.
+        command: words of the command line, to record.
+        on_start: called in the main process before the first step that is to be done, with the
+            samples of an epoch.
+        on_step: called in the main process after every step.
+
+    Returns:
+        The projection, and what was measured.
+
+    Raises:
+        TrainingError: it cannot begin: the folder holds a run, another process is writing into it,
+            or there are too few samples.
+        CheckpointError: there is nothing to resume, or it is another run.
+        NonFiniteLossError: naming the clips; the last checkpoint is kept.
+        DiskFullError: no space left; the last checkpoint is kept.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after saving.
+        CosettleError: samples that cannot be read, or frames that do not fit the backbone.
+    """
+    settings = settings or TrainSettings()
+    accelerator = accelerator or make_accelerator()
+    folder = Path(output).expanduser()
+    backbone.grid(settings.size, settings.size)
+    plan = Plan(
+        len(data),
+        settings.batch_size,
+        accelerator.num_processes,
+        settings.accumulation,
+        settings.epochs,
+        settings.seed,
+    )
+    if plan.batch_size < settings.batch_size and accelerator.is_main_process:
+        logger.warning(
+            "batches of %d in place of %d: an epoch has %d samples",
+            plan.batch_size, settings.batch_size, plan.samples,
+        )  # fmt: skip
+    config = settings.head_config(backbone)
+    config = dataclasses.replace(config, licence=licence or backbone.row.licence)
+    start = "random" if resume else settings.init
+    head = Head(new_head(config, init=start, seed=settings.seed)).to(accelerator.device)
+    with contextlib.ExitStack() as held:
+        claimed = checkpoint.claimed_folder(folder, resume=resume, overwrite=overwrite)
+        on_main(accelerator, lambda: held.enter_context(claimed))
+        held.callback(accelerator.free_memory)  # it would save this head with the next one
+        run = _Run(accelerator, backbone, data, plan, settings, head, folder)
+        run.state.command = list(command)
+        run.state.config["validation"] = None if validation is None else validation.digest
+        if resume:
+            run.resume()
+        backbone.to(accelerator.device)
+        if settings.compile:
+            compile_encoder(backbone)
+        if validation is not None:
+            run.begin_validation(validation)
+        run.log = on_main(
+            accelerator, lambda: MetricsLog(folder, step=run.state.step, tensorboard=tensorboard)
+        )
+        if run.log is not None:
+            held.callback(run.log.close)
+        run.to_the_end(on_start, on_step)
+        return run.finish(about_data)
+
+
+class _Run:
+    """The head and what trains it, after ``state.step`` steps."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        backbone: Backbone,
+        data: TrainingData,
+        plan: Plan,
+        settings: TrainSettings,
+        head: Head,
+        folder: Path,
+    ) -> None:
+        self.accelerator, self.backbone, self.data, self.plan = accelerator, backbone, data, plan
+        self.settings, self.head, self.folder = settings, head, folder
+        self.state = RunState(
+            config={  # what decides the result, and so must be the same on resuming
+                "backbone": backbone.row.name,
+                "fingerprint": backbone.fingerprint,
+                "backbone_dtype": str(backbone.dtype),
+                "stride": backbone.stride,
+                "settings": settings.decisive(),
+                "samples_per_step": plan.samples_per_step,
+                "data": data.digest,
+            },
+            skipped=dict(getattr(data, "skipped", ())),
+        )
+        self.best: dict[str, Tensor] | None = None
+        self.log: MetricsLog | None = None  # in the main process
+        self.stepper = Stepper(
+            accelerator, backbone, data, plan, settings, head,
+            make_optimizer(head, settings), self.state.skipped,
+        )  # fmt: skip
+        self._validation: Validation | None = None
+        self._saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Continue from the checkpoint in the folder."""
+        skipped = self.state.skipped
+        command = self.state.command
+        self.state, self.best = checkpoint.restore(self.accelerator, self.folder, self.state.config)
+        skipped.update(self.state.skipped)
+        self.state.skipped = skipped  # which the stepper adds to
+        self.state.command = self.state.command or command
+
+    def to_the_end(
+        self, on_start: Callable[[int], None], on_step: Callable[[StepReport], None]
+    ) -> None:
+        """Do the steps that are left."""
+        plan, settings, accelerator, state = self.plan, self.settings, self.accelerator, self.state
+        batches = load_batches(
+            self.data,
+            plan.batches(accelerator.process_index, start=state.step),
+            collate=self.data.collate,
+            workers=settings.workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        with stop_request() as request:
+            if state.step == 0:
+                self.validate(epoch=0)
+                self.save()
+            if self.log is not None and state.step < plan.steps:
+                on_start(plan.samples)
+            for step in range(state.step, plan.steps):
+                began = time.monotonic()
+                old = began - self._saved_at > _SAVE_SECONDS
+                result = self.stepper.run(step, batches, stop=request.signal is not None, save=old)
+                state.step = step + 1
+                if self.log is not None:
+                    report = StepReport(
+                        step=state.step,
+                        steps=plan.steps,
+                        epoch=step // plan.steps_per_epoch + 1,
+                        loss=result.loss,
+                        cycle=result.cycle,
+                        kl=result.separability,
+                        accuracy=result.accuracy,
+                        lr=result.lr,
+                        grad_norm=result.grad_norm,
+                        clips_per_second=plan.samples_per_step
+                        / max(time.monotonic() - began, 1e-9),
+                    )
+                    if state.step % settings.log_every == 0 or state.step == plan.steps:
+                        self.log.write_report(report)
+                    on_step(report)
+                epoch, within = divmod(state.step, plan.steps_per_epoch)
+                if within == 0:
+                    self.validate(epoch=epoch)
+                # A signal that came after the processes agreed counts at once if there is one.
+                alone = accelerator.num_processes == 1
+                stop = result.stop or (alone and request.signal is not None)
+                due = settings.save_every is not None and state.step % settings.save_every == 0
+                if within == 0 or due or result.save or stop:
+                    self.save()
+                if stop and state.step < plan.steps:
+                    raise TrainingInterrupted(
+                        f"stopped after step {state.step} of {plan.steps}, which is saved; "
+                        f"continue with --resume {self.folder}"
+                    )
+
+    def save(self) -> None:
+        """Write a checkpoint; all processes call it."""
+        for skipped in gather(self.accelerator, self.state.skipped):
+            self.state.skipped.update(skipped)
+        checkpoint.save(self.accelerator, self.folder, self.state, self.best)
+        self._saved_at = time.monotonic()
+
+    def begin_validation(self, corpus: Corpus) -> None:
+        """Encode the validation clips, in the main process, and measure the backbone's tokens."""
+
+        def begin() -> Validation:
+            config, settings = self.head.projection.config, self.settings
+            validation = Validation(
+                self.backbone, corpus, config, size=settings.size, seed=settings.seed
+            )
+            self.state.figures.setdefault("raw", validation.measure(None))
+            for name, reason in validation.skipped.items():
+                logger.warning("validation without %s: %s", name, reason)
+            return validation
+
+        self._validation = on_main(self.accelerator, begin)
+
+    def validate(self, *, epoch: int) -> None:
+        """Measure the projection as it is now, and keep it if it is the best so far."""
+
+        def measure() -> None:
+            state = self.state
+            if self._validation is None or self.log is None:
+                return
+            figures = self._validation.measure(self.head.projection)
+            state.figures.setdefault("first", figures)
+            state.figures["last"] = figures
+            score = figures[CRITERION] or 0.0
+            if state.best is None or score > state.best["figures"][CRITERION]:
+                state.best = {"step": state.step, "figures": figures}
+                self.best = self._tensors()
+            lines = {"validation": figures}
+            if state.step == 0:
+                lines = {"raw": state.figures["raw"], **lines}
+            for prefix, values in lines.items():
+                named = {f"{prefix}/{name}": value for name, value in values.items()}
+                self.log.write(state.step, {"epoch": epoch} | named)
+
+        on_main(self.accelerator, measure)
+
+    def finish(self, about_data: str) -> Trained:
+        """Write the result, in the main process; all processes get the projection."""
+        accelerator = self.accelerator
+        state, best = from_main(accelerator, (self.state, self.best))
+        chosen, figures = state.step, dict(state.figures)
+        if state.best is not None:
+            chosen, figures["chosen"] = state.best["step"], state.best["figures"]
+        record = on_main(accelerator, lambda: self._record(chosen, figures, about_data)) or {}
+        config = dataclasses.replace(
+            self.head.projection.config, fit=from_main(accelerator, record)
+        )
+        with torch.random.fork_rng(devices=[]):
+            projection = Projection(config)
+        projection.load_state_dict(self._tensors() if best is None else best)
+        projection.requires_grad_(False).eval()
+        on_main(accelerator, lambda: checkpoint.write_result(self.folder, projection))
+        return Trained(projection, state.step, chosen, figures, dict(state.skipped))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        state = self.head.projection.state_dict()
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+    def _record(
+        self, chosen: int, figures: dict[str, dict[str, float | None]], about_data: str
+    ) -> dict[str, Any]:
+        """Return ``config.fit``: how the projection was found."""
+        plan, state = self.plan, self.state
+        record: dict[str, Any] = {"method": "train", "data": about_data, "clips": self.data.clips}
+        if state.skipped:
+            names = sorted(Path(name).name for name in state.skipped)
+            record |= {"skipped": len(names), "skipped_clips": names[:_SKIPPED_NAMED]}
+        record |= {
+            "samples_per_epoch": plan.samples,
+            "steps": plan.steps,
+            "samples_per_step": plan.samples_per_step,
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "stride": self.backbone.stride,
+            "settings": self.settings.record(),
+            "last_epoch": last_epoch_means(self.folder),
+        }
+        if figures:
+            record["validation"] = {
+                name: {key: None if v is None else round(v, 4) for key, v in measured.items()}
+                for name, measured in figures.items()
+            }
+            record["chosen_by"] = f"{CRITERION} of propagated masks on rendered clips"
+            record["chosen_step"] = chosen
+        packages = {name: importlib.metadata.version(name) for name in ("timm", "accelerate")}
+        record |= {"versions": {"torch": torch.__version__, **packages}}
+        record["cosettle_adapter"] = __version__
+        if state.command:
+            words = checkpoint.shown_command(state.command)
+            record["command"] = shlex.join(["cosettle-adapter", *words])
+        return record

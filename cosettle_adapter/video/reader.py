@@ -1,0 +1,217 @@
+"""Whatever holds frames, as chunks of uint8 pixels with timestamps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cosettle_adapter.errors import FrameError, TruncatedVideoError
+from cosettle_adapter.video import decoder, files
+from cosettle_adapter.video.arrays import as_frames, is_array, is_pil
+from cosettle_adapter.video.decoder import SourceInfo
+from cosettle_adapter.video.selection import FrameSelection, PendingFrame, selected
+
+
+@dataclass(frozen=True, eq=False)
+class FrameChunk:
+    """Consecutive frames of a source.
+
+    Attributes:
+        frames: (N, 3, H, W) uint8.
+        timestamps: (N,) float64 seconds.
+        start: number of frames delivered before this chunk.
+    """
+
+    frames: Tensor
+    timestamps: Tensor
+    start: int
+
+
+def open_frames(
+    source: Any,
+    select: FrameSelection | None = None,
+    *,
+    skip: int = 0,
+    chunk_size: int = 8,
+    **moved: Any,
+) -> Generator[FrameChunk, None, None]:
+    """Read frames chunk by chunk; one chunk at a time is in memory.
+
+    Args:
+        source: a video file; a folder of images or a glob pattern, read in natural order
+            (``frame2`` before ``frame10``); a list of image files; frames in memory as
+            :func:`as_frames` takes them; or an iterator of single frames, which is not closed.
+            Float frames in [0, 1] are rounded to uint8.
+        select: which frames; all by default.
+        skip: pass over the first ones of those kept, without making their pixels: for going on
+            where an earlier reading ended. ``start`` of the first chunk is this number.
+        chunk_size: frames in a chunk; the last one may hold fewer.
+        **moved: fields of :class:`FrameSelection`, as in version 0.1; deprecated.
+
+    Returns:
+        A generator of :class:`FrameChunk`. If the source fails in the middle, the frames before
+        the failure are delivered first.
+
+    Raises:
+        FrameError: at once for an argument out of range and a source that is missing, empty or
+            of an unknown kind; while reading for a damaged file, a frame of another size than the
+            first, and a range without frames.
+        TruncatedVideoError: while reading, after the last readable frame of a video that breaks
+            off or ends before the length its header promises.
+        MissingExtraError: PyAV, Pillow or numpy is needed and not installed.
+    """
+    select = selected(select, moved)
+    if skip < 0:
+        raise FrameError(f"skip must be at least 0, got {skip}")
+    if chunk_size < 1:
+        raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
+    name = f"the {type(source).__name__} of frames"
+    if isinstance(source, (str, os.PathLike)):
+        name = str(source)
+    wanted = select.of(pending_frames(source, select.start, select.fps), name, skip=skip)
+    return _chunks(wanted, chunk_size, name, skip)
+
+
+def pending_frames(
+    source: Any, start: float | None = None, fps: float | None = None
+) -> Generator[PendingFrame, None, None]:
+    """Yield all frames of a source; those of a video before ``start`` may be left out.
+
+    Raises as :func:`open_frames`, whose ``source`` it takes; ``fps`` as in :class:`FrameSelection`.
+    """
+    found = _find(source)
+    if isinstance(found, Path):
+        if fps is not None:
+            raise FrameError(f"{source} is a video and has times of its own; leave out fps")
+        with decoder.open_video(found):
+            pass  # what is no video is refused at once
+        return decoder.decode_video(found, start)
+    return _evenly(found, fps, (lambda frame, _: frame) if isinstance(found, Tensor) else _load)
+
+
+def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, None, None]:
+    """Move frames into page-locked memory, from which a GPU copies while it computes."""
+    with contextlib.closing(chunks):
+        for chunk in chunks:
+            yield replace(chunk, frames=chunk.frames.pin_memory())
+
+
+def probe(source: Any) -> SourceInfo:
+    """Tell the number and size of a source's frames without reading them all.
+
+    Args:
+        source: as for :func:`open_frames`. An iterator is not advanced, and little is known of
+            it.
+
+    Raises:
+        FrameError: a source that is missing, empty, unreadable or of an unknown kind.
+    """
+    found = _find(source)
+    if isinstance(found, Path):
+        return decoder.video_info(found)
+    if isinstance(found, Tensor):
+        return SourceInfo(len(found), *found.shape[-2:])
+    if isinstance(found, (list, tuple)):
+        return SourceInfo(len(found), *_load(found[0], 0).shape[-2:])
+    return SourceInfo(len(found) if isinstance(found, Sized) else None)
+
+
+def _find(source: Any) -> Path | Tensor | Iterable[Any]:
+    """Tell what a source is: a video, a clip (T, 3, H, W), or frames and image files one by one."""
+    if isinstance(source, (str, os.PathLike)):
+        return files.resolve(source)
+    if isinstance(source, Tensor) or is_array(source) or is_pil(source):
+        frames = as_frames(source)
+        if frames.ndim == 5:
+            raise FrameError(
+                f"got a batch of clips, shape {tuple(frames.shape)}; "
+                "a source is one clip (T, 3, H, W), so open them one by one"
+            )
+        return frames if frames.ndim == 4 else rearrange(frames, "c h w -> 1 c h w")
+    if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, Mapping)):
+        raise FrameError(
+            f"cannot read frames from an object of type {type(source).__name__}; expected a video "
+            "file, an image folder, a glob pattern, a tensor (T, 3, H, W), an array (T, H, W, 3), "
+            "or a list or iterator of single frames"
+        )
+    if isinstance(source, (list, tuple)) and not source:
+        raise FrameError("got zero frames: an empty list")
+    return source
+
+
+def _evenly(
+    items: Iterable[Any], fps: float | None, load: Callable[[Any, int], Tensor]
+) -> Generator[PendingFrame, None, None]:
+    for index, item in enumerate(items):
+        name = str(item) if isinstance(item, (str, os.PathLike)) else f"frame {index}"
+        yield PendingFrame(index / (fps or 1.0), name, partial(load, item, index))
+
+
+def _load(item: Any, index: int) -> Tensor:
+    if isinstance(item, (str, os.PathLike)):
+        return files.read_image(Path(item))
+    frame = as_frames(item)
+    if frame.ndim != 3:
+        raise FrameError(
+            f"frame {index} has shape {tuple(frame.shape)}, expected one image, (3, H, W) or "
+            "(H, W, 3); an iterator or list yields single frames"
+        )
+    return frame
+
+
+def _chunks(
+    wanted: Generator[PendingFrame, None, None], chunk_size: int, source: str, skipped: int
+) -> Generator[FrameChunk, None, None]:
+    delivered = skipped
+    first: tuple[int, ...] | None = None
+    failure: Exception | None = None
+    with contextlib.closing(wanted):
+        while failure is None:
+            times: list[float] = []
+            frames: Tensor | None = None
+            try:
+                while len(times) < chunk_size and (pending := next(wanted, None)) is not None:
+                    pixels = _to_bytes(pending.load())
+                    first = first or tuple(pixels.shape)
+                    if tuple(pixels.shape) != first:
+                        raise FrameError(
+                            f"{pending.name} of {source} is {_size(pixels.shape)}, but the first "
+                            f"frame is {_size(first)}; resize the frames to one size"
+                        )
+                    if frames is None:
+                        frames = pixels.new_empty((chunk_size, *first))
+                    frames[len(times)] = pixels
+                    times.append(pending.time)
+            except Exception as error:
+                failure = error
+            if frames is None:
+                break
+            seconds = torch.tensor(times, dtype=torch.float64)
+            yield FrameChunk(frames[: len(times)], seconds, delivered)
+            delivered += len(times)
+    if isinstance(failure, TruncatedVideoError):
+        failure.frames_read = delivered
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        del failure  # it and its traceback would keep each other alive
+
+
+def _to_bytes(frame: Tensor) -> Tensor:
+    if frame.dtype == torch.uint8:
+        return frame
+    return (frame.detach().to(torch.float32) * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[-2]} x {shape[-1]}"

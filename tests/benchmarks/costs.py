@@ -1,0 +1,401 @@
+"""What the package costs, beside its encoder and beside plain ways to do the same.
+
+    python tests/benchmarks/costs.py --page                      all rows into BENCHMARKS.md
+    python tests/benchmarks/costs.py inference --device cuda --dtype bfloat16 --compile
+
+Both sides of a row are interleaved in one run; a figure is the median of the ratios of rounds.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from bench import (
+    Figure,
+    Options,
+    bare_encoder,
+    clip,
+    figure,
+    in_process,
+    interleaved,
+    machine,
+    parse,
+    ratios,
+    store,
+)
+from plain import (
+    boundary_f,
+    boundary_f_by_distance,
+    dense_labels,
+    near_patches,
+    object_masks,
+    scene,
+)
+from rich.console import Console
+from safetensors.torch import save_file
+
+from cosettle_adapter import CoSettleAdapter, fit
+from cosettle_adapter.closed_form import settle_clip
+from cosettle_adapter.correspondence import LabelPropagator, TemporalFusion
+from cosettle_adapter.evaluation import metrics
+from cosettle_adapter.extraction import extract
+from cosettle_adapter.visualization import write_film
+
+
+def inference(options: Options) -> Iterator[Figure]:
+    adapter = options.adapter()
+    for size in options.pick(((224, 224), (280, 490), (518, 518)), ((56, 70),)):
+        frames = clip(options.pick(4, 2), size).to(options.device)
+        images = adapter.preprocess(frames).to(options.torch_dtype)
+        whole, same = (bare_encoder(adapter, size, stop=stop) for stop in (False, True))
+        found = interleaved(
+            {
+                "ours": functools.partial(adapter, frames, batch_size=len(frames)),
+                "whole": functools.partial(whole, images),
+                "same": functools.partial(same, images),
+            },
+            rounds=options.rounds,
+            device=options.device,
+        )
+        words = f"`adapter(frames)`, {size[0]} x {size[1]}, frames/s against the"
+        yield figure(f"{words} whole encoder", ratios(found["whole"], found["ours"]), at_least=1.15)
+        yield figure(
+            f"{words} encoder up to the same layer",
+            ratios(found["same"], found["ours"]),
+            at_least=0.97,
+        )
+
+
+def fusion(options: Options) -> Iterator[Figure]:
+    grid = options.pick((34, 63), (4, 5))
+    encoders = {"ViT-S/14": "vit_small_patch14_dinov2", "ViT-B/14": "vit_base_patch14_dinov2"}
+    for name, architecture in options.pick(encoders, {"ViT-S/14": encoders["ViT-S/14"]}).items():
+        size = (14 * grid[0], 14 * grid[1])
+        encoder: Any = timm.create_model(architecture, img_size=size).eval().to(options.device)
+        image = torch.randn(1, 3, *size, device=options.device)
+        features, _ = scene(grid, 64, encoder.num_features, device=options.device)
+        for mode in ("symmetric", "causal"):
+            fuse = TemporalFusion(mode)  # type: ignore[arg-type]
+            turn = iter(range(10**6))
+
+            def fused(fuse: Any = fuse, turn: Any = turn, features: Any = features) -> None:
+                t = next(turn) % len(features)
+                fuse.push(features[t : t + 1])
+
+            with torch.inference_mode():
+                for _ in range(4):
+                    fused()
+                found = interleaved(
+                    {"fusion": fused, "encoder": lambda: encoder.forward_features(image)},  # noqa: B023
+                    rounds=options.rounds,
+                    device=options.device,
+                )
+            yield figure(
+                f"temporal fusion, {mode}, {grid[0]} x {grid[1]} patches, time of {name}'s encoder",
+                [100 * share for share in ratios(found["fusion"], found["encoder"])],
+                unit="%",
+                at_most=5 if name == "ViT-B/14" else None,
+            )
+        memory = {
+            with_fusion: in_process(_FUSION_MEMORY, architecture, *map(str, grid), with_fusion)
+            for with_fusion in ("", "fused")
+        }
+        yield figure(
+            f"temporal fusion, peak memory above {name}'s encoder",
+            [memory["fused"] - memory[""]],
+            unit="MiB",
+            at_most=150,
+        )
+
+
+_FUSION_MEMORY = """
+import sys, timm, torch
+from bench import peak_mebibytes
+from plain import scene
+from cosettle_adapter.correspondence import TemporalFusion
+architecture, h, w, fused = sys.argv[1:]
+torch.set_num_threads(2)
+encoder = timm.create_model(architecture, img_size=(14 * int(h), 14 * int(w))).eval()
+features, _ = scene((int(h), int(w)), 8, encoder.num_features)
+fusion = TemporalFusion()
+with torch.inference_mode():
+    for t in range(8):
+        encoder.forward_features(torch.randn(1, 3, 14 * int(h), 14 * int(w)))
+        if fused:
+            fusion.push(features[t : t + 1])
+print(peak_mebibytes())
+"""
+
+
+def stream(options: Options) -> Iterator[Figure]:
+    adapter = options.adapter()
+    count, size = options.pick(48, 8), options.pick(280, 56)
+    with tempfile.TemporaryDirectory() as name:
+        film = write_film(
+            clip(count, options.pick((480, 854), (96, 160))), Path(name) / "clip.mp4", fps=25
+        )
+        images = torch.cat([adapter.preprocess(f, size=size) for f in _frames(film)])
+        same = bare_encoder(adapter, (images.shape[-2], images.shape[-1]), stop=True)
+        found = interleaved(
+            {
+                "file": lambda: extract(
+                    adapter, film, Path(name) / "clip.safetensors", size=size, overwrite=True
+                ),
+                "memory": lambda: [same(part) for part in images.split(8)],
+            },
+            rounds=options.rounds,
+            device=options.device,
+        )
+    yield figure(
+        "mp4 to feature file, frames/s against the encoder on frames in memory",
+        ratios(found["memory"], found["file"]),
+        at_least=0.9,
+    )
+    short, long = options.pick((1_000, 10_000), (20, 40))
+    memory = [in_process(_STREAM_MEMORY, str(frames)) for frames in (short, long)]
+    yield figure(
+        f"fused stream, peak memory of {long:,} frames against {short:,}",
+        [memory[1] / memory[0]],
+        at_most=1.05,
+    )
+
+
+_STREAM_MEMORY = """
+import sys, timm, torch
+from bench import peak_mebibytes
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.backbones import load_backbone
+import tempfile, pathlib
+from safetensors.torch import save_file
+with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder) / "weights.safetensors"
+    model = timm.create_model("test_vit.r160_in1k", num_classes=0)
+    save_file(model.state_dict(), file)
+    adapter = CoSettleAdapter.raw("timm:test_vit.r160_in1k", backbone_weights=file)
+photo = torch.randint(0, 256, (3, 48, 320), dtype=torch.uint8)
+frames = (photo[..., t % 256 : t % 256 + 64] for t in range(int(sys.argv[1])))
+for chunk in adapter.stream(frames, temporal_fusion="symmetric"):
+    pass
+print(peak_mebibytes())
+"""
+
+
+def _frames(film: Path) -> Iterator[torch.Tensor]:
+    from cosettle_adapter.video import open_frames
+
+    return (chunk.frames for chunk in open_frames(film))
+
+
+def load(options: Options) -> Iterator[Figure]:
+    adapter = options.adapter()
+    row = adapter.backbone.row
+    with tempfile.TemporaryDirectory() as name:
+        file = str(Path(name) / "weights.safetensors")
+        model: Any = timm.create_model(row.architecture, num_classes=0, **row.options)
+        save_file(model.state_dict(), file)
+        found = interleaved(
+            {
+                "ours": lambda: CoSettleAdapter.from_pretrained(
+                    options.model, local_files_only=True
+                ),
+                "timm": lambda: timm.create_model(
+                    row.architecture, num_classes=0, checkpoint_path=file, **row.options
+                ),
+            },
+            rounds=options.rounds,
+        )
+    yield figure(
+        "`from_pretrained`, warm cache, time against timm's loading of the same architecture",
+        ratios(found["ours"], found["timm"]),
+        at_most=0.6,
+    )
+    for code in ("import cosettle_adapter", "from cosettle_adapter import CoSettleAdapter"):
+        added = [in_process(_IMPORT, code) for _ in range(options.pick(7, 1))]
+        yield figure(f"`{code}`, on top of what it must import", added, unit="ms", at_most=50)
+    added = [in_process(_HELP) for _ in range(options.pick(7, 1))]
+    yield figure(
+        "`cosettle-adapter --help`, on top of the interpreter", added, unit="s", at_most=0.5
+    )
+
+
+_IMPORT = """
+import sys, time, torch, timm, huggingface_hub, safetensors.torch, einops
+start = time.perf_counter()
+exec(sys.argv[1])
+print(1e3 * (time.perf_counter() - start))
+"""
+_HELP = """
+import contextlib, io, time
+start = time.perf_counter()
+from cosettle_adapter.cli import main
+with contextlib.redirect_stdout(io.StringIO()):
+    main(["--help"])
+print(time.perf_counter() - start)
+"""
+
+
+def propagation(options: Options) -> Iterator[Figure]:
+    context, radius, topk = options.pick(20, 3), 12, 5
+    for grid in options.pick(((34, 63), (60, 107)), ((6, 8),)):
+        rounds = max(1, options.rounds // 3)
+        features, labels = scene(
+            grid, context + rounds + 3, options.pick(384, 16), device=options.device
+        )
+        near = near_patches(grid, radius, like=labels)
+        propagator = LabelPropagator(
+            labels, context=context, radius=radius, topk=topk, temperature=0.1, protocol="dino"
+        )
+        sides = _Propagation(propagator, features, near, context=context, topk=topk)
+        times = interleaved(
+            {"ours": sides.ours, "dense": sides.dense}, rounds=rounds, device=options.device
+        )
+        sides.check()
+        yield figure(
+            f"label propagation, {grid[0]} x {grid[1]} patches, speed against dense affinities",
+            ratios(times["dense"], times["ours"]),
+            at_least=5,
+        )
+
+
+class _Propagation:
+    """A clip as far as its context is full; either side does one more frame of it at a call."""
+
+    def __init__(
+        self,
+        propagator: LabelPropagator,
+        features: torch.Tensor,
+        near: torch.Tensor,
+        *,
+        context: int,
+        topk: int,
+    ) -> None:
+        self._propagator, self._features, self._near = propagator, features, near
+        self._context, self._topk = context, topk
+        self._found: list[torch.Tensor] = []
+        self._dense: list[torch.Tensor] = []
+        for _ in range(context + 1):
+            self.ours()
+
+    def ours(self) -> None:
+        self._found.append(self._propagator.step(self._features[len(self._found)]))
+
+    def dense(self) -> None:
+        now = self._context + 1 + len(self._dense)
+        if now > len(self._found):  # its turn came first
+            self.ours()
+        at = [0, *range(now - self._context, now)]
+        self._dense.append(
+            dense_labels(
+                self._features[now],
+                [self._features[t] for t in at],
+                [self._found[t] for t in at],
+                self._near,
+                topk=self._topk,
+            )
+        )
+
+    def check(self) -> None:
+        found = torch.stack(self._found[self._context + 1 :][: len(self._dense)])
+        same = found.argmax(1) == torch.stack(self._dense)[: len(found)].argmax(1)
+        if (share := float(same.double().mean())) < 0.999:
+            raise SystemExit(f"only {share:.2%} of the labels are those of the dense side")
+
+
+def masks(options: Options) -> Iterator[Figure]:
+    truth, guesses = object_masks(options.pick(20, 2), options.pick((480, 854), (48, 80)))
+    pairs = list(zip(truth, guesses, strict=True))
+    for name, plainly in (
+        ("dilation", boundary_f),
+        ("distance transform", boundary_f_by_distance),
+    ):
+        found = interleaved(
+            {
+                "ours": lambda: [metrics.boundary_f(*pair) for pair in pairs],
+                "plain": lambda plainly=plainly: [plainly(*pair) for pair in pairs],  # type: ignore[misc]
+            },
+            rounds=options.rounds,
+        )
+        yield figure(
+            f"F of masks at 480p, speed against SciPy's {name}",
+            ratios(found["plain"], found["ours"]),
+            at_least=5,
+        )
+
+
+def closed_forms(options: Options) -> Iterator[Figure]:
+    adapter = options.adapter()
+    size = options.pick((280, 490), (56, 70))
+    frames = clip(options.pick(16, 4), size).to(options.device)
+    images = adapter.preprocess(frames).to(options.torch_dtype)
+    same = bare_encoder(adapter, size, stop=True)
+    features = adapter(frames)
+    found = interleaved(
+        {
+            "settle": lambda: settle_clip(features),
+            "encoder": lambda: [same(part) for part in images.split(8)],
+        },
+        rounds=options.rounds,
+        device=options.device,
+    )
+    yield figure(
+        "`settle_clip`, time against one encoder pass",
+        ratios(found["settle"], found["encoder"]),
+        at_most=1,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        for index in range(options.pick(8, 2)):
+            write_film(clip(options.pick(40, 12), size), Path(name) / f"{index}.mp4", fps=25)
+        last = adapter.backbone.depth - 1
+        pairs = options.pick(4, 1)
+        count = options.pick(8, 2) * pairs * 2
+        batch = images[:1].expand(8, -1, -1, -1)
+        whole = bare_encoder(adapter, size, stop=False)
+        found = interleaved(
+            {
+                "fit": lambda: fit(
+                    adapter.backbone, Path(name), layers=(last,), rendered=0, pairs=pairs,
+                    size=min(size),
+                ),
+                "encoder": lambda: [whole(batch) for _ in range(-(-count // 8))],
+            },
+            rounds=options.pick(3, 1),
+            device=options.device,
+        )  # fmt: skip
+    yield figure(
+        "`fit`, one layer, time against one encoder pass",
+        ratios(found["fit"], found["encoder"]),
+        at_most=1.15,
+    )
+
+
+COSTS: dict[str, Callable[[Options], Iterator[Figure]]] = {
+    function.__name__: function
+    for function in (inference, fusion, stream, load, propagation, masks, closed_forms)
+}
+
+
+def main() -> None:
+    given = parse(__doc__, COSTS)
+    torch.set_num_threads(given.threads)
+    options = Options(
+        given.model, given.device, given.dtype, 2 if given.quick else given.rounds, given.quick,
+        given.compile,
+    )  # fmt: skip
+    console, where, figures = Console(width=200), machine(given), []
+    console.print(where)
+    for name in given.only or COSTS:
+        with console.status(name):
+            for row in COSTS[name](options):
+                figures.append(row)
+                console.print(str(row), markup=False, highlight=False)
+    store(given, where, figures)
+
+
+if __name__ == "__main__":
+    main()

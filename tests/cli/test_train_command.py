@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_fakes import SMALL_VIT
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.backbones import Backbone, registry
+from cosettle_adapter.cli import main
+from cosettle_adapter.cli.training_progress import TrainingProgress
+from cosettle_adapter.training.metrics import read_metrics
+from cosettle_adapter.training.train import StepReport
+
+from helpers import tiny_state, write_video
+
+START: dict[str, str] = {
+    "--backbone": SMALL_VIT.name, "--backbone-weights": "weights.safetensors", "--data": "clips",
+    "-o": "out", "--device": "cpu", "--epochs": "2", "--batch-size": "4", "--pairs-per-clip": "4",
+    "--size": "64",
+}  # fmt: skip
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with three clips and the weights of a small registered encoder."""
+    monkeypatch.setitem(registry.REGISTRY, SMALL_VIT.name, SMALL_VIT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    save_file(tiny_state(SMALL_VIT), tmp_path / "weights.safetensors")
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b", "c"):
+        write_video(
+            tmp_path / "clips" / f"{name}.mp4", frames=10, height=72, width=96, noisy=name != "a"
+        )
+    return tmp_path
+
+
+def train(*arguments: str) -> int:
+    start = [word for name in START if name not in arguments for word in (name, START[name])]
+    return main(["train", *start, *arguments])
+
+
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C when the progress bar shows a step."""
+    stepped = TrainingProgress.stepped
+
+    def pressed(self: TrainingProgress, report: StepReport) -> None:
+        stepped(self, report)
+        if report.step == steps:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(TrainingProgress, "stepped", pressed)
+
+
+def test_a_folder_of_videos_becomes_an_adapter(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "clips" / "broken.mp4").write_bytes(b"not a video")
+    assert train("--about-data", "squares") == 0
+    printed = capsys.readouterr().out
+    assert "16 samples an epoch; the first step is under way" in printed
+    assert "step 8 of 8, epoch 2: loss" in printed
+    assert "clips/s" in printed
+    assert "skipped 1 videos" in printed
+    assert "broken.mp4: " in printed
+    assert "from_pretrained('./out')" in printed
+    adapter = CoSettleAdapter.from_pretrained("out", backbone_weights="weights.safetensors")
+    assert adapter(torch.zeros(2, 3, 64, 64)).shape == (2, 32, 4, 4)
+    fit = adapter.config.fit
+    assert (fit["data"], fit["clips"], fit["skipped_clips"]) == ("squares", 4, ["broken.mp4"])
+    assert fit["command"].startswith("cosettle-adapter train --backbone small-vit16")
+    assert adapter.config.licence == "Apache-2.0"
+
+
+def test_ctrl_c_then_resume_is_as_if_nothing_had_happened(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train() == 0
+    Path("out").rename("whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        assert train() == 130
+    printed = capsys.readouterr()
+    said = "interrupted; stopped after step 2 of 6, which is saved; continue with --resume out"
+    assert said in printed.err
+    assert "Traceback" not in printed.err
+    (workplace / "elsewhere").mkdir()
+    monkeypatch.chdir(workplace / "elsewhere")  # --data was relative
+    assert main(["train", "--resume", "../out", "--log-every", "2"]) == 0
+    monkeypatch.chdir(workplace)
+    assert "step 6 of 6" in capsys.readouterr().out
+    whole, resumed = (
+        load_file(Path(folder) / "projection.safetensors") for folder in ("whole", "out")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    configs = [
+        json.loads((Path(folder) / "config.json").read_text()) for folder in ("whole", "out")
+    ]
+    assert configs[0]["fit"]["command"] == configs[1]["fit"]["command"]
+    assert [line["step"] for line in read_metrics(Path("out"))] == [1, 2, 4, 6]
+
+
+def test_a_run_is_not_resumed_with_other_settings(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        assert train() == 130
+    assert main(["train", "--resume", "out", "--kl-weight", "1"]) == 1
+    assert "settings.separability_weight was 3.0, is 1.0" in capsys.readouterr().err
+    assert train("--resume", "elsewhere") == 1
+    assert "give --resume the folder of the run" in capsys.readouterr().err
+    assert train() == 1
+    assert "continue with --resume out" in capsys.readouterr().err
+    assert train("--overwrite", "--kl-weight", "1") == 0
+    assert train("--resume", "--overwrite", "--kl-weight", "1") == 0, "the run did, this does not"
+
+
+def test_validation_chooses_the_best(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = ["--head", "mlp2", "--layer", "0", "--init", "identity"]
+    assert train("--validation", "clips", *head) == 0
+    printed = capsys.readouterr().out
+    for name in ("raw", "first", "last", "chosen"):
+        assert name in printed
+    config = json.loads((workplace / "out" / "config.json").read_text())
+    overlap = {name: row["overlap"] for name, row in config["fit"]["validation"].items()}
+    lines = [line for line in read_metrics(workplace / "out") if "validation/overlap" in line]
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    best = max(lines, key=lambda line: float(line["validation/overlap"]))
+    assert overlap["chosen"] == pytest.approx(best["validation/overlap"], abs=1e-4)
+    assert config["fit"]["chosen_step"] == best["step"]
+    assert config["layers"] == [0]
+    assert config["kind"] == "mlp2"
+
+
+def test_ctrl_c_while_views_are_encoded_keeps_them(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(self: TrainingProgress, done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    arguments = ["--cache-views", "16", "--views-folder", "views"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "encoded", pressed)
+        assert train(*arguments) == 130
+    said = (
+        "interrupted; the views of 1 of 3 clips are kept in views; run the same again to continue"
+    )
+    assert said in capsys.readouterr().err
+    assert train(*arguments) == 0
+
+
+def test_an_encoder_is_compiled_before_views_are_encoded(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    at_first: list[int] = []
+    tokens = Backbone.intermediate_tokens
+
+    def compile_module(self: torch.nn.Module, **_: object) -> None:
+        compiled.append(self)
+        self._compiled_call_impl = self._call_impl
+
+    def encode(self: Backbone, *arguments: Any, **options: Any) -> Any:
+        at_first.append(len(compiled))
+        return tokens(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    monkeypatch.setattr(Backbone, "intermediate_tokens", encode)
+    assert train("--cache-views", "2", "--compile") == 0
+    assert at_first[0] == len(compiled) == SMALL_VIT.depth, "once"
+
+
+def test_views_are_encoded_once(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--cache-views", "4", "--views-folder", "views"]
+    assert train(*arguments) == 0
+    assert "encoded 12 of 12 views" in capsys.readouterr().out
+    first = load_file("out/projection.safetensors")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the encoder ran again")
+
+    monkeypatch.setattr("cosettle_adapter.backbones.Backbone.intermediate_tokens", never)
+    assert train(*arguments, "--overwrite") == 0
+    again = load_file("out/projection.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "empty"], "empty"),
+        (["--data", "damaged"], "none of the 2 videos can be read; the first of them: "),
+        (["--validation", "damaged"], "no validation clip could be read"),
+        (["--backbone", "dinov2-vitb41"], "Did you mean"),
+        (["--init", "nowhere"], "'nowhere' is no start"),
+        (["--size", "60"], "height 60 does not fit patch 16"),
+        (["--layer", "9"], "has blocks 0 to 1"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--temperature", "0"], "temperatures must be"),
+        (["--resume"], "holds no checkpoint, so there is no run to resume"),
+        (["--device", "xpu"], "--device xpu was asked for, but there is only"),
+    ],
+)
+def test_a_mistake_is_a_sentence(
+    arguments: list[str], message: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "empty").mkdir()
+    (workplace / "damaged").mkdir()
+    for name in ("x.mp4", "y.mp4"):
+        (workplace / "damaged" / name).write_bytes(b"not a video")
+    assert train(*arguments) in (1, 2)
+    printed = capsys.readouterr()
+    assert message in " ".join(printed.err.split())
+    assert "Traceback" not in printed.err
+    assert "under way" not in printed.out or "--data" in arguments, "settings are checked first"
+    assert not (workplace / "out" / "projection.safetensors").exists()
+
+
+def test_a_new_run_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--backbone", "dino-vitb16"]) == 1
+    assert "missing --data, -o: a new run needs all three" in capsys.readouterr().err

@@ -1,0 +1,234 @@
+"""Label propagation against the published protocols, one query at a time over all patches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from cosettle_adapter.correspondence import PROTOCOLS, LabelPropagator, propagate_labels
+from cosettle_adapter.errors import FrameError, GeometryError
+
+DEFAULTS = {
+    "crw": {"context": 20, "radius": 20, "topk": 7, "temperature": 0.7},
+    "dino": {"context": 7, "radius": 12, "topk": 5, "temperature": 0.1},
+}
+both_protocols = pytest.mark.parametrize("protocol", ["crw", "dino"])
+
+
+def dense(features: Tensor, labels: Tensor, protocol: str, **options: float) -> Tensor:
+    o = {**DEFAULTS[protocol], **options}
+    context, topk = int(o["context"]), int(o["topk"])
+    t, c, h, w = features.shape
+    unit = F.normalize(features.double(), dim=1).reshape(t, c, h * w)
+    out = [labels.double().reshape(len(labels), h * w)]
+    place = torch.tensor([(i, j) for i in range(h) for j in range(w)]).double()
+    gap = place[:, None] - place[None]
+    if protocol == "crw":
+        far = gap.square().sum(-1).sqrt() >= o["radius"]
+    else:
+        far = gap.abs().amax(-1) > o["radius"]
+    for now in range(1, t):
+        if protocol == "crw":  # long memory, then a window that begins with copies of frame 0
+            frames = [0] + [max(0, now - back) for back in range(context, 0, -1)]
+            near = [False] + [True] * context
+        else:
+            frames = [0, *range(max(1, now - context), now)]
+            near = [True] * len(frames)
+        rows = []
+        for frame, restricted in zip(frames, near, strict=True):
+            affinity = unit[now].T @ unit[frame]  # (query, key)
+            rows.append(affinity.masked_fill(far, -math.inf) if restricted else affinity)
+        values, index = torch.cat(rows, 1).topk(topk, dim=1)
+        weights = torch.softmax(values / o["temperature"], 1)
+        context_labels = torch.cat([out[frame] for frame in frames], 1)  # (K, key)
+        out.append(torch.einsum("qn,kqn->kq", weights, context_labels[:, index]))
+    return torch.stack(out).reshape(t, len(labels), h, w)
+
+
+def clip(frames: int, h: int, w: int, *, seed: int = 0, channels: int = 16) -> Tensor:
+    """Features that look alike from frame to frame, so that neighbours mean something."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(channels, h, w, generator=generator)
+    noise = torch.randn(frames, channels, h, w, generator=generator)
+    return torch.stack([base.roll(t, -1) + 0.5 * noise[t] for t in range(frames)]) * 3
+
+
+def soft_labels(h: int, w: int, labels: int = 3) -> Tensor:
+    return torch.rand(labels, h, w, generator=torch.Generator().manual_seed(1)).softmax(0)
+
+
+@both_protocols
+@pytest.mark.parametrize("grid", [(5, 9), (9, 5), (6, 6), (28, 4)])
+@pytest.mark.parametrize("frames", [2, 7])
+def test_it_equals_the_dense_definition(protocol: str, grid: tuple[int, int], frames: int) -> None:
+    features, labels = clip(frames, *grid), soft_labels(*grid)
+    options = {"context": 3, "radius": 4.0 if protocol == "crw" else 3.0}
+    got = propagate_labels(features, labels, protocol=protocol, **options)
+    expected = dense(features, labels, protocol, **options)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+    assert torch.equal(got[0], labels)
+
+
+@both_protocols
+def test_the_named_protocols_are_the_published_numbers(protocol: str) -> None:
+    row = DEFAULTS[protocol]
+    assert {key: getattr(PROTOCOLS[protocol], key) for key in row} == row
+    features, labels = clip(24, 5, 28), soft_labels(5, 28)
+    got = propagate_labels(features, labels, protocol=protocol)
+    expected = dense(features, labels, protocol)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+@given(
+    st.sampled_from(["crw", "dino"]),
+    st.integers(1, 6),
+    st.integers(3, 12),
+    st.integers(3, 12),
+    st.integers(0, 4),
+    st.integers(4, 36).map(lambda quarters: quarters / 4),  # exact, so no distance is a near tie
+    st.integers(1, 9),
+    st.integers(0, 5),
+)
+def test_it_equals_the_dense_definition_for_any_options(
+    protocol: str, frames: int, h: int, w: int, context: int, radius: float, topk: int, seed: int
+) -> None:
+    features, labels = clip(frames, h, w, seed=seed), soft_labels(h, w)
+    if protocol == "dino":  # the definition has no answer with fewer patches in reach than top-k
+        topk = min(topk, (int(min(radius, h - 1)) + 1) * 2)
+    options = {"context": context, "radius": radius, "topk": topk}
+    got = propagate_labels(features, labels, protocol=protocol, **options)
+    expected = dense(features, labels, protocol, **options)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_second_frame_of_crw_copies_the_nearest_patch() -> None:
+    features, labels = clip(2, 6, 8), soft_labels(6, 8)
+    got = propagate_labels(features, labels, context=20, radius=100)[1]
+    unit = F.normalize(features, dim=1).flatten(2)
+    best = (unit[1].T @ unit[0]).argmax(1)
+    torch.testing.assert_close(got, labels.flatten(1)[:, best].reshape(3, 6, 8))
+
+
+@both_protocols
+def test_chunks_and_frames_compared_together_do_not_change_the_result(
+    protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, labels = clip(9, 6, 28), soft_labels(6, 28)
+    options = {"protocol": protocol, "context": 5, "radius": 5}
+    whole = propagate_labels(features, labels, **options)
+    for against, chunk in ((1, 6), (300, 1), (2 * 6 * 28, 10), (8192, 10_000)):
+        monkeypatch.setattr("cosettle_adapter.correspondence.propagation._AGAINST", against)
+        torch.testing.assert_close(
+            propagate_labels(features, labels, chunk=chunk, **options), whole
+        )
+
+
+def test_an_infinite_radius_restricts_nothing() -> None:
+    features, labels = clip(4, 6, 9), soft_labels(6, 9)
+    far = propagate_labels(features, labels, radius=1000)
+    torch.testing.assert_close(propagate_labels(features, labels, radius=math.inf), far)
+
+
+def test_an_iterable_of_maps_equals_the_tensor() -> None:
+    features, labels = clip(4, 6, 9), soft_labels(6, 9)
+    whole = propagate_labels(features, labels)
+    stream = (frame[None] if t % 2 else frame for t, frame in enumerate(features))
+    torch.testing.assert_close(propagate_labels(stream, labels), whole)
+
+
+@pytest.mark.parametrize("context", [0, 1, 7])
+def test_streaming_keeps_the_context_only(context: int) -> None:
+    features = clip(20, 4, 5)
+    propagator = LabelPropagator(soft_labels(4, 5), context=context)
+    for frame in features:
+        propagator.step(frame)
+    held = [propagator._first, propagator._first_labels]
+    held += [tensor for frame in propagator._recent for tensor in frame]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in held}
+    assert sum(storages.values()) == (context + 1) * (features[0].nbytes + 3 * 4 * 5 * 4)
+
+
+def test_what_a_caller_does_to_labels_changes_nothing_later() -> None:
+    features, labels = clip(4, 5, 7), soft_labels(5, 7)
+    expected = propagate_labels(features, labels)
+    propagator = LabelPropagator(labels)
+    labels.zero_()
+    for t, (frame, wanted) in enumerate(zip(features, expected, strict=True)):
+        with torch.inference_mode(t < 2):  # and either mode may follow the other
+            found = propagator.step(frame.clone())
+        torch.testing.assert_close(found, wanted)
+        found.zero_() if t >= 2 else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_floating_dtype_and_any_scale(dtype: torch.dtype) -> None:
+    features, labels = clip(3, 5, 7).to(dtype), soft_labels(5, 7)
+    got = propagate_labels(features, labels)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, propagate_labels(features.double() * 7, labels))
+
+
+def test_constant_features_and_equal_frames_are_no_trouble() -> None:
+    labels = soft_labels(5, 7)
+    got = propagate_labels(torch.zeros(4, 8, 5, 7), labels)
+    torch.testing.assert_close(got.sum(1), torch.ones(4, 5, 7))
+    still = clip(1, 5, 7).expand(6, -1, -1, -1)
+    got = propagate_labels(still, labels, topk=1)
+    torch.testing.assert_close(got, labels.expand(6, -1, -1, -1))
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees_with_the_cpu() -> None:
+    features, labels = clip(6, 9, 14), soft_labels(9, 14)
+    got = propagate_labels(features.cuda(), labels, radius=5)
+    assert got.is_cuda
+    expected = propagate_labels(features, labels, radius=5)
+    torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=0)
+
+
+MAP = torch.randn(4, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "message"),
+    [
+        ([MAP], torch.zeros(5, 7), r"shape \(5, 7\), expected \(K, h, w\)"),
+        ([MAP], torch.zeros(0, 5, 7), r"shape \(0, 5, 7\)"),
+        ([MAP], torch.zeros(2, 5, 7, dtype=torch.uint8), "torch.uint8, expected floating point"),
+        ([MAP], torch.zeros(2, 5, 8), r"grid of \(5, 7\), expected the labels' \(5, 8\)"),
+        (MAP, torch.zeros(2, 5, 7), r"shape \(4, 5, 7\), expected \(T, C, h, w\)"),
+        ([MAP[None].expand(2, -1, -1, -1)], torch.zeros(2, 5, 7), r"expected \(C, h, w\)"),
+        ([MAP.int()], torch.zeros(2, 5, 7), "torch.int32, expected floating point"),
+        ([MAP, torch.randn(6, 5, 7)], torch.zeros(2, 5, 7), "6 channels after a first frame of 4"),
+        ([MAP, torch.randn(4, 7, 5)], torch.zeros(2, 5, 7), r"grid of \(7, 5\)"),
+    ],
+)
+def test_wrong_shapes_say_what_was_expected(
+    features: list[Tensor], labels: Tensor, message: str
+) -> None:
+    with pytest.raises(GeometryError, match=message):
+        propagate_labels(features, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "cwr"}, "'cwr', expected 'crw' or 'dino'"),
+        ({"context": -1}, "context must be 0 or more"),
+        ({"topk": 0}, "topk must be at least 1"),
+        ({"radius": 0}, "radius must be above 0"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"chunk": 0}, "chunk must be at least 1"),
+    ],
+)
+def test_options_out_of_range_say_so(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        propagate_labels([MAP], torch.rand(2, 5, 7), **options)
+    with pytest.raises(FrameError, match="no feature maps"):
+        propagate_labels([], torch.rand(2, 5, 7))

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation import boundary_f, region_similarity, summarise
+
+Mask = NDArray[np.bool_]
+
+
+def definition_of_boundary(mask: Mask) -> Mask:
+    """The official seg2bmap, pixel by pixel."""
+    h, w = mask.shape
+    edge = np.zeros_like(mask)
+    for y in range(h):
+        for x in range(w):
+            below, right = min(y + 1, h - 1), min(x + 1, w - 1)
+            edge[y, x] = len({mask[y, x], mask[below, x], mask[y, right], mask[below, right]}) > 1
+    return edge
+
+
+def definition_of_f(truth: Mask, guess: Mask, tolerance: float) -> float:
+    """Dilate both boundaries by a disk and look up, as the official code does."""
+    radius = tolerance if tolerance >= 1 else math.ceil(tolerance * np.linalg.norm(truth.shape))
+    side = np.arange(-math.floor(radius), math.floor(radius) + 1)
+    disk = side[:, None] ** 2 + side[None] ** 2 <= radius**2
+    near_guess = ndimage.binary_dilation(guess, disk)
+    near_truth = ndimage.binary_dilation(truth, disk)
+    if guess.any() != truth.any():
+        return 0.0
+    if not guess.any():
+        return 1.0
+    precision = (guess & near_truth).sum() / guess.sum()
+    recall = (truth & near_guess).sum() / truth.sum()
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def adversarial_masks() -> list[Mask]:
+    """Noise, blobs, empty and full frames, single pixels, stripes, corners; odd shapes too."""
+    rng = np.random.default_rng(0)
+    masks = []
+    for h, w in [(23, 37), (30, 17), (1, 9), (8, 1), (1, 1), (40, 40)]:
+        blob = ndimage.gaussian_filter(rng.standard_normal((h, w)), 3) > 0
+        corner = np.zeros((h, w), dtype=bool)
+        corner[-1, -1] = True
+        top = np.zeros((h, w), dtype=bool)
+        top[0, 0] = True
+        pixel = np.zeros((h, w), dtype=bool)
+        pixel[h // 2, w // 3] = True
+        checks = np.indices((h, w)).sum(0) % 2 == 0
+        masks += [
+            blob,
+            ndimage.shift(blob.astype(float), (2, -1)) > 0.5,
+            rng.random((h, w)) > 0.5,
+            rng.random((h, w)) > 0.97,
+            np.zeros((h, w), dtype=bool),
+            np.ones((h, w), dtype=bool),
+            ~pixel,
+            pixel,
+            corner,
+            top,
+            checks,
+            np.arange(w)[None].repeat(h, 0) > w // 2,
+        ]
+    return masks
+
+
+MASKS = adversarial_masks()
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.008, 0.03, 0.2, 1, 3, 2.5])
+def test_boundary_f_is_the_official_definition(tolerance: float) -> None:
+    compared = 0
+    boundaries = [definition_of_boundary(mask) for mask in MASKS]
+    for gt, truth in zip(MASKS, boundaries, strict=True):
+        for pred, guess in zip(MASKS, boundaries, strict=True):
+            if gt.shape == pred.shape:
+                expected = definition_of_f(truth, guess, tolerance)
+                assert boundary_f(gt, pred, tolerance) == pytest.approx(expected, abs=1e-9)
+                compared += 1
+    assert compared > 800
+
+
+def definition_of_j(gt: Mask, pred: Mask, void: Mask) -> float:
+    """The official db_eval_iou, which counts pixel by pixel."""
+    inter = union = 0
+    for y, x in np.ndindex(gt.shape):
+        if not void[y, x]:
+            inter += gt[y, x] and pred[y, x]
+            union += gt[y, x] or pred[y, x]
+    return inter / union if union else 1.0
+
+
+def random_masks(count: int) -> list[tuple[Mask, Mask, Mask]]:
+    """Annotation, prediction and void: empty, full, a pixel, noise and blobs in any pairing."""
+    rng = np.random.default_rng(7)
+    triples = []
+    for index in range(count):
+        h, w = rng.integers(1, 22, 2)
+        pixel = np.zeros((h, w), dtype=bool)
+        pixel[rng.integers(h), rng.integers(w)] = True
+        kinds = [
+            np.zeros((h, w), dtype=bool),
+            np.ones((h, w), dtype=bool),
+            pixel,
+            rng.random((h, w)) > 0.5,
+            ndimage.gaussian_filter(rng.standard_normal((h, w)), 2) > 0,
+        ]
+        void = kinds[(index // 25) % 5]
+        triples.append((kinds[index % 5], kinds[(index // 5) % 5], void))
+    return triples
+
+
+def test_void_pixels_do_not_count_by_the_official_definition() -> None:
+    triples = random_masks(250)
+    for gt, pred, void in triples:
+        j = region_similarity(gt, pred, void=void)
+        assert j == pytest.approx(definition_of_j(gt, pred, void), abs=1e-9)
+        truth, guess = definition_of_boundary(gt & ~void), definition_of_boundary(pred & ~void)
+        for tolerance in (0.008, 2):
+            expected = definition_of_f(truth, guess, tolerance)
+            assert boundary_f(gt, pred, tolerance, void=void) == pytest.approx(expected, abs=1e-9)
+    assert len({(gt.any(), pred.any(), void.all()) for gt, pred, void in triples}) == 8
+
+
+@given(st.integers(0, 10_000), st.integers(1, 30), st.integers(1, 30))
+def test_measures_are_symmetric_bounded_and_perfect_on_itself(seed: int, h: int, w: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.random((h, w)) > rng.random(), rng.random((h, w)) > rng.random()
+    for measure in (region_similarity, boundary_f):
+        assert measure(a, a) == 1
+        assert measure(a, b) == pytest.approx(measure(b, a))
+        assert 0 <= measure(a, b) <= 1
+
+
+@pytest.mark.parametrize("measure", [region_similarity, boundary_f])
+def test_wrong_masks_say_what_was_expected(measure: object) -> None:
+    mask = np.zeros((4, 5), dtype=bool)
+    for gt, pred, message in [
+        (mask, np.zeros((5, 4), dtype=bool), r"pred of shape \(5, 4\), expected \(H, W\)"),
+        (mask[None], mask[None], r"gt of shape \(1, 4, 5\)"),
+        (mask.astype(np.uint8), mask, "gt of dtype uint8, expected bool"),
+    ]:
+        with pytest.raises(FrameError, match=message):
+            measure(gt, pred)  # type: ignore[operator]
+    with pytest.raises(FrameError, match=r"void of shape"):
+        measure(mask, mask, void=mask[:2])  # type: ignore[operator]
+    with pytest.raises(ValueError, match="tolerance must be 0 or more, got -1"):
+        boundary_f(mask, mask, tolerance=-1)
+
+
+def official_statistics(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The official db_statistics, whose uint8 indices need clips of at most 255 frames."""
+    ids = np.round(np.linspace(1, len(values), 5) + 1e-10) - 1
+    ids = ids.astype(np.uint8)
+    bins = [values[ids[i] : ids[i + 1] + 1] for i in range(4)]
+    return (
+        float(np.nanmean(values)),
+        float(np.nanmean(values > 0.5)),
+        float(np.nanmean(bins[0]) - np.nanmean(bins[3])),
+    )
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 20, 78, 255])
+def test_summary_is_the_official_statistics(frames: int) -> None:
+    values = np.random.default_rng(frames).random(frames)
+    assert summarise(values) == pytest.approx(official_statistics(values), abs=1e-12)
+
+
+def test_summary_of_gaps_and_of_long_clips() -> None:
+    values = np.array([0.9, np.nan, 0.7, 0.2, 0.1, 0.3, 0.6])
+    assert summarise(values) == pytest.approx(official_statistics(values), abs=1e-12)
+    assert math.isnan(summarise([math.nan]).mean)
+    assert summarise(np.linspace(1, 0, 1000)).decay == pytest.approx(0.75, abs=1e-2)
+    for wrong in (np.zeros(0), np.zeros((2, 3))):
+        with pytest.raises(ValueError, match=r"got values of shape .*, expected \(T,\)"):
+            summarise(wrong)

@@ -1,0 +1,219 @@
+"""Every benchmark with features that know the answer, and with features that know nothing.
+
+Labels go to the single best patch (``topk=1``): the protocols' averages blur even perfect matches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from cosettle_adapter import evaluation
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation import Clip, Joints, Propagation, Protocol, Tracks
+from cosettle_adapter.evaluation.jhmdb import decode_joints, joint_heat_maps, propagate_joints
+from cosettle_adapter.evaluation.palette import colours
+from cosettle_adapter.evaluation.tracking import track_queries
+from cosettle_adapter.video.geometry import plan_geometry
+
+FRAMES, PATCH, H, W = 5, 16, 8, 12
+GEOMETRY = plan_geometry(H * PATCH, W * PATCH, patch=PATCH)
+
+
+def drifting(frames: int = FRAMES, h: int = H, w: int = W) -> Tensor:
+    """Features ``(T, C, h, w)`` of a texture that moves one patch to the right a frame.
+
+    What leaves on the right comes in on the left, so that every patch has a match.
+    """
+    texture = torch.randn(32, h, w, generator=torch.Generator().manual_seed(0))
+    return torch.stack([texture.roll(t, dims=2) for t in range(frames)])
+
+
+KNOWS = drifting()
+KNOWS_NOTHING = torch.randn(FRAMES, 32, H, W, generator=torch.Generator().manual_seed(1))
+
+
+def clip_of(annotations: Any, annotated: tuple[int, ...] = tuple(range(FRAMES))) -> Clip[Any]:
+    frames = tuple(Path(f"{t:05d}.jpg") for t in range(FRAMES))
+    return Clip("clip", frames, lambda: annotations, annotated)
+
+
+def masks(objects: int = 1, annotated: tuple[int, ...] = tuple(range(FRAMES))) -> Clip[Any]:
+    """Rectangles that move one patch to the right a frame."""
+    drawn = np.zeros((FRAMES, H * PATCH, W * PATCH), dtype=np.uint8)
+    for t in range(FRAMES):
+        for index in range(objects):
+            top, left = (1 + 4 * index) * PATCH, (1 + t) * PATCH
+            drawn[t, top : top + 2 * PATCH, left : left + 3 * PATCH] = index + 1
+    return clip_of(drawn[list(annotated)], annotated)
+
+
+def joints(annotated: tuple[int, ...] = tuple(range(FRAMES))) -> Clip[Joints]:
+    first = np.array([[2.5, 1.5], [3.5, 4.5], [1.5, 6.5]]) * PATCH
+    xy = np.stack([first + np.array([t * PATCH, 0]) for t in annotated])
+    areas = np.full(len(annotated), 6.0 * PATCH**2)
+    return clip_of(Joints(("a", "b", "c"), xy, np.ones(xy.shape[:2], dtype=bool), areas), annotated)
+
+
+def tracks(occluded: NDArray[np.bool_] | None = None) -> Clip[Tracks]:
+    points = joints().read_annotations().xy.transpose(1, 0, 2) / [W * PATCH, H * PATCH]
+    hidden = np.zeros((3, FRAMES), dtype=bool) if occluded is None else occluded
+    return clip_of(Tracks(points, hidden))
+
+
+NEAREST = Propagation(topk=1, context=2, radius=4)
+CASES: dict[str, tuple[Protocol[Any], Clip[Any]]] = {
+    "davis": (evaluation.davis_protocol(Path(), propagation=NEAREST), masks(2)),
+    "folder": (evaluation.folder_protocol(Path(), propagation=NEAREST), masks(1, (0, 2, 3))),
+    "vip": (evaluation.vip_protocol(Path(), propagation=NEAREST), masks(2)),
+    "jhmdb": (evaluation.jhmdb_protocol(Path(), propagation=NEAREST), joints()),
+    "badja": (evaluation.badja_protocol(Path()), joints((0, 2, 4))),
+    "tapvid": (evaluation.tapvid_protocol(Path()), tracks()),
+    "tapvid strided": (evaluation.tapvid_protocol(Path(), mode="strided"), tracks()),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_that_know_the_answer_score_high_and_others_low(name: str) -> None:
+    protocol, clip = CASES[name]
+    high, low, same = (
+        protocol.totals([protocol.score(clip, features, GEOMETRY, None)])
+        for features in (KNOWS, KNOWS_NOTHING, torch.ones_like(KNOWS))
+    )
+    assert list(high) == list(protocol.measures)
+    first = protocol.measures[0]
+    assert high[first] > 0.9, high
+    assert low[first] < high[first] - 0.2, low
+    assert all(0 <= value <= 1 for key, value in high.items() if "decay" not in key)
+    # all joints may be lost where features are all equal, and lost ones do not count
+    assert name == "jhmdb" or all(np.isfinite(list(same.values())))
+
+
+def test_sizes_follow_the_protocols() -> None:
+    def size(protocol: Protocol[Any], height: int, width: int) -> tuple[int, int]:
+        frame = np.zeros((height, width, 3), dtype=np.uint8)
+        return protocol.size(Clip("clip", [frame], lambda: None))
+
+    assert size(CASES["davis"][0], 720, 1280) == (480, 880)
+    assert size(CASES["jhmdb"][0], 720, 1280) == (320, 320)
+    dino = evaluation.davis_protocol(Path(), propagation=Propagation("dino"))
+    assert size(dino, 480, 854) == (480, 832)
+    assert size(dino, 854, 480) == (832, 480)
+    assert size(CASES["vip"][0], 720, 1280) == (448, 880), "495 floored to a multiple of 64"
+    assert size(CASES["vip"][0], 1280, 720) == (880, 448)
+    assert size(CASES["tapvid"][0], 720, 1280) == (480, 853)
+    assert evaluation.vip_protocol(Path()).settings["topk"] == 10
+
+
+def test_totals_count_every_object_and_pixel_once() -> None:
+    protocol, _ = CASES["davis"]
+    one = protocol.score(masks(1), KNOWS, GEOMETRY, None)
+    two = protocol.score(masks(2), KNOWS_NOTHING, GEOMETRY, None)
+    total = protocol.totals([one, two])
+    objects = [*one.counts["objects"], *two.counts["objects"]]
+    assert len(objects) == 3
+    assert total["J mean"] == pytest.approx(np.mean([each["J mean"] for each in objects]))
+    assert total["J&F"] == pytest.approx((total["J mean"] + total["F mean"]) / 2)
+    protocol, clip = CASES["vip"]
+    scores = [protocol.score(clip, maps, GEOMETRY, None) for maps in (KNOWS, KNOWS_NOTHING)]
+    matrix = sum(np.array(each.counts["matrix"]) for each in scores)
+    union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
+    expected = (np.diag(matrix) / np.where(union, union, 1))[union > 0].mean()
+    assert protocol.totals(scores)["mIoU"] == pytest.approx(expected)
+
+
+def test_frames_without_masks_are_propagated_through_and_not_scored() -> None:
+    protocol, clip = CASES["folder"]
+    some = protocol.score(clip, KNOWS, GEOMETRY, None)
+    assert some.values["J mean"] > 0.9
+    assert some.values != protocol.score(masks(), KNOWS, GEOMETRY, None).values
+    for name in ("folder", "vip"):
+        with pytest.raises(FrameError):
+            CASES[name][0].score(masks(1, (1, 2)), KNOWS, GEOMETRY, None)
+
+
+@pytest.mark.parametrize("name", ["davis", "vip", "jhmdb", "badja", "tapvid"])
+def test_predictions_are_written(name: str, tmp_path: Path) -> None:
+    protocol, clip = CASES[name]
+    protocol.score(clip, KNOWS, GEOMETRY, tmp_path)
+    if name not in ("davis", "vip"):
+        assert '"xy"' in (tmp_path / "positions.json").read_text()
+        return
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"{t:05d}.png" for t in range(FRAMES)]
+    with Image.open(tmp_path / "00000.png") as picture:
+        assert picture.mode == "P"
+        assert bytes(picture.getpalette() or ()) == colours()
+        first = np.asarray(picture)
+    assert first.shape == (H * PATCH, W * PATCH)
+    assert set(np.unique(first)) == {0, 1, 2}
+    labels = [tuple(colours()[3 * label : 3 * label + 3]) for label in (0, 1, 2, 3, 4, 8)]
+    assert labels == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (64, 0, 0)]
+
+
+def test_a_point_is_called_hidden_where_its_way_back_misses_it() -> None:
+    """Half of the frames show another scene."""
+    features = torch.cat([KNOWS[:2], KNOWS_NOTHING[2:]])
+    hidden = np.zeros((3, FRAMES), dtype=bool)
+    hidden[:, 2:] = True
+    protocol, _ = CASES["tapvid"]
+    told, untold = (
+        protocol.score(tracks(hidden), maps, GEOMETRY, None).values["OA"]
+        for maps in (features, KNOWS)
+    )
+    assert told > untold
+
+
+@pytest.mark.parametrize(("row", "column"), [(1.0, 1.0), (2.3, 9.8), (5.5, 4.25)])
+def test_a_joint_survives_its_heat_map(row: float, column: float) -> None:
+    heat = joint_heat_maps(torch.tensor([[row, column]]), (8, 12))
+    places, found = decode_joints(heat)
+    assert found.all()
+    assert float((places - torch.tensor([[row, column]])).abs().max()) < 0.2
+
+
+def test_heat_maps_are_gaussians_of_half_a_patch_and_may_be_empty() -> None:
+    heat = joint_heat_maps(torch.tensor([[2.0, 3.0]]), (5, 7))[0]
+    assert heat[2, 3] == 1
+    assert float(heat[2, 4]) == pytest.approx(np.exp(-2))
+    assert float(heat[3, 4]) == pytest.approx(np.exp(-4))
+    for outside, found in ((-1.0, True), (-2.5, False)):
+        assert decode_joints(joint_heat_maps(torch.tensor([[outside, 3.0]]), (5, 7)))[1] == found
+    weighed = torch.zeros(1, 4, 5)
+    weighed[0, 1, 1], weighed[0, 1, 3] = 3.0, 1.0
+    torch.testing.assert_close(decode_joints(weighed)[0], torch.tensor([[1.0, 1.5]]))
+    places, found = decode_joints(torch.zeros(2, 3, 4, 5))
+    assert not found.any()
+    assert torch.isfinite(places).all()
+
+
+def test_joints_are_carried_along() -> None:
+    start = torch.tensor([[2.0, 1.0], [5.0, 4.0]])
+    places, found = propagate_joints(drifting(), start, context=2, radius=3, topk=1)
+    assert found.all()
+    for t in range(5):
+        assert float((places[t] - start - torch.tensor([0.0, t])).abs().max()) < 0.35, t
+
+
+def test_queries_are_tracked_both_ways_in_pixels() -> None:
+    geometry = plan_geometry(80, 120, patch=16, size=(128, 192))
+    points = torch.tensor([[55.0, 35.0], [45.0, 25.0]], dtype=torch.float64)
+    found = track_queries(drifting(), [2, 4], points, geometry, radius_argmax=0)
+    assert found.xy.shape == (2, 5, 2)
+    for t in range(5):  # a patch is 10 pixels of the original frame
+        expected = torch.stack([points[:, 0] + 10 * (t - torch.tensor([2, 4])), points[:, 1]], 1)
+        torch.testing.assert_close(found.xy[:, t], expected)
+        assert float(found.cycle_error[0, t]) == 0
+    outside = torch.tensor([[-30.0, 500.0]])
+    edge = track_queries(drifting(), [0], outside, GEOMETRY, radius_argmax=0)
+    assert edge.xy[0, 0].tolist() == [8.0, 120.0], "moved to the edge"
+    assert track_queries(drifting(), [], torch.zeros(0, 2), GEOMETRY).xy.shape == (0, 5, 2)
+    with pytest.raises(FrameError, match="frames 9 to 9, expected 0 to 4"):
+        track_queries(drifting(), [9], torch.zeros(1, 2), GEOMETRY)

@@ -1,0 +1,236 @@
+"""One source into one file: what is in it, what is refused, what a failure leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosettle_adapter import CoSettleAdapter, FrameSelection
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.extraction import ExtractSettings, extract, read_features
+from cosettle_adapter.extraction.errors import FormatError, OutputExistsError
+from cosettle_adapter.extraction.stores import FlatStore
+from cosettle_adapter.projection import Projection
+
+FEW = FrameSelection(max_frames=2)
+
+
+def test_a_video_becomes_a_feature_file(
+    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+    select = FrameSelection(max_frames=10)
+    result = extract(
+        small_adapter, clip, tmp_path / "f.safetensors", ExtractSettings(batch_size=4),
+        select=select, on_chunk=seen.append,
+    )  # fmt: skip
+    assert (result.frames, result.shape, result.truncated) == (10, (32, 3, 4), None)
+    assert seen == [4, 8, 10]
+    read = read_features(result.path)
+    streamed = torch.cat([c.features for c in small_adapter.stream(clip, select=select)])
+    torch.testing.assert_close(read.features, streamed, atol=1e-5, rtol=0)
+    torch.testing.assert_close(read.timestamps, torch.arange(10).double() / 20)
+    assert read.geometry == small_adapter.geometry(48, 64)
+    assert (read.metadata["source"], read.metadata["layers"]) == ("clip.mp4", [1])
+    assert read.metadata["settings"]["max_frames"] == 10
+    assert read.metadata["fingerprint"] == small_adapter.backbone.fingerprint
+
+
+def test_options_are_fields_of_the_settings(
+    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
+) -> None:
+    settings = ExtractSettings(size=64, batch_size=8)
+    result = extract(small_adapter, clip, tmp_path / "f.npy", settings, size=32, select=FEW)
+    assert result.shape == (32, 2, 3)
+    with pytest.raises(TypeError, match="batchsize"):
+        extract(small_adapter, clip, tmp_path / "g.npy", batchsize=2)
+    with pytest.warns(DeprecationWarning, match="select=FrameSelection"):
+        assert extract(small_adapter, clip, tmp_path / "old.npy", max_frames=3).frames == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [
+        ("f.safetensors", torch.bfloat16),
+        ("f.npy", torch.float16),
+        ("f.zarr", "float16"),
+    ],
+)
+def test_storage_dtype(
+    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path, name: str, storage: torch.dtype
+) -> None:
+    if name.endswith("zarr"):
+        pytest.importorskip("zarr")
+    result = extract(small_adapter, clip, tmp_path / name, storage=storage, select=FEW)
+    read = read_features(result.path)
+    (streamed,) = small_adapter.stream(clip, select=FEW)
+    dtype = getattr(torch, str(storage).removeprefix("torch."))
+    assert torch.equal(read.features, streamed.features.to(dtype))
+    assert (read.metadata["dtype"], read.metadata["storage"]) == (
+        "float32", str(storage).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def test_the_format_is_told_by_name_or_suffix(
+    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
+) -> None:
+    result = extract(small_adapter, clip, tmp_path / "f", format="npy-memmap", select=FEW)
+    assert read_features(result.path).features.shape == (2, 32, 3, 4)
+    for name, options, message in [
+        ("f.bin", {}, r"f\.bin does not tell its format by its suffix: end it in one of"),
+        ("f.npy", {"format": "safetensors"}, r"f\.npy is to be safetensors, .* end it in \.safe"),
+        (
+            "f.npy",
+            {"format": "npy-memap"},
+            r"unknown format .*Did you mean 'npy-memmap'",
+        ),
+        ("f.npy", {"storage": "bfloat16"}, r"--storage float32 .*bfloat16 goes into safetensors"),
+    ]:
+        with pytest.raises(FormatError, match=message):
+            extract(small_adapter, clip, tmp_path / name, **options)
+    small_adapter.backbone.to(torch.float16)
+    kept = extract(small_adapter, clip, tmp_path / "half.npy", select=FEW)
+    assert read_features(kept.path).features.dtype == torch.float16, "the adapter's own"
+
+
+def test_a_truncated_video_keeps_what_was_readable(
+    small_adapter: CoSettleAdapter, cut: Path, tmp_path: Path
+) -> None:
+    result = extract(small_adapter, cut, tmp_path / "f.safetensors")
+    assert 0 < result.frames < 80
+    assert "truncated" in str(result.truncated)
+    assert len(read_features(result.path).features) == result.frames
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_full_disk_leaves_no_file(
+    small_adapter: CoSettleAdapter,
+    clip: Path,
+    cut: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: bool,
+) -> None:
+    """Also when the last batch fails while the source ends early."""
+    append = FlatStore.append
+
+    def full(store: FlatStore, features: torch.Tensor) -> None:
+        if not broken or len(features) < 20:
+            raise OSError(28, "No space left on device")
+        append(store, features)
+
+    monkeypatch.setattr(FlatStore, "append", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*f\.npy'"):
+        extract(small_adapter, cut if broken else clip, tmp_path / "f.npy", batch_size=20)
+    assert not (tmp_path / "f.npy").exists()
+    assert (tmp_path / ".f.npy.partial").exists() == broken, "kept where batches were written"
+
+
+def test_what_cannot_be_read_leaves_nothing(small_adapter: CoSettleAdapter, tmp_path: Path) -> None:
+    output = tmp_path / "f.npy"
+    frames = [torch.zeros(3, 48, 64, dtype=torch.uint8)] * 10
+
+    def gone(frames: int) -> None:
+        raise OSError("gone")
+
+    with pytest.raises(FrameError, match="the first frame is"):
+        extract(small_adapter, [*frames, frames[0][:, :32]], output, batch_size=4)
+    with pytest.raises(OSError, match="gone"):
+        extract(small_adapter, iter(frames), output, on_chunk=gone)
+    with pytest.raises(FrameError, match=r"has no frame from 100\.0 s on"):
+        extract(small_adapter, frames, output, select=FrameSelection(start=100.0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_few_frames_are_alive_at_a_time(small_adapter: CoSettleAdapter, tmp_path: Path) -> None:
+    produced: list[int] = []
+    ahead = 0
+
+    def frames() -> Iterator[torch.Tensor]:
+        for index in range(60):
+            produced.append(index)
+            yield torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+    def on_chunk(count: int) -> None:
+        nonlocal ahead
+        ahead = max(ahead, len(produced) - count)
+
+    result = extract(small_adapter, frames(), tmp_path / "f.npy", batch_size=4, on_chunk=on_chunk)
+    assert result.frames == 60
+    assert ahead <= 5 * 4
+
+
+def test_a_batch_is_written_while_the_next_is_encoded(
+    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write waits until the second batch is encoded, which one thread would never do."""
+    encoded = threading.Semaphore(0)
+    small_adapter.projection.register_forward_hook(lambda *_: encoded.release())
+    append, waited = FlatStore.append, []
+
+    def slow(store: FlatStore, features: torch.Tensor) -> None:
+        if not waited:
+            waited.append(encoded.acquire(timeout=60) and encoded.acquire(timeout=60))
+        append(store, features)
+
+    monkeypatch.setattr(FlatStore, "append", slow)
+    select = FrameSelection(max_frames=12)
+    extract(small_adapter, clip, tmp_path / "f.npy", batch_size=4, select=select)
+    assert waited == [True]
+    streamed = [c.features for c in small_adapter.stream(clip, batch_size=4, select=select)]
+    assert torch.equal(read_features(tmp_path / "f.npy").features, torch.cat(streamed))
+
+
+def test_features_by_two_recipes_do_not_share_a_folder(
+    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
+) -> None:
+    def by(recipe: int | None) -> CoSettleAdapter:
+        projection = Projection(dataclasses.replace(small_adapter.config, recipe=recipe))
+        projection.load_state_dict(small_adapter.projection.state_dict())
+        return CoSettleAdapter(small_adapter.backbone, projection)
+
+    folder = tmp_path / "features"
+    extract(by(1), clip, folder / "a.npy", select=FEW)
+    extract(by(1), clip, folder / "b.npy", select=FEW)
+    extract(by(None), clip, folder / "own.npy", select=FEW)
+    with pytest.raises(OutputExistsError, match=r"holds features by recipe 1 .* with recipe=1"):
+        extract(by(2), clip, folder / "c.npy", select=FEW)
+    extract(by(2), clip, tmp_path / "others" / "c.npy", select=FEW)
+
+
+def test_finished_files_are_left_unless_told_otherwise(
+    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "f.safetensors"
+    five, six = FrameSelection(max_frames=5), FrameSelection(max_frames=6)
+    first = extract(small_adapter, clip, output, select=five)
+    assert first.found == 0
+    clip = clip.rename(tmp_path / "renamed.mp4")
+    again = extract(small_adapter, clip, output, select=five, batch_size=2)
+    assert (again.found, again.frames, again.shape) == (5, 5, first.shape)
+    with pytest.raises(OutputExistsError, match="max-frames was 5 and is 6"):
+        extract(small_adapter, clip, output, select=six)
+    with pytest.raises(OutputExistsError, match="exists; start over with --overwrite"):
+        extract(small_adapter, [torch.zeros(3, 48, 64, dtype=torch.uint8)], output)
+    assert extract(small_adapter, clip, output, select=six, overwrite=True).frames == 6
+    output.with_name("f.safetensors.json").unlink()
+    with pytest.raises(OutputExistsError, match=r"but not f\.safetensors\.json"):
+        extract(small_adapter, clip, output, select=six)
+
+
+def test_images_are_recognised(small_adapter: CoSettleAdapter, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for index, path in enumerate(paths):
+        image.new("RGB", (64, 48), (index, 0, 0)).save(path)
+    output = tmp_path / "f.npy"
+    assert extract(small_adapter, paths, output).found == 0
+    assert extract(small_adapter, paths, output).found == 3
+    paths[1].write_bytes(paths[2].read_bytes())
+    with pytest.raises(OutputExistsError, match="the source's content has changed"):
+        extract(small_adapter, paths, output)

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from official import ENCODERS, features, random_state, save_checkpoint
+from safetensors.torch import load_file, save_file
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.backbones import (
+    REGISTRY,
+    BackboneRow,
+    HubOptions,
+    load_backbone,
+    registry,
+)
+from cosettle_adapter.backbones.rows import HubFile
+from cosettle_adapter.backbones.weights import LoadedWeights, fingerprint
+from cosettle_adapter.cli import main
+from cosettle_adapter.convert import convert_checkpoint, differences
+from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
+
+WIDTH, DEPTH = 96, 3
+LINEAR = "adapter.adapter.adapter_linear"
+NORM = "adapter.adapter.adapter_layer_norm1"
+
+State = dict[str, torch.Tensor]
+
+
+def small(row: BackboneRow, monkeypatch: pytest.MonkeyPatch) -> BackboneRow:
+    """Register the same row with fewer channels and layers; what tells it apart stays."""
+    options = {**row.options, "embed_dim": WIDTH, "depth": DEPTH}
+    row = dataclasses.replace(row, options=options, width=WIDTH, depth=DEPTH, hub=None)
+    monkeypatch.setitem(registry.REGISTRY, row.name, row)
+    return row
+
+
+@pytest.fixture
+def mae(monkeypatch: pytest.MonkeyPatch) -> BackboneRow:
+    return small(REGISTRY["mae-vitb16"], monkeypatch)
+
+
+def mae_state(**changes: torch.Tensor) -> State:
+    return {**random_state(ENCODERS["mae-vitb16"], width=WIDTH, depth=DEPTH), **changes}
+
+
+def check_parity(row: BackboneRow, folder: Path) -> None:
+    encoder = ENCODERS[row.name]
+    state = random_state(encoder, width=row.width, depth=row.depth)
+    file = save_checkpoint(folder / "checkpoint-4.pth", state)
+    output = folder / "converted"
+    command = ["convert", str(file), "--backbone", row.name, "-o", str(output), "--offline"]
+    assert main(command) == 0
+    adapter = CoSettleAdapter.from_pretrained(output)
+    for height, width, tolerance in ((224, 224, 1e-5), (480, 880, 1e-4)):
+        generator = torch.Generator().manual_seed(height)
+        frames = torch.randint(
+            0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator
+        )
+        expected = features(state, frames, encoder, row.depth)
+        found = adapter(frames)
+        assert found.shape == expected.shape == (1, row.width, height // 16, width // 16)
+        error = float((found - expected).abs().max() / expected.abs().max())
+        assert error < tolerance, (row.name, height)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_each_of_the_eight_equals_an_independent_implementation(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {name for name, row in REGISTRY.items() if row.release} == set(ENCODERS)
+    row = small(REGISTRY[name], monkeypatch)
+    check_parity(row, tmp_path)
+    # the same file serves as the backbone's weights
+    file, config = tmp_path / "checkpoint-4.pth", tmp_path / "converted" / "config.json"
+    assert load_backbone(name, weights=file).fingerprint in config.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODERS)
+def test_each_of_the_eight_at_full_size(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = dataclasses.replace(REGISTRY[name], hub=None)
+    monkeypatch.setitem(registry.REGISTRY, name, row)
+    check_parity(row, tmp_path)
+
+
+def test_positions_of_another_interpolation_would_be_noticed(
+    mae: BackboneRow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tolerance of the parity test separates the ways of resizing positions."""
+    row = dataclasses.replace(mae, interpolation="size")
+    monkeypatch.setitem(registry.REGISTRY, row.name, row)
+    with pytest.raises(AssertionError, match="480"):
+        check_parity(row, tmp_path)
+
+
+def test_a_config_tells_where_it_came_from(mae: BackboneRow, tmp_path: Path) -> None:
+    file = save_checkpoint(tmp_path / "checkpoint-4.pth", mae_state(), base_model="mae")
+    conversion = convert_checkpoint(file, mae)
+    config = conversion.projection.config
+    assert (config.kind, config.activation, config.layers) == ("linear", "tanh", (DEPTH - 1,))
+    assert config.norm is True
+    assert config.licence == "CC-BY-NC-4.0"
+    assert config.fit["epoch"] == 4
+    assert config.fit["settings"] == {"blr": 1e-4, "base_model": "mae"}, "no paths of a machine"
+    assert re.fullmatch(r"[0-9a-f]{64}", config.fit["source_sha256"])
+    assert config.fingerprint == fingerprint(conversion.backbone)
+    json.dumps(config.fit)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_deeper_heads_are_recognised(count: int, mae: BackboneRow, tmp_path: Path) -> None:
+    state = mae_state()
+    weight, bias = (state.pop(f"{LINEAR}.{part}") for part in ("weight", "bias"))
+    tokens = expected = torch.randn(5, WIDTH)
+    for index in range(1, count + 1):
+        state |= {f"{LINEAR}{index}.weight": weight * index, f"{LINEAR}{index}.bias": bias}
+        expected = torch.tanh(expected) if index > 1 else expected
+        expected = expected @ (weight * index).T + bias
+    norm = [state[f"{NORM}.{part}"] for part in ("weight", "bias")]
+    expected = torch.nn.functional.layer_norm(expected, (WIDTH,), *norm)
+    projection = convert_checkpoint(save_checkpoint(tmp_path / "c.pth", state), mae).projection
+    assert projection.config.kind == f"mlp{count}"
+    torch.testing.assert_close(projection.project(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_precision_prefixes_and_containers_do_not_matter(mae: BackboneRow, tmp_path: Path) -> None:
+    state = {f"module.{name}": tensor.half() for name, tensor in mae_state().items()}
+    torch.save(state, tmp_path / "flat.pth")
+    save_file(state, tmp_path / "flat.safetensors")
+    save_checkpoint(tmp_path / "wrapped.pth", state)
+    for name in ("flat.pth", "flat.safetensors", "wrapped.pth"):
+        conversion = convert_checkpoint(tmp_path / name, mae)
+        assert {t.dtype for t in conversion.backbone.values()} == {torch.float32}
+        weight = conversion.projection.state_dict()["linears.0.weight"]
+        assert torch.equal(weight, state[f"module.{LINEAR}.weight"].float())
+
+
+def test_the_public_backbone_is_recognised_and_not_stored_twice(
+    mae: BackboneRow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = save_checkpoint(tmp_path / "c.pth", mae_state())
+    alone = convert_checkpoint(file, mae)
+    assert alone.verdict.startswith("not compared")
+    alone.save(tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "backbone.safetensors")
+    assert fingerprint(stored) == alone.projection.config.fingerprint
+
+    def public(row: BackboneRow, options: HubOptions) -> LoadedWeights:
+        assert options.local_files_only, "nothing is downloaded unless it is asked for"
+        return LoadedWeights(tensors, "sha256:0", "a public tag", "c0ffee")
+
+    monkeypatch.setattr("cosettle_adapter.convert.load_weights", public)
+    row, tensors = dataclasses.replace(mae, hub=HubFile("a/tag")), dict(alone.backbone)
+    same = convert_checkpoint(file, row)
+    assert "the same model as a public tag" in same.verdict
+    assert same.projection.config.backbone_revision == "c0ffee"
+    same.save(tmp_path / "out")
+    assert not (tmp_path / "out" / "backbone.safetensors").exists()
+
+    changed = tensors["blocks.1.mlp.fc1.bias"].clone()
+    changed[3] += 0.25
+    tensors["blocks.1.mlp.fc1.bias"] = changed
+    other = convert_checkpoint(file, row)
+    assert not other.is_public
+    assert re.search(
+        r"not the same model as a public tag: 1 of \d+ .* 0\.25 \(first: blocks\.1\.mlp\.fc1\.bias",
+        other.verdict,
+    )
+    assert other.projection.config.backbone_revision is None
+    assert other.projection.config.fit["backbone"] == other.verdict
+
+
+def test_a_tensor_that_only_one_side_has_is_a_difference() -> None:
+    ones = torch.ones(2)
+    gaps = differences({"a": ones, "c": ones, "d": ones}, {"a": ones, "b": ones, "d": ones[:1]})
+    assert gaps == dict.fromkeys("bcd", float("inf"))
+
+
+WRONG: dict[str, tuple[Callable[[State], State], str]] = {
+    "a backbone alone": (
+        lambda state: {name: t for name, t in state.items() if "adapter" not in name},
+        "holds no projection.*backbone_weights",
+    ),
+    "half a head": (
+        lambda state: {name: t for name, t in state.items() if name != f"{NORM}.bias"},
+        "Missing.*norm.bias",
+    ),
+    "a head without its matrix": (
+        lambda state: {name: t for name, t in state.items() if LINEAR not in name},
+        "a head that the official code does not write",
+    ),
+    "a head of another width": (
+        lambda state: {**state, f"{LINEAR}.weight": torch.ones(4, 4)},
+        r"size mismatch for linears.0.weight.*\[4, 4\].*\[96, 96\]",
+    ),
+    "a head that is not finite": (
+        lambda state: {**state, f"{LINEAR}.bias": torch.full((WIDTH,), float("nan"))},
+        "linears.0.bias: values that are not finite",
+    ),
+    "a backbone that is not finite": (
+        lambda state: {**state, "blocks.1.norm1.bias": torch.full((WIDTH,), float("inf"))},
+        "blocks.1.norm1.bias: values that are not finite",
+    ),
+    "more of an adapter": (
+        lambda state: {**state, "adapter.extra.weight": torch.ones(2)},
+        "Unexpected.*adapter.extra.weight",
+    ),
+    "a second adapter": (
+        lambda state: {**state, "adapter.adapter2.adapter_linear.weight": torch.ones(2)},
+        "Unexpected.*adapter.adapter2.adapter_linear.weight",
+    ),
+    "another depth": (
+        lambda state: {
+            **{name: t for name, t in state.items() if "blocks.2" not in name},
+            "extra.weight": torch.ones(1),
+        },
+        r"12 missing \(blocks.2.norm1.weight, .* and 4 more\); 1 unexpected \(extra.weight\)",
+    ),
+    "another model": (
+        lambda state: random_state(ENCODERS["dinov2-vitb16-in1k"], width=WIDTH, depth=DEPTH),
+        r"unexpected .*(reg_token|ls1.gamma)",
+    ),
+    "swapped shapes": (
+        lambda state: {**state, "blocks.0.mlp.fc1.weight": state["blocks.0.mlp.fc2.weight"]},
+        r"blocks.0.mlp.fc1.weight is \(96, 384\), expected \(384, 96\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_checkpoint_is_one_line_and_writes_nothing(
+    fault: str, mae: BackboneRow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = WRONG[fault]
+    file = save_checkpoint(tmp_path / "checkpoint-4.pth", change(mae_state()))
+    with pytest.raises(CorruptWeightsError, match=message) as caught:
+        convert_checkpoint(file, mae)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+    output = tmp_path / "out"
+    assert main(["convert", str(file), "--backbone", mae.name, "-o", str(output), "--offline"]) == 1
+    assert "error:" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_files_that_cannot_be_read(mae: BackboneRow, tmp_path: Path) -> None:
+    file = save_checkpoint(tmp_path / "c.pth", mae_state())
+    content = file.read_bytes()
+    for kept in (10, len(content) // 2, len(content) - 100):
+        file.write_bytes(content[:kept])
+        with pytest.raises(CorruptWeightsError, match="truncated or not a PyTorch") as caught:
+            convert_checkpoint(file, mae)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsUnavailableError, match="does not exist"):
+        convert_checkpoint(tmp_path / "nowhere.pth", mae)
+
+
+class Payload:
+    """A pickle that creates a file when somebody unpickles it carelessly."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("protocol", ["zip", "legacy", "plain pickle"])
+def test_code_in_a_pickle_is_never_run(protocol: str, mae: BackboneRow, tmp_path: Path) -> None:
+    target = tmp_path / "created-by-the-payload"
+    file = tmp_path / "checkpoint-4.pth"
+    content = {"model": mae_state(), "args": Payload(target)}
+    if protocol == "plain pickle":
+        file.write_bytes(pickle.dumps(Payload(target)))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=protocol == "zip")
+    with pytest.raises(
+        CorruptWeightsError, match=r"not run and is not used|cannot be read|not a Py"
+    ):
+        convert_checkpoint(file, mae)
+    assert not target.exists()
+    torch.load(file, weights_only=False) if protocol == "zip" else None
+    assert target.exists() is (protocol == "zip"), "the payload itself works"
+
+
+def test_a_checkpoint_says_itself_which_backbone_it_was_trained_on(
+    mae: BackboneRow, tmp_path: Path
+) -> None:
+    """Names alone do not tell one plain ViT-B/16 from another."""
+    file = save_checkpoint(tmp_path / "c.pth", mae_state(), base_model="dino")
+    with pytest.raises(CorruptWeightsError, match="was trained on 'dino', not on 'mae'"):
+        convert_checkpoint(file, mae)
+
+
+def test_a_converted_folder_survives_saving(mae: BackboneRow, tmp_path: Path) -> None:
+    convert_checkpoint(save_checkpoint(tmp_path / "c.pth", mae_state()), mae).save(tmp_path / "a")
+    adapter = CoSettleAdapter.from_pretrained(tmp_path / "a")
+    adapter.save_pretrained(tmp_path / "b")
+    frames = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    again = CoSettleAdapter.from_pretrained(tmp_path / "b")
+    assert torch.equal(again(frames), adapter(frames))
