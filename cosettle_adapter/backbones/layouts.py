@@ -216,6 +216,8 @@ def _convert(tensors: Mapping[str, Tensor], layout: Layout, row: BackboneRow) ->
             _join_linears(converted, expected, *match.groups())
         elif name.endswith(".gamma") and name not in expected:  # Eva's name of a layer scale
             converted[re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name)] = converted.pop(name)
+    if row.kind == "features":  # what is not expected is a head, and found out from the model
+        return converted
     return {
         name if name in expected else own.get(name, name): tensor
         for name, tensor in converted.items()

@@ -88,14 +88,16 @@ def unused_modules(model: nn.Module) -> list[str]:
 
 
 def prune(model: nn.Module) -> None:
-    """Replace what holds tensors and serves no feature map by ``nn.Identity``, in place.
+    """Replace what stores tensors and serves no feature map by ``nn.Identity``, in place.
 
     Lists stay lists: some families walk over their final norms whether they apply them or not.
     """
+    # What stores nothing stays: rotary embeddings are used without being called.
+    stored = {name.rpartition(".")[0] for name in model.state_dict()}
     for unused in unused_modules(model):
-        inside = [*model.get_submodule(unused).named_modules(prefix=unused)]
-        for name, module in reversed(inside):
-            if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        inside = [name for name, _ in model.get_submodule(unused).named_modules(prefix=unused)]
+        for name in reversed(inside):
+            if name in stored:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, nn.Identity())
 
