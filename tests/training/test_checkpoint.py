@@ -82,9 +82,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path, accelerato
 
 
 def test_no_checkpoint_and_one_of_version_0_1(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match="holds no checkpoint, so there is no run to"
-    ):
+    with pytest.raises(CheckpointError, match="holds no checkpoint, so there is no run to"):
         read_run(tmp_path)
     (tmp_path / "checkpoint.pt").touch()
     with pytest.raises(CheckpointError, match=r"its checkpoint\.pt is version 0\.1's"):
