@@ -363,9 +363,6 @@ def read_list(path: Path) -> list[str]:
     first path that exists decides for all lines. Empty lines, lines that begin with ``#``, and
     a line of column names at the top are left out.
 
-    Args:
-        path: the file, UTF-8.
-
     Returns:
         Absolute paths in the order of the file.
 

@@ -124,17 +124,7 @@ def fit_projection(
     videos, in which a cut-out moves over a background, by how well propagating its known mask
     keeps to it.
 
-    Args:
-        backbone: the frozen encoder.
-        clips: video files; every fifth is held out when there are at least ten.
-        settings: see :class:`FitSettings`.
-        licence: licence to record.
-        data: description of the clips to record.
-        workers: processes that share the clips, on the CPU.
-        on_clip: called with the clips done and their number.
-
-    Returns:
-        The projections, the scores one was chosen by, and the clips that were skipped.
+    The arguments are those of :func:`fit`; of ten clips or more every fifth is held out.
 
     Raises:
         StatisticsError: no clip gave a pair of frames.

@@ -87,9 +87,6 @@ def layer_sets(
         layers: single layers, negative ones from the end; the upper two thirds by default.
         concatenations: sets of layers to be read together; by default :func:`pairs_with_last`,
             and none where ``layers`` are given.
-
-    Raises:
-        ValueError: no such layer, or nothing to choose from.
     """
     if concatenations is None:
         concatenations = pairs_with_last(backbone.depth) if layers is None else ()
@@ -118,14 +115,8 @@ def candidates(
 ) -> list[Candidate]:
     """Return every combination.
 
-    Args:
-        sets: of layers.
-        solvers: names of solvers.
-        strengths: to be tried with each; each solver's own default by default, and all that the
-            table lists for it if there are none in ``strengths``.
-
-    Raises:
-        ValueError: no solver of that name.
+    Without ``strengths`` each solver has its own default, with empty ones all that the table lists
+    for it.
     """
     unknown = [name for name in solvers if name not in SOLVERS]
     if unknown or not solvers:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from cosettle_adapter.training.encoding import Views, draw_offsets, encode_views
 from cosettle_adapter.training.errors import NonFiniteLossError, TrainingError
 from cosettle_adapter.training.head import Head
 from cosettle_adapter.training.losses import Losses, objective
+from cosettle_adapter.training.metrics import StepReport
 from cosettle_adapter.training.settings import TrainSettings, learning_rate_factor
 
 if TYPE_CHECKING:
@@ -27,31 +28,6 @@ if TYPE_CHECKING:
 
 _NAMED = 8
 """Clips that an error names before it counts the rest."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What one step did, the same in every process.
-
-    Attributes:
-        loss: mean total over the step's samples.
-        cycle: its cycle-consistency part.
-        separability: its KL part, before its weight.
-        accuracy: share of cycles that end where they began, in [0, 1].
-        grad_norm: length of the gradient.
-        lr: learning rate that was used.
-        stop: some process was asked to stop.
-        save: the main process wants a checkpoint.
-    """
-
-    loss: float
-    cycle: float
-    separability: float
-    accuracy: float
-    grad_norm: float
-    lr: float
-    stop: bool
-    save: bool
 
 
 class Stepper:
@@ -85,18 +61,22 @@ class Stepper:
 
     def run(
         self, step: int, batches: Iterator[Batch], *, stop: bool = False, save: bool = False
-    ) -> StepResult:
+    ) -> tuple[StepReport, bool, bool]:
         """Do step ``step`` (0-based) on the next batches.
 
         All processes agree before the weights change: if one could not read its samples, or has a
         loss that is not finite, all raise the same message. ``stop`` and ``save`` are what this
-        process was asked; the result has what any process was.
+        process was asked.
+
+        Returns:
+            How the step went, the same in every process; whether some process was asked to stop,
+            and whether the main process wants a checkpoint.
 
         Raises:
             NonFiniteLossError: naming the step, the epoch and the clips.
             CosettleError: samples that cannot be read.
         """
-        accelerator = self._accelerator
+        accelerator, began = self._accelerator, time.monotonic()
         parts = self._plan.keys(step, accelerator.process_index)
         sums = torch.zeros(4, device=accelerator.device)
         failure: Exception | None = None
@@ -126,9 +106,19 @@ class Stepper:
         loss, cycle, separability, accuracy = (
             value / accelerator.num_processes for value in agreed[:4]
         )
-        return StepResult(
-            loss, cycle, separability, accuracy, norm, lr, bool(agreed[5]), bool(agreed[6])
+        report = StepReport(
+            step=step + 1,
+            steps=self._plan.steps,
+            epoch=step // self._plan.steps_per_epoch + 1,
+            loss=loss,
+            cycle=cycle,
+            kl=separability,
+            accuracy=accuracy,
+            lr=lr,
+            grad_norm=norm,
+            clips_per_second=self._plan.samples_per_step / max(time.monotonic() - began, 1e-9),
         )
+        return report, bool(agreed[5]), bool(agreed[6])
 
     def _losses(self, step: int, keys: Sequence[Key], batch: Batch) -> Losses:
         self._skipped.update(batch.skipped)

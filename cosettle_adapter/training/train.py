@@ -227,24 +227,11 @@ class _Run:
             if self.log is not None and state.step < plan.steps:
                 on_start(plan.samples)
             for step in range(state.step, plan.steps):
-                began = time.monotonic()
-                old = began - self._saved_at > _SAVE_SECONDS
-                result = self.stepper.run(step, batches, stop=request.signal is not None, save=old)
+                old = time.monotonic() - self._saved_at > _SAVE_SECONDS
+                asked = request.signal is not None
+                report, stop, save = self.stepper.run(step, batches, stop=asked, save=old)
                 state.step = step + 1
                 if self.log is not None:
-                    report = StepReport(
-                        step=state.step,
-                        steps=plan.steps,
-                        epoch=step // plan.steps_per_epoch + 1,
-                        loss=result.loss,
-                        cycle=result.cycle,
-                        kl=result.separability,
-                        accuracy=result.accuracy,
-                        lr=result.lr,
-                        grad_norm=result.grad_norm,
-                        clips_per_second=plan.samples_per_step
-                        / max(time.monotonic() - began, 1e-9),
-                    )
                     if state.step % settings.log_every == 0 or state.step == plan.steps:
                         self.log.write_report(report)
                     on_step(report)
@@ -253,9 +240,9 @@ class _Run:
                     self.validate(epoch=epoch)
                 # A signal that came after the processes agreed counts at once if there is one.
                 alone = accelerator.num_processes == 1
-                stop = result.stop or (alone and request.signal is not None)
+                stop = stop or (alone and request.signal is not None)
                 due = settings.save_every is not None and state.step % settings.save_every == 0
-                if within == 0 or due or result.save or stop:
+                if within == 0 or due or save or stop:
                     self.save()
                 if stop and state.step < plan.steps:
                     raise TrainingInterrupted(
