@@ -103,7 +103,7 @@ def bar_section(
         drawn = [number if math.isfinite(number) else 0.0 for number in numbers]
         bars = axes.barh(places, drawn, 0.75 / len(variants), color=colour, label=variant)
         texts = [form.format(number) if math.isfinite(number) else "none" for number in numbers]
-        axes.bar_label(bars, texts, padding=2, fontsize=7)
+        axes.bar_label(bars, texts, padding=2, fontsize=7, color=_INK)
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label)

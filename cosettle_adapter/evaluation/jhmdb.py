@@ -37,7 +37,7 @@ from cosettle_adapter.evaluation.protocols import (
     Protocol,
     save_positions,
 )
-from cosettle_adapter.imports import require
+from cosettle_adapter.extras import require
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -263,7 +263,7 @@ def _clip(
     def read() -> Joints:
         xy = counted_from_1 - 0.5
         height, width = image_size(frames[0])
-        inside = np.all((xy >= 0) & (xy <= np.array([width, height])), axis=2)
+        inside = np.asarray(((xy >= 0) & (xy <= np.array([width, height]))).all(2))
         return Joints(JHMDB_JOINTS, xy, inside)
 
     return Clip(name, frames, read, tuple(range(len(frames))), (*frames, path))

@@ -45,8 +45,10 @@ class Pck:
     def mean(self) -> dict[float, float]:
         """PCK by threshold: the mean over joints that counted, each joint once."""
         known = self.per_joint[self.total > 0]
-        means = known.mean(0) if len(known) else np.full(len(self.thresholds), np.nan)
-        return dict(zip(self.thresholds, means.tolist(), strict=True))
+        return {
+            threshold: float(known[:, k].mean()) if len(known) else float("nan")
+            for k, threshold in enumerate(self.thresholds)
+        }
 
     def __add__(self, other: Pck) -> Pck:
         """Pool two clips: a joint's share is over all its frames, long clips count for more.

@@ -122,6 +122,21 @@ def test_hidden_patches_do_not_correspond_and_the_object_takes_its_own_along() -
     assert found[:, 1].tolist() == (rows * 16 + columns)[kept].tolist()
 
 
+def test_patches_between_later_frames_follow_the_motion_between_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    photo = torch.randint(0, 256, (3, 120, 160), dtype=torch.uint8, generator=generator)
+    clip = render_clip(photo, frames=6, size=(96, 128), motion="mixed", amount=0.5, seed=2)
+    geometry = plan_geometry(96, 128, patch=8)
+    centres = geometry.cell_centers().flatten(0, 1).double()
+    _, patches = true_correspondences(clip, geometry, 4)[1]
+    move = clip.homographies[5] @ torch.linalg.inv(clip.homographies[1])
+    here = torch.cat([centres, torch.ones(len(centres), 1)], dim=1)[patches[:, 0]] @ move.T
+    found = geometry.pixels_to_cells(here[:, :2] / here[:, 2:])
+    expected = geometry.pixels_to_cells(centres[patches[:, 1]])
+    assert len(patches) > 5
+    assert float((found - expected).abs().max()) <= 0.2501
+
+
 def test_blurring_lowers_match_accuracy() -> None:
     features, pairs = still(4, 1.0), in_place(4)
     blurred = torch.nn.functional.avg_pool2d(features, 5, 1, 2, count_include_pad=False)

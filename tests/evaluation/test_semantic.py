@@ -67,6 +67,7 @@ def test_one_matrix_is_not_the_mean_of_frames() -> None:
 def test_which_classes_count() -> None:
     matrix = ConfusionMatrix(20)
     matrix.add(np.array([[0, 0, 3, 3]]), np.array([[0, 7, 3, 3]]))
+    assert matrix.counts[0, 7] == 1, "rows are annotated, columns predicted"
     assert matrix.mean_iou() == pytest.approx((1 / 2 + 1 + 0) / 3)
     nothing = ConfusionMatrix(3)
     nothing.add(np.full((2, 2), 255), np.zeros((2, 2), dtype=int))
