@@ -100,13 +100,13 @@ def test_an_example_explains_itself(
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(EXAMPLES[name]), run_name="__main__")
     assert left.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    assert "usage:" in capsys.readouterr().out.lower()
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_short_and_says_what_to_try(name: str) -> None:
     text = EXAMPLES[name].read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 120
+    assert len(text.splitlines()) < (300 if name in NEED_DATA else 120)
     said = ast.get_docstring(ast.parse(text)) or ""
     assert f"python examples/{name}.py" in said
     tested = f"test_{name}" in globals()

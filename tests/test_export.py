@@ -215,7 +215,8 @@ def test_what_cannot_be_exported_says_what_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = small_adapter("vit")
-    settling = CoSettleAdapter._settling(adapter.backbone)
+    settling = CoSettleAdapter.raw(adapter.backbone)
+    settling.settles = True
     with pytest.raises(ExportError, match=r"Export adapter\.settle\(clip\)"):
         to_onnx(settling, tmp_path / "model.onnx", (64, 64))
     with pytest.raises(ExportError, match=r"ends in \.onnx, got"):

@@ -79,8 +79,9 @@ def test_the_commands_work(workplace: Path) -> None:
             "train": QUICK_TRAINING,
             "fit": ["--layers", "7", "--rendered", "1", "--pairs", "1", "--size", "56"],
             "evaluate": ["--size", "140x196"],
-            "export": ["--size", "56", "70"],
         }
+        if command[0] == "export":
+            command[command.index("280") : command.index("490") + 1] = ["56", "70"]
         assert main([*command, *quick.get(command[0], [])]) == 0
     features = read_features("clip.safetensors").features
     assert tuple(features.shape) == (10, 384, 20, 28)

@@ -17,7 +17,7 @@ from cosettle_adapter.video import FrameSelection, probe
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
-    from cosettle_adapter.visualization.viewer import ViewedClip
+    from cosettle_adapter.visualization.viewed_clip import ViewedClip
 
 _FRAMES = 64
 
@@ -46,7 +46,7 @@ def view(
         port: of this machine, or the next that is free; 0 for any.
         no_browser: only print the address.
     """
-    from cosettle_adapter.visualization.viewer import open_server
+    from cosettle_adapter.visualization.viewer_server import open_server
 
     out = console()
     select = dataclasses.replace(select, max_frames=select.max_frames or _FRAMES)
@@ -79,7 +79,7 @@ def _encoded(
     fusion: FusionMode | None,
     out: Console,
 ) -> ViewedClip:
-    from cosettle_adapter.visualization.viewer import view_clip
+    from cosettle_adapter.visualization.viewed_clip import view_clip
 
     most = select.max_frames or _FRAMES
     ranged = select.start is not None or select.end is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cosettle_adapter.errors import CorruptWeightsError, CosettleError
+from cosettle_adapter.errors import CorruptFeatureFileError, CorruptWeightsError, CosettleError
 
 
 class ExtractionError(CosettleError, RuntimeError):
@@ -27,10 +27,6 @@ class EngineError(ExtractionError):
 
 class DinoTrackerError(CosettleError, ValueError):
     """A backbone or features that DINO-Tracker cannot use."""
-
-
-class CorruptFeatureFileError(CosettleError, ValueError):
-    """A feature file that is truncated, or not a feature file."""
 
 
 class DamagedFeatureFileError(CorruptFeatureFileError, CorruptWeightsError):

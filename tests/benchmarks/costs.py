@@ -43,7 +43,7 @@ from safetensors.torch import save_file
 from cosettle_adapter import CoSettleAdapter, fit
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence import LabelPropagator, TemporalFusion
-from cosettle_adapter.evaluation import metrics
+from cosettle_adapter.evaluation import masks as ours_masks
 from cosettle_adapter.extraction import extract
 from cosettle_adapter.visualization import write_film
 
@@ -316,7 +316,7 @@ def masks(options: Options) -> Iterator[Figure]:
     ):
         found = interleaved(
             {
-                "ours": lambda: [metrics.boundary_f(*pair) for pair in pairs],
+                "ours": lambda: [ours_masks.boundary_f(*pair) for pair in pairs],
                 "plain": lambda plainly=plainly: [plainly(*pair) for pair in pairs],  # type: ignore[misc]
             },
             rounds=options.rounds,

@@ -25,10 +25,10 @@ from torch import Tensor
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence import average_neighbours, fusion, temporal_fusion
-from cosettle_adapter.evaluation.legacy import davis_sequences
+from cosettle_adapter.evaluation.davis import davis_clips
 from cosettle_adapter.evaluation.segmentation import evaluate_sequence
 from cosettle_adapter.evaluation.tables import paired_interval
-from cosettle_adapter.video import open_frames
+from cosettle_adapter.video import FrameSelection, open_frames
 
 MODEL, SIZE, WIDTH, FRAMES = "dinov2-vits14-pypi", (280, 490), 384, 20
 LAYERS = (4, 5, 6, 7, 8, 9, 11)
@@ -141,7 +141,9 @@ def read(model: str, roots: Sequence[str], frames: int, positions: str | None) -
     clips = []
     for root in roots:
         path, _, every = root.partition("@")
-        for sequence in davis_sequences(path, every=int(every or 1), max_frames=frames):
+        for sequence in davis_clips(
+            path, select=FrameSelection(every=int(every or 1), max_frames=frames)
+        ):
             parts = []
             shown = (sequence.read_frame(index) for index in range(len(sequence)))
             for chunk in open_frames(shown, chunk_size=4):
@@ -150,7 +152,7 @@ def read(model: str, roots: Sequence[str], frames: int, positions: str | None) -
                 parts.append([each.half() for each in maps])
             by_layer = zip(LAYERS, zip(*parts, strict=True), strict=True)
             layers = {number: torch.cat(maps) for number, maps in by_layer}
-            clips.append(Clip(sequence.name, Path(path).name, layers, sequence.read_masks()))
+            clips.append(Clip(sequence.name, Path(path).name, layers, sequence.read_annotations()))
     return clips
 
 

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cosettle_adapter.errors import CorruptWeightsError
+from cosettle_adapter.errors import CorruptFeatureFileError, CorruptWeightsError
 from cosettle_adapter.extraction import FORMATS, RunRecord, read_features
-from cosettle_adapter.extraction.errors import CorruptFeatureFileError
 from cosettle_adapter.extraction.record import sidecar_path
 from cosettle_adapter.extraction.settings import FormatName, dtype_name
 from cosettle_adapter.extraction.stores import Store
@@ -186,7 +185,7 @@ def test_a_damaged_feature_file_is_not_a_damaged_weight_file(tmp_path: Path) -> 
 
 def test_the_names_of_version_01_warn() -> None:
     with pytest.warns(DeprecationWarning, match=r"cosettle_adapter\.extraction"):
-        from cosettle_adapter.extraction import read_features as old
+        from cosettle_adapter.feature_file import read_features as old
     assert old is read_features
     with pytest.warns(DeprecationWarning, match=r"extraction\.dino_tracker"):
         from cosettle_adapter.dino_tracker import cells

@@ -18,6 +18,7 @@ from cosettle_adapter import Projection, ProjectionConfig
 from cosettle_adapter.backbones import Backbone, VisionTransformerBackbone
 from cosettle_adapter.training.encoding import Views, draw_offsets
 from cosettle_adapter.training.losses import objective
+from cosettle_adapter.training.positions import perturbed_positions
 from cosettle_adapter.training.settings import ObjectiveSettings
 from cosettle_adapter.video.geometry import resize
 from cosettle_adapter.video.synthetic import photographs
@@ -85,7 +86,7 @@ def encode_pictures(
     tokens = []
     for step in range(-1, perturbations):
         offsets = draw_offsets(PEA, seed=0, step=step, sample_seeds=photo)
-        positions = None if step < 0 else backbone.perturbed_positions(grid, offsets)
+        positions = None if step < 0 else perturbed_positions(backbone, grid, offsets)
         maps = backbone.patch_tokens(images, layer=layer, norm=True, positions=positions)
         tokens.append(rearrange(maps, "f c h w -> f (h w) c"))
     return Pictures(photo, tokens[0], torch.stack(tokens[1:]), grid)

@@ -16,13 +16,14 @@ import pytest
 import torch
 from einops import rearrange
 
-from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.correspondence import temporal_fusion
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.video import plan_geometry
 from cosettle_adapter.visualization import fit_pca, similarity_maps
-from cosettle_adapter.visualization.viewer import ViewedClip, ViewerServer, open_server, view_clip
+from cosettle_adapter.visualization.viewed_clip import ViewedClip, view_clip
+from cosettle_adapter.visualization.viewer_server import ViewerServer, open_server
 
 from helpers import write_video
 
@@ -204,12 +205,21 @@ def test_a_clip_is_encoded_like_the_adapter_does(
 ) -> None:
     path = write_video(tmp_path / "clip.mp4", frames=7, height=60, width=100)
     done: list[int] = []
-    viewed = view_clip(tiny_adapter, path, size=48, every=2, batch_size=3, on_frames=done.append)
+    viewed = view_clip(
+        tiny_adapter,
+        path,
+        size=48,
+        select=FrameSelection(every=2),
+        batch_size=3,
+        on_frames=done.append,
+    )
     assert done == [3, 4]
     assert viewed.name == "clip.mp4"
     assert list(viewed.features) == ["raw last block", "raw same block", "centred", "adapted"]
     assert viewed.times.tolist() == pytest.approx([0, 0.08, 0.16, 0.24])
-    chunks = tiny_adapter.stream(path, size=48, every=2, return_backbone=True)
+    chunks = tiny_adapter.stream(
+        path, size=48, select=FrameSelection(every=2), return_backbone=True
+    )
     (chunk,) = chunks
     assert viewed.geometry == chunk.geometry
     assert chunk.backbone is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from urllib.parse import parse_qs
 
-from cosettle_adapter.visualization.viewer.clip import ViewedClip
+from cosettle_adapter.visualization.viewed_clip import ViewedClip
 
 
 class RequestError(Exception):

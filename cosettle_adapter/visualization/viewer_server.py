@@ -20,8 +20,8 @@ from torch import Tensor
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.video import Geometry
 from cosettle_adapter.visualization.colours import colour_scale
-from cosettle_adapter.visualization.viewer.clip import ViewedClip
-from cosettle_adapter.visualization.viewer.query import Query, RequestError
+from cosettle_adapter.visualization.viewed_clip import ViewedClip
+from cosettle_adapter.visualization.viewer_query import Query, RequestError
 
 logger = logging.getLogger(__name__)
 
