@@ -37,7 +37,7 @@ from cosettle_adapter.evaluation.protocols import (
     Protocol,
     save_positions,
 )
-from cosettle_adapter.extras import require
+from cosettle_adapter.imports import require
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
