@@ -15,7 +15,14 @@ import torch
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction.errors import ExtractionError
-from cosettle_adapter.video.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_key, resolve
+from cosettle_adapter.video.files import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    is_image,
+    is_video,
+    natural_key,
+    resolve,
+)
 
 Item = TypeVar("Item")
 
@@ -157,8 +164,8 @@ def _find(text: str) -> Iterator[Source]:
 
 def _in_folder(root: Path) -> Iterator[Source]:
     files = sorted(_visible_files(root), key=lambda file: natural_key(file.as_posix()))
-    videos = [file for file in files if _is_video(file)]
-    images = [file for file in files if _is_image(file)]
+    videos = [file for file in files if is_video(file)]
+    images = [file for file in files if is_image(file)]
     own_images = [file for file in images if file.parent == root]
     if own_images and videos:
         raise FrameError(
@@ -185,10 +192,10 @@ def _matching(pattern: str) -> Iterator[Source]:
     paths = [Path(name) for name in sorted(names, key=natural_key)]
     if not paths:
         raise FrameError(f"pattern {pattern} matches nothing; folders in it must exist")
-    if all(map(_is_image, paths)):
+    if all(map(is_image, paths)):
         yield Source(pattern, "images", PurePosixPath(paths[0].parent.resolve().name or "images"))
         return
-    usable = [path for path in paths if path.is_dir() or _is_video(path)]
+    usable = [path for path in paths if path.is_dir() or is_video(path)]
     if not usable:
         raise FrameError(f"pattern {pattern} matches {paths[0]}, but neither {_kinds()}")
     for path in usable:
@@ -202,14 +209,6 @@ def _visible_files(root: Path) -> Iterator[Path]:
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if not name.startswith(".")]
         yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _kinds() -> str:
