@@ -134,7 +134,8 @@ def _vit(name: str, family: str, tag: str, **row: Any) -> BackboneRow:
     """A transformer, by timm's ``architecture.tag``, which tells size, patch and source."""
     architecture, _, pretraining = tag.partition(".")
     match = _NAME.search(architecture)
-    assert match is not None
+    if match is None:
+        raise ValueError(f"{architecture!r} does not name its size and patch, as timm's ViTs do")
     width, depth = _SIZES[match["size"]]
     hub = HubFile(f"timm/{tag}") if pretraining else None
     values: dict[str, Any] = {"width": width, "depth": depth, "image_size": 224, "hub": hub, **row}

@@ -131,7 +131,8 @@ def badja_protocol(
         guess = np.zeros_like(joints.xy)
         guess[:, seen] = rearrange(tracks.xy, "q t two -> t q two").numpy()[annotated]
         save_positions(guess, predictions)
-        assert joints.areas is not None
+        if joints.areas is None:
+            raise FrameError(f"{clip.name} has no areas of its animal, by which BADJA scales")
         found = badja_accuracy(joints.xy, guess, joints.visible, joints.areas, query_frames=first)
         return ClipScores({"delta_seg": found.delta_seg, "delta_3px": found.delta_3px})
 

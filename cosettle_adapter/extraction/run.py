@@ -153,9 +153,8 @@ def extract(
         work.kept = _is_resumable(asked)
         found = work.frames
         truncated = _encode(adapter, source, work, store, asked, settings, select, on_chunk)
-        work.finish(truncated=truncated)
-        assert work.record is not None
-        return Extraction(path, work.frames, work.record.shape, truncated, found)
+        record = work.finish(truncated=truncated)
+        return Extraction(path, work.frames, record.shape, truncated, found)
 
 
 def plan_jobs(sources: Sequence[Source], folder: Path, form: type[Store]) -> list[Job]:

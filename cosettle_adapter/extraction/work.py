@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from cosettle_adapter.extraction.errors import OutputBusyError
+from cosettle_adapter.extraction.errors import ExtractionError, OutputBusyError
 from cosettle_adapter.extraction.record import RunRecord, sidecar_path
 from cosettle_adapter.extraction.stores import Store, as_bytes
 
@@ -141,10 +141,10 @@ class Work:
             checksum = zlib.crc32(as_bytes(features))
             self.record.add_batch(self._journal, checksum, timestamps.tolist())
 
-    def finish(self, *, truncated: str | None) -> None:
-        """Make the output whole and give it its name."""
-        assert self.record is not None
-        assert self._store is not None
+    def finish(self, *, truncated: str | None) -> RunRecord:
+        """Make the output whole, give it its name, and return its record."""
+        if self.record is None or self._store is None:
+            raise ExtractionError(f"{self.folder} cannot be finished: no features were added")
         unfinished = self.folder / "sidecar.new"
         with self._naming_errors():
             self._store.finish(torch.tensor(self.record.timestamps, dtype=torch.float64))
@@ -156,6 +156,7 @@ class Work:
                         os.fsync(file.fileno())
         unfinished.replace(self._sidecar)
         self.publish()
+        return self.record
 
     def publish(self) -> bool:
         """Give finished work its name, or complete that; tell whether there was any."""

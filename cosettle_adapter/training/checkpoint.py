@@ -152,7 +152,8 @@ def restore(
             "began with, or begin again with --overwrite"
         )
     checkpoint = latest(folder)
-    assert checkpoint is not None
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no checkpoint to resume from")
     try:
         with _whole_model(accelerator):
             accelerator.load_state(str(checkpoint))

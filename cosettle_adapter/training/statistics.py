@@ -219,7 +219,8 @@ def _begin(
 def _collect_shard(
     clips: Sequence[Path],
 ) -> tuple[dict[Layers, bytes], dict[Path, str], int]:
-    assert _worker is not None
+    if _worker is None:
+        raise RuntimeError("clips were sent to a worker before its backbone")
     backbone, sets, settings = _worker
     found, skipped = collect_statistics(backbone, clips, sets, settings)
     content = {layers: save(statistics.to_tensors()) for layers, statistics in found.items()}
