@@ -68,8 +68,8 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
     elif "://" in str(source):
         raise FrameError(f"{source} is a URL; download it and pass the path of the file")
     else:
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        siblings = [name for name in names if not name.startswith(".")]
+        entries = path.parent.iterdir() if path.parent.is_dir() else ()
+        siblings = [e.name for e in entries if is_video(e) or is_image(e) or e.is_dir()]
         raise FrameError(f"{path} does not exist.{did_you_mean(path.name, siblings)}")
     return found if found[0].suffix.lower() in IMAGE_SUFFIXES else found[0]
 

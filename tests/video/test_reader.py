@@ -293,3 +293,12 @@ class TestFiles:
             FrameError, match=r"matches 4 files and none is an image, among .*a\.mp4"
         ):
             open_frames(tmp_path / "*")
+
+
+def test_only_what_can_be_read_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "clip_a.py").touch()
+    with pytest.raises(FrameError, match=r"clip\.mp4 does not exist\.$"):
+        open_frames(tmp_path / "clip.mp4")
+    (tmp_path / "clip_a.mp4").touch()
+    with pytest.raises(FrameError, match=r"Did you mean 'clip_a\.mp4'"):
+        open_frames(tmp_path / "clip.mp4")
