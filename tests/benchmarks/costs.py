@@ -251,60 +251,25 @@ def propagation(options: Options) -> Iterator[Figure]:
         propagator = LabelPropagator(
             labels, context=context, radius=radius, topk=topk, temperature=0.1, protocol="dino"
         )
-        sides = _Propagation(propagator, features, near, context=context, topk=topk)
+        rest = iter(features)
+        before = [propagator.step(next(rest)) for _ in range(context + 1)]
+        now = functools.partial(
+            dense_labels, features[context + 1], list(features[: context + 1]),
+            before, near, topk=topk,
+        )  # fmt: skip
+        same = propagator.step(next(rest)).argmax(0) == now().argmax(0)
+        if (share := float(same.double().mean())) < 0.999:
+            raise SystemExit(f"only {share:.2%} of the labels are those of the dense side")
         times = interleaved(
-            {"ours": sides.ours, "dense": sides.dense}, rounds=rounds, device=options.device
+            {"ours": lambda: propagator.step(next(rest)), "dense": now},  # noqa: B023
+            rounds=rounds,
+            device=options.device,
         )
-        sides.check()
         yield figure(
             f"label propagation, {grid[0]} x {grid[1]} patches, speed against dense affinities",
             ratios(times["dense"], times["ours"]),
             at_least=5,
         )
-
-
-class _Propagation:
-    """A clip as far as its context is full; either side does one more frame of it at a call."""
-
-    def __init__(
-        self,
-        propagator: LabelPropagator,
-        features: torch.Tensor,
-        near: torch.Tensor,
-        *,
-        context: int,
-        topk: int,
-    ) -> None:
-        self._propagator, self._features, self._near = propagator, features, near
-        self._context, self._topk = context, topk
-        self._found: list[torch.Tensor] = []
-        self._dense: list[torch.Tensor] = []
-        for _ in range(context + 1):
-            self.ours()
-
-    def ours(self) -> None:
-        self._found.append(self._propagator.step(self._features[len(self._found)]))
-
-    def dense(self) -> None:
-        now = self._context + 1 + len(self._dense)
-        if now > len(self._found):  # its turn came first
-            self.ours()
-        at = [0, *range(now - self._context, now)]
-        self._dense.append(
-            dense_labels(
-                self._features[now],
-                [self._features[t] for t in at],
-                [self._found[t] for t in at],
-                self._near,
-                topk=self._topk,
-            )
-        )
-
-    def check(self) -> None:
-        found = torch.stack(self._found[self._context + 1 :][: len(self._dense)])
-        same = found.argmax(1) == torch.stack(self._dense)[: len(found)].argmax(1)
-        if (share := float(same.double().mean())) < 0.999:
-            raise SystemExit(f"only {share:.2%} of the labels are those of the dense side")
 
 
 def masks(options: Options) -> Iterator[Figure]:
