@@ -6,25 +6,19 @@ features; measures and lists of clips serve on their own as well.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from cosettle_adapter.evaluation.badja import BADJA_JOINTS, badja_clips, badja_protocol
 from cosettle_adapter.evaluation.clips import Clip
 from cosettle_adapter.evaluation.davis import davis_clips, davis_protocol
 from cosettle_adapter.evaluation.folder import folder_clips, folder_protocol
-from cosettle_adapter.evaluation.jhmdb import JHMDB_JOINTS, jhmdb_clips, jhmdb_protocol
-from cosettle_adapter.evaluation.joints import Joints
-from cosettle_adapter.evaluation.keypoints import (
-    BadjaAccuracy,
-    Pck,
-    badja_accuracy,
-    joint_box_scale,
-    pck,
-)
+from cosettle_adapter.evaluation.jhmdb import JHMDB_JOINTS, Joints, jhmdb_clips, jhmdb_protocol
 from cosettle_adapter.evaluation.masks import Summary, boundary_f, region_similarity, summarise
 from cosettle_adapter.evaluation.points import (
+    BadjaAccuracy,
+    Pck,
     Queries,
     TapVidMetrics,
+    badja_accuracy,
+    pck,
     queries_first,
     queries_strided,
     tapvid_metrics,
@@ -38,12 +32,7 @@ from cosettle_adapter.evaluation.segmentation import (
     mean_over_objects,
 )
 from cosettle_adapter.evaluation.semantic import ConfusionMatrix
-from cosettle_adapter.evaluation.tapvid import (
-    Tracks,
-    iter_tapvid_clips,
-    tapvid_clips,
-    tapvid_protocol,
-)
+from cosettle_adapter.evaluation.tapvid import Tracks, tapvid_clips, tapvid_protocol
 from cosettle_adapter.evaluation.vip import VIP_CLASSES, vip_clips, vip_protocol
 
 __all__ = [
@@ -74,10 +63,8 @@ __all__ = [
     "evaluate_sequence",
     "folder_clips",
     "folder_protocol",
-    "iter_tapvid_clips",
     "jhmdb_clips",
     "jhmdb_protocol",
-    "joint_box_scale",
     "mean_over_objects",
     "pck",
     "queries_first",
@@ -92,10 +79,3 @@ __all__ = [
     "vip_clips",
     "vip_protocol",
 ]
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        from cosettle_adapter.evaluation.legacy import moved
-
-        return moved(name)

@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.video import find_images, is_video
+from cosettle_adapter.evaluation.clips import data_folder, entries, few, images_in
+from cosettle_adapter.video import is_video
 from cosettle_adapter.video.files import VIDEO_SUFFIXES
 
 Part = Literal["train", "val"]
@@ -21,19 +22,12 @@ _VALIDATION = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class LabelledVideo:
-    """A video of a class.
+    """A video of a class."""
 
-    Attributes:
-        path: a video file, or a folder of images.
-        label: its class.
-        name: path below the data folder, with forward slashes.
-        part: the part it was given in, None where there are no parts.
-    """
-
-    path: Path
+    path: Path  # a video file, or a folder of images
     label: str
-    name: str
-    part: Part | None = None
+    name: str  # path below the data folder, with forward slashes
+    part: Part | None = None  # if the folder has these parts
 
     def __str__(self) -> str:
         return self.name
@@ -46,23 +40,12 @@ def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
     of ``root``, each is read as a folder of classes. Videos come in order of name.
 
     Raises:
-        FrameError: no such folder, no classes, a class without videos, or a class of ``val``
-            that ``train`` lacks.
+        FrameError: no classes, or a class without videos.
     """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise FrameError(f"{root} is not a folder; expected {root.name}/<class>/<video>")
-    if {folder.name for folder in _folders(root)} != {"train", "val"}:
-        return _classes(root, root, None)
-    train = _classes(root / "train", root, "train")
-    val = _classes(root / "val", root, "val")
-    missing = sorted({video.label for video in val} - {video.label for video in train})
-    if missing:
-        raise FrameError(
-            f"{root / 'val'} has classes that {root / 'train'} lacks: {some_of(missing)}; give "
-            "both the same classes"
-        )
-    return train + val
+    root = data_folder(Path(root), "a folder of <class>/<video>")
+    if {folder.name for folder in _folders(root)} == {"train", "val"}:
+        return _classes(root / "train", root, "train") + _classes(root / "val", root, "val")
+    return _classes(root, root, None)
 
 
 def split_videos(videos: Sequence[LabelledVideo], *, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -71,29 +54,22 @@ def split_videos(videos: Sequence[LabelledVideo], *, seed: int = 0) -> tuple[lis
     A given split is kept. Otherwise a quarter of each class is judged, see :func:`held_out`.
 
     Raises:
-        FrameError: a class with one video, or a given split with an empty part or with classes
-            to be judged that there is nothing to learn from.
+        FrameError: a class that there is nothing to learn from, or nothing to be judged by.
     """
     labels = [video.label for video in videos]
     given = any(video.part for video in videos)
     if given:
         val = [row for row, video in enumerate(videos) if video.part == "val"]
     else:
-        lonely = sorted(label for label, count in Counter(labels).items() if count < 2)
-        if lonely:
-            raise FrameError(
-                f"got a single readable video of {some_of(lonely)}, expected at least 2 a class: "
-                "one to learn from, one to be judged by. Add videos or leave the class out"
-            )
-        names = [video.name for video in videos]
-        val = held_out(names, labels, share=_VALIDATION, seed=seed)
+        val = held_out([video.name for video in videos], labels, share=_VALIDATION, seed=seed)
     train = sorted(set(range(len(videos))) - set(val))
-    unknown = sorted({labels[row] for row in val} - {labels[row] for row in train})
-    if given and (not train or not val or unknown):
+    learnt, judged = ({labels[row] for row in rows} for rows in (train, val))
+    lacking = sorted(judged - learnt if given else learnt - judged)
+    if not train or not val or lacking:
         raise FrameError(
-            f"got {len(train)} videos to train on and {len(val)} to validate"
-            + (f", and none to train on of {some_of(unknown)}" if unknown else "")
-            + "; both parts need readable videos of the same classes"
+            f"got {len(train)} readable videos to learn from and {len(val)} to be judged by"
+            + (f", and only one or the other of the classes {few(lacking)}" if lacking else "")
+            + "; expected both of every class: add videos or leave the class out"
         )
     return train, val
 
@@ -115,16 +91,11 @@ def held_out(names: Sequence[str], labels: Sequence[str], *, share: float, seed:
     return sorted(chosen)
 
 
-def some_of(names: Iterable[str]) -> str:
-    """Quote the first few names and count the rest."""
-    listed = [repr(name) for name in names]
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
-
-
 def _classes(folder: Path, root: Path, part: Part | None) -> list[LabelledVideo]:
     videos = []
     for label in _folders(folder):
-        found = [path for path in sorted(label.iterdir()) if _holds_video(path)]
+        paths = [label / name for name in entries(label)]
+        found = [path for path in paths if images_in(path) or (path.is_file() and is_video(path))]
         if not found:
             raise FrameError(
                 f"{label} holds no videos: expected video files ({', '.join(VIDEO_SUFFIXES)}) or "
@@ -141,11 +112,5 @@ def _classes(folder: Path, root: Path, part: Part | None) -> list[LabelledVideo]
     return videos
 
 
-def _holds_video(path: Path) -> bool:
-    if path.is_dir():
-        return not path.name.startswith(".") and bool(find_images(path))
-    return is_video(path)
-
-
 def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [folder / name for name in entries(folder) if (folder / name).is_dir()]

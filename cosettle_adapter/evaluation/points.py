@@ -1,57 +1,155 @@
-"""TAP-Vid's measures of tracked points, and how it samples the points to ask for."""
+"""Measures of tracked joints and points: PCK as on JHMDB, BADJA's deltas, TAP-Vid's figures."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from einops import rearrange
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
+from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.errors import FrameError
+from cosettle_adapter.video.geometry import Geometry
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-THRESHOLDS = (1, 2, 4, 8, 16)  # pixels of a 256 x 256 frame
-
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 QueryMode = Literal["first", "strided"]
+
+_JOINT_BOX_SHARE = 0.6  # of the diagonal of the joints' box: a stand-in for the person's size
+_THRESHOLDS = (1, 2, 4, 8, 16)  # of TAP-Vid, in pixels of a 256 x 256 frame
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pck:
+    """How many joints were found at K thresholds, in a form that adds up over clips."""
+
+    thresholds: tuple[float, ...]  # shares of the scale
+    correct: NDArray[np.int64]  # (J, K), how often a joint lay within a threshold
+    total: NDArray[np.int64]  # (J,), how often it counted
+
+    @property
+    def mean(self) -> dict[float, float]:
+        """PCK by threshold: the mean over joints that counted, each joint once."""
+        known = self.total > 0
+        shares = self.correct[known] / self.total[known, None]
+        return {
+            threshold: float(shares[:, k].mean()) if known.any() else float("nan")
+            for k, threshold in enumerate(self.thresholds)
+        }
+
+    def __add__(self, other: Pck) -> Pck:
+        """Pool two clips: a joint's share is over all its frames, long clips count for more."""
+        if self.thresholds != other.thresholds or self.total.shape != other.total.shape:
+            raise ValueError("cannot pool counts of other joints or at other thresholds")
+        return Pck(self.thresholds, self.correct + other.correct, self.total + other.total)
+
+
+def pck(
+    gt: ArrayLike,
+    pred: ArrayLike,
+    thresholds: Sequence[float] = (0.1, 0.2),
+    *,
+    visible: ArrayLike | None = None,
+) -> Pck:
+    """Count the joints of a clip that are within shares of the person's size of the truth.
+
+    This is the JHMDB measure of videowalk and all who follow it: the size is 0.6 * the diagonal of
+    the box of a frame's visible joints (0 counts as missed), the first frame, which is given, does
+    not count, every joint's share is pooled over all frames of all clips, and PCK is the mean of
+    the 15 shares. "Visible" in the published code is a property of the prediction, not of the
+    annotation: a joint whose propagated heat map is empty everywhere is left out, out of the box
+    and of the counts; pass ``visible=`` such a mask to reproduce it. Annotated joints outside the
+    frame count.
+
+    Args:
+        gt: ``(T, J, 2)`` annotated (x, y) pixels.
+        pred: ``(T, J, 2)`` predicted (x, y) in the same pixels.
+        thresholds: the shares.
+        visible: ``(T, J)`` boolean, joints that count; by default all.
+
+    Returns:
+        Counts, which add up over clips: ``sum(rest, start=first).mean[0.1]``.
+
+    Raises:
+        FrameError: arrays that do not fit together, or a position that is not finite.
+    """
+    truth, guess, seen = _joints(gt, pred, visible)
+    _check_finite(seen, gt=truth, pred=guess)
+    if len(truth) < 2:
+        raise FrameError(
+            f"got {len(truth)} frame(s), expected at least 2: the first is given and does not count"
+        )
+    low = np.where(seen[..., None], truth, np.inf).min(1)
+    high = np.where(seen[..., None], truth, -np.inf).max(1)
+    # the published code divides, so that 0 / 0, which is not a number, is a miss
+    with np.errstate(divide="ignore", invalid="ignore"):
+        size = _JOINT_BOX_SHARE * np.linalg.norm(high - low, axis=1)
+        relative = np.linalg.norm(guess - truth, axis=2) / size[:, None]
+        within = relative[..., None] <= np.asarray(thresholds, dtype=np.float64)
+    counted = seen[1:]
+    return Pck(
+        tuple(float(threshold) for threshold in thresholds),
+        correct=(within[1:] & counted[..., None]).sum(0),
+        total=counted.sum(0),
+    )
+
+
+class BadjaAccuracy(NamedTuple):
+    """Share of joints found in one clip; a data set's figure is the mean over its clips."""
+
+    delta_seg: float  # within 0.2 * sqrt(area of the animal's mask), in [0, 1]
+    delta_3px: float  # within 3 pixels; it depends on the frame size
+    positions: int  # how many counted; where it is 0, both shares are NaN
+
+
+def badja_accuracy(
+    gt: ArrayLike, pred: ArrayLike, visible: ArrayLike, areas: ArrayLike
+) -> BadjaAccuracy:
+    """Share of an animal's joints that were tracked well.
+
+    The published rule: a position counts where the joint is annotated as visible, in every frame
+    but the first of the clip; distances are strictly below the threshold, and all positions of
+    the clip are pooled.
+
+    Args:
+        gt: ``(T, J, 2)`` annotated (x, y) pixels; frames without annotation may be left out.
+        pred: ``(T, J, 2)`` predicted (x, y) in the same pixels.
+        visible: ``(T, J)`` boolean; others may hold any position. Mark joints as invisible that
+            were never queried, or not yet.
+        areas: ``(T,)`` pixels of the animal's mask in the frame size of the positions; only read
+            where a joint counts.
+
+    Raises:
+        FrameError: arrays that do not fit together, or a position that is not finite.
+    """
+    truth, guess, counted = _joints(gt, pred, visible)
+    counted[:1] = False
+    _check_finite(counted, gt=truth, pred=guess)
+    sizes: Floats = np.asarray(areas, dtype=np.float64)
+    if sizes.shape != truth.shape[:1]:
+        raise FrameError(f"got areas of shape {sizes.shape}, expected (T,) = {truth.shape[:1]}")
+    if not (sizes[counted.any(1)] >= 0).all():
+        raise FrameError("areas of frames that count must be 0 or more pixels of the animal's mask")
+    distance = np.linalg.norm(guess - truth, axis=2)[counted]
+    area = np.broadcast_to(sizes[:, None], counted.shape)[counted]
+    near_seg, near_3px = distance < 0.2 * np.sqrt(area), distance < 3
+    count = len(distance)
+    return BadjaAccuracy(_share(near_seg.sum(), count), _share(near_3px.sum(), count), count)
 
 
 class TapVidMetrics(NamedTuple):
-    """TAP-Vid's figures of one video, in [0, 1]; NaN where nothing is there to be counted.
+    """TAP-Vid's figures of one video, in [0, 1]; NaN where nothing is there to be counted."""
 
-    Attributes:
-        delta_avg: mean of ``pts_within``; NaN if no point that counts is visible.
-        occlusion_accuracy: OA, share of positions whose occlusion is predicted rightly; NaN if no
-            position counts.
-        average_jaccard: AJ, mean of ``jaccard``; NaN if no point that counts is visible, neither
-            by annotation nor by prediction.
-        pts_within: by threshold, share of visible positions strictly within it, whatever the
-            predicted occlusion.
-        jaccard: by threshold, true positives / (visible positions + false positives).
-    """
-
-    delta_avg: float
-    occlusion_accuracy: float
-    average_jaccard: float
-    pts_within: dict[int, float]
-    jaccard: dict[int, float]
-
-
-class Queries(NamedTuple):
-    """Points to ask for, each with the track it belongs to.
-
-    Attributes:
-        points: ``(Q, 3)`` (t, y, x): frame number, then the position in the units of the tracks.
-        occluded: ``(Q, T)`` boolean.
-        tracks: ``(Q, T, 2)`` (x, y).
-        track: ``(Q,)`` row of the annotated track that the query comes from.
-    """
-
-    points: NDArray[np.float64]
-    occluded: NDArray[np.bool_]
-    tracks: NDArray[np.float64]
-    track: NDArray[np.int64]
+    delta_avg: float  # mean of pts_within
+    occlusion_accuracy: float  # OA, share of positions whose occlusion is predicted rightly
+    average_jaccard: float  # AJ, mean of jaccard
+    pts_within: dict[int, float]  # by threshold, share of visible positions strictly within it
+    jaccard: dict[int, float]  # by threshold, true positives / (visible + false positives)
 
 
 def tapvid_metrics(
@@ -64,45 +162,46 @@ def tapvid_metrics(
 ) -> TapVidMetrics:
     """Score the tracked points of one video as TAP-Vid does.
 
-    Positions must be scaled to a 256 x 256 frame, which the thresholds of 1 to 16 pixels belong
-    to. A benchmark's figure is the mean over videos in which it is not NaN.
+    A benchmark's figure is the mean over videos in which it is not NaN.
 
     Args:
         query_points: ``(Q, 3)`` (t, y, x); only t is read, rounded to a frame number.
-        gt_occluded: ``(Q, T)`` boolean annotation.
-        gt_tracks: ``(Q, T, 2)`` annotated (x, y); where occluded, any position.
-        pred_occluded: ``(Q, T)`` boolean prediction.
-        pred_tracks: ``(Q, T, 2)`` predicted (x, y).
+        gt_occluded: ``(Q, T)`` boolean, like ``pred_occluded``.
+        gt_tracks: ``(Q, T, 2)`` (x, y) pixels of a 256 x 256 frame, which the thresholds belong
+            to, like ``pred_tracks``; where occluded, any position.
         mode: ``"first"`` counts the frames after the query's, ``"strided"`` all but the query's.
 
     Raises:
-        FrameError: shapes that do not fit together, occlusion that is not boolean, a query frame
-            outside the video, or a position that is not finite where it counts.
+        FrameError: arrays that do not fit together, or a position that is not finite.
         ValueError: an unknown mode.
     """
     if mode not in ("first", "strided"):
         raise ValueError(f"got mode={mode!r}, expected 'first' or 'strided'")
-    occluded, tracks = _tracks(gt_occluded, gt_tracks, "gt")
-    guess_occluded, guess = _tracks(pred_occluded, pred_tracks, "pred")
-    if guess.shape != tracks.shape:
-        raise FrameError(f"got pred_tracks of shape {guess.shape}, expected {tracks.shape} like gt")
-    counted = _counted(query_points, tracks.shape[:2], mode)
+    tracks = _positions("gt_tracks", gt_tracks, "(Q, T, 2)")
+    guess = _positions("pred_tracks", pred_tracks, f"{tracks.shape} like gt_tracks", tracks.shape)
+    occluded = _flags("gt_occluded", gt_occluded, tracks)
+    guess_occluded = _flags("pred_occluded", pred_occluded, tracks)
+    points: Floats = np.asarray(query_points, dtype=np.float64)
+    if points.shape != (len(tracks), 3):
+        raise FrameError(f"got query_points of shape {points.shape}, expected {(len(tracks), 3)}")
+    query, frames = np.round(points[:, :1]), np.arange(tracks.shape[1])
+    wrong = query[~((query >= 0) & (query < len(frames)))]
+    if len(wrong):
+        raise FrameError(
+            f"got a query in frame {wrong[0]}, expected 0 to {len(frames) - 1}; query_points are "
+            "(t, y, x), the frame first"
+        )
+    counted = frames > query if mode == "first" else frames != query
     visible, guess_visible = ~occluded & counted, ~guess_occluded & counted
-    for name, positions in (("gt_tracks", tracks), ("pred_tracks", guess)):
-        if not np.isfinite(positions[visible]).all():
-            raise FrameError(
-                f"{name} has a position that is not finite where the annotated point is visible; "
-                "give a position for every frame, occluded or not"
-            )
+    _check_finite(visible, gt_tracks=tracks, pred_tracks=guess)
     with np.errstate(invalid="ignore"):
         squared = ((guess - tracks) ** 2).sum(2)
     within, jaccard = {}, {}
-    for threshold in THRESHOLDS:
-        near = squared < threshold**2
-        within[threshold] = _share((near & visible).sum(), visible.sum())
-        true_positives = (near & visible & guess_visible).sum()
-        false_positives = (guess_visible & ~(near & visible)).sum()
-        jaccard[threshold] = _share(true_positives, visible.sum() + false_positives)
+    for threshold in _THRESHOLDS:
+        found = visible & (squared < threshold**2)
+        false_positives = (guess_visible & ~found).sum()
+        within[threshold] = _share(found.sum(), visible.sum())
+        jaccard[threshold] = _share((found & guess_visible).sum(), visible.sum() + false_positives)
     return TapVidMetrics(
         delta_avg=float(np.mean(list(within.values()))),
         occlusion_accuracy=_share(((occluded == guess_occluded) & counted).sum(), counted.sum()),
@@ -112,17 +211,22 @@ def tapvid_metrics(
     )
 
 
+class Queries(NamedTuple):
+    """Points to ask for, each with the track it belongs to."""
+
+    points: Floats  # (Q, 3) (t, y, x): frame number, then the position in the tracks' units
+    occluded: Flags  # (Q, T)
+    tracks: Floats  # (Q, T, 2) (x, y)
+    track: NDArray[np.int64]  # (Q,) row of the annotated track that the query comes from
+
+
 def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
     """Ask for every track where it is first visible; tracks never visible are left out.
 
-    Args:
-        occluded: ``(N, T)`` boolean annotation.
-        tracks: ``(N, T, 2)`` annotated (x, y), in pixels or any other unit.
-
-    Raises:
-        FrameError: shapes that do not fit together, or occlusion that is not boolean.
+    ``occluded`` is ``(N, T)`` boolean, ``tracks`` ``(N, T, 2)`` (x, y) in any unit.
     """
-    hidden, positions = _tracks(occluded, tracks, "gt")
+    positions = _positions("tracks", tracks, "(N, T, 2)")
+    hidden = _flags("occluded", occluded, positions)
     index = (~hidden).any(1).nonzero()[0]
     return _queries(hidden, positions, index, np.argmin(hidden[index], axis=1))
 
@@ -130,66 +234,90 @@ def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
 def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> Queries:
     """Ask for every track in frames 0, stride, 2 * stride, ... in which it is visible.
 
-    Args:
-        occluded: ``(N, T)`` boolean annotation.
-        tracks: ``(N, T, 2)`` annotated (x, y), in pixels or any other unit.
-        stride: frames between queries; 5 in TAP-Vid.
-
-    Returns:
-        Queries by frame, then by track.
-
-    Raises:
-        FrameError: shapes that do not fit together, or occlusion that is not boolean.
-        ValueError: ``stride`` is below 1.
+    Arguments are those of :func:`queries_first`; queries come by frame, then by track.
     """
     if stride < 1:
         raise ValueError(f"stride must be at least 1 frame, got {stride}")
-    hidden, positions = _tracks(occluded, tracks, "gt")
-    position, index = rearrange(~hidden[:, ::stride], "n t -> t n").nonzero()
-    return _queries(hidden, positions, index, position * stride)
+    positions = _positions("tracks", tracks, "(N, T, 2)")
+    hidden = _flags("occluded", occluded, positions)
+    step, index = rearrange(~hidden[:, ::stride], "n t -> t n").nonzero()
+    return _queries(hidden, positions, index, step * stride)
 
 
-def _queries(hidden: Any, positions: Any, index: Any, frames: Any) -> Queries:
+def track_queries(
+    features: Tensor, frames: Any, points: Tensor, geometry: Geometry, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Track points by features ``(T, C, h, w)``, both ways from the frame each is asked for in.
+
+    Args:
+        features: of the clip.
+        frames: ``(Q,)`` frame of each query.
+        points: ``(Q, 2)`` (x, y) pixels in that frame; one outside is moved to the edge.
+        geometry: from frames to the grid.
+        **options: what :func:`~cosettle_adapter.correspondence.track_points` takes.
+
+    Returns:
+        ``(Q, T, 2)`` float64 (x, y) pixels, and ``(Q, T)`` patches by which a point misses itself
+        on the way back.
+    """
+    asked = torch.as_tensor(frames).long()
+    limits = torch.tensor(features.shape[-2:], dtype=torch.float64) - 0.5
+    places = geometry.pixels_to_cells(points.double()).clamp(min=-0.5).minimum(limits)
+    xy = torch.zeros(len(asked), len(features), 2, dtype=torch.float64)
+    error = torch.zeros(len(asked), len(features))
+    for frame in sorted(set(asked.tolist())):
+        chosen = asked == frame
+        # frames are matched with the query's one by one, so their order does not matter
+        maps = (features[index] for index in (frame, *range(len(features))))
+        tracks = track_points(maps, places[chosen].to(features.device), **options)
+        found = geometry.cells_to_pixels(tracks.positions[1:].double().cpu())
+        xy[chosen] = rearrange(found, "t q two -> q t two")
+        error[chosen] = rearrange(tracks.cycle_error[1:].float().cpu(), "t q -> q t")
+    return xy, error
+
+
+def _queries(hidden: Flags, positions: Floats, index: Any, frames: Any) -> Queries:
     x, y = positions[index, frames, 0], positions[index, frames, 1]
     points = np.stack([frames.astype(np.float64), y, x], axis=1)
     return Queries(points, hidden[index], positions[index], index.astype(np.int64))
 
 
-def _counted(query_points: ArrayLike, shape: tuple[int, ...], mode: QueryMode) -> NDArray[np.bool_]:
-    """Positions ``(Q, T)`` that are scored."""
-    points: NDArray[np.float64] = np.asarray(query_points, dtype=np.float64)
-    if points.shape != (shape[0], 3):
-        raise FrameError(
-            f"got query_points of shape {points.shape}, expected (Q, 3) = {(shape[0], 3)}: "
-            "(t, y, x) of every track"
-        )
-    query = np.round(points[:, 0])
-    wrong = query[~((query >= 0) & (query < shape[1]))]
-    if len(wrong):
-        raise FrameError(
-            f"got a query in frame {wrong[0]}, expected 0 to {shape[1] - 1}; query_points are "
-            "(t, y, x), the frame first"
-        )
-    frames = np.arange(shape[1])
-    return frames > query[:, None] if mode == "first" else frames != query[:, None]
+def _joints(
+    gt: ArrayLike, pred: ArrayLike, visible: ArrayLike | None
+) -> tuple[Floats, Floats, Flags]:
+    truth = _positions("gt", gt, "(T, J, 2)")
+    guess = _positions("pred", pred, f"{truth.shape} like gt", truth.shape)
+    seen = np.ones(truth.shape[:2], dtype=bool) if visible is None else visible
+    return truth, guess, _flags("visible", seen, truth).copy()
 
 
-def _tracks(
-    occluded: ArrayLike, tracks: ArrayLike, whose: str
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    hidden: NDArray[np.bool_] = np.asarray(occluded)
-    positions: NDArray[np.float64] = np.asarray(tracks, dtype=np.float64)
-    if positions.ndim != 3 or positions.shape[2] != 2 or not positions.shape[1]:
+def _positions(
+    name: str, value: ArrayLike, form: str, like: tuple[int, ...] | None = None
+) -> Floats:
+    found: Floats = np.asarray(value, dtype=np.float64)
+    if found.ndim != 3 or found.shape[2] != 2 or like not in (None, found.shape):
+        raise FrameError(f"got {name} of shape {found.shape}, expected {form}: (x, y) positions")
+    return found
+
+
+def _flags(name: str, value: ArrayLike, positions: Floats) -> Flags:
+    found, shape = np.asarray(value), positions.shape[:2]
+    if found.shape != shape or found.dtype != np.bool_:
         raise FrameError(
-            f"got {whose} tracks of shape {positions.shape}, expected (Q, T, 2): (x, y) of every "
-            "track in every frame"
+            f"got {name} of dtype {found.dtype} and shape {found.shape}, expected bool {shape}"
         )
-    if hidden.shape != positions.shape[:2] or hidden.dtype != np.bool_:
-        raise FrameError(
-            f"got {whose} occlusion of dtype {hidden.dtype} and shape {hidden.shape}, expected "
-            f"bool (Q, T) = {positions.shape[:2]}"
-        )
-    return hidden, positions
+    return found
+
+
+def _check_finite(counted: Flags, **positions: Floats) -> None:
+    for name, xy in positions.items():
+        wrong = np.argwhere(~np.isfinite(xy).all(2) & counted)
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise FrameError(
+                f"{name}[{row}, {column}] is {xy[row, column].tolist()}, expected a finite (x, y); "
+                "mark what is not there as invisible or occluded"
+            )
 
 
 def _share(part: Any, whole: Any) -> float:

@@ -16,21 +16,12 @@ _CHUNK = 1024  # queries compared at a time
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels and predicted labels of videos, or of the frames of videos.
+    """What videos, or frames of videos, show and what they were taken for."""
 
-    Attributes:
-        names: of the videos, once for each label.
-        labels: what they show.
-        predicted: what they were taken for.
-        times: seconds of the frames; empty for whole videos.
-        settings: of the method.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the videos, once for each label
     labels: tuple[str, ...]
     predicted: tuple[str, ...]
-    times: tuple[float, ...] = ()
-    settings: Mapping[str, float | None] = field(default_factory=dict)
+    settings: Mapping[str, float | None] = field(default_factory=dict)  # of the method
 
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -58,17 +49,11 @@ class Predictions:
 def nearest_votes(
     train: Tensor, labels: Tensor, queries: Tensor, *, ks: Sequence[int], classes: int
 ) -> dict[int, Tensor]:
-    """Let the nearest neighbours vote, as DINO's kNN evaluation does.
+    """Let the k nearest neighbours by cosine vote, as DINO's kNN evaluation does.
 
-    Neighbours are nearest by cosine; each votes for its class with the weight
-    exp(cosine / temperature). Of equally near ones the earlier counts.
-
-    Args:
-        train: ``(N, C)`` floats.
-        labels: ``(N,)`` int64 in [0, classes).
-        queries: ``(Q, C)``.
-        ks: numbers of neighbours; all there are where a number is larger.
-        classes: number of classes.
+    Each of ``train`` ``(N, C)``, labelled in [0, classes), votes for its class with the weight
+    exp(cosine / temperature) on each of ``queries`` ``(Q, C)``. Of equally near ones the earlier
+    counts; where k is larger than N, all vote.
 
     Returns:
         k to votes ``(Q, classes)``, float64, each row summing to 1.

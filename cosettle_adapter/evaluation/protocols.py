@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from torch import Tensor
 
 from cosettle_adapter.evaluation.clips import Clip
-from cosettle_adapter.evaluation.masks import summarise
-from cosettle_adapter.evaluation.palette import save_labels
+from cosettle_adapter.evaluation.masks import save_labels, summarise
 from cosettle_adapter.evaluation.segmentation import evaluate_sequence
 from cosettle_adapter.io import atomic_path
 

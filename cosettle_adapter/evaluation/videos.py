@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import reduce
 from torch import Tensor
 
+from cosettle_adapter.adapter import CoSettleAdapter, Size
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
 from cosettle_adapter.evaluation.labelled_videos import LabelledVideo
 from cosettle_adapter.evaluation.variants import (
@@ -24,9 +25,6 @@ from cosettle_adapter.evaluation.variants import (
 )
 from cosettle_adapter.video import FrameSelection, open_frames, probe
 
-if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter, Size
-
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -34,31 +32,19 @@ Found = TypeVar("Found")
 
 
 class VideoFrames(NamedTuple):
-    """One feature a frame of a video, the mean over its patches.
-
-    Attributes:
-        video: its name.
-        times: ``(T,)`` float64 seconds; positions in a folder of images.
-        features: variant to ``(T, C)`` float32.
-    """
+    """One feature a frame of a video, the mean over its patches."""
 
     video: str
-    times: Tensor
-    features: Mapping[str, Tensor]
+    times: Tensor  # (T,) float64 seconds; positions in a folder of images
+    features: Mapping[str, Tensor]  # variant to (T, C) float32
 
 
 class PooledVideos(NamedTuple):
-    """One feature a labelled video, the mean over its patches and frames.
+    """One feature a labelled video, the mean over its patches and frames."""
 
-    Attributes:
-        videos: those that could be read.
-        features: variant to ``(V, C)`` float32, a row for each of ``videos``.
-        skipped: name to why, of those that could not.
-    """
-
-    videos: tuple[LabelledVideo, ...]
-    features: Mapping[str, Tensor]
-    skipped: Mapping[str, str]
+    videos: tuple[LabelledVideo, ...]  # those that could be read
+    features: Mapping[str, Tensor]  # variant to (V, C) float32, a row for each of these
+    skipped: Mapping[str, str]  # name to why, of those that could not
 
 
 def encode_videos(
@@ -72,26 +58,21 @@ def encode_videos(
     variants: Sequence[FeatureVariant] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[VideoFrames], dict[str, str]]:
-    """Encode videos of any length into one feature a frame.
+    """Encode videos, files or folders of images, into one feature a frame.
 
     Args:
         adapter: backbone and projection.
-        paths: name to video file or folder of images.
-        frames: about how many of a video, see :func:`frames_of`.
-        rate: about how many a second, see :func:`frames_of`.
+        paths: name to video.
+        frames: see :func:`frames_of`, as for ``rate``.
         size: what frames are resized to; the shorter side by default.
         batch_size: frames a forward pass.
-        variants: by default those of
-            :func:`~cosettle_adapter.evaluation.variants.feature_variants`. Those made of a whole
-            clip, such as centred features, are left out.
+        variants: by default :func:`~cosettle_adapter.evaluation.variants.feature_variants`. Those
+            made of a whole clip, such as centred features, are left out.
         on_video: called with the number of videos done and their number.
 
     Returns:
-        Videos that could be read, and name to why of those that could not.
-
-    Raises:
-        FrameError: no video could be read.
-        MissingExtraError: PyAV or Pillow is needed and not installed.
+        Videos that could be read, and name to why of those that could not; see
+        :func:`each_readable`.
     """
     variants = [each for each in variants or feature_variants(adapter) if not each.needs_clip]
     wanted = [variant.reads for variant in variants]
@@ -119,12 +100,8 @@ def pool_videos(
 ) -> PooledVideos:
     """Encode videos into one feature each, the mean over patches and frames.
 
-    Args:
-        adapter: backbone and projection.
-        videos: see :func:`~cosettle_adapter.evaluation.labelled_videos.labelled_videos`.
-        frames: about how many of a video, evenly spread over it.
-        **options: ``size``, ``batch_size``, ``variants`` and ``on_video`` of
-            :func:`encode_videos`, whose errors are raised.
+    ``frames`` of a video, about so many, are evenly spread over it; the options and errors are
+    those of :func:`encode_videos`.
     """
     named = {video.name: video for video in videos}
     paths = {name: video.path for name, video in named.items()}
@@ -139,17 +116,10 @@ def pool_videos(
 def with_centred(
     features: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Add the centred features to the others: raw ones minus the mean of a reference.
+    """Add the centred features, raw ones minus the mean of a reference ``(M, C)``, after the raw.
 
     A video's own mean would leave nothing of a pooled feature, so it is the mean of the videos
     that are learnt from or searched; it uses no labels.
-
-    Args:
-        features: variant to ``(N, C)``.
-        reference: variant to ``(M, C)``, whose mean is subtracted.
-
-    Returns:
-        The features in the order raw, centred, all others.
     """
     raw = {name: features[name] for name in (RAW_LAST, RAW_SAME) if name in features}
     if not raw:
@@ -162,15 +132,8 @@ def frames_of(
 ) -> FrameSelection:
     """Select frames of a video file or a folder of images.
 
-    Args:
-        path: the source.
-        frames: spread about this many evenly over the whole source, and take no more.
-        rate: take about this many a second, where the source has times of its own; all of them
-            where it has not.
-
-    Raises:
-        FrameError: a source that cannot be read.
-        ValueError: ``frames`` below 1 or a ``rate`` that is not positive.
+    ``frames`` spreads about so many evenly over the whole source, and takes no more; ``rate``
+    takes about so many a second, or all where the source has no times of its own.
     """
     if (frames is not None and frames < 1) or (rate is not None and not rate > 0):
         raise ValueError(f"got frames={frames} and rate={rate}, expected both above 0")
@@ -186,13 +149,7 @@ def each_readable(
     skipped: dict[str, str],
     on_item: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Found]:
-    """Read items one by one and return what was read; a failure does not lose the others.
-
-    Args:
-        items: what to read; ``str`` of it is its name.
-        read: reads one.
-        skipped: name to why, filled for those that failed.
-        on_item: called with the number of items done, read or not, and their number.
+    """Read items one by one; one that cannot be read is logged and gets its reason in ``skipped``.
 
     Raises:
         MissingExtraError: what would fail for every item alike.

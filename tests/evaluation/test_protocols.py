@@ -19,8 +19,8 @@ from cosettle_adapter import evaluation
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import Clip, Joints, Propagation, Protocol, Tracks
 from cosettle_adapter.evaluation.jhmdb import decode_joints, joint_heat_maps, propagate_joints
-from cosettle_adapter.evaluation.palette import colours
-from cosettle_adapter.evaluation.tracking import track_queries
+from cosettle_adapter.evaluation.masks import palette
+from cosettle_adapter.evaluation.points import track_queries
 from cosettle_adapter.video.geometry import plan_geometry
 
 FRAMES, PATCH, H, W = 5, 16, 8, 12
@@ -150,11 +150,11 @@ def test_predictions_are_written(name: str, tmp_path: Path) -> None:
     assert names == [f"{t:05d}.png" for t in range(FRAMES)]
     with Image.open(tmp_path / "00000.png") as picture:
         assert picture.mode == "P"
-        assert bytes(picture.getpalette() or ()) == colours()
+        assert bytes(picture.getpalette() or ()) == palette()
         first = np.asarray(picture)
     assert first.shape == (H * PATCH, W * PATCH)
     assert set(np.unique(first)) == {0, 1, 2}
-    labels = [tuple(colours()[3 * label : 3 * label + 3]) for label in (0, 1, 2, 3, 4, 8)]
+    labels = [tuple(palette()[3 * label : 3 * label + 3]) for label in (0, 1, 2, 3, 4, 8)]
     assert labels == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (64, 0, 0)]
 
 
