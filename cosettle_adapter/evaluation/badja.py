@@ -71,7 +71,7 @@ def badja_clips(
     if folder.is_dir():
         known = {path.stem: path for path in sorted(folder.glob("*.json"))}
     else:
-        found = folders.clip_folders(root, f"{WHAT}, or a folder of clips", [KEYPOINTS])
+        found = folders.clip_folders(root, WHAT, [KEYPOINTS], ["joint_annotations"])
         known = {name: path / KEYPOINTS for name, path in found.items()}
 
     def make(name: str) -> Clip[Joints]:

@@ -148,10 +148,13 @@ def read_list(lists: Sequence[Path]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def clip_folders(root: Path, what: str, parts: Sequence[str]) -> dict[str, Path]:
+def clip_folders(
+    root: Path, what: str, parts: Sequence[str], official: Sequence[str] = ()
+) -> dict[str, Path]:
     """Return name to folder of the clips in a folder, or of the folder itself if it is one.
 
-    A folder with any of ``parts`` in it is a clip; the root is one with the first of them.
+    A folder with any of ``parts`` in it is a clip; the root is one with the first of them. The
+    error hints at a folder with all of these or of an ``official`` layout.
     """
     if (root / parts[0]).exists():
         return {root.resolve().name: root}
@@ -159,8 +162,9 @@ def clip_folders(root: Path, what: str, parts: Sequence[str]) -> dict[str, Path]
     found = {n: path for n, path in children.items() if any((path / p).exists() for p in parts)}
     if not found:
         raise FrameError(
-            f"{root} is not {what}: expected {' and '.join(parts)} in it, found {found_in(root)}."
-            + (_nearby(root, parts) or _nearby(root, [f"*/{part}" for part in parts]))
+            f"{root} is not {what}, and has no clips with {' and '.join(parts)} in them; found "
+            f"{found_in(root)}."
+            + (_nearby(root, official or parts) or _nearby(root, [f"*/{part}" for part in parts]))
         )
     return found
 

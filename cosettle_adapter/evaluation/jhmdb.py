@@ -86,7 +86,7 @@ def jhmdb_clips(
         folders.data_folder(root, WHAT, ["Rename_Images", "joint_positions", "splits"])
         kinds = _listed(root / "splits", subset, split)
     else:
-        paths = folders.clip_folders(root, f"{WHAT}, or a folder of clips", [KEYPOINTS])
+        paths = folders.clip_folders(root, WHAT, [KEYPOINTS], ["Rename_Images", "joint_positions"])
 
     def make(name: str) -> Clip[Joints]:
         if official:
@@ -235,9 +235,9 @@ def _listed(folder: Path, subset: str, split: int) -> dict[str, str]:
         )
     found = {}
     for path in lists:
-        for name, *rest in map(str.split, path.read_text().split("\n")):
-            if rest == [_SUBSETS[subset]]:
-                found[name.removesuffix(".avi")] = path.name.removesuffix(ending)
+        for words in map(str.split, path.read_text().splitlines()):
+            if words[1:] == [_SUBSETS[subset]]:
+                found[words[0].removesuffix(".avi")] = path.name.removesuffix(ending)
     return found
 
 

@@ -64,11 +64,12 @@ def split_videos(videos: Sequence[LabelledVideo], *, seed: int = 0) -> tuple[lis
         val = held_out([video.name for video in videos], labels, share=_VALIDATION, seed=seed)
     train = sorted(set(range(len(videos))) - set(val))
     learnt, judged = ({labels[row] for row in rows} for rows in (train, val))
-    lacking = sorted(judged - learnt if given else learnt - judged)
+    lacking = sorted(map(repr, judged - learnt if given else learnt - judged))
     if not train or not val or lacking:
+        few_videos = "no readable video to learn from of" if given else "a single readable video of"
         raise FrameError(
-            f"got {len(train)} readable videos to learn from and {len(val)} to be judged by"
-            + (f", and only one or the other of the classes {few(lacking)}" if lacking else "")
+            f"got {len(train)} videos to learn from and {len(val)} to be judged by"
+            + (f", and {few_videos} {few(lacking)}" if lacking else "")
             + "; expected both of every class: add videos or leave the class out"
         )
     return train, val

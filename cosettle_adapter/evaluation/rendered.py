@@ -100,8 +100,8 @@ def _rendered(photo: str | Path, cutout: str | Path, motion: Motion, seed: int) 
         files.read_image(each) if isinstance(each, Path) else photographs()[each]
         for each in (photo, cutout)
     )
-    options = {"frames": FRAMES, "size": SIZE, "amount": AMOUNT, "photometric": CAMERA_NOISE}
-    return render_clip(first, cutout=second, motion=motion, seed=seed, **options)
+    render = functools.partial(render_clip, frames=FRAMES, size=SIZE, amount=AMOUNT)
+    return render(first, cutout=second, motion=motion, seed=seed, photometric=CAMERA_NOISE)
 
 
 def _frame(made: tuple[str | Path, str | Path, Motion, int], index: int) -> NDArray[np.uint8]:
