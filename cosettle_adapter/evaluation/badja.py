@@ -20,28 +20,13 @@ from cosettle_adapter.evaluation.protocols import ClipScores, Protocol, save_pos
 from cosettle_adapter.video.geometry import Geometry
 
 # joints of the SMAL animal model that are annotated, by their place in BADJA's files
-BADJA_JOINTS = {
-    "upper_right_1": 8,
-    "upper_right_2": 9,
-    "upper_right_3": 10,
-    "upper_left_1": 12,
-    "upper_left_2": 13,
-    "upper_left_3": 14,
-    "neck_lower": 15,
-    "lower_right_1": 18,
-    "lower_right_2": 19,
-    "lower_right_3": 20,
-    "lower_left_1": 22,
-    "lower_left_2": 23,
-    "lower_left_3": 24,
-    "tail_0": 25,
-    "tail_3": 28,
-    "tail_6": 31,
-    "jaw": 32,
-    "nose": 33,
-    "right_ear": 35,
-    "left_ear": 36,
-}
+_NAMES = """
+    upper_right_1 upper_right_2 upper_right_3 upper_left_1 upper_left_2 upper_left_3 neck_lower
+    lower_right_1 lower_right_2 lower_right_3 lower_left_1 lower_left_2 lower_left_3
+    tail_0 tail_3 tail_6 jaw nose right_ear left_ear
+"""
+_PLACES = (8, 9, 10, 12, 13, 14, 15, 18, 19, 20, 22, 23, 24, 25, 28, 31, 32, 33, 35, 36)
+BADJA_JOINTS = dict(zip(_NAMES.split(), _PLACES, strict=True))
 _IN_FILE = 37  # positions a frame in BADJA's files
 _RESOLUTION = "480p"  # of DAVIS, for keypoint files
 WHAT = "the folder of BADJA that holds joint_annotations, DAVIS and extra_videos"
@@ -67,17 +52,14 @@ def badja_clips(
     """
     root = folders.data_folder(root, WHAT)
     images = root / "DAVIS" if davis is None else folders.data_folder(davis, "the folder of DAVIS")
-    folder = root / "joint_annotations"
-    if folder.is_dir():
-        known = {path.stem: path for path in sorted(folder.glob("*.json"))}
-    else:
+    known = {path.stem: path for path in sorted(root.glob("joint_annotations/*.json"))}
+    if not known:
         found = folders.clip_folders(root, WHAT, [KEYPOINTS], ["joint_annotations"])
         known = {name: path / KEYPOINTS for name, path in found.items()}
 
-    def make(name: str) -> Clip[Joints]:
-        return _clip(name, known[name], root, images)
-
-    return folders.list_clips("BADJA clip", root, known, clips, make)
+    return folders.list_clips(
+        "BADJA clip", root, known, clips, lambda name: _clip(name, known[name], root, images)
+    )
 
 
 def badja_protocol(

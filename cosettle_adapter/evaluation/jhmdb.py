@@ -7,7 +7,7 @@ import json
 import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ JHMDB_JOINTS = (
 )
 KEYPOINTS = "keypoints.json"
 WHAT = "the folder of JHMDB that holds Rename_Images, joint_positions and splits"
-_SUBSETS = {"train": "1", "test": "2"}
 _THRESHOLDS = (0.1, 0.2)
 _SIGMA = 0.5  # patches
 _REACH = 2  # patches that are drawn around a joint: 3 sigma, in whole patches
@@ -55,36 +54,27 @@ class Joints(NamedTuple):
 
 
 def jhmdb_clips(
-    root: str | Path,
-    *,
-    subset: Literal["test", "train"] = "test",
-    split: int = 1,
-    clips: Sequence[str] | None = None,
+    root: str | Path, *, split: int = 1, clips: Sequence[str] | None = None
 ) -> list[Clip[Joints]]:
-    """List the clips of a split (1, 2 or 3) with :class:`Joints` of every frame.
+    """List the test clips of a split (1, 2 or 3) with :class:`Joints` of every frame.
 
     The official layout is ``Rename_Images/<class>/<clip>/*.png``,
     ``joint_positions/<class>/<clip>/joint_positions.mat`` with ``pos_img`` of shape (2, 15, T),
     and ``splits/<class>_test_split<n>.txt`` with ``<clip>.avi 1`` (train) or ``2`` (test) a line.
-    Frames beyond T, which some clips have, are left out. Published figures use the 268 test clips
-    of split 1. A folder of clips with ``frames/`` and ``keypoints.json`` is taken as well, without
+    Frames beyond T, which some clips have, are left out. Published figures use the 268 clips of
+    split 1. A folder of clips with ``frames/`` and ``keypoints.json`` is taken as well, without
     splits. Files count pixels from 1, so 0.5 is subtracted, for pixel (0, 0) has its centre at
     (0.5, 0.5) here. (The published evaluation subtracts 1 and takes a pixel's centre as a whole
     number.) Visible are joints inside the frame; the published measure counts joints outside too.
 
     Raises:
         FrameError: a folder or list that should be there is not, or a clip that is not listed.
-        ValueError: an unknown subset or split.
     """
-    if subset not in _SUBSETS or split not in (1, 2, 3):
-        raise ValueError(
-            f"got subset={subset!r} and split={split}, expected 'test' or 'train' and 1, 2 or 3"
-        )
     root = folders.data_folder(root, WHAT)
     official = (root / "Rename_Images").is_dir() or (root / "joint_positions").is_dir()
     if official:
         folders.data_folder(root, WHAT, ["Rename_Images", "joint_positions", "splits"])
-        kinds = _listed(root / "splits", subset, split)
+        kinds = _listed(root / "splits", f"_test_split{split}.txt")
     else:
         paths = folders.clip_folders(root, WHAT, [KEYPOINTS], ["Rename_Images", "joint_positions"])
 
@@ -95,9 +85,8 @@ def jhmdb_clips(
             xy = _read_mat(path)
         else:
             images, path = paths[name] / "frames", paths[name] / KEYPOINTS
-            joints, _, numbers = read_keypoints(path)
-            xy = joints.xy
-            if joints.names != JHMDB_JOINTS or numbers != list(range(len(numbers))):
+            (names, xy, *_), _, numbers = read_keypoints(path)
+            if names != JHMDB_JOINTS or numbers != list(range(len(numbers))):
                 raise FrameError(f"{path} must have JHMDB's 15 joints, for every frame from 0 on")
         frames = images_in(images)
         if len(frames) < len(xy) or (len(frames) > len(xy) and not official):
@@ -224,20 +213,19 @@ def read_json(path: Path) -> Any:
         raise FrameError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def _listed(folder: Path, subset: str, split: int) -> dict[str, str]:
-    """Clip to class, of a subset."""
-    ending = f"_test_split{split}.txt"
-    lists = [folder / name for name in folders.entries(folder) if name.endswith(ending)]
-    if not lists:
+def _listed(folder: Path, ending: str) -> dict[str, str]:
+    """Clip to class, of the clips to test on."""
+    found = {
+        words[0].removesuffix(".avi"): path.name.removesuffix(ending)
+        for path in sorted(folder.glob(f"*{ending}"))
+        for words in map(str.split, path.read_text().splitlines())
+        if words[1:] == ["2"]
+    }
+    if not found:
         raise FrameError(
             f"no lists in {folder}: expected <class>{ending}, found {folders.found_in(folder)}; "
             "unpack splits.zip there"
         )
-    found = {}
-    for path in lists:
-        for words in map(str.split, path.read_text().splitlines()):
-            if words[1:] == [_SUBSETS[subset]]:
-                found[words[0].removesuffix(".avi")] = path.name.removesuffix(ending)
     return found
 
 

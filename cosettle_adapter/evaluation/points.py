@@ -63,22 +63,16 @@ def pck(
     not count, every joint's share is pooled over all frames of all clips, and PCK is the mean of
     the 15 shares. "Visible" in the published code is a property of the prediction, not of the
     annotation: a joint whose propagated heat map is empty everywhere is left out, out of the box
-    and of the counts; pass ``visible=`` such a mask to reproduce it. Annotated joints outside the
-    frame count.
+    and of the counts. Annotated joints outside the frame count.
 
-    Args:
-        gt: ``(T, J, 2)`` annotated (x, y) pixels.
-        pred: ``(T, J, 2)`` predicted (x, y) in the same pixels.
-        thresholds: the shares.
-        visible: ``(T, J)`` boolean, joints that count; by default all.
-
-    Returns:
-        Counts, which add up over clips: ``sum(rest, start=first).mean[0.1]``.
+    Positions are ``(T, J, 2)`` (x, y) pixels, ``visible`` is ``(T, J)`` boolean, by default all.
+    Counts add up over clips: ``sum(rest, start=first).mean[0.1]``.
 
     Raises:
         FrameError: arrays that do not fit together, or a position that is not finite.
     """
-    truth, guess, seen = _joints(gt, pred, visible)
+    truth, guess = _positions("(T, J, 2)", gt=gt, pred=pred)
+    seen = _flags("visible", visible, truth)
     _check_finite(seen, gt=truth, pred=guess)
     if len(truth) < 2:
         raise FrameError(
@@ -116,19 +110,15 @@ def badja_accuracy(
     but the first of the clip; distances are strictly below the threshold, and all positions of
     the clip are pooled.
 
-    Args:
-        gt: ``(T, J, 2)`` annotated (x, y) pixels; frames without annotation may be left out.
-        pred: ``(T, J, 2)`` predicted (x, y) in the same pixels.
-        visible: ``(T, J)`` boolean; others may hold any position. Mark joints as invisible that
-            were never queried, or not yet.
-        areas: ``(T,)`` pixels of the animal's mask in the frame size of the positions; only read
-            where a joint counts.
+    Positions are ``(T, J, 2)`` (x, y) pixels, ``areas`` ``(T,)`` those of the animal's mask, of
+    all frames or the annotated ones; both are read where ``visible``, ``(T, J)`` boolean. Mark
+    joints as invisible that were never queried, or not yet.
 
     Raises:
         FrameError: arrays that do not fit together, or a position that is not finite.
     """
-    truth, guess, counted = _joints(gt, pred, visible)
-    counted[:1] = False
+    truth, guess = _positions("(T, J, 2)", gt=gt, pred=pred)
+    counted = _flags("visible", visible, truth) & (np.arange(len(truth)) > 0)[:, None]
     _check_finite(counted, gt=truth, pred=guess)
     sizes: Floats = np.asarray(areas, dtype=np.float64)
     if sizes.shape != truth.shape[:1]:
@@ -164,21 +154,16 @@ def tapvid_metrics(
 
     A benchmark's figure is the mean over videos in which it is not NaN.
 
-    Args:
-        query_points: ``(Q, 3)`` (t, y, x); only t is read, rounded to a frame number.
-        gt_occluded: ``(Q, T)`` boolean, like ``pred_occluded``.
-        gt_tracks: ``(Q, T, 2)`` (x, y) pixels of a 256 x 256 frame, which the thresholds belong
-            to, like ``pred_tracks``; where occluded, any position.
-        mode: ``"first"`` counts the frames after the query's, ``"strided"`` all but the query's.
+    Queries are ``(Q, 3)`` (t, y, x), of which only t is read, occlusion is ``(Q, T)`` boolean,
+    tracks are ``(Q, T, 2)`` (x, y) pixels of a 256 x 256 frame, which the thresholds belong to.
+    Mode ``"first"`` counts the frames after the query's, ``"strided"`` all but the query's.
 
     Raises:
         FrameError: arrays that do not fit together, or a position that is not finite.
-        ValueError: an unknown mode.
     """
     if mode not in ("first", "strided"):
         raise ValueError(f"got mode={mode!r}, expected 'first' or 'strided'")
-    tracks = _positions("gt_tracks", gt_tracks, "(Q, T, 2)")
-    guess = _positions("pred_tracks", pred_tracks, f"{tracks.shape} like gt_tracks", tracks.shape)
+    tracks, guess = _positions("(Q, T, 2)", gt_tracks=gt_tracks, pred_tracks=pred_tracks)
     occluded = _flags("gt_occluded", gt_occluded, tracks)
     guess_occluded = _flags("pred_occluded", pred_occluded, tracks)
     points: Floats = np.asarray(query_points, dtype=np.float64)
@@ -225,7 +210,7 @@ def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
 
     ``occluded`` is ``(N, T)`` boolean, ``tracks`` ``(N, T, 2)`` (x, y) in any unit.
     """
-    positions = _positions("tracks", tracks, "(N, T, 2)")
+    (positions,) = _positions("(N, T, 2)", tracks=tracks)
     hidden = _flags("occluded", occluded, positions)
     index = (~hidden).any(1).nonzero()[0]
     return _queries(hidden, positions, index, np.argmin(hidden[index], axis=1))
@@ -238,7 +223,7 @@ def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> 
     """
     if stride < 1:
         raise ValueError(f"stride must be at least 1 frame, got {stride}")
-    positions = _positions("tracks", tracks, "(N, T, 2)")
+    (positions,) = _positions("(N, T, 2)", tracks=tracks)
     hidden = _flags("occluded", occluded, positions)
     step, index = rearrange(~hidden[:, ::stride], "n t -> t n").nonzero()
     return _queries(hidden, positions, index, step * stride)
@@ -249,12 +234,8 @@ def track_queries(
 ) -> tuple[Tensor, Tensor]:
     """Track points by features ``(T, C, h, w)``, both ways from the frame each is asked for in.
 
-    Args:
-        features: of the clip.
-        frames: ``(Q,)`` frame of each query.
-        points: ``(Q, 2)`` (x, y) pixels in that frame; one outside is moved to the edge.
-        geometry: from frames to the grid.
-        **options: what :func:`~cosettle_adapter.correspondence.track_points` takes.
+    Points are ``(Q, 2)`` (x, y) pixels in ``frames`` ``(Q,)``; one outside is moved to the edge.
+    Options are those of :func:`~cosettle_adapter.correspondence.track_points`.
 
     Returns:
         ``(Q, T, 2)`` float64 (x, y) pixels, and ``(Q, T)`` patches by which a point misses itself
@@ -282,26 +263,20 @@ def _queries(hidden: Flags, positions: Floats, index: Any, frames: Any) -> Queri
     return Queries(points, hidden[index], positions[index], index.astype(np.int64))
 
 
-def _joints(
-    gt: ArrayLike, pred: ArrayLike, visible: ArrayLike | None
-) -> tuple[Floats, Floats, Flags]:
-    truth = _positions("gt", gt, "(T, J, 2)")
-    guess = _positions("pred", pred, f"{truth.shape} like gt", truth.shape)
-    seen = np.ones(truth.shape[:2], dtype=bool) if visible is None else visible
-    return truth, guess, _flags("visible", seen, truth).copy()
-
-
-def _positions(
-    name: str, value: ArrayLike, form: str, like: tuple[int, ...] | None = None
-) -> Floats:
-    found: Floats = np.asarray(value, dtype=np.float64)
-    if found.ndim != 3 or found.shape[2] != 2 or like not in (None, found.shape):
-        raise FrameError(f"got {name} of shape {found.shape}, expected {form}: (x, y) positions")
+def _positions(form: str, **given: ArrayLike) -> list[Floats]:
+    found: list[Floats] = [np.asarray(value, dtype=np.float64) for value in given.values()]
+    for name, xy in zip(given, found, strict=True):
+        if xy.ndim != 3 or xy.shape[2] != 2 or xy.shape != found[0].shape:
+            raise FrameError(
+                f"got {name} of shape {xy.shape}, expected {form}: (x, y) positions, all of one "
+                f"shape ({next(iter(given))} has {found[0].shape})"
+            )
     return found
 
 
-def _flags(name: str, value: ArrayLike, positions: Floats) -> Flags:
-    found, shape = np.asarray(value), positions.shape[:2]
+def _flags(name: str, value: ArrayLike | None, positions: Floats) -> Flags:
+    shape = positions.shape[:2]
+    found: Any = np.ones(shape, dtype=bool) if value is None else np.asarray(value)
     if found.shape != shape or found.dtype != np.bool_:
         raise FrameError(
             f"got {name} of dtype {found.dtype} and shape {found.shape}, expected bool {shape}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.clips import Clip, data_folder, found_in, images_in, pick
+from cosettle_adapter.evaluation.clips import Clip, found_in, images_in, pick
 from cosettle_adapter.evaluation.drift import (
     GAPS,
     Correspondence,
@@ -43,11 +44,9 @@ def rendered_clips(
         FrameError: a folder without images, two images of one name, or a clip that is not there.
         MissingExtraError: scikit-image is not installed and ``root`` not given.
     """
-    photos: Sequence[str | Path] = list(photographs()) if root is None else []
-    if root is not None:
-        photos = images_in(data_folder(root, "a folder of photographs"))
-        if not photos:
-            raise FrameError(f"{root} holds no image files, found {found_in(Path(root))}")
+    photos: list[Any] = list(photographs() if root is None else images_in(Path(root)))
+    if not photos:
+        raise FrameError(f"{root} is no folder of image files; found {found_in(Path(str(root)))}")
     found: dict[str, Clip[RenderedClip]] = {}
     for number, photo in enumerate(photos):
         cutout = photos[(number + 1) % len(photos)]

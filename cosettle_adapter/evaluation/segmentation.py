@@ -54,12 +54,11 @@ def evaluate_sequence(
     """Propagate the first mask of a clip by features and score the others.
 
     Args:
-        features: as in :func:`propagate_masks`.
+        features: as in :func:`propagate_masks`, like the options.
         masks: ``(T, H, W)`` uint8 object ids, 0 the background, 255 void.
         annotated: frame of each mask, ascending from 0, where not every frame has one; the others
             are propagated through and not scored.
         on_mask: called with the index of every frame and its propagated object ids ``(H, W)``.
-        **options: of :func:`propagate_masks`.
 
     Raises:
         FrameError: masks that cannot be scored, or another number of feature maps than masks.

@@ -60,15 +60,9 @@ def encode_videos(
 ) -> tuple[list[VideoFrames], dict[str, str]]:
     """Encode videos, files or folders of images, into one feature a frame.
 
-    Args:
-        adapter: backbone and projection.
-        paths: name to video.
-        frames: see :func:`frames_of`, as for ``rate``.
-        size: what frames are resized to; the shorter side by default.
-        batch_size: frames a forward pass.
-        variants: by default :func:`~cosettle_adapter.evaluation.variants.feature_variants`. Those
-            made of a whole clip, such as centred features, are left out.
-        on_video: called with the number of videos done and their number.
+    Frames are chosen as in :func:`frames_of`, ``batch_size`` is that of a forward pass. Variants
+    made of a whole clip, such as centred features, are left out. ``on_video`` is called with the
+    number of videos done and their number.
 
     Returns:
         Videos that could be read, and name to why of those that could not; see
