@@ -17,7 +17,6 @@ from cosettle_adapter.cli.tables import terminal_table
 from cosettle_adapter.evaluation.classification import classify
 from cosettle_adapter.evaluation.clips import data_folder, images_in, pick
 from cosettle_adapter.evaluation.figures import bar_section, representation_sections
-from cosettle_adapter.evaluation.labelled_videos import labelled_videos
 from cosettle_adapter.evaluation.localisation import localise, read_segments
 from cosettle_adapter.evaluation.report import Section, Table, write_page
 from cosettle_adapter.evaluation.representation import (
@@ -28,7 +27,12 @@ from cosettle_adapter.evaluation.representation import (
 from cosettle_adapter.evaluation.retrieval import retrieve
 from cosettle_adapter.evaluation.run import write_json
 from cosettle_adapter.evaluation.variants import RAW_LAST, feature_variants
-from cosettle_adapter.evaluation.videos import PooledVideos, encode_videos, pool_videos
+from cosettle_adapter.evaluation.videos import (
+    PooledVideos,
+    encode_videos,
+    labelled_videos,
+    pool_videos,
+)
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import find_videos
 

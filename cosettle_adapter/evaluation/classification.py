@@ -9,10 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosettle_adapter.evaluation.labelled_videos import held_out, split_videos
-from cosettle_adapter.evaluation.predictions import TEMPERATURE, Predictions, nearest_votes
 from cosettle_adapter.evaluation.variants import CENTRED, raw_same
-from cosettle_adapter.evaluation.videos import PooledVideos, with_centred
+from cosettle_adapter.evaluation.videos import (
+    TEMPERATURE,
+    PooledVideos,
+    Predictions,
+    held_out,
+    nearest_votes,
+    split_videos,
+    with_centred,
+)
 from cosettle_adapter.imports import require
 
 LINEAR = "linear probe"

@@ -20,8 +20,12 @@ import torch
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.clips import few
-from cosettle_adapter.evaluation.predictions import Predictions, nearest_votes
-from cosettle_adapter.evaluation.videos import VideoFrames, with_centred
+from cosettle_adapter.evaluation.videos import (
+    Predictions,
+    VideoFrames,
+    nearest_votes,
+    with_centred,
+)
 
 BACKGROUND = "background"
 _COLUMNS = ("video", "start", "end", "label")

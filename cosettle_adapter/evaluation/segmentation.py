@@ -136,13 +136,11 @@ def propagate_masks(
 
 def _checked_objects(masks: Labels, frames: Sequence[int]) -> tuple[int, ...]:
     """Return the ids of the first mask's objects, of masks that can be scored."""
-    if masks.ndim != 3 or masks.dtype != np.uint8:
+    right = masks.ndim == 3 and masks.dtype == np.uint8
+    if not right or frames[:1] != [0] or len(frames) != len(masks):
         raise FrameError(
-            f"got {masks.dtype} masks of shape {masks.shape}, expected uint8 (T, H, W)"
-        )
-    if frames[:1] != [0] or len(frames) != len(masks):
-        raise FrameError(
-            f"got {len(masks)} masks for the frames {frames[:9]}, expected one each from frame 0 on"
+            f"got {masks.dtype} masks of shape {masks.shape} for the frames {frames[:9]}, expected "
+            "uint8 (T, H, W), one mask for each, the first of frame 0"
         )
     objects = tuple(int(label) for label in np.unique(masks[0]) if label not in (0, VOID))
     if not objects:

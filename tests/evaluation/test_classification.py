@@ -16,10 +16,13 @@ from torch import Tensor
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import classification
 from cosettle_adapter.evaluation.classification import LINEAR, classify, linear_probe
-from cosettle_adapter.evaluation.labelled_videos import LabelledVideo, split_videos
-from cosettle_adapter.evaluation.predictions import nearest_votes
 from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST, RAW_SAME
-from cosettle_adapter.evaluation.videos import PooledVideos
+from cosettle_adapter.evaluation.videos import (
+    LabelledVideo,
+    PooledVideos,
+    nearest_votes,
+    split_videos,
+)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import retrieval
-from cosettle_adapter.evaluation.labelled_videos import LabelledVideo, Part
 from cosettle_adapter.evaluation.retrieval import Retrieval, retrieve
 from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST
-from cosettle_adapter.evaluation.videos import PooledVideos
+from cosettle_adapter.evaluation.videos import LabelledVideo, Part, PooledVideos
 
 
 def videos_of(labels: str, part: Part | None = None) -> list[LabelledVideo]:
