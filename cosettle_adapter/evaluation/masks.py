@@ -102,21 +102,16 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def _masks(gt: ArrayLike, pred: ArrayLike, void: ArrayLike | None) -> tuple[Mask, Mask]:
-    masks = {"gt": np.asarray(gt), "pred": np.asarray(pred)}
-    masks["void"] = np.zeros_like(masks["gt"], dtype=bool) if void is None else np.asarray(void)
-    for name, mask in masks.items():
-        if mask.ndim != 2 or mask.shape != masks["gt"].shape:
-            raise FrameError(
-                f"got {name} of shape {mask.shape}, expected (H, W) = {masks['gt'].shape} like "
-                "gt: resize the prediction to the annotation first (nearest, or argmax after "
-                "resizing soft labels)"
-            )
-        if mask.dtype != np.bool_:
-            raise FrameError(
-                f"got {name} of dtype {mask.dtype}, expected bool; for one object of a label map "
-                "use labels == object_id"
-            )
-    return masks["gt"] & ~masks["void"], masks["pred"] & ~masks["void"]
+    truth, guess = np.asarray(gt), np.asarray(pred)
+    out: Mask = np.zeros(truth.shape, dtype=bool) if void is None else np.asarray(void)
+    if truth.ndim != 2 or not truth.shape == guess.shape == out.shape:
+        raise FrameError(
+            f"got gt {truth.shape}, pred {guess.shape} and void {out.shape}, expected (H, W) of one"
+            " size: resize the prediction to the annotation first (nearest)"
+        )
+    if not truth.dtype == guess.dtype == out.dtype == np.bool_:
+        raise FrameError("masks must be boolean; for an object of a label map use labels == id")
+    return truth & ~out, guess & ~out
 
 
 def _boundary_points(mask: Mask) -> NDArray[np.int64]:

@@ -79,6 +79,7 @@ def test_pck_of_a_known_clip() -> None:
     np.testing.assert_array_equal(result.correct, [[1, 2], [1, 1], [0, 0]])
     assert result.mean == {0.1: 0.5, 0.2: 0.75}
     assert math.isnan(pck(gt, pred, visible=visible & False).mean[0.1])
+    assert pck(gt[:, :2], np.full((3, 2, 2), np.nan)).mean == {0.1: 0, 0.2: 0}
     one_point = np.full((2, 2, 2), 7.0)
     assert pck(one_point, one_point).mean == {0.1: 0, 0.2: 0}, "a scale of 0 is a miss"
     with pytest.raises(ValueError, match="cannot pool counts"):
@@ -116,8 +117,6 @@ def test_badja_distances_are_strictly_below_the_threshold() -> None:
     visible = np.array([[True, True], [True, True], [False, False]])
     areas = [np.nan, 225, np.nan]  # a threshold of exactly 3 pixels, read where joints count
     assert badja_accuracy(gt, pred, visible, areas) == (0.5, 0.5, 2)
-    with pytest.raises(FrameError, match="areas of frames that count must be 0 or more"):
-        badja_accuracy(gt, pred, visible, [225, np.nan, 225])
     with pytest.raises(FrameError, match=r"areas of shape \(2,\), expected \(T,\) = \(3,\)"):
         badja_accuracy(gt, pred, visible, areas[:2])
 
@@ -127,9 +126,7 @@ def test_badja_distances_are_strictly_below_the_threshold() -> None:
     [
         ({"pred": np.zeros((3, 2, 3))}, r"pred of shape \(3, 2, 3\), expected \(T, J, 2\)"),
         ({"pred": np.zeros((3, 4, 2))}, r"pred of shape \(3, 4, 2\), .*gt has \(3, 2, 2\)"),
-        ({"visible": np.ones((3, 2))}, r"visible of dtype float64 .* expected bool \(3, 2\)"),
-        ({"pred": np.full((3, 2, 2), np.inf)}, r"pred\[0, 0\] is \[inf, inf\], .* as invisible"),
-        ({"gt": np.zeros((1, 2, 2)), "pred": np.zeros((1, 2, 2))}, r"got 1 frame.*at least 2"),
+        ({"visible": np.ones((3, 2))}, r"visible float64 \(3, 2\), expected bool \(3, 2\)"),
     ],
 )
 def test_wrong_joints_say_what_was_expected(arguments: dict[str, Any], message: str) -> None:
@@ -249,12 +246,10 @@ def test_queries_can_be_scored(seed: int, mode: QueryMode) -> None:
     ("place", "wrong", "message"),
     [
         (4, np.zeros((2, 3, 2)), r"pred_tracks of shape \(2, 3, 2\), .*gt_tracks has \(2, 4, 2\)"),
-        (1, np.zeros((2, 4)), "gt_occluded of dtype float64"),
-        (3, np.zeros((2, 3), dtype=bool), r"pred_occluded of .*\(2, 3\), expected bool \(2, 4\)"),
+        (1, np.zeros((2, 4)), "gt_occluded float64"),
+        (3, np.zeros((2, 3), dtype=bool), r"pred_occluded bool \(2, 3\), expected bool \(2, 4\)"),
         (2, np.zeros((2, 4)), r"gt_tracks of shape \(2, 4\), expected \(Q, T, 2\)"),
-        (0, np.zeros((2, 2)), r"query_points of shape \(2, 2\), expected \(2, 3\)"),
         (0, np.full((2, 3), 4.0), r"a query in frame 4.0, expected 0 to 3; .* frame first"),
-        (4, np.full((2, 4, 2), np.nan), r"pred_tracks\[0, 1\] is .* invisible or occluded"),
     ],
 )
 def test_wrong_points_say_what_was_expected(place: int, wrong: Any, message: str) -> None:
