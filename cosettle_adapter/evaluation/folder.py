@@ -84,13 +84,12 @@ def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
         )
     late = ~np.isin(masks, [*np.unique(masks[0]), 0, VOID])
     if late_labels == "error" and late.any():
-        frame = clip.frames[clip.annotated[int(late.any((1, 2)).argmax())]]
+        path = clip.inputs[len(clip) + int(late.any((1, 2)).argmax())]
         names = ", ".join(map(str, np.unique(masks[late]).tolist()))
         raise FrameError(
-            f"the masks of {clip.name!r} have label(s) {names} from frame {frame.stem} on, which "
-            "the first mask does not have, so they cannot be propagated; start the clip at a frame "
-            'that shows all objects, or pass late_labels="void" (--late-labels void) to leave them '
-            "out of the scores"
+            f"{path} of {clip.name!r} has label(s) {names}, which the first mask does not have, so "
+            "they cannot be propagated; start the clip at a frame that shows all objects, or pass "
+            'late_labels="void" (--late-labels void) to leave them out of the scores'
         )
     masks[late] = VOID
     return masks

@@ -258,7 +258,7 @@ def _positions(form: str, **given: ArrayLike) -> list[Floats]:
 
 def _flags(name: str, value: ArrayLike | None, positions: Floats) -> Flags:
     shape = positions.shape[:2]
-    found: Any = np.ones(shape, dtype=bool) if value is None else np.asarray(value)
+    found: Flags = np.ones(shape, dtype=bool) if value is None else np.asarray(value)
     if found.shape != shape or found.dtype != np.bool_:
         raise FrameError(f"got {name} {found.dtype} {found.shape}, expected bool {shape}")
     return found

@@ -48,7 +48,7 @@ def test_labels_that_appear_late(tmp_path: Path) -> None:
     masks = MASKS.copy()
     masks[2, 0, :3], masks[3, 0, :3] = 4, 9
     folder = write_clip(tmp_path / "cat", masks)
-    with pytest.raises(FrameError, match=r"masks of 'cat' have label\(s\) 4, 9 from frame 2 on"):
+    with pytest.raises(FrameError, match=r"2.png of 'cat' has label\(s\) 4, 9, which the"):
         folder_clips(folder)[0].read_annotations()
     expected = np.where(np.isin(masks, (4, 9)), 255, masks)
     read = folder_clips(folder, late_labels="void")[0].read_annotations()
