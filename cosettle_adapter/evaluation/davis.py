@@ -61,7 +61,9 @@ def davis_clips(
 
     def make(name: str) -> Clip[Masks]:
         images, labels = (root / kind / name for kind in kinds)
-        frames = _choose(images_in(images), select)
+        start, end, fps = select.start or 0, select.end or math.inf, select.fps or 1
+        frames = [path for i, path in enumerate(images_in(images)) if start <= i / fps < end]
+        frames = frames[:: select.every][: select.max_frames]
         masks = images_named(labels, [frame.stem for frame in frames], lossless=True)
         missing = [path for path in masks if not path.is_file()] if frames else [images / "*.jpg"]
         if missing:
@@ -126,9 +128,3 @@ def davis_protocol(
 def newest_year(root: str | Path) -> Year:
     """Return the newest release that a folder of DAVIS has lists of."""
     return "2017" if (Path(root) / "ImageSets" / "2017").is_dir() else "2016"
-
-
-def _choose(frames: list[Path], select: FrameSelection) -> list[Path]:
-    start, end, fps = select.start or 0, select.end or math.inf, select.fps or 1
-    kept = [frame for index, frame in enumerate(frames) if start <= index / fps < end]
-    return kept[:: select.every][: select.max_frames]

@@ -94,11 +94,13 @@ def localise(
         FrameError: no frame lies within a segment, or only one video shows a label.
     """
     stretches = [
-        each for row, video in enumerate(videos) for each in _stretches(row, video, segments)
+        (row, label, frames)
+        for row, video in enumerate(videos)
+        for label, frames in _stretches(video, segments)
     ]
-    shown = Counter(label for _, label in {(each.row, each.label) for each in stretches})
+    shown = Counter(label for _, label in {each[:2] for each in stretches})
     if shown[BACKGROUND] == 1:
-        stretches = [each for each in stretches if each.label != BACKGROUND]
+        stretches = [each for each in stretches if each[1] != BACKGROUND]
         del shown[BACKGROUND]
     if not shown.keys() & {segment.label for segment in segments}:
         raise FrameError(
@@ -112,19 +114,20 @@ def localise(
             "others; add videos that show it or remove its segments"
         )
     classes = sorted(shown)
-    labels = torch.tensor([classes.index(each.label) for each in stretches])
-    rows = torch.tensor([each.row for each in stretches])
+    labels = torch.tensor([classes.index(label) for _, label, _ in stretches])
+    rows = torch.tensor([row for row, _, _ in stretches])
     means = {
-        name: torch.stack([videos[s.row].features[name][s.frames].mean(0) for s in stretches])
+        name: torch.stack([videos[row].features[name][at].mean(0) for row, _, at in stretches])
         for name in videos[0].features
     }
     columns: dict[str, dict[int, list[str]]] = {}
     names: list[str] = []
     truth: list[str] = []
     for row, video in enumerate(videos):
-        judged = [frame for each in stretches if each.row == row for frame in each.frames]
-        truth += [each.label for each in stretches if each.row == row for _ in each.frames]
-        names += [video.video] * len(judged)
+        mine = [(frame, label) for at, label, frames in stretches if at == row for frame in frames]
+        truth += [label for _, label in mine]
+        names += [video.video] * len(mine)
+        judged = [frame for frame, _ in mine]
         own = {name: values[judged] for name, values in video.features.items()}
         bank = {name: values[rows != row] for name, values in means.items()}
         queries = with_centred(own, bank)
@@ -143,25 +146,16 @@ def localise(
     }
 
 
-class _Stretch(NamedTuple):
-    """Consecutive frames of a video (by row) that are of one segment, or of none."""
-
-    row: int
-    label: str
-    frames: list[int]
-
-
-def _stretches(row: int, video: VideoFrames, segments: Sequence[Segment]) -> list[_Stretch]:
+def _stretches(video: VideoFrames, segments: Sequence[Segment]) -> list[tuple[str, list[int]]]:
+    """Label and frames of each stretch of a video that is of one segment, or of none."""
     own = [segment for segment in segments if segment.video == video.video]
 
     def segment_at(frame: int) -> int:
         time = float(video.times[frame])
         return next((i for i, s in enumerate(own) if s.start <= time < s.end), -1)
 
-    return [
-        _Stretch(row, own[index].label if index >= 0 else BACKGROUND, list(frames))
-        for index, frames in groupby(range(len(video.times)), key=segment_at)
-    ]
+    grouped = groupby(range(len(video.times)), key=segment_at)
+    return [(own[i].label if i >= 0 else BACKGROUND, list(frames)) for i, frames in grouped]
 
 
 def _segment(row: dict[str, str], path: Path, line: int) -> Segment:

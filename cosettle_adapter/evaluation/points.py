@@ -80,12 +80,8 @@ def pck(
         size = _JOINT_BOX_SHARE * np.linalg.norm(high - low, axis=1)
         relative = np.linalg.norm(guess - truth, axis=2) / size[:, None]
         within = relative[..., None] <= np.asarray(thresholds, dtype=np.float64)
-    counted = seen[1:]
-    return Pck(
-        tuple(float(threshold) for threshold in thresholds),
-        correct=(within[1:] & counted[..., None]).sum(0),
-        total=counted.sum(0),
-    )
+    correct = (within & seen[..., None])[1:].sum(0)
+    return Pck(tuple(map(float, thresholds)), correct, seen[1:].sum(0))
 
 
 class BadjaAccuracy(NamedTuple):
@@ -116,9 +112,8 @@ def badja_accuracy(
         raise FrameError(f"got areas of shape {sizes.shape}, expected (T,) = {truth.shape[:1]}")
     distance = np.linalg.norm(guess - truth, axis=2)[counted]
     area = np.broadcast_to(sizes[:, None], counted.shape)[counted]
-    near_seg, near_3px = distance < 0.2 * np.sqrt(area), distance < 3
-    count = len(distance)
-    return BadjaAccuracy(_share(near_seg.sum(), count), _share(near_3px.sum(), count), count)
+    seg, near = (_share((distance < r).sum(), len(distance)) for r in (0.2 * np.sqrt(area), 3))
+    return BadjaAccuracy(seg, near, len(distance))
 
 
 class TapVidMetrics(NamedTuple):

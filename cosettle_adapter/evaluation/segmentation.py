@@ -122,8 +122,7 @@ def propagate_masks(
         mask: ``(H, W)`` uint8 label map of the first frame.
         classes: labels to propagate, the first of them the background, which takes whatever has
             no other of these labels.
-        protocol: the published settings.
-        **options: what :class:`~cosettle_adapter.correspondence.LabelPropagator` takes.
+        protocol: like the options, of :class:`~cosettle_adapter.correspondence.LabelPropagator`.
     """
     names = np.asarray(classes, dtype=np.uint8)
     propagator: LabelPropagator | None = None
