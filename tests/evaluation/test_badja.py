@@ -6,10 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from drawn import grey, problem_of, save, save_frames
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation import BADJA_JOINTS, badja_accuracy, badja_clips
+from cosettle_adapter.evaluation import (
+    BADJA_JOINTS,
+    Clip,
+    Joints,
+    badja_accuracy,
+    badja_clips,
+    badja_protocol,
+)
+from cosettle_adapter.video.geometry import plan_geometry
 
 from helpers import shared_data
 
@@ -108,7 +117,7 @@ def test_keypoint_files_beside_davis(tmp_path: Path) -> None:
     annotations = [
         {"frame": t, "xy": [[t, 4], [8, 6]], "visible": [True, t != 5]} for t in (5, 2, 9)
     ]
-    size = {"width": W // 2, "height": H // 2}
+    size = {"width": W // 2, "height": H}
     content = {"keypoint_names": ["nose", "jaw"], **size, "annotations": annotations}
     (tmp_path / "badja" / "dog").mkdir(parents=True)
     (tmp_path / "badja" / "dog" / "keypoints.json").write_text(json.dumps(content))
@@ -116,11 +125,22 @@ def test_keypoint_files_beside_davis(tmp_path: Path) -> None:
     assert [frame.stem for frame in clip.frames] == [f"{t:05d}" for t in range(2, 10)]
     assert clip.annotated == (0, 3, 7)
     joints = clip.read_annotations()
-    np.testing.assert_allclose(joints.xy[:, 0], [[4, 8], [10, 8], [18, 8]])  # twice the size
+    np.testing.assert_allclose(joints.xy[:, 0], [[4, 4], [10, 4], [18, 4]])  # twice as wide
     np.testing.assert_array_equal(joints.visible[:, 1], [True, False, True])
     assert joints.areas == pytest.approx([20, 50, 90])
     (tmp_path / "DAVIS").rename(tmp_path / "badja" / "DAVIS")
     assert len(badja_clips(tmp_path / "badja")[0]) == 8
+
+
+def test_a_joint_counts_after_the_frame_that_it_is_asked_for_in() -> None:
+    geometry = plan_geometry(64, 96, patch=16)
+    features = torch.randn(4, 32, 4, 6, generator=torch.Generator().manual_seed(0))
+    xy = np.full((4, 2, 2), 40.0)
+    visible = np.array([[True, False], [True, False], [True, True], [True, True]])
+    joints = Joints(("a", "b"), xy, visible, np.full(4, 25.0))
+    clip = Clip("clip", [None] * 4, lambda: joints, (0, 1, 2, 3))
+    scores = badja_protocol(Path()).score(clip, features, geometry, None)
+    assert scores.values == {"delta_seg": 0, "delta_3px": 0}, "only the queries are where they were"
 
 
 @pytest.mark.shared
