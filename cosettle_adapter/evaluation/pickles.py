@@ -79,6 +79,8 @@ class _Array:
 
     def made(self) -> Any:
         kind, data, shape, order = self.content  # fails where there was no state
+        if not isinstance(kind, _Type):
+            raise _RefusedError("describes an array by something that is no type")
         if kind.code.startswith("O"):
             if not isinstance(data, list) or not all(isinstance(item, bytes) for item in data):
                 raise _RefusedError("has an array of objects that are not bytes")

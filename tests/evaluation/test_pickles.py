@@ -84,6 +84,8 @@ ENCODE = named("_codecs", "encode")
         (stream(FLOAT, b"(K\x03U\x01<U\x01aNNK\x00K\x00K\x00tb"), "of a compound type"),
         (stream(ENCODE, b"}X\x01\x00\x00\x00ak\x73b"), "cannot be read"),
         (stream(ENCODE, b"}U\x04evilK\x01sb"), "holds a function"),  # sets an attribute of it
+        # a function that has been given the attributes of a type
+        (stream(ARRAY, b"(K\x01K\x01", ENCODE, b"}U\x04codeU\x04f8,Osb\x89C\x00tb"), "is no type"),
         (stream(b"U\x01aQ"), "cannot be read .* persistent"),
         (b"", "cannot be read .* EOFError"),
         (b"PK\x03\x04", "cannot be read"),
