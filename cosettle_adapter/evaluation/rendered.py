@@ -44,7 +44,7 @@ def rendered_clips(
         FrameError: a folder without images, two images of one name, or a clip that is not there.
         MissingExtraError: scikit-image is not installed and ``root`` not given.
     """
-    photos: list[Any] = list(photographs() if root is None else images_in(Path(root)))
+    photos: list[Any] = list(photographs() if root is None else images_in(Path(root).expanduser()))
     if not photos:
         raise FrameError(f"{root} is no folder of image files; found {found_in(Path(str(root)))}")
     found: dict[str, Clip[RenderedClip]] = {}

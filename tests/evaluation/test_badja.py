@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path, content: Any, mes
     write_images(tmp_path / "DAVIS")
     good, wrong = badja_clips(write_badja(write_badja(tmp_path), content, "wrong"))
     assert good.read_annotations().xy.shape == (3, 20, 2)
-    with pytest.raises(FrameError, match=f"BADJA clip 'wrong': .*{message}"):
-        raise FrameError(problem_of(wrong))
+    assert re.search(f"BADJA clip 'wrong': .*{message}", problem_of(wrong))
 
 
 def test_wrong_folders_are_explained(tmp_path: Path) -> None:

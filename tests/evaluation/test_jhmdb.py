@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ def test_frames_without_joints_are_left_out_and_bad_clips_are_told(tmp_path: Pat
     long, *bad, _ = jhmdb_clips(root)
     assert len(long) == len(long.annotated) == len(long.read_annotations().xy) == 6
     for clip, message in zip(bad, expected.values(), strict=True):
-        with pytest.raises(FrameError, match=f"JHMDB clip {message}"):
-            raise FrameError(problem_of(clip))
+        assert re.search(f"JHMDB clip {message}", problem_of(clip))
 
 
 def test_wrong_folders_are_explained(tmp_path: Path) -> None:
@@ -135,7 +135,6 @@ def test_keypoint_files_of_another_form(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     folder = write_json_clip(tmp_path / "catch", **changes)
-    with pytest.raises(FrameError, match=rf"'catch': .*keypoints.json .*{message}"):
-        raise FrameError(problem_of(jhmdb_clips(folder)[0]))
+    assert re.search(rf"'catch': .*keypoints.json .*{message}", problem_of(jhmdb_clips(folder)[0]))
     (folder / "keypoints.json").write_text("{")
     assert "keypoints.json cannot be read as JSON" in problem_of(jhmdb_clips(folder)[0])

@@ -35,12 +35,9 @@ def test_a_call_is_refused_and_not_made(tmp_path: Path, protocol: int) -> None:
     trace = tmp_path / "was here"
     for function, arguments in [
         (Path.touch, (trace,)),
-        (open, (str(trace), "w")),
         (eval, (f"open({str(trace)!r}, 'w')",)),
         (__import__, ("os",)),
         (getattr, ("", "join")),
-        (np.save, (str(trace), 1)),
-        (np.load, (str(trace),)),
         (np.frombuffer, (b"1234",)),
         (pickle.loads, (b"",)),
     ]:
@@ -74,7 +71,6 @@ ENCODE = named("_codecs", "encode")
         (stream(named("builtins", "list"), b")R"), "asks for builtins.list"),
         (stream(named("numpy", "ndarray"), b"K\x05\x85R"), "cannot be read .* TypeError"),
         (stream(named("numpy", "ndarray.tobytes")), "asks for numpy.ndarray.tobytes"),
-        (stream(named("numpy", "memmap")), "asks for numpy.memmap"),
         (stream(RECONSTRUCT, b"NK\x00\x85U\x01b\x87R"), "another class than numpy.ndarray"),
         (stream(ARRAY), "cannot be read .* not enough values"),
         (stream(RECONSTRUCT), "holds a function"),
@@ -82,7 +78,6 @@ ENCODE = named("_codecs", "encode")
         (stream(named("numpy", "dtype"), b"U\x05O,f8,\x85R"), "an array of type 'O,f8,'"),
         (stream(named("numpy", "dtype"), b"U\x02V8\x85R"), "an array of type 'V8'"),
         (stream(FLOAT, b"(K\x03U\x01<U\x01aNNK\x00K\x00K\x00tb"), "of a compound type"),
-        (stream(ENCODE, b"}X\x01\x00\x00\x00ak\x73b"), "cannot be read"),
         (stream(ENCODE, b"}U\x04evilK\x01sb"), "holds a function"),  # sets an attribute of it
         # a function that has been given the attributes of a type
         (stream(ARRAY, b"(K\x01K\x01", ENCODE, b"}U\x04codeU\x04f8,Osb\x89C\x00tb"), "is no type"),
@@ -93,7 +88,6 @@ ENCODE = named("_codecs", "encode")
         (pickle.dumps(np.array([1, "a"], dtype=object)), "objects that are not bytes"),
         (pickle.dumps(np.ma.masked_array([1, 2])), "asks for numpy.ma"),
         (pickle.dumps(np.array(["2020"], dtype="datetime64[D]")), "an array of type 'M8'"),
-        (pickle.dumps(np.zeros(2, dtype=complex)), "an array of type 'c16'"),
         (pickle.dumps({1, 2}), "holds a set"),
     ],
 )

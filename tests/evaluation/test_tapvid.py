@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,7 @@ def test_one_bad_video_does_not_lose_the_others(tmp_path: Path) -> None:
     assert good.read_frame(0).shape == (H, W, 3)
     assert [clip.name for clip in bad] == list(messages)
     for clip, message in zip(bad, messages.values(), strict=True):
-        with pytest.raises(FrameError, match=f"TAP-Vid video '{clip.name}': .*{message}"):
-            raise FrameError(problem_of(clip))
+        assert re.search(f"TAP-Vid video '{clip.name}': .*{message}", problem_of(clip))
 
 
 def test_wrong_paths_are_explained(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from drawn import grey, problem_of, save, save_frames
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation import VIP_CLASSES, ConfusionMatrix, vip_clips
+from cosettle_adapter.evaluation import vip_clips
 
 LISTED = ["videos12", "videos8"]
 
@@ -29,11 +29,7 @@ def test_the_official_layout(tmp_path: Path, labels: str) -> None:
     assert [clip.name for clip in clips] == LISTED
     assert (len(clips[0]), clips[0].annotated) == (3, (0, 1, 2))
     assert grey(clips[0], 1) == 6
-    masks = clips[0].read_annotations()
-    np.testing.assert_array_equal(masks[:, 0, 0], [1, 6, 11])
-    matrix = ConfusionMatrix(VIP_CLASSES)
-    matrix.add(masks, masks)
-    assert matrix.mean_iou() == 1
+    np.testing.assert_array_equal(clips[0].read_annotations()[:, 0, 0], [1, 6, 11])
 
 
 @pytest.mark.parametrize(
@@ -67,8 +63,6 @@ def test_wrong_folders_are_explained(tmp_path: Path) -> None:
         vip_clips(tmp_path / "VIP")
     with pytest.raises(FrameError, match=r"no VIP video 'videos21' in .* Did you mean 'videos1'"):
         vip_clips(root, clips=["videos21"])
-    with pytest.raises(FrameError, match=r"no list of clips .*train_videos.txt; found val_videos"):
-        vip_clips(root, subset="train")
     (root / "Annotations" / "Category_ids").rename(root / "Annotations" / "Category_id")
     with pytest.raises(FrameError, match=r"expected Annotations/Category_ids .* 'Category_id'\?"):
         vip_clips(root)
