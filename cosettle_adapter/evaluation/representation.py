@@ -87,7 +87,7 @@ class RepresentationReport:
     """What :func:`evaluate_representation` measured.
 
     Attributes:
-        results: variant to figures: raw last block, raw same block (where that is another),
+        results: variant to figures: raw last layer, raw same layer (where that is another),
             centred by the video's mean token, adapted.
         spectrum: of the tokens the projection reads; None with a single video or no motion.
         failures: the worst moments of the adapted features (of raw ones, without a projection),

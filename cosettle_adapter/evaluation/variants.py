@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from cosettle_adapter.backbones import Backbone
     from cosettle_adapter.projection import Projection
 
-RAW_LAST = "raw last block"
-RAW_SAME = "raw same block"
+RAW_LAST = "raw last layer"
+RAW_SAME = "raw same layer"
 CENTRED = "centred"
 ADAPTED = "adapted"
 SETTLED = "settled"
@@ -94,7 +94,7 @@ def feature_variants(
             single layers are then also given fused.
 
     Returns:
-        ``raw last block``, ``raw same block`` (the layers that the projection reads, unless that
+        ``raw last layer``, ``raw same layer`` (the layers that the projection reads, unless that
         is the last one), ``centred`` (those minus the clip's mean token), ``adapted`` (unless
         there is no projection), ``settled`` if asked for, and the baselines. A projection that
         reads several layers is also compared with each earlier one alone, ``raw layer 7`` and

@@ -20,7 +20,7 @@ TASKS = (
     *("davis", "folder", "vip", "jhmdb", "badja", "tapvid", "rendered"),
     *("representation", "classification", "retrieval", "localisation"),
 )
-KINDS = ["raw last block", "raw same block", "centred", "adapted"]
+KINDS = ["raw last layer", "raw same layer", "centred", "adapted"]
 
 
 @pytest.fixture(scope="module")

@@ -120,5 +120,5 @@ def test_points_of_a_photograph_are_followed_to_a_few_pixels(
         for name, features in compare_features(real_adapter, clip.frames).items()
     }
     chance = tracking_error(noise(5, 8, *geometry.grid), geometry, points, positions, visible)
-    assert errors["adapted"] < min(real_adapter.backbone.patch, errors["raw last block"] + 1)
+    assert errors["adapted"] < min(real_adapter.backbone.patch, errors["raw last layer"] + 1)
     assert chance["median"] > 4 * errors["adapted"]

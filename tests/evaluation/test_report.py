@@ -147,7 +147,7 @@ def test_bars_go_from_what_gains_most_to_what_loses_most(tmp_path: Path) -> None
     )
     assert shown == [*first, *last, "broken"]
     assert "The first and the last 20 of 101." in page.words
-    assert "In the order of adapted minus raw same block." in page.words
+    assert "In the order of adapted minus raw same layer." in page.words
 
 
 def test_inconsistent_patches_are_red_and_others_as_they_were() -> None:

@@ -36,7 +36,7 @@ from cosettle_adapter.projection import Projection
 from helpers import projection_for
 
 SIZE = (48, 80)
-RAW, SAME, CENTRED, ADAPTED = "raw last block", "raw same block", "centred", "adapted"
+RAW, SAME, CENTRED, ADAPTED = "raw last layer", "raw same layer", "centred", "adapted"
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_predictions_are_what_the_official_evaluation_reads(
 ) -> None:
     run(davis, tiny_adapter, predictions=tmp_path / "predictions")
     folders = sorted(path.name for path in (tmp_path / "predictions").iterdir())
-    assert folders == ["adapted", "centred", "raw-last-block", "raw-same-block"]
+    assert folders == ["adapted", "centred", "raw-last-layer", "raw-same-layer"]
     predicted = tmp_path / "predictions" / "adapted" / "two"
     truth = davis / "Annotations" / "480p" / "two"
     assert {p.name for p in predicted.iterdir()} == {p.name for p in truth.iterdir()}

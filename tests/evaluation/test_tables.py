@@ -17,7 +17,7 @@ from cosettle_adapter.evaluation.tables import (
     result_tables,
 )
 
-RAW, FIVE, SEVEN, MINE = "raw last block", "centred layer 5", "centred layer 7", "adapted"
+RAW, FIVE, SEVEN, MINE = "raw last layer", "centred layer 5", "centred layer 7", "adapted"
 TABLE = {
     "one/a": {RAW: 0.5, FIVE: 0.9, SEVEN: 0.6, MINE: 0.7},
     "one/b": {RAW: 0.4, FIVE: 0.8, SEVEN: 0.7, MINE: 0.6},
