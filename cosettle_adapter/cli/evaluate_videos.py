@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 from cyclopts import Parameter
 
 from cosettle_adapter.cli.common import Size, console, frame_progress
@@ -21,15 +20,13 @@ from cosettle_adapter.evaluation.labelled_videos import labelled_videos
 from cosettle_adapter.evaluation.localisation import localise, read_segments
 from cosettle_adapter.evaluation.report import Section, Table, write_page
 from cosettle_adapter.evaluation.representation import (
-    RepresentationReport,
     RepresentationSettings,
     evaluate_representation,
 )
 from cosettle_adapter.evaluation.retrieval import retrieve
-from cosettle_adapter.evaluation.run import write_json
+from cosettle_adapter.evaluation.run import model_settings, write_json
 from cosettle_adapter.evaluation.variants import RAW_LAST, feature_variants
-from cosettle_adapter.evaluation.videos import PooledVideos, encode_videos, pool_videos
-from cosettle_adapter.version import __version__
+from cosettle_adapter.evaluation.videos import encode_videos, pool_videos
 from cosettle_adapter.video import find_videos
 
 Found = TypeVar("Found")
@@ -56,16 +53,12 @@ def representation(
         results: JSON files of benchmarks on clips to show in the report.
     """
     charts, videos = [_chart(path) for path in results], _videos(data, clips)
-
-    def measure(adapter: Any, **common: Any) -> RepresentationReport:
-        return evaluate_representation(adapter, videos, settings, **common)
-
-    found, about = _measure(measure, options)
+    found, model = _measure(evaluate_representation, videos, settings, options=options)
     total = {
         variant: {
-            "D_intra": each.d_intra[95.0],
-            "D_inter": each.d_inter[95.0],
-            "margin D": each.margin(),
+            "D_intra": each.d_intra,
+            "D_inter": each.d_inter,
+            "margin D": each.margin,
             "effective rank": each.effective_rank,
             "cycle accuracy": each.cycle_accuracy,
         }
@@ -73,16 +66,15 @@ def representation(
     }
     notes = ["distances are shares of the diameter (95th percentile)"]
     if found.spectrum is not None:
-        prediction = found.spectrum.prediction
+        within, share = found.spectrum.correlations
         notes.append(
-            "the projection's gain against temporal variance: Spearman "
-            f"{prediction.spearman:+.2f}; against its share of all variance "
-            f"{prediction.spearman_share:+.2f} (the paper's theory predicts negative)"
+            f"the projection's gain against variance over time: Spearman {within:+.2f}; against "
+            f"its share of all variance {share:+.2f} (the paper's theory predicts negative)"
         )
-    settings_used = dataclasses.asdict(settings)
+    used = dataclasses.asdict(settings)
     if report is not None:
         *measured, failures = representation_sections(found)
-        facts = {"model": options.model, "videos": data.name, **settings_used}
+        facts = {"model": options.model, "videos": data.name, **used}
         write_page(
             report,
             title=f"What the projection of {options.model} changed",
@@ -91,8 +83,8 @@ def representation(
         )
         notes.append(f"report: {report}")
     details = {variant: each.videos for variant, each in found.results.items()}
-    stored = {"settings": settings_used | about, "total": total, "skipped": found.skipped}
-    return _show("representation", stored | {"details": details}, notes, options, "{:.4f}", 1)
+    stored = {"total": total, "skipped": found.skipped, "details": details}
+    return _show("representation", used | model, stored, notes, options, form="{:.4f}", unit=1)
 
 
 def classification(
@@ -113,18 +105,19 @@ def classification(
         ks: numbers of neighbours.
         seed: of the splits.
     """
-    pooled, about = _pooled(data, frames, size, options)
+    videos = labelled_videos(data)
+    pooled, model = _measure(pool_videos, videos, options=options, frames=frames, size=size)
     rows = classify(pooled, ks=ks, seed=seed).items()
     judged = len(next(iter(dict(rows)[RAW_LAST].values())).labels)
+    learnt = len(pooled.videos) - judged
     stored = {
-        "settings": {"ks": ks, "seed": seed, "frames": frames, **about},
         "total": {kind: {how: each.accuracy for how, each in row.items()} for kind, row in rows},
         "skipped": pooled.skipped,
         "details": {kind: {how: each.counts for how, each in row.items()} for kind, row in rows},
     }
-    learnt = len(pooled.videos) - judged
     notes = [f"accuracy in percent on {judged} videos, learnt from {learnt}"]
-    return _show("classification", stored, notes, options)
+    used = {"ks": ks, "seed": seed, "frames": frames}
+    return _show("classification", used | model, stored, notes, options)
 
 
 def retrieval(
@@ -143,13 +136,12 @@ def retrieval(
         size: shorter side, or HEIGHTxWIDTH, of the encoded frames.
         ks: ranks.
     """
-    pooled, about = _pooled(data, frames, size, options)
+    videos = labelled_videos(data)
+    pooled, model = _measure(pool_videos, videos, options=options, frames=frames, size=size)
     found = retrieve(pooled, ks=ks)
     stored = {
-        "settings": {"ks": ks, "frames": frames, **about},
         "total": {
-            kind: {f"R@{k}": share for k, share in each.recall.items()}
-            | {"mAP": each.mean_average_precision}
+            kind: {f"R@{k}": each.recall[k] for k in ks} | {"mAP": each.mean_average_precision}
             for kind, each in found.items()
         },
         "skipped": pooled.skipped,
@@ -157,7 +149,7 @@ def retrieval(
     }
     raw = found[RAW_LAST]
     notes = [f"in percent; {len(raw.queries)} queries over {raw.searched} videos"]
-    return _show("retrieval", stored, notes, options)
+    return _show("retrieval", {"ks": ks, "frames": frames} | model, stored, notes, options)
 
 
 def localisation(
@@ -180,66 +172,46 @@ def localisation(
     """
     stretches = read_segments(segments or data / "segments.csv")
     paths = {stretch.video: data / stretch.video for stretch in stretches}
-
-    def encode(adapter: Any, **common: Any) -> Any:
-        return encode_videos(adapter, paths, rate=rate, size=size, **common)
-
-    (videos, skipped), about = _measure(encode, options)
+    (videos, skipped), model = _measure(encode_videos, paths, options=options, rate=rate, size=size)
     rows = localise(videos, stretches, ks=ks).items()
     total: dict[str, dict[str, float]] = {kind: {} for kind, _ in rows}
     for kind, row in rows:
         for k, each in row.items():
             total[kind][f"frames, {k} neighbours"] = each.accuracy
             total[kind][f"mean per class, {k} neighbours"] = each.mean_per_class
-    stored = {
-        "settings": {"ks": ks, "rate": rate, **about},
-        "total": total,
-        "skipped": skipped,
-        "details": {kind: {k: each.per_class for k, each in row.items()} for kind, row in rows},
-    }
+    details = {kind: {k: each.per_class for k, each in row.items()} for kind, row in rows}
+    stored = {"total": total, "skipped": skipped, "details": details}
     known = sum(stretch.video not in skipped for stretch in stretches)
     notes = [f"accuracy in percent; {known} segments of {len(videos)} videos"]
-    return _show("localisation", stored, notes, options)
+    return _show("localisation", {"ks": ks, "rate": rate} | model, stored, notes, options)
 
 
-def _measure(measure: Callable[..., Found], options: FeatureOptions) -> tuple[Found, Any]:
-    """What ``measure(adapter, ...)`` found, with a progress bar, and the model's settings."""
+def _measure(
+    measure: Callable[..., Found], *what: Any, options: FeatureOptions, **more: Any
+) -> tuple[Found, dict[str, Any]]:
+    """What ``measure(adapter, *what, ...)`` found, with a progress bar; the model's settings."""
     adapter = options.adapter()
     variants = feature_variants(adapter, baselines=options.projections())
     with frame_progress(console()) as progress:
         bar = progress.add_task("videos", total=None, rate="")
         found = measure(
             adapter,
+            *what,
             batch_size=options.batch_size,
             variants=variants,
             on_video=lambda done, total: progress.update(bar, completed=done, total=total),
+            **more,
         )
-    return found, {
-        "model": options.model,
-        "backbone": adapter.config.backbone,
-        "fingerprint": adapter.backbone.fingerprint,
-        "layers": adapter.config.layers,
-        "cosettle_adapter": __version__,
-        "torch": torch.__version__,
-    }
-
-
-def _pooled(
-    data: Path, frames: int, size: int | tuple[int, int], options: FeatureOptions
-) -> tuple[PooledVideos, Any]:
-    videos = labelled_videos(data)
-
-    def pool(adapter: Any, **common: Any) -> PooledVideos:
-        return pool_videos(adapter, videos, frames=frames, size=size, **common)
-
-    return _measure(pool, options)
+    return found, {"model": options.model, **model_settings(adapter)}
 
 
 def _show(
     task: str,
+    settings: Mapping[str, Any],
     stored: Mapping[str, Any],
     notes: Sequence[str],
     options: FeatureOptions,
+    *,
     form: str = "{:.1f}",
     unit: float = 100,
 ) -> int:
@@ -256,7 +228,7 @@ def _show(
     for name, reason in stored["skipped"].items():
         output.print(f"skipped {name}: {reason}", markup=False, style="red", soft_wrap=True)
     if options.output:
-        write_json({"task": task, **stored}, options.output)
+        write_json({"task": task, "settings": settings, **stored}, options.output)
         output.print(f"results in {options.output}", markup=False)
     return 1 if stored["skipped"] else 0
 

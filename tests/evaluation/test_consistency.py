@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from einops import rearrange
-from torch import Tensor
-
-from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.evaluation.consistency import (
     cycle_accuracy,
     cycle_consistent,
     tracking_error,
 )
+from einops import rearrange
+from torch import Tensor
+
+from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.evaluation.variants import compare_features
 from cosettle_adapter.video import photographs, render_clip
 from cosettle_adapter.video.geometry import plan_geometry

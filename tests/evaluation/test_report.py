@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.evaluation.representation_metrics import RepresentationMetrics
 
 from cosettle_adapter.errors import FrameError, MissingExtraError
 from cosettle_adapter.evaluation.figures import bar_section, representation_sections
@@ -18,7 +19,6 @@ from cosettle_adapter.evaluation.representation import (
     RepresentationSettings,
     WorstMoment,
 )
-from cosettle_adapter.evaluation.representation_metrics import RepresentationMetrics
 from cosettle_adapter.evaluation.spectra import Spectrum
 from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST, RAW_SAME
 

@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.evaluation.consistency import cycle_accuracy, cycle_consistent
+from cosettle_adapter.evaluation.representation_metrics import (
+    Representation,
+    RepresentationMetrics,
+)
 from einops import rearrange
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -15,15 +20,10 @@ from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.evaluation.consistency import cycle_accuracy, cycle_consistent
 from cosettle_adapter.evaluation.representation import (
     RepresentationSettings,
     central_square,
     evaluate_representation,
-)
-from cosettle_adapter.evaluation.representation_metrics import (
-    Representation,
-    RepresentationMetrics,
 )
 from cosettle_adapter.evaluation.spectra import SpectrumStatistics
 from cosettle_adapter.evaluation.variants import (
