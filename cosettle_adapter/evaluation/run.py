@@ -29,7 +29,7 @@ from cosettle_adapter.evaluation.variants import (
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import open_frames
-from cosettle_adapter.video.geometry import plan_geometry
+from cosettle_adapter.video.geometry import nearest_valid, plan_geometry
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
@@ -126,8 +126,8 @@ def evaluate(
     def score(clip: Clip[Any], missing: Sequence[FeatureVariant]) -> dict[str, ClipScores]:
         height, width = clip.read_frame(0).shape[:2]
         patch, stride = adapter.backbone.patch, adapter.backbone.stride
-        sides = size or protocol.size(clip)
-        geometry = plan_geometry(height, width, patch=patch, stride=stride, size=sides)
+        rows, columns = (nearest_valid(s, patch, stride) for s in size or protocol.size(clip))
+        geometry = plan_geometry(height, width, patch=patch, stride=stride, size=(rows, columns))
         result.sizes[clip.name] = geometry.resized
         truth = protocol.correspondences
         matches = None if truth is None else truth(clip, geometry)
