@@ -78,13 +78,10 @@ class FeatureOptions(ModelOptions):
         from cosettle_adapter.projection import Projection
 
         hub = HubOptions(cache_dir=self.cache_dir, local_files_only=self.offline)
-        found: dict[str, Projection] = {}
-        for given in self.baselines:
-            name = Path(given).name
-            if name in found:
-                raise ValueError(f"two baselines are called {name}; rename a folder")
-            found[name] = Projection.load(find_projection(given, hub).folder).to(self.device)
-        return found
+        found = {Path(given).name: find_projection(given, hub).folder for given in self.baselines}
+        if len(found) < len(self.baselines):
+            raise ValueError("two baselines have one name; rename a folder")
+        return {name: Projection.load(at).to(self.device) for name, at in found.items()}
 
 
 @Parameter(name="*")

@@ -15,17 +15,13 @@ def terminal_table(table: report.Table, *, compact: bool = False) -> Table:
     if compact:
         shown.box, shown.padding, shown.show_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
     for column in table.columns:
-        names = column == table.columns[0] and (not compact or table.rule is not None)
-        justify = "left" if names or column == "features" else "right"
-        shown.add_column(escape(column), justify=justify, no_wrap=compact)
+        left = column == table.columns[0] and (not compact or table.rule is not None)
+        left = left or column == "features"
+        shown.add_column(escape(column), justify="left" if left else "right", no_wrap=compact)
     for index, row in enumerate(table.rows):
         if index == table.rule:
             shown.add_section()
         best = table.best.get(index, ())
-        shown.add_row(
-            *(
-                f"[bold green]{escape(cell)}[/]" if i in best else escape(cell)
-                for i, cell in enumerate(row)
-            )
-        )
+        cells = map(escape, row)
+        shown.add_row(*(f"[bold green]{c}[/]" if i in best else c for i, c in enumerate(cells)))
     return shown

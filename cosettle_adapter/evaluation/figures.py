@@ -45,12 +45,11 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
     cycle: dict[str, dict[str, float]] = {}
     rows = []
     for variant, result in found.results.items():
-        figures = (result.d_intra, result.d_inter, result.margin, *result[3:])
-        rows.append([variant, *("none" if x != x else f"{x:.4f}" for x in figures)])
+        figures = result.figures
+        rows.append([variant, *("none" if x != x else f"{x:.4f}" for x in figures.values())])
         for video in result.videos:
             intra.setdefault(video.name, {})[variant] = video.d_intra
             cycle.setdefault(video.name, {})[variant] = 100 * video.cycle_accuracy
-    columns = ("features", "D_intra", "D_inter", "margin", "effective rank", "cycle accuracy")
     note = (
         "Means over videos. D_intra: distance from a patch to its nearest in the next frame, the "
         "closer half, in diameters of the video. D_inter: distance between videos at equal "
@@ -60,7 +59,10 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
     steady = "Low for steady features, but also for those that tell little apart."
     d_intra = "D_intra, diameters of the video"
     return [
-        Section("Within and between videos", [_distances(found), Table("", columns, rows, note)]),
+        Section(
+            "Within and between videos",
+            [_distances(found), Table("", ["features", *figures], rows, note)],
+        ),
         Section("What the projection does to each direction", _spectra(found.spectrum)),
         bar_section("Cycle accuracy by video", "cycle-consistent patches, %", cycle),
         bar_section("Distance to the next frame by video", d_intra, intra, steady, "{:.4f}"),

@@ -88,9 +88,15 @@ class Representation(NamedTuple):
     cycle_accuracy: float
 
     @property
-    def margin(self) -> float:
-        """D = D_inter - D_intra: large where videos are apart and their frames together."""
-        return self.d_inter - self.d_intra
+    def figures(self) -> dict[str, float]:
+        """What tables show; the margin is large where videos are apart and their frames close."""
+        return {
+            "D_intra": self.d_intra,
+            "D_inter": self.d_inter,
+            "margin D": self.d_inter - self.d_intra,
+            "effective rank": self.effective_rank,
+            "cycle accuracy": self.cycle_accuracy,
+        }
 
 
 class RepresentationMetrics:

@@ -32,6 +32,12 @@ class Retrieval(NamedTuple):
     queries: tuple[str, ...]
     searched: int
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What tables show."""
+        recall = {f"R@{k}": share for k, share in self.recall.items()}
+        return recall | {"mAP": self.mean_average_precision}
+
 
 def retrieve(pooled: PooledVideos, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Retrieval]:
     """Search videos by cosine of every variant of their pooled features, with recall at ``ks``.

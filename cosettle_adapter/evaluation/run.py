@@ -41,6 +41,18 @@ DRIFTS = tuple(f"drift@{gap}" for gap in GAPS)
 
 
 @dataclasses.dataclass
+class ClipResult:
+    """A clip's scores by variant of features, and the size that its frames were encoded at.
+
+    ``inputs`` is a hash of its files, by which a resumed run knows them again.
+    """
+
+    inputs: str
+    size: list[int]
+    scores: dict[str, ClipScores]
+
+
+@dataclasses.dataclass
 class Evaluation:
     """Figures of a model on a benchmark.
 
@@ -49,9 +61,7 @@ class Evaluation:
         measures: names of its figures, the one to compare by first; scores and totals have
             :data:`DRIFTS` as well.
         settings: everything the figures depend on.
-        sizes: clip to the ``(height, width)`` that its frames were encoded at.
-        inputs: clip to a hash of its files, by which a resumed run knows them again.
-        clips: clip to variant of features to scores.
+        clips: what was found, by name of the clip.
         total: variant of features to measure to the data set's figure.
         failed: clip to why it could not be scored; those do not count.
     """
@@ -59,17 +69,18 @@ class Evaluation:
     task: str
     measures: tuple[str, ...]
     settings: dict[str, Any]
-    sizes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
-    clips: dict[str, dict[str, ClipScores]] = dataclasses.field(default_factory=dict)
+    clips: dict[str, ClipResult] = dataclasses.field(default_factory=dict)
     total: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def first(self, variant: str) -> dict[str, float]:
         """Clip to the first measure of a variant of features, where it is a number."""
-        rows = {name: row[variant] for name, row in self.clips.items() if variant in row}
-        values = {name: scores.values[self.measures[0]] for name, scores in rows.items()}
-        return {name: value for name, value in values.items() if value == value}
+        found = {
+            name: clip.scores[variant].values[self.measures[0]]
+            for name, clip in self.clips.items()
+            if variant in clip.scores
+        }
+        return {name: value for name, value in found.items() if value == value}
 
 
 def evaluate(
@@ -123,12 +134,13 @@ def evaluate(
     def folder(variant: str, clip: Clip[Any]) -> Path | None:
         return predictions and predictions / variant.replace(" ", "-") / clip.name
 
-    def score(clip: Clip[Any], missing: Sequence[FeatureVariant]) -> dict[str, ClipScores]:
+    def score(
+        clip: Clip[Any], missing: Sequence[FeatureVariant]
+    ) -> tuple[list[int], dict[str, ClipScores]]:
         height, width = clip.read_frame(0).shape[:2]
         patch, stride = adapter.backbone.patch, adapter.backbone.stride
         rows, columns = (nearest_valid(s, patch, stride) for s in size or protocol.size(clip))
         geometry = plan_geometry(height, width, patch=patch, stride=stride, size=(rows, columns))
-        result.sizes[clip.name] = geometry.resized
         truth = protocol.correspondences
         matches = None if truth is None else truth(clip, geometry)
         wanted = [*([guide] if matches is None else []), *missing]
@@ -142,25 +154,25 @@ def evaluate(
             scores = protocol.score(clip, features, geometry, folder(name, clip))
             values = {**scores.values, **drift_by_gap(features, matches)}
             found[name] = dataclasses.replace(scores, values=values)
-        return found
+        return list(geometry.resized), found
 
     for number, clip in enumerate(clips):
         on_clip(number, len(clips), clip.name)
-        digest = clip.digest()
-        if digest != result.inputs.get(clip.name):
+        held, digest = result.clips.get(clip.name), clip.digest()
+        if held is None or held.inputs != digest:
             result.clips.pop(clip.name, None)
-        row = result.clips.get(clip.name, {})
-        missing = [
-            variant
-            for variant in variants
-            if variant.name not in row
-            or ((place := folder(variant.name, clip)) and not place.is_dir())
-        ]
+            held = ClipResult(digest, [], {})
+        missing = []
+        for variant in variants:
+            place = folder(variant.name, clip)
+            if variant.name not in held.scores or (place and not place.is_dir()):
+                missing.append(variant)
         if not missing:
             continue
         try:
-            result.clips[clip.name] = row | score(clip, missing)
-            result.inputs[clip.name] = digest
+            held.size, scores = score(clip, missing)
+            held.scores |= scores
+            result.clips[clip.name] = held
         except MissingExtraError:
             raise
         except (CosettleError, OSError) as error:
@@ -170,12 +182,11 @@ def evaluate(
             _add_up(result, protocol)
             write_json(result, output)
     on_clip(len(clips), len(clips), "")
-    asked = [clip.name for clip in clips if clip.name in result.clips]
-    if not asked:
+    scored = result.clips
+    result.clips = {clip.name: scored[clip.name] for clip in clips if clip.name in scored}
+    if not result.clips:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(result.failed.items())[:3])
         raise FrameError(f"none of {len(clips)} clips could be scored. {reasons}")
-    for held in ("clips", "sizes", "inputs"):
-        setattr(result, held, {name: getattr(result, held)[name] for name in asked})
     _add_up(result, protocol)
     return result
 
@@ -239,12 +250,9 @@ def _resume(result: Evaluation, output: Path) -> None:
     try:
         stored = json.loads(output.read_text(encoding="utf-8"))
         scored = stored["settings"].pop("kinds")
-        result.clips = {
-            name: {variant: ClipScores(**_numbers(scores)) for variant, scores in row.items()}
-            for name, row in stored["clips"].items()
-        }
-        result.sizes = {name: (int(h), int(w)) for name, (h, w) in stored["sizes"].items()}
-        result.inputs = dict(stored["inputs"])
+        for name, clip in stored["clips"].items():
+            scores = {each: ClipScores(**_numbers(row)) for each, row in clip["scores"].items()}
+            result.clips[name] = ClipResult(**clip | {"scores": scores})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{output} is not a results file ({error}); move it away or choose another"
@@ -274,7 +282,7 @@ def _add_up(result: Evaluation, protocol: Protocol[Any]) -> None:
     """Total what was scored, also variants of an earlier run."""
     result.total = {}
     for name in result.settings["kinds"]:
-        scores = [row[name] for row in result.clips.values() if name in row]
+        scores = [clip.scores[name] for clip in result.clips.values() if name in clip.scores]
         if scores:  # short clips lack the long gaps
             drifts = {
                 gap: mean(clip.values.get(gap, math.nan) for clip in scores) for gap in DRIFTS

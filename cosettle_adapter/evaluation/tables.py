@@ -160,7 +160,7 @@ def result_notes(result: Evaluation) -> Iterator[str]:
             continue  # what others are compared with
         raw, layer = gain(result, variant, _raw(result)), gain(result, variant, best)
         yield f"{variant}: worst over raw last: {raw.clip}; over best layer: {layer.clip or '-'}"
-    sizes = sorted({f"{height} x {width}" for height, width in result.sizes.values()})
+    sizes = sorted({" x ".join(map(str, clip.size)) for clip in result.clips.values()})
     yield f"frames encoded at {', '.join(sizes)}"
     yield ", ".join(f"{key} {settings[key]}" for key in _SHOWN if settings.get(key) is not None)
 

@@ -96,7 +96,7 @@ def test_a_whole_page_needs_nothing_else_and_escapes_all(tmp_path: Path) -> None
     assert page.words.count(NASTY) >= 8
     assert "75 % of the patches are cycle-consistent, those in red are not" in page.words
     assert "rank correlation of -1.000;" in page.words
-    assert f"{report().results[ADAPTED].margin:.4f}" in page.words
+    assert f"{report().results[ADAPTED].figures['margin D']:.4f}" in page.words
 
 
 def test_a_single_video_has_nothing_to_be_apart_from(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_figures_equal_their_definitions(trim: int) -> None:
     d_inter = float(torch.stack(apart).mean()) / diameter(torch.cat([m[chosen] for m in middles]))
     assert found.d_inter == pytest.approx(d_inter, rel=1e-9)
     assert sum(video.d_inter for video in found.videos) / 4 == pytest.approx(d_inter)
-    assert found.margin == pytest.approx(d_inter - found.d_intra)
+    assert found.figures["margin D"] == pytest.approx(d_inter - found.d_intra)
     singular = torch.linalg.svdvals(torch.cat(middles))
     assert found.effective_rank == pytest.approx(math.exp(stats.entropy(singular)) / 6, rel=1e-9)
     cycles = [cycle_accuracy(clip, gap=2) for clip in clips]

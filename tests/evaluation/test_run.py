@@ -61,12 +61,12 @@ def features_of(davis: Path, adapter: CoSettleAdapter, **options: Any) -> Mappin
 def mark(output: Path) -> None:
     """Change a stored figure: a sign that it is not computed again."""
     stored = json.loads(output.read_text())
-    stored["clips"]["one"][RAW]["values"]["J&F"] = 0.123
+    stored["clips"]["one"]["scores"][RAW]["values"]["J&F"] = 0.123
     output.write_text(json.dumps(stored))
 
 
 def is_marked(result: Evaluation) -> bool:
-    return result.clips["one"][RAW].values["J&F"] == 0.123
+    return result.clips["one"].scores[RAW].values["J&F"] == 0.123
 
 
 def test_every_variant_of_features_is_scored(davis: Path, tiny_adapter: CoSettleAdapter) -> None:
@@ -78,19 +78,21 @@ def test_every_variant_of_features_is_scored(davis: Path, tiny_adapter: CoSettle
     features = features_of(davis, tiny_adapter, baseline_layers=[8])
     for variant in result.total:
         scores = evaluate_sequence(features[variant], masks, context=2)
-        assert result.clips["one"][variant].values["J&F"] == pytest.approx(scores.j_and_f), variant
+        assert result.clips["one"].scores[variant].values["J&F"] == pytest.approx(scores.j_and_f), (
+            variant
+        )
     near = run(davis, tiny_adapter, size=(50, 85))
     assert near.clips == result.clips
-    assert set(near.sizes.values()) == {SIZE}, "sides go to whole patches"
+    assert near.clips["one"].size == list(SIZE), "sides go to whole patches"
     # drift is measured by the matches of a layer that nothing compared reads
     assert result.settings["drift"] == "matches of centred layer 8"
     for variant in result.total:
-        values = result.clips["one"][variant].values
+        values = result.clips["one"].scores[variant].values
         matches = mutual_correspondences(features["centred layer 8"], 4)
         expected = temporal_drift(features[variant], matches)
         assert values["drift@4"] == pytest.approx(expected, rel=1e-4)
         assert "drift@8" not in values, "five frames have no pair eight apart"
-        over_clips = [row[variant].values["drift@1"] for row in result.clips.values()]
+        over_clips = [clip.scores[variant].values["drift@1"] for clip in result.clips.values()]
         assert result.total[variant]["drift@1"] == pytest.approx(sum(over_clips) / 3)
 
 
@@ -165,7 +167,7 @@ def test_results_of_other_settings_are_not_mixed(
     expected = {"task", "protocol", "context", "every", "frame_size", "model", "fingerprint"}
     expected |= {"layers", "projection", "patch", "stride", "dtype", "torch"}
     assert expected <= stored["settings"].keys()
-    assert stored["settings"]["frame_size"] == stored["sizes"]["one"] == list(SIZE)
+    assert stored["settings"]["frame_size"] == stored["clips"]["one"]["size"] == list(SIZE)
     other = davis_protocol(davis, propagation=Propagation(context=3))
     with pytest.raises(ValueError, match=r"other settings \(different: context\)"):
         evaluate(other, tiny_adapter, size=SIZE, output=output, model="mine")
@@ -187,8 +189,8 @@ def test_baselines_are_scored_in_the_same_pass_and_join_earlier_results(
     baselines = {"other": other, "same": longer}
     both = run(davis, tiny_adapter, {"baselines": baselines}, **common)
     assert list(both.total) == [RAW, SAME, CENTRED, ADAPTED, "other", "same"]
-    assert both.clips["one"][ADAPTED] == alone.clips["one"][ADAPTED]
-    other_values, same_values = (both.clips["one"][name].values for name in baselines)
+    assert both.clips["one"].scores[ADAPTED] == alone.clips["one"].scores[ADAPTED]
+    other_values, same_values = (both.clips["one"].scores[name].values for name in baselines)
     assert other_values == pytest.approx(same_values, rel=1e-5), "cosine knows no length"
     assert list(run(davis, tiny_adapter, **common).total) == list(both.total), "it stays"
     with torch.no_grad():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cosettle_adapter.evaluation import ClipScores, Evaluation
+from cosettle_adapter.evaluation.run import ClipResult
 from cosettle_adapter.evaluation.tables import (
     best_layers,
     comparison,
@@ -28,13 +29,13 @@ PARTS = ["one", "two"]
 
 def results(table: Mapping[str, Mapping[str, float]], **settings: object) -> Evaluation:
     clips = {
-        clip: {name: ClipScores({"J&F": value}) for name, value in row.items()}
+        clip: ClipResult("", (48, 80), {n: ClipScores({"J&F": v}) for n, v in row.items()})
         for clip, row in table.items()
     }
     figures = {"J&F": 0.5, "drift@1": 0.25, "drift@4": math.nan, "drift@8": math.nan}
     total = {name: figures for row in table.values() for name in row}
     known = {"layers": [7, 11], "drift": "true motion", **settings}
-    return Evaluation("davis", ("J&F",), known, {"a": (48, 80)}, {}, clips, total, {})
+    return Evaluation("davis", ("J&F",), known, clips, total)
 
 
 def test_a_gain_is_the_mean_of_paired_differences_and_names_its_worst_clip() -> None:
