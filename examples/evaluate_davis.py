@@ -29,7 +29,7 @@ def main() -> None:
         protocol,
         adapter,
         size=tuple(options.size),
-        on_clip=lambda done, total, name: print(f"{done} of {total} clips done", end="\r"),
+        on_clip=lambda done, total, name: print(f"{done} of {total} clips {name}"),
     )
     print(f"{options.model}, projection of {adapter.config.layers}; frames at {options.size}")
     print(f"protocol {options.protocol}, every {options.every} frame(s), J&F in percent\n")

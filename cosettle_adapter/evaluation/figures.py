@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
-from torch.nn import functional as F
 
-from cosettle_adapter.evaluation.report import Figure, Section, Table, picture
+from cosettle_adapter.evaluation.report import Figure, Section, Table
 from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST, RAW_SAME
 from cosettle_adapter.imports import require
 
@@ -36,7 +34,7 @@ _STYLE = {
     "grid.alpha": 0.25,
 }
 _MOST_BARS = 40  # sequences a chart shows
-_LOST = (226.0, 63.0, 45.0)  # red over patches that are not cycle-consistent
+_LOST = (0.89, 0.25, 0.18, 0.55)  # red over patches that are not cycle-consistent
 
 
 def representation_sections(found: RepresentationReport) -> list[Section]:
@@ -185,23 +183,24 @@ def _spectra(spectrum: Spectrum | None) -> list[Table | Figure | str]:
 
 def _failure(moment: WorstMoment) -> Figure:
     """The first frame with its inconsistent patches in red, the second one beside it."""
-    share = 100 * moment.cycle_accuracy
-    return picture(
-        _marked(moment.frames.float(), moment.consistent),
-        f"{moment.video}, {moment.when}: {share:.0f} % of the patches are cycle-consistent, those "
-        "in red are not.",
-    )
+    height, width = moment.frames.shape[2:]
 
+    def draw(axes: Any) -> None:
+        for side, frame in zip(axes, moment.frames, strict=True):
+            side.imshow(rearrange(frame, "c h w -> h w c").numpy())
+            side.set_axis_off()
+        lost = torch.zeros(*moment.consistent.shape, 4)
+        lost[~moment.consistent.cpu()] = torch.tensor(_LOST)
+        axes[0].imshow(lost.numpy(), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
 
-def _marked(frames: Tensor, consistent: Tensor) -> Tensor:
-    first, second = frames
-    height, width = first.shape[1:]
-    lost = rearrange((~consistent).float().cpu(), "h w -> 1 1 h w")
-    lost = rearrange(F.interpolate(lost, size=(height, width)), "1 1 h w -> 1 h w")
-    red = rearrange(torch.tensor(_LOST), "c -> c 1 1").expand_as(first)
-    gap = torch.full((3, height, max(2, width // 64)), 255.0)
-    image = torch.cat([torch.lerp(first, red, 0.55 * lost), gap, second], dim=2)
-    return image.round().to(torch.uint8)
+    return _figure(
+        draw,
+        (5.2, 2.6 * height / width),
+        f"{moment.video}, {moment.when}",
+        f"{moment.video}, {moment.when}: {100 * moment.cycle_accuracy:.0f} % of the patches are "
+        "cycle-consistent, those in red are not.",
+        columns=2,
+    )._replace(width="third")
 
 
 def _before(variants: Iterable[str]) -> str | None:
@@ -215,15 +214,20 @@ def _colours(variants: Iterable[str]) -> dict[str, str]:
 
 
 def _figure(
-    draw: Callable[[Any], None], size: tuple[float, float], title: str, caption: str
+    draw: Callable[[Any], None],
+    size: tuple[float, float],
+    title: str,
+    caption: str,
+    columns: int = 1,
 ) -> Figure:
-    """An ``<svg>`` element of ``size`` inches, with a legend above."""
+    """An ``<svg>`` element of ``size`` inches, with a legend above if there is something for it."""
     matplotlib: Any = require("matplotlib", extra="report", purpose="drawing figures")
     figures: Any = require("matplotlib.figure", extra="report", purpose="drawing figures")
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
         figure = figures.Figure(figsize=size, layout="constrained")
-        draw(figure.subplots())
-        figure.legend(loc="outside upper left", ncols=6)
+        draw(figure.subplots(1, columns))
+        if columns == 1:
+            figure.legend(loc="outside upper left", ncols=6)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()

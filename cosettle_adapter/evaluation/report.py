@@ -7,16 +7,12 @@ whole or not at all. All text is escaped.
 from __future__ import annotations
 
 import base64
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from einops import rearrange
-from torch import Tensor
 
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
@@ -93,7 +89,8 @@ def film(path: Path, caption: str) -> Figure:
     if media_type is None:
         known = ", ".join(_MEDIA_TYPES)
         raise ValueError(f"got {path.name!r}, which a report cannot show; use one of {known}")
-    source, words = _data_url(media_type, path.read_bytes()), escape(caption)
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    source, words = f"data:{media_type};base64,{data}", escape(caption)
     if media_type != "video/mp4":
         return Figure(f'<img src="{source}" alt="{words}">', caption)
     return Figure(
@@ -102,17 +99,3 @@ def film(path: Path, caption: str) -> Figure:
         f"onkeydown=\"if (event.key === ' ') {{ event.preventDefault(); {_TOGGLE} }}\"></video>",
         caption,
     )
-
-
-def picture(image: Tensor, caption: str) -> Figure:
-    """Return an image ``(3, H, W)`` uint8 as a figure."""
-    pillow: Any = require("PIL.Image", extra="eval", purpose="showing pictures in a report")
-    file = io.BytesIO()
-    pixels = rearrange(image.cpu(), "c h w -> h w c").contiguous()
-    pillow.fromarray(pixels.numpy()).save(file, format="JPEG", quality=88)
-    source = _data_url("image/jpeg", file.getvalue())
-    return Figure(f'<img src="{source}" alt="{escape(caption)}">', caption, "third")
-
-
-def _data_url(media_type: str, data: bytes) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
