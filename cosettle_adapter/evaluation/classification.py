@@ -72,23 +72,16 @@ def classify(
 def linear_probe(
     train: Tensor, labels: Tensor, queries: Tensor, chosen_by: Sequence[int]
 ) -> tuple[Tensor, dict[str, float | None]]:
-    """Fit multinomial logistic regression with L2 to standardised features.
+    """Fit multinomial logistic regression with L2 to standardised features ``(N, C)``.
 
     It minimises mean cross entropy + penalty / 2 * the sum of squared weights, of one weight
     vector a class; the bias is free. The penalty is that of :data:`PENALTIES` with the best
-    accuracy, then the lowest cross entropy, on training rows that are held out for that; the
-    probe is then fitted to all.
-
-    Args:
-        train: ``(N, C)`` training features.
-        labels: ``(N,)`` int64, each of 0 to K - 1, for K of at least 2.
-        queries: ``(Q, C)`` features to judge.
-        chosen_by: training rows to choose the penalty by, of no class that others lack; without
-            any it is 0.01.
+    accuracy, then the lowest cross entropy, on the training rows ``chosen_by``, which are held out
+    for that; the probe is then fitted to all. Without such rows the penalty is 0.01.
 
     Returns:
-        Logits ``(Q, K)`` float64, and ``penalty`` with the accuracy it was
-        ``chosen_at`` (None if no row was held out).
+        Logits ``(Q, K)`` float64 of the queries ``(Q, C)`` for labels of 0 to K - 1, and
+        ``penalty`` with the accuracy it was ``chosen_at``.
     """
     models: Any = require("sklearn.linear_model", extra="eval", purpose="the linear probe")
     held = torch.zeros(len(labels), dtype=torch.bool)

@@ -28,10 +28,7 @@ _NEAR = 0.25  # patches
 
 
 class Correspondence(NamedTuple):
-    """Which patches of two frames show the same thing.
-
-    ``patches`` are ``(M, 2)`` int64, row-major indices in the first and the second of ``frames``.
-    """
+    """Patches ``(M, 2)`` of two frames, row-major indices, that show the same thing."""
 
     frames: tuple[int, int]
     patches: Tensor
@@ -40,8 +37,7 @@ class Correspondence(NamedTuple):
 def mutual_correspondences(guide: Tensor, gap: int) -> list[Correspondence]:
     """Match mutually nearest patches of frames ``gap`` apart, for clips of unknown motion.
 
-    The features ``guide``, ``(T, C, h, w)``, must not be those that are measured, which would be
-    judged where they agree with themselves.
+    The features ``guide``, ``(T, C, h, w)``, must not be those that are measured.
     """
     return [
         Correspondence((t, t + gap), mutual_nearest(guide[t], guide[t + gap])[0])
@@ -122,10 +118,7 @@ def drift_by_gap(
 
 @torch.no_grad()
 def match_accuracy(features: Tensor, correspondences: Iterable[Correspondence]) -> float:
-    """Share of patches whose nearest neighbour by cosine lies within one patch of the truth.
-
-    Correspondences are true ones, on the grid of the features ``(T, C, h, w)``; NaN without any.
-    """
+    """Share of patches whose nearest neighbour lies within one patch of the truth; NaN of none."""
     frames, width = F.normalize(token_frames(features), dim=-1), features.shape[-1]
     hits = [torch.empty(0)]
     for (first, second), patches in correspondences:
@@ -139,13 +132,10 @@ def match_accuracy(features: Tensor, correspondences: Iterable[Correspondence]) 
 
 @torch.no_grad()
 def cycle_consistent(features: Tensor, *, gap: int = 1) -> Tensor:
-    """Tell which patches return to themselves from frame t to t + gap and back (paper, Figure 1).
+    """Tell which patches return to themselves by way of frame t + gap, ``(T - gap, h, w)``.
 
-    A patch goes to its nearest neighbour by cosine in frame t + gap, and from there to the nearest
-    neighbour in frame t. Features that do not vary return by chance, about 1 / (h w) of them.
-
-    Returns:
-        ``(T - gap, h, w)`` bool, for features ``(T, C, h, w)`` of more than ``gap`` frames.
+    A patch goes to its nearest neighbour by cosine there, and from that to the nearest neighbour
+    in frame t (paper, Figure 1). Of features that do not vary, about 1 / (h w) return by chance.
     """
     if gap < 1:
         raise ValueError(f"got gap={gap}, expected at least 1 frame")
@@ -175,8 +165,7 @@ def tracking_error(
 ) -> dict[str, float]:
     """How far nearest-neighbour tracking of frame 0's points ends from where they truly are.
 
-    Tracks with :func:`~cosettle_adapter.correspondence.track_points`, over the whole frame and
-    without memory. Frame 0 does not count, nor does a point while it is hidden.
+    Frame 0 does not count, nor does a point while it is hidden.
 
     Args:
         features: ``(T, C, h, w)`` floats.

@@ -52,29 +52,20 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
         "Means over videos. D_intra: distance from a patch to its nearest in the next frame, the "
         "closer half, in diameters of the video. D_inter: distance between videos at equal "
         "positions, in diameters of all. Margin: D_inter - D_intra. Diameters are twice the 95th "
-        "percentile of the distance from the mean patch."
+        "percentile of the distance from the mean patch. D_intra is also low for features that "
+        "tell little apart."
     )
-    steady = "Low for steady features, but also for those that tell little apart."
-    d_intra = "D_intra, diameters of the video"
+    table = Table("", ["features", *figures], rows, note)
     return [
-        Section(
-            "Within and between videos",
-            [_distances(found), Table("", ["features", *figures], rows, note)],
-        ),
+        Section("Within and between videos", [_distances(found), table]),
         Section("What the projection does to each direction", _spectra(found.spectrum)),
         bar_section("Cycle accuracy by video", "cycle-consistent patches, %", cycle),
-        bar_section("Distance to the next frame by video", d_intra, intra, steady, "{:.4f}"),
+        bar_section("Distance to the next frame by video", "D_intra, diameters", intra),
         Section("Where it fails", [_failure(moment) for moment in found.failures]),
     ]
 
 
-def bar_section(
-    title: str,
-    label: str,
-    values: Mapping[str, Mapping[str, float]],
-    note: str = "",
-    form: str = "{:.1f}",
-) -> Section:
+def bar_section(title: str, label: str, values: Mapping[str, Mapping[str, float]]) -> Section:
     """Return bars of ``values`` by sequence and variant, in the order of what the projection gains.
 
     ``label`` is what is measured, with the unit. A variant may be missing here and there.
@@ -82,7 +73,7 @@ def bar_section(
     variants = list(dict.fromkeys(variant for row in values.values() for variant in row))
     if not variants:
         return Section(title, ())
-    before, names, captions = _before(variants), list(values), [note] if note else []
+    before, names, captions = _before(variants), list(values), []
     if before and ADAPTED in variants:
 
         def gain(name: str) -> float:
@@ -103,7 +94,7 @@ def bar_section(
             places = [row + shift for row in range(len(names))]
             drawn = [0.0 if math.isnan(number) else number for number in numbers]
             bars = axes.barh(places, drawn, 0.75 / len(variants), color=colour, label=variant)
-            texts = ["none" if math.isnan(number) else form.format(number) for number in numbers]
+            texts = ["none" if math.isnan(number) else f"{number:.3g}" for number in numbers]
             axes.bar_label(bars, texts, padding=2, fontsize=7, color=_INK)
         shown = [name if len(name) < 29 else f"{name[:27]}…" for name in names]
         axes.set_yticks(range(len(names)), shown)

@@ -26,14 +26,9 @@ _TOGGLE = "this.paused ? this.play() : this.pause()"
 class Table:
     """A table of text, for a page or the terminal.
 
-    Attributes:
-        title: heading.
-        columns: header cells; the first column names the rows.
-        rows: cells as text, as many as there are columns.
-        note: a sentence below it.
-        best: for each row, the columns to set in bold (by index).
-        emphasis: row (by index) that the table is about.
-        rule: row (by index) before which a line is drawn in the terminal.
+    The first column names the rows; ``note`` is shown below. By index: ``best`` has the columns to
+    set in bold for each row, ``emphasis`` is the row that the table is about, and before ``rule``
+    a line is drawn in the terminal.
     """
 
     title: str

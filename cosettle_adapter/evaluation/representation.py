@@ -130,10 +130,6 @@ class RepresentationMetrics:
 
         Returns:
             Which patches return in a cycle, ``(T - gap, h, w)`` bool.
-
-        Raises:
-            GeometryError: features of another shape than the first video's.
-            FrameError: too few frames, or values that are not finite.
         """
         frames = token_frames(features, at_least=self.at_least)
         length, patches, width = frames.shape
@@ -180,10 +176,9 @@ class RepresentationMetrics:
 
 
 class WorstMoment(NamedTuple):
-    """The two frames of a video between which features lose most patches.
+    """The two frames of a video, made small, between which features lose most patches.
 
-    ``frames`` are ``(2, 3, H, W)`` uint8, made small; ``consistent`` ``(h, w)`` bool tells which
-    patches of the first return in a cycle.
+    ``consistent`` ``(h, w)`` tells which patches of the first return in a cycle.
     """
 
     video: str
@@ -194,14 +189,11 @@ class WorstMoment(NamedTuple):
 
 
 class RepresentationReport(NamedTuple):
-    """What :func:`evaluate_representation` measured.
+    """Figures by variant of features, and what else :func:`evaluate_representation` found.
 
-    Attributes:
-        results: variant of features to figures.
-        spectrum: of the tokens the projection reads; None with a single video or no motion.
-        failures: the worst moments of the adapted features (of raw ones, without a projection),
-            worst first, of different videos.
-        skipped: name to why, of videos that could not be used.
+    ``spectrum`` is that of the tokens the projection reads, None with a single video or no motion;
+    ``failures`` are the worst moments of the adapted features (raw ones without a projection),
+    worst first; ``skipped`` says why videos could not be used.
     """
 
     results: Mapping[str, Representation]
@@ -221,14 +213,9 @@ def evaluate_representation(
 ) -> RepresentationReport:
     """Measure what stays together within videos and apart between them, one video at a time.
 
-    Args:
-        adapter: backbone and projection.
-        videos: video files, or folders of images.
-        settings: how they are read and measured.
-        batch_size: frames a forward pass.
-        variants: those of :func:`~cosettle_adapter.evaluation.variants.feature_variants` by
-            default; of what is made of a whole clip, only the centred features.
-        on_video: called with the number of videos done and their number.
+    ``videos`` are files or folders of images. Of the variants that are made of a whole clip only
+    the centred features are measured. ``on_video`` is called with the number of videos done and
+    their number.
 
     Raises:
         FrameError: no video could be used.

@@ -56,14 +56,9 @@ class ClipResult:
 class Evaluation:
     """Figures of a model on a benchmark.
 
-    Attributes:
-        task: its name.
-        measures: names of its figures, the one to compare by first; scores and totals have
-            :data:`DRIFTS` as well.
-        settings: everything the figures depend on.
-        clips: what was found, by name of the clip.
-        total: variant of features to measure to the data set's figure.
-        failed: clip to why it could not be scored; those do not count.
+    ``measures`` are named with the one to compare by first; scores and totals have :data:`DRIFTS`
+    as well. ``settings`` are everything the figures depend on, ``total`` the data set's figures by
+    variant of features and measure; clips that ``failed``, with the reason, do not count.
     """
 
     task: str
@@ -98,17 +93,15 @@ def evaluate(
     """Evaluate all variants of a model's features on a benchmark.
 
     Args:
-        protocol: what to solve.
-        adapter: the model.
-        variants: what to compare; by default those of
+        protocol: the benchmark.
+        adapter: the model; ``model`` is what to call it in the results.
+        variants: what to compare, see
             :func:`~cosettle_adapter.evaluation.variants.feature_variants`.
-        model: what to call it in the results.
         output: JSON file that is written after every clip. One of an earlier run with the same
             settings is continued: what it has is not computed again, unless a clip's files changed
             or predictions are wanted that are not there. Clips and variants not asked for stay.
         predictions: folder for predictions, ``<variant>/<clip>/...``.
         size: ``(height, width)`` in place of the protocol's; sides go to the nearest whole patch.
-        batch_size: frames a forward pass.
         on_clip: called with the number of clips done, their number and the name of the next.
 
     Raises:

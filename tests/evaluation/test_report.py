@@ -87,7 +87,7 @@ def written(tmp_path: Path, sections: list[Section], **options: object) -> Page:
 
 def test_a_whole_page_needs_nothing_else_and_escapes_all(tmp_path: Path) -> None:
     sections = representation_sections(report())
-    sections.append(bar_section(NASTY, NASTY, {NASTY: {NASTY: 1.0}}, note=NASTY))
+    sections.append(bar_section(NASTY, NASTY, {NASTY: {NASTY: 1.0}}))
     sections.append(Section(NASTY, [Table("t", ("a", NASTY), [(NASTY, "1")], note=NASTY), NASTY]))
     sections += [Section("empty", []), bar_section("none", "", {})]
     page = written(tmp_path, sections, lead=NASTY, facts={NASTY: NASTY})
