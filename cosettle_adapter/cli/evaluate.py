@@ -78,10 +78,11 @@ class FeatureOptions(ModelOptions):
         from cosettle_adapter.projection import Projection
 
         hub = HubOptions(cache_dir=self.cache_dir, local_files_only=self.offline)
-        found = {Path(given).name: find_projection(given, hub).folder for given in self.baselines}
-        if len(found) < len(self.baselines):
+        given = {Path(name).name: name for name in self.baselines}
+        if len(given) < len(self.baselines):
             raise ValueError("two baselines have one name; rename a folder")
-        return {name: Projection.load(at).to(self.device) for name, at in found.items()}
+        found = {name: find_projection(place, hub).folder for name, place in given.items()}
+        return {name: Projection.load(folder).to(self.device) for name, folder in found.items()}
 
 
 @Parameter(name="*")
