@@ -1,4 +1,4 @@
-"""Does it track? Data sets, measures, benchmarks and reports (extra ``[eval]``).
+"""Data sets, measures, benchmarks and reports (extra ``[eval]``).
 
 :func:`evaluate` runs a benchmark, such as :func:`davis_protocol`, on every variant of an adapter's
 features; measures and lists of clips serve on their own as well.
@@ -36,46 +36,12 @@ from cosettle_adapter.evaluation.tapvid import Tracks, tapvid_clips, tapvid_prot
 from cosettle_adapter.evaluation.vip import VIP_CLASSES, vip_clips, vip_protocol
 
 __all__ = [
-    "BADJA_JOINTS",
-    "JHMDB_JOINTS",
-    "VIP_CLASSES",
-    "BadjaAccuracy",
-    "Clip",
-    "ClipScores",
-    "ConfusionMatrix",
-    "Evaluation",
-    "Joints",
-    "Pck",
-    "Propagation",
-    "Protocol",
-    "Queries",
-    "SequenceScores",
-    "Summary",
-    "TapVidMetrics",
-    "Tracks",
-    "badja_accuracy",
-    "badja_clips",
-    "badja_protocol",
-    "boundary_f",
-    "davis_clips",
-    "davis_protocol",
-    "evaluate",
-    "evaluate_sequence",
-    "folder_clips",
-    "folder_protocol",
-    "jhmdb_clips",
-    "jhmdb_protocol",
-    "mean_over_objects",
-    "pck",
-    "queries_first",
-    "queries_strided",
-    "region_similarity",
-    "rendered_clips",
-    "rendered_protocol",
-    "summarise",
-    "tapvid_clips",
-    "tapvid_metrics",
-    "tapvid_protocol",
-    "vip_clips",
-    "vip_protocol",
-]
+    "BADJA_JOINTS", "JHMDB_JOINTS", "VIP_CLASSES", "BadjaAccuracy", "Clip", "ClipScores",
+    "ConfusionMatrix", "Evaluation", "Joints", "Pck", "Propagation", "Protocol", "Queries",
+    "SequenceScores", "Summary", "TapVidMetrics", "Tracks", "badja_accuracy", "badja_clips",
+    "badja_protocol", "boundary_f", "davis_clips", "davis_protocol", "evaluate",
+    "evaluate_sequence", "folder_clips", "folder_protocol", "jhmdb_clips",
+    "jhmdb_protocol", "mean_over_objects", "pck", "queries_first",
+    "queries_strided", "region_similarity", "rendered_clips", "rendered_protocol", "summarise",
+    "tapvid_clips", "tapvid_metrics", "tapvid_protocol", "vip_clips", "vip_protocol",
+]  # fmt: skip
