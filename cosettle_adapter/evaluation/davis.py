@@ -30,22 +30,13 @@ def davis_clips(
     clips: Sequence[str] | None = None,
     select: FrameSelection = ALL_FRAMES,
 ) -> list[Clip[Masks]]:
-    """List clips in the official layout.
+    """List clips with masks ``(T, H, W)`` uint8 of object ids, 0 the background, 255 void.
 
-    That is ``JPEGImages/<resolution>/<clip>/*.jpg``, ``Annotations/<resolution>/<clip>/*.png`` and
-    ``ImageSets/<year>/<subset>.txt``.
-
-    Args:
-        root: the folder that holds these.
-        year: ``"2017"`` has several objects a clip, ``"2016"`` merges them into one; by default
-            the newest that the folder has.
-        subset: by default val, or train where there is no list of val.
-        resolution: ``"480p"`` or ``"Full-Resolution"``.
-        clips: names of the clips wanted; by default all of the subset.
-        select: which frames, whose seconds are positions over ``fps`` (1).
-
-    Returns:
-        Clips with masks ``(T, H, W)`` uint8 of object ids, 0 the background, 255 void.
+    The layout is ``JPEGImages/<resolution>/<clip>/*.jpg``,
+    ``Annotations/<resolution>/<clip>/*.png`` and ``ImageSets/<year>/<subset>.txt``. The year, by
+    default the newest there is, decides whether objects are merged into one (2016). The subset is
+    by default val, or train where there is no list of val. Seconds of ``select`` are positions
+    over ``fps`` (1).
 
     Raises:
         FrameError: a folder or list that should be there is not, or a clip that is not listed.

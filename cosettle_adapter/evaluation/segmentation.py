@@ -53,12 +53,10 @@ def evaluate_sequence(
 ) -> SequenceScores:
     """Propagate the first mask of a clip by features and score the others.
 
-    Args:
-        features: as in :func:`propagate_masks`, like the options.
-        masks: ``(T, H, W)`` uint8 object ids, 0 the background, 255 void.
-        annotated: frame of each mask, ascending from 0, where not every frame has one; the others
-            are propagated through and not scored.
-        on_mask: called with the index of every frame and its propagated object ids ``(H, W)``.
+    Features and options are those of :func:`propagate_masks`. Masks are ``(T, H, W)`` uint8 object
+    ids, 0 the background, 255 void. Where not every frame has one, ``annotated`` is the frame of
+    each, ascending from 0; the others are propagated through and not scored. ``on_mask`` is called
+    with the index of every frame and its propagated object ids ``(H, W)``.
 
     Raises:
         FrameError: masks that cannot be scored, or another number of feature maps than masks.
@@ -117,12 +115,10 @@ def propagate_masks(
     ``crw``, nearest for ``dino``. Propagated labels are brought back bilinear to the size of the
     map (for ``dino`` each then stretched to [0, 1]) and the strongest one wins.
 
-    Args:
-        features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``.
-        mask: ``(H, W)`` uint8 label map of the first frame.
-        classes: labels to propagate, the first of them the background, which takes whatever has
-            no other of these labels.
-        protocol: like the options, of :class:`~cosettle_adapter.correspondence.LabelPropagator`.
+    Features are ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, the map
+    is ``(H, W)`` uint8. The first of the classes is the background, which takes whatever has no
+    other of these labels. Options are those of
+    :class:`~cosettle_adapter.correspondence.LabelPropagator`.
     """
     names = np.asarray(classes, dtype=np.uint8)
     propagator: LabelPropagator | None = None
