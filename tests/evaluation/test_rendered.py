@@ -27,8 +27,7 @@ def test_a_folder_of_photographs_is_scored_by_its_true_motion(
     result = evaluate(protocol, tiny_adapter, size=(64, 96))
     assert list(result.clips) == ["one-zoom"]
     assert result.settings["drift"] == "true motion"
-    for variant in result.variants:
-        figures = result.total[variant]
+    for figures in result.total.values():
         assert figures.keys() == {
             f"{what}@{gap}" for what in ("match", "drift") for gap in (1, 4, 8)
         }
