@@ -19,23 +19,20 @@ if TYPE_CHECKING:
 
 _RESAMPLES = 10_000
 _SHOWN = ("protocol", "every", "max_frames", "mode", "layers", "patch", "stride")
-# what the demo's table compares: measure, heading, the better of several, what it means
-_COMPARED = (
-    (
-        "drift",
+_COMPARED = {  # measure: heading, the better of several, what it means
+    "drift": (
         "drift",
         min,
         "Drift: cosine distance of patches that show the same thing, over that of any two patches; "
         "by the true motion, or by matches of a layer that the projection does not read.",
     ),
-    (
-        "matches",
+    "matches": (
         "right matches",
         max,
-        "Right matches: patches whose nearest neighbour in the other frame lies within one patch "
-        "of the truth.",
+        "Right matches: patches whose nearest neighbour in the other frame is within one patch of "
+        "the truth.",
     ),
-)
+}
 
 
 class Gain(NamedTuple):
@@ -173,24 +170,23 @@ def comparison(
     ``figures`` are by variant ``drift@1``, ``matches@4`` and so on, shares of 1; what was not
     measured for all is left out. ``emphasis`` is the variant that the table is about.
     """
-    columns, notes, names = ["features"], [], list(figures)
+    names, columns, notes = list(figures), ["features"], []
     rows = [[name] for name in names]
     best: dict[int, list[int]] = {row: [] for row in range(len(rows))}
-    for measure, heading, better, meaning in _COMPARED:
-        for gap in GAPS:
-            key = f"{measure}@{gap}"
-            if not all(key in row for row in figures.values()):
-                continue
-            columns.append(f"{heading}, next frame" if gap == 1 else f"{gap} frames on")
-            notes += [meaning] if gap == 1 else []
-            values = [row[key] for row in figures.values()]
-            winner = f"{better(values):.1%}"
-            for number, value in enumerate(values):
-                if f"{value:.1%}" == winner:  # reads the same: as good
-                    best[number].append(len(rows[number]))
-                rows[number].append(f"{value:.1%}")
-    row = names.index(emphasis) if emphasis in names else None
-    return Table(title, columns, rows, note=" ".join(notes), best=best, emphasis=row)
+    for measure, (heading, better, meaning) in _COMPARED.items():
+        keys = [f"{measure}@{gap}" for gap in GAPS]
+        known = [key for key in keys if all(key in row for row in figures.values())]
+        notes += [meaning] if known else []
+        for key in known:
+            gap = key.partition("@")[2]
+            columns.append(f"{heading}, next frame" if gap == "1" else f"{gap} frames on")
+            winner = f"{better(row[key] for row in figures.values()):.1%}"
+            for number, row in enumerate(figures.values()):
+                rows[number].append(f"{row[key]:.1%}")
+                if rows[number][-1] == winner:  # reads the same: as good
+                    best[number].append(len(rows[number]) - 1)
+    about = names.index(emphasis) if emphasis in names else None
+    return Table(title, columns, rows, note=" ".join(notes), best=best, emphasis=about)
 
 
 def _raw(result: Evaluation) -> dict[str, str]:

@@ -128,7 +128,7 @@ def test_frames_are_pictures(server: ViewerServer) -> None:
         assert image.size == (90, 60)
 
 
-@pytest.mark.parametrize("kind", ["adapted", "raw+last+block"])
+@pytest.mark.parametrize("kind", ["adapted", "raw+last+layer"])
 def test_similarities_are_those_of_the_library(
     server: ViewerServer, viewed: ViewedClip, kind: str
 ) -> None:
