@@ -2,6 +2,6 @@
 
 from cosettle_adapter.imports import moved_to
 
-_MODULES = ("variants", "drift", "consistency", "representation_metrics", "spectra")
+_MODULES = ("variants", "drift", "representation", "spectra")
 
 __getattr__ = moved_to(__name__, *(f"cosettle_adapter.evaluation.{name}" for name in _MODULES))

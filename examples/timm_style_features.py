@@ -20,7 +20,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.evaluation.consistency import tracking_error
+from cosettle_adapter.evaluation.drift import tracking_error
 from cosettle_adapter.video import RenderedClip, photographs, render_clip
 
 

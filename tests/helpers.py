@@ -91,3 +91,8 @@ def small_corpus(put: Callable[[Any, str, object], None], clips: int = 4) -> Non
     for module in (starter, fitting, fitting_cache):
         put(module, "CLIPS", clips)
     put(fitting, "_SIDE", 64)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -58,7 +58,7 @@ class FeatureOptions(ModelOptions):
 
     raw: bool = False
     layer: int | None = None
-    baselines: Annotated[Sequence[str], Parameter(name=("--baselines", "--beside"))] = ()
+    baselines: Sequence[str] = ()
     batch_size: int = 8
     output: Output | None = None
 
@@ -72,23 +72,17 @@ class FeatureOptions(ModelOptions):
             return self.load(raw=self.raw, layer=self.layer)
 
     def projections(self) -> dict[str, Projection]:
-        """Load the baselines, by the name of their folder.
-
-        Raises:
-            ValueError: two of one name.
-        """
+        """Load the baselines, by the name of their folder."""
         from cosettle_adapter.backbones import HubOptions
         from cosettle_adapter.hub import find_projection
         from cosettle_adapter.projection import Projection
 
         hub = HubOptions(cache_dir=self.cache_dir, local_files_only=self.offline)
-        found: dict[str, Projection] = {}
-        for given in self.baselines:
-            name = Path(given).name
-            if name in found:
-                raise ValueError(f"two baselines are called {name}; rename a folder")
-            found[name] = Projection.load(find_projection(given, hub).folder).to(self.device)
-        return found
+        given = {Path(name).name: name for name in self.baselines}
+        if len(given) < len(self.baselines):
+            raise ValueError("two baselines have one name; rename a folder")
+        found = {name: find_projection(place, hub).folder for name, place in given.items()}
+        return {name: Projection.load(folder).to(self.device) for name, folder in found.items()}
 
 
 @Parameter(name="*")
@@ -115,6 +109,45 @@ class ClipOptions(FeatureOptions):
     temporal_fusion: Literal["symmetric", "causal"] | None = None
     save_predictions: Path | None = None
 
+    def run(self, protocol: Protocol[Any]) -> int:
+        """Evaluate, with a progress bar, and print a table by clip and the figures."""
+        if isinstance(self.size, int):
+            raise ValueError(f"--size needs both sides, got {self.size}; write HEIGHTxWIDTH")
+        clips = protocol.clips()  # a wrong folder is told before a model is loaded
+        output, adapter = console(), self.adapter()
+        variants = feature_variants(
+            adapter,
+            baselines=self.projections(),
+            settle=self.settle or None,
+            centre=self.centre,
+            baseline_layers=self.baseline_layers,
+            fusion=self.temporal_fusion,
+        )
+        with frame_progress(output) as progress:
+            bar = progress.add_task(protocol.name, total=None, rate="")
+            result = evaluation.evaluate(
+                dataclasses.replace(protocol, clips=lambda: clips),
+                adapter,
+                variants,
+                model=self.model,
+                output=self.output,
+                predictions=self.save_predictions,
+                size=self.size,
+                batch_size=self.batch_size,
+                on_clip=lambda done, total, name: progress.update(
+                    bar, completed=done, total=total, rate=name
+                ),
+            )
+        for table in result_tables(result):
+            output.print(terminal_table(table, compact=True))
+        for name, reason in result.failed.items():
+            output.print(f"not scored: {name}: {reason}", markup=False, style="red", soft_wrap=True)
+        for line in result_notes(result):
+            output.print(line, markup=False, soft_wrap=True)
+        if self.output:
+            output.print(f"results in {self.output}", markup=False)
+        return 1 if result.failed else 0
+
 
 DEFAULTS = ClipOptions()
 Labels = Annotated[Propagation, Parameter(name="*")]
@@ -140,11 +173,10 @@ def davis(
         max_frames: keep at most this many frames of a clip.
     """
     select = [FrameSelection(every=step, max_frames=max_frames) for step in every]
-    return _run(
+    return options.run(
         evaluation.davis_protocol(
             *data, clips=options.clips, select=select, year=year, propagation=labels
-        ),
-        options,
+        )
     )
 
 
@@ -162,22 +194,17 @@ def folder(
         data: folder with frames/ and masks/, or of such folders.
         late_labels: what becomes of labels that the first mask does not have.
     """
-    return _run(
+    return options.run(
         evaluation.folder_protocol(
             data, clips=options.clips, late_labels=late_labels, propagation=labels
-        ),
-        options,
+        )
     )
 
 
 @app.command
 def vip(*, data: Path, labels: Labels = PUBLISHED, options: ClipOptions = DEFAULTS) -> int:
-    """Propagation of body parts and clothes on VIP.
-
-    Args:
-        data: folder VIP_Fine.
-    """
-    return _run(evaluation.vip_protocol(data, clips=options.clips, propagation=labels), options)
+    """Propagation of body parts and clothes on VIP, of which data is the folder VIP_Fine."""
+    return options.run(evaluation.vip_protocol(data, clips=options.clips, propagation=labels))
 
 
 @app.command
@@ -187,7 +214,7 @@ def jhmdb(*, data: Path, labels: Labels = PUBLISHED, options: ClipOptions = DEFA
     Args:
         data: folder of JHMDB, or of clips with keypoints.json.
     """
-    return _run(evaluation.jhmdb_protocol(data, clips=options.clips, propagation=labels), options)
+    return options.run(evaluation.jhmdb_protocol(data, clips=options.clips, propagation=labels))
 
 
 @app.command
@@ -198,7 +225,7 @@ def badja(*, data: Path, davis: Path | None = None, options: ClipOptions = DEFAU
         data: folder of BADJA, or of clips with keypoints.json.
         davis: folder of DAVIS that the frames are in.
     """
-    return _run(evaluation.badja_protocol(data, clips=options.clips, davis=davis), options)
+    return options.run(evaluation.badja_protocol(data, clips=options.clips, davis=davis))
 
 
 @app.command
@@ -211,7 +238,7 @@ def tapvid(
         data: pickle of TAP-Vid, or a folder of them.
         mode: in which frames points are asked for.
     """
-    return _run(evaluation.tapvid_protocol(data, clips=options.clips, mode=mode), options)
+    return options.run(evaluation.tapvid_protocol(data, clips=options.clips, mode=mode))
 
 
 @app.command
@@ -221,44 +248,4 @@ def rendered(*, data: Path | None = None, options: ClipOptions = DEFAULTS) -> in
     Args:
         data: folder of photographs; those of scikit-image by default.
     """
-    return _run(evaluation.rendered_protocol(data, clips=options.clips), options)
-
-
-def _run(protocol: Protocol[Any], options: ClipOptions) -> int:
-    """Evaluate, with a progress bar, and print a table by clip and the figures."""
-    if isinstance(options.size, int):
-        raise ValueError(f"--size needs both sides, got {options.size}; write HEIGHTxWIDTH")
-    clips = protocol.clips()  # a wrong folder is told before a model is loaded
-    output, adapter = console(), options.adapter()
-    variants = feature_variants(
-        adapter,
-        baselines=options.projections(),
-        settle=options.settle or None,
-        centre=options.centre,
-        baseline_layers=options.baseline_layers,
-        fusion=options.temporal_fusion,
-    )
-    with frame_progress(output) as progress:
-        bar = progress.add_task(protocol.name, total=None, rate="")
-        result = evaluation.evaluate(
-            dataclasses.replace(protocol, clips=lambda: clips),
-            adapter,
-            variants,
-            model=options.model,
-            output=options.output,
-            predictions=options.save_predictions,
-            size=options.size,
-            batch_size=options.batch_size,
-            on_clip=lambda done, total, name: progress.update(
-                bar, completed=done, total=total, rate=name
-            ),
-        )
-    for table in result_tables(result):
-        output.print(terminal_table(table, compact=True))
-    for name, reason in result.failed.items():
-        output.print(f"not scored: {name}: {reason}", markup=False, style="red", soft_wrap=True)
-    for line in result_notes(result):
-        output.print(line, markup=False, soft_wrap=True)
-    if options.output:
-        output.print(f"results in {options.output}", markup=False)
-    return 1 if result.failed else 0
+    return options.run(evaluation.rendered_protocol(data, clips=options.clips))

@@ -6,33 +6,69 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-import torch
 from cyclopts import Parameter
 
-from cosettle_adapter.cli.common import Size, console, frame_progress
+from cosettle_adapter.cli.common import (
+    Dtype,  # noqa: F401  (annotations of ModelOptions are resolved here, too)
+    Output,  # noqa: F401
+    Size,
+    console,
+    frame_progress,
+)
 from cosettle_adapter.cli.evaluate import FeatureOptions
 from cosettle_adapter.cli.tables import terminal_table
 from cosettle_adapter.evaluation.classification import classify
 from cosettle_adapter.evaluation.clips import data_folder, images_in, pick
 from cosettle_adapter.evaluation.figures import bar_section, representation_sections
-from cosettle_adapter.evaluation.labelled_videos import labelled_videos
 from cosettle_adapter.evaluation.localisation import localise, read_segments
 from cosettle_adapter.evaluation.report import Section, Table, write_page
 from cosettle_adapter.evaluation.representation import (
-    RepresentationReport,
     RepresentationSettings,
     evaluate_representation,
 )
 from cosettle_adapter.evaluation.retrieval import retrieve
-from cosettle_adapter.evaluation.run import write_json
+from cosettle_adapter.evaluation.run import model_settings, write_json
 from cosettle_adapter.evaluation.variants import RAW_LAST, feature_variants
-from cosettle_adapter.evaluation.videos import PooledVideos, encode_videos, pool_videos
-from cosettle_adapter.version import __version__
+from cosettle_adapter.evaluation.videos import (
+    PooledVideos,
+    encode_videos,
+    labelled_videos,
+    pool_videos,
+)
 from cosettle_adapter.video import find_videos
 
 Found = TypeVar("Found")
+
+
+class Stored(NamedTuple):
+    """What a results file holds: totals by variant of features and measure, and details."""
+
+    settings: Mapping[str, Any]
+    total: Mapping[str, Mapping[str, float]]
+    skipped: Mapping[str, str]
+    details: Mapping[str, Any]
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoOptions(FeatureOptions):
+    """What the benchmarks on labelled videos have in common.
+
+    Attributes:
+        data: folder of the videos; for classification and retrieval with a folder per class.
+        size: shorter side, or HEIGHTxWIDTH, of the encoded frames.
+    """
+
+    data: Path
+    size: Size = 224
+
+    def pooled(self, frames: int) -> tuple[PooledVideos, dict[str, Any]]:
+        """Encode the labelled videos; also the model's settings."""
+        videos = labelled_videos(self.data)
+        return _measure(pool_videos, videos, options=self, frames=frames, size=self.size)
+
 
 DEFAULTS = FeatureOptions()
 _SETTINGS = RepresentationSettings()
@@ -56,33 +92,18 @@ def representation(
         results: JSON files of benchmarks on clips to show in the report.
     """
     charts, videos = [_chart(path) for path in results], _videos(data, clips)
-
-    def measure(adapter: Any, **common: Any) -> RepresentationReport:
-        return evaluate_representation(adapter, videos, settings, **common)
-
-    found, about = _measure(measure, options)
-    total = {
-        variant: {
-            "D_intra": each.d_intra[95.0],
-            "D_inter": each.d_inter[95.0],
-            "margin D": each.margin(),
-            "effective rank": each.effective_rank,
-            "cycle accuracy": each.cycle_accuracy,
-        }
-        for variant, each in found.results.items()
-    }
+    found, model = _measure(evaluate_representation, videos, settings, options=options)
     notes = ["distances are shares of the diameter (95th percentile)"]
     if found.spectrum is not None:
-        prediction = found.spectrum.prediction
+        within, share = found.spectrum.correlations
         notes.append(
-            "the projection's gain against temporal variance: Spearman "
-            f"{prediction.spearman:+.2f}; against its share of all variance "
-            f"{prediction.spearman_share:+.2f} (the paper's theory predicts negative)"
+            f"the projection's gain against variance over time: Spearman {within:+.2f}; against "
+            f"its share of all variance {share:+.2f} (the paper's theory predicts negative)"
         )
-    settings_used = dataclasses.asdict(settings)
+    used = dataclasses.asdict(settings)
     if report is not None:
         *measured, failures = representation_sections(found)
-        facts = {"model": options.model, "videos": data.name, **settings_used}
+        facts = {"model": options.model, "videos": data.name, **used}
         write_page(
             report,
             title=f"What the projection of {options.model} changed",
@@ -90,161 +111,111 @@ def representation(
             facts={name: str(value) for name, value in facts.items()},
         )
         notes.append(f"report: {report}")
+    total = {variant: each.figures for variant, each in found.results.items()}
     details = {variant: each.videos for variant, each in found.results.items()}
-    stored = {"settings": settings_used | about, "total": total, "skipped": found.skipped}
-    return _show("representation", stored | {"details": details}, notes, options, "{:.4f}", 1)
+    stored = Stored(used | model, total, found.skipped, details)
+    return _show("representation", stored, notes, options, form="{:.4f}", unit=1)
 
 
 def classification(
     *,
-    data: Path,
     frames: int = 16,
-    size: Size = 224,
     ks: Sequence[int] = (1, 5, 10, 20),
     seed: int = 0,
-    options: FeatureOptions = DEFAULTS,
+    options: VideoOptions,
 ) -> int:
     """KNN and a linear probe on videos in a folder per class.
 
     Args:
-        data: folder with a folder per class.
         frames: at most this many of a video.
-        size: shorter side, or HEIGHTxWIDTH, of the encoded frames.
         ks: numbers of neighbours.
         seed: of the splits.
     """
-    pooled, about = _pooled(data, frames, size, options)
+    pooled, model = options.pooled(frames)
     rows = classify(pooled, ks=ks, seed=seed).items()
+    total = {kind: {how: each.accuracy for how, each in row.items()} for kind, row in rows}
+    details = {kind: {how: each.counts for how, each in row.items()} for kind, row in rows}
     judged = len(next(iter(dict(rows)[RAW_LAST].values())).labels)
-    stored = {
-        "settings": {"ks": ks, "seed": seed, "frames": frames, **about},
-        "total": {kind: {how: each.accuracy for how, each in row.items()} for kind, row in rows},
-        "skipped": pooled.skipped,
-        "details": {kind: {how: each.counts for how, each in row.items()} for kind, row in rows},
-    }
     learnt = len(pooled.videos) - judged
     notes = [f"accuracy in percent on {judged} videos, learnt from {learnt}"]
-    return _show("classification", stored, notes, options)
+    used = {"ks": ks, "seed": seed, "frames": frames, **model}
+    return _show("classification", Stored(used, total, pooled.skipped, details), notes, options)
 
 
-def retrieval(
-    *,
-    data: Path,
-    frames: int = 16,
-    size: Size = 224,
-    ks: Sequence[int] = (1, 5, 10),
-    options: FeatureOptions = DEFAULTS,
-) -> int:
+def retrieval(*, frames: int = 16, ks: Sequence[int] = (1, 5, 10), options: VideoOptions) -> int:
     """Video-to-video retrieval on a folder per class.
 
     Args:
-        data: folder with a folder per class.
         frames: at most this many of a video.
-        size: shorter side, or HEIGHTxWIDTH, of the encoded frames.
         ks: ranks.
     """
-    pooled, about = _pooled(data, frames, size, options)
+    pooled, model = options.pooled(frames)
     found = retrieve(pooled, ks=ks)
-    stored = {
-        "settings": {"ks": ks, "frames": frames, **about},
-        "total": {
-            kind: {f"R@{k}": share for k, share in each.recall.items()}
-            | {"mAP": each.mean_average_precision}
-            for kind, each in found.items()
-        },
-        "skipped": pooled.skipped,
-        "details": {kind: each.per_class for kind, each in found.items()},
-    }
-    raw = found[RAW_LAST]
+    total = {kind: each.figures for kind, each in found.items()}
+    details = {kind: each.per_class for kind, each in found.items()}
+    raw, used = found[RAW_LAST], {"ks": ks, "frames": frames, **model}
     notes = [f"in percent; {len(raw.queries)} queries over {raw.searched} videos"]
-    return _show("retrieval", stored, notes, options)
+    return _show("retrieval", Stored(used, total, pooled.skipped, details), notes, options)
 
 
 def localisation(
     *,
-    data: Path,
     segments: Path | None = None,
     rate: float = 4.0,
-    size: Size = 224,
     ks: Sequence[int] = (1, 5),
-    options: FeatureOptions = DEFAULTS,
+    options: VideoOptions,
 ) -> int:
     """Frame-level action localisation by neighbouring segments of other videos.
 
     Args:
-        data: folder of videos.
         segments: CSV with video,start,end,label; segments.csv in the folder by default.
         rate: frames a second.
-        size: shorter side, or HEIGHTxWIDTH, of the encoded frames.
         ks: numbers of neighbours.
     """
-    stretches = read_segments(segments or data / "segments.csv")
-    paths = {stretch.video: data / stretch.video for stretch in stretches}
-
-    def encode(adapter: Any, **common: Any) -> Any:
-        return encode_videos(adapter, paths, rate=rate, size=size, **common)
-
-    (videos, skipped), about = _measure(encode, options)
+    stretches = read_segments(segments or options.data / "segments.csv")
+    paths = {stretch.video: options.data / stretch.video for stretch in stretches}
+    read = _measure(encode_videos, paths, options=options, rate=rate, size=options.size)
+    (videos, skipped), model = read
     rows = localise(videos, stretches, ks=ks).items()
     total: dict[str, dict[str, float]] = {kind: {} for kind, _ in rows}
     for kind, row in rows:
         for k, each in row.items():
             total[kind][f"frames, {k} neighbours"] = each.accuracy
             total[kind][f"mean per class, {k} neighbours"] = each.mean_per_class
-    stored = {
-        "settings": {"ks": ks, "rate": rate, **about},
-        "total": total,
-        "skipped": skipped,
-        "details": {kind: {k: each.per_class for k, each in row.items()} for kind, row in rows},
-    }
+    details = {kind: {k: each.per_class for k, each in row.items()} for kind, row in rows}
     known = sum(stretch.video not in skipped for stretch in stretches)
     notes = [f"accuracy in percent; {known} segments of {len(videos)} videos"]
+    stored = Stored({"ks": ks, "rate": rate, **model}, total, skipped, details)
     return _show("localisation", stored, notes, options)
 
 
-def _measure(measure: Callable[..., Found], options: FeatureOptions) -> tuple[Found, Any]:
-    """What ``measure(adapter, ...)`` found, with a progress bar, and the model's settings."""
+def _measure(
+    measure: Callable[..., Found], *what: Any, options: FeatureOptions, **more: Any
+) -> tuple[Found, dict[str, Any]]:
+    """What ``measure(adapter, *what, ...)`` found, with a progress bar; the model's settings."""
     adapter = options.adapter()
-    variants = feature_variants(adapter, baselines=options.projections())
+    more |= {"variants": feature_variants(adapter, baselines=options.projections())}
     with frame_progress(console()) as progress:
         bar = progress.add_task("videos", total=None, rate="")
-        found = measure(
-            adapter,
-            batch_size=options.batch_size,
-            variants=variants,
-            on_video=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
-    return found, {
-        "model": options.model,
-        "backbone": adapter.config.backbone,
-        "fingerprint": adapter.backbone.fingerprint,
-        "layers": adapter.config.layers,
-        "cosettle_adapter": __version__,
-        "torch": torch.__version__,
-    }
 
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
 
-def _pooled(
-    data: Path, frames: int, size: int | tuple[int, int], options: FeatureOptions
-) -> tuple[PooledVideos, Any]:
-    videos = labelled_videos(data)
-
-    def pool(adapter: Any, **common: Any) -> PooledVideos:
-        return pool_videos(adapter, videos, frames=frames, size=size, **common)
-
-    return _measure(pool, options)
+        found = measure(adapter, *what, batch_size=options.batch_size, on_video=advance, **more)
+    return found, {"model": options.model, **model_settings(adapter)}
 
 
 def _show(
     task: str,
-    stored: Mapping[str, Any],
+    stored: Stored,
     notes: Sequence[str],
     options: FeatureOptions,
+    *,
     form: str = "{:.1f}",
     unit: float = 100,
 ) -> int:
     """Print a row a measure, then notes and what was skipped; write the results."""
-    output, total = console(), stored["total"]
+    output, total = console(), stored.total
     measures = dict.fromkeys(measure for row in total.values() for measure in row)
     rows = [
         [measure, *(form.format(unit * row[measure]) for row in total.values())]
@@ -253,12 +224,12 @@ def _show(
     output.print(terminal_table(Table(f"{task}: {options.model}", ["", *total], rows)))
     for note in notes:
         output.print(note, markup=False)
-    for name, reason in stored["skipped"].items():
+    for name, reason in stored.skipped.items():
         output.print(f"skipped {name}: {reason}", markup=False, style="red", soft_wrap=True)
     if options.output:
-        write_json({"task": task, **stored}, options.output)
+        write_json({"task": task, **stored._asdict()}, options.output)
         output.print(f"results in {options.output}", markup=False)
-    return 1 if stored["skipped"] else 0
+    return 1 if stored.skipped else 0
 
 
 def _videos(data: Path, wanted: Sequence[str] | None) -> list[Path]:
@@ -277,18 +248,14 @@ def _chart(path: Path) -> Section:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         measure = stored["measures"][0]
-        values = {
-            name: {
-                variant: 100 * scores["values"][measure]
-                for variant, scores in row.items()
-                if scores["values"][measure] is not None
-            }
-            for name, row in stored["clips"].items()
-        }
+        values: dict[str, dict[str, float]] = {}
+        for name, clip in stored["clips"].items():
+            scores = {kind: each["values"][measure] for kind, each in clip["scores"].items()}
+            values[name] = {kind: 100 * s for kind, s in scores.items() if s is not None}
         title = f"{measure} on {stored['task']} by clip"
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a results file of a benchmark on clips ({error}); write one with "
             "cosettle-adapter evaluate ... -o FILE"
         ) from error
-    return bar_section(title, "percent", values, form="{:.1f}")
+    return bar_section(title, "percent", values)

@@ -1,4 +1,4 @@
-"""Does it track? Data sets, measures, benchmarks and reports (extra ``[eval]``).
+"""Data sets, measures, benchmarks and reports (extra ``[eval]``).
 
 :func:`evaluate` runs a benchmark, such as :func:`davis_protocol`, on every variant of an adapter's
 features; measures and lists of clips serve on their own as well.
@@ -6,25 +6,19 @@ features; measures and lists of clips serve on their own as well.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from cosettle_adapter.evaluation.badja import BADJA_JOINTS, badja_clips, badja_protocol
 from cosettle_adapter.evaluation.clips import Clip
 from cosettle_adapter.evaluation.davis import davis_clips, davis_protocol
 from cosettle_adapter.evaluation.folder import folder_clips, folder_protocol
-from cosettle_adapter.evaluation.jhmdb import JHMDB_JOINTS, jhmdb_clips, jhmdb_protocol
-from cosettle_adapter.evaluation.joints import Joints
-from cosettle_adapter.evaluation.keypoints import (
-    BadjaAccuracy,
-    Pck,
-    badja_accuracy,
-    joint_box_scale,
-    pck,
-)
+from cosettle_adapter.evaluation.jhmdb import JHMDB_JOINTS, Joints, jhmdb_clips, jhmdb_protocol
 from cosettle_adapter.evaluation.masks import Summary, boundary_f, region_similarity, summarise
 from cosettle_adapter.evaluation.points import (
+    BadjaAccuracy,
+    Pck,
     Queries,
     TapVidMetrics,
+    badja_accuracy,
+    pck,
     queries_first,
     queries_strided,
     tapvid_metrics,
@@ -38,64 +32,16 @@ from cosettle_adapter.evaluation.segmentation import (
     mean_over_objects,
 )
 from cosettle_adapter.evaluation.semantic import ConfusionMatrix
-from cosettle_adapter.evaluation.tapvid import (
-    Tracks,
-    iter_tapvid_clips,
-    tapvid_clips,
-    tapvid_protocol,
-)
+from cosettle_adapter.evaluation.tapvid import Tracks, tapvid_clips, tapvid_protocol
 from cosettle_adapter.evaluation.vip import VIP_CLASSES, vip_clips, vip_protocol
 
 __all__ = [
-    "BADJA_JOINTS",
-    "JHMDB_JOINTS",
-    "VIP_CLASSES",
-    "BadjaAccuracy",
-    "Clip",
-    "ClipScores",
-    "ConfusionMatrix",
-    "Evaluation",
-    "Joints",
-    "Pck",
-    "Propagation",
-    "Protocol",
-    "Queries",
-    "SequenceScores",
-    "Summary",
-    "TapVidMetrics",
-    "Tracks",
-    "badja_accuracy",
-    "badja_clips",
-    "badja_protocol",
-    "boundary_f",
-    "davis_clips",
-    "davis_protocol",
-    "evaluate",
-    "evaluate_sequence",
-    "folder_clips",
-    "folder_protocol",
-    "iter_tapvid_clips",
-    "jhmdb_clips",
-    "jhmdb_protocol",
-    "joint_box_scale",
-    "mean_over_objects",
-    "pck",
-    "queries_first",
-    "queries_strided",
-    "region_similarity",
-    "rendered_clips",
-    "rendered_protocol",
-    "summarise",
-    "tapvid_clips",
-    "tapvid_metrics",
-    "tapvid_protocol",
-    "vip_clips",
-    "vip_protocol",
-]
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        from cosettle_adapter.evaluation.legacy import moved
-
-        return moved(name)
+    "BADJA_JOINTS", "JHMDB_JOINTS", "VIP_CLASSES", "BadjaAccuracy", "Clip", "ClipScores",
+    "ConfusionMatrix", "Evaluation", "Joints", "Pck", "Propagation", "Protocol", "Queries",
+    "SequenceScores", "Summary", "TapVidMetrics", "Tracks", "badja_accuracy", "badja_clips",
+    "badja_protocol", "boundary_f", "davis_clips", "davis_protocol", "evaluate",
+    "evaluate_sequence", "folder_clips", "folder_protocol", "jhmdb_clips",
+    "jhmdb_protocol", "mean_over_objects", "pck", "queries_first",
+    "queries_strided", "region_similarity", "rendered_clips", "rendered_protocol", "summarise",
+    "tapvid_clips", "tapvid_metrics", "tapvid_protocol", "vip_clips", "vip_protocol",
+]  # fmt: skip

@@ -9,10 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosettle_adapter.evaluation.labelled_videos import held_out, split_videos
-from cosettle_adapter.evaluation.predictions import TEMPERATURE, Predictions, nearest_votes
 from cosettle_adapter.evaluation.variants import CENTRED, raw_same
-from cosettle_adapter.evaluation.videos import PooledVideos, with_centred
+from cosettle_adapter.evaluation.videos import (
+    TEMPERATURE,
+    PooledVideos,
+    Predictions,
+    held_out,
+    nearest_votes,
+    split_videos,
+    with_centred,
+)
 from cosettle_adapter.imports import require
 
 LINEAR = "linear probe"
@@ -26,31 +32,29 @@ def classify(
 ) -> dict[str, dict[str, Predictions]]:
     """Classify videos by every variant of their pooled features, all on the same split.
 
-    Args:
-        pooled: see :func:`~cosettle_adapter.evaluation.videos.pool_videos`.
-        ks: numbers of neighbours; all training videos where a number is larger.
-        seed: of the split, where none was given (a quarter of each class is judged), and of the
-            training videos that choose the probe's penalty.
+    ``ks`` are numbers of neighbours. ``seed`` is that of the split, where none was given (a
+    quarter of each class is judged), and of the videos that choose the probe's penalty.
 
     Returns:
-        Method (``5-NN``, ... and ``linear probe``, if there are two classes to tell apart) to what
-        it predicts, for raw, centred (minus the mean of the training videos) and adapted features.
+        Variant (centred features are raw ones minus the mean of the training videos) to method
+        (``5-NN``, ... and ``linear probe``, given two classes to tell apart) to predictions.
 
     Raises:
         FrameError: a class with a single readable video, or a split that lacks a part.
         ValueError: a k below 1.
     """
-    train, val = split_videos(pooled.videos, seed=seed)
-    labels = [pooled.videos[row].label for row in train]
+    videos = pooled.videos
+    train, val = split_videos(videos, seed=seed)
+    labels = [videos[row].label for row in train]
     classes = sorted(set(labels))
     numbers = torch.tensor([classes.index(label) for label in labels])
-    names = [pooled.videos[row].name for row in train]
+    names = [videos[row].name for row in train]
     chosen_by = held_out(names, labels, share=_CHOOSE_SHARE, seed=seed)
 
     def taken_for(scores: Tensor, settings: Mapping[str, float | None]) -> Predictions:
         return Predictions(
-            names=tuple(pooled.videos[row].name for row in val),
-            labels=tuple(pooled.videos[row].label for row in val),
+            names=tuple(videos[row].name for row in val),
+            labels=tuple(videos[row].label for row in val),
             predicted=tuple(classes[best] for best in scores.argmax(dim=1).tolist()),
             settings=settings,
         )
@@ -63,36 +67,27 @@ def classify(
             f"{k}-NN": taken_for(tally, {"k": k, "temperature": TEMPERATURE})
             for k, tally in votes.items()
         }
-        if len(classes) < 2:
-            continue
-        if name == CENTRED:  # the probe standardises, so centring changes nothing
+        if len(classes) > 1 and name == CENTRED:  # the probe standardises: nothing changes
             results[name][LINEAR] = raw_same(results)[LINEAR]
-            continue
-        scores, settings = linear_probe(values[train], numbers, values[val], chosen_by)
-        results[name][LINEAR] = taken_for(scores, settings)
+        elif len(classes) > 1:
+            probed = linear_probe(values[train], numbers, values[val], chosen_by)
+            results[name][LINEAR] = taken_for(*probed)
     return results
 
 
 def linear_probe(
     train: Tensor, labels: Tensor, queries: Tensor, chosen_by: Sequence[int]
 ) -> tuple[Tensor, dict[str, float | None]]:
-    """Fit multinomial logistic regression with L2 to standardised features.
+    """Fit multinomial logistic regression with L2 to standardised features ``(N, C)``.
 
     It minimises mean cross entropy + penalty / 2 * the sum of squared weights, of one weight
     vector a class; the bias is free. The penalty is that of :data:`PENALTIES` with the best
-    accuracy, then the lowest cross entropy, on training rows that are held out for that; the
-    probe is then fitted to all.
-
-    Args:
-        train: ``(N, C)`` training features.
-        labels: ``(N,)`` int64, each of 0 to K - 1, for K of at least 2.
-        queries: ``(Q, C)`` features to judge.
-        chosen_by: training rows to choose the penalty by, of no class that others lack; without
-            any it is 0.01.
+    accuracy, then the lowest cross entropy, on the training rows ``chosen_by``, which are held out
+    for that; the probe is then fitted to all. Without such rows the penalty is 0.01.
 
     Returns:
-        Logits ``(Q, K)`` float64, and ``penalty`` with the accuracy it was
-        ``chosen_at`` (None if no row was held out).
+        Logits ``(Q, K)`` float64 of the queries ``(Q, C)`` for labels of 0 to K - 1, and
+        ``penalty`` with the accuracy it was ``chosen_at``.
     """
     models: Any = require("sklearn.linear_model", extra="eval", purpose="the linear probe")
     held = torch.zeros(len(labels), dtype=torch.bool)

@@ -1,78 +1,62 @@
-"""A clip of any data set, and what listing data sets has in common.
-
-Listing never fails for one bad clip: what is wrong with it is its ``problem``, and reading anything
-of it raises that.
-"""
+"""A clip of any data set, and how clips are found in folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import io
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.evaluation.images import read_frame, read_labels
 from cosettle_adapter.imports import require
-from cosettle_adapter.video import FrameSelection, find_images
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from cosettle_adapter.video import find_images
 
 A = TypeVar("A")
-T = TypeVar("T")
-
-ALL_FRAMES = FrameSelection()
-_LOSSY = (".jpg", ".jpeg")  # no format for label maps
+Masks = NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip(Generic[A]):
-    """A clip of a data set; frames and annotations are read when asked for.
+    """A clip of a data set, whose frames and annotations are read when they are asked for.
 
-    Attributes:
-        name: name within the data set, as its own lists and papers have it.
-        frames: where each frame comes from: image files, JPEG files in memory, or arrays
-            ``(H, W, 3)`` uint8.
-        read: reads the annotations; :meth:`read_annotations` calls it.
-        annotated: frame of each annotation, ascending; empty where that has no meaning.
-        inputs: everything the clip is made of: files, bytes or arrays.
-        problem: why the clip cannot be used, or None.
+    Reading raises :class:`~cosettle_adapter.errors.FrameError` where something is missing or
+    damaged.
     """
 
-    name: str
-    frames: Sequence[Any]
-    read: Callable[[], A]
-    annotated: tuple[int, ...] = ()
-    inputs: tuple[Any, ...] = ()
-    problem: str | None = None
+    name: str  # as the data set's own lists and papers have it
+    frames: Sequence[Any]  # image files, JPEG files in memory, arrays (H, W, 3), or makers of these
+    read: Callable[[], A]  # reads the annotations
+    annotated: tuple[int, ...] = ()  # frame of each annotation, where that has a meaning
+    inputs: tuple[Any, ...] = ()  # all the clip is made of: files, bytes, arrays or names
+    problem: str | None = None  # why the clip cannot be used; reading anything of it raises this
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def read_frame(self, index: int) -> NDArray[np.uint8]:
-        """Read one frame: ``(H, W, 3)`` uint8, RGB.
-
-        Raises:
-            FrameError: the clip has a problem, or the frame is missing or damaged.
-        """
+        """Read one frame: ``(H, W, 3)`` uint8, RGB."""
         self._check()
         frame = self.frames[index]
         if isinstance(frame, Path):
             return read_frame(frame)
-        return _decode(frame, self.name, index) if isinstance(frame, bytes) else np.array(frame)
+        if not isinstance(frame, bytes):
+            return np.array(frame() if callable(frame) else frame)
+        pillow: Any = require("PIL.Image", extra="eval", purpose="reading frames")
+        try:
+            with pillow.open(io.BytesIO(frame)) as opened:
+                return np.asarray(opened.convert("RGB"))
+        except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
+            message = f"frame {index} of {self.name!r} cannot be read: {error}"
+            raise FrameError(message) from error
 
     def read_annotations(self) -> A:
-        """Read the annotations; their form is that of the data set.
-
-        Raises:
-            FrameError: the clip has a problem, or its annotations are missing or damaged.
-        """
+        """Read the annotations; their form is that of the data set."""
         self._check()
         return self.read()
 
@@ -89,68 +73,104 @@ class Clip(Generic[A]):
                 digest.update(part if isinstance(part, bytes) else str(part).encode())
         return f"sha256:{digest.hexdigest()}"
 
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            if name not in ("read_masks", "read_joints"):
-                raise AttributeError(f"a clip has no attribute {name!r}")
-            warnings.warn(f"{name}: use read_annotations", DeprecationWarning, stacklevel=2)
-            return self.read_annotations
-
     def _check(self) -> None:
         if self.problem is not None:
             raise FrameError(self.problem)
 
 
-def bad_clip(name: str, problem: str) -> Clip[Any]:
-    """Return a clip of which nothing but the problem is known."""
-
-    def read() -> NoReturn:
-        raise FrameError(problem)
-
-    return Clip(name, (), read, problem=problem)
-
-
-def choose(frames: Sequence[T], select: FrameSelection) -> list[T]:
-    """Return the frames that a selection keeps; its seconds are positions over ``fps`` (1)."""
-    times = [index / (select.fps or 1.0) for index in range(len(frames))]
-    start, end = select.start or 0.0, select.end
-    kept = [
-        frame
-        for frame, time in zip(frames, times, strict=True)
-        if start <= time and (end is None or time < end)
-    ]
-    return kept[:: select.every][: select.max_frames]
+def list_clips(
+    what: str,
+    root: Path,
+    known: Iterable[str],
+    wanted: Iterable[str] | None,
+    make: Callable[[str], Clip[A]],
+) -> list[Clip[A]]:
+    """Make the clips wanted of those known; the reason why one cannot be made is its problem."""
+    found: list[Clip[A]] = []
+    for name in pick(wanted, known, f"{what} {{}} in {root}"):
+        try:
+            found.append(make(name))
+        except FrameError as error:
+            unusable: Clip[Any] = Clip(name, (), tuple, problem=f"{what} {name!r}: {error}")
+            found.append(unusable)
+    return found
 
 
-def read_masks(paths: Iterable[Path]) -> NDArray[np.uint8]:
-    """Read label maps of one size: ``(A, H, W)`` uint8.
+def mask_clip(name: str, images: Path, labels: Path) -> Clip[Masks]:
+    """Return a clip of frames, with label maps of the same names on the first and any others."""
+    frames, masks = images_in(images), images_in(labels, lossless=True)
+    for folder, found, kind in ((images, frames, "images"), (labels, masks, "PNG masks")):
+        if not found:
+            raise FrameError(f"expected {kind} in {folder}, found {found_in(folder)}")
+    place = {path.stem: index for index, path in enumerate(frames)}
+    if len(place) < len(frames):
+        twice = [path.name for index, path in enumerate(frames) if place[path.stem] != index]
+        raise FrameError(f"{images} has other files for the frames {few(twice)}; keep one of each")
+    strangers = [path.name for path in masks if path.stem not in place]
+    if strangers:
+        raise FrameError(
+            f"masks without a frame in {images}: {few(strangers)}; a mask has the name of its "
+            f"frame, and the frames are {few([path.name for path in frames])}"
+        )
+    if masks[0].stem != frames[0].stem:
+        raise FrameError(
+            f"the first frame, {frames[0].name}, has no mask; expected "
+            f"{labels / frames[0].stem}.png. Draw it, or remove the frames before {masks[0].name}"
+        )
+    annotated = tuple(place[path.stem] for path in masks)
+    return Clip(name, frames, lambda: read_masks(masks), annotated, (*frames, *masks))
 
-    Raises:
-        FrameError: one is damaged, neither a palette nor a grey image, or of another size.
-    """
-    masks: list[NDArray[np.uint8]] = []
-    for path in paths:
-        masks.append(read_labels(path))
-        if masks[-1].shape != masks[0].shape:
-            got, first = (" x ".join(map(str, mask.shape)) for mask in (masks[-1], masks[0]))
+
+def read_masks(paths: Sequence[Path]) -> Masks:
+    """Read label maps of one size: ``(A, H, W)`` uint8."""
+    masks = [read_labels(path) for path in paths]
+    for path, mask in zip(paths, masks, strict=True):
+        if mask.shape != masks[0].shape:
+            got, first = (" x ".join(map(str, each.shape)) for each in (mask, masks[0]))
             raise FrameError(
                 f"{path} is {got}, but the clip's first mask is {first}; all must have one size"
             )
     return np.stack(masks)
 
 
-def data_folder(root: str | Path, what: str, needed: Sequence[str] = ()) -> Path:
-    """Return the folder of a data set after a check that it is one.
+def read_list(lists: Sequence[Path]) -> list[str]:
+    """Return the clips of the first of some lists that exists.
 
-    Args:
-        root: the path.
-        what: what it should be, as ``"the folder of DAVIS"``.
-        needed: names or relative paths that must be in it.
-
-    Raises:
-        FrameError: it does not exist, is no folder or lacks something; says where it may be.
+    A line's first word is the name of a clip, or the path of its folder or of one of its frames.
     """
+    path = next(filter(Path.is_file, lists), None)
+    if path is None:
+        expected, folder = lists[0], lists[0].parent
+        near = did_you_mean(expected.name, entries(folder))
+        raise FrameError(f"no list of clips {expected}; found {found_in(folder)} in it.{near}")
+    named = [Path(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
+    names = [p.parent.name if p.stem.isdigit() and p.parent.name else p.name for p in named]
+    return list(dict.fromkeys(names))
+
+
+def clip_folders(
+    root: Path, what: str, parts: Sequence[str], official: Sequence[str] = ()
+) -> dict[str, Path]:
+    """Return name to folder of the clips in a folder, or of the folder itself if it is one.
+
+    A folder with any of ``parts`` in it is a clip; the root is one with the first of them. The
+    error hints at a folder with all of these or of an ``official`` layout.
+    """
+    if (root / parts[0]).exists():
+        return {root.resolve().name: root}
+    children = {name: root / name for name in entries(root)}
+    found = {n: path for n, path in children.items() if any((path / p).exists() for p in parts)}
+    if not found:
+        raise FrameError(
+            f"{root} is not {what}, and has no clips with {' and '.join(parts)} in them; found "
+            f"{found_in(root)}."
+            + (_nearby(root, official or parts) or _nearby(root, [f"*/{part}" for part in parts]))
+        )
+    return found
+
+
+def data_folder(root: str | Path, what: str, needed: Sequence[str] = ()) -> Path:
+    """Return the folder of a data set, after a check that all that is needed is in it."""
     path = Path(root).expanduser()
     if not path.is_dir():
         if path.exists():
@@ -161,37 +181,36 @@ def data_folder(root: str | Path, what: str, needed: Sequence[str] = ()) -> Path
     if missing:
         raise FrameError(
             f"{path} is not {what}: expected {', '.join(missing)} in it, found {found_in(path)}."
-            + nearby(path, missing)
+            + _nearby(path, missing)
         )
     return path
-
-
-def nearby(root: Path, needed: Sequence[str]) -> str:
-    """Return a hint at a folder below or above that has what is needed, or at a similar name."""
-    children = [root / name for name in entries(root) if (root / name).is_dir()]
-    for folder in (*children, root.parent):
-        if all(any(folder.glob(pattern)) for pattern in needed):
-            return f" Did you mean {folder}?"
-    return did_you_mean(Path(needed[0]).parts[0], [child.name for child in children])
 
 
 def pick(names: Iterable[str] | None, known: Iterable[str], what: str) -> list[str]:
     """Return the names that are wanted, all of the known ones for None.
 
-    Args:
-        names: the ones wanted.
-        known: all that there are.
-        what: what they are and where, with ``{}`` for the name: ``"clip {} in DAVIS"``.
-
-    Raises:
-        FrameError: a name is not known; says which are similar, or the first few.
+    The error for an unknown one says ``what`` there is not, with the name for its ``{}``.
     """
     listed = list(known)
     for name in names or ():
         if name not in listed:
             near = did_you_mean(name, listed) or f" It has {len(listed)}: {few(listed)}"
             raise FrameError(f"no {what.format(repr(name))}.{near}")
-    return listed if names is None else list(names)
+    return list(dict.fromkeys(listed if names is None else names))
+
+
+def images_in(folder: Path, *, lossless: bool = False) -> list[Path]:
+    """Return the images of a folder in natural order; none if there is no such folder."""
+    found = find_images(folder) if folder.is_dir() else []
+    # label maps are not in JPEG
+    return [path for path in found if not lossless or path.suffix.lower() not in (".jpg", ".jpeg")]
+
+
+def images_named(folder: Path, stems: Iterable[str], *, lossless: bool = False) -> list[Path]:
+    """Return the images of some stems; of those that are not there, the path to be expected."""
+    held = {path.stem: path for path in images_in(folder, lossless=lossless)}
+    suffix = ".png" if lossless else ".jpg"
+    return [held.get(stem, folder / f"{stem}{suffix}") for stem in stems]
 
 
 def entries(folder: Path) -> list[str]:
@@ -203,7 +222,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def found_in(folder: Path) -> str:
-    """Return the first few names in a folder, as text."""
+    """Tell the first few names in a folder."""
     return few(entries(folder))
 
 
@@ -212,32 +231,11 @@ def few(names: Sequence[str], limit: int = 9) -> str:
     return (", ".join(names[:limit]) or "nothing") + (", ..." if len(names) > limit else "")
 
 
-def images_in(folder: Path) -> tuple[Path, ...]:
-    """Return the images of a folder in natural order; none if there is no such folder."""
-    return tuple(find_images(folder)) if folder.is_dir() else ()
-
-
-def files_named(stems: Iterable[str], found: Iterable[Path], fallback: Path) -> list[Path]:
-    """Return the files of some stems, whatever their suffix.
-
-    Args:
-        stems: names without suffix.
-        found: the files that there are.
-        fallback: folder and suffix, as ``masks/*.png``, of the path of one that is not there.
-    """
-    held = {path.stem: path for path in found}
-    return [held.get(stem, fallback.with_name(f"{stem}{fallback.suffix}")) for stem in stems]
-
-
-def label_maps_in(folder: Path) -> tuple[Path, ...]:
-    """Return the images of a folder that can be label maps: all but JPEG."""
-    return tuple(path for path in images_in(folder) if path.suffix.lower() not in _LOSSY)
-
-
-def _decode(stored: bytes, name: str, index: int) -> NDArray[np.uint8]:
-    pillow: Any = require("PIL.Image", extra="eval", purpose="reading frames")
-    try:
-        with pillow.open(io.BytesIO(stored)) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise FrameError(f"frame {index} of {name!r} cannot be read: {error}") from error
+def _nearby(root: Path, needed: Sequence[str]) -> str:
+    """A hint at a folder below or above that has what is needed, or at a similar name."""
+    children = [root / name for name in entries(root) if (root / name).is_dir()]
+    for folder in (*children, root.parent):
+        if all(any(folder.glob(pattern)) for pattern in needed):
+            return f" Did you mean {folder}?"
+    first = root / needed[0]
+    return did_you_mean(first.name, entries(first.parent))

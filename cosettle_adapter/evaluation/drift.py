@@ -1,7 +1,8 @@
-"""How far the features of one and the same thing move over time: temporal drift.
+"""How consistently patch features follow things over time.
 
-Drift falls when features are blurred, which also makes different things alike; so
-:func:`match_accuracy` is reported with it wherever the true motion is known.
+Drift falls when features are blurred, which also makes different things alike, and cycles need no
+truth, so neither can say whether features follow the right thing. :func:`match_accuracy` and
+:func:`tracking_error` can, on clips of known motion.
 """
 
 from __future__ import annotations
@@ -14,37 +15,29 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from cosettle_adapter.correspondence import mutual_nearest
-from cosettle_adapter.evaluation.consistency import nearest_patch, token_frames
+from cosettle_adapter.correspondence import mutual_nearest, track_points
+from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.video.synthetic import RenderedClip
 
 if TYPE_CHECKING:
     from cosettle_adapter.video.geometry import Geometry
 
 GAPS = (1, 4, 8)  # frames
+_CHUNK = 1024  # patches compared at a time
 _NEAR = 0.25  # patches
-_SEED = 0
 
 
 class Correspondence(NamedTuple):
-    """Which patches of two frames show the same thing.
-
-    Attributes:
-        frames: the two frames' indices.
-        patches: ``(M, 2)`` int64, row-major indices of patches in the first and second frame.
-    """
+    """Patches ``(M, 2)`` of two frames, row-major indices, that show the same thing."""
 
     frames: tuple[int, int]
     patches: Tensor
 
 
 def mutual_correspondences(guide: Tensor, gap: int) -> list[Correspondence]:
-    """Take the patches that are each other's nearest neighbour, for clips of unknown motion.
+    """Match mutually nearest patches of frames ``gap`` apart, for clips of unknown motion.
 
-    Args:
-        guide: ``(T, C, h, w)`` features to match by cosine. They must not be the features that
-            are measured, which would be judged where they agree with themselves.
-        gap: frames between the two; one correspondence for every such pair of frames.
+    The features ``guide``, ``(T, C, h, w)``, must not be those that are measured.
     """
     return [
         Correspondence((t, t + gap), mutual_nearest(guide[t], guide[t + gap])[0])
@@ -53,22 +46,16 @@ def mutual_correspondences(guide: Tensor, gap: int) -> list[Correspondence]:
 
 
 def true_correspondences(clip: RenderedClip, geometry: Geometry, gap: int) -> list[Correspondence]:
-    """Take the patches that truly show the same: a point visible at the centre of both.
+    """Match the patches of frames ``gap`` apart that truly show the same.
 
-    That is, the patches of the first frame whose centre comes within a quarter of a patch, in both
-    directions, of a centre of the second. Half a patch off, features differ whether or not they
-    drift.
-
-    Args:
-        clip: a clip of known motion.
-        geometry: how its frames became the grid of patches.
-        gap: frames between the two; one correspondence for every such pair of frames.
+    Their centres are visible in both frames, and the first comes within a quarter of a patch of
+    the second in both directions: half a patch off, features differ whether or not they drift.
     """
     centres = rearrange(geometry.cell_centers(), "h w xy -> (h w) xy")
     rows, columns = geometry.grid
     found = []
     for t in range(len(clip.frames) - gap):
-        positions, visible = _pair(clip, t, t + gap).track(centres)
+        positions, visible = _two_frames(clip, t, t + gap).track(centres)
         patches = geometry.pixels_to_cells(positions[1])
         near = (patches - patches.round()).abs().amax(-1) <= _NEAR
         row, column = patches.round().long().unbind(-1)
@@ -78,44 +65,36 @@ def true_correspondences(clip: RenderedClip, geometry: Geometry, gap: int) -> li
     return found
 
 
-def _pair(clip: RenderedClip, first: int, second: int) -> RenderedClip:
-    """Two frames as a clip, in which the first of them is frame 0."""
+def _two_frames(clip: RenderedClip, first: int, second: int) -> RenderedClip:
+    """Two frames as a clip whose motion starts at the first of them."""
     frames = [first, second]
 
     def since(homographies: Tensor) -> Tensor:
         moved: Tensor = homographies[frames] @ torch.linalg.inv(homographies[first])
         return moved
 
-    mask, moving = clip.object_mask, clip.object_homographies
-    return RenderedClip(
-        clip.frames[frames],
-        since(clip.homographies),
-        None if mask is None else mask[frames],
-        None if moving is None else since(moving),
-    )
+    pixels, moving = clip.frames[frames], clip.object_homographies
+    mask = None if clip.object_mask is None else clip.object_mask[frames]
+    object_moves = None if moving is None else since(moving)
+    return RenderedClip(pixels, since(clip.homographies), mask, object_moves)
 
 
 @torch.no_grad()
 def temporal_drift(features: Tensor, correspondences: Iterable[Correspondence]) -> float:
     """Distance of patches that correspond, over the distance of any two patches.
 
-    Distances are cosine distances after the clip's mean token is subtracted, so the measure does
-    not change with the features' scale or a constant added to them, and patches with long features
-    do not count for more. Where features are a constant part and independent noise, it is the
-    noise's share of the variance. "Any two": each patch of a pair's first frame and one drawn at
-    random (fixed seed) from its second. Means are over all patches of all pairs of frames.
-
-    Args:
-        features: ``(T, C, h, w)`` floats.
-        correspondences: pairs of frames and patches, on the same grid.
+    Distances are cosine distances after the clip's mean token is subtracted from its features
+    ``(T, C, h, w)``, so neither their scale nor a constant added to them matters. Where features
+    are a constant part and independent noise, it is the noise's share of the variance. "Any two":
+    each patch of a pair's first frame and one drawn at random (fixed seed) from its second.
 
     Returns:
         0 where features stay with things, about 1 where they have nothing to do with them; NaN
         without a correspondence, or where all features are equal.
     """
-    frames = token_frames(features, at_least=1)
+    frames = token_frames(features)
     frames = F.normalize(frames - frames.mean(dim=(0, 1)), dim=-1)
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(0)
     same, any_two = [frames.new_empty(0)], [frames.new_empty(0)]
     for (first, second), patches in correspondences:
         here, there = frames[first], frames[second]
@@ -139,19 +118,102 @@ def drift_by_gap(
 
 @torch.no_grad()
 def match_accuracy(features: Tensor, correspondences: Iterable[Correspondence]) -> float:
-    """Share of patches whose nearest neighbour by cosine lies within one patch of the truth.
-
-    Args:
-        features: ``(T, C, h, w)`` floats.
-        correspondences: true ones, on the same grid. Without any the share is NaN.
-    """
-    frames = F.normalize(token_frames(features, at_least=1), dim=-1)
-    width = features.shape[-1]
+    """Share of patches whose nearest neighbour lies within one patch of the truth; NaN of none."""
+    frames, width = F.normalize(token_frames(features), dim=-1), features.shape[-1]
     hits = [torch.empty(0)]
     for (first, second), patches in correspondences:
         own, other = patches.to(frames.device).unbind(1)
-        found = nearest_patch(frames[first][own], frames[second])
-        down = (found // width - other // width).abs()
-        right = (found % width - other % width).abs()
-        hits.append((torch.maximum(down, right) <= 1).float().cpu())
+        found = _nearest(frames[first][own], frames[second])
+        rows = (found // width - other // width).abs()
+        columns = (found % width - other % width).abs()
+        hits.append((torch.maximum(rows, columns) <= 1).float().cpu())
     return float(torch.cat(hits).mean())
+
+
+@torch.no_grad()
+def cycle_consistent(features: Tensor, *, gap: int = 1) -> Tensor:
+    """Tell which patches return to themselves by way of frame t + gap, ``(T - gap, h, w)``.
+
+    A patch goes to its nearest neighbour by cosine there, and from that to the nearest neighbour
+    in frame t (paper, Figure 1). Of features that do not vary, about 1 / (h w) return by chance.
+    """
+    if gap < 1:
+        raise ValueError(f"got gap={gap}, expected at least 1 frame")
+    frames = F.normalize(token_frames(features, at_least=gap + 1), dim=-1)
+    own = torch.arange(frames.shape[1], device=frames.device)
+    maps = [
+        _nearest(there, here)[_nearest(here, there)] == own
+        for here, there in zip(frames, frames[gap:], strict=False)
+    ]
+    return rearrange(maps, "t (h w) -> t h w", w=features.shape[-1])
+
+
+def cycle_accuracy(features: Tensor, *, gap: int = 1) -> float:
+    """Share of patches, in [0, 1], that :func:`cycle_consistent` is true for."""
+    return float(cycle_consistent(features, gap=gap).float().mean())
+
+
+@torch.no_grad()
+def tracking_error(
+    features: Tensor,
+    geometry: Geometry,
+    points: Tensor,
+    positions: Tensor,
+    visible: Tensor,
+    *,
+    thresholds: tuple[float, ...] = (4, 8, 16),
+) -> dict[str, float]:
+    """How far nearest-neighbour tracking of frame 0's points ends from where they truly are.
+
+    Frame 0 does not count, nor does a point while it is hidden.
+
+    Args:
+        features: ``(T, C, h, w)`` floats.
+        geometry: how the grid lies on the frame, ``adapter.geometry(H, W)``.
+        points: ``(N, 2)`` (x, y) in pixels of frame 0.
+        positions: ``(T, N, 2)`` (x, y) in pixels, where the points truly are.
+        visible: ``(T, N)`` bool.
+        thresholds: pixels ``t`` of the shares ``pck@t`` of points that are within.
+
+    Returns:
+        The shares, ``mean`` and ``median`` in pixels, and ``count`` of the points measured.
+    """
+    token_frames(features, at_least=2)
+    expected = (len(features), len(points))
+    if visible.shape != expected or positions.shape != (*expected, 2):
+        raise GeometryError(
+            f"got positions of shape {tuple(positions.shape)} and visible of shape "
+            f"{tuple(visible.shape)}, expected {(*expected, 2)} and {expected} for "
+            f"{expected[0]} frames and {expected[1]} points."
+        )
+    seen = visible[1:].bool().cpu()
+    if not seen.any():
+        raise FrameError(
+            "got no point that is visible after frame 0, so there is nothing to measure. "
+            "Choose points that stay in view."
+        )
+    patches = geometry.pixels_to_cells(points.to(features.device))
+    found = geometry.cells_to_pixels(track_points(features, patches).positions).cpu().double()
+    errors = (found - positions.cpu().double()).norm(dim=-1)[1:][seen]
+    figures = {"mean": float(errors.mean()), "median": float(errors.median())}
+    for threshold in thresholds:
+        figures[f"pck@{threshold:g}"] = float((errors <= threshold).double().mean())
+    return figures | {"count": float(len(errors))}
+
+
+def token_frames(features: Tensor, *, at_least: int = 1) -> Tensor:
+    """Return ``(T, C, h, w)`` as contiguous ``(T, h w, C)``, float32 or float64."""
+    if features.ndim != 4 or not features.is_floating_point():
+        raise GeometryError(
+            f"got features of shape {tuple(features.shape)} and dtype {features.dtype}, expected "
+            "floats of shape (T, C, h, w)."
+        )
+    if len(features) < at_least:
+        raise FrameError(f"got {len(features)} frames, expected at least {at_least}.")
+    wide = features if features.dtype == torch.float64 else features.float()
+    return rearrange(wide, "t c h w -> t (h w) c").contiguous()
+
+
+def _nearest(queries: Tensor, keys: Tensor) -> Tensor:
+    """The index of the key with the largest inner product, for each query ``(N, C)``."""
+    return torch.cat([(part @ keys.T).argmax(dim=1) for part in torch.split(queries, _CHUNK)])

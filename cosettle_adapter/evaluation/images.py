@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_frame(path: Path) -> NDArray[np.uint8]:
-    """Read an image: ``(H, W, 3)`` uint8, RGB, upright as its EXIF orientation says.
-
-    Raises:
-        FrameError: the file is missing, damaged or not an image.
-    """
+    """Read an image, upright: ``(H, W, 3)`` uint8; a FrameError if it cannot be read."""
     frame: NDArray[np.uint8] = rearrange(read_image(path), "c h w -> h w c").contiguous().numpy()
     return frame
 
@@ -31,9 +27,7 @@ def read_frame(path: Path) -> NDArray[np.uint8]:
 def read_labels(path: Path, *, colours: bool = False) -> NDArray[np.uint8]:
     """Read a label map: ``(H, W)`` uint8, the palette index or grey value of every pixel.
 
-    Args:
-        path: a PNG.
-        colours: take an image in colours as well, as 1 where any colour is above 0.
+    With ``colours`` an RGB image is read as well, as 1 where any colour is above 0.
 
     Raises:
         FrameError: the file is missing or damaged, or its pixels are not labels.
@@ -53,11 +47,7 @@ def read_labels(path: Path, *, colours: bool = False) -> NDArray[np.uint8]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return (height, width) from an image's header.
-
-    Raises:
-        FrameError: the file is missing, damaged or not an image.
-    """
+    """Return (height, width) from an image's header; a FrameError if it cannot be read."""
     with _opened(path, "an image") as image:
         width, height = image.size
         return height, width

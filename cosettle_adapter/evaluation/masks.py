@@ -1,4 +1,4 @@
-"""DAVIS measures of a mask against its annotation: region similarity J and boundary F.
+"""DAVIS measures of a mask against its annotation, region similarity J and boundary F; PNG files.
 
 Both equal the official evaluation's numbers (davis2017-evaluation) to rounding; F finds boundary
 pixels near one another with a k-d tree over the boundaries, whose cost does not depend on the
@@ -8,46 +8,31 @@ size of the frame, in place of dilating whole frames.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.imports import require
+from cosettle_adapter.io import atomic_path
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-    Mask = NDArray[np.bool_]
+Mask = NDArray[np.bool_]
 
 
 class Summary(NamedTuple):
-    """Statistics of a measure over the frames of one object.
-
-    Attributes:
-        mean: mean over frames.
-        recall: share of frames above 0.5.
-        decay: mean of the first quarter of the frames minus mean of the last quarter.
-    """
+    """Statistics of a measure over the frames of one object."""
 
     mean: float
-    recall: float
-    decay: float
+    recall: float  # share of frames above 0.5
+    decay: float  # mean of the first quarter of the frames minus mean of the last quarter
 
 
 def region_similarity(gt: ArrayLike, pred: ArrayLike, *, void: ArrayLike | None = None) -> float:
-    """Return J, the intersection over union of two masks.
+    """Return J in [0, 1], the intersection over union of two masks; 1 if both are empty.
 
-    Args:
-        gt: ``(H, W)`` boolean annotation.
-        pred: ``(H, W)`` boolean prediction.
-        void: ``(H, W)`` boolean, pixels that do not count.
-
-    Returns:
-        J in [0, 1]; 1 if both masks are empty.
-
-    Raises:
-        FrameError: masks of different shapes, or not boolean.
+    Masks are ``(H, W)`` boolean; pixels of ``void`` do not count.
     """
     truth, guess = _masks(gt, pred, void)
     union = int((truth | guess).sum())
@@ -57,24 +42,13 @@ def region_similarity(gt: ArrayLike, pred: ArrayLike, *, void: ArrayLike | None 
 def boundary_f(
     gt: ArrayLike, pred: ArrayLike, tolerance: float = 0.008, *, void: ArrayLike | None = None
 ) -> float:
-    """Return F, the harmonic mean of precision and recall of a mask's boundary.
+    """Return F in [0, 1], the harmonic mean of precision and recall of a mask's boundary.
 
     A boundary pixel counts as found if a boundary pixel of the other mask lies within the
-    tolerance, by Euclidean distance.
+    tolerance, by Euclidean distance. F is 1 if neither mask has a boundary, 0 if only one has.
 
-    Args:
-        gt: ``(H, W)`` boolean annotation.
-        pred: ``(H, W)`` boolean prediction.
-        tolerance: below 1 a share of the frame's diagonal, rounded up to whole pixels; from 1
-            on, pixels.
-        void: ``(H, W)`` boolean, pixels taken as background in both masks.
-
-    Returns:
-        F in [0, 1]; 1 if neither mask has a boundary, 0 if only one has.
-
-    Raises:
-        FrameError: masks of different shapes, or not boolean.
-        ValueError: ``tolerance`` is negative.
+    Masks are ``(H, W)`` boolean; pixels of ``void`` are background in both. A tolerance below 1 is
+    a share of the frame's diagonal, rounded up to whole pixels; from 1 on, it is pixels.
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or more, got {tolerance}")
@@ -89,17 +63,10 @@ def boundary_f(
 
 
 def summarise(values: ArrayLike) -> Summary:
-    """Summarise a measure over frames as the official evaluation does.
+    """Summarise a measure over frames ``(T,)`` as the official evaluation does.
 
-    Args:
-        values: ``(T,)``, one value a frame, in order; NaN for frames that do not count.
-
-    Returns:
-        Mean, recall and decay. Quarters share their border frames, and clips of more than 255
-        frames get the decay the definition says (the official code's frame index overflows).
-
-    Raises:
-        ValueError: not one-dimensional, or empty.
+    NaN stands for frames that do not count. Quarters share their border frames, and clips of more
+    than 255 frames get the decay the definition says (the official code's frame index overflows).
     """
     series: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     if series.ndim != 1 or not len(series):
@@ -110,30 +77,41 @@ def summarise(values: ArrayLike) -> Summary:
     return Summary(_mean(series), float((series > 0.5).mean()), _mean(first) - _mean(last))
 
 
+def palette() -> bytes:
+    """Return the palette of PASCAL VOC and DAVIS: 256 RGB colours."""
+    # a label's bits, three at a time, set those of red, green and blue from the highest down
+    return bytes(
+        sum((label >> (3 * place + channel) & 1) << (7 - place) for place in range(3))
+        for label in range(256)
+        for channel in range(3)
+    )
+
+
+def save_labels(labels: NDArray[np.uint8], path: Path) -> None:
+    """Write a label map ``(H, W)`` as a palette PNG, which the official DAVIS evaluation reads."""
+    image: Any = require("PIL.Image", extra="eval", purpose="writing predictions")
+    picture = image.fromarray(labels, mode="P")
+    picture.putpalette(palette())
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def _mean(values: NDArray[np.float64]) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
 
 
 def _masks(gt: ArrayLike, pred: ArrayLike, void: ArrayLike | None) -> tuple[Mask, Mask]:
-    masks = {"gt": np.asarray(gt), "pred": np.asarray(pred)}
-    if void is not None:
-        masks["void"] = np.asarray(void)
-    for name, mask in masks.items():
-        if mask.ndim != 2 or mask.shape != masks["gt"].shape:
-            raise FrameError(
-                f"got {name} of shape {mask.shape}, expected (H, W) = {masks['gt'].shape} like "
-                "gt: resize the prediction to the annotation first (nearest, or argmax after "
-                "resizing soft labels)"
-            )
-        if mask.dtype != np.bool_:
-            raise FrameError(
-                f"got {name} of dtype {mask.dtype}, expected bool; for one object of a label map "
-                "use labels == object_id"
-            )
-    if void is None:
-        return masks["gt"], masks["pred"]
-    return masks["gt"] & ~masks["void"], masks["pred"] & ~masks["void"]
+    truth, guess = np.asarray(gt), np.asarray(pred)
+    out: Mask = np.zeros(truth.shape, dtype=bool) if void is None else np.asarray(void)
+    if truth.ndim != 2 or not truth.shape == guess.shape == out.shape:
+        raise FrameError(
+            f"got gt {truth.shape}, pred {guess.shape} and void {out.shape}, expected (H, W) of one"
+            " size: resize the prediction to the annotation first (nearest)"
+        )
+    if not truth.dtype == guess.dtype == out.dtype == np.bool_:
+        raise FrameError("masks must be boolean; for an object of a label map use labels == id")
+    return truth & ~out, guess & ~out
 
 
 def _boundary_points(mask: Mask) -> NDArray[np.int64]:

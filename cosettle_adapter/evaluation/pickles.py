@@ -21,17 +21,15 @@ from cosettle_adapter.errors import FrameError
 # plain numbers, booleans, fixed-length byte and text strings, and objects, which must be bytes
 _TYPES = re.compile(r"b1|[iu][1248]|f[248]|[SU][0-9]{1,9}|O8?")
 _NDARRAY = object()  # stands for the class numpy.ndarray, and can be neither called nor changed
+_PLAIN = (type(None), bool, int, float, str, bytes, bytearray, np.generic)
 _DEPTH = 8
 
 
 def load_arrays(path: Path) -> Any:
-    """Read a pickle of dicts, lists, tuples, strings, numbers and NumPy arrays.
+    """Read a pickle of dicts, lists, tuples, strings, numbers and NumPy arrays, without running it.
 
     Arrays of numbers share the file's bytes and cannot be written to; arrays of objects, which may
     hold bytes alone, become lists.
-
-    Args:
-        path: a pickle; it is not executed.
 
     Raises:
         FrameError: the file is missing or damaged, or holds or calls anything else.
@@ -57,13 +55,14 @@ class _RefusedError(Exception):
 class _Type:
     """What a pickle says of an array's type."""
 
-    def __init__(self, code: Any) -> None:
+    def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not _TYPES.fullmatch(code):
             raise _RefusedError(f"has an array of type {code!r}")
-        self.code, self.order = code, "="
+        self.code: str = code
+        self.order: Any = "="
 
     def __setstate__(self, state: Any) -> None:
-        if len(state) < 8 or state[1] not in ("<", ">", "|", "=") or any(state[2:5]):
+        if any(state[2:5]):
             raise _RefusedError("has an array of a compound type")
         self.order = state[1]
 
@@ -79,62 +78,41 @@ class _Array:
         self.content = (kind, data, shape, "F" if fortran else "C")
 
     def made(self) -> Any:
-        if not self.content:
-            raise _RefusedError("has an array without content")
-        kind, data, shape, order = self.content
-        if not isinstance(kind, _Type) or order not in ("C", "F"):
+        kind, data, shape, order = self.content  # fails where there was no state
+        if not isinstance(kind, _Type):
             raise _RefusedError("describes an array by something that is no type")
         if kind.code.startswith("O"):
             if not isinstance(data, list) or not all(isinstance(item, bytes) for item in data):
                 raise _RefusedError("has an array of objects that are not bytes")
             return data
-        dtype = np.dtype(kind.code)
-        dtype = dtype if kind.order == "|" else dtype.newbyteorder(kind.order)  # type: ignore[arg-type]
-        if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != len(data):
+        dtype = np.dtype(kind.code).newbyteorder(kind.order)
+        if math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"an array of shape {shape} and type {dtype} has {len(data)} bytes")
         return np.ndarray(shape, dtype, data, order=order)  # a view, because videos are large
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names that NumPy's arrays need, made anew for every file.
-
-    A pickle can set attributes of a function it was given, so none is handed out twice.
-    """
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self._names: dict[tuple[str, str], Any] = {
-            ("numpy", "ndarray"): _NDARRAY,
-            ("numpy", "dtype"): lambda code, *_: _Type(code),
-            ("_codecs", "encode"): lambda text, encoding: _encode(text, encoding),
-            ("__builtin__", "bytes"): lambda: b"",  # how old protocols write no bytes
-        }
-        for package in ("numpy.core", "numpy._core"):  # before and since NumPy 2
-            self._names |= {
-                (f"{package}.multiarray", "_reconstruct"): lambda *args: _reconstruct(*args),
-                (f"{package}.multiarray", "scalar"): lambda kind, data: _Array(
-                    kind, data, (), "C"
-                ).made()[()],
-                (f"{package}.numeric", "_frombuffer"): lambda data, kind, shape, order: _Array(
-                    kind, data, shape, order
-                ),
-            }
+    """Knows the names that NumPy's arrays need."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._names:
+        # functions are made anew each time: a pickle can set attributes of one it was given
+        known = {
+            "numpy.ndarray": _NDARRAY,
+            "numpy.dtype": lambda *args: _Type(*args),
+            "_codecs.encode": lambda text, _: str(text).encode("latin-1"),
+            "__builtin__.bytes": lambda: b"",  # how old protocols write no bytes
+            "numpy._core.multiarray._reconstruct": lambda *args: _reconstruct(*args),
+            "numpy._core.multiarray.scalar": lambda *args: _Array(*args, (), "C").made()[()],
+            "numpy._core.numeric._frombuffer": lambda data, *rest: _Array(rest[0], data, *rest[1:]),
+        }
+        full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")  # before NumPy 2
+        if full not in known:
             raise _RefusedError(f"asks for {module}.{name}")
-        return self._names[module, name]
+        return known[full]
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
-    if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
-        raise _RefusedError(f"encodes as {encoding!r}")
-    return text.encode("latin-1")
-
-
-def _reconstruct(subtype: Any, shape: Any, code: Any) -> _Array:
-    del shape, code  # NumPy writes (0,) and b'b' and gives the real ones in the state
-    if subtype is not _NDARRAY:
+def _reconstruct(subtype: Any, *_: Any) -> _Array:
+    if subtype is not _NDARRAY:  # what follows is replaced by the state
         raise _RefusedError("has an array of another class than numpy.ndarray")
     return _Array()
 
@@ -154,6 +132,6 @@ def _finished(value: Any, depth: int, seen: dict[int, Any]) -> Any:
             else:
                 seen[id(value)] = type(value)(items)
         return seen[id(value)]
-    if value is None or isinstance(value, (bool, int, float, str, bytes, bytearray, np.generic)):
+    if isinstance(value, _PLAIN):
         return value
     raise _RefusedError(f"holds a {type(value).__name__}")

@@ -1,57 +1,129 @@
-"""TAP-Vid's measures of tracked points, and how it samples the points to ask for."""
+"""Measures of tracked joints and points: PCK as on JHMDB, BADJA's deltas, TAP-Vid's figures.
+
+A predicted position that is not a number is a miss.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from einops import rearrange
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
+from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.errors import FrameError
+from cosettle_adapter.video.geometry import Geometry
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-THRESHOLDS = (1, 2, 4, 8, 16)  # pixels of a 256 x 256 frame
-
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 QueryMode = Literal["first", "strided"]
+
+_JOINT_BOX_SHARE = 0.6  # of the diagonal of the joints' box: a stand-in for the person's size
+_THRESHOLDS = (1, 2, 4, 8, 16)  # of TAP-Vid, in pixels of a 256 x 256 frame
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pck:
+    """How many joints were found at K thresholds, in a form that adds up over clips."""
+
+    thresholds: tuple[float, ...]  # shares of the scale
+    correct: NDArray[np.int64]  # (J, K), how often a joint lay within a threshold
+    total: NDArray[np.int64]  # (J,), how often it counted
+
+    @property
+    def mean(self) -> dict[float, float]:
+        """PCK by threshold: the mean over joints that counted, each joint once."""
+        known = self.total > 0
+        shares = self.correct[known] / self.total[known, None]
+        return {
+            threshold: float(shares[:, k].mean()) if known.any() else float("nan")
+            for k, threshold in enumerate(self.thresholds)
+        }
+
+    def __add__(self, other: Pck) -> Pck:
+        """Pool two clips: a joint's share is over all its frames, long clips count for more."""
+        if self.thresholds != other.thresholds or self.total.shape != other.total.shape:
+            raise ValueError("cannot pool counts of other joints or at other thresholds")
+        return Pck(self.thresholds, self.correct + other.correct, self.total + other.total)
+
+
+def pck(
+    gt: ArrayLike,
+    pred: ArrayLike,
+    thresholds: Sequence[float] = (0.1, 0.2),
+    *,
+    visible: ArrayLike | None = None,
+) -> Pck:
+    """Count the joints of a clip that are within shares of the person's size of the truth.
+
+    This is the JHMDB measure of videowalk and all who follow it: the size is 0.6 * the diagonal of
+    the box of a frame's visible joints (0 counts as missed), the first frame, which is given, does
+    not count, every joint's share is pooled over all frames of all clips, and PCK is the mean of
+    the 15 shares. "Visible" in the published code is a property of the prediction, not of the
+    annotation: a joint whose propagated heat map is empty everywhere is left out, out of the box
+    and of the counts. Annotated joints outside the frame count.
+
+    Positions are ``(T, J, 2)`` (x, y) pixels, ``visible`` is ``(T, J)`` boolean, by default all.
+    Counts add up over clips: ``sum(rest, start=first).mean[0.1]``.
+    """
+    truth, guess = _positions("(T, J, 2)", gt=gt, pred=pred)
+    seen = _flags("visible", visible, truth)
+    low = np.where(seen[..., None], truth, np.inf).min(1)
+    high = np.where(seen[..., None], truth, -np.inf).max(1)
+    # the published code divides, so that 0 / 0, which is not a number, is a miss
+    with np.errstate(divide="ignore", invalid="ignore"):
+        size = _JOINT_BOX_SHARE * np.linalg.norm(high - low, axis=1)
+        relative = np.linalg.norm(guess - truth, axis=2) / size[:, None]
+        within = relative[..., None] <= np.asarray(thresholds, dtype=np.float64)
+    correct = (within & seen[..., None])[1:].sum(0)
+    return Pck(tuple(map(float, thresholds)), correct, seen[1:].sum(0))
+
+
+class BadjaAccuracy(NamedTuple):
+    """Share of joints found in one clip; a data set's figure is the mean over its clips."""
+
+    delta_seg: float  # within 0.2 * sqrt(area of the animal's mask), in [0, 1]
+    delta_3px: float  # within 3 pixels; it depends on the frame size
+    positions: int  # how many counted; where it is 0, both shares are NaN
+
+
+def badja_accuracy(
+    gt: ArrayLike, pred: ArrayLike, visible: ArrayLike, areas: ArrayLike
+) -> BadjaAccuracy:
+    """Share of an animal's joints that were tracked well.
+
+    The published rule: a position counts where the joint is annotated as visible, in every frame
+    but the first of the clip; distances are strictly below the threshold, and all positions of
+    the clip are pooled.
+
+    Positions are ``(T, J, 2)`` (x, y) pixels, ``areas`` ``(T,)`` those of the animal's mask, of
+    all frames or the annotated ones; both are read where ``visible``, ``(T, J)`` boolean. Mark
+    joints as invisible that were never queried, or not yet.
+    """
+    truth, guess = _positions("(T, J, 2)", gt=gt, pred=pred)
+    counted = _flags("visible", visible, truth) & (np.arange(len(truth)) > 0)[:, None]
+    sizes: Floats = np.asarray(areas, dtype=np.float64)
+    if sizes.shape != truth.shape[:1]:
+        raise FrameError(f"got areas of shape {sizes.shape}, expected (T,) = {truth.shape[:1]}")
+    distance = np.linalg.norm(guess - truth, axis=2)[counted]
+    area = np.broadcast_to(sizes[:, None], counted.shape)[counted]
+    seg, near = (_share((distance < r).sum(), len(distance)) for r in (0.2 * np.sqrt(area), 3))
+    return BadjaAccuracy(seg, near, len(distance))
 
 
 class TapVidMetrics(NamedTuple):
-    """TAP-Vid's figures of one video, in [0, 1]; NaN where nothing is there to be counted.
+    """TAP-Vid's figures of one video, in [0, 1]; NaN where nothing is there to be counted."""
 
-    Attributes:
-        delta_avg: mean of ``pts_within``; NaN if no point that counts is visible.
-        occlusion_accuracy: OA, share of positions whose occlusion is predicted rightly; NaN if no
-            position counts.
-        average_jaccard: AJ, mean of ``jaccard``; NaN if no point that counts is visible, neither
-            by annotation nor by prediction.
-        pts_within: by threshold, share of visible positions strictly within it, whatever the
-            predicted occlusion.
-        jaccard: by threshold, true positives / (visible positions + false positives).
-    """
-
-    delta_avg: float
-    occlusion_accuracy: float
-    average_jaccard: float
-    pts_within: dict[int, float]
-    jaccard: dict[int, float]
-
-
-class Queries(NamedTuple):
-    """Points to ask for, each with the track it belongs to.
-
-    Attributes:
-        points: ``(Q, 3)`` (t, y, x): frame number, then the position in the units of the tracks.
-        occluded: ``(Q, T)`` boolean.
-        tracks: ``(Q, T, 2)`` (x, y).
-        track: ``(Q,)`` row of the annotated track that the query comes from.
-    """
-
-    points: NDArray[np.float64]
-    occluded: NDArray[np.bool_]
-    tracks: NDArray[np.float64]
-    track: NDArray[np.int64]
+    delta_avg: float  # mean of pts_within
+    occlusion_accuracy: float  # OA, share of positions whose occlusion is predicted rightly
+    average_jaccard: float  # AJ, mean of jaccard
+    pts_within: dict[int, float]  # by threshold, share of visible positions strictly within it
+    jaccard: dict[int, float]  # by threshold, true positives / (visible + false positives)
 
 
 def tapvid_metrics(
@@ -64,45 +136,34 @@ def tapvid_metrics(
 ) -> TapVidMetrics:
     """Score the tracked points of one video as TAP-Vid does.
 
-    Positions must be scaled to a 256 x 256 frame, which the thresholds of 1 to 16 pixels belong
-    to. A benchmark's figure is the mean over videos in which it is not NaN.
+    A benchmark's figure is the mean over videos in which it is not NaN.
 
-    Args:
-        query_points: ``(Q, 3)`` (t, y, x); only t is read, rounded to a frame number.
-        gt_occluded: ``(Q, T)`` boolean annotation.
-        gt_tracks: ``(Q, T, 2)`` annotated (x, y); where occluded, any position.
-        pred_occluded: ``(Q, T)`` boolean prediction.
-        pred_tracks: ``(Q, T, 2)`` predicted (x, y).
-        mode: ``"first"`` counts the frames after the query's, ``"strided"`` all but the query's.
-
-    Raises:
-        FrameError: shapes that do not fit together, occlusion that is not boolean, a query frame
-            outside the video, or a position that is not finite where it counts.
-        ValueError: an unknown mode.
+    Queries are ``(Q, 3)`` (t, y, x), of which only t is read, occlusion is ``(Q, T)`` boolean,
+    tracks are ``(Q, T, 2)`` (x, y) pixels of a 256 x 256 frame, which the thresholds belong to.
+    Mode ``"first"`` counts the frames after the query's, ``"strided"`` all but the query's.
     """
     if mode not in ("first", "strided"):
         raise ValueError(f"got mode={mode!r}, expected 'first' or 'strided'")
-    occluded, tracks = _tracks(gt_occluded, gt_tracks, "gt")
-    guess_occluded, guess = _tracks(pred_occluded, pred_tracks, "pred")
-    if guess.shape != tracks.shape:
-        raise FrameError(f"got pred_tracks of shape {guess.shape}, expected {tracks.shape} like gt")
-    counted = _counted(query_points, tracks.shape[:2], mode)
+    tracks, guess = _positions("(Q, T, 2)", gt_tracks=gt_tracks, pred_tracks=pred_tracks)
+    occluded = _flags("gt_occluded", gt_occluded, tracks)
+    guess_occluded = _flags("pred_occluded", pred_occluded, tracks)
+    points: Floats = np.asarray(query_points, dtype=np.float64)
+    query, frames = np.round(points[:, :1]), np.arange(tracks.shape[1])
+    wrong = query[~((query >= 0) & (query < len(frames)))]
+    if len(wrong):
+        raise FrameError(
+            f"got a query in frame {wrong[0]}, expected 0 to {len(frames) - 1}; query_points are "
+            "(t, y, x), the frame first"
+        )
+    counted = frames > query if mode == "first" else frames != query
     visible, guess_visible = ~occluded & counted, ~guess_occluded & counted
-    for name, positions in (("gt_tracks", tracks), ("pred_tracks", guess)):
-        if not np.isfinite(positions[visible]).all():
-            raise FrameError(
-                f"{name} has a position that is not finite where the annotated point is visible; "
-                "give a position for every frame, occluded or not"
-            )
-    with np.errstate(invalid="ignore"):
-        squared = ((guess - tracks) ** 2).sum(2)
+    squared = ((guess - tracks) ** 2).sum(2)
     within, jaccard = {}, {}
-    for threshold in THRESHOLDS:
-        near = squared < threshold**2
-        within[threshold] = _share((near & visible).sum(), visible.sum())
-        true_positives = (near & visible & guess_visible).sum()
-        false_positives = (guess_visible & ~(near & visible)).sum()
-        jaccard[threshold] = _share(true_positives, visible.sum() + false_positives)
+    for threshold in _THRESHOLDS:
+        found = visible & (squared < threshold**2)
+        false_positives = (guess_visible & ~found).sum()
+        within[threshold] = _share(found.sum(), visible.sum())
+        jaccard[threshold] = _share((found & guess_visible).sum(), visible.sum() + false_positives)
     return TapVidMetrics(
         delta_avg=float(np.mean(list(within.values()))),
         occlusion_accuracy=_share(((occluded == guess_occluded) & counted).sum(), counted.sum()),
@@ -112,17 +173,22 @@ def tapvid_metrics(
     )
 
 
+class Queries(NamedTuple):
+    """Points to ask for, each with the track it belongs to."""
+
+    points: Floats  # (Q, 3) (t, y, x): frame number, then the position in the tracks' units
+    occluded: Flags  # (Q, T)
+    tracks: Floats  # (Q, T, 2) (x, y)
+    track: NDArray[np.int64]  # (Q,) row of the annotated track that the query comes from
+
+
 def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
     """Ask for every track where it is first visible; tracks never visible are left out.
 
-    Args:
-        occluded: ``(N, T)`` boolean annotation.
-        tracks: ``(N, T, 2)`` annotated (x, y), in pixels or any other unit.
-
-    Raises:
-        FrameError: shapes that do not fit together, or occlusion that is not boolean.
+    ``occluded`` is ``(N, T)`` boolean, ``tracks`` ``(N, T, 2)`` (x, y) in any unit.
     """
-    hidden, positions = _tracks(occluded, tracks, "gt")
+    (positions,) = _positions("(N, T, 2)", tracks=tracks)
+    hidden = _flags("occluded", occluded, positions)
     index = (~hidden).any(1).nonzero()[0]
     return _queries(hidden, positions, index, np.argmin(hidden[index], axis=1))
 
@@ -130,66 +196,67 @@ def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
 def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> Queries:
     """Ask for every track in frames 0, stride, 2 * stride, ... in which it is visible.
 
-    Args:
-        occluded: ``(N, T)`` boolean annotation.
-        tracks: ``(N, T, 2)`` annotated (x, y), in pixels or any other unit.
-        stride: frames between queries; 5 in TAP-Vid.
-
-    Returns:
-        Queries by frame, then by track.
-
-    Raises:
-        FrameError: shapes that do not fit together, or occlusion that is not boolean.
-        ValueError: ``stride`` is below 1.
+    Arguments are those of :func:`queries_first`; queries come by frame, then by track.
     """
     if stride < 1:
         raise ValueError(f"stride must be at least 1 frame, got {stride}")
-    hidden, positions = _tracks(occluded, tracks, "gt")
-    position, index = rearrange(~hidden[:, ::stride], "n t -> t n").nonzero()
-    return _queries(hidden, positions, index, position * stride)
+    (positions,) = _positions("(N, T, 2)", tracks=tracks)
+    hidden = _flags("occluded", occluded, positions)
+    step, index = rearrange(~hidden[:, ::stride], "n t -> t n").nonzero()
+    return _queries(hidden, positions, index, step * stride)
 
 
-def _queries(hidden: Any, positions: Any, index: Any, frames: Any) -> Queries:
+def track_queries(
+    features: Tensor, frames: Any, points: Tensor, geometry: Geometry, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Track points by features ``(T, C, h, w)``, both ways from the frame each is asked for in.
+
+    Points are ``(Q, 2)`` (x, y) pixels in ``frames`` ``(Q,)``; one outside is moved to the edge.
+    Options are those of :func:`~cosettle_adapter.correspondence.track_points`.
+
+    Returns:
+        ``(Q, T, 2)`` float64 (x, y) pixels, and ``(Q, T)`` patches by which a point misses itself
+        on the way back.
+    """
+    asked = torch.as_tensor(frames).long()
+    limits = torch.tensor(features.shape[-2:], dtype=torch.float64) - 0.5
+    places = geometry.pixels_to_cells(points.double()).clamp(min=-0.5).minimum(limits)
+    xy = torch.zeros(len(asked), len(features), 2, dtype=torch.float64)
+    error = torch.zeros(len(asked), len(features))
+    for frame in sorted(set(asked.tolist())):
+        chosen = asked == frame
+        # frames are matched with the query's one by one, so their order does not matter
+        maps = (features[index] for index in (frame, *range(len(features))))
+        tracks = track_points(maps, places[chosen].to(features.device), **options)
+        found = geometry.cells_to_pixels(tracks.positions[1:].double().cpu())
+        xy[chosen] = rearrange(found, "t q two -> q t two")
+        error[chosen] = rearrange(tracks.cycle_error[1:].float().cpu(), "t q -> q t")
+    return xy, error
+
+
+def _queries(hidden: Flags, positions: Floats, index: Any, frames: Any) -> Queries:
     x, y = positions[index, frames, 0], positions[index, frames, 1]
     points = np.stack([frames.astype(np.float64), y, x], axis=1)
     return Queries(points, hidden[index], positions[index], index.astype(np.int64))
 
 
-def _counted(query_points: ArrayLike, shape: tuple[int, ...], mode: QueryMode) -> NDArray[np.bool_]:
-    """Positions ``(Q, T)`` that are scored."""
-    points: NDArray[np.float64] = np.asarray(query_points, dtype=np.float64)
-    if points.shape != (shape[0], 3):
-        raise FrameError(
-            f"got query_points of shape {points.shape}, expected (Q, 3) = {(shape[0], 3)}: "
-            "(t, y, x) of every track"
-        )
-    query = np.round(points[:, 0])
-    wrong = query[~((query >= 0) & (query < shape[1]))]
-    if len(wrong):
-        raise FrameError(
-            f"got a query in frame {wrong[0]}, expected 0 to {shape[1] - 1}; query_points are "
-            "(t, y, x), the frame first"
-        )
-    frames = np.arange(shape[1])
-    return frames > query[:, None] if mode == "first" else frames != query[:, None]
+def _positions(form: str, **given: ArrayLike) -> list[Floats]:
+    found: list[Floats] = [np.asarray(value, dtype=np.float64) for value in given.values()]
+    for name, xy in zip(given, found, strict=True):
+        if xy.ndim != 3 or xy.shape[2] != 2 or xy.shape != found[0].shape:
+            raise FrameError(
+                f"got {name} of shape {xy.shape}, expected {form}: (x, y) positions, all of one "
+                f"shape ({next(iter(given))} has {found[0].shape})"
+            )
+    return found
 
 
-def _tracks(
-    occluded: ArrayLike, tracks: ArrayLike, whose: str
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    hidden: NDArray[np.bool_] = np.asarray(occluded)
-    positions: NDArray[np.float64] = np.asarray(tracks, dtype=np.float64)
-    if positions.ndim != 3 or positions.shape[2] != 2 or not positions.shape[1]:
-        raise FrameError(
-            f"got {whose} tracks of shape {positions.shape}, expected (Q, T, 2): (x, y) of every "
-            "track in every frame"
-        )
-    if hidden.shape != positions.shape[:2] or hidden.dtype != np.bool_:
-        raise FrameError(
-            f"got {whose} occlusion of dtype {hidden.dtype} and shape {hidden.shape}, expected "
-            f"bool (Q, T) = {positions.shape[:2]}"
-        )
-    return hidden, positions
+def _flags(name: str, value: ArrayLike | None, positions: Floats) -> Flags:
+    shape = positions.shape[:2]
+    found: Flags = np.ones(shape, dtype=bool) if value is None else np.asarray(value)
+    if found.shape != shape or found.dtype != np.bool_:
+        raise FrameError(f"got {name} {found.dtype} {found.shape}, expected bool {shape}")
+    return found
 
 
 def _share(part: Any, whole: Any) -> float:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from torch import Tensor
 
 from cosettle_adapter.evaluation.clips import Clip
-from cosettle_adapter.evaluation.masks import summarise
-from cosettle_adapter.evaluation.palette import save_labels
+from cosettle_adapter.evaluation.masks import save_labels, summarise
 from cosettle_adapter.evaluation.segmentation import evaluate_sequence
 from cosettle_adapter.io import atomic_path
 
@@ -31,18 +30,13 @@ _FRAME_SIZE = (480, 880)  # the published protocol resizes frames to it, whateve
 
 @dataclasses.dataclass(frozen=True)
 class ClipScores:
-    """One clip's scores for one variant of features; plain values, so that they can be stored.
+    """One clip's figures by measure, for one variant of features.
 
-    Attributes:
-        values: measure to figure, shown for the clip.
-        counts: what the data set's figures are made of, where they are no mean over clips.
+    ``counts`` are what the data set's figures are made of, where they are no mean over clips.
     """
 
     values: Mapping[str, float]
     counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-Score = Callable[[Clip[A], Tensor, "Geometry", Path | None], ClipScores]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Protocol(Generic[A]):
     measures: tuple[str, ...]
     clips: Callable[[], Sequence[Clip[A]]]
     size: Callable[[Clip[A]], tuple[int, int]]
-    score: Score[A]
+    score: Callable[[Clip[A], Tensor, Geometry, Path | None], ClipScores]
     settings: Mapping[str, Any]
     total: Callable[[Sequence[ClipScores]], dict[str, float]] | None = None
     correspondences: (
@@ -144,9 +138,8 @@ def mask_protocol(
         """Mean over all objects of all clips, as the official evaluation has it."""
         return _over_objects([each for clip in scores for each in clip.counts["objects"]])
 
-    return Protocol(
-        name, MASK_MEASURES, clips, size, score, {**propagation.options(), **settings}, total
-    )
+    settings = {**propagation.options(), **settings}
+    return Protocol(name, MASK_MEASURES, clips, size, score, settings, total)
 
 
 def mean(values: Iterable[float]) -> float:

@@ -7,43 +7,28 @@ whole or not at all. All text is escaped.
 from __future__ import annotations
 
 import base64
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from einops import rearrange
-from torch import Tensor
-
-from cosettle_adapter.errors import FrameError
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
 
-_MEDIA_TYPES = {
-    ".mp4": "video/mp4",
-    ".gif": "image/gif",
-    ".png": "image/png",
-    ".webp": "image/webp",
-}
+_MEDIA_TYPES = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 # a player's controls would cover half of a flat film
 _TOGGLE = "this.paused ? this.play() : this.pause()"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table of text, for a page or the terminal.
 
-    Attributes:
-        title: heading.
-        columns: header cells; the first column names the rows.
-        rows: cells as text, as many as there are columns.
-        note: a sentence below it.
-        best: for each row, the columns to set in bold (by index).
-        emphasis: row (by index) that the table is about.
-        rule: row (by index) before which a line is drawn in the terminal.
+    The first column names the rows; ``note`` is shown below. By index: ``best`` has the columns to
+    set in bold for each row, ``emphasis`` is the row that the table is about, and before ``rule``
+    a line is drawn in the terminal.
     """
 
     title: str
@@ -54,38 +39,17 @@ class Table:
     emphasis: int | None = None
     rule: int | None = None
 
-    def __post_init__(self) -> None:
-        for index, row in enumerate(self.rows):
-            if len(row) != len(self.columns):
-                raise ValueError(
-                    f"got row {index} of table {self.title!r} with {len(row)} cells, expected "
-                    f"{len(self.columns)}: one for each column"
-                )
 
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure.
-
-    Attributes:
-        content: HTML, inserted as it is: see :func:`film`, :func:`picture` and ``figures``.
-        caption: text below it.
-        width: how much of the page's width it takes.
-    """
+class Figure(NamedTuple):
+    """HTML that is inserted as it is, the text below it, and its share of the page's width."""
 
     content: str
     caption: str
     width: Literal["whole", "half", "third"] = "whole"
 
 
-@dataclass(frozen=True)
-class Section:
-    """A section of a page; without parts it is left out.
-
-    Attributes:
-        title: heading, if any.
-        parts: tables, figures and, as plain text, notes.
-    """
+class Section(NamedTuple):
+    """A section of a page, of tables, figures and notes (plain text); left out without any."""
 
     title: str
     parts: Sequence[Table | Figure | str]
@@ -99,20 +63,9 @@ def write_page(
     sections: Sequence[Section] = (),
     facts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a page.
+    """Write a page and return its path; missing folders are created.
 
-    Args:
-        path: where to; missing folders are created.
-        title: heading and window title.
-        lead: the paragraph below the heading.
-        sections: shown in order.
-        facts: what was run with what, as name and value.
-
-    Returns:
-        The path written.
-
-    Raises:
-        MissingExtraError: jinja2 is not installed.
+    ``lead`` is the paragraph below the heading, ``facts`` what was run with what, by name.
     """
     jinja: Any = require("jinja2", extra="report", purpose="writing a report")
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -125,60 +78,19 @@ def write_page(
     return Path(path)
 
 
-def film(path: Path, caption: str, poster: Path | None = None) -> Figure:
-    """Return a film or picture from a file, whose bytes go into the page.
-
-    Args:
-        path: ``.mp4``, ``.gif``, ``.png`` or ``.webp``.
-        caption: a sentence below it.
-        poster: picture shown until the film can play.
-
-    Raises:
-        ValueError: an unknown format.
-        OSError: a file that cannot be read.
-    """
-    source, words = _embedded(path), escape(caption)
-    if path.suffix.lower() != ".mp4":
+def film(path: Path, caption: str) -> Figure:
+    """Return an ``.mp4``, ``.gif`` or ``.png`` file, whose bytes go into the page."""
+    media_type = _MEDIA_TYPES.get(path.suffix.lower())
+    if media_type is None:
+        known = ", ".join(_MEDIA_TYPES)
+        raise ValueError(f"got {path.name!r}, which a report cannot show; use one of {known}")
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    source, words = f"data:{media_type};base64,{data}", escape(caption)
+    if media_type != "video/mp4":
         return Figure(f'<img src="{source}" alt="{words}">', caption)
-    shown = f' poster="{_embedded(poster)}"' if poster else ""
     return Figure(
-        f'<video src="{source}"{shown} aria-label="{words}" autoplay loop muted playsinline '
+        f'<video src="{source}" aria-label="{words}" autoplay loop muted playsinline '
         f'tabindex="0" title="click to pause or play" onclick="{_TOGGLE}" '
         f"onkeydown=\"if (event.key === ' ') {{ event.preventDefault(); {_TOGGLE} }}\"></video>",
         caption,
     )
-
-
-def picture(
-    image: Tensor, caption: str, width: Literal["whole", "half", "third"] = "third"
-) -> Figure:
-    """Return an image ``(3, H, W)`` uint8 as a figure.
-
-    Raises:
-        FrameError: another shape or dtype.
-        MissingExtraError: Pillow is not installed.
-    """
-    if image.ndim != 3 or len(image) != 3 or str(image.dtype) != "torch.uint8":
-        raise FrameError(
-            f"got a picture of shape {tuple(image.shape)} and dtype {image.dtype}, expected "
-            "(3, H, W) uint8"
-        )
-    pillow: Any = require("PIL.Image", extra="eval", purpose="showing pictures in a report")
-    file = io.BytesIO()
-    pixels = rearrange(image.cpu(), "c h w -> h w c").contiguous()
-    pillow.fromarray(pixels.numpy()).save(file, format="JPEG", quality=88)
-    source = _data_url("image/jpeg", file.getvalue())
-    return Figure(f'<img src="{source}" alt="{escape(caption)}">', caption, width)
-
-
-def _embedded(path: Path) -> str:
-    media_type = _MEDIA_TYPES.get(path.suffix.lower())
-    if media_type is None:
-        raise ValueError(
-            f"got {path.name!r}, which a report cannot show; use one of {', '.join(_MEDIA_TYPES)}"
-        )
-    return _data_url(media_type, path.read_bytes())
-
-
-def _data_url(media_type: str, data: bytes) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"

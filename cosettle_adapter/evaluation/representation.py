@@ -1,23 +1,28 @@
-"""The paper's Figure 1 and section 4 on a set of videos, before and after the projection."""
+"""The paper's Figure 1 on a set of videos: what stays together within them, and what apart.
+
+Definitions are those of the released ``cal_metric`` code (Co-Settle, arXiv:2603.26597), taken on
+patch tokens alone whatever the backbone: the released code compares different token sets before
+and after the projection.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from torch import Tensor
 
-from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.consistency import cycle_consistent
-from cosettle_adapter.evaluation.representation_metrics import (
-    Representation,
-    RepresentationMetrics,
-)
+from cosettle_adapter.errors import FrameError, GeometryError
+from cosettle_adapter.evaluation.drift import cycle_consistent, token_frames
+from cosettle_adapter.evaluation.protocols import mean
 from cosettle_adapter.evaluation.spectra import Spectrum, SpectrumStatistics
 from cosettle_adapter.evaluation.variants import (
     ADAPTED,
@@ -34,45 +39,146 @@ from cosettle_adapter.video.geometry import resize
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
 
+_PERCENTILE = 95.0  # of the distance from the mean patch; twice that is a diameter
+_POSITIONS = 8  # patches of a frame that D_inter compares
+_SEED = 42  # of these positions; they are those of the released code
+_CHUNK = 1024  # patches compared at a time
 _THUMBNAIL = 256  # pixels of the longest side that is kept of a frame
+_CROP = 224 / 256  # side of the central square, as a share of the short side
+_FAILURES = 6  # worst moments that are kept
 
 
 @dataclasses.dataclass(frozen=True)
 class RepresentationSettings:
-    """How videos are read and measured; the defaults follow the released ``cal_metric`` code.
+    """How videos are read and measured; the defaults follow the released code.
 
     Attributes:
         frames: at most this many of a video, from its beginning.
         rate: about how many frames a second; all of image folders. The released code takes 40
             frames of clips of 10 seconds.
-        size: side of the square that is encoded, rounded to whole patches.
-        crop: side of the central square, as a share of the short side: 224 of 256.
+        size: side of the central square (224 / 256 of the short side), rounded to whole patches.
         gap: frames between the two ends of a cycle; the released code's mean distance at 40.
         trim: frames left out of D_intra at both ends.
-        spectrum_gap: frames between corresponding patches of the intra-video covariance.
-        seed: of the patch positions of D_inter.
     """
 
     frames: int = 40
     rate: float = 4.0
     size: int = 224
-    crop: float = 224 / 256
     gap: int = 6
     trim: int = 3
-    spectrum_gap: int = 1
-    seed: int = 42
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class WorstMoment:
-    """The two frames of a video between which features lose most patches.
+class VideoRepresentation(NamedTuple):
+    """Figures of one video; see :class:`RepresentationMetrics`."""
 
-    Attributes:
-        video: its name.
-        when: times of the two frames, or their positions in an image folder.
-        frames: ``(2, 3, H, W)`` uint8, made small.
-        consistent: ``(h, w)`` bool, patches of the first frame that come home.
-        cycle_accuracy: share of them.
+    name: str
+    frames: int
+    d_intra: float
+    d_inter: float
+    cycle_accuracy: float
+
+
+class Representation(NamedTuple):
+    """Means over videos, leaving out what is NaN, and the videos in the order they were added."""
+
+    videos: tuple[VideoRepresentation, ...]
+    d_intra: float
+    d_inter: float
+    effective_rank: float
+    cycle_accuracy: float
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What tables show; the margin is large where videos are apart and their frames close."""
+        return {
+            "D_intra": self.d_intra,
+            "D_inter": self.d_inter,
+            "margin D": self.d_inter - self.d_intra,
+            "effective rank": self.effective_rank,
+            "cycle accuracy": self.cycle_accuracy,
+        }
+
+
+class RepresentationMetrics:
+    """Collects the representation metrics video by video, in little memory.
+
+    * **D_intra**: Euclidean distance from every patch to its nearest patch in the next frame; of
+      every pair of frames the closest half counts, and ``trim`` frames at both ends do not. Mean
+      over patches and pairs, in diameters of the video: twice the 95th percentile (linear between
+      ranks) of the distance of all its patches from their mean. NaN where all are equal.
+    * **D_inter**: the middle frame ``T // 2`` of every video at 8 fixed random positions of the
+      grid; Euclidean distance at equal positions, mean over positions and pairs of videos, in
+      diameters of those patches. NaN for a single video.
+    * **Effective rank**: of the patches of all middle frames, ``(N, C)`` and not centred: the
+      exponential of the entropy of the singular values, normalised to sum 1, over min(N, C).
+    * **Cycle accuracy**: share of patches that return from ``gap`` frames on.
+    """
+
+    def __init__(self, *, gap: int = 1, trim: int = 0) -> None:
+        if gap < 1 or trim < 0:
+            raise ValueError(f"got gap={gap} and trim={trim}, expected gap >= 1 and trim >= 0")
+        self.gap, self.trim = gap, trim
+        self.at_least = max(2 * trim + 2, gap + 1)  # frames of a video
+        self._rows: list[VideoRepresentation] = []
+        self._samples: list[Tensor] = []
+        self._shape: tuple[int, ...] = ()
+        self._gram = torch.empty(0)
+
+    @torch.no_grad()
+    def add(self, features: Tensor, *, name: str = "") -> Tensor:
+        """Measure one video of features ``(T, C, h, w)``, the same ``(C, h, w)`` for all videos.
+
+        Returns:
+            Which patches return in a cycle, ``(T - gap, h, w)`` bool.
+        """
+        frames = token_frames(features, at_least=self.at_least)
+        length, patches, width = frames.shape
+        shape = tuple(features.shape[1:])
+        if not self._shape:
+            self._shape, self._gram = shape, torch.zeros(width, width, dtype=torch.float64)
+        if self._shape != shape:
+            raise GeometryError(
+                f"got features (C, h, w) = {shape} after a video of {self._shape}; videos are "
+                "compared at equal positions, so resize all frames to one size=(height, width)"
+            )
+        if not bool(frames.isfinite().all()):
+            raise FrameError(f"the features of {name} hold values that are not finite")
+        centred = frames - frames.mean(dim=(0, 1))
+        steps = _steps(centred[self.trim : length - self.trim])
+        closest = steps.sort(dim=1).values[:, : max(1, patches // 2)].double()
+        d_intra = float(closest.mean()) / _diameter(centred)
+        middle = frames[length // 2].to("cpu", torch.float64)
+        self._gram += middle.T @ middle
+        order = torch.randperm(patches, generator=torch.Generator().manual_seed(_SEED))
+        self._samples.append(middle[order[:_POSITIONS]])
+        returns = cycle_consistent(features, gap=self.gap)
+        share = float(returns.float().mean())
+        self._rows.append(VideoRepresentation(name, length, d_intra, math.nan, share))
+        return returns
+
+    @torch.no_grad()
+    def result(self) -> Representation:
+        """Return the figures of the videos so far, at least one; more may be added afterwards."""
+        samples = torch.stack(self._samples)
+        centred = samples - samples.mean(dim=(0, 1))
+        everyone = rearrange(centred, "v s c -> s v c")
+        sums = torch.stack([torch.cdist(at, at).sum(dim=1) for at in everyone]).sum(dim=0)
+        others = len(everyone) * (len(samples) - 1) or math.nan
+        d_inter = (sums / others / _diameter(centred)).tolist()
+        rows = [row._replace(d_inter=d) for row, d in zip(self._rows, d_inter, strict=True)]
+        return Representation(
+            tuple(rows),
+            mean(row.d_intra for row in rows),
+            mean(d_inter),
+            _effective_rank(self._gram, len(rows) * math.prod(self._shape[1:])),
+            mean(row.cycle_accuracy for row in rows),
+        )
+
+
+class WorstMoment(NamedTuple):
+    """The two frames of a video, made small, between which features lose most patches.
+
+    ``consistent`` ``(h, w)`` tells which patches of the first return in a cycle.
     """
 
     video: str
@@ -82,25 +188,18 @@ class WorstMoment:
     cycle_accuracy: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RepresentationReport:
-    """What :func:`evaluate_representation` measured.
+class RepresentationReport(NamedTuple):
+    """Figures by variant of features, and what else :func:`evaluate_representation` found.
 
-    Attributes:
-        results: variant to figures: raw last block, raw same block (where that is another),
-            centred by the video's mean token, adapted.
-        spectrum: of the tokens the projection reads; None with a single video or no motion.
-        failures: the worst moments of the adapted features (of raw ones, without a projection),
-            worst first, of different videos.
-        skipped: name to why, of videos that could not be used.
-        settings: how it was done.
+    ``spectrum`` is that of the tokens the projection reads, None with a single video or no motion;
+    ``failures`` are the worst moments of the adapted features (raw ones without a projection),
+    worst first; ``skipped`` says why videos could not be used.
     """
 
     results: Mapping[str, Representation]
     spectrum: Spectrum | None
-    failures: tuple[WorstMoment, ...]
+    failures: Sequence[WorstMoment]
     skipped: Mapping[str, str]
-    settings: RepresentationSettings
 
 
 def evaluate_representation(
@@ -108,117 +207,116 @@ def evaluate_representation(
     videos: Sequence[str | Path],
     settings: RepresentationSettings | None = None,
     *,
-    failures: int = 6,
     batch_size: int = 8,
     variants: Sequence[FeatureVariant] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> RepresentationReport:
     """Measure what stays together within videos and apart between them, one video at a time.
 
-    Args:
-        adapter: backbone and projection.
-        videos: video files, or folders of images.
-        settings: see :class:`RepresentationSettings`.
-        failures: how many worst moments to keep.
-        batch_size: frames a forward pass.
-        variants: those of :func:`~cosettle_adapter.evaluation.variants.feature_variants` by
-            default.
-        on_video: called with the number of videos done and their number.
+    ``videos`` are files or folders of images. Of the variants that are made of a whole clip only
+    the centred features are measured. ``on_video`` is called with the number of videos done and
+    their number.
 
     Raises:
         FrameError: no video could be used.
-        MissingExtraError: PyAV or Pillow is needed and not installed.
     """
     settings = settings or RepresentationSettings()
-    # of what is made of a whole clip, only the centred features
-    measured = [
+    variants = [
         each
         for each in variants or feature_variants(adapter)
         if not each.needs_clip or each.name == CENTRED
     ]
-    metrics = {
-        each.name: RepresentationMetrics(gap=settings.gap, trim=settings.trim, seed=settings.seed)
-        for each in measured
-    }
-    statistics = SpectrumStatistics(gap=settings.spectrum_gap)
+    options = {"gap": settings.gap, "trim": settings.trim}
+    metrics = {each.name: RepresentationMetrics(**options) for each in variants}
+    statistics = SpectrumStatistics()
     worst: list[WorstMoment] = []
     skipped: dict[str, str] = {}
-    paths = _named(videos)
+    paths = list(dict.fromkeys(map(Path, videos)))
+    count = Counter(path.name for path in paths)
+    by_name = {path.name if count[path.name] == 1 else str(path): path for path in paths}
+
+    def read(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Features, times and small frames, refused before anything of them is counted."""
+        select = frames_of(path, rate=settings.rate)
+        select = dataclasses.replace(select, max_frames=settings.frames)
+        times, frames = [], []
+
+        def batches() -> Iterator[Tensor]:
+            for chunk in open_frames(path, select, chunk_size=batch_size):
+                square = _central_square(chunk.frames)
+                side = min(_THUMBNAIL, square.shape[-1])
+                frames.append(resize(square, (side, side)).round().to(torch.uint8))
+                times.append(chunk.timestamps)
+                yield square
+
+        features = dict(encode_variants(adapter, batches(), variants, size=settings.size))
+        found, needed = sum(map(len, times)), metrics[variants[0].name].at_least
+        if found < needed:
+            raise FrameError(
+                f"got {found} frames at {settings.rate:g} a second, expected at least {needed}; "
+                "take more a second (rate), or a smaller gap and trim"
+            )
+        for name, maps in features.items():
+            if not bool(maps.isfinite().all()):
+                raise FrameError(f"its features ({name}) hold values that are not finite")
+        return features, torch.cat(times), torch.cat(frames)
 
     def measure(name: str) -> None:
-        features, times, frames = _read(adapter, paths[name], settings, batch_size, measured)
-        same = raw_same(features)
-        for variant, maps in features.items():
-            metrics[variant].add(maps, name=name)
-        statistics.add(same)
-        consistent = cycle_consistent(features.get(ADAPTED, same), gap=settings.gap)
+        features, times, frames = read(by_name[name])
+        returns = {kind: metrics[kind].add(maps, name=name) for kind, maps in features.items()}
+        statistics.add(raw_same(features))
+        consistent = returns[ADAPTED] if ADAPTED in returns else raw_same(returns)
         shares = reduce(consistent.double(), "t h w -> t", "mean")
         lost = int(shares.argmin())
         pair = [lost, lost + settings.gap]
         first, second = times[pair].tolist()
-        # images in a folder have positions, not times
-        video = paths[name].is_file()
-        when = f"{first:.2f} s to {second:.2f} s" if video else f"frame {first:g} to {second:g}"
+        when = f"{first:.2f} s to {second:.2f} s"
+        if by_name[name].is_dir():  # images have positions, not times
+            when = f"frame {first:g} to {second:g}"
         worst.append(WorstMoment(name, when, frames[pair], consistent[lost], float(shares[lost])))
         worst.sort(key=lambda moment: moment.cycle_accuracy)
-        del worst[failures:]
+        del worst[_FAILURES:]
 
-    each_readable(list(paths), measure, skipped, on_video)
+    each_readable(list(by_name), measure, skipped, on_video)
     enough = statistics.videos > 1 and statistics.pairs > 0 and ADAPTED in metrics
-    return RepresentationReport(
-        results={variant: gathered.result() for variant, gathered in metrics.items()},
-        spectrum=statistics.spectrum(adapter.projection.project) if enough else None,
-        failures=tuple(worst),
-        skipped=skipped,
-        settings=settings,
-    )
+    spectrum = statistics.spectrum(adapter.projection.project) if enough else None
+    results = {variant: gathered.result() for variant, gathered in metrics.items()}
+    return RepresentationReport(results, spectrum, worst, skipped)
 
 
-def _named(videos: Sequence[str | Path]) -> dict[str, Path]:
-    """Names are those of the files, or whole paths where two would have the same."""
-    paths = list(dict.fromkeys(Path(video) for video in videos))
-    count = Counter(path.name for path in paths)
-    return {path.name if count[path.name] == 1 else str(path): path for path in paths}
-
-
-def _read(
-    adapter: CoSettleAdapter,
-    path: Path,
-    settings: RepresentationSettings,
-    batch_size: int,
-    variants: Sequence[FeatureVariant],
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Features, times and small frames of a video, refused before anything of it is counted."""
-    select = dataclasses.replace(frames_of(path, rate=settings.rate), max_frames=settings.frames)
-    times, frames = [], []
-
-    def batches() -> Iterator[Tensor]:
-        for chunk in open_frames(path, select, chunk_size=batch_size):
-            square = central_square(chunk.frames, settings.crop)
-            side = min(_THUMBNAIL, square.shape[-1])
-            frames.append(resize(square, (side, side)).round().to(torch.uint8))
-            times.append(chunk.timestamps)
-            yield square
-
-    features = dict(encode_variants(adapter, batches(), variants, size=settings.size))
-    found = sum(map(len, times))
-    needed = max(2 * settings.trim + 2, settings.gap + 1, settings.spectrum_gap + 1)
-    if found < needed:
-        raise FrameError(
-            f"got {found} frames at {settings.rate:g} a second, expected at least {needed}; take "
-            "more a second (rate), or a smaller gap and trim"
-        )
-    for name, maps in features.items():
-        if not bool(maps.isfinite().all()):
-            raise FrameError(f"its features ({name}) hold values that are not finite")
-    return features, torch.cat(times), torch.cat(frames)
-
-
-def central_square(frames: Tensor, share: float = 1.0) -> Tensor:
-    """Cut the central square out of frames ``(N, 3, H, W)``: ``share`` times the short side."""
-    if not 0 < share <= 1:
-        raise ValueError(f"got a crop of {share}, expected a share of the short side in (0, 1]")
+def _central_square(frames: Tensor) -> Tensor:
+    """Cut the central square out of frames ``(N, 3, H, W)``."""
     height, width = frames.shape[-2:]
-    side = max(1, round(share * min(height, width)))
+    side = max(1, round(_CROP * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
     return frames[..., top : top + side, left : left + side]
+
+
+def _diameter(centred: Tensor) -> float:
+    """Twice the percentile of the length of patches ``(..., C)``; NaN if all are zero."""
+    radius = centred.norm(dim=-1).double().flatten().cpu().numpy()
+    return 2 * float(np.percentile(radius, _PERCENTILE)) or math.nan
+
+
+def _steps(frames: Tensor) -> Tensor:
+    """The Euclidean distance ``(T - 1, N)`` of every patch to its nearest one a frame on.
+
+    ``frames`` are ``(T, N, C)`` and centred: a large common offset would cost digits.
+    """
+    distances = []
+    for here, there in pairwise(frames):
+        offsets = there.square().sum(dim=-1) / 2
+        nearest = [(part @ there.T - offsets).argmax(dim=1) for part in torch.split(here, _CHUNK)]
+        # measured anew: a distance read off the matrix product is far from 0 for equal patches
+        distances.append((here - there[torch.cat(nearest)]).norm(dim=-1))
+    return torch.stack(distances)
+
+
+def _effective_rank(gram: Tensor, tokens: int) -> float:
+    """The effective rank of a matrix ``(tokens, C)`` of inner products ``(C, C)``."""
+    most = min(tokens, len(gram))
+    squared = torch.linalg.eigvalsh(gram)[-most:]
+    # rounding leaves something of singular values that are zero
+    noise = squared[-1].clamp_min(0) * len(gram) * torch.finfo(gram.dtype).eps
+    singular = torch.where(squared > noise, squared, 0).sqrt()
+    return float(torch.special.entr(singular / singular.sum()).sum().exp()) / most

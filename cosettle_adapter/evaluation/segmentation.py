@@ -7,13 +7,13 @@ value a frame, first and last frame do not count, and a data set's figure is the
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,23 +21,14 @@ from cosettle_adapter.correspondence import LabelPropagator
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.masks import boundary_f, region_similarity
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
+Labels = NDArray[np.uint8]
 VOID = 255  # pixels that belong to no object and do not count
 
 
-@dataclasses.dataclass(frozen=True)
-class SequenceScores:
-    """J and F of a clip, in [0, 1].
+class SequenceScores(NamedTuple):
+    """J and F in [0, 1] of a clip: of every object, a value for each frame that counts."""
 
-    Attributes:
-        objects: ids of the objects of the first frame.
-        j: for every object, J of every frame that counts (all but the first and the last).
-        f: F likewise.
-    """
-
-    objects: tuple[int, ...]
+    objects: tuple[int, ...]  # their ids
     j: tuple[tuple[float, ...], ...]
     f: tuple[tuple[float, ...], ...]
 
@@ -54,55 +45,43 @@ class SequenceScores:
 
 def evaluate_sequence(
     features: Tensor | Iterable[Tensor],
-    masks: NDArray[np.uint8],
+    masks: Labels,
     *,
-    protocol: Literal["crw", "dino"] = "crw",
     annotated: Sequence[int] | None = None,
-    on_mask: Callable[[int, NDArray[np.uint8]], None] = lambda index, mask: None,
+    on_mask: Callable[[int, Labels], None] = lambda index, mask: None,
     **options: Any,
 ) -> SequenceScores:
     """Propagate the first mask of a clip by features and score the others.
 
-    Args:
-        features: as in :func:`propagate_masks`.
-        masks: ``(T, H, W)`` uint8 object ids, 0 the background, 255 void; fewer with
-            ``annotated``.
-        protocol: ``crw`` or ``dino``, see :func:`propagate_masks`.
-        annotated: frame of each mask, ascending from 0, where not every frame has one; the others
-            are propagated through and not scored.
-        on_mask: called with the index of every frame and its propagated object ids ``(H, W)``.
-        **options: what :class:`~cosettle_adapter.correspondence.LabelPropagator` takes.
+    Features and options are those of :func:`propagate_masks`. Masks are ``(T, H, W)`` uint8 object
+    ids, 0 the background, 255 void. Where not every frame has one, ``annotated`` is the frame of
+    each, ascending from 0; the others are propagated through and not scored. ``on_mask`` is called
+    with the index of every frame and its propagated object ids ``(H, W)``.
 
     Raises:
-        FrameError: no mask between the first and the last frame, no object in the first mask, or
-            another number of feature maps than masks.
+        FrameError: masks that cannot be scored, or another number of feature maps than masks.
         GeometryError: features that do not fit together.
     """
     masks = np.asarray(masks)
     frames = list(range(len(masks))) if annotated is None else list(annotated)
     objects = _checked_objects(masks, frames)
-    rows = {frame: row for row, frame in enumerate(frames)}
+    truths = dict(zip(frames, masks, strict=True))
     scores: dict[int, list[tuple[float, float]]] = {}
     count = 0
-    propagated = propagate_masks(features, masks[0], (0, *objects), protocol=protocol, **options)
-    for index, ids in enumerate(propagated):
+    for index, ids in enumerate(propagate_masks(features, masks[0], (0, *objects), **options)):
         count = index + 1
-        if annotated is None and index == len(masks):
-            break
         on_mask(index, ids)
-        if index and index in rows:
-            truth = masks[rows[index]]
-            void = truth == VOID
-            pairs = [(truth == object_id, ids == object_id) for object_id in objects]
+        if index and index in truths:
+            truth, void = truths[index], truths[index] == VOID
+            pairs = [(truth == label, ids == label) for label in objects]
             scores[index] = [
                 (region_similarity(gt, pred, void=void), boundary_f(gt, pred, void=void))
                 for gt, pred in pairs
             ]
     if count <= frames[-1] or (annotated is None and count != len(masks)):
         raise FrameError(
-            f"got masks up to frame {frames[-1]}, but {'more' if count > len(masks) else count} "
-            "feature maps; give one map for every frame, and a mask for every frame unless "
-            "annotated says which have one"
+            f"got masks up to frame {frames[-1]}, but {count} feature maps; give one map for every "
+            "frame, and a mask for every frame unless annotated says which have one"
         )
     scores.pop(count - 1, None)  # the last frame does not count
     if not scores:
@@ -110,11 +89,11 @@ def evaluate_sequence(
             f"none of the masks of the frames {frames[:9]} counts: the first and the last frame "
             f"of the clip's {count} do not; annotate one between them"
         )
-    return SequenceScores(
-        objects,
-        j=tuple(tuple(row[i][0] for row in scores.values()) for i in range(len(objects))),
-        f=tuple(tuple(row[i][1] for row in scores.values()) for i in range(len(objects))),
+    j, f = (
+        tuple(tuple(row[i][measure] for row in scores.values()) for i in range(len(objects)))
+        for measure in (0, 1)
     )
+    return SequenceScores(objects, j, f)
 
 
 def mean_over_objects(scores: Iterable[SequenceScores]) -> float:
@@ -124,29 +103,22 @@ def mean_over_objects(scores: Iterable[SequenceScores]) -> float:
 
 def propagate_masks(
     features: Tensor | Iterable[Tensor],
-    mask: NDArray[np.uint8],
+    mask: Labels,
     classes: Sequence[int],
     *,
     protocol: Literal["crw", "dino"] = "crw",
     **options: Any,
-) -> Iterator[NDArray[np.uint8]]:
-    """Propagate a label map through a clip, frame by frame, at constant memory.
+) -> Iterator[Labels]:
+    """Propagate a label map through a clip and yield that of every frame, at constant memory.
 
     The first map is one-hot at its full size and brought to the grid: bilinear and soft for
     ``crw``, nearest for ``dino``. Propagated labels are brought back bilinear to the size of the
     map (for ``dino`` each then stretched to [0, 1]) and the strongest one wins.
 
-    Args:
-        features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, one
-            for every frame.
-        mask: ``(H, W)`` uint8 label map of the first frame.
-        classes: labels to propagate, the first of them the background, which takes whatever has
-            no other of these labels.
-        protocol: ``crw`` or ``dino``.
-        **options: what :class:`~cosettle_adapter.correspondence.LabelPropagator` takes.
-
-    Yields:
-        The label map ``(H, W)`` of every frame.
+    Features are ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, the map
+    is ``(H, W)`` uint8. The first of the classes is the background, which takes whatever has no
+    other of these labels. Options are those of
+    :class:`~cosettle_adapter.correspondence.LabelPropagator`.
     """
     names = np.asarray(classes, dtype=np.uint8)
     propagator: LabelPropagator | None = None
@@ -157,18 +129,15 @@ def propagate_masks(
         yield names[_decode(propagator.step(feature), mask.shape, protocol)]
 
 
-def _checked_objects(masks: NDArray[np.uint8], frames: Sequence[int]) -> tuple[int, ...]:
+def _checked_objects(masks: Labels, frames: Sequence[int]) -> tuple[int, ...]:
     """Return the ids of the first mask's objects, of masks that can be scored."""
-    if masks.ndim != 3 or masks.dtype != np.uint8:
+    right = masks.ndim == 3 and masks.dtype == np.uint8
+    if not right or frames[:1] != [0] or len(frames) != len(masks):
         raise FrameError(
-            f"got {masks.dtype} masks of shape {masks.shape}, expected uint8 (T, H, W)"
+            f"got {masks.dtype} masks of shape {masks.shape} for the frames {frames[:9]}, expected "
+            "uint8 (T, H, W), one mask for each, the first of frame 0"
         )
-    if frames[:1] != [0] or len(frames) != len(masks):
-        raise FrameError(
-            f"got {len(masks)} masks for the frames {frames[:9]}, expected one for each, of which "
-            "the first is frame 0"
-        )
-    objects = tuple(int(i) for i in np.unique(masks[0]) if i not in (0, VOID))
+    objects = tuple(int(label) for label in np.unique(masks[0]) if label not in (0, VOID))
     if not objects:
         raise FrameError(
             "the first mask has no object (no value from 1 to 254), so there is nothing to "
@@ -178,7 +147,7 @@ def _checked_objects(masks: NDArray[np.uint8], frames: Sequence[int]) -> tuple[i
 
 
 def _first_labels(
-    mask: NDArray[np.uint8], classes: Sequence[int], grid: Sequence[int], protocol: str
+    mask: Labels, classes: Sequence[int], grid: Sequence[int], protocol: str
 ) -> Tensor:
     ids = torch.from_numpy(mask.astype("int64"))
     masks = torch.stack([ids == label for label in classes[1:]])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from cosettle_adapter.evaluation.drift import GAPS
 from cosettle_adapter.evaluation.protocols import mean
 from cosettle_adapter.evaluation.report import Table
 from cosettle_adapter.evaluation.run import DRIFTS
@@ -16,22 +17,26 @@ from cosettle_adapter.evaluation.variants import CENTRED, RAW_LAST
 if TYPE_CHECKING:
     from cosettle_adapter.evaluation.run import Evaluation
 
-RESAMPLES = 10_000
-_SEED = 0
-_CONFIDENCE = (0.025, 0.975)
+_RESAMPLES = 10_000
 _SHOWN = ("protocol", "every", "max_frames", "mode", "layers", "patch", "stride")
+_COMPARED = {  # measure: heading, the better of several, what it means
+    "drift": (
+        "drift",
+        min,
+        "Drift: cosine distance of patches that show the same thing, over that of any two patches; "
+        "by the true motion, or by matches of a layer that the projection does not read.",
+    ),
+    "matches": (
+        "right matches",
+        max,
+        "Right matches: patches whose nearest neighbour in the other frame is within one patch of "
+        "the truth.",
+    ),
+}
 
 
 class Gain(NamedTuple):
-    """Differences by clip, summed up.
-
-    Attributes:
-        mean: over the clips.
-        low: lower end of its 95 % interval.
-        high: upper end of it.
-        clip: the clip that gains least; empty without clips.
-        worst: what that clip gains; negative is a loss.
-    """
+    """Mean of differences by clip with its 95 % interval, and the clip that gains least."""
 
     mean: float
     low: float
@@ -39,36 +44,35 @@ class Gain(NamedTuple):
     clip: str
     worst: float
 
+    def __str__(self) -> str:
+        low, high = _percent(self.low), _percent(self.high)
+        return f"{_percent(self.mean, '+.1f')} [{low}, {high}]" if self.clip else "-"
+
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % percentile interval of a mean by the bootstrap (Efron, 1979).
 
     The differences are drawn anew, as many as there are and with replacement, 10,000 times with a
-    fixed seed. NaN without differences.
+    fixed seed.
     """
-    if not differences:
-        return float("nan"), float("nan")
     values = torch.tensor(differences, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(_SEED)
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    low, high = torch.quantile(values[drawn].mean(1), torch.tensor(_CONFIDENCE).double()).tolist()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(values), (_RESAMPLES, len(values)), generator=generator)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.quantile(values[drawn].mean(1), ends).tolist()
     return low, high
 
 
-def gain(result: Evaluation, variant: str, against: str | Mapping[str, str]) -> Gain:
-    """Compare a variant of features by the first measure with another one.
+def gain(result: Evaluation, variant: str, against: Mapping[str, str]) -> Gain:
+    """Compare a variant of features by the first measure with another one of each clip.
 
-    Args:
-        result: scores by clip.
-        variant: the one that gains or loses.
-        against: the other one, or clip to the other one; clips that lack either do not count.
+    Clips that lack either do not count.
     """
-    others = dict.fromkeys(result.clips, against) if isinstance(against, str) else against
-    scores = {other: result.first(other) for other in {*others.values()}}
+    scores = {other: result.first(other) for other in {*against.values()}}
     differences = {
-        clip: value - scores[others[clip]][clip]
+        clip: value - scores[against[clip]][clip]
         for clip, value in result.first(variant).items()
-        if clip in others and clip in scores[others[clip]]
+        if clip in against and clip in scores[against[clip]]
     }
     if not differences:
         nothing = float("nan")
@@ -79,30 +83,27 @@ def gain(result: Evaluation, variant: str, against: str | Mapping[str, str]) -> 
 
 
 def best_layers(result: Evaluation) -> dict[str, str]:
-    """Choose for every clip the best raw single layer centred.
+    """Choose for every clip the best raw single layer centred; none where none was scored.
 
     It is the one with the highest mean of the first measure over the clips of the other parts of
     the data, so that no clip has a say in what it is compared with; over all clips where the data
     has a single part.
-
-    Returns:
-        Clip to variant of features; empty where no single layer was scored.
     """
-    single = {CENTRED} if len(result.settings["layers"]) == 1 else set()
-    layers = [
-        variant
-        for variant in result.variants
-        if variant in single or re.fullmatch(r"centred layer \d+", variant)
-    ]
+    single = CENTRED if len(result.settings["layers"]) == 1 else None
+    scores = {
+        variant: result.first(variant)
+        for variant in result.total
+        if variant == single or re.fullmatch(r"centred layer \d+", variant)
+    }
     chosen: dict[str, str] = {}
-    for part in sorted({_part_of(result, clip) for clip in result.clips}):
-        own = {clip for clip in result.clips if _part_of(result, clip) == part}
+    for part in {_part(result, clip) for clip in result.clips}:
+        own = {clip for clip in result.clips if _part(result, clip) == part}
         judges = set(result.clips) - own or own
-        by_layer = {
-            layer: mean(value for clip, value in result.first(layer).items() if clip in judges)
-            for layer in layers
+        means = {
+            layer: mean(value for clip, value in values.items() if clip in judges)
+            for layer, values in scores.items()
         }
-        known = {layer: value for layer, value in by_layer.items() if value == value}
+        known = {layer: value for layer, value in means.items() if value == value}
         if known:
             chosen |= dict.fromkeys(own, max(known, key=lambda layer: known[layer]))
     return chosen
@@ -110,20 +111,19 @@ def best_layers(result: Evaluation) -> dict[str, str]:
 
 def result_tables(result: Evaluation) -> list[Table]:
     """Return a table with a row a variant of features, and one with a row a clip and a measure."""
-    first, best = result.measures[0], best_layers(result)
+    first, raw, best = result.measures[0], _raw(result), best_layers(result)
     rows = []
-    for number, variant in enumerate(result.variants, 1):
-        total = result.total[variant]
+    for number, (variant, total) in enumerate(result.total.items(), 1):
         row = [str(number), variant, _percent(total[first])]
-        for found in (gain(result, variant, RAW_LAST), gain(result, variant, best)):
-            row += [_interval(found), _percent(found.worst, "+.1f")]
-        rows.append([*row, "/".join(_percent(total.get(drift)) for drift in DRIFTS)])
+        for found in (gain(result, variant, raw), gain(result, variant, best)):
+            row += [str(found), _percent(found.worst, "+.1f")]
+        rows.append([*row, "/".join(_percent(total[drift]) for drift in DRIFTS)])
     by_variant = Table(
         f"{result.task}: {len(result.clips)} clips, in percent",
         ("", "features", first, "over raw last", "worst", "over best layer", "worst", "drift"),
         rows,
     )
-    values = [result.first(variant) for variant in result.variants]
+    values = [result.first(variant) for variant in result.total]
     clips = [[clip, *(_percent(each.get(clip)) for each in values)] for clip in result.clips]
     totals = [
         [f"all: {measure}", *(_percent(each[measure]) for each in result.total.values())]
@@ -140,100 +140,62 @@ def result_tables(result: Evaluation) -> list[Table]:
 
 def result_notes(result: Evaluation) -> Iterator[str]:
     """Say what the figures are relative to, and under which settings."""
-    best = best_layers(result)
+    best, settings = best_layers(result), result.settings
     yield "over ...: mean difference over clips, its 95 % interval by the paired bootstrap"
     if best:
-        names = {_part_of(result, clip): layer for clip, layer in best.items()}
-        if len(names) > 1:
-            chosen = ", ".join(f"{layer} for {part}" for part, layer in names.items())
+        by_part = {_part(result, clip): layer for clip, layer in best.items()}
+        chosen = ", ".join(f"{layer} for {part}" for part, layer in sorted(by_part.items()))
+        if len(by_part) > 1:
             yield f"best layer: {chosen}; chosen on the clips of the other parts"
         else:
-            yield f"best layer: {next(iter(names.values()))}; chosen on these clips"
-    gaps = " / ".join(drift.partition("@")[2] for drift in DRIFTS)
-    by = result.settings["drift"]
+            yield f"best layer: {next(iter(best.values()))}; chosen on these clips"
+    gaps = " / ".join(map(str, GAPS))
+    by = settings["drift"]
     yield f"drift: corresponding patches over all patches, {gaps} frames apart, by {by}"
-    for variant in result.variants:
+    for variant in result.total:
         if variant.startswith(("raw ", "centred")) and "fused" not in variant:
             continue  # what others are compared with
-        raw, layer = gain(result, variant, RAW_LAST), gain(result, variant, best)
+        raw, layer = gain(result, variant, _raw(result)), gain(result, variant, best)
         yield f"{variant}: worst over raw last: {raw.clip}; over best layer: {layer.clip or '-'}"
-    sizes = sorted({f"{height} x {width}" for height, width in result.sizes.values()})
+    sizes = sorted({" x ".join(map(str, clip.size)) for clip in result.clips.values()})
     yield f"frames encoded at {', '.join(sizes)}"
-    settings = result.settings
     yield ", ".join(f"{key} {settings[key]}" for key in _SHOWN if settings.get(key) is not None)
-
-
-class _Column(NamedTuple):
-    title: str
-    figure: str
-    better: str  # the lower or the higher
-    meaning: str = ""
-
-
-_COLUMNS = (
-    _Column(
-        "drift, next frame",
-        "drift@1",
-        "lower",
-        "Drift: cosine distance of patches that show the same thing, over that of any two patches; "
-        "by the true motion, or by matches of a layer that the projection does not read.",
-    ),
-    _Column("4 frames on", "drift@4", "lower"),
-    _Column("8 frames on", "drift@8", "lower"),
-    _Column(
-        "right matches, next frame",
-        "matches@1",
-        "higher",
-        "Right matches: patches whose nearest neighbour in the other frame lies within one patch "
-        "of the truth.",
-    ),
-    _Column("4 frames on", "matches@4", "higher"),
-    _Column("8 frames on", "matches@8", "higher"),
-)
 
 
 def comparison(
     title: str, figures: Mapping[str, Mapping[str, float]], *, emphasis: str = ""
 ) -> Table:
-    """Tabulate drift and matches of several variants of features.
+    """Tabulate drift and matches of several variants of features, the best of each marked.
 
-    Args:
-        title: heading.
-        figures: variant to ``drift@1``, ``matches@4`` and so on, shares of 1; columns whose figure
-            was not measured for all are left out.
-        emphasis: the variant that the table is about.
-
-    Returns:
-        A row a variant, the best of each column marked, with what the columns mean below.
+    ``figures`` are by variant ``drift@1``, ``matches@4`` and so on, shares of 1; what was not
+    measured for all is left out. ``emphasis`` is the variant that the table is about.
     """
-    columns = [each for each in _COLUMNS if all(each.figure in row for row in figures.values())]
-    rows = [[f"{row[each.figure]:.1%}" for each in columns] for row in figures.values()]
+    names, columns, notes = list(figures), ["features"], []
+    rows = [[name] for name in names]
     best: dict[int, list[int]] = {row: [] for row in range(len(rows))}
-    for position, column in enumerate(columns):
-        values = [row[column.figure] for row in figures.values()]
-        winner = f"{min(values) if column.better == 'lower' else max(values):.1%}"
-        for number, row in enumerate(rows):
-            if row[position] == winner:  # reads the same: as good
-                best[number].append(position + 1)
-    names = list(figures)
-    return Table(
-        title=title,
-        columns=["features", *(column.title for column in columns)],
-        rows=[[name, *row] for name, row in zip(names, rows, strict=True)],
-        note=" ".join(column.meaning for column in columns if column.meaning),
-        best=best,
-        emphasis=names.index(emphasis) if emphasis in names else None,
-    )
+    for measure, (heading, better, meaning) in _COMPARED.items():
+        keys = [f"{measure}@{gap}" for gap in GAPS]
+        known = [key for key in keys if all(key in row for row in figures.values())]
+        notes += [meaning] if known else []
+        for key in known:
+            gap = key.partition("@")[2]
+            columns.append(f"{heading}, next frame" if gap == "1" else f"{gap} frames on")
+            winner = f"{better(row[key] for row in figures.values()):.1%}"
+            for number, row in enumerate(figures.values()):
+                rows[number].append(f"{row[key]:.1%}")
+                if rows[number][-1] == winner:  # reads the same: as good
+                    best[number].append(len(rows[number]) - 1)
+    about = names.index(emphasis) if emphasis in names else None
+    return Table(title, columns, rows, note=" ".join(notes), best=best, emphasis=about)
 
 
-def _part_of(result: Evaluation, clip: str) -> str:
+def _raw(result: Evaluation) -> dict[str, str]:
+    return dict.fromkeys(result.clips, RAW_LAST)
+
+
+def _part(result: Evaluation, clip: str) -> str:
     """The part of the data that a clip belongs to; empty where it has no parts."""
     return clip.split("/")[0] if result.settings.get("parts") else ""
-
-
-def _interval(gain: Gain) -> str:
-    low, high = _percent(gain.low), _percent(gain.high)
-    return f"{_percent(gain.mean, '+.1f')} [{low}, {high}]" if gain.clip else "-"
 
 
 def _percent(share: float | None, form: str = ".1f") -> str:

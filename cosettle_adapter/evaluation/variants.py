@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from cosettle_adapter.backbones import Backbone
     from cosettle_adapter.projection import Projection
 
-RAW_LAST = "raw last block"
-RAW_SAME = "raw same block"
+RAW_LAST = "raw last layer"
+RAW_SAME = "raw same layer"
 CENTRED = "centred"
 ADAPTED = "adapted"
 SETTLED = "settled"
@@ -31,15 +31,10 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True)
 class FeatureVariant:
-    """One way to make features: what is read of the backbone, and what is done with it.
+    """One way to make features: the layers that are read, and what is done with their tokens.
 
-    Attributes:
-        name: what tables call it.
-        reads: the layers, and whether they pass the final norm.
-        projection: applied to every frame's tokens ``(N, C, h, w)``, if any.
-        finish: applied to a whole clip's ``(T, C, h, w)`` after that, if any.
-        fusion: mode of temporal fusion that comes last, if any.
-        widths: channels of each layer read; needed for ``fusion``.
+    ``projection`` is applied to each frame, then ``finish`` to the whole clip ``(T, C, h, w)``,
+    then temporal fusion, for which ``widths`` are the channels of each layer.
     """
 
     name: str
@@ -56,12 +51,12 @@ class FeatureVariant:
 
     @torch.no_grad()
     def of_frames(self, tokens: Tensor) -> Tensor:
-        """Apply ``projection``; float32."""
+        """Apply the projection to tokens ``(N, C, h, w)``; float32."""
         return tokens.float() if self.projection is None else self.projection(tokens).float()
 
     @torch.no_grad()
     def of_clip(self, tokens: Tensor) -> Tensor:
-        """Apply ``projection``, ``finish`` and ``fusion``; float32."""
+        """Make the features of a whole clip ``(T, C, h, w)``; float32."""
         features = self.of_frames(tokens)
         features = features if self.finish is None else self.finish(features)
         if self.fusion is None:
@@ -81,7 +76,10 @@ def feature_variants(
     """Return an adapter's features and what they must be compared with.
 
     Most of what a projection seems to gain over the last layer can come from reading another
-    layer, or from removing the mean token; so both are compared with.
+    layer, or from removing the mean token; so both are compared with. The variants are ``raw last
+    layer``, ``raw same layer`` (the layers that the projection reads, if others), ``centred``
+    (those minus the clip's mean token) and ``adapted``; of a projection that reads several layers
+    also each earlier one alone, ``raw layer 7`` and ``centred layer 7``.
 
     Args:
         adapter: backbone and projection.
@@ -90,91 +88,71 @@ def feature_variants(
             statistics; by default where the adapter was loaded with ``projection="settle"``.
         centre: also subtract the clip's mean token from what the adapter returns.
         baseline_layers: single layers to compare with, centred by the clip's mean token.
-        fusion: mode of temporal fusion; what the adapter and each baseline return and the centred
-            single layers are then also given fused.
-
-    Returns:
-        ``raw last block``, ``raw same block`` (the layers that the projection reads, unless that
-        is the last one), ``centred`` (those minus the clip's mean token), ``adapted`` (unless
-        there is no projection), ``settled`` if asked for, and the baselines. A projection that
-        reads several layers is also compared with each earlier one alone, ``raw layer 7`` and
-        ``centred layer 7``.
+        fusion: also fuse over time what the adapter and each baseline return and the centred
+            single layers.
 
     Raises:
         BackboneMismatchError: a baseline of another backbone.
         ValueError: a layer that does not exist.
     """
     backbone, config, projection = adapter.backbone, adapter.config, adapter.projection
-    baselines = baselines or {}
     settle = adapter.settles if settle is None else settle
     last: Reads = ((backbone.default_layer,), backbone.row.final_norm)
-    same: Reads = (tuple(backbone.block(layer) for layer in config.layers), config.norm)
+    same = _reads(backbone, projection)
     variants = [FeatureVariant(RAW_LAST, last)]
-    if same != last:
-        variants.append(FeatureVariant(RAW_SAME, same))
+    variants += [FeatureVariant(RAW_SAME, same)] if same != last else []
     variants.append(FeatureVariant(CENTRED, same, finish=centred))
     earlier = sorted(same[0])[:-1]
     for layer in sorted({*earlier, *(backbone.block(layer) for layer in baseline_layers)}):
         alone: Reads = ((layer,), layer == backbone.depth - 1 and backbone.row.final_norm)
         if layer in earlier:
             variants.append(FeatureVariant(f"raw layer {layer}", alone))
-        variants.append(FeatureVariant(centred_layer(layer), alone, finish=centred))
+        variants.append(FeatureVariant(f"centred layer {layer}", alone, finish=centred))
     if config.kind != "identity":
         variants.append(FeatureVariant(ADAPTED, same, projection))
         if centre:
             variants.append(FeatureVariant(f"{ADAPTED}, centred", same, projection, centred))
     if settle:
         variants.append(FeatureVariant(SETTLED, same, projection, settle_clip))
-    for name, other in baselines.items():
+    for name, other in (baselines or {}).items():
         if other.config.fingerprint != config.fingerprint:
             raise BackboneMismatchError(
                 f"{name} was fitted on another backbone ({other.config.backbone}) than the model "
                 f"here ({config.backbone}); compare projections of one backbone"
             )
-        reads = (tuple(backbone.block(layer) for layer in other.config.layers), other.config.norm)
+        reads = _reads(backbone, other)
         variants.append(FeatureVariant(name, reads, other))
         if settle:
             variants.append(FeatureVariant(f"{name}, settled", reads, other, settle_clip))
-    if fusion is not None:
-        fusable = {ADAPTED, *baselines, *map(centred_layer, range(backbone.depth))}
-        variants += [_fused(each, fusion, backbone) for each in variants if each.name in fusable]
+    for each in list(variants) if fusion is not None else ():
+        if each.name in {ADAPTED, *(baselines or {})} or each.name.startswith("centred layer"):
+            name = f"{each.name}, fused" + (" causally" if fusion == "causal" else "")
+            widths = tuple(backbone.widths[layer] for layer in each.reads[0])
+            variants.append(dataclasses.replace(each, name=name, fusion=fusion, widths=widths))
     return variants
 
 
-def _fused(variant: FeatureVariant, mode: FusionMode, backbone: Backbone) -> FeatureVariant:
-    name = f"{variant.name}, fused" + (" causally" if mode == "causal" else "")
-    widths = tuple(backbone.widths[layer] for layer in variant.reads[0])
-    return dataclasses.replace(variant, name=name, fusion=mode, widths=widths)
+def _reads(backbone: Backbone, projection: Projection) -> Reads:
+    config = projection.config
+    return tuple(backbone.block(layer) for layer in config.layers), config.norm
 
 
 def guide_variant(adapter: CoSettleAdapter, variants: Sequence[FeatureVariant]) -> FeatureVariant:
     """Return the centred single layer whose matches stand for the truth on real clips.
 
-    It is chosen by :func:`guide_layer` among those that no projection of the variants to be
-    measured reads and no fusion matches by. Raw and centred single layers do not count as reading:
-    nothing would be left.
+    Of those that no projection reads and no fusion matches by it is the nearest to two thirds of
+    the depth, the later of two; of all layers where none is left.
     """
     backbone = adapter.backbone
     read = {backbone.block(layer) for layer in adapter.config.layers}
     for variant in variants:
         if variant.projection is not None or variant.fusion is not None:
             read.update(variant.reads[0])
-    layer = guide_layer(backbone.depth, read)
-    return FeatureVariant(f"matches of {centred_layer(layer)}", ((layer,), False), finish=centred)
-
-
-def guide_layer(depth: int, read: Iterable[int]) -> int:
-    """Choose the layer nearest two thirds of the depth that is not read, the later of two.
-
-    Where every layer is read, it is chosen of all.
-    """
-    free = sorted(set(range(depth)) - set(read), reverse=True)
-    return min(free or range(depth), key=lambda layer: abs(3 * (layer + 1) - 2 * depth))
-
-
-def centred_layer(layer: int) -> str:
-    """Return the name of a single layer minus the clip's mean token."""
-    return f"centred layer {layer}"
+    depth = backbone.depth
+    free = sorted({*range(depth)} - read, reverse=True) or range(depth)
+    layer = min(free, key=lambda layer: abs(3 * (layer + 1) - 2 * depth))
+    name = f"matches of centred layer {layer}"
+    return FeatureVariant(name, ((layer,), False), finish=centred)
 
 
 def centred(features: Tensor) -> Tensor:
@@ -187,11 +165,10 @@ def raw_same(features: Mapping[str, Value]) -> Value:
     return features[RAW_SAME if RAW_SAME in features else RAW_LAST]
 
 
-def read_layers(backbone: Backbone, images: Tensor, wanted: Sequence[Reads]) -> dict[Reads, Tensor]:
+def read_layers(backbone: Backbone, images: Tensor, wanted: Iterable[Reads]) -> dict[Reads, Tensor]:
     """Read several sets of layers of images ``(B, 3, H, W)`` in one pass of the backbone.
 
-    Returns:
-        Set of layers to ``(B, C, h, w)``, its layers concatenated along the channels.
+    Each set gives ``(B, C, h, w)``, its layers concatenated along the channels.
     """
     singles = sorted({(layer, norm) for layers, norm in wanted for layer in layers})
     maps = backbone.intermediate_tokens(
@@ -213,11 +190,7 @@ def encode_variants(
 ) -> Iterator[tuple[str, Tensor]]:
     """Encode a clip in one pass of the backbone, then make one variant at a time.
 
-    Args:
-        adapter: gives the backbone.
-        batches: the clip's frames ``(N, 3, H, W)`` uint8, one forward pass each.
-        variants: what to make.
-        size: what frames are resized to, as in the adapter's ``forward``.
+    Each of ``batches`` is of frames ``(N, 3, H, W)`` uint8, for one forward pass.
 
     Yields:
         Name of a variant and its features ``(T, C, h, w)``, float32 on the CPU.
@@ -241,18 +214,10 @@ def compare_features(
     on_frames: Callable[[int], None] = lambda done: None,
     variants: Sequence[FeatureVariant] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a clip's adapted features and what they must be compared with.
+    """Return a clip's features ``(T, C, h, w)`` by the name of their variant.
 
-    Args:
-        adapter: backbone and projection.
-        frames: ``(T, 3, H, W)`` uint8.
-        size: what frames are resized to, as in the adapter's ``forward``.
-        batch_size: frames a forward pass.
-        on_frames: called with the number of frames done, after each pass.
-        variants: those of :func:`feature_variants` by default.
-
-    Returns:
-        What :func:`encode_variants` yields, by name.
+    ``frames`` are ``(T, 3, H, W)`` uint8, the variants by default those of
+    :func:`feature_variants`; ``on_frames`` is called with the number of frames done.
     """
 
     def batches() -> Iterator[Tensor]:

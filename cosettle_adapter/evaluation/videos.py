@@ -1,18 +1,25 @@
-"""Videos as features by variant: pooled to one feature a frame or a video."""
+"""Videos: listed by class and split, as features by variant, labelled by their neighbours."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
+import math
+import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from einops import reduce
 from torch import Tensor
+from torch.nn import functional as F
 
+from cosettle_adapter.adapter import CoSettleAdapter, Size
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
-from cosettle_adapter.evaluation.labelled_videos import LabelledVideo
+from cosettle_adapter.evaluation.clips import data_folder, entries, few, images_in
 from cosettle_adapter.evaluation.variants import (
     CENTRED,
     RAW_LAST,
@@ -22,43 +29,106 @@ from cosettle_adapter.evaluation.variants import (
     raw_same,
     read_layers,
 )
-from cosettle_adapter.video import FrameSelection, open_frames, probe
-
-if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter, Size
+from cosettle_adapter.video import FrameSelection, is_video, open_frames, probe
+from cosettle_adapter.video.files import VIDEO_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+Part = Literal["train", "val"]
+
+TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO's kNN evaluation
+_CHUNK = 1024  # queries compared at a time
+_VALIDATION = 0.25  # of each class
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledVideo:
+    """A video of a class."""
+
+    path: Path  # a video file, or a folder of images
+    label: str
+    name: str  # path below the data folder, with forward slashes
+    part: Part | None = None  # if the folder has these parts
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
+    """List the videos of ``DIR/<class>/<video>``, or of ``DIR/train`` and ``DIR/val``.
+
+    A video is a video file or a folder of images. When ``train`` and ``val`` are the only folders
+    of ``root``, each is read as a folder of classes. Videos come in order of name.
+
+    Raises:
+        FrameError: no classes, or a class without videos.
+    """
+    root = data_folder(Path(root), "a folder of <class>/<video>")
+    if {folder.name for folder in _folders(root)} == {"train", "val"}:
+        return _classes(root / "train", root, "train") + _classes(root / "val", root, "val")
+    return _classes(root, root, None)
+
+
+def split_videos(videos: Sequence[LabelledVideo], *, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Split videos into rows to learn from and rows to be judged by.
+
+    A given split is kept. Otherwise a quarter of each class is judged, see :func:`held_out`.
+
+    Raises:
+        FrameError: a class that there is nothing to learn from, or nothing to be judged by.
+    """
+    labels = [video.label for video in videos]
+    given = any(video.part for video in videos)
+    if given:
+        val = [row for row, video in enumerate(videos) if video.part == "val"]
+    else:
+        val = held_out([video.name for video in videos], labels, share=_VALIDATION, seed=seed)
+    train = sorted(set(range(len(videos))) - set(val))
+    learnt, judged = ({labels[row] for row in rows} for rows in (train, val))
+    lacking = sorted(map(repr, judged - learnt if given else learnt - judged))
+    if not train or not val or lacking:
+        few_videos = "no readable video to learn from of" if given else "a single readable video of"
+        raise FrameError(
+            f"got {len(train)} videos to learn from and {len(val)} to be judged by"
+            + (f", and {few_videos} {few(lacking)}" if lacking else "")
+            + "; expected both of every class: add videos or leave the class out"
+        )
+    return train, val
+
+
+def held_out(names: Sequence[str], labels: Sequence[str], *, share: float, seed: int) -> list[int]:
+    """Choose rows of every class: the nearest to ``share`` of it, at least one, never all.
+
+    Classes of one row give none. Which rows depends on names and seed alone, not on order or
+    platform, and a video that is added or missing moves few others.
+    """
+    by_label: defaultdict[str, list[int]] = defaultdict(list)
+    for row, label in enumerate(labels):
+        by_label[label].append(row)
+    chosen: list[int] = []
+    for rows in by_label.values():
+        if len(rows) > 1:
+            rows.sort(key=lambda row: hashlib.sha256(f"{seed}/{names[row]}".encode()).digest())
+            chosen += rows[: min(max(1, math.floor(share * len(rows) + 0.5)), len(rows) - 1)]
+    return sorted(chosen)
 
 
 class VideoFrames(NamedTuple):
-    """One feature a frame of a video, the mean over its patches.
-
-    Attributes:
-        video: its name.
-        times: ``(T,)`` float64 seconds; positions in a folder of images.
-        features: variant to ``(T, C)`` float32.
-    """
+    """One feature a frame of a video, the mean over its patches."""
 
     video: str
-    times: Tensor
-    features: Mapping[str, Tensor]
+    times: Tensor  # (T,) float64 seconds; positions in a folder of images
+    features: Mapping[str, Tensor]  # variant to (T, C) float32
 
 
 class PooledVideos(NamedTuple):
-    """One feature a labelled video, the mean over its patches and frames.
+    """One feature a labelled video, the mean over its patches and frames."""
 
-    Attributes:
-        videos: those that could be read.
-        features: variant to ``(V, C)`` float32, a row for each of ``videos``.
-        skipped: name to why, of those that could not.
-    """
-
-    videos: tuple[LabelledVideo, ...]
-    features: Mapping[str, Tensor]
-    skipped: Mapping[str, str]
+    videos: tuple[LabelledVideo, ...]  # those that could be read
+    features: Mapping[str, Tensor]  # variant to (V, C) float32, a row for each of these
+    skipped: Mapping[str, str]  # name to why, of those that could not
 
 
 def encode_videos(
@@ -72,26 +142,15 @@ def encode_videos(
     variants: Sequence[FeatureVariant] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[VideoFrames], dict[str, str]]:
-    """Encode videos of any length into one feature a frame.
+    """Encode videos, files or folders of images, into one feature a frame.
 
-    Args:
-        adapter: backbone and projection.
-        paths: name to video file or folder of images.
-        frames: about how many of a video, see :func:`frames_of`.
-        rate: about how many a second, see :func:`frames_of`.
-        size: what frames are resized to; the shorter side by default.
-        batch_size: frames a forward pass.
-        variants: by default those of
-            :func:`~cosettle_adapter.evaluation.variants.feature_variants`. Those made of a whole
-            clip, such as centred features, are left out.
-        on_video: called with the number of videos done and their number.
+    Frames are chosen as in :func:`frames_of`, ``batch_size`` is that of a forward pass. Variants
+    made of a whole clip, such as centred features, are left out. ``on_video`` is called with the
+    number of videos done and their number.
 
     Returns:
-        Videos that could be read, and name to why of those that could not.
-
-    Raises:
-        FrameError: no video could be read.
-        MissingExtraError: PyAV or Pillow is needed and not installed.
+        Videos that could be read, and name to why of those that could not; see
+        :func:`each_readable`.
     """
     variants = [each for each in variants or feature_variants(adapter) if not each.needs_clip]
     wanted = [variant.reads for variant in variants]
@@ -119,12 +178,8 @@ def pool_videos(
 ) -> PooledVideos:
     """Encode videos into one feature each, the mean over patches and frames.
 
-    Args:
-        adapter: backbone and projection.
-        videos: see :func:`~cosettle_adapter.evaluation.labelled_videos.labelled_videos`.
-        frames: about how many of a video, evenly spread over it.
-        **options: ``size``, ``batch_size``, ``variants`` and ``on_video`` of
-            :func:`encode_videos`, whose errors are raised.
+    ``frames`` of a video, about so many, are evenly spread over it; the options and errors are
+    those of :func:`encode_videos`.
     """
     named = {video.name: video for video in videos}
     paths = {name: video.path for name, video in named.items()}
@@ -139,17 +194,10 @@ def pool_videos(
 def with_centred(
     features: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Add the centred features to the others: raw ones minus the mean of a reference.
+    """Add the centred features, raw ones minus the mean of a reference ``(M, C)``, after the raw.
 
     A video's own mean would leave nothing of a pooled feature, so it is the mean of the videos
     that are learnt from or searched; it uses no labels.
-
-    Args:
-        features: variant to ``(N, C)``.
-        reference: variant to ``(M, C)``, whose mean is subtracted.
-
-    Returns:
-        The features in the order raw, centred, all others.
     """
     raw = {name: features[name] for name in (RAW_LAST, RAW_SAME) if name in features}
     if not raw:
@@ -162,15 +210,8 @@ def frames_of(
 ) -> FrameSelection:
     """Select frames of a video file or a folder of images.
 
-    Args:
-        path: the source.
-        frames: spread about this many evenly over the whole source, and take no more.
-        rate: take about this many a second, where the source has times of its own; all of them
-            where it has not.
-
-    Raises:
-        FrameError: a source that cannot be read.
-        ValueError: ``frames`` below 1 or a ``rate`` that is not positive.
+    ``frames`` spreads about so many evenly over the whole source, and takes no more; ``rate``
+    takes about so many a second, or all where the source has no times of its own.
     """
     if (frames is not None and frames < 1) or (rate is not None and not rate > 0):
         raise ValueError(f"got frames={frames} and rate={rate}, expected both above 0")
@@ -186,13 +227,7 @@ def each_readable(
     skipped: dict[str, str],
     on_item: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Found]:
-    """Read items one by one and return what was read; a failure does not lose the others.
-
-    Args:
-        items: what to read; ``str`` of it is its name.
-        read: reads one.
-        skipped: name to why, filled for those that failed.
-        on_item: called with the number of items done, read or not, and their number.
+    """Read items one by one; one that cannot be read is logged and gets its reason in ``skipped``.
 
     Raises:
         MissingExtraError: what would fail for every item alike.
@@ -214,3 +249,91 @@ def each_readable(
         name, why = next(iter(skipped.items()))
         raise FrameError(f"none of {len(items)} videos could be read. The first, {name}: {why}")
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What videos, or frames of videos, show and what they were taken for."""
+
+    names: tuple[str, ...]  # of the videos, once for each label
+    labels: tuple[str, ...]
+    predicted: tuple[str, ...]
+    settings: Mapping[str, float | None] = dataclasses.field(default_factory=dict)  # of the method
+
+    @property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Label to how many show it and how many of them were recognised, in order of name."""
+        pairs = Counter(zip(self.labels, self.predicted, strict=True))
+        count = Counter(self.labels)
+        return {label: (count[label], pairs[label, label]) for label in sorted(count)}
+
+    @property
+    def accuracy(self) -> float:
+        """Share that was recognised, in [0, 1]."""
+        return sum(correct for _, correct in self.counts.values()) / len(self.labels)
+
+    @property
+    def per_class(self) -> dict[str, float]:
+        """Label to the share that was recognised, in order of name."""
+        return {label: correct / count for label, (count, correct) in self.counts.items()}
+
+    @property
+    def mean_per_class(self) -> float:
+        """Mean over labels, in [0, 1]."""
+        return sum(self.per_class.values()) / len(self.per_class)
+
+
+def nearest_votes(
+    train: Tensor, labels: Tensor, queries: Tensor, *, ks: Sequence[int], classes: int
+) -> dict[int, Tensor]:
+    """Let the k nearest neighbours by cosine vote, as DINO's kNN evaluation does.
+
+    Each of ``train`` ``(N, C)``, labelled in [0, classes), votes for its class with the weight
+    exp(cosine / temperature) on each of ``queries`` ``(Q, C)``. Of equally near ones the earlier
+    counts; where k is larger than N, all vote.
+
+    Returns:
+        k to votes ``(Q, classes)``, float64, each row summing to 1.
+
+    Raises:
+        ValueError: nothing to compare with, or a k below 1.
+    """
+    if not len(train) or not ks or min(ks) < 1:
+        raise ValueError(
+            f"got {len(train)} training features and ks={tuple(ks)}, expected at least one "
+            "feature and ks of at least 1"
+        )
+    keys = F.normalize(train.double(), dim=1)
+    votes = {k: keys.new_zeros(len(queries), classes) for k in ks}
+    for start in range(0, len(queries), _CHUNK):
+        part = F.normalize(queries[start : start + _CHUNK].double(), dim=1)
+        cosine, order = (part @ keys.T).sort(dim=1, descending=True, stable=True)
+        for k in ks:
+            weights = torch.softmax(cosine[:, :k] / TEMPERATURE, dim=1)
+            votes[k][start : start + _CHUNK].scatter_add_(1, labels[order[:, :k]], weights)
+    return votes
+
+
+def _classes(folder: Path, root: Path, part: Part | None) -> list[LabelledVideo]:
+    videos = []
+    for label in _folders(folder):
+        paths = [label / name for name in entries(label)]
+        found = [path for path in paths if images_in(path) or (path.is_file() and is_video(path))]
+        if not found:
+            raise FrameError(
+                f"{label} holds no videos: expected video files ({', '.join(VIDEO_SUFFIXES)}) or "
+                "folders of images. Fill the folder or remove it"
+            )
+        videos += [
+            LabelledVideo(path, label.name, path.relative_to(root).as_posix(), part)
+            for path in found
+        ]
+    if not videos:
+        raise FrameError(
+            f"{folder} has no folders; expected one for each class, {folder.name}/<class>/<video>"
+        )
+    return videos
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [folder / name for name in entries(folder) if (folder / name).is_dir()]

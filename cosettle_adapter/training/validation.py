@@ -17,8 +17,8 @@ from torch import Tensor
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import CosettleError
-from cosettle_adapter.evaluation.consistency import tracking_error
-from cosettle_adapter.evaluation.representation_metrics import RepresentationMetrics
+from cosettle_adapter.evaluation.drift import tracking_error
+from cosettle_adapter.evaluation.representation import RepresentationMetrics
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.training.corpus import Corpus, Video
 from cosettle_adapter.training.errors import TrainingError
@@ -31,7 +31,6 @@ _CLIPS = 32
 _FRAMES = 8
 _RENDERED = 12
 _POINTS = 8  # a side
-_PERCENTILE = 95.0
 
 
 class Validation:
@@ -87,7 +86,7 @@ class Validation:
             ``d_intra``: distance to the nearest patch of the next frame, in diameters of the clip.
             ``d_inter``: distance to other clips, in diameters; ``None`` for a single clip.
         """
-        metrics = RepresentationMetrics(percentiles=(_PERCENTILE,))
+        metrics = RepresentationMetrics()
         for name, tokens in self._clips.items():
             metrics.add(self._project(projection, tokens), name=name)
         geometry = self._adapter.geometry(self._size, self._size)
@@ -104,8 +103,8 @@ class Validation:
             CRITERION: sum(overlaps) / len(overlaps),
             "tracking_error": sum(errors) / len(errors),
             "cycle_accuracy": found.cycle_accuracy,
-            "d_intra": found.d_intra[_PERCENTILE],
-            "d_inter": found.d_inter[_PERCENTILE],
+            "d_intra": found.d_intra,
+            "d_inter": found.d_inter,
         }
         return {name: None if math.isnan(value) else value for name, value in figures.items()}
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import grey, problem_of, save, save_frames
 
-from cosettle_adapter import evaluation
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.clips import Clip, bad_clip
+from cosettle_adapter.evaluation.clips import Clip, images_in, list_clips, mask_clip, read_masks
+
+MASK = np.zeros((4, 6), dtype=np.uint8)
 
 
 def test_a_digest_is_of_contents_not_of_sizes(tmp_path: Path) -> None:
@@ -26,42 +28,66 @@ def test_a_digest_is_of_contents_not_of_sizes(tmp_path: Path) -> None:
     assert clip.digest() != before
 
 
-def test_what_is_wrong_with_a_clip_is_raised_by_reading_it() -> None:
-    clip = bad_clip("clip", "no frames")
-    for read in (clip.read_annotations, lambda: clip.read_frame(0)):
-        with pytest.raises(FrameError, match="no frames"):
-            read()
-    broken = Clip("clip", [b"no picture"], lambda: None)
+def test_one_bad_clip_does_not_lose_the_others() -> None:
+    def make(name: str) -> Clip[int]:
+        if name == "bad":
+            raise FrameError("no frames")
+        return Clip(name, [lambda: MASK], lambda: 3)
+
+    good, bad = list_clips("clip", Path("root"), ["good", "bad", "other"], ["good", "bad"], make)
+    assert good.read_annotations() == 3
+    np.testing.assert_array_equal(good.read_frame(0), MASK)
+    assert problem_of(bad) == "clip 'bad': no frames"
+    with pytest.raises(FrameError, match=r"no clip 'godo' in root\. Did you mean 'good'\?"):
+        list_clips("clip", Path("root"), ["good"], ["godo"], make)
     with pytest.raises(FrameError, match="frame 0 of 'clip' cannot be read"):
-        broken.read_frame(0)
+        Clip("clip", [b"no picture"], lambda: None).read_frame(0)
 
 
-def test_names_of_version_01_warn(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    gt, pred = random.random((2, 9, 12, 15)) > 0.4
-    with pytest.warns(DeprecationWarning, match="use region_similarity and boundary_f"):
-        scores = evaluation.j_and_f(gt, pred, tolerance=2)
-    inner = range(1, 8)
-    assert scores.j == tuple(evaluation.region_similarity(gt[t], pred[t]) for t in inner)
-    assert scores.f == tuple(evaluation.boundary_f(gt[t], pred[t], 2) for t in inner)
-    assert scores.j_and_f == pytest.approx((np.mean(scores.j) + np.mean(scores.f)) / 2)
-    assert scores.j_summary.mean + scores.f_summary.mean == pytest.approx(2 * scores.j_and_f)
-    with pytest.raises(FrameError, match="T at least 3"), pytest.warns():
-        evaluation.j_and_f(gt[:2], pred[:2])
-    by_threshold = dict.fromkeys((1, 2, 4, 8, 16), 0.5)
-    some = evaluation.TapVidMetrics(0.5, 0.25, 0.1, by_threshold, by_threshold)
-    with pytest.warns(DeprecationWarning, match="goes in version 0.3"):
-        mean = evaluation.mean_over_videos([some, some._replace(delta_avg=float("nan"))])
-    assert mean == some
-    with pytest.raises(ValueError, match="no videos"), pytest.warns():
-        evaluation.mean_over_videos([])
-    with pytest.warns(DeprecationWarning, match="use Clip"):
-        assert evaluation.DavisSequence is Clip
-    with pytest.warns(DeprecationWarning, match="use davis_clips"):
-        listed = evaluation.davis_sequences
-    with pytest.raises(FrameError, match="expected JPEGImages"):
-        listed(tmp_path, every=2)
-    with pytest.warns(DeprecationWarning, match="use read_annotations"):
-        assert Clip("clip", (), lambda: 3).read_masks() == 3
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        evaluation.nonsense  # noqa: B018
+@pytest.mark.parametrize(
+    ("frames", "masks", "message"),
+    [
+        ("", "0.png", r"expected images in .*frames, found nothing"),
+        ("0.png", "0.jpg", r"expected PNG masks in .*masks, found 0.jpg"),
+        ("0.png 1.png", "0.png 1.png 3.png", r"masks without a frame in .*: 3.png; .* 0.png, 1"),
+        ("0.png 1.png", "1.png", r"first frame, 0.png, has no mask; expected .*masks.0.png"),
+        ("0.png 1.jpg 1.png", "0.png", r"has other files for the frames 1.jpg; keep one of each"),
+    ],
+)
+def test_frames_and_masks_that_do_not_fit(
+    tmp_path: Path, frames: str, masks: str, message: str
+) -> None:
+    for kind, names in (("frames", frames), ("masks", masks)):
+        for name in names.split():
+            save(tmp_path / kind / name, MASK, "L")
+    with pytest.raises(FrameError, match=message):
+        mask_clip("clip", tmp_path / "frames", tmp_path / "masks")
+
+
+def test_some_frames_have_masks_and_ten_comes_after_two(tmp_path: Path) -> None:
+    for first, suffix in enumerate((".png", ".jpeg", ".JPG", ".PNG")):
+        save_frames(tmp_path / "frames", range(first, 12, 4), (4, 6), f"{{}}{suffix}")
+    for t in (0, 2, 10):
+        save(tmp_path / "masks" / f"{t}.PNG", MASK + t, "P")
+    (tmp_path / "masks" / "._2.png").write_bytes(b"what macOS keeps beside a file")
+    clip = mask_clip("clip", tmp_path / "frames", tmp_path / "masks")
+    assert [grey(clip, t) for t in range(12)] == list(range(12))
+    assert clip.annotated == (0, 2, 10)
+    np.testing.assert_array_equal(clip.read_annotations()[:, 0, 0], [0, 2, 10])
+
+
+def test_masks_that_are_none_are_named(tmp_path: Path) -> None:
+    for name, mask, mode in (
+        ("0", MASK, "L"), ("1", MASK[:3], "L"), ("2", np.stack([MASK] * 3, 2), "RGB"),
+    ):  # fmt: skip
+        save(tmp_path / f"{name}.png", mask, mode)
+    (tmp_path / "3.png").write_bytes(b"not a picture")
+    first, *others = images_in(tmp_path)
+    messages = (
+        r"1.png is 3 x 6, but the clip's first mask is 4 x 6",
+        r"2.png is a RGB image, expected a palette",
+        r"3.png cannot be read as a mask",
+    )
+    for other, message in zip(others, messages, strict=True):
+        with pytest.raises(FrameError, match=message):
+            read_masks([first, other])

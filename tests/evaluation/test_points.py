@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import (
+    badja_accuracy,
+    pck,
     queries_first,
     queries_strided,
     tapvid_metrics,
@@ -18,9 +22,100 @@ from cosettle_adapter.evaluation.points import QueryMode
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Joints = tuple[Floats, Floats, Flags]
 Video = tuple[Floats, Flags, Floats, Flags, Floats]
 
 MODES: tuple[QueryMode, ...] = ("first", "strided")
+
+
+def random_joints(rng: np.random.Generator, joints: int = 15) -> Joints:
+    """Annotation, prediction a few pixels off, and which joints count, sometimes none of them."""
+    frames = int(rng.integers(2, 9))
+    gt = rng.uniform(-20, 320, (frames, joints, 2))
+    pred = gt + rng.normal(0, rng.choice([1, 30, 100]), gt.shape)
+    visible = rng.random((frames, joints)) < rng.choice([0.2, 0.9, 1.0])
+    return gt, pred, visible
+
+
+def definition_of_pck(clips: list[Joints], threshold: float) -> float:
+    """JHMDB's published evaluation, joint by joint."""
+    distances: list[list[float]] = [[] for _ in range(clips[0][0].shape[1])]
+    for gt, pred, visible in clips:
+        for t in range(1, len(gt)):
+            seen = [j for j in range(gt.shape[1]) if visible[t, j]]
+            if not seen:
+                continue
+            xs, ys = gt[t, seen, 0], gt[t, seen, 1]
+            box = 0.6 * math.hypot(max(xs) - min(xs), max(ys) - min(ys))
+            for j in seen:
+                d = math.dist(gt[t, j], pred[t, j])
+                distances[j].append(d / box if box else math.inf)
+    shares = [sum(d <= threshold for d in joint) / len(joint) for joint in distances if joint]
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def test_pck_is_the_published_definition_on_200_data_sets() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        clips = [random_joints(rng) for _ in range(rng.integers(1, 4))]
+        counts = [pck(gt, pred, visible=visible) for gt, pred, visible in clips]
+        pooled = functools.reduce(operator.add, counts)
+        for threshold in (0.1, 0.2):
+            expected = definition_of_pck(clips, threshold)
+            assert pooled.mean[threshold] == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+def test_pck_of_a_known_clip() -> None:
+    gt = np.zeros((3, 3, 2))
+    gt[:, 1], gt[:, 2] = [30, 40], [np.nan, 1e9]  # a diagonal of 50, a scale of 30
+    pred = gt.copy()
+    pred[1, 0] += [3, 0]  # just at 0.1
+    pred[2, 0] += [0, 4]
+    pred[2, 1] += [100, 0]
+    visible = np.array([[True, True, False]] * 3)
+    result = pck(gt, pred, visible=visible)
+    np.testing.assert_array_equal(result.total, [2, 2, 0])
+    np.testing.assert_array_equal(result.correct, [[1, 2], [1, 1], [0, 0]])
+    assert result.mean == {0.1: 0.5, 0.2: 0.75}
+    assert math.isnan(pck(gt, pred, visible=visible & False).mean[0.1])
+    assert pck(gt[:, :2], np.full((3, 2, 2), np.nan)).mean == {0.1: 0, 0.2: 0}
+    one_point = np.full((2, 2, 2), 7.0)
+    assert pck(one_point, one_point).mean == {0.1: 0, 0.2: 0}, "a scale of 0 is a miss"
+    with pytest.raises(ValueError, match="cannot pool counts"):
+        result + pck(gt, pred, (0.5,), visible=visible)
+
+
+def definition_of_badja(clip: Joints, areas: Floats) -> tuple[float, float]:
+    """The published evaluation: all visible positions but those of the first frame."""
+    gt, pred, visible = clip
+    seg, near = [], []
+    for j in range(gt.shape[1]):
+        for t in range(1, len(gt)):
+            if visible[t, j]:
+                distance = math.dist(gt[t, j], pred[t, j])
+                seg.append(distance < 0.2 * math.sqrt(areas[t]))
+                near.append(distance < 3.0)
+    return (sum(seg) / len(seg), sum(near) / len(near)) if seg else (math.nan, math.nan)
+
+
+def test_badja_is_the_published_definition_on_200_clips() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        clip = random_joints(rng, joints=20)
+        areas = rng.choice([0, 400, 30_000], len(clip[0])).astype(float)
+        result = badja_accuracy(*clip, areas)
+        expected = definition_of_badja(clip, areas)
+        assert result[:2] == pytest.approx(expected, abs=1e-9, nan_ok=True)
+        assert result.positions == clip[2][1:].sum()
+
+
+def test_badja_distances_are_strictly_below_the_threshold() -> None:
+    gt = np.zeros((3, 2, 2))
+    pred = gt.copy()
+    pred[1] = [[3, 0], [0, 2.999]]
+    visible = np.array([[True, True], [True, True], [False, False]])
+    areas = [np.nan, 225, np.nan]  # a threshold of exactly 3 pixels, read where joints count
+    assert badja_accuracy(gt, pred, visible, areas) == (0.5, 0.5, 2)
 
 
 def definition(video: Video, mode: str) -> tuple[float, float, float]:
@@ -113,8 +208,6 @@ def test_queries_at_every_stride() -> None:
     queries = queries_strided(OCCLUDED, TRACKS, stride=2)
     np.testing.assert_array_equal(queries.track, [2, 0, 2, 2])
     np.testing.assert_array_equal(queries.points[:, 0], [0, 2, 2, 4])
-    with pytest.raises(ValueError, match="stride must be at least 1"):
-        queries_strided(OCCLUDED, TRACKS, stride=0)
 
 
 @given(st.integers(0, 10_000), st.sampled_from(MODES))
@@ -130,32 +223,25 @@ def test_queries_can_be_scored(seed: int, mode: QueryMode) -> None:
     assert metrics.occlusion_accuracy == 1 or math.isnan(metrics.occlusion_accuracy)
 
 
-def test_wrong_points_say_what_was_expected() -> None:
-    query, occluded, gt = np.zeros((2, 3)), np.zeros((2, 4), dtype=bool), np.zeros((2, 4, 2))
-    late, unknown = np.full((2, 3), 4.0), gt.copy()
-    unknown[1, 2] = np.nan
-    for arguments, message in [
+def test_wrong_arrays_say_what_was_expected() -> None:
+    gt, seen = np.zeros((2, 4, 2)), np.ones((2, 4), dtype=bool)
+    query, late = np.zeros((2, 3)), np.full((2, 3), 4.0)
+    for measure, arguments, message in (
+        (pck, (gt, gt[:1]), r"pred of shape \(1, 4, 2\), expected \(T, J, 2\).* has \(2, 4, 2\)"),
+        (badja_accuracy, (gt[..., 0], gt[..., 0], seen, [1, 1]), r"gt of shape \(2, 4\), expected"),
+        (badja_accuracy, (gt, gt, seen * 1, [1, 1]), r"visible int64 \(2, 4\), expected bool"),
+        (badja_accuracy, (gt, gt, seen, [1]), r"areas of shape \(1,\), expected \(T,\) = \(2,\)"),
+        (queries_first, (seen[:, :3], gt), r"occluded bool \(2, 3\), expected bool \(2, 4\)"),
+        (tapvid_metrics, (query, seen, gt, seen, gt[:, :3]), r"pred_tracks of .* \(Q, T, 2\)"),
         (
-            (query, occluded, gt, occluded, gt[:, :3]),
-            r"pred occlusion of .* \(2, 4\), expected bool",
+            tapvid_metrics,
+            (late, seen, gt, seen, gt),
+            "in frame 4.0, .* the frame first",
         ),
-        ((query, occluded, gt, occluded[:, :3], gt[:, :3]), r"pred_tracks of shape \(2, 3, 2\)"),
-        ((query, occluded * 1, gt, occluded, gt), "gt occlusion of dtype int64"),
-        (
-            (query, occluded, gt[..., 0], occluded, gt),
-            r"gt tracks of shape \(2, 4\), expected \(Q, T",
-        ),
-        (
-            (query[:, :2], occluded, gt, occluded, gt),
-            r"query_points of shape \(2, 2\), .* \(t, y, x\)",
-        ),
-        (
-            (late, occluded, gt, occluded, gt),
-            r"a query in frame 4.0, expected 0 to 3; .* frame first",
-        ),
-        ((query, occluded, gt, occluded, unknown), "pred_tracks has a position that is not finite"),
-    ]:
+    ):
         with pytest.raises(FrameError, match=message):
-            tapvid_metrics(*arguments)  # type: ignore[arg-type]
+            measure(*arguments)  # type: ignore[operator]
     with pytest.raises(ValueError, match="mode='last', expected 'first' or 'strided'"):
-        tapvid_metrics(query, occluded, gt, occluded, gt, "last")  # type: ignore[arg-type]
+        tapvid_metrics(query, seen, gt, seen, gt, "last")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stride must be at least 1"):
+        queries_strided(seen, gt, stride=0)

@@ -27,8 +27,7 @@ def test_a_folder_of_photographs_is_scored_by_its_true_motion(
     result = evaluate(protocol, tiny_adapter, size=(64, 96))
     assert list(result.clips) == ["one-zoom"]
     assert result.settings["drift"] == "true motion"
-    for variant in result.variants:
-        figures = result.total[variant]
+    for figures in result.total.values():
         assert figures.keys() == {
             f"{what}@{gap}" for what in ("match", "drift") for gap in (1, 4, 8)
         }
@@ -53,5 +52,5 @@ def test_what_cannot_be_rendered_is_named(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(FrameError, match="several photographs for 'two-zoom'"):
         rendered_clips(photos)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FrameError, match="holds no image files"):
+    with pytest.raises(FrameError, match="is no folder of image files; found nothing"):
         rendered_clips(tmp_path / "empty")

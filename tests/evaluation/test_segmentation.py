@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from drawn import CELL, moving_squares
 
 from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.evaluation import (
@@ -15,69 +15,40 @@ from cosettle_adapter.evaluation import (
     region_similarity,
 )
 
-CELL = 8
-
-
-def moving_squares(frames: int = 5, h: int = 6, w: int = 10) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Two objects that move one cell a frame, and features that know which cell is which."""
-    generator = torch.Generator().manual_seed(0)
-    ground = torch.randn(32, h, w, generator=generator)
-    objects = torch.randn(2, 32, 2, 2, generator=generator)
-    features = ground.repeat(frames, 1, 1, 1)
-    masks = np.zeros((frames, h * CELL, w * CELL), dtype=np.uint8)
-    for t in range(frames):
-        for index, (row, column) in enumerate([(0, t), (4, w - 2 - t)]):
-            features[t, :, row : row + 2, column : column + 2] = objects[index]
-            rows = slice(row * CELL, (row + 2) * CELL)
-            columns = slice(column * CELL, (column + 2) * CELL)
-            masks[t, rows, columns] = index + 1
-    return features, masks
+FEATURES, MASKS = moving_squares()
 
 
 @pytest.mark.parametrize("protocol", ["crw", "dino"])
 def test_features_that_know_the_motion_score_perfectly(protocol: str) -> None:
-    features, masks = moving_squares()
-    scores = evaluate_sequence(features, masks, protocol=protocol, topk=1)  # type: ignore[arg-type]
+    scores = evaluate_sequence(FEATURES, MASKS, protocol=protocol, topk=1)
     assert scores.objects == (1, 2)
     assert [len(values) for values in scores.j] == [3, 3]
     assert scores.j_and_f > 0.8  # corners are rounded on the way through the grid
 
 
 def test_still_features_score_what_the_first_mask_scores() -> None:
-    _, masks = moving_squares()
     still = torch.randn(1, 8, 6, 10).expand(5, -1, -1, -1)
-    scores = evaluate_sequence(still, masks, topk=1)
-    for index, object_id in enumerate(scores.objects):
-        first = masks[0] == object_id
-        assert scores.j[index] == pytest.approx(
-            [region_similarity(masks[t] == object_id, first) for t in (1, 2, 3)], abs=0.1
-        )
-        assert scores.f[index] == pytest.approx(
-            [boundary_f(masks[t] == object_id, first) for t in (1, 2, 3)], abs=0.1
-        )
+    scores = evaluate_sequence(still, MASKS, topk=1)
+    for found, measure in ((scores.j, region_similarity), (scores.f, boundary_f)):
+        for values, label in zip(found, scores.objects, strict=True):
+            expected = [measure(MASKS[t] == label, MASKS[0] == label) for t in (1, 2, 3)]
+            assert values == pytest.approx(expected, abs=0.1)
 
 
-def test_first_and_last_frame_do_not_count() -> None:
-    features, masks = moving_squares()
-    expected = evaluate_sequence(features, masks)
+def test_first_and_last_frame_do_not_count_and_maps_may_stream() -> None:
+    expected = evaluate_sequence(FEATURES, MASKS)
+    masks = MASKS.copy()
     masks[-1] = 0
-    assert evaluate_sequence(features, masks) == expected
-
-
-def test_maps_may_stream() -> None:
-    features, masks = moving_squares()
-    stream = (frame[None] for frame in features)
-    assert evaluate_sequence(stream, masks) == evaluate_sequence(features, masks)
+    assert evaluate_sequence((frame[None] for frame in FEATURES), masks) == expected
 
 
 def test_void_pixels_do_not_count() -> None:
-    features, masks = moving_squares()
-    spoiled = masks.copy()
+    spoiled = MASKS.copy()
     spoiled[2, 3 * CELL : 4 * CELL] = 2  # a stripe that no prediction has
-    with_stripe = evaluate_sequence(features, spoiled)
+    with_stripe = evaluate_sequence(FEATURES, spoiled)
     spoiled[2, 3 * CELL : 4 * CELL] = 255
     assert with_stripe.j[1][1] < 0.5
-    assert evaluate_sequence(features, spoiled).j == evaluate_sequence(features, masks).j
+    assert evaluate_sequence(FEATURES, spoiled).j == evaluate_sequence(FEATURES, MASKS).j
 
 
 def test_the_mean_is_over_objects_not_over_clips() -> None:
@@ -88,26 +59,26 @@ def test_the_mean_is_over_objects_not_over_clips() -> None:
 
 
 @pytest.mark.parametrize(
-    ("maps", "message"),
-    [(4, "but 4 feature maps"), (7, "but more feature maps")],
+    ("features", "masks", "annotated", "message"),
+    [
+        (FEATURES[:4], MASKS, None, "masks up to frame 4, but 4 feature maps"),
+        (FEATURES, MASKS[:4], None, "masks up to frame 3, but 5 feature maps"),
+        (FEATURES[:4], MASKS[[0, 2, 4]], [0, 2, 4], "masks up to frame 4, but 4 feature maps"),
+        (FEATURES[:2], MASKS[:2], None, "first and the last frame of the clip's 2 do not"),
+        (FEATURES, MASKS[[1, 3]], [1, 3], r"\(2, 48, 80\) for the frames \[1, 3\].* of frame 0"),
+        (FEATURES, MASKS[[0, 3]], [0], r"\(2, 48, 80\) for the frames \[0\], .* one mask for each"),
+        (FEATURES, MASKS[0], None, r"uint8 masks of shape \(48, 80\).* expected uint8 \(T, H, W"),
+        (FEATURES, MASKS.astype(int), None, "int64 masks"),
+        (FEATURES, MASKS * 0, None, "first mask has no object"),
+    ],
 )
-def test_every_mask_needs_a_map(maps: int, message: str) -> None:
-    features, masks = moving_squares(frames=7)
+def test_masks_that_cannot_be_scored(
+    features: Any, masks: Any, annotated: list[int] | None, message: str
+) -> None:
     with pytest.raises(FrameError, match=message):
-        evaluate_sequence(features[:maps], masks[:5])
+        evaluate_sequence(features, masks, annotated=annotated)
 
 
-def test_wrong_masks_say_what_was_expected() -> None:
-    features, masks = moving_squares()
-    with pytest.raises(FrameError, match="first and the last frame of the clip's 2 do not"):
-        evaluate_sequence(features[:2], masks[:2])
-    with pytest.raises(FrameError, match=r"2 masks for the frames \[1, 3\].*first is frame 0"):
-        evaluate_sequence(features, masks[[1, 3]], annotated=[1, 3])
-    with pytest.raises(FrameError, match=r"uint8 masks of shape \(48, 80\), expected"):
-        evaluate_sequence(features, masks[0])
-    with pytest.raises(FrameError, match="int64 masks"):
-        evaluate_sequence(features, masks.astype(np.int64))  # type: ignore[arg-type]
-    with pytest.raises(FrameError, match="first mask has no object"):
-        evaluate_sequence(features, masks * 0)
-    with pytest.raises(GeometryError, match="expected \\(C, h, w\\)"):
-        evaluate_sequence([torch.rand(2, 3, 6, 10)] * 5, masks)
+def test_maps_of_another_shape_are_refused() -> None:
+    with pytest.raises(GeometryError, match=r"expected \(C, h, w\)"):
+        evaluate_sequence([torch.rand(2, 3, 6, 10)] * 5, MASKS)

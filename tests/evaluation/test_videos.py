@@ -13,11 +13,6 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError, MissingExtraError
 from cosettle_adapter.evaluation import videos as videos_module
 from cosettle_adapter.evaluation.classification import classify
-from cosettle_adapter.evaluation.labelled_videos import (
-    LabelledVideo,
-    labelled_videos,
-    split_videos,
-)
 from cosettle_adapter.evaluation.retrieval import retrieve
 from cosettle_adapter.evaluation.variants import (
     ADAPTED,
@@ -27,10 +22,13 @@ from cosettle_adapter.evaluation.variants import (
     compare_features,
 )
 from cosettle_adapter.evaluation.videos import (
+    LabelledVideo,
     each_readable,
     encode_videos,
     frames_of,
+    labelled_videos,
     pool_videos,
+    split_videos,
     with_centred,
 )
 from cosettle_adapter.video import FrameSelection, SourceInfo, open_frames
@@ -67,14 +65,8 @@ def test_a_class_is_a_folder_and_a_video_a_file_or_a_folder_of_images(tmp_path: 
         ("run/b.mp4", "run", None),
     ]
     assert found[0].path == tmp_path / "jump" / "clip"
-    assert str(found[0]) == "jump/clip"
-
-
-def test_every_video_suffix_is_a_video(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"a/video{suffix}" for suffix in VIDEO_SUFFIXES))
-    found = labelled_videos(tmp_path)
-    assert {video.path.suffix for video in found} == set(VIDEO_SUFFIXES)
-    assert {".wmv", ".flv", ".mpeg", ".ogv", ".3gp"} < set(VIDEO_SUFFIXES)
+    touch(tmp_path, *(f"all/video{suffix}" for suffix in VIDEO_SUFFIXES))
+    assert len(labelled_videos(tmp_path)) == len(found) + len(VIDEO_SUFFIXES)
 
 
 def test_a_given_split_is_kept(tmp_path: Path) -> None:
@@ -84,28 +76,24 @@ def test_a_given_split_is_kept(tmp_path: Path) -> None:
         ("train/a/1.mp4", "train"), ("train/b/2.mp4", "train"), ("val/a/3.mp4", "val"),
     ]  # fmt: skip
     assert split_videos(found) == ([0, 1], [2])
-    with pytest.raises(FrameError, match="got 2 videos to train on and 0 to validate"):
+    with pytest.raises(FrameError, match="got 2 videos to learn from and 0 to be judged by"):
         split_videos(found[:2])
-    with pytest.raises(FrameError, match="none to train on of 'a'"):
+    with pytest.raises(FrameError, match="no readable video to learn from of 'a'"):
         split_videos(found[1:])
-    touch(tmp_path, "val/c/4.mp4")
-    with pytest.raises(FrameError, match=r"has classes that .*train lacks: 'c'; give both"):
-        labelled_videos(tmp_path)
     touch(tmp_path, "plane/3.mp4", "train/1.mp4", "val/1.mp4")  # among others they are classes
     assert {video.label for video in labelled_videos(tmp_path)} == {"train", "val", "plane"}
 
 
 def test_wrong_folders_are_described(tmp_path: Path) -> None:
-    with pytest.raises(FrameError, match="nowhere is not a folder; expected nowhere/<class>/"):
+    with pytest.raises(FrameError, match="nowhere does not exist, expected a folder of <class>/"):
         labelled_videos(tmp_path / "nowhere")
     with pytest.raises(FrameError, match="has no folders; expected one for each class"):
         labelled_videos(tmp_path)
     touch(tmp_path, "run/a.mp4", "jump/readme.txt")
     with pytest.raises(FrameError, match="jump holds no videos: expected video files"):
         labelled_videos(tmp_path)
-    many = named({f"c{i}": 1 for i in range(9)} | {"more": 2})
-    with pytest.raises(FrameError, match=r"single readable video of 'c0'.*'c4' and 4 more, exp"):
-        split_videos(many)
+    with pytest.raises(FrameError, match=r"single readable video of 'c0', .*'c8'; expected both"):
+        split_videos(named({f"c{i}": 1 for i in range(9)} | {"more": 2}))
 
 
 @given(
@@ -126,14 +114,8 @@ def test_a_split_takes_a_quarter_of_each_class_by_name_and_seed_alone(
     shuffled = data.draw(st.permutations(videos))
     expected = {videos[row].name for row in val}
     assert {shuffled[row].name for row in split_videos(shuffled, seed=seed)[1]} == expected
-
-
-def test_a_missing_video_moves_few_others() -> None:
-    videos = named({"a": 40, "b": 40})
-    whole = {videos[row].name for row in split_videos(videos)[1]}
-    rest = {videos[1:][row].name for row in split_videos(videos[1:])[1]}
-    assert len(whole ^ rest) <= 2
-    assert len(whole ^ {videos[row].name for row in split_videos(videos, seed=1)[1]}) > 2
+    more = [*videos, *named({"c0": counts[0] + 1})[-1:]]  # one more moves few others
+    assert len(expected ^ {more[row].name for row in split_videos(more, seed=seed)[1]}) <= 2
 
 
 @pytest.fixture(scope="module")
@@ -215,10 +197,9 @@ def test_frames_are_spread_or_taken_at_a_rate(
     assert rates == [25, 6, 1, 1]
     monkeypatch.setattr(videos_module, "probe", lambda _: SourceInfo(frames=None, fps=None))
     assert frames_of(Path("images"), frames=4).every == frames_of(Path("images"), rate=4.0).every
-    with pytest.raises(ValueError, match="frames=0"):
-        frames_of(path, frames=0)
-    with pytest.raises(ValueError, match=r"rate=0\.0"):
-        frames_of(path, rate=0.0)
+    for wrong in ({"frames": 0}, {"rate": 0.0}):
+        with pytest.raises(ValueError, match="expected both above 0"):
+            frames_of(path, **wrong)  # type: ignore[arg-type]
 
 
 def test_centred_features_stand_between_raw_and_adapted() -> None:

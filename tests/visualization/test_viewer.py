@@ -51,7 +51,7 @@ def viewed() -> ViewedClip:
         Image.fromarray(pixels).save(written, format="JPEG")
         pictures.append(written.getvalue())
     features = {
-        "raw last block": shifting(1)[:1].expand(FRAMES, -1, -1, -1),
+        "raw last layer": shifting(1)[:1].expand(FRAMES, -1, -1, -1),
         "adapted": shifting(2),
     }
     colours = {
@@ -116,7 +116,7 @@ def test_facts_of_the_clip(server: ViewerServer, viewed: ViewedClip) -> None:
     assert facts["size"] == [90, 60]
     assert facts["grid"] == [9, 6]
     assert facts["covered"] == [0, 0, 90, 60]
-    assert facts["kinds"] == ["raw last block", "adapted"]
+    assert facts["kinds"] == ["raw last layer", "adapted"]
     assert facts["times"] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert len(facts["colours"]) == 256
 
@@ -128,7 +128,7 @@ def test_frames_are_pictures(server: ViewerServer) -> None:
         assert image.size == (90, 60)
 
 
-@pytest.mark.parametrize("kind", ["adapted", "raw+last+block"])
+@pytest.mark.parametrize("kind", ["adapted", "raw+last+layer"])
 def test_similarities_are_those_of_the_library(
     server: ViewerServer, viewed: ViewedClip, kind: str
 ) -> None:
@@ -154,7 +154,7 @@ def test_colours_come_pixel_by_pixel(server: ViewerServer, viewed: ViewedClip) -
         ("/frame?index=-1", "index='-1'"),
         ("/frame?index=1e2", "index='1e2'"),
         ("/frame?index=%C2%B2", "expected a frame"),
-        ("/colours?kind=other", "Got kind='other', expected one of 'raw last block', 'adapted'"),
+        ("/colours?kind=other", "Got kind='other', expected one of 'raw last layer', 'adapted'"),
         ("/similarity?kind=adapted&frame=0&y=3", "lacks x="),
         ("/similarity?kind=adapted&frame=0&x=a&y=3", "Got x='a', expected a number"),
         ("/similarity?kind=adapted&frame=0&x=90.5&y=3", "outside the frame of 90 x 60"),
@@ -215,7 +215,7 @@ def test_a_clip_is_encoded_like_the_adapter_does(
     )
     assert done == [3, 4]
     assert viewed.name == "clip.mp4"
-    assert list(viewed.features) == ["raw last block", "raw same block", "centred", "adapted"]
+    assert list(viewed.features) == ["raw last layer", "raw same layer", "centred", "adapted"]
     assert viewed.times.tolist() == pytest.approx([0, 0.08, 0.16, 0.24])
     chunks = tiny_adapter.stream(
         path, size=48, select=FrameSelection(every=2), return_backbone=True
@@ -223,7 +223,7 @@ def test_a_clip_is_encoded_like_the_adapter_does(
     (chunk,) = chunks
     assert viewed.geometry == chunk.geometry
     assert chunk.backbone is not None
-    for kind, expected in {"adapted": chunk.features, "raw same block": chunk.backbone}.items():
+    for kind, expected in {"adapted": chunk.features, "raw same layer": chunk.backbone}.items():
         maps = viewed.features[kind]
         assert maps.dtype == torch.float16
         torch.testing.assert_close(maps.float(), expected.float(), atol=5e-3, rtol=5e-3)
@@ -242,7 +242,7 @@ def test_fused_features_stand_beside_the_others_if_asked_for(
     path = write_video(tmp_path / "clip.mp4", frames=5, height=60, width=100)
     features = view_clip(tiny_adapter, path, size=48, fusion="causal").features
     assert list(features)[-2:] == ["adapted", "adapted, fused"]
-    guide = tiny_adapter._guide(features["raw same block"].float())
+    guide = tiny_adapter._guide(features["raw same layer"].float())
     expected = temporal_fusion(features["adapted"].float(), guide, mode="causal")
     # guides are rounded to half precision at different places
     assert (features["adapted, fused"] - expected).abs().mean() < 2e-3

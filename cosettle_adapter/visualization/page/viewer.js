@@ -1,7 +1,7 @@
 // What a patch of one frame is similar to in all frames; nothing here comes from elsewhere.
 
 const PANELS = ["left", "right"];
-const DEFAULTS = ["raw last block", "adapted"];
+const DEFAULTS = ["raw last layer", "adapted"];
 const THUMBNAILS = 12; // in the strip, at most
 const DIM = 0.7; // of the grey frame under the heat, as in the films
 const OPACITY = 0.8;
