@@ -25,7 +25,6 @@ from cosettle_adapter.projection import Projection
 from cosettle_adapter.streaming import FeatureChunk, stream_features
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameSelection, open_frames, pinned, prefetch
-from cosettle_adapter.video.selection import selected
 
 if TYPE_CHECKING:
     from cosettle_adapter.upload import Pushed
@@ -48,12 +47,6 @@ class CoSettleAdapter(FeatureModel):
         >>> frames = torch.randint(0, 256, (4, 3, 280, 490), dtype=torch.uint8)
         >>> adapter(frames).shape
         torch.Size([4, 384, 20, 35])
-
-    Attributes:
-        backbone: the frozen encoder.
-        projection: the head; frozen as well until ``projection.requires_grad_(True)``.
-        settles: whether features are settled unless a call says otherwise, as they are after
-            ``from_pretrained(name, projection="settle")``.
     """
 
     # The weights of a backbone that came with the projection and has no public source.
@@ -107,7 +100,6 @@ class CoSettleAdapter(FeatureModel):
         Raises:
             UnknownModelError: no such model; close names are suggested.
             ValueError: another ``projection``, no such recipe, or a projection made by another.
-            StatisticsError: the backbone's features are equal or not finite, so cannot be fitted.
             WeightsUnavailableError: a file could not be had; the message lists what was tried.
             CorruptWeightsError, ProjectionFormatError: a file is damaged or of another format.
             BackboneMismatchError: the projection belongs to another backbone.
@@ -173,10 +165,8 @@ class CoSettleAdapter(FeatureModel):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the projection and its config into ``folder``.
 
-        The backbone is left out, unless it came with the projection and has no public source.
-
-        Raises:
-            ProjectionFormatError: the adapter settles every clip anew, so there is nothing to save.
+        The backbone is left out, unless it came with the projection and has no public source. An
+        adapter that settles every clip anew has nothing to save: a ProjectionFormatError.
         """
         self._check_stored()
         self.projection.save(folder)
@@ -220,7 +210,6 @@ class CoSettleAdapter(FeatureModel):
         settle: bool | None = None,
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
-        **moved: Any,
     ) -> Iterator[FeatureChunk]:
         """Yield the features of a video of any length at constant memory.
 
@@ -240,7 +229,6 @@ class CoSettleAdapter(FeatureModel):
                 settling (:class:`~cosettle_adapter.correspondence.TemporalFusion`):
                 ``"symmetric"`` uses frames of both sides, so that chunks come up to three frames
                 later; ``"causal"`` past ones only. Fused features carry no gradients.
-            **moved: fields of :class:`FrameSelection`, as in version 0.1; deprecated.
 
         Yields:
             :class:`FeatureChunk` in order; decoding runs ahead in a thread.
@@ -248,12 +236,11 @@ class CoSettleAdapter(FeatureModel):
         Raises:
             FrameError: nothing to read, or frames that cannot be used.
             TruncatedVideoError: the video breaks off; everything readable was yielded before.
-            ValueError: ``forgetting`` outside (0, 1], or another ``temporal_fusion``.
         """
         settles = self.settles if settle is None else settle
         settler = Settler(self.width, forgetting=forgetting) if settles else None
         fusion = None if temporal_fusion is None else TemporalFusion(temporal_fusion)
-        chunks = open_frames(source, selected(select, moved), skip=skip, chunk_size=batch_size)
+        chunks = open_frames(source, select, skip=skip, chunk_size=batch_size)
         found = stream_features(
             pinned(chunks) if self.device.type == "cuda" else chunks,
             functools.partial(self._encode, size=size, fit=fit),
@@ -278,15 +265,14 @@ class CoSettleAdapter(FeatureModel):
         fit: Fit = "resize",
         ridge: float = RIDGE,
         prior_pairs: float = PRIOR_PAIRS,
-        **moved: Any,
     ) -> CoSettleAdapter:
         """Return an adapter refined on one clip, by that clip's own statistics.
 
         One pass over the clip: its mean token is subtracted, and directions in which corresponding
         patches of adjacent frames differ are damped, the less the fewer of them there were (see
-        :class:`~cosettle_adapter.closed_form.Settler`). This adapter is left as it was; the new
-        one shares its backbone and has it as :attr:`unsettled`. A settled adapter settles from
-        there again, not on top. The new projection can be saved like any other.
+        :class:`~cosettle_adapter.closed_form.Settler`). The new adapter shares the backbone of
+        this one, which it has as :attr:`unsettled`: settling again starts from there, not on top.
+        Its projection can be saved like any other.
 
         Args:
             source: as in :meth:`stream`, in frame order: the clip whose features are wanted.
@@ -297,15 +283,13 @@ class CoSettleAdapter(FeatureModel):
                 infinity only centres.
             prior_pairs: number of corresponding patches at which the clip counts as much as the
                 projection it already has.
-            **moved: fields of :class:`FrameSelection`, as in version 0.1; deprecated.
 
         Raises:
             FrameError: nothing to read, or frames that cannot be used.
-            ValueError: ``ridge`` or ``prior_pairs`` out of range.
         """
         base = self.unsettled
         settler = Settler(base.width, ridge=ridge, prior_pairs=prior_pairs)
-        frames = open_frames(source, selected(select, moved), chunk_size=batch_size)
+        frames = open_frames(source, select, chunk_size=batch_size)
         try:
             for chunk in prefetch(frames):
                 settler.update(base._encode(chunk.frames, size=size, fit=fit).features)

@@ -24,8 +24,6 @@ from cosettle_adapter.starter import CLIPS, FRAMES, known_correspondences, start
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import RenderedClip
 
-RECIPE = 1  # the default one
-
 _SIDE = 252  # pixels, about; 18 x 18 patches of 14
 _CLIPS_TO_CHOOSE_BY = 12
 _EQUALLY = 0.97
@@ -39,11 +37,7 @@ def read_layers(backbone: Backbone, clips: Iterable[RenderedClip]) -> tuple[int,
     Of the layers that match best, within 3 %, the latest is read, which is the most semantic; with
     it those a sixth of the depth before and after, if they match two thirds as well. On DINOv2
     ViT-S/14 that is 5, 7 and 9 of 12. Late layers of transformers and the last stage of CNNs often
-    match badly, and are left out.
-
-    Args:
-        backbone: the frozen encoder.
-        clips: rendered ones; the first and the last frame of each are matched.
+    match badly, and are left out. Of each rendered clip, the first and the last frame are matched.
     """
     layers = range(backbone.depth)
     matched = torch.zeros(backbone.depth, dtype=torch.float64)
@@ -71,19 +65,14 @@ def _matched(tokens: Tensor, clip: RenderedClip) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How statistics become a projection; a change of any result needs a new version.
+    """How statistics become a projection; a change of any result needs a new version."""
 
-    Attributes:
-        layers: chooses the layers of a backbone that are read, by rendered clips.
-        solve: statistics, widths of the layers and channels to return, to a map.
-        formula: what it does, recorded in the projection's config.
-        averaging: share for :attr:`ProjectionConfig.averaging`.
-    """
-
+    # chooses the layers of a backbone that are read, by rendered clips
     layers: Callable[[Backbone, Iterable[RenderedClip]], tuple[int, ...]]
+    # statistics, widths of the layers and channels to return, to a map
     solve: Callable[[TokenStatistics, Sequence[int], int], AffineMap]
-    formula: str
-    averaging: float = 0.0
+    formula: str  # what it does, recorded in the projection's config
+    averaging: float  # share for the projection's config
 
 
 RECIPES = {
@@ -97,26 +86,13 @@ RECIPES = {
 }
 
 
-def find_recipe(version: int | None) -> tuple[int, Recipe]:
-    """Return a recipe and its version, the default one for ``None``.
-
-    Raises:
-        ValueError: there is no such version.
-    """
-    version = RECIPE if version is None else version
-    if version not in RECIPES:
-        known = ", ".join(map(str, RECIPES))
-        raise ValueError(f"unknown recipe {version!r}; this version knows {known}")
-    return version, RECIPES[version]
-
-
 @torch.no_grad()
 def fit_starter(
     backbone: Backbone,
     *,
-    recipe: int | None = None,
-    start: tuple[int, TokenStatistics] | None = None,
-    on_clip: Callable[[int, TokenStatistics], None] | None = None,
+    recipe: int,
+    start: TokenStatistics | None = None,
+    on_clip: Callable[[TokenStatistics], None] | None = None,
 ) -> Projection:
     """Fit a projection on the starter corpus.
 
@@ -124,15 +100,15 @@ def fit_starter(
 
     Args:
         backbone: in float32 at its native stride.
-        recipe: version; the default one if not given.
-        start: number of clips already processed, and their statistics, to resume from.
-        on_clip: called after each of :data:`~cosettle_adapter.starter.CLIPS` clips with the same.
+        recipe: which of :data:`RECIPES`.
+        start: statistics of the first clips, to resume from.
+        on_clip: called with those so far after each of :data:`~cosettle_adapter.starter.CLIPS`.
 
     Returns:
         In eval mode, gradients off, on the CPU.
 
     Raises:
-        ValueError: another dtype or stride, or no such recipe.
+        ValueError: a backbone of another dtype or stride.
         StatisticsError: features that are all equal, or not finite.
     """
     row = backbone.row
@@ -141,20 +117,23 @@ def fit_starter(
             f"a projection is fitted in float32 at stride {backbone.patch}, got {row.name} in "
             f"{backbone.dtype} at stride {backbone.stride}: load it with these"
         )
-    version, how = find_recipe(recipe)
-    size = _size(backbone)
+    how, size = RECIPES[recipe], _size(backbone)
     layers = how.layers(backbone, itertools.islice(starter_clips(size), _CLIPS_TO_CHOOSE_BY))
     widths = [backbone.widths[layer] for layer in layers]
-    if start is None or start[1].width != sum(widths):  # of other layers
-        start = (0, TokenStatistics(sum(widths)))
-    done, statistics = start
-    for clip in starter_clips(size, skip=done):
-        _collect(statistics, clip, backbone, layers)
-        done += 1
+    if start is None or start.width != sum(widths):  # of other layers
+        start = TokenStatistics(sum(widths))
+    for clip in starter_clips(size, skip=start.clips):
+        _collect(start, clip, backbone, layers)
         if on_clip is not None:
-            on_clip(done, statistics)
-    _check(statistics, widths, row.name)
-    affine = how.solve(statistics, widths, max(widths))
+            on_clip(start)
+    variance, squares = start.covariance.diagonal().split(widths), start.mean.square().split(widths)
+    for spread, square in zip(variance, squares, strict=True):
+        if not float(spread.sum()) > _LEAST_VARIANCE * float(square.sum()):
+            raise StatisticsError(
+                f"no projection can be fitted for {row.name}: its features are the same for all "
+                "patches, or not finite. Are these the right weights?"
+            )
+    affine = how.solve(start, widths, max(widths))
     # Axes are known up to their sign: the largest weight is made positive.
     largest = affine.weight.gather(1, affine.weight.abs().argmax(1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0)
@@ -176,7 +155,7 @@ def fit_starter(
             "cosettle_adapter": __version__,
         },
         licence=row.licence,
-        recipe=version,
+        recipe=recipe,
         averaging=how.averaging,
     )
     weight, bias = (sign * affine.weight).float(), (sign[:, 0] * affine.bias).float()
@@ -209,18 +188,6 @@ def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[
 def _collect(
     statistics: TokenStatistics, clip: RenderedClip, backbone: Backbone, layers: Sequence[int]
 ) -> None:
-    """Add a clip to statistics."""
     maps = torch.cat(_encoded(clip.frames, backbone, layers), dim=1)
     statistics.add_tokens(rearrange(maps, "t c h w -> (t h w) c"))
     statistics.end_clip()
-
-
-def _check(statistics: TokenStatistics, widths: Sequence[int], name: str) -> None:
-    variance = torch.split(statistics.covariance.diagonal(), list(widths))
-    squares = torch.split(statistics.mean.square(), list(widths))
-    for spread, square in zip(variance, squares, strict=True):
-        if not float(spread.sum()) > _LEAST_VARIANCE * float(square.sum()):
-            raise StatisticsError(
-                f"no projection can be fitted for {name}: its features are the same for all "
-                "patches, or not finite. Are these the right weights?"
-            )

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,17 +21,27 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from cosettle_adapter.backbones import Backbone, HubOptions
-from cosettle_adapter.closed_form import TokenStatistics
 from cosettle_adapter.errors import ProjectionFormatError, StatisticsError
-from cosettle_adapter.fitting import RECIPE, find_recipe, fit_starter
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection
-from cosettle_adapter.starter import CLIPS
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from cosettle_adapter.closed_form import TokenStatistics
+
+RECIPE = 1  # the newest one of ``fitting.RECIPES``, and the default
 
 _PARTIAL = "statistics.safetensors"
 _SAVE_EVERY = 10.0  # seconds
+
+logger = logging.getLogger(__name__)
+
+
+def recipe_version(recipe: int | None) -> int:
+    """Return the version of a recipe, the default one for ``None``; ValueError if it is unknown."""
+    if recipe is not None and recipe not in range(1, RECIPE + 1):
+        known = ", ".join(map(str, range(1, RECIPE + 1)))
+        raise ValueError(f"unknown recipe {recipe!r}; this version knows {known}")
+    return recipe or RECIPE
 
 
 def cache_folder(name: str, fingerprint: str, options: HubOptions, version: int = RECIPE) -> Path:
@@ -56,39 +66,39 @@ def fitted_projection(
     Args:
         backbone: what the projection is for.
         options: whose cache.
-        recipe: version; the default one if not given.
+        recipe: as in :func:`recipe_version`.
         native: loads the backbone in float32 at its native stride, for a fit, if ``backbone`` is
             not.
 
     Raises:
-        ValueError: no such recipe.
         StatisticsError: the backbone's features cannot be used.
     """
-    version, _ = find_recipe(recipe)
+    version = recipe_version(recipe)
     folder = cache_folder(backbone.row.name, backbone.fingerprint, options, version)
-    found = _cached(folder, backbone.fingerprint)
-    if found is not None:
+    if (found := _cached(folder, backbone.fingerprint)) is not None:
         return found
+    # brings solvers and the renderer, which only a first use needs
+    from cosettle_adapter import fitting
+
     with contextlib.ExitStack() as held:
-        progress = _Progress(folder)
+        progress = _Progress(folder, backbone.row.name)
         with progress.writing():
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
-        found = _cached(folder, backbone.fingerprint)
-        if found is not None:
+        if (found := _cached(folder, backbone.fingerprint)) is not None:
             return found
         is_native = backbone.dtype == torch.float32 and backbone.stride == backbone.patch
-        source = backbone if is_native else native()
-        start = progress.resumed()
+        source, start = backbone if is_native else native(), progress.resumed()
         bar: Any = tqdm  # untyped
+        done = start.clips if start else 0
         named = {"desc": f"fitting {backbone.row.name}", "unit": "clip"}
-        with bar(total=CLIPS, initial=start[0] if start else 0, **named) as shown:
+        with bar(total=fitting.CLIPS, initial=done, **named) as shown:
 
-            def on_clip(done: int, statistics: TokenStatistics) -> None:
+            def on_clip(statistics: TokenStatistics) -> None:
                 shown.update()
-                progress.on_clip(done, statistics, backbone.row.name)
+                progress.on_clip(statistics, fitting.CLIPS)
 
-            projection = fit_starter(source, recipe=version, start=start, on_clip=on_clip)
+            projection = fitting.fit_starter(source, recipe=version, start=start, on_clip=on_clip)
         with progress.writing():
             projection.save(folder)
             for path in folder.iterdir():
@@ -100,10 +110,10 @@ def fitted_projection(
 class _Progress:
     """Saves the statistics of an unfinished fit; stops with one warning if it cannot write."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         self._folder: Path | None = folder
+        self._name, self._clips = name, 0
         self._saved = self._clip_began = time.monotonic()
-        self._clips = 0
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -120,8 +130,10 @@ class _Progress:
                 )
             self._folder = None
 
-    def resumed(self) -> tuple[int, TokenStatistics] | None:
-        """Number of clips done and their statistics, as a killed fit left them."""
+    def resumed(self) -> TokenStatistics | None:
+        """Statistics as a killed fit left them."""
+        from cosettle_adapter.closed_form import TokenStatistics
+
         if self._folder is None or not (self._folder / _PARTIAL).is_file():
             return None
         try:
@@ -129,9 +141,9 @@ class _Progress:
         except (SafetensorError, StatisticsError, OSError) as error:
             logger.debug("%s cannot be used: %s", self._folder / _PARTIAL, error)
             return None
-        return statistics.clips, statistics
+        return statistics
 
-    def on_clip(self, done: int, statistics: TokenStatistics, name: str) -> None:
+    def on_clip(self, statistics: TokenStatistics, total: int) -> None:
         """Announce the fit once, and save the statistics from time to time."""
         now = time.monotonic()
         self._clips += 1
@@ -140,8 +152,8 @@ class _Progress:
             logger.warning(
                 "fitting a projection for %s on the package's own photographs, once: about "
                 "%.0f s; it is kept in %s",
-                name,
-                (now - self._clip_began) * (CLIPS - done),
+                self._name,
+                (now - self._clip_began) * (total - statistics.clips),
                 self._folder or "memory",
             )
         self._clip_began = now

@@ -41,45 +41,28 @@ _REQUIRED = {"backbone", "fingerprint", "layers", "norm", "in_width", "out_width
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionConfig:
-    """Everything known about a projection; written to ``config.json`` beside its weights.
+    """Everything known about a projection; written to ``config.json`` beside its weights."""
 
-    Attributes:
-        backbone: registry name of the backbone it was fitted on.
-        fingerprint: fingerprint of that backbone's tensors (``sha256:...``).
-        layers: 0-based layers that are read, concatenated along the channels.
-        norm: whether the backbone's final norm is applied to the tokens that are read.
-        in_width: channels read, summed over ``layers``.
-        out_width: channels returned.
-        kind: ``linear`` (the paper's), ``mlp2``, ``mlp3`` (its ablation), ``affine`` for
-            closed-form weights, which have neither activation nor LayerNorm, or ``identity``,
-            which leaves the backbone's tokens as they are.
-        activation: nonlinearity of ``linear``, ``mlp2`` and ``mlp3``.
-        backbone_revision: commit of the Hub repository the backbone came from, if it did.
-        fit: how the weights were found: method, data, settings, seed, package version.
-        figures: measured figures, each beside the command that printed it.
-        licence: licence of the projection and of the backbone it depends on.
-        settled: whether an affine map, found on a clip, follows everything else.
-        recipe: version of the recipe it was fitted by, if it was by one.
-        averaging: share with which each patch is averaged with its most similar neighbours
-            within the frame, in [0, 1); 0 for none.
-        format_version: version of this format.
-    """
-
-    backbone: str
-    fingerprint: str
-    layers: tuple[int, ...]
-    norm: bool
-    in_width: int
-    out_width: int
+    backbone: str  # registry name of the backbone it was fitted on
+    fingerprint: str  # of that backbone's tensors (``sha256:...``)
+    layers: tuple[int, ...]  # 0-based layers that are read, concatenated along the channels
+    norm: bool  # whether the backbone's final norm is applied to the tokens that are read
+    in_width: int  # channels read, summed over ``layers``
+    out_width: int  # channels returned
+    # ``linear`` (the paper's), ``mlp2``, ``mlp3`` (its ablation), ``affine`` for closed-form
+    # weights, which have neither activation nor LayerNorm, or ``identity``: the tokens as they are
     kind: Kind = "linear"
-    activation: Activation = "tanh"
-    backbone_revision: str | None = None
+    activation: Activation = "tanh"  # of ``linear``, ``mlp2`` and ``mlp3``
+    backbone_revision: str | None = None  # commit of the Hub repository it came from, if it did
+    # how the weights were found: method, data, settings, seed, package version
     fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # measured figures, each beside the command that printed it
     figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    licence: str = ""
-    settled: bool = False
-    recipe: int | None = None
-    averaging: float = 0.0
+    licence: str = ""  # of the projection and of the backbone it depends on
+    settled: bool = False  # whether an affine map, found on a clip, follows everything else
+    recipe: int | None = None  # version of the recipe it was fitted by, if it was by one
+    # share with which each patch is averaged with its most similar neighbours within the frame
+    averaging: float = 0.0  # in [0, 1)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -114,12 +97,7 @@ class ProjectionConfig:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = CONFIG_FILE) -> ProjectionConfig:
-        """Read the text of ``config.json``; ``source`` is what errors call the file.
-
-        Raises:
-            ProjectionFormatError: not JSON, another format version, or fields that are missing,
-                unknown or of the wrong kind.
-        """
+        """Read the text of ``config.json``; ``source`` is what a ProjectionFormatError calls it."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -172,17 +150,7 @@ class Projection(nn.Module):
             nn.init.zeros_(self.settling.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project a feature map.
-
-        Args:
-            features: patch tokens ``(B, C, h, w)``, ``C = config.in_width``, floating point.
-
-        Returns:
-            ``(B, C', h, w)``, ``C' = config.out_width``, dtype of the projection's weights.
-
-        Raises:
-            ValueError: the map has another shape or width.
-        """
+        """Project tokens ``(B, C, h, w)`` to ``(B, C', h, w)`` in the dtype of the weights."""
         if features.ndim != 4 or features.shape[1] != self.config.in_width:
             raise ValueError(
                 f"expected features (B, {self.config.in_width}, h, w), got {tuple(features.shape)}"
@@ -219,12 +187,8 @@ class Projection(nn.Module):
         ``affine`` one, which costs no more than either; otherwise the map is applied last. Figures
         measured with this one do not hold for the new one, and are left out.
 
-        Args:
-            affine: maps ``C = config.out_width`` channels to as many.
-            fit: record of how the map was found; this one's own goes under ``base``.
-
-        Returns:
-            In eval mode, gradients off, on this one's device.
+        ``fit`` records how the map was found; this one's own goes under ``base``. The new one is in
+        eval mode, gradients off, on this one's device.
         """
         config = dataclasses.replace(
             self.config, figures={}, fit={**fit, "base": dict(self.config.fit)}
@@ -261,9 +225,8 @@ class Projection(nn.Module):
     def load(cls, folder: str | Path) -> Projection:
         """Read a projection that :meth:`save` wrote; in eval mode, gradients off.
 
-        Raises:
-            ProjectionFormatError: a file is missing or unreadable, or its tensors are not exactly
-                those of the config, finite and in float32.
+        A file that is missing or unreadable, and tensors that are not exactly those of the config,
+        finite and in float32, are a ProjectionFormatError.
         """
         folder = Path(folder)
         described, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE

@@ -18,21 +18,13 @@ from cosettle_adapter.video import FrameChunk, Geometry, prefetch
 
 @dataclasses.dataclass(frozen=True)
 class FeatureChunk:
-    """Features of consecutive frames of a stream.
+    """Features of consecutive frames of a stream."""
 
-    Attributes:
-        features: ``(N, C, h, w)``.
-        timestamps: ``(N,)`` float64, seconds.
-        geometry: how patches map to pixels of the source's frames.
-        start: number of frames delivered before this chunk.
-        backbone: ``(N, C', h, w)`` tokens before the projection, if they were asked for.
-    """
-
-    features: Tensor
-    timestamps: Tensor
-    geometry: Geometry
-    start: int
-    backbone: Tensor | None = None
+    features: Tensor  # (N, C, h, w)
+    timestamps: Tensor  # (N,) float64, seconds
+    geometry: Geometry  # how patches map to pixels of the source's frames
+    start: int  # number of frames delivered before this chunk
+    backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, if asked for
 
 
 def stream_features(
@@ -44,15 +36,11 @@ def stream_features(
     guide: Callable[[Tensor], Tensor],
     keep_tokens: bool = False,
 ) -> Iterator[FeatureChunk]:
-    """Yield the features of chunks of frames, which are decoded ahead in a thread.
+    """Yield the features of chunks of frames in order, which are decoded ahead in a thread.
 
-    Args:
-        chunks: frames in order.
-        encode: makes tokens and features of the frames of a chunk.
-        settler: settles every frame by those up to it.
-        fusion: fuses features afterwards; chunks then come when their last frame is fused.
-        guide: makes of tokens what ``fusion`` takes its matches from.
-        keep_tokens: fill ``chunk.backbone``.
+    ``settler`` settles every frame by those up to it, ``fusion`` then fuses them by what ``guide``
+    makes of their tokens: chunks come when their last frame is fused. ``keep_tokens`` fills
+    ``chunk.backbone``.
     """
 
     def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
@@ -84,8 +72,6 @@ def _fused(
     broken: TruncatedVideoError | None = None
     try:
         for chunk, guide in chunks:
-            if waiting and waiting[-1].geometry.grid != chunk.geometry.grid:
-                ready.extend(fusion.flush())
             ready.extend(fusion.push(chunk.features, guide))
             # without the features, which would be held for nothing
             waiting.append(dataclasses.replace(chunk, features=chunk.features.new_empty(0)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cosettle_adapter import CoSettleAdapter, fitting_cache, list_models
+from cosettle_adapter import CoSettleAdapter, fitting, fitting_cache, list_models
 from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone, build_backbone
 from cosettle_adapter.errors import WeightsUnavailableError
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE
@@ -37,13 +37,13 @@ def weights(tmp_path: Path) -> Path:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backbones that were fitted."""
     seen: list[str] = []
-    fit = fitting_cache.fit_starter
+    fit = fitting.fit_starter
 
     def counted(backbone: VisionTransformerBackbone, **how: object) -> object:
         seen.append(f"{backbone.dtype} {backbone.stride}")
         return fit(backbone, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fitting_cache, "fit_starter", counted)
+    monkeypatch.setattr(fitting, "fit_starter", counted)
     return seen
 
 
@@ -148,8 +148,8 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
 
 def test_a_recipe_is_pinned(weights: Path, tmp_path: Path) -> None:
-    assert load(weights, recipe=1).config.recipe == 1
-    with pytest.raises(ValueError, match="unknown recipe 7"):
+    assert load(weights, recipe=1).config.recipe == fitting_cache.RECIPE == max(fitting.RECIPES)
+    with pytest.raises(ValueError, match="unknown recipe 7; this version knows 1"):
         load(weights, recipe=7)
     backbone = build_backbone(TINY, tiny_state(), fingerprint=load(weights).backbone.fingerprint)
     projection_for(backbone).save(tmp_path / "own")

@@ -52,14 +52,6 @@ def test_streaming_equals_one_call(tiny_adapter: CoSettleAdapter, clip: Tensor) 
     torch.testing.assert_close(first.features, expected, atol=1e-5, rtol=0)
 
 
-def test_keywords_of_version_0_1_still_select_frames(
-    tiny_adapter: CoSettleAdapter, clip: Tensor
-) -> None:
-    with pytest.warns(DeprecationWarning, match="select=FrameSelection"):
-        (chunk,) = tiny_adapter.stream(clip, every=3, batch_size=9)
-    assert len(chunk.features) == 4
-
-
 def test_bad_arguments_fail_at_the_call(tiny_adapter: CoSettleAdapter, clip: Tensor) -> None:
     with pytest.raises(FrameError, match=r"nowhere\.mp4 does not exist"):
         tiny_adapter.stream("nowhere.mp4")

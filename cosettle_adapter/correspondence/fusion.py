@@ -1,4 +1,4 @@
-"""Temporal fusion: every patch averaged with its matches in the neighbouring frames.
+"""Averaging patches that look alike: within a frame, and between frames (temporal fusion).
 
 A backbone sees each frame alone, so the features of one object flicker. Averaging features over
 time removes the flicker, provided that the average follows the motion. Non-local means (Buades,
@@ -25,6 +25,9 @@ the 3 x 3 patches around i. The whole frame is searched, so no motion is too fas
 
 Within a scene, neighbouring patches have matches that lead back and lie side by side; across a cut
 few do, which is how cuts are found.
+
+Within a frame, patches of one object agree in what they show and differ in noise and in position;
+their mean keeps the former.
 """
 
 from __future__ import annotations
@@ -35,10 +38,11 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from einops import rearrange, reduce
+from einops import einsum, rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosettle_adapter.correspondence.matching import patch_distances
 from cosettle_adapter.errors import GeometryError
 
 FusionMode = Literal["symmetric", "causal"]
@@ -59,18 +63,17 @@ CUT_AT_MOST = 0.2
 
 _BAND = 1 << 20  # cosines held at a time: 4 MB
 
+# Within a frame, chosen in the same way: radii of 2 and 5 are within 0.4 J&F, an unlimited one
+# costs 2.
+RADIUS = 3  # patches
+_ROWS = 4  # of patches compared at a time
+
 
 class TemporalFusion:
     """Fuses a stream of feature maps, in frame order, at constant memory.
 
     The result does not depend on how frames are split over calls. Nothing crosses a scene cut, in
     either direction.
-
-    Example:
-        >>> fusion = TemporalFusion("symmetric")
-        >>> features = torch.randn(8, 384, 20, 35)
-        >>> fusion.push(features).shape, fusion.flush().shape
-        (torch.Size([6, 384, 20, 35]), torch.Size([2, 384, 20, 35]))
     """
 
     def __init__(self, mode: FusionMode = "symmetric", window: int = WINDOW) -> None:
@@ -80,9 +83,6 @@ class TemporalFusion:
             mode: ``symmetric`` averages over frames on both sides, and so returns a frame after
                 ``window`` more have come; ``causal`` over past frames only, at once.
             window: frames on each side.
-
-        Raises:
-            ValueError: another mode, or a window below 1.
         """
         if mode not in get_args(FusionMode):
             raise ValueError(f"temporal fusion is 'symmetric' or 'causal', got {mode!r}")
@@ -170,20 +170,9 @@ def temporal_fusion(
     mode: FusionMode = "symmetric",
     window: int = WINDOW,
 ) -> Tensor:
-    """Average every patch of a clip with its matches in the neighbouring frames.
+    """Average every patch of a clip ``(T, C, h, w)`` with its matches in neighbouring frames.
 
-    Args:
-        features: ``(T, C, h, w)`` of one clip in frame order, any floating dtype.
-        guide: ``(T, G, h, w)`` maps that matches are taken from; ``None``: the features.
-        mode: as for :class:`TemporalFusion`.
-        window: frames on each side.
-
-    Returns:
-        ``(T, C, h, w)`` in the dtype of ``features``.
-
-    Raises:
-        GeometryError: maps of another shape or dtype.
-        ValueError: another mode, or a window below 1.
+    Arguments and errors are those of :class:`TemporalFusion` and its ``push``.
     """
     fusion = TemporalFusion(mode, window)
     return torch.cat([fusion.push(features, guide), fusion.flush()])
@@ -198,12 +187,53 @@ def fusion_guide(tokens: Tensor, widths: Sequence[int]) -> Tensor:
     Args:
         tokens: ``(T, C, h, w)``, the layers that are read, along the channels.
         widths: channels of each layer.
-
-    Returns:
-        ``(T, G, h, w)``, the middle layer minus each frame's mean token.
     """
     guide = torch.split(tokens, list(widths), dim=1)[len(widths) // 2]
     return guide - reduce(guide, "t c h w -> t c 1 1", "mean")
+
+
+def average_neighbours(features: Tensor, share: float) -> Tensor:
+    """Average every patch of ``(B, C, h, w)`` with its most similar neighbours in the frame.
+
+    With x_i the feature of patch i, the result is ``(1 - share) x_i + share m_i``, where m_i is
+    the mean of the five patches within three patches of i that are most similar to it (cosine),
+    weighted by softmax(cosine / 0.1).
+
+    A share of 0 and maps of a single patch change nothing; the dtype is kept.
+    """
+    batch, _, height, width = features.shape
+    count = min(MATCHES, height * width - 1)
+    if count < 1 or share == 0:
+        return features
+    patches = rearrange(features.float(), "b c h w -> b (h w) c")
+    unit = F.normalize(patches, dim=-1)
+    frame = torch.arange(batch, device=features.device) * (height * width)
+    means = []
+    for top in range(0, height, _ROWS):
+        bottom = min(top + _ROWS, height)
+        low, high = max(0, top - RADIUS), min(height, bottom + RADIUS)
+        keys = unit[:, low * width : high * width]
+        cosine = einsum(unit[:, top * width : bottom * width], keys, "b q c, b n c -> b q n")
+        along, across = patch_distances(
+            range(top, bottom), range(low, high), width, features.device
+        )
+        squared = rearrange(along.square() + across.square(), "a s b t -> (a s) (b t)")
+        near = (squared > 0) & (squared <= RADIUS**2)
+        cosine, index = cosine.masked_fill(~near, -torch.inf).topk(min(count, keys.shape[1]))
+        weights = torch.softmax(cosine / TEMPERATURE, dim=-1)
+        index = index + low * width + rearrange(frame, "b -> b 1 1")
+        means.append(_weighted(rearrange(patches, "b n c -> (b n) c"), index, weights))
+    averaged = torch.lerp(patches, torch.cat(means, dim=1), share)
+    return rearrange(averaged, "b (h w) c -> b c h w", h=height).to(features.dtype)
+
+
+def _weighted(patches: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """``(B, q, C)``: sums of the patches ``(B n, C)`` at an index ``(B, q, k)``, by weights."""
+    if torch.compiler.is_exporting():  # ONNX has no embedding_bag
+        return einsum(patches[index], weights, "b q k c, b q k -> b q c")
+    flat, by = (rearrange(each, "b q k -> (b q) k") for each in (index, weights))
+    found = F.embedding_bag(flat, patches, mode="sum", per_sample_weights=by)
+    return rearrange(found, "(b q) c -> b q c", b=len(index))
 
 
 class _Matches(NamedTuple):

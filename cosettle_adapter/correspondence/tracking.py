@@ -11,24 +11,18 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosettle_adapter.correspondence.affinity import each_map, unit_map
+from cosettle_adapter.correspondence.matching import each_map, unit_map
 from cosettle_adapter.errors import FrameError, GeometryError
 
 
 class Tracks(NamedTuple):
-    """Where points of frame 0 are in every frame.
+    """Where points of frame 0 are in every frame."""
 
-    Attributes:
-        positions: ``(T, N, 2)`` fractional (row, col) in patches; whole numbers are centres.
-        score: ``(T, N)`` cosine between the point's feature and the best patch's.
-        cycle_error: ``(T, N)`` the occlusion score: distance in patches between the point and
-            where the feature at its tracked position matches back to in frame 0. It is small for a
-            visible point; above one or two patches the point is probably occluded, outside the
-            frame, or on a repeated texture.
-    """
-
-    positions: Tensor
-    score: Tensor
+    positions: Tensor  # (T, N, 2) fractional (row, col) in patches; whole numbers are centres
+    score: Tensor  # (T, N) cosine between the point's feature and the best patch's
+    # (T, N) the occlusion score: distance in patches between the point and where the feature at
+    # its tracked position matches back to in frame 0. It is small for a visible point; above one
+    # or two patches the point is probably occluded, outside the frame, or on a repeated texture.
     cycle_error: Tensor
 
 
@@ -56,13 +50,9 @@ def track_points(
         search_radius: look only this many patches around the point's position in the frame
             before; by default in the whole frame.
 
-    Returns:
-        :class:`Tracks`; frame 0 is matched with itself.
-
     Raises:
         FrameError: no frames.
         GeometryError: shapes that do not fit together, or points outside the grid.
-        ValueError: an option out of range.
     """
     if not radius_argmax >= 0:
         raise ValueError(f"radius_argmax must be 0 or more patches, got {radius_argmax}")

@@ -15,7 +15,8 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from cosettle_adapter.closed_form import StatisticsError, TokenStatistics, corresponding_patches
+from cosettle_adapter.closed_form import StatisticsError, TokenStatistics
+from cosettle_adapter.correspondence import corresponding_patches
 from cosettle_adapter.evaluation.consistency import token_frames
 from cosettle_adapter.evaluation.representation_metrics import check_same_shape
 from cosettle_adapter.imports import require

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +12,13 @@ from torch import Tensor
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
 
-_ACCEPTED = (
-    "a torch tensor (3, H, W), (T, 3, H, W) or (B, T, 3, H, W); a numpy array (H, W, 3) or "
-    "(T, H, W, 3); a PIL image; or a list of images of one size"
-)
 _AXES = {3: "(3, H, W)", 4: "(T, 3, H, W)", 5: "(B, T, 3, H, W)"}
+_ACCEPTED = (
+    f"a torch tensor {', '.join(_AXES.values())}; a numpy array (H, W, 3) or (T, H, W, 3); "
+    "a PIL image; or a list of images of one size"
+)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROUNDING = 1e-5  # a resize or a division in float32 may end this far outside [0, 1]
-_OVERSHOT = "if a resize overshot, frames.clamp(0, 1)"
 
 
 def as_frames(frames: Any) -> Tensor:
@@ -113,31 +111,27 @@ def _to_tensor(frames: Any) -> Tensor:
         return _array_to_tensor(frames)
     if is_pil(frames):
         return image_to_frame(frames)
-    if isinstance(frames, (list, tuple)):
-        return _stack(frames)
-    kind = f"an object of type {type(frames).__name__}"
-    if isinstance(frames, (str, bytes)) or hasattr(frames, "__fspath__"):
-        kind = f"the path {frames!r} (open_frames reads files)"
-    raise FrameError(f"cannot read frames from {kind}; expected {_ACCEPTED}")
-
-
-def _stack(images: Sequence[Any]) -> Tensor:
-    if not images:
+    if not isinstance(frames, (list, tuple)):
+        kind = f"an object of type {type(frames).__name__}"
+        if isinstance(frames, (str, bytes)) or hasattr(frames, "__fspath__"):
+            kind = f"the path {frames!r} (open_frames reads files)"
+        raise FrameError(f"cannot read frames from {kind}; expected {_ACCEPTED}")
+    if not frames:
         raise FrameError(f"got zero frames: an empty list; expected {_ACCEPTED}")
-    converted = [_to_tensor(image) for image in images]
-    first = converted[0]
-    for index, frame in enumerate(converted):
-        if frame.ndim != 3:
+    images = [_to_tensor(image) for image in frames]
+    first = images[0]
+    for index, image in enumerate(images):
+        if image.ndim != 3:
             raise FrameError(
-                f"item {index} of the list has shape {tuple(frame.shape)}, expected one image, "
+                f"item {index} of the list has shape {tuple(image.shape)}, expected one image, "
                 "(3, H, W) or (H, W, 3); concatenate clips before passing them"
             )
-        if (frame.shape, frame.dtype) != (first.shape, first.dtype):
+        if (image.shape, image.dtype) != (first.shape, first.dtype):
             raise FrameError(
-                f"item {index} of the list is {tuple(frame.shape)} {frame.dtype}, but item 0 is "
+                f"item {index} of the list is {tuple(image.shape)} {image.dtype}, but item 0 is "
                 f"{tuple(first.shape)} {first.dtype}; give all frames one size and dtype"
             )
-    return torch.stack(converted)
+    return torch.stack(images)
 
 
 def _array_to_tensor(array: Any) -> Tensor:
@@ -168,6 +162,7 @@ def _check_shape(shape: tuple[int, ...]) -> None:
     channels, last = shape[-3], shape[-1]
     if channels == 3:
         return
+    hint = "frames are RGB: pick 3 channels"
     if last in (1, 3, 4):
         order = {3: "2, 0, 1", 4: "0, 3, 1, 2", 5: "0, 1, 4, 2, 3"}[len(shape)]
         then = {1: ", and repeat 1 channel to 3", 3: "", 4: ", and drop alpha"}[last]
@@ -184,8 +179,6 @@ def _check_shape(shape: tuple[int, ...]) -> None:
         )
     elif len(shape) == 3:
         hint = "a grayscale clip (T, H, W): frames.unsqueeze(1).expand(-1, 3, -1, -1)"
-    else:
-        hint = "frames are RGB: pick 3 channels"
     amount = "1 channel" if channels == 1 else f"{channels} channels"
     raise FrameError(f"got {amount} in shape {shape}, expected {_AXES[len(shape)]}; {hint}")
 
@@ -195,14 +188,15 @@ def _wrong_range(low: float, high: float) -> str:
         return "float frames hold NaN; expected finite values in [0, 1]"
     if low == -torch.inf or high == torch.inf:
         return "float frames hold infinite values; expected finite values in [0, 1]"
-    if low < -_ROUNDING:
-        hint = "these look normalised: do not normalise, the adapter does"
-        if low > -0.25 and high < 1.25:
-            hint += f"; {_OVERSHOT}"
-    elif high < 1.25:
-        hint = _OVERSHOT
-    elif high <= 255:
-        hint = "divide by 255, or use .to(torch.uint8)"
-    else:
-        hint = f"divide by the largest value the format allows ({high:g} was met)"
+    negative = low < -_ROUNDING
+    hints = ["these look normalised: do not normalise, the adapter does"] if negative else []
+    if low > -0.25 and high < 1.25:
+        hints.append("if a resize overshot, frames.clamp(0, 1)")
+    elif not negative:
+        hints.append(
+            "divide by 255, or use .to(torch.uint8)"
+            if high <= 255
+            else f"divide by the largest value the format allows ({high:g} was met)"
+        )
+    hint = "; ".join(hints)
     return f"float frames must lie in [0, 1], got min {low:g} and max {high:g}; {hint}"

@@ -23,8 +23,6 @@ VIDEO_SUFFIXES = (
     ".ogv", ".ts", ".webm", ".wmv",
 )  # fmt: skip
 
-_NUMBER = re.compile(r"([0-9]+)")
-
 
 def is_video(path: str | os.PathLike[str]) -> bool:
     """Tell by its name whether a file is a video: a suffix in any case, and not hidden."""
@@ -37,19 +35,16 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 
 
 def find_videos(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
-    """Find the video files of a folder, and below it if ``recursive``; none if there are none.
+    """Find the video files of a folder, and below it if ``recursive``, in natural order.
 
-    Hidden files and folders are left out; the order is natural, ``clip2`` before ``clip10``.
-
-    Raises:
-        OSError: ``folder`` is no folder, or cannot be read.
+    Hidden files and folders are left out; :class:`OSError` if the folder cannot be read.
     """
-    return natural_order(path for path in _visible(Path(folder), recursive) if is_video(path))
+    return natural_order(path for path in _files(Path(folder), recursive) if is_video(path))
 
 
 def find_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
     """Find the image files of a folder, as :func:`find_videos` finds videos."""
-    return natural_order(path for path in _visible(Path(folder), recursive) if is_image(path))
+    return natural_order(path for path in _files(Path(folder), recursive) if is_image(path))
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
@@ -80,9 +75,8 @@ def read_image(path: Path) -> Tensor:
     Raises:
         FrameError: the file is missing, damaged or not an image.
     """
-    purpose = "reading image files"
-    image_module = imports.require("PIL.Image", extra="video", purpose=purpose)
-    operations = imports.require("PIL.ImageOps", extra="video", purpose=purpose)
+    image_module = imports.require("PIL.Image", extra="video", purpose="reading image files")
+    operations = imports.require("PIL.ImageOps", extra="video", purpose="reading image files")
     try:
         with image_module.open(path) as image:
             return image_to_frame(operations.exif_transpose(image))
@@ -94,7 +88,7 @@ def read_image(path: Path) -> Tensor:
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Return a key that sorts names as people do: ``frame2`` before ``frame10``."""
     # the pattern has one group, so texts and digits alternate and compare like with like
-    pieces = _NUMBER.split(name.casefold())
+    pieces = re.split(r"([0-9]+)", name.casefold())
     return [int(p) if i % 2 else p for i, p in enumerate(pieces)], name
 
 
@@ -109,18 +103,15 @@ def _has_suffix(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> bool
     return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
-def _visible(folder: Path, recursive: bool) -> Iterator[Path]:
-    """Yield files that are not hidden, nor in a hidden folder below ``folder``."""
-    if not recursive:
-        yield from (path for path in folder.iterdir() if path.is_file())
-        return
+def _files(folder: Path, recursive: bool) -> Iterator[Path]:
+    """Yield files, also those in folders below that are not hidden."""
     os.scandir(folder).close()  # raises if it cannot be read
 
     def report(error: OSError) -> None:
         logger.warning("%s is left out: %s", error.filename, error.strerror)
 
     for root, below, names in os.walk(folder, onerror=report):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in below if recursive and not name.startswith(".")]
         yield from (Path(root, name) for name in names)
 
 

@@ -28,7 +28,6 @@ from cosettle_adapter.video.geometry import as_sides, check_side, resize
 Motion = Literal["pan", "zoom", "rotate", "mixed"]
 
 _MOTIONS: tuple[str, ...] = get_args(Motion)
-_MOST = 2.0
 _MARGIN = 3.0  # bicubic interpolation reads two pixels beyond the sampled one
 _SOFT_EDGE = 1.5
 _OBJECT_SIZE = 0.45
@@ -52,22 +51,15 @@ def photographs() -> dict[str, Tensor]:
         name -> (3, H, W) uint8 tensor, from 300 x 451 to 1411 x 1411 pixels.
 
     Raises:
-        MissingExtraError: scikit-image or Pillow is not installed.
-        FrameError: the installed scikit-image has been stripped of its photographs.
+        MissingExtraError: scikit-image is not installed.
     """
     purpose = "loading the demo photographs"
     folder = Path(imports.require("skimage.data", extra="demo", purpose=purpose).__path__[0])
     image_module = imports.require("PIL.Image", extra="demo", purpose=purpose)
     loaded = {}
     for name, file in _PHOTOGRAPHS.items():
-        try:
-            with image_module.open(folder / file) as image:
-                loaded[name] = image_to_frame(image)
-        except FileNotFoundError as error:
-            raise FrameError(
-                f"scikit-image in {folder} lacks {file}; "
-                "reinstall it from its wheel: pip install --force-reinstall scikit-image"
-            ) from error
+        with image_module.open(folder / file) as image:
+            loaded[name] = image_to_frame(image)
     return loaded
 
 
@@ -76,34 +68,22 @@ class RenderedClip:
     """A rendered clip and where its pixels went.
 
     Pixel coordinates are (x, y) and continuous: pixel (0, 0) has its centre at (0.5, 0.5).
-
-    Attributes:
-        frames: (T, 3, H, W) uint8.
-        homographies: (T, 3, 3) float64; matrix t maps background pixels (x, y, 1) of frame 0 to
-            frame t.
-        object_mask: (T, H, W) bool, where the moving object is; None without one.
-        object_homographies: (T, 3, 3) float64, like ``homographies`` for the object's pixels.
+    ``homographies`` map background pixels (x, y, 1) of frame 0 to frame t.
     """
 
-    frames: Tensor
-    homographies: Tensor
-    object_mask: Tensor | None = None
-    object_homographies: Tensor | None = None
+    frames: Tensor  # (T, 3, H, W) uint8
+    homographies: Tensor  # (T, 3, 3) float64
+    object_mask: Tensor | None = None  # (T, H, W) bool, where the moving object is, if there is one
+    object_homographies: Tensor | None = None  # of the object's pixels
 
     def track(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Follow points of frame 0 through the clip.
+        """Follow points of frame 0, (N, 2) of (x, y) pixels, else :class:`FrameError`.
 
         Points on the object in frame 0 move with the object, all others with the background.
-
-        Args:
-            points: (N, 2) of (x, y) pixels of frame 0.
 
         Returns:
             positions, (T, N, 2) float64 pixels, also where a point cannot be seen; and visible,
             (T, N) bool: false outside the frame, and for the background behind the object.
-
-        Raises:
-            FrameError: ``points`` is not (N, 2).
         """
         if points.ndim != 2 or points.shape[-1] != 2:
             raise FrameError(
@@ -137,6 +117,7 @@ def render_clip(
     The photograph is first scaled, with antialiasing, to the smallest size at which the camera's
     whole path lies inside it, so there are no borders and no aliasing at any time. A photograph
     that is small for ``size`` is enlarged, which blurs the frames and leaves the motion exact.
+    Equal arguments give equal clips.
 
     Args:
         photo: (3, h, w) uint8.
@@ -146,7 +127,7 @@ def render_clip(
         amount: how far, from 0 to 2, over the whole clip: a pan goes ``amount`` times the short
             side, a zoom magnifies or reduces by ``1 + amount``, a rotation turns by ``amount``
             radians.
-        seed: decides directions, centres and paths. Equal arguments give equal clips.
+        seed: decides directions, centres and paths.
         cutout: (3, h', w') uint8 photograph to cut an ellipse from, which then moves over the
             background; as wide as about half of the short side.
         photometric: camera noise, 0 for none to 1 for strong: a slow drift in gain, brightness
@@ -154,10 +135,6 @@ def render_clip(
 
     Raises:
         FrameError: an argument is outside its range, or a photograph is not (3, h, w) uint8.
-
-    Example:
-        >>> clip = render_clip(photographs()["chelsea"], frames=16, motion="pan")
-        >>> positions, visible = clip.track(torch.tensor([[160.5, 120.5]]))
     """
     count, sides = check_side("frames", frames), as_sides("size", size)
     if motion not in _MOTIONS:
@@ -165,8 +142,8 @@ def render_clip(
             f"got motion={motion!r}, expected one of {', '.join(_MOTIONS)}."
             f"{did_you_mean(str(motion), _MOTIONS)}"
         )
-    if not 0 <= amount <= _MOST:
-        raise FrameError(f"amount must be from 0 to {_MOST:g}, got {amount}")
+    if not 0 <= amount <= 2:
+        raise FrameError(f"amount must be from 0 to 2, got {amount}")
     if not 0 <= photometric <= 1:
         raise FrameError(f"photometric must be from 0 to 1, got {photometric}")
     _check_photo("photo", photo)

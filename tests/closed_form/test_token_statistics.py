@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from cosettle_adapter.closed_form import (
     StatisticsError,
     TokenStatistics,
-    corresponding_patches,
-    soft_correspondences,
 )
+from cosettle_adapter.correspondence import corresponding_patches, soft_correspondences
 
 COVARIANCES = (
     "mean",

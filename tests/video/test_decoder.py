@@ -377,7 +377,7 @@ class TestNotVideos:
 
     def test_arrays_on_disk(self, tmp_path: Path) -> None:
         np.save(tmp_path / "frames.npy", np.zeros((2, 4, 4, 3), np.uint8))
-        with pytest.raises(FrameError, match=r"load it with numpy\.load and pass the frames"):
+        with pytest.raises(FrameError, match=r"load it with numpy\.load or torch"):
             open_frames(tmp_path / "frames.npy")
 
     def test_sound(self, tmp_path: Path) -> None:

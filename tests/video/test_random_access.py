@@ -93,26 +93,6 @@ class TestIdentity:
     def test_any_indices(self, videos: dict[str, Path], indices: list[int], name: str) -> None:
         assert numbers(read_frames(videos[name], indices)) == indices
 
-    @pytest.mark.parametrize(
-        # headers of .mpg say nothing of the length, those of .avi nothing of the first time
-        "name",
-        [
-            name
-            for name in VARIANTS
-            if not name.startswith(("uneven", "raw", "old.mpg", "reordered", "coding"))
-        ],
-    )
-    def test_files_too_large_to_be_read_through(
-        self, videos: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        random_access._read_index.cache_clear()
-        monkeypatch.setattr(random_access, "SCAN_LIMIT", 0)
-        indices = [0, 5, 12, 13, 31, 58]
-        try:
-            assert numbers(read_frames(videos[name], indices)) == indices
-        finally:
-            random_access._read_index.cache_clear()
-
     def test_an_edit_list_that_cuts_the_beginning(self, tmp_path: Path) -> None:
         whole = encode_numbered(tmp_path / "whole.mp4", COUNT, options={"g": "24", "bf": "2"})
         with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
@@ -170,17 +150,11 @@ class TestCost:
     @pytest.mark.parametrize(
         "name", ["b-frames.mp4", "open-gop.mkv", "coding-order.mp4", "web.webm"]
     )
-    @pytest.mark.parametrize("limit", [0, random_access.SCAN_LIMIT])
     def test_no_more_than_the_keyframe_intervals_around(
-        self, videos: dict[str, Path], name: str, limit: int, monkeypatch: pytest.MonkeyPatch
+        self, videos: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        random_access._read_index.cache_clear()
-        monkeypatch.setattr(random_access, "SCAN_LIMIT", limit)
-        try:
-            assert self.packets(monkeypatch, videos[name], [51]) <= 12 + 12 + 5
-            assert self.packets(monkeypatch, videos[name], [3, 51]) <= 8 + 12 + 12 + 5
-        finally:
-            random_access._read_index.cache_clear()
+        assert self.packets(monkeypatch, videos[name], [51]) <= 12 + 12 + 5
+        assert self.packets(monkeypatch, videos[name], [3, 51]) <= 8 + 12 + 12 + 5
 
     def test_frames_of_one_interval_are_decoded_in_one_go(
         self, videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -271,23 +245,6 @@ class TestBroken:
         assert numbers(read_frames(path, [50])) == [50]
         with pytest.raises(FrameError, match=r"c\.mp4 cannot be decoded where it should"):
             read_frames(path, [1, 31])
-
-    def test_frames_of_several_sizes(self, tmp_path: Path) -> None:
-        paths = [
-            encode_numbered(
-                tmp_path / f"{side}.ts",
-                10,
-                side,
-                times=[20 * side + 40 * t for t in range(10)],
-            )
-            for side in (48, 96)
-        ]
-        joined = tmp_path / "joined.ts"
-        joined.write_bytes(b"".join(path.read_bytes() for path in paths))
-        count = count_frames(joined)
-        assert count == 20
-        with pytest.raises(FrameError, match=r"are of several sizes: 48 x 64, 96 x 64"):
-            read_frames(joined, [0, count - 1])
 
     def test_a_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(FrameError, match=r"gone\.mp4 cannot be read \(No such file"):

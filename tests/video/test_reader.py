@@ -75,12 +75,6 @@ class TestChunks:
             assert numbers(iter(later)) == expected[1:]
             assert later[0].start == 1
 
-    def test_keywords_of_version_0_1(self) -> None:
-        with pytest.warns(DeprecationWarning, match=r"select=FrameSelection\(start=\.\.\.\)"):
-            assert numbers(open_frames(numbered(3), start=1)) == [1, 2]
-        with pytest.raises(TypeError, match="got select and start"):
-            open_frames(numbered(3), FrameSelection(), start=1)
-
     def test_only_kept_frames_are_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loaded = []
 
