@@ -84,22 +84,20 @@ class CoSettleAdapter(FeatureModel):
                 default the published one, if there is one, else as ``"fit"``.
             recipe: version of the recipe that the projection must have been fitted by.
             allow_mismatched_backbone: accept a projection fitted on other tensors.
-            device: where to put both.
-            dtype: dtype of the backbone and of the features (float32, bfloat16 or float16);
+            device, dtype: of the backbone and the features (float32, bfloat16 or float16);
                 positions and the projection stay float32.
             stride: step between patches in pixels; below the patch size, patches overlap.
             requires_input_grad: let gradients reach the frames.
             backbone_weights: a file in place of the registered sources: safetensors or a PyTorch
                 checkpoint, in timm's, the authors', OpenAI's or Hugging Face's layout.
             cache_dir: cache for backbone and projection, in place of ``HF_HOME``.
-            revision: branch, tag or commit of the repository ``name`` stands for: the one the
-                projection comes from, or the backbone's if the projection is in the package.
-            token: access token for private or gated repositories.
-            local_files_only: never use the network, for the backbone or the projection.
+            revision: branch, tag or commit of the repository the projection comes from, or the
+                backbone if the projection is in the package.
+            token: for private or gated repositories.
+            local_files_only: never use the network.
 
         Raises:
             UnknownModelError: no such model; close names are suggested.
-            ValueError: another ``projection``, no such recipe, or a projection made by another.
             WeightsUnavailableError: a file could not be had; the message lists what was tried.
             CorruptWeightsError, ProjectionFormatError: a file is damaged or of another format.
             BackboneMismatchError: the projection belongs to another backbone.
@@ -115,11 +113,8 @@ class CoSettleAdapter(FeatureModel):
             stride=stride,
             requires_input_grad=requires_input_grad,
         )
-        adapter = cls(
-            parts.backbone,
-            parts.projection.to(device),
-            allow_mismatched_backbone=allow_mismatched_backbone,
-        )
+        fitted, accept = parts.projection.to(device), allow_mismatched_backbone
+        adapter = cls(parts.backbone, fitted, allow_mismatched_backbone=accept)
         adapter._backbone_file = parts.backbone_file
         adapter.settles = projection == "settle"
         return adapter
@@ -137,12 +132,10 @@ class CoSettleAdapter(FeatureModel):
 
         Args:
             backbone: a registered name, or a loaded backbone.
-            layer: 0-based layer, negative from the end; by default the last one, or the feature
-                map that is the registered grid.
-            norm: apply the final norm; by default as the registry says for the last layer, and
-                not for earlier ones.
-            **loading: with a name, how to load it: ``device`` and all that follow it in
-                :meth:`from_pretrained`.
+            layer: 0-based, negative from the end; by default the last one, or the feature map
+                that is the registered grid.
+            norm: apply the final norm; by default to the last layer, if the registry says so.
+            **loading: with a name, ``device`` and what follows it in :meth:`from_pretrained`.
         """
         if isinstance(backbone, str):
             backbone = load_named_backbone(backbone, **loading)
@@ -150,16 +143,9 @@ class CoSettleAdapter(FeatureModel):
 
     def without_projection(self) -> CoSettleAdapter:
         """Return an adapter of the tokens this one's projection reads; it shares the backbone."""
-        config = dataclasses.replace(
-            self.config,
-            kind="identity",
-            out_width=self.config.in_width,
-            settled=False,
-            recipe=None,
-            averaging=0.0,
-            fit={"method": RAW},
-            figures={},
-        )
+        plain: Any = {"settled": False, "recipe": None, "averaging": 0.0, "figures": {}}
+        plain |= {"kind": "identity", "out_width": self.config.in_width, "fit": {"method": RAW}}
+        config = dataclasses.replace(self.config, **plain)
         return CoSettleAdapter(self.backbone, Projection(config), allow_mismatched_backbone=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -211,7 +197,7 @@ class CoSettleAdapter(FeatureModel):
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
     ) -> Iterator[FeatureChunk]:
-        """Yield the features of a video of any length at constant memory.
+        """Yield the features of a video of any length, in order, at constant memory.
 
         Args:
             source: a video file, a folder or glob of images, an array, or an iterator of frames.
@@ -221,17 +207,13 @@ class CoSettleAdapter(FeatureModel):
             skip: do not encode the first ones of the selected frames, to continue a stream.
             return_backbone: fill ``chunk.backbone``.
             settle: settle every frame by the statistics of the frames up to it, all that a live
-                stream has; by default as ``settles`` says. The first frames are little more than
-                centred. For a whole clip, :meth:`settle` treats all frames equally.
+                stream has; by default as ``settles`` says. For a whole clip, see :meth:`settle`.
             forgetting: with ``settle``, the factor on earlier frames when one arrives; below 1
                 for streams that change: 0.99 remembers about 100 frames.
             temporal_fusion: average every patch with its matches in neighbouring frames, after
                 settling (:class:`~cosettle_adapter.correspondence.TemporalFusion`):
                 ``"symmetric"`` uses frames of both sides, so that chunks come up to three frames
                 later; ``"causal"`` past ones only. Fused features carry no gradients.
-
-        Yields:
-            :class:`FeatureChunk` in order; decoding runs ahead in a thread.
 
         Raises:
             FrameError: nothing to read, or frames that cannot be used.
@@ -241,13 +223,10 @@ class CoSettleAdapter(FeatureModel):
         settler = Settler(self.width, forgetting=forgetting) if settles else None
         fusion = None if temporal_fusion is None else TemporalFusion(temporal_fusion)
         chunks = open_frames(source, select, skip=skip, chunk_size=batch_size)
+        chunks = pinned(chunks) if self.device.type == "cuda" else chunks
+        encode = functools.partial(self._encode, size=size, fit=fit)
         found = stream_features(
-            pinned(chunks) if self.device.type == "cuda" else chunks,
-            functools.partial(self._encode, size=size, fit=fit),
-            settler=settler,
-            fusion=fusion,
-            guide=self._guide,
-            keep_tokens=return_backbone,
+            chunks, encode, settler, fusion, guide=self._guide, keep_tokens=return_backbone
         )
         return (
             dataclasses.replace(chunk, features=self._finished(chunk.features, normalize))
@@ -275,19 +254,16 @@ class CoSettleAdapter(FeatureModel):
         Its projection can be saved like any other.
 
         Args:
-            source: as in :meth:`stream`, in frame order: the clip whose features are wanted.
-            select: which frames; best as the features will be.
-            batch_size: frames in a forward pass.
-            size, fit: as in :meth:`forward`; best as the features will be computed.
-            ridge: damping, in units of the mean temporal variance; the larger, the gentler, and
-                infinity only centres.
+            source, select: as in :meth:`stream`: the frames whose features are wanted.
+            size, fit, batch_size: as in :meth:`forward`; best as the features will be computed.
+            ridge: damping, in units of the mean temporal variance; infinity only centres.
             prior_pairs: number of corresponding patches at which the clip counts as much as the
                 projection it already has.
 
-        Raises:
-            FrameError: nothing to read, or frames that cannot be used.
+        Errors are those of :meth:`stream`; a video that breaks off is settled on as far as it goes.
         """
         base = self.unsettled
+        source = Path(source) if isinstance(source, str) else source
         settler = Settler(base.width, ridge=ridge, prior_pairs=prior_pairs)
         frames = open_frames(source, select, chunk_size=batch_size)
         try:
@@ -297,11 +273,10 @@ class CoSettleAdapter(FeatureModel):
             if not settler.frames:
                 raise
             logger.warning("settled on the readable part of the clip: %s", error)
-        named = isinstance(source, str | Path)
         record = {
             "method": "settled on one clip: centred, then damped by the clip's own intra-video "
             "covariance, after the projection under base",
-            "clip": Path(source).name if named else type(source).__name__,
+            "clip": source.name if isinstance(source, Path) else type(source).__name__,
             "frames": settler.frames,
             "pairs": round(settler.pairs),
             "ridge": ridge if ridge < float("inf") else None,

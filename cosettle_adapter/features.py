@@ -39,12 +39,9 @@ class FeatureModel(nn.Module):
         *,
         allow_mismatched_backbone: bool = False,
     ) -> None:
-        """Put a projection on a backbone.
+        """Put a projection on the backbone it was fitted on, else :class:`BackboneMismatchError`.
 
-        Raises:
-            BackboneMismatchError: the projection was fitted on a backbone with another
-                fingerprint, and ``allow_mismatched_backbone`` is off.
-            ProjectionFormatError: the projection reads another number of channels.
+        With ``allow_mismatched_backbone`` on any that has as many channels.
         """
         super().__init__()
         config = projection.config
@@ -113,7 +110,6 @@ class FeatureModel(nn.Module):
         self, frames: Any, *, size: Size | None = ..., fit: Fit = ..., batch_size: int = ...,
         normalize: bool = ..., return_backbone: Literal[False] = ...,
     ) -> Tensor: ...
-
     @overload
     def forward(
         self, frames: Any, *, size: Size | None = ..., fit: Fit = ..., batch_size: int = ...,
@@ -167,7 +163,7 @@ class FeatureModel(nn.Module):
         flat = torch.cat(projected)
         if self.settles:
             length = leading[0][-1] if leading[0] else 1
-            settled = torch.cat([settle_clip(clip) for clip in flat.split(length)])
+            settled = torch.cat([settle_clip(clip) for clip in torch.split(flat, length)])
             flat = self._finished(settled, normalize)
         maps: Tensor = unpack(flat, leading, "* c h w")[0]
         if not return_backbone:

@@ -1,12 +1,10 @@
 """A projection for any backbone, fitted on the starter corpus, with the core dependencies only.
 
-A :class:`Recipe`, whose version the projection records, makes a projection of statistics. (The
-module is not called ``fit``, because ``cosettle_adapter.fit`` is the public function.)
+(The module is not called ``fit``, because ``cosettle_adapter.fit`` is the public function.)
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.closed_form import AffineMap, TokenStatistics, centre, solve_layers
+from cosettle_adapter.closed_form import TokenStatistics, centre, solve_layers
 from cosettle_adapter.errors import GeometryError, StatisticsError
-from cosettle_adapter.projection import Projection, ProjectionConfig
+from cosettle_adapter.projection import RECIPE, Projection, ProjectionConfig
 from cosettle_adapter.starter import CLIPS, FRAMES, known_correspondences, starter_clips
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import RenderedClip
@@ -28,6 +26,7 @@ _SIDE = 252  # pixels, about; 18 x 18 patches of 14
 _CLIPS_TO_CHOOSE_BY = 12
 _EQUALLY = 0.97
 _NEARLY = 2 / 3
+_AVERAGING = 0.2  # share for the projection's config
 _LEAST_VARIANCE = 1e-8  # of tokens, relative to their mean square
 
 
@@ -63,52 +62,27 @@ def _matched(tokens: Tensor, clip: RenderedClip) -> float:
     return float((torch.maximum(rows, columns) <= 1).double().mean()) if len(here) else 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How statistics become a projection; a change of any result needs a new version."""
-
-    # chooses the layers of a backbone that are read, by rendered clips
-    layers: Callable[[Backbone, Iterable[RenderedClip]], tuple[int, ...]]
-    # statistics, widths of the layers and channels to return, to a map
-    solve: Callable[[TokenStatistics, Sequence[int], int], AffineMap]
-    formula: str  # what it does, recorded in the projection's config
-    averaging: float  # share for the projection's config
-
-
-RECIPES = {
-    1: Recipe(
-        read_layers,
-        lambda statistics, widths, out: solve_layers(statistics, widths, centre, out_width=out),
-        "layers centred, each divided by its own deviation, concatenated, principal axes; then "
-        "each patch averaged with its most similar neighbours",
-        averaging=0.2,
-    )
-}
-
-
 @torch.no_grad()
 def fit_starter(
     backbone: Backbone,
     *,
-    recipe: int,
     start: TokenStatistics | None = None,
     on_clip: Callable[[TokenStatistics], None] | None = None,
 ) -> Projection:
-    """Fit a projection on the starter corpus.
+    """Fit a projection on the starter corpus, deterministically.
 
-    Deterministic. The encoder runs on the backbone's device; statistics are float64 on the CPU.
+    The layers of :func:`read_layers` are centred, each divided by its own deviation, concatenated
+    and turned to their principal axes; each patch is then averaged with its neighbours.
 
     Args:
         backbone: in float32 at its native stride.
-        recipe: which of :data:`RECIPES`.
-        start: statistics of the first clips, to resume from.
+        start: statistics of the first clips, to resume from; float64 on the CPU.
         on_clip: called with those so far after each of :data:`~cosettle_adapter.starter.CLIPS`.
 
     Returns:
         In eval mode, gradients off, on the CPU.
 
     Raises:
-        ValueError: a backbone of another dtype or stride.
         StatisticsError: features that are all equal, or not finite.
     """
     row = backbone.row
@@ -117,8 +91,8 @@ def fit_starter(
             f"a projection is fitted in float32 at stride {backbone.patch}, got {row.name} in "
             f"{backbone.dtype} at stride {backbone.stride}: load it with these"
         )
-    how, size = RECIPES[recipe], _size(backbone)
-    layers = how.layers(backbone, itertools.islice(starter_clips(size), _CLIPS_TO_CHOOSE_BY))
+    size = (_side(backbone),) * 2
+    layers = read_layers(backbone, itertools.islice(starter_clips(size), _CLIPS_TO_CHOOSE_BY))
     widths = [backbone.widths[layer] for layer in layers]
     if start is None or start.width != sum(widths):  # of other layers
         start = TokenStatistics(sum(widths))
@@ -126,14 +100,14 @@ def fit_starter(
         _collect(start, clip, backbone, layers)
         if on_clip is not None:
             on_clip(start)
-    variance, squares = start.covariance.diagonal().split(widths), start.mean.square().split(widths)
-    for spread, square in zip(variance, squares, strict=True):
+    variance = torch.split(start.covariance.diagonal(), widths)
+    for spread, square in zip(variance, torch.split(start.mean.square(), widths), strict=True):
         if not float(spread.sum()) > _LEAST_VARIANCE * float(square.sum()):
             raise StatisticsError(
                 f"no projection can be fitted for {row.name}: its features are the same for all "
                 "patches, or not finite. Are these the right weights?"
             )
-    affine = how.solve(start, widths, max(widths))
+    affine = solve_layers(start, widths, centre, out_width=max(widths))
     # Axes are known up to their sign: the largest weight is made positive.
     largest = affine.weight.gather(1, affine.weight.abs().argmax(1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0)
@@ -147,7 +121,9 @@ def fit_starter(
         kind="affine",
         backbone_revision=backbone.revision,
         fit={
-            "method": f"fitted on first use: {how.formula}",
+            "method": "fitted on first use: layers centred, each divided by its own deviation, "
+            "concatenated, principal axes; then each patch averaged with its most similar "
+            "neighbours",
             "data": "clips rendered from the package's own photographs (NOTICE)",
             "clips": CLIPS,
             "frames": CLIPS * FRAMES,
@@ -155,8 +131,8 @@ def fit_starter(
             "cosettle_adapter": __version__,
         },
         licence=row.licence,
-        recipe=recipe,
-        averaging=how.averaging,
+        recipe=RECIPE,
+        averaging=_AVERAGING,
     )
     weight, bias = (sign * affine.weight).float(), (sign[:, 0] * affine.bias).float()
     with torch.device("meta"):  # draws no random numbers
@@ -165,15 +141,15 @@ def fit_starter(
     return projection.requires_grad_(False).eval()
 
 
-def _size(backbone: Backbone) -> tuple[int, int]:
+def _side(backbone: Backbone) -> int:
     """About :data:`_SIDE` in whole patches; the backbone's own size if it takes no other."""
     unit = backbone.patch if backbone.row.kind == "vit" else math.lcm(backbone.patch, 32)
     side = max(1, round(_SIDE / unit)) * unit
     try:
         backbone.patch_tokens(torch.zeros(1, 3, side, side, device=backbone.device), layer=0)
     except GeometryError:
-        side = backbone.row.image_size
-    return side, side
+        return backbone.row.image_size
+    return side
 
 
 def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[Tensor]:

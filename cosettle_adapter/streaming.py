@@ -30,11 +30,11 @@ class FeatureChunk:
 def stream_features(
     chunks: Generator[FrameChunk, None, None],
     encode: Callable[[Tensor], Encoded],
+    settler: Settler | None,
+    fusion: TemporalFusion | None,
     *,
-    settler: Settler | None = None,
-    fusion: TemporalFusion | None = None,
     guide: Callable[[Tensor], Tensor],
-    keep_tokens: bool = False,
+    keep_tokens: bool,
 ) -> Iterator[FeatureChunk]:
     """Yield the features of chunks of frames in order, which are decoded ahead in a thread.
 

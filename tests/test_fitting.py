@@ -14,6 +14,7 @@ from cosettle_adapter.backbones import REGISTRY, BackboneRow, VisionTransformerB
 from cosettle_adapter.closed_form import StatisticsError
 from cosettle_adapter.errors import GeometryError
 from cosettle_adapter.fitting import fit_starter, read_layers
+from cosettle_adapter.projection import RECIPE
 from cosettle_adapter.starter import known_correspondences, starter_clips, starter_photographs
 from cosettle_adapter.video.synthetic import render_clip
 
@@ -57,7 +58,7 @@ def test_every_kind_of_name_works_with_a_file_and_no_hub(
     features = adapter(torch.rand(2, 3, 4 * row.patch, 5 * row.patch))
     assert features.shape == (2, adapter.width, 4, 5)
     assert bool(torch.isfinite(features).all())
-    assert (adapter.config.recipe, adapter.config.licence) == (max(fitting.RECIPES), row.licence)
+    assert (adapter.config.recipe, adapter.config.licence) == (RECIPE, row.licence)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_patches_are_matched_where_the_motion_takes_them() -> None:
 
 
 def test_it_is_what_it_says_on_the_corpus(tiny_backbone: VisionTransformerBackbone) -> None:
-    projection = fit_starter(tiny_backbone, recipe=1)
+    projection = fit_starter(tiny_backbone)
     layers = projection.config.layers
     raw = [CoSettleAdapter.raw(tiny_backbone, layer=layer, norm=False) for layer in layers]
     tokens = []
@@ -119,11 +120,11 @@ def test_two_fits_are_the_same_and_leave_the_random_numbers_alone(
 ) -> None:
     state = torch.get_rng_state()
     seen: list[int] = []
-    first = fit_starter(tiny_backbone, recipe=1, on_clip=lambda found: seen.append(found.clips))
+    first = fit_starter(tiny_backbone, on_clip=lambda found: seen.append(found.clips))
     assert torch.equal(torch.get_rng_state(), state)
     assert seen == [1, 2, 3, 4]
     torch.manual_seed(5)
-    second = fit_starter(tiny_backbone, recipe=1)
+    second = fit_starter(tiny_backbone)
     for name, tensor in first.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], tensor, atol=1e-5, rtol=0)
     assert not any(parameter.requires_grad for parameter in first.parameters())
@@ -136,12 +137,12 @@ def test_features_that_say_nothing_are_an_error(tiny_backbone: VisionTransformer
             read: torch.full((len(images), 192, 4, 4), value) for read in reads
         }
         with pytest.raises(StatisticsError, match=r"fitted for tiny-vit16: its features are the"):
-            fit_starter(broken, recipe=1)
+            fit_starter(broken)
 
 
 def test_what_cannot_be_fitted_says_so(tiny_backbone: VisionTransformerBackbone) -> None:
     with pytest.raises(ValueError, match=r"float32 at stride 16, got tiny-vit16 in torch.bfloat16"):
-        fit_starter(copy.deepcopy(tiny_backbone).to(torch.bfloat16), recipe=1)
+        fit_starter(copy.deepcopy(tiny_backbone).to(torch.bfloat16))
 
 
 def test_a_backbone_of_one_size_is_fitted_at_it(
@@ -156,7 +157,7 @@ def test_a_backbone_of_one_size_is_fitted_at_it(
 
     monkeypatch.setattr(tiny_backbone, "_maps", only)
     monkeypatch.setattr(starter, "CLIPS", 1)
-    assert fit_starter(tiny_backbone, recipe=1).config.fit["size"] == [224, 224]
+    assert fit_starter(tiny_backbone).config.fit["size"] == [224, 224]
 
 
 def test_known_correspondences_are_where_the_motion_takes_them() -> None:

@@ -41,14 +41,11 @@ class Settler:
         prior_pairs: float = PRIOR_PAIRS,
         forgetting: float = 1.0,
     ) -> None:
-        """Begin a clip; an option out of its range is a :class:`ValueError`.
+        """Begin a clip with features of ``width`` channels.
 
-        Args:
-            width: channels of the features.
-            ridge: r, in units of S's mean eigenvalue; infinity only centres.
-            prior_pairs: n0, the number of pairs at which the clip counts as much as the prior.
-            forgetting: by what all earlier frames are multiplied when one is added; 1 forgets
-                nothing, 0.99 remembers about 100 frames.
+        ``ridge`` is r in units of S's mean eigenvalue; infinity only centres. ``prior_pairs`` is
+        n0, the number of pairs at which the clip counts as much as the prior. All earlier frames
+        are multiplied by ``forgetting`` when one is added; 0.99 remembers about 100 frames.
         """
         if not (ridge > 0 and 0 <= prior_pairs < math.inf and 0 < forgetting <= 1):
             raise ValueError(
@@ -68,12 +65,7 @@ class Settler:
 
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
-        """Add the clip's next frames, ``(N, C, h, w)`` floats.
-
-        Raises:
-            ValueError: another shape or width.
-            StatisticsError: features that are not finite.
-        """
+        """Add the clip's next frames, ``(N, C, h, w)`` floats."""
         if features.ndim != 4 or features.shape[1] != self._width:
             raise ValueError(
                 f"expected features (N, {self._width}, h, w), got {tuple(features.shape)}"

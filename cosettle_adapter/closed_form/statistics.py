@@ -18,14 +18,7 @@ _MATRICES = ("outer", "differences", "clip_outer", "view_outer")
 class TokenStatistics:
     """What closed-form projections need to know about patch tokens.
 
-    * **Total**: mean and covariance of all tokens.
-    * **Intra-video**: covariance of a patch around its own mean over time, from corresponding
-      patches of two frames.
-    * **Between clips**: covariance of the clips' mean tokens.
-    * **Position leakage**: covariance of the change in a patch's token when its position is hidden
-      from the encoder.
-
-    All are kept as sums in float64, so that merging the statistics of parts equals one pass over
+    All is kept as sums in float64, so that merging the statistics of parts equals one pass over
     the whole, in any order. Memory is a few ``(C, C)`` matrices. What was not collected is a
     :class:`StatisticsError` when it is asked for.
     """
@@ -181,8 +174,7 @@ class TokenStatistics:
     def leakage_covariance(self) -> Tensor:
         """Covariance ``(C, C)`` of a token around the mean of itself with and without position.
 
-        Half the covariance of the difference. What perturbing adds to all tokens equally is not
-        part of it: centring removes that.
+        What perturbing adds to all tokens equally is not part of it: centring removes that.
         """
         self._require("views", "tokens with perturbed positions")
         mean = self._get("view_sum") / self._get("views")

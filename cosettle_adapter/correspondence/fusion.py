@@ -1,18 +1,16 @@
 """Averaging patches that look alike: within a frame, and between frames (temporal fusion).
 
-A backbone sees each frame alone, so the features of one object flicker. Averaging features over
-time removes the flicker, provided that the average follows the motion. Non-local means (Buades,
-Coll & Morel, "A non-local algorithm for image denoising", CVPR 2005; for video: "Denoising image
-sequences does not require motion estimation", AVSS 2005) does so without estimating motion: the
-mean is over what looks alike, weighted by how much it does. With x_i(t) the feature of patch i of
-frame t, the result is::
+A backbone sees each frame alone, so the features of one object flicker. Averaging removes the
+flicker, if it follows the motion. Non-local means (Buades, Coll & Morel, CVPR 2005; for video:
+"Denoising image sequences does not require motion estimation", AVSS 2005) does so without
+estimating motion: the mean is over what looks alike. With x_i(t) the feature of patch i of frame
+t, the result is::
 
     y_i(t) = x_i(t) + share / K  sum_k g_ik (m_ik - x_i(t))
 
 over the K neighbouring frames k that exist within the window and that no cut separates from t.
 m_ik is the mean of the five patches of frame k that are most similar to patch i, weighted by
-softmax(cosine / 0.1). Where x = s + n, with s what the matches share and n independent noise, the
-variance of n falls by about (1 - share)^2 + share^2 / (5 K) and s stays.
+softmax(cosine / 0.1).
 
 A patch that is hidden or outside in frame k has matches all the same, wrong ones. They seldom lead
 back, and seldom move as the patches around do::
@@ -21,13 +19,8 @@ back, and seldom move as the patches around do::
 
 where d is the distance in patches between i and the best match in frame t of i's best match in
 frame k, and s the distance between i's displacement to its match and the median displacement of
-the 3 x 3 patches around i. The whole frame is searched, so no motion is too fast.
-
-Within a scene, neighbouring patches have matches that lead back and lie side by side; across a cut
-few do, which is how cuts are found.
-
-Within a frame, patches of one object agree in what they show and differ in noise and in position;
-their mean keeps the former.
+the 3 x 3 patches around i. The whole frame is searched, so no motion is too fast. Across a cut,
+few neighbouring patches have matches that lead back and lie side by side.
 """
 
 from __future__ import annotations
@@ -55,9 +48,8 @@ TEMPERATURE = 0.1
 WINDOW = 2
 APART = 2.0  # patches, deviation of s
 # A cut is where the share of neighbouring patches whose matches lead back and stay neighbours is
-# below CUT / (h + w). Ten DAVIS clips, every third frame, layer 7 of DINOv2 ViT-S, centred or not:
-# adjacent frames have 0.21 at least on 8 x 14 patches, 0.23 on 10 x 18, 0.15 on 20 x 35 and 0.08 on
-# 34 x 63, frames of two clips at most 0.15, 0.13, 0.06 and 0.03.
+# below CUT / (h + w). On ten DAVIS clips, every third frame, adjacent frames have 0.21 at least on
+# 8 x 14 patches and 0.08 on 34 x 63, frames of two clips at most 0.15 and 0.03.
 CUT = 5.5
 CUT_AT_MOST = 0.2
 
@@ -77,12 +69,10 @@ class TemporalFusion:
     """
 
     def __init__(self, mode: FusionMode = "symmetric", window: int = WINDOW) -> None:
-        """Begin a clip.
+        """Begin a clip; ``window`` is the number of frames on each side.
 
-        Args:
-            mode: ``symmetric`` averages over frames on both sides, and so returns a frame after
-                ``window`` more have come; ``causal`` over past frames only, at once.
-            window: frames on each side.
+        ``symmetric`` averages over frames on both sides, and so returns a frame after ``window``
+        more have come; ``causal`` over past frames only, at once.
         """
         if mode not in get_args(FusionMode):
             raise ValueError(f"temporal fusion is 'symmetric' or 'causal', got {mode!r}")
@@ -95,18 +85,10 @@ class TemporalFusion:
 
     @torch.no_grad()
     def push(self, features: Tensor, guide: Tensor | None = None) -> Tensor:
-        """Add the clip's next frames.
+        """Add the clip's next frames ``(N, C, h, w)``; return those finished by now, in order.
 
-        Args:
-            features: ``(N, C, h, w)``, any floating dtype; need not be normalised.
-            guide: ``(N, G, h, w)`` maps that matches are taken from; ``None``: the features.
-
-        Returns:
-            ``(M, C, h, w)`` in the dtype of ``features``: the frames finished by now, in order.
-
-        Raises:
-            GeometryError: maps of another shape or dtype, or frames of another shape than those
-                that wait. Call :meth:`flush` in between.
+        ``guide`` ``(N, G, h, w)`` are maps that matches are taken from, by default the features.
+        Maps of another shape than those that wait are a GeometryError: call :meth:`flush` before.
         """
         guide = features if guide is None else guide
         _check(features, guide)
@@ -179,14 +161,10 @@ def temporal_fusion(
 
 
 def fusion_guide(tokens: Tensor, widths: Sequence[int]) -> Tensor:
-    """Return what an adapter's features are matched by: the middle layer it reads, centred.
+    """Return what features are matched by: of tokens ``(T, C, h, w)`` the middle layer, centred.
 
     One layer finds better matches than all that are read, and half the variance of tokens is their
-    mean, which makes everything similar to everything.
-
-    Args:
-        tokens: ``(T, C, h, w)``, the layers that are read, along the channels.
-        widths: channels of each layer.
+    mean, which makes everything similar to everything. ``widths`` are the layers' channels.
     """
     guide = torch.split(tokens, list(widths), dim=1)[len(widths) // 2]
     return guide - reduce(guide, "t c h w -> t c 1 1", "mean")
@@ -311,10 +289,7 @@ def _gate(matches: _Matches, miss: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _is_cut(*directions: tuple[_Matches, Tensor], grid: tuple[int, int]) -> bool:
-    """Whether few neighbouring patches have matches that lead back (to one patch) and lie adjacent.
-
-    Each direction is given by its matches and misses.
-    """
+    """Whether few neighbouring patches have matches that lead back (to one patch) and adjoin."""
     kept: list[Tensor] = []
     for matches, miss in directions:
         moved = rearrange(_moved(matches.patch[:, 0], grid), "yx (h w) -> yx h w", h=grid[0])

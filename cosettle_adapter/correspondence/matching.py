@@ -23,25 +23,16 @@ def each_map(features: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def unit_map(features: Tensor) -> Tensor:
-    """Return one map with patches of unit length, at least in float32.
+    """Return a map ``(C, h, w)`` or ``(1, C, h, w)`` as ``(C, h, w)`` with patches of unit length.
 
-    Args:
-        features: ``(C, h, w)`` or ``(1, C, h, w)``, any floating dtype, else GeometryError.
-
-    Returns:
-        ``(C, h, w)``; patches of zeros stay zeros.
+    They are in float32 at least; patches of zeros stay zeros.
     """
     if features.ndim == 4 and len(features) == 1:
         features = features[0]
-    if features.ndim != 3 or features.numel() == 0:
+    if features.ndim != 3 or features.numel() == 0 or not features.is_floating_point():
         raise GeometryError(
-            f"got a feature map of shape {tuple(features.shape)}, expected (C, h, w) or "
-            "(1, C, h, w) with at least one patch; pass the frames of a batch one by one"
-        )
-    if not features.is_floating_point():
-        raise GeometryError(
-            f"got features of dtype {features.dtype}, expected floating point; "
-            "call .float() on them"
+            f"got a feature map of shape {tuple(features.shape)} and {features.dtype}, expected "
+            "floating point (C, h, w) or (1, C, h, w); pass the frames of a batch one by one"
         )
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
@@ -70,15 +61,12 @@ def mutual_nearest(a: Tensor, b: Tensor, *, chunk: int = 1024) -> tuple[Tensor, 
     Args:
         a: ``(C, h, w)``, any floating dtype.
         b: ``(C, h', w')`` on the same device; the grids may differ.
-        chunk: patches of ``a`` compared at a time; bounds memory and does not change the result.
+        chunk: patches of ``a`` compared at a time; bounds memory only.
 
     Returns:
         Flat patch indices ``(M, 2)`` int64, in ``a`` (ascending) and in ``b``, row-major; and the
         pairs' cosines ``(M,)``. Of equally near patches the first one counts, so that identical
         patches are matched at most once.
-
-    Raises:
-        GeometryError: maps of other shapes or with different channels.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
@@ -111,11 +99,8 @@ def corresponding_patches(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Find patches of two frames ``(C, h, w)`` of one video that show the same thing.
 
     They are mutual nearest neighbours by cosine after the mean of both frames is subtracted: what
-    all patches have in common hides how they differ.
-
-    Returns:
-        Their patches, not centred, ``(M, C)`` each; none if the two frames are equal, because a
-        still frame says nothing about motion.
+    all patches have in common hides how they differ. Returns them, not centred, ``(M, C)`` each;
+    none if the two frames are equal, because a still frame says nothing about motion.
     """
     flat, centred = _flat_and_centred(here, there)
     if torch.equal(here, there):
@@ -132,11 +117,8 @@ def soft_correspondences(
 
     The weight is the probability of stepping from one patch to the other and back, where steps
     follow cosines of centred patches: ``softmax_j(cos / t) softmax_i(cos / t)``. Mutual nearest
-    neighbours are the limit of a low temperature t.
-
-    Returns:
-        Patches ``(N, C)`` and ``(M, C)``, not centred, and weights ``(N, M)``; all zero if the two
-        frames are equal.
+    neighbours are the limit of a low temperature t. Returns patches ``(N, C)`` and ``(M, C)``, not
+    centred, and weights ``(N, M)``; all zero if the two frames are equal.
     """
     flat, centred = _flat_and_centred(here, there)
     if torch.equal(here, there):

@@ -47,16 +47,14 @@ class PropagationProtocol:
     repeat_first: bool
 
     def __post_init__(self) -> None:
-        if self.context < 0:
-            raise ValueError(f"context must be 0 or more preceding frames, got {self.context}")
-        if self.topk < 1:
-            raise ValueError(f"topk must be at least 1 patch, got {self.topk}")
-        if not self.radius > 0:
-            raise ValueError(
-                f"radius must be above 0 patches, got {self.radius}; use math.inf for anywhere"
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        for name, least, ok in (
+            ("context", "0 or more preceding frames", self.context >= 0),
+            ("radius", "above 0 patches, math.inf for anywhere", self.radius > 0),
+            ("topk", "at least 1 patch", self.topk >= 1),
+            ("temperature", "above 0", self.temperature > 0),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {least}, got {getattr(self, name)}")
 
 
 PROTOCOLS: dict[str, PropagationProtocol] = {
@@ -85,10 +83,8 @@ class LabelPropagator:
         Args:
             first_labels: ``(K, h, w)`` floating point, soft labels of the first frame.
             protocol: a name of :data:`PROTOCOLS`.
-            chunk: patches of a frame that are compared at a time; bounds memory and does not
-                change the result.
-            **changes: ``context``, ``radius``, ``topk`` and ``temperature`` other than the
-                protocol's (:class:`PropagationProtocol`); None for the protocol's.
+            chunk: patches of a frame that are compared at a time; bounds memory only.
+            **changes: fields of :class:`PropagationProtocol`, in place of the protocol's.
         """
         if protocol not in PROTOCOLS:
             known = " or ".join(repr(name) for name in PROTOCOLS)
@@ -98,15 +94,15 @@ class LabelPropagator:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 patch, got {chunk}")
         self.chunk = chunk
-        if first_labels.ndim != 3 or first_labels.numel() == 0:
+        if (
+            first_labels.ndim != 3
+            or 0 in first_labels.shape
+            or not first_labels.is_floating_point()
+        ):
             raise GeometryError(
-                f"got first_labels of shape {tuple(first_labels.shape)}, expected (K, h, w): one "
-                "map for each of K labels, at the grid of the features"
-            )
-        if not first_labels.is_floating_point():
-            raise GeometryError(
-                f"got first_labels of dtype {first_labels.dtype}, expected floating point: "
-                "one-hot the label ids over K, resize them to the grid and call .float()"
+                f"got first_labels of shape {tuple(first_labels.shape)} and {first_labels.dtype}, "
+                "expected floating point (K, h, w): one-hot the label ids over K, resize them to "
+                "the grid of the features and call .float()"
             )
         self._first_labels = first_labels.clone()
         # Patches are (long, short, C) of unit length, the longer side of the grid first: bands run
@@ -118,15 +114,9 @@ class LabelPropagator:
 
     @torch.no_grad()
     def step(self, features: Tensor) -> Tensor:
-        """Return the soft labels ``(K, h, w)`` of the next frame; first the first labels.
+        """Return the soft labels ``(K, h, w)`` of the next frame; of the first one those given.
 
-        Args:
-            features: ``(C, h, w)`` or ``(1, C, h, w)``, any floating dtype; need not be
-                normalised.
-
-        Raises:
-            GeometryError: features of another grid than the labels, or of other channels than
-                the frames before.
+        ``features`` are ``(C, h, w)`` or ``(1, C, h, w)`` on the grid of the labels.
         """
         unit = unit_map(features)
         grid, expected = tuple(unit.shape[1:]), tuple(self._first_labels.shape[1:])
@@ -233,11 +223,6 @@ def propagate_labels(
 
     Returns:
         ``(T, K, h, w)``; the first frame's are ``first_labels``.
-
-    Raises:
-        FrameError: no frames.
-        GeometryError: shapes that do not fit together.
-        ValueError: an unknown protocol, or an option out of range.
     """
     propagator = LabelPropagator(first_labels, **options)
     labels = [propagator.step(frame) for frame in each_map(features)]

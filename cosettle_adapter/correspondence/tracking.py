@@ -47,21 +47,13 @@ def track_points(
         radius_argmax: patches around the best one, by Euclidean distance, that the soft-argmax
             averages; 0 returns the best patch's centre.
         temperature: of the soft-argmax; smaller trusts the best patch more.
-        search_radius: look only this many patches around the point's position in the frame
-            before; by default in the whole frame.
-
-    Raises:
-        FrameError: no frames.
-        GeometryError: shapes that do not fit together, or points outside the grid.
+        search_radius: look only this many patches around where the point was in the frame before.
     """
-    if not radius_argmax >= 0:
-        raise ValueError(f"radius_argmax must be 0 or more patches, got {radius_argmax}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if search_radius is not None and not search_radius >= 1:
+    if not (radius_argmax >= 0 and temperature > 0 and (search_radius or 1) >= 1):
         raise ValueError(
-            f"search_radius must be at least 1 patch, got {search_radius}; use None for the "
-            "whole frame"
+            f"got radius_argmax={radius_argmax}, temperature={temperature} and "
+            f"search_radius={search_radius}; expected 0 or more patches, a positive temperature, "
+            "and at least 1 patch or None"
         )
     refine = (radius_argmax, temperature)
     positions, scores, errors = [], [], []

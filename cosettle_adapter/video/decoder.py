@@ -116,12 +116,13 @@ class Video:
             if not self._cut or packet.dts is None:
                 yield packet
 
-    def frames(self, prepare: Callable[[Packet[Any]], None] | None = None) -> Iterator[VideoFrame]:
+    def frames(
+        self, prepare: Callable[[Packet[Any]], None] = lambda packet: None
+    ) -> Generator[VideoFrame, None, None]:
         """Decode from here to the end; ``prepare`` is called before each packet is decoded."""
         started = False
         for packet in self.packets():
-            if prepare is not None:
-                prepare(packet)
+            prepare(packet)
             try:
                 frames = self.stream.decode(packet)
             except pyav().error.InvalidDataError:
@@ -134,7 +135,7 @@ class Video:
     def timed_frames(self, *, from_start: bool) -> Generator[tuple[VideoFrame, float], None, None]:
         """Decode to the end, with seconds from the stream's start; errors of :func:`decode_video`.
 
-        Frames come in order; one without a time follows the one before it at the average rate.
+        A frame without a time follows the one before it at the average rate.
         """
         count, damaged, origin, time = 0, False, self.stream.start_time, -self.step
         try:
@@ -192,12 +193,7 @@ class Video:
 
 @contextlib.contextmanager
 def open_video(source: VideoSource, *, threads: bool = True) -> Iterator[Video]:
-    """Open a video and find the stream of its pictures; decode with many threads, or with one.
-
-    Raises:
-        FrameError: no such file, not a video, or one that cannot be decoded.
-        MissingExtraError: PyAV or numpy is not installed.
-    """
+    """Open a video and find the stream of its pictures, else :class:`FrameError`."""
     av = pyav()
     imports.require("numpy", extra="video", purpose="reading video files")
     hint = "it is no video, or its end, which holds the index, is missing"

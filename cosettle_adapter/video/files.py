@@ -48,39 +48,45 @@ def find_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
-    """Find what a path or pattern means: one file, perhaps a video, or images in natural order.
-
-    Raises:
-        FrameError: there is no such file, or no image among the files.
-    """
-    path = Path(source).expanduser()
+    """Find what a path or pattern means: one file, perhaps a video, or images in natural order."""
+    path, pattern = Path(source).expanduser(), os.path.expanduser(source)  # noqa: PTH111
     if path.is_dir():
-        return find_images(path) or _no_images(path)
+        if found := find_images(path):
+            return found
+        held = ", ".join(entry.name for entry in natural_order(path.iterdir())[:3]) or "nothing"
+        raise FrameError(
+            f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {held}; "
+            "a video is opened by its own path"
+        )
     if path.is_file():
-        found = [path]
-    elif glob.has_magic(str(source)):
-        found = _matching_files(str(source))
-    elif "://" in str(source):
+        return [path] if path.suffix.lower() in IMAGE_SUFFIXES else path
+    if "://" in str(source):
         raise FrameError(f"{source} is a URL; download it and pass the path of the file")
-    else:
+    if not glob.has_magic(pattern):
         entries = path.parent.iterdir() if path.parent.is_dir() else ()
         siblings = [e.name for e in entries if is_video(e) or is_image(e) or e.is_dir()]
         raise FrameError(f"{path} does not exist.{did_you_mean(path.name, siblings)}")
-    return found if found[0].suffix.lower() in IMAGE_SUFFIXES else found[0]
+    matches = natural_order(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207
+    files = [match for match in matches if match.is_file()]
+    if images := [file for file in files if is_image(file)]:
+        return images
+    if len(files) == 1:
+        return files[0]
+    met = ", ".join(file.name for file in files[:3]) or "nothing"
+    raise FrameError(f"pattern {source} matches {met}; expected images, or a single video")
 
 
 def read_image(path: Path) -> Tensor:
     """Read an image file as (3, H, W) uint8, upright as its EXIF orientation says.
 
-    Raises:
-        FrameError: the file is missing, damaged or not an image.
+    A file that is missing, damaged or not an image is a :class:`FrameError`.
     """
-    image_module = imports.require("PIL.Image", extra="video", purpose="reading image files")
     operations = imports.require("PIL.ImageOps", extra="video", purpose="reading image files")
+    pil = operations.Image
     try:
-        with image_module.open(path) as image:
+        with pil.open(path) as image:
             return image_to_frame(operations.exif_transpose(image))
-    except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
+    except (OSError, SyntaxError, pil.DecompressionBombError) as error:
         # PIL reports some broken files as SyntaxError
         raise FrameError(f"{path} cannot be read as an image: {error}") from error
 
@@ -113,26 +119,3 @@ def _files(folder: Path, recursive: bool) -> Iterator[Path]:
     for root, below, names in os.walk(folder, onerror=report):
         below[:] = [name for name in below if recursive and not name.startswith(".")]
         yield from (Path(root, name) for name in names)
-
-
-def _no_images(folder: Path) -> list[Path]:
-    entries = natural_order(folder.iterdir())
-    held = ", ".join(path.name for path in entries[:3]) or "nothing"
-    raise FrameError(
-        f"folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {held}"
-        f"{', ...' if len(entries) > 3 else ''}; a video is opened by its own path"
-    )
-
-
-def _matching_files(pattern: str) -> list[Path]:
-    names = glob.glob(os.path.expanduser(pattern), recursive=True)  # noqa: PTH111, PTH207
-    matches = natural_order(path for path in map(Path, names) if path.is_file())
-    images = [path for path in matches if is_image(path)]
-    if images or len(matches) == 1:
-        return images or matches
-    if matches:
-        raise FrameError(
-            f"pattern {pattern} matches {len(matches)} files and none is an image, among them "
-            f"{matches[0].name} and {matches[1].name}; open videos one at a time"
-        )
-    raise FrameError(f"pattern {pattern} matches no files; folders in it must exist")

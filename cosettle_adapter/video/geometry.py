@@ -80,8 +80,9 @@ class Geometry:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Geometry:
         """Rebuild a geometry from :meth:`to_dict`; raise :class:`GeometryError` if it is none."""
+        given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            return cls(**given)
         except TypeError as error:
             raise GeometryError(f"{dict(values)} is not a geometry: {error}") from error
 
@@ -111,8 +112,7 @@ def plan_geometry(
             ``fit="pad"``, (H, W) is the box the frame is fitted into.
         fit: ``"resize"`` or ``"pad"``.
 
-    Raises:
-        GeometryError: the numbers do not go together; the message names those that do.
+    Numbers that do not go together are a :class:`GeometryError`, which names some that do.
     """
     patch = check_side("patch", patch)
     stride = patch if stride is None else check_side("stride", stride)
@@ -155,16 +155,10 @@ def plan_geometry(
 
 
 def apply_geometry(frames: Tensor, geometry: Geometry) -> Tensor:
-    """Resize frames, and repeat the last row and column, as planned.
+    """Resize frames, and repeat their last row and column, as planned for their size.
 
-    Frames that fit already come back as they are; padding alone keeps the dtype.
-
-    Args:
-        frames: (T, 3, H, W) uint8 in [0, 255] or float in [0, 1].
-        geometry: the plan, made for (H, W), else :class:`GeometryError`.
-
-    Returns:
-        (T, 3, H', W') with (H', W') = ``geometry.padded``, in the range of the input.
+    From (T, 3, H, W) uint8 in [0, 255] or float in [0, 1] to (T, 3, H', W') of ``geometry.padded``
+    in the same range. Frames that fit come back as they are; padding alone keeps the dtype.
     """
     if frames.ndim != 4 or tuple(frames.shape[-2:]) != geometry.frame:
         raise GeometryError(
@@ -187,16 +181,13 @@ def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> 
     """Read a feature grid at pixels of the original frame, bilinearly between patch centres.
 
     Args:
-        features: (T, C, h, w) float features on ``geometry.grid``.
+        features: (T, C, h, w) on ``geometry.grid``.
         geometry: how the frames became that grid.
         points: (N, 2) or (hh, ww, 2) of (x, y) pixels of the original frame. Points beyond the
             outermost patch centres take the value at the border.
 
     Returns:
         (T, C, N) or (T, C, hh, ww), in the dtype of ``features``.
-
-    Raises:
-        GeometryError: another grid than the geometry's, or points of another shape or not finite.
     """
     h, w = geometry.grid
     if features.ndim != 4 or tuple(features.shape[-2:]) != (h, w):
@@ -226,7 +217,7 @@ def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> 
         return F.embedding_bag(index.to(rows.device), rows, per_sample_weights=by, mode="sum")
 
     sampled = rearrange(_here_or_on_cpu(weighted_rows, table), "n (t c) -> t c n", t=len(features))
-    return sampled.unflatten(2, points.shape[:-1]).to(features.dtype)
+    return sampled.reshape(*sampled.shape[:2], *points.shape[:-1]).to(features.dtype)
 
 
 def resize(frames: Tensor, sides: tuple[int, int]) -> Tensor:

@@ -51,12 +51,7 @@ class _Index(NamedTuple):
 
 
 def count_frames(source: VideoSource) -> int:
-    """Count the frames of a video without decoding them.
-
-    Raises:
-        FrameError: not a video, or one without frames.
-        TruncatedVideoError: it ends before the length its header promises.
-    """
+    """Count the frames of a video without decoding them; errors of :func:`read_frames`."""
     return len(_index(source).places)
 
 
@@ -67,12 +62,7 @@ def read_frames(source: VideoSource, indices: Sequence[int]) -> Tensor:
     frames are coded out of order or unevenly spaced. One thread decodes from the keyframe before
     each frame, or from the start of files without times.
 
-    Args:
-        source: a file, or where in a file it lies.
-        indices: 0-based, in any order, repeated or not; at least one.
-
-    Returns:
-        (T, 3, H, W) uint8, upright, in the order of ``indices``.
+    Returns (T, 3, H, W) uint8, upright, in the order of ``indices``, which may repeat.
 
     Raises:
         FrameError: not a video, no such frame, or a frame that cannot be decoded undamaged.
@@ -122,11 +112,10 @@ def _decode(
     start = 0 if key is None else index.keys[key]
     with contextlib.closing(video.frames(spare)) as decoded:
         for position, frame in enumerate(decoded, start):
-            if key is not None and position == start and not index.timed:
-                led = frame.pts == index.key_times[key]
-                if not led:
-                    raise FrameError("seeking leads elsewhere")
             place = frame.pts if index.timed else position
+            elsewhere = key is not None and position == start and frame.pts != index.key_times[key]
+            if elsewhere and not index.timed:
+                raise FrameError("seeking leads elsewhere")
             if place in wanted:
                 number = wanted.pop(place)
                 if frame.is_corrupt:
@@ -177,7 +166,7 @@ def _read_index(source: VideoSource, modified: int, size: int) -> _Index:
         timed = len(times) == len(shown)
         if timed:
             origin = min(times) if video.stream.start_time is None else video.stream.start_time
-            for time, lasts, *_ in sorted(shown):
+            for time, lasts in sorted(zip(times, (packet[1] for packet in shown), strict=True)):
                 video.saw_frame((time - origin) * video.base, lasts * video.base or video.step)
         else:
             for number in range(len(shown)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
 from cosettle_adapter.video import decoder, files
-from cosettle_adapter.video.arrays import as_frames, is_array, is_pil
+from cosettle_adapter.video.arrays import as_frames, holds_pixels
 from cosettle_adapter.video.decoder import SourceInfo
 from cosettle_adapter.video.selection import FrameSelection, PendingFrame
 
@@ -45,17 +45,12 @@ def open_frames(
             where an earlier reading ended. ``start`` of the first chunk is this number.
         chunk_size: frames in a chunk; the last one may hold fewer.
 
-    Returns:
-        A generator of :class:`FrameChunk`. If the source fails in the middle, the frames before
-        the failure are delivered first.
-
     Raises:
         FrameError: at once for an argument out of range and a source that is missing, empty or
-            of an unknown kind; while reading for a damaged file, a frame of another size than the
-            first, and a range without frames.
+            of an unknown kind; while reading, after the frames before it, for a damaged file, a
+            frame of another size than the first, and a range without frames.
         TruncatedVideoError: while reading, after the last readable frame of a video that breaks
             off or ends before the length its header promises.
-        MissingExtraError: PyAV, Pillow or numpy is needed and not installed.
     """
     select = select or FrameSelection()
     if skip < 0:
@@ -72,13 +67,13 @@ def open_frames(
 def pending_frames(
     source: Any, start: float | None = None, fps: float | None = None
 ) -> Generator[PendingFrame, None, None]:
-    """Yield all frames of a source; those of a video before ``start`` may be left out.
-
-    Raises as :func:`open_frames`, whose ``source`` it takes; ``fps`` as in :class:`FrameSelection`.
-    """
+    """Yield all frames of a source; those of a video before ``start`` may be left out."""
     found = _find(source)
     if not isinstance(found, Path):
-        return _evenly(found, fps or 1.0)
+        return (
+            PendingFrame(index / (fps or 1.0), _name(item, index), partial(_load, item, index))
+            for index, item in enumerate(found)
+        )
     if fps is not None:
         raise FrameError(f"{source} is a video and has times of its own; leave out fps")
     with decoder.open_video(found):
@@ -94,10 +89,9 @@ def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, N
 
 
 def probe(source: Any) -> SourceInfo:
-    """Tell the number and size of a source's frames without reading them all.
+    """Tell the number and size of the frames of what :func:`open_frames` takes.
 
-    ``source`` is as for :func:`open_frames`; an iterator is not advanced, and little is known of
-    it. A source that is missing, empty, unreadable or of an unknown kind is a :class:`FrameError`.
+    They are not all read; an iterator is not advanced, and little is known of it.
     """
     found = _find(source)
     if isinstance(found, Path):
@@ -111,7 +105,7 @@ def _find(source: Any) -> Path | Tensor | Iterable[Any]:
     """Tell what a source is: a video, a clip (T, 3, H, W), or frames and image files one by one."""
     if isinstance(source, (str, os.PathLike)):
         return files.resolve(source)
-    if isinstance(source, Tensor) or is_array(source) or is_pil(source):
+    if holds_pixels(source):
         frames = as_frames(source)
         if frames.ndim == 5:
             raise FrameError(
@@ -130,10 +124,8 @@ def _find(source: Any) -> Path | Tensor | Iterable[Any]:
     return source
 
 
-def _evenly(items: Iterable[Any], fps: float) -> Generator[PendingFrame, None, None]:
-    for index, item in enumerate(items):
-        name = str(item) if isinstance(item, (str, os.PathLike)) else f"frame {index}"
-        yield PendingFrame(index / fps, name, partial(_load, item, index))
+def _name(item: Any, index: int) -> str:
+    return str(item) if isinstance(item, (str, os.PathLike)) else f"frame {index}"
 
 
 def _load(item: Any, index: int) -> Tensor:
@@ -143,7 +135,7 @@ def _load(item: Any, index: int) -> Tensor:
     if frame.ndim != 3:
         raise FrameError(
             f"frame {index} has shape {tuple(frame.shape)}, expected one image, (3, H, W) or "
-            "(H, W, 3); an iterator or list yields single frames"
+            "(H, W, 3)"
         )
     return frame
 

@@ -41,10 +41,11 @@ class FrameSelection:
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        if self.start is not None and not self.start >= 0:
+        first = self.start or 0
+        if not first >= 0:
             raise FrameError(f"start must be at least 0 seconds, got {self.start}")
-        if self.end is not None and not self.end > (self.start or 0):
-            raise FrameError(f"end must come after start={self.start or 0}, got end={self.end}")
+        if self.end is not None and not self.end > first:
+            raise FrameError(f"end must come after start={first}, got end={self.end}")
         if self.every < 1:
             raise FrameError(f"every must be at least 1 (every frame), got {self.every}")
         if self.max_frames is not None and self.max_frames < 1:
@@ -78,8 +79,8 @@ class FrameSelection:
         if not times:
             raise FrameError(f"{source} holds no frames")
         if not kept:
+            until = "on" if self.end is None else f"to {self.end} s"
             raise FrameError(
-                f"{source} has no frame from {self.start or 0} s "
-                f"{'on' if self.end is None else f'to {self.end} s'}; "
+                f"{source} has no frame from {self.start or 0} s {until}; "
                 f"the frames met lie from {times[0]:g} s to {times[-1]:g} s"
             )
