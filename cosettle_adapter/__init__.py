@@ -10,11 +10,10 @@ from cosettle_adapter.imports import load_on_use
 from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter
+    from cosettle_adapter.adapter import CoSettleAdapter, FeatureChunk
     from cosettle_adapter.backbones import load_backbone
     from cosettle_adapter.hub import list_models
     from cosettle_adapter.projection import Projection, ProjectionConfig
-    from cosettle_adapter.streaming import FeatureChunk
     from cosettle_adapter.training.fit import fit
     from cosettle_adapter.video.geometry import Geometry
     from cosettle_adapter.video.selection import FrameSelection
@@ -27,11 +26,10 @@ __all__ = [
 __getattr__ = load_on_use(
     __name__,
     **{
-        "adapter": ["CoSettleAdapter"],
+        "adapter": ["CoSettleAdapter", "FeatureChunk"],
         "backbones": ["load_backbone"],
         "hub": ["list_models"],
         "projection": ["Projection", "ProjectionConfig"],
-        "streaming": ["FeatureChunk"],
         "training.fit": ["fit"],
         "video.geometry": ["Geometry"],
         "video.selection": ["FrameSelection"],

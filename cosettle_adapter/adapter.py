@@ -1,16 +1,17 @@
-"""CoSettleAdapter: a frozen backbone and its projection, from frames to features."""
+"""CoSettleAdapter: a frozen backbone and its projection, from frames and streams to features."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from cosettle_adapter.backbones import Backbone, HubOptions
 from cosettle_adapter.backbones.weights import BACKBONE_FILE
@@ -22,9 +23,8 @@ from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.loading import RAW, identity_projection, load_named_backbone, load_parts
 from cosettle_adapter.projection import Projection
-from cosettle_adapter.streaming import FeatureChunk, stream_features
 from cosettle_adapter.version import __version__
-from cosettle_adapter.video import Fit, FrameSelection, open_frames, pinned, prefetch
+from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
 
 if TYPE_CHECKING:
     from cosettle_adapter.upload import Pushed
@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_BATCH_SIZE", "CoSettleAdapter", "FeatureChunk", "Size"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureChunk:
+    """Features of consecutive frames of a stream."""
+
+    features: Tensor  # (N, C, h, w)
+    timestamps: Tensor  # (N,) float64, seconds
+    geometry: Geometry  # how patches map to pixels of the source's frames
+    start: int  # number of frames delivered before this chunk
+    backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, if asked for
 
 
 class CoSettleAdapter(FeatureModel):
@@ -224,10 +235,18 @@ class CoSettleAdapter(FeatureModel):
         fusion = None if temporal_fusion is None else TemporalFusion(temporal_fusion)
         chunks = open_frames(source, select, skip=skip, chunk_size=batch_size)
         chunks = pinned(chunks) if self.device.type == "cuda" else chunks
-        encode = functools.partial(self._encode, size=size, fit=fit)
-        found = stream_features(
-            chunks, encode, settler, fusion, guide=self._guide, keep_tokens=return_backbone
-        )
+
+        def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
+            for chunk in prefetch(chunks):
+                tokens, features, geometry = self._encode(chunk.frames, size=size, fit=fit)
+                if settler is not None:
+                    features = settler.settle(features)
+                kept = tokens if return_backbone else None
+                yield FeatureChunk(features, chunk.timestamps, geometry, chunk.start, kept), tokens
+
+        found: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
+        if fusion is not None:
+            found = _fused(((chunk, self._guide(tokens)) for chunk, tokens in encoded()), fusion)
         return (
             dataclasses.replace(chunk, features=self._finished(chunk.features, normalize))
             for chunk in found
@@ -297,3 +316,31 @@ class CoSettleAdapter(FeatureModel):
         (base,) = self._unsettled
         base.projection.to(self.device)
         return base
+
+
+def _fused(
+    chunks: Iterable[tuple[FeatureChunk, Tensor]], fusion: TemporalFusion
+) -> Iterator[FeatureChunk]:
+    """Fuse the features of chunks, each given with its guide."""
+    waiting: collections.deque[FeatureChunk] = collections.deque()
+    ready: list[Tensor] = []
+
+    def complete() -> Iterator[FeatureChunk]:
+        while waiting and len(ready) >= (frames := len(waiting[0].timestamps)):
+            features = torch.stack(ready[:frames])
+            del ready[:frames]
+            yield dataclasses.replace(waiting.popleft(), features=features)
+
+    broken: TruncatedVideoError | None = None
+    try:
+        for chunk, guide in chunks:
+            ready.extend(fusion.push(chunk.features, guide))
+            # without the features, which would be held for nothing
+            waiting.append(dataclasses.replace(chunk, features=chunk.features.new_empty(0)))
+            yield from complete()
+    except TruncatedVideoError as error:
+        broken = error
+    ready.extend(fusion.flush())
+    yield from complete()
+    if broken is not None:
+        raise broken

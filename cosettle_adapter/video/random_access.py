@@ -32,22 +32,20 @@ _ATTEMPTS = (0, 1, None)
 
 
 class _Index(NamedTuple):
-    """Where a video's frames and keyframes are, in increasing order.
+    """Where frames and keyframes are: presentation times in ticks, in increasing order.
 
-    A place is a presentation time in ticks or, where the file holds none or those of other frames
-    (not ``timed``), a position counted from 0.
+    In files that hold no times, or those of other frames, places are positions counted from 0, and
+    there are no keyframes to begin at.
     """
 
     places: Sequence[int]
-    timed: bool
-    keys: Sequence[int] = ()  # empty if unknown
-    key_times: Sequence[int] = ()  # what to seek to for each of ``keys``
+    keys: Sequence[int] = ()
 
     def key_before(self, number: int, back: int | None) -> int | None:
-        """Which keyframe decoding begins at, ``back`` early; None for the file's start."""
+        """Where decoding begins for a frame, ``back`` keyframes early; None for the start."""
         if back is None:
             return None
-        return max(0, bisect.bisect_right(self.keys, self.places[number]) - 1 - back)
+        return self.keys[max(0, bisect.bisect_right(self.keys, self.places[number]) - 1 - back)]
 
 
 def count_frames(source: VideoSource) -> int:
@@ -104,18 +102,14 @@ def _decode(
 
     def spare(packet: Packet[Any]) -> None:
         """Leave out frames that are not wanted and that no other frame refers to."""
-        needless = index.timed and packet.pts is not None and packet.pts not in wanted
+        needless = index.keys and packet.pts is not None and packet.pts not in wanted
         codec.skip_frame = "NONREF" if needless else "DEFAULT"
 
-    if key is not None and (problem := video.seek(index.key_times[key])):
+    if key is not None and (problem := video.seek(key)):
         raise FrameError(f"seeking fails ({problem})")
-    start = 0 if key is None else index.keys[key]
     with contextlib.closing(video.frames(spare)) as decoded:
-        for position, frame in enumerate(decoded, start):
-            place = frame.pts if index.timed else position
-            elsewhere = key is not None and position == start and frame.pts != index.key_times[key]
-            if elsewhere and not index.timed:
-                raise FrameError("seeking leads elsewhere")
+        for position, frame in enumerate(decoded):
+            place = frame.pts if index.keys else position
             if place in wanted:
                 number = wanted.pop(place)
                 if frame.is_corrupt:
@@ -149,7 +143,7 @@ def _read_index(source: VideoSource, modified: int, size: int) -> _Index:
     with open_video(source, threads=False) as video:
         try:
             packets = [
-                (packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+                (packet.is_keyframe, packet.is_discard, packet.pts, packet.dts, packet.duration)
                 for packet in video.packets()
                 if packet.size
             ]
@@ -158,27 +152,24 @@ def _read_index(source: VideoSource, modified: int, size: int) -> _Index:
                 f"{source} breaks off ({reason(error)})", frames_read=0
             ) from error
         # a recording may begin between keyframes, and what an edit list cuts away is not shown
-        first_key = next((place for place, packet in enumerate(packets) if packet[2]), 0)
-        shown = [packet for packet in packets[first_key:] if not packet[3]]
+        begun = list(itertools.dropwhile(lambda packet: not packet[0], packets)) or packets
+        shown = [packet for packet in begun if not packet[1]]
         if not shown:
             raise FrameError(f"{source} has a video stream, but no frame in it")
-        times = [time for time, *_ in shown if time is not None]
+        times = [time for _, _, time, *_ in shown if time is not None]
         timed = len(times) == len(shown)
+        lasting = [(packet[4] or 0) * video.base or video.step for packet in shown]
         if timed:
             origin = min(times) if video.stream.start_time is None else video.stream.start_time
-            for time, lasts in sorted(zip(times, (packet[1] for packet in shown), strict=True)):
-                video.saw_frame((time - origin) * video.base, lasts * video.base or video.step)
+            for time, lasts in sorted(zip(times, lasting, strict=True)):
+                video.saw_frame((time - origin) * video.base, lasts)
         else:
-            for number in range(len(shown)):
-                video.saw_frame(number * video.step, video.step)
+            for number, lasts in enumerate(lasting):
+                video.saw_frame(number * video.step, lasts)
         video.check_complete(len(shown), from_start=True)
+        # frames coded in another order than they are shown in, whose times do not say which
         reordered = getattr(video.stream.codec_context, "has_b_frames", False)
-    if not timed:
-        return _Index(range(len(shown)), timed=False)
-    keys = [place for place, packet in enumerate(shown) if packet[2]]
-    key_times = [times[place] for place in keys]
-    if reordered and all(earlier < later for earlier, later in itertools.pairwise(times)):
-        # frames are coded in another order than they are shown in, and times do not say which
-        return _Index(range(len(shown)), False, keys, key_times)
-    key_times = sorted(key_times) or [min(times)]
-    return _Index(sorted(set(times)), True, key_times, key_times)
+        if not timed or (reordered and all(packet[2] == packet[3] for packet in shown)):
+            return _Index(range(len(shown)))
+        keys = sorted(time for time, packet in zip(times, shown, strict=True) if packet[0])
+        return _Index(sorted(set(times)), keys or [min(times)])

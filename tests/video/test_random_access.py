@@ -147,9 +147,7 @@ class TestCost:
             read_frames(path, indices)
         return read
 
-    @pytest.mark.parametrize(
-        "name", ["b-frames.mp4", "open-gop.mkv", "coding-order.mp4", "web.webm"]
-    )
+    @pytest.mark.parametrize("name", ["b-frames.mp4", "open-gop.mkv", "web.webm"])
     def test_no_more_than_the_keyframe_intervals_around(
         self, videos: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
