@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 from einops import rearrange
 from safetensors.torch import save_file
 
-from cosettle_adapter import CoSettleAdapter, FrameSelection, Projection, list_models
+from cosettle_adapter import CoSettleAdapter, FrameSelection, Projection
 from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
 from cosettle_adapter.closed_form import AffineMap, settle_clip
 from cosettle_adapter.errors import (
@@ -102,12 +99,6 @@ def test_an_alias_means_the_alias_even_beside_a_folder_of_that_name(
     ("name", "options", "error", "message"),
     [
         ("dinov2-vits14-pipy", {}, UnknownModelError, "Did you mean 'dinov2-vits14-pypi'"),
-        (
-            "dinov2-vits41",
-            {"projection": "settle"},
-            UnknownModelError,
-            "Did you mean 'dinov2-vits14'",
-        ),
         ("./nowhere", {}, ProjectionFormatError, "is not a folder"),
         (
             "owner/nothing",
@@ -151,17 +142,6 @@ def test_a_hub_repository_loads_from_the_cache_without_network(
     assert float(frames.grad.abs().sum()) > 0
 
 
-def test_list_models_shows_every_row_with_published_ones_first() -> None:
-    models = list_models()
-    assert models[0].name == REAL
-    assert {"dinov2-vitb14", "mae-vitl16", "clip-vitb16"} <= {model.name for model in models}
-    order = ["in the package", "by the authors", "fitted, in your cache", "fitted on first use"]
-    ranks = [order.index(model.projection) for model in models]
-    assert ranks == sorted(ranks)
-    assert ranks.count(1) == 8, "the paper's eight"
-    assert json.dumps([dataclasses.asdict(model) for model in models])
-
-
 def with_kind(backbone: VisionTransformerBackbone, kind: str) -> CoSettleAdapter:
     return CoSettleAdapter(backbone, projection_for(backbone, kind=kind))
 
@@ -176,6 +156,7 @@ def test_a_settled_adapter_returns_its_clip_settled_and_can_be_saved(
     adapter = with_kind(tiny_backbone, kind)
     before = adapter(clip())
     settled = adapter.settle(clip(), batch_size=4)
+    assert next(settled.projection.parameters()).dtype == torch.float32
     torch.testing.assert_close(settled(clip()), settle_clip(before), **CLOSE)
     assert torch.equal(adapter(clip()), before)
     assert (settled.unsettled, adapter.unsettled) == (adapter, adapter)
@@ -261,14 +242,3 @@ def test_any_backbone_settles_without_a_projection(
     torch.testing.assert_close(found(clip()), adapter(clip()), **CLOSE)
     found.save_pretrained(tmp_path / "found")
     assert Projection.load(tmp_path / "found").config.kind == "affine"
-
-
-def test_low_precision_settles_in_float32(tiny_backbone: VisionTransformerBackbone) -> None:
-    half = copy.deepcopy(tiny_backbone).to(torch.bfloat16)
-    settled = with_kind(half, "identity").settle(clip())
-    assert settled.projection.linears[0].weight.dtype == torch.float32
-    found = settled(clip())
-    assert found.dtype == torch.bfloat16
-    expected = with_kind(tiny_backbone, "identity").settle(clip())(clip())
-    cosine = torch.cosine_similarity(found.float(), expected, dim=1)
-    assert float(cosine.min()) > 0.95

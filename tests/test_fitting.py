@@ -65,7 +65,6 @@ def test_every_kind_of_name_works_with_a_file_and_no_hub(
     ("matched", "layers"),
     [
         ([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.71, 0.7, 0.65, 0.6, 0.4, 0.2], (5, 7, 9)),
-        ([0.2, 0.3, 0.4, 0.5, 0.6, 0.4, 0.71, 0.7, 0.65, 0.4, 0.4, 0.2], (7,)),
         ([0.6] * 20 + [0.8] + [0.6] * 19, (13, 20, 27)),
         ([0.1, 0.5, 0.6, 0.7, 0.2], (2, 3)),
         ([0.1, 0.1, 0.1, 0.1, 0.7], (4,)),
@@ -130,7 +129,9 @@ def test_two_fits_are_the_same_and_leave_the_random_numbers_alone(
     assert not any(parameter.requires_grad for parameter in first.parameters())
 
 
-def test_features_that_say_nothing_are_an_error(tiny_backbone: VisionTransformerBackbone) -> None:
+def test_what_cannot_be_fitted_says_so(tiny_backbone: VisionTransformerBackbone) -> None:
+    with pytest.raises(ValueError, match=r"float32 at stride 16, got tiny-vit16 in torch.bfloat16"):
+        fit_starter(copy.deepcopy(tiny_backbone).to(torch.bfloat16))
     for value in (1.5, torch.nan):
         broken = copy.deepcopy(tiny_backbone)
         broken._maps = lambda images, reads, positions, value=value: {  # type: ignore[method-assign]
@@ -138,11 +139,6 @@ def test_features_that_say_nothing_are_an_error(tiny_backbone: VisionTransformer
         }
         with pytest.raises(StatisticsError, match=r"fitted for tiny-vit16: its features are the"):
             fit_starter(broken)
-
-
-def test_what_cannot_be_fitted_says_so(tiny_backbone: VisionTransformerBackbone) -> None:
-    with pytest.raises(ValueError, match=r"float32 at stride 16, got tiny-vit16 in torch.bfloat16"):
-        fit_starter(copy.deepcopy(tiny_backbone).to(torch.bfloat16))
 
 
 def test_a_backbone_of_one_size_is_fitted_at_it(
@@ -172,13 +168,3 @@ def test_known_correspondences_are_where_the_motion_takes_them() -> None:
     row = (here // 6 + 0.5 + shift[1]).floor().long()
     assert 0 < len(here) < 24
     assert torch.equal(there, row * 6 + column)
-
-
-def test_the_photographs_are_small_many_and_attributed() -> None:
-    folder = Path(starter.__file__).parent
-    files = sorted(folder.glob("*.jpg"))
-    assert 16 <= len(files) <= 24
-    assert sum(file.stat().st_size for file in files) < 1_500_000
-    notice = Path(__file__).parents[1].joinpath("NOTICE").read_text(encoding="utf-8")
-    for file in files:
-        assert file.stem in notice, file.name
