@@ -52,12 +52,6 @@ class CoSettleAdapter(FeatureModel):
     does not depend on how frames are batched. On top of any projection, features can be settled
     by the statistics of the clip they come from: :meth:`settle` reads the clip first,
     ``stream(..., settle=True)`` learns as frames arrive.
-
-    Example:
-        >>> adapter = CoSettleAdapter.from_pretrained("dinov2-vits14-pypi")
-        >>> frames = torch.randint(0, 256, (4, 3, 280, 490), dtype=torch.uint8)
-        >>> adapter(frames).shape
-        torch.Size([4, 384, 20, 35])
     """
 
     # The weights of a backbone that came with the projection and has no public source.
@@ -99,8 +93,8 @@ class CoSettleAdapter(FeatureModel):
                 positions and the projection stay float32.
             stride: step between patches in pixels; below the patch size, patches overlap.
             requires_input_grad: let gradients reach the frames.
-            backbone_weights: a file in place of the registered sources: safetensors or a PyTorch
-                checkpoint, in timm's, the authors', OpenAI's or Hugging Face's layout.
+            backbone_weights: safetensors or a PyTorch checkpoint, in timm's, the authors',
+                OpenAI's or Hugging Face's layout, in place of the registered sources.
             cache_dir: cache for backbone and projection, in place of ``HF_HOME``.
             revision: branch, tag or commit of the repository the projection comes from, or the
                 backbone if the projection is in the package.
@@ -142,11 +136,10 @@ class CoSettleAdapter(FeatureModel):
         """Use a backbone's own tokens through the same interface: the baseline of a projection.
 
         Args:
-            backbone: a registered name, or a loaded backbone.
-            layer: 0-based, negative from the end; by default the last one, or the feature map
-                that is the registered grid.
+            backbone: a loaded one, or a name, with ``device`` and what follows in
+                :meth:`from_pretrained`.
+            layer: 0-based, negative from the end; by default the registered one.
             norm: apply the final norm; by default to the last layer, if the registry says so.
-            **loading: with a name, ``device`` and what follows it in :meth:`from_pretrained`.
         """
         if isinstance(backbone, str):
             backbone = load_named_backbone(backbone, **loading)
@@ -264,13 +257,11 @@ class CoSettleAdapter(FeatureModel):
         ridge: float = RIDGE,
         prior_pairs: float = PRIOR_PAIRS,
     ) -> CoSettleAdapter:
-        """Return an adapter refined on one clip, by that clip's own statistics.
+        """Return an adapter refined on one clip by the clip's statistics (:class:`Settler`).
 
-        One pass over the clip: its mean token is subtracted, and directions in which corresponding
-        patches of adjacent frames differ are damped, the less the fewer of them there were (see
-        :class:`~cosettle_adapter.closed_form.Settler`). The new adapter shares the backbone of
-        this one, which it has as :attr:`unsettled`: settling again starts from there, not on top.
-        Its projection can be saved like any other.
+        Its mean token is subtracted, and directions in which corresponding patches of adjacent
+        frames differ are damped. The new adapter shares the backbone of this one, which it has as
+        :attr:`unsettled`: settling again starts from there, not on top.
 
         Args:
             source, select: as in :meth:`stream`: the frames whose features are wanted.

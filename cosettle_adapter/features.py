@@ -58,9 +58,9 @@ class FeatureModel(nn.Module):
             )
             raise BackboneMismatchError(
                 f"this projection was fitted on {config.backbone} with fingerprint {fitted}, but "
-                f"the backbone here is {backbone.row.name} with fingerprint {here}. Load the "
-                "backbone it names, fit a projection for this one (projection='fit'), or pass "
-                "allow_mismatched_backbone=True if you know that they are interchangeable"
+                f"the backbone here is {backbone.row.name} with fingerprint {here}. Load the one "
+                "it names, fit a projection for this one (projection='fit'), or pass "
+                "allow_mismatched_backbone=True if they are interchangeable"
             )
         self.backbone = backbone
         self.projection = projection  # frozen as well until ``projection.requires_grad_(True)``

@@ -1,8 +1,8 @@
 """The projection g: the small head that is trained or fitted on top of a frozen backbone.
 
 The paper's head (section 3.3; ``ST_adapter.py`` of the official code) is
-``Linear -> Tanh -> LayerNorm``, 592,128 parameters at width 768. It replaces the patch tokens:
-there is no residual connection, and its output is not of unit length.
+``Linear -> Tanh -> LayerNorm``. It replaces the patch tokens: there is no residual connection, and
+its output is not of unit length.
 """
 
 from __future__ import annotations
@@ -182,11 +182,9 @@ class Projection(nn.Module):
         ``affine`` one; otherwise the map is applied last. Figures measured with this one do not
         hold for the new one, and are left out. ``fit`` records how the map was found.
         """
-        config = dataclasses.replace(
-            self.config, figures={}, fit={**fit, "base": dict(self.config.fit)}
-        )
-        averages = self.config.averaging > 0
-        if self.config.kind in _PLAIN and not averages and self.settling is None:
+        record = {**fit, "base": dict(self.config.fit)}
+        config = dataclasses.replace(self.config, figures={}, fit=record)
+        if self.config.kind in _PLAIN and not (self.config.averaging or self.config.settled):
             config = dataclasses.replace(config, kind="affine")
             last, name = next(iter(self.linears), None), "linears.0"
         else:

@@ -37,16 +37,11 @@ def weights(tiny_registered: BackboneRow, tmp_path: Path) -> Path:
     return tmp_path / "backbone.safetensors"
 
 
-def test_raw_reads_any_layer(tiny_backbone: VisionTransformerBackbone) -> None:
-    images = CoSettleAdapter.raw(tiny_backbone).preprocess(clip(1))
-    for layer, normed in ((-1, True), (11, True), (4, False)):
-        raw = CoSettleAdapter.raw(tiny_backbone, layer=layer)
-        expected = tiny_backbone.patch_tokens(images, layer=layer, norm=normed)
-        assert torch.equal(raw(clip(1)), expected)
-
-
-def test_raw_takes_what_from_pretrained_takes(
-    tiny_registered: BackboneRow, weights: Path, tmp_path: Path
+def test_raw_takes_what_from_pretrained_takes_and_reads_any_layer(
+    tiny_backbone: VisionTransformerBackbone,
+    tiny_registered: BackboneRow,
+    weights: Path,
+    tmp_path: Path,
 ) -> None:
     raw = CoSettleAdapter.raw(
         tiny_registered.name,
@@ -57,17 +52,16 @@ def test_raw_takes_what_from_pretrained_takes(
         stride=8,
     )
     assert (raw.dtype, raw.backbone.stride) == (torch.bfloat16, 8)
+    images = CoSettleAdapter.raw(tiny_backbone).preprocess(clip(1))
+    for layer, normed in ((-1, True), (11, True), (4, False)):
+        raw = CoSettleAdapter.raw(tiny_backbone, layer=layer)
+        expected = tiny_backbone.patch_tokens(images, layer=layer, norm=normed)
+        assert torch.equal(raw(clip(1)), expected)
+    adapter = CoSettleAdapter(tiny_backbone, projection_for(tiny_backbone))
+    raw = adapter.without_projection()
+    assert torch.equal(raw(clip(1)), adapter(clip(1), return_backbone=True)[0])
     with pytest.raises(WeightsUnavailableError):
         CoSettleAdapter.raw("dinov2-vitb14", cache_dir=tmp_path, local_files_only=True)
-
-
-def test_without_its_projection_an_adapter_returns_what_that_reads(
-    tiny_adapter: CoSettleAdapter,
-) -> None:
-    tokens, _ = tiny_adapter(clip(1), return_backbone=True)
-    raw = tiny_adapter.without_projection()
-    assert raw.backbone is tiny_adapter.backbone
-    assert torch.equal(raw(clip(1)), tokens)
 
 
 def test_save_and_load_are_bit_equal_and_small(
@@ -164,6 +158,9 @@ def test_a_settled_adapter_returns_its_clip_settled_and_can_be_saved(
     assert settled.config.kind == found
     assert settled.config.settled == (found != "affine"), "two affine maps become one"
     assert not any(name.startswith("_unsettled") for name in settled.state_dict())
+    again = settled.settle(clip(seed=2))  # from the stored projection, not on top
+    assert again.unsettled is adapter
+    assert torch.equal(again(clip()), adapter.settle(clip(seed=2))(clip()))
 
     settled.save_pretrained(tmp_path / "settled")
     loaded = CoSettleAdapter(tiny_backbone, Projection.load(tmp_path / "settled"))
@@ -173,12 +170,6 @@ def test_a_settled_adapter_returns_its_clip_settled_and_can_be_saved(
     assert (fit["frames"], fit["ridge"], fit["clip"]) == (6, 1.0, "Tensor")
     assert fit["base"] == adapter.config.fit
     assert loaded.unsettled is loaded
-
-
-def test_settling_again_starts_from_the_stored_projection(tiny_adapter: CoSettleAdapter) -> None:
-    twice = tiny_adapter.settle(clip(seed=1)).settle(clip(seed=2))
-    assert twice.unsettled is tiny_adapter
-    assert torch.equal(twice(clip()), tiny_adapter.settle(clip(seed=2))(clip()))
 
 
 def test_a_projection_followed_by_two_maps_is_followed_by_both(

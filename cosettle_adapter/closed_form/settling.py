@@ -26,9 +26,8 @@ class Settler:
         y = k (P + r s I)^(-1/2) (x - mean),   P = (n S + n0 s I) / (n + n0)
 
     with S the clip's intra-video covariance from n pairs, s its mean eigenvalue, and k such that
-    P = s I gives k (...) = I. The prior is that all directions vary equally over time, which is
-    what a stored projection was fitted for: with few pairs, or still frames, the clip is hardly
-    more than centred; without frames, features stay as they are.
+    P = s I gives k (...) = I. The prior is that all directions vary equally over time: with few
+    pairs, or still frames, the clip is hardly more than centred.
 
     Features must be added in frame order. Memory is one frame and a ``(C, C)`` matrix.
     """

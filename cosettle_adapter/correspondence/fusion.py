@@ -97,10 +97,9 @@ class TemporalFusion:
         if self._like.shape[1:] != shape or known != guide.shape[1]:
             if self._symmetric and self._recent:
                 raise GeometryError(
-                    f"got features of shape {tuple(shape)} with a guide of {guide.shape[1]} "
-                    f"channels while {len(self._recent)} frames of shape "
-                    f"{tuple(self._like.shape[1:])} with a guide of {known} wait for their "
-                    "neighbours; call flush() before a change"
+                    f"got features of shape {tuple(shape)} with {guide.shape[1]} guide channels "
+                    f"while {len(self._recent)} frames of shape {tuple(self._like.shape[1:])} with "
+                    f"{known} wait for their neighbours; call flush() before a change"
                 )
             self._recent.clear()
         self._like = features.new_empty((0, *shape))

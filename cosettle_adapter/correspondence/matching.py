@@ -15,10 +15,8 @@ from cosettle_adapter.errors import GeometryError
 def each_map(features: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield maps ``(C, h, w)`` from ``(T, C, h, w)`` or from an iterable of maps."""
     if isinstance(features, Tensor) and features.ndim != 4:
-        raise GeometryError(
-            f"got features of shape {tuple(features.shape)}, expected (T, C, h, w); "
-            "give one clip at a time"
-        )
+        shape = tuple(features.shape)
+        raise GeometryError(f"got features of shape {shape}, expected (T, C, h, w) of one clip")
     yield from features
 
 

@@ -20,9 +20,8 @@ class Tracks(NamedTuple):
 
     positions: Tensor  # (T, N, 2) fractional (row, col) in patches; whole numbers are centres
     score: Tensor  # (T, N) cosine between the point's feature and the best patch's
-    # (T, N) the occlusion score: distance in patches between the point and where the feature at
-    # its tracked position matches back to in frame 0. It is small for a visible point; above one
-    # or two patches the point is probably occluded, outside the frame, or on a repeated texture.
+    # (T, N) distance in patches between the point and where the feature at its tracked position
+    # matches back to in frame 0; above one or two the point is probably occluded
     cycle_error: Tensor
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,11 +49,6 @@ class FileRange:
 
     def __str__(self) -> str:
         return f"{self.path}/{self.name}"
-
-    @property
-    def suffix(self) -> str:
-        """The suffix of its name, ``.mp4``."""
-        return PurePosixPath(self.name).suffix
 
 
 VideoSource = Path | FileRange
@@ -140,17 +135,12 @@ class Video:
         count, damaged, origin, time = 0, False, self.stream.start_time, -self.step
         try:
             for frame in self.frames():
-                if frame.pts is None:
-                    time += self.step
-                else:
-                    origin = frame.pts if origin is None else origin
-                    time = (frame.pts - origin) * self.base
+                origin = frame.pts if origin is None else origin
+                time = time + self.step if frame.pts is None else (frame.pts - origin) * self.base
                 self.saw_frame(time, (getattr(frame, "duration", 0) or 0) * self.base or self.step)
                 if frame.is_corrupt and not damaged:
                     damaged = True
-                    logger.warning(
-                        "%s is damaged: the decoder patched up what it could", self.source
-                    )
+                    logger.warning("%s is damaged: the decoder patched it up", self.source)
                 yield frame, float(time)
                 count += 1
         except (pyav().error.FFmpegError, OSError) as error:
@@ -197,7 +187,7 @@ def open_video(source: VideoSource, *, threads: bool = True) -> Iterator[Video]:
     av = pyav()
     imports.require("numpy", extra="video", purpose="reading video files")
     hint = "it is no video, or its end, which holds the index, is missing"
-    if source.suffix.lower() in (".npy", ".npz", ".pt", ".pth"):
+    if str(source).lower().endswith((".npy", ".npz", ".pt", ".pth")):
         hint = "load it with numpy.load or torch.load and pass the frames"
     url = f"file:{source}"  # the prefix keeps a colon in a name from reading as a protocol
     if isinstance(source, FileRange):
@@ -230,18 +220,6 @@ def open_video(source: VideoSource, *, threads: bool = True) -> Iterator[Video]:
             # the decoder's threads come to rest while others may run: PyAV frees a decoder with
             # the interpreter locked, and a thread that is logging would wait for that lock
             codec.flush_buffers()
-
-
-def video_info(source: VideoSource) -> SourceInfo:
-    """Read a video's header, and its first frame, which knows how it is turned."""
-    with open_video(source, threads=False) as video:
-        fps = float(1 / video.step) if video.step else None
-        seconds = video.seconds
-        frames = video.stream.frames or (round(seconds * fps) if seconds and fps else None)
-        with contextlib.closing(video.timed_frames(from_start=True)) as timed:
-            first, _ = next(timed)
-            height, width = frame_pixels(first, display_matrix(first)).shape[-2:]
-        return SourceInfo(frames, height, width, fps)
 
 
 def decode_video(

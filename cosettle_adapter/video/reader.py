@@ -95,7 +95,13 @@ def probe(source: Any) -> SourceInfo:
     """
     found = _find(source)
     if isinstance(found, Path):
-        return decoder.video_info(found)
+        with decoder.open_video(found, threads=False) as video:
+            fps = float(1 / video.step) if video.step else None
+            promised = round((video.seconds or 0) * (fps or 0)) or None
+            with contextlib.closing(video.timed_frames(from_start=True)) as frames:
+                first, _ = next(frames)  # it knows how it is turned
+                sides = decoder.frame_pixels(first, decoder.display_matrix(first)).shape[-2:]
+            return SourceInfo(video.stream.frames or promised, *sides, fps)
     if isinstance(found, (Tensor, list, tuple)):
         return SourceInfo(len(found), *_load(found[0], 0).shape[-2:])
     return SourceInfo(len(found) if isinstance(found, Sized) else None)
@@ -116,8 +122,8 @@ def _find(source: Any) -> Path | Tensor | Iterable[Any]:
     if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, Mapping)):
         raise FrameError(
             f"cannot read frames from an object of type {type(source).__name__}; expected a video "
-            "file, an image folder, a glob pattern, a tensor (T, 3, H, W), an array (T, H, W, 3), "
-            "or a list or iterator of single frames"
+            "file, an image folder, a pattern, a tensor (T, 3, H, W), an array (T, H, W, 3), or a "
+            "list or iterator of single frames"
         )
     if isinstance(source, (list, tuple)) and not source:
         raise FrameError("got zero frames: an empty list")

@@ -261,7 +261,7 @@ def test_patched_frames_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureF
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING, logger="cosettle_adapter"):
         assert len(read(path)[0]) == 12
-    assert caplog.messages == [f"{path} is damaged: the decoder patched up what it could"]
+    assert caplog.messages == [f"{path} is damaged: the decoder patched it up"]
 
 
 def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
