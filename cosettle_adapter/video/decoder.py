@@ -135,8 +135,11 @@ class Video:
         count, damaged, origin, time = 0, False, self.stream.start_time, -self.step
         try:
             for frame in self.frames():
-                origin = frame.pts if origin is None else origin
-                time = time + self.step if frame.pts is None else (frame.pts - origin) * self.base
+                if frame.pts is None:
+                    time += self.step
+                else:
+                    origin = frame.pts if origin is None else origin
+                    time = (frame.pts - origin) * self.base
                 self.saw_frame(time, (getattr(frame, "duration", 0) or 0) * self.base or self.step)
                 if frame.is_corrupt and not damaged:
                     damaged = True

@@ -100,8 +100,9 @@ def probe(source: Any) -> SourceInfo:
             promised = round((video.seconds or 0) * (fps or 0)) or None
             with contextlib.closing(video.timed_frames(from_start=True)) as frames:
                 first, _ = next(frames)  # it knows how it is turned
-                sides = decoder.frame_pixels(first, decoder.display_matrix(first)).shape[-2:]
-            return SourceInfo(video.stream.frames or promised, *sides, fps)
+                turn = decoder.display_matrix(first)
+                height, width = decoder.frame_pixels(first, turn).shape[-2:]
+            return SourceInfo(video.stream.frames or promised, height, width, fps)
     if isinstance(found, (Tensor, list, tuple)):
         return SourceInfo(len(found), *_load(found[0], 0).shape[-2:])
     return SourceInfo(len(found) if isinstance(found, Sized) else None)
