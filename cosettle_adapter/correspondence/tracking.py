@@ -89,8 +89,8 @@ def _check_points(points: Tensor, first: Tensor) -> Tensor:
     if outside.any():
         rows, columns = first.shape[1:]
         raise GeometryError(
-            f"got the point {points[outside][0].tolist()}, which is outside the grid: expected (row, "
-            f"col) up to ({rows - 0.5}, {columns - 0.5}) patches, that is pixels / patch - 0.5"
+            f"got the point {points[outside][0].tolist()}, which is outside the grid: expected "
+            f"(row, col) up to ({rows - 0.5}, {columns - 0.5}) patches, that is pixels / patch - 0.5"
         )
     return points
 
