@@ -90,7 +90,7 @@ def _check_points(points: Tensor, first: Tensor) -> Tensor:
         rows, columns = first.shape[1:]
         raise GeometryError(
             f"got the point {points[outside][0].tolist()}, which is outside the grid: expected "
-            f"(row, col) up to ({rows - 0.5}, {columns - 0.5}) patches, that is pixels / patch - 0.5"
+            f"(row, col) up to ({rows - 0.5}, {columns - 0.5}), that is pixels / patch - 0.5"
         )
     return points
 
