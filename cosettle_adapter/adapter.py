@@ -1,16 +1,17 @@
-"""CoSettleAdapter: a frozen backbone and its projection, from frames to features."""
+"""CoSettleAdapter: a frozen backbone and its projection, from frames and streams to features."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from cosettle_adapter.backbones import Backbone, HubOptions
 from cosettle_adapter.backbones.weights import BACKBONE_FILE
@@ -22,10 +23,8 @@ from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.loading import RAW, identity_projection, load_named_backbone, load_parts
 from cosettle_adapter.projection import Projection
-from cosettle_adapter.streaming import FeatureChunk, stream_features
 from cosettle_adapter.version import __version__
-from cosettle_adapter.video import Fit, FrameSelection, open_frames, pinned, prefetch
-from cosettle_adapter.video.selection import selected
+from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
 
 if TYPE_CHECKING:
     from cosettle_adapter.upload import Pushed
@@ -35,6 +34,17 @@ __all__ = ["DEFAULT_BATCH_SIZE", "CoSettleAdapter", "FeatureChunk", "Size"]
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class FeatureChunk:
+    """Features of consecutive frames of a stream."""
+
+    features: Tensor  # (N, C, h, w)
+    timestamps: Tensor  # (N,) float64, seconds
+    geometry: Geometry  # how patches map to pixels of the source's frames
+    start: int  # number of frames delivered before this chunk
+    backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, if asked for
+
+
 class CoSettleAdapter(FeatureModel):
     """A frozen backbone followed by a projection that makes its features consistent over time.
 
@@ -42,18 +52,6 @@ class CoSettleAdapter(FeatureModel):
     does not depend on how frames are batched. On top of any projection, features can be settled
     by the statistics of the clip they come from: :meth:`settle` reads the clip first,
     ``stream(..., settle=True)`` learns as frames arrive.
-
-    Example:
-        >>> adapter = CoSettleAdapter.from_pretrained("dinov2-vits14-pypi")
-        >>> frames = torch.randint(0, 256, (4, 3, 280, 490), dtype=torch.uint8)
-        >>> adapter(frames).shape
-        torch.Size([4, 384, 20, 35])
-
-    Attributes:
-        backbone: the frozen encoder.
-        projection: the head; frozen as well until ``projection.requires_grad_(True)``.
-        settles: whether features are settled unless a call says otherwise, as they are after
-            ``from_pretrained(name, projection="settle")``.
     """
 
     # The weights of a backbone that came with the projection and has no public source.
@@ -91,23 +89,20 @@ class CoSettleAdapter(FeatureModel):
                 default the published one, if there is one, else as ``"fit"``.
             recipe: version of the recipe that the projection must have been fitted by.
             allow_mismatched_backbone: accept a projection fitted on other tensors.
-            device: where to put both.
-            dtype: dtype of the backbone and of the features (float32, bfloat16 or float16);
+            device, dtype: of the backbone and the features (float32, bfloat16 or float16);
                 positions and the projection stay float32.
             stride: step between patches in pixels; below the patch size, patches overlap.
             requires_input_grad: let gradients reach the frames.
-            backbone_weights: a file in place of the registered sources: safetensors or a PyTorch
-                checkpoint, in timm's, the authors', OpenAI's or Hugging Face's layout.
+            backbone_weights: safetensors or a PyTorch checkpoint, in timm's, the authors',
+                OpenAI's or Hugging Face's layout, in place of the registered sources.
             cache_dir: cache for backbone and projection, in place of ``HF_HOME``.
-            revision: branch, tag or commit of the repository ``name`` stands for: the one the
-                projection comes from, or the backbone's if the projection is in the package.
-            token: access token for private or gated repositories.
-            local_files_only: never use the network, for the backbone or the projection.
+            revision: branch, tag or commit of the repository the projection comes from, or the
+                backbone if the projection is in the package.
+            token: for private or gated repositories.
+            local_files_only: never use the network.
 
         Raises:
             UnknownModelError: no such model; close names are suggested.
-            ValueError: another ``projection``, no such recipe, or a projection made by another.
-            StatisticsError: the backbone's features are equal or not finite, so cannot be fitted.
             WeightsUnavailableError: a file could not be had; the message lists what was tried.
             CorruptWeightsError, ProjectionFormatError: a file is damaged or of another format.
             BackboneMismatchError: the projection belongs to another backbone.
@@ -123,11 +118,8 @@ class CoSettleAdapter(FeatureModel):
             stride=stride,
             requires_input_grad=requires_input_grad,
         )
-        adapter = cls(
-            parts.backbone,
-            parts.projection.to(device),
-            allow_mismatched_backbone=allow_mismatched_backbone,
-        )
+        fitted, accept = parts.projection.to(device), allow_mismatched_backbone
+        adapter = cls(parts.backbone, fitted, allow_mismatched_backbone=accept)
         adapter._backbone_file = parts.backbone_file
         adapter.settles = projection == "settle"
         return adapter
@@ -144,13 +136,10 @@ class CoSettleAdapter(FeatureModel):
         """Use a backbone's own tokens through the same interface: the baseline of a projection.
 
         Args:
-            backbone: a registered name, or a loaded backbone.
-            layer: 0-based layer, negative from the end; by default the last one, or the feature
-                map that is the registered grid.
-            norm: apply the final norm; by default as the registry says for the last layer, and
-                not for earlier ones.
-            **loading: with a name, how to load it: ``device`` and all that follow it in
+            backbone: a loaded one, or a name, with ``device`` and what follows in
                 :meth:`from_pretrained`.
+            layer: 0-based, negative from the end; by default the registered one.
+            norm: apply the final norm; by default to the last layer, if the registry says so.
         """
         if isinstance(backbone, str):
             backbone = load_named_backbone(backbone, **loading)
@@ -158,25 +147,16 @@ class CoSettleAdapter(FeatureModel):
 
     def without_projection(self) -> CoSettleAdapter:
         """Return an adapter of the tokens this one's projection reads; it shares the backbone."""
-        config = dataclasses.replace(
-            self.config,
-            kind="identity",
-            out_width=self.config.in_width,
-            settled=False,
-            recipe=None,
-            averaging=0.0,
-            fit={"method": RAW},
-            figures={},
-        )
+        plain: Any = {"settled": False, "recipe": None, "averaging": 0.0, "figures": {}}
+        plain |= {"kind": "identity", "out_width": self.config.in_width, "fit": {"method": RAW}}
+        config = dataclasses.replace(self.config, **plain)
         return CoSettleAdapter(self.backbone, Projection(config), allow_mismatched_backbone=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the projection and its config into ``folder``.
 
-        The backbone is left out, unless it came with the projection and has no public source.
-
-        Raises:
-            ProjectionFormatError: the adapter settles every clip anew, so there is nothing to save.
+        The backbone is left out, unless it came with the projection and has no public source. An
+        adapter that settles every clip anew has nothing to save: a ProjectionFormatError.
         """
         self._check_stored()
         self.projection.save(folder)
@@ -220,9 +200,8 @@ class CoSettleAdapter(FeatureModel):
         settle: bool | None = None,
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
-        **moved: Any,
     ) -> Iterator[FeatureChunk]:
-        """Yield the features of a video of any length at constant memory.
+        """Yield the features of a video of any length, in order, at constant memory.
 
         Args:
             source: a video file, a folder or glob of images, an array, or an iterator of frames.
@@ -232,36 +211,35 @@ class CoSettleAdapter(FeatureModel):
             skip: do not encode the first ones of the selected frames, to continue a stream.
             return_backbone: fill ``chunk.backbone``.
             settle: settle every frame by the statistics of the frames up to it, all that a live
-                stream has; by default as ``settles`` says. The first frames are little more than
-                centred. For a whole clip, :meth:`settle` treats all frames equally.
+                stream has; by default as ``settles`` says. For a whole clip, see :meth:`settle`.
             forgetting: with ``settle``, the factor on earlier frames when one arrives; below 1
                 for streams that change: 0.99 remembers about 100 frames.
             temporal_fusion: average every patch with its matches in neighbouring frames, after
                 settling (:class:`~cosettle_adapter.correspondence.TemporalFusion`):
                 ``"symmetric"`` uses frames of both sides, so that chunks come up to three frames
                 later; ``"causal"`` past ones only. Fused features carry no gradients.
-            **moved: fields of :class:`FrameSelection`, as in version 0.1; deprecated.
-
-        Yields:
-            :class:`FeatureChunk` in order; decoding runs ahead in a thread.
 
         Raises:
             FrameError: nothing to read, or frames that cannot be used.
             TruncatedVideoError: the video breaks off; everything readable was yielded before.
-            ValueError: ``forgetting`` outside (0, 1], or another ``temporal_fusion``.
         """
         settles = self.settles if settle is None else settle
         settler = Settler(self.width, forgetting=forgetting) if settles else None
         fusion = None if temporal_fusion is None else TemporalFusion(temporal_fusion)
-        chunks = open_frames(source, selected(select, moved), skip=skip, chunk_size=batch_size)
-        found = stream_features(
-            pinned(chunks) if self.device.type == "cuda" else chunks,
-            functools.partial(self._encode, size=size, fit=fit),
-            settler=settler,
-            fusion=fusion,
-            guide=self._guide,
-            keep_tokens=return_backbone,
-        )
+        chunks = open_frames(source, select, skip=skip, chunk_size=batch_size)
+        chunks = pinned(chunks) if self.device.type == "cuda" else chunks
+
+        def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
+            for chunk in prefetch(chunks):
+                tokens, features, geometry = self._encode(chunk.frames, size=size, fit=fit)
+                if settler is not None:
+                    features = settler.settle(features)
+                kept = tokens if return_backbone else None
+                yield FeatureChunk(features, chunk.timestamps, geometry, chunk.start, kept), tokens
+
+        found: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
+        if fusion is not None:
+            found = _fused(((chunk, self._guide(tokens)) for chunk, tokens in encoded()), fusion)
         return (
             dataclasses.replace(chunk, features=self._finished(chunk.features, normalize))
             for chunk in found
@@ -278,34 +256,26 @@ class CoSettleAdapter(FeatureModel):
         fit: Fit = "resize",
         ridge: float = RIDGE,
         prior_pairs: float = PRIOR_PAIRS,
-        **moved: Any,
     ) -> CoSettleAdapter:
-        """Return an adapter refined on one clip, by that clip's own statistics.
+        """Return an adapter refined on one clip by the clip's statistics (:class:`Settler`).
 
-        One pass over the clip: its mean token is subtracted, and directions in which corresponding
-        patches of adjacent frames differ are damped, the less the fewer of them there were (see
-        :class:`~cosettle_adapter.closed_form.Settler`). This adapter is left as it was; the new
-        one shares its backbone and has it as :attr:`unsettled`. A settled adapter settles from
-        there again, not on top. The new projection can be saved like any other.
+        Its mean token is subtracted, and directions in which corresponding patches of adjacent
+        frames differ are damped. The new adapter shares the backbone of this one, which it has as
+        :attr:`unsettled`: settling again starts from there, not on top.
 
         Args:
-            source: as in :meth:`stream`, in frame order: the clip whose features are wanted.
-            select: which frames; best as the features will be.
-            batch_size: frames in a forward pass.
-            size, fit: as in :meth:`forward`; best as the features will be computed.
-            ridge: damping, in units of the mean temporal variance; the larger, the gentler, and
-                infinity only centres.
+            source, select: as in :meth:`stream`: the frames whose features are wanted.
+            size, fit, batch_size: as in :meth:`forward`; best as the features will be computed.
+            ridge: damping, in units of the mean temporal variance; infinity only centres.
             prior_pairs: number of corresponding patches at which the clip counts as much as the
                 projection it already has.
-            **moved: fields of :class:`FrameSelection`, as in version 0.1; deprecated.
 
-        Raises:
-            FrameError: nothing to read, or frames that cannot be used.
-            ValueError: ``ridge`` or ``prior_pairs`` out of range.
+        Errors are those of :meth:`stream`; a video that breaks off is settled on as far as it goes.
         """
         base = self.unsettled
+        source = Path(source) if isinstance(source, str) else source
         settler = Settler(base.width, ridge=ridge, prior_pairs=prior_pairs)
-        frames = open_frames(source, selected(select, moved), chunk_size=batch_size)
+        frames = open_frames(source, select, chunk_size=batch_size)
         try:
             for chunk in prefetch(frames):
                 settler.update(base._encode(chunk.frames, size=size, fit=fit).features)
@@ -313,11 +283,10 @@ class CoSettleAdapter(FeatureModel):
             if not settler.frames:
                 raise
             logger.warning("settled on the readable part of the clip: %s", error)
-        named = isinstance(source, str | Path)
         record = {
             "method": "settled on one clip: centred, then damped by the clip's own intra-video "
             "covariance, after the projection under base",
-            "clip": Path(source).name if named else type(source).__name__,
+            "clip": source.name if isinstance(source, Path) else type(source).__name__,
             "frames": settler.frames,
             "pairs": round(settler.pairs),
             "ridge": ridge if ridge < float("inf") else None,
@@ -338,3 +307,31 @@ class CoSettleAdapter(FeatureModel):
         (base,) = self._unsettled
         base.projection.to(self.device)
         return base
+
+
+def _fused(
+    chunks: Iterable[tuple[FeatureChunk, Tensor]], fusion: TemporalFusion
+) -> Iterator[FeatureChunk]:
+    """Fuse the features of chunks, each given with its guide."""
+    waiting: collections.deque[FeatureChunk] = collections.deque()
+    ready: list[Tensor] = []
+
+    def complete() -> Iterator[FeatureChunk]:
+        while waiting and len(ready) >= (frames := len(waiting[0].timestamps)):
+            features = torch.stack(ready[:frames])
+            del ready[:frames]
+            yield dataclasses.replace(waiting.popleft(), features=features)
+
+    broken: TruncatedVideoError | None = None
+    try:
+        for chunk, guide in chunks:
+            ready.extend(fusion.push(chunk.features, guide))
+            # without the features, which would be held for nothing
+            waiting.append(dataclasses.replace(chunk, features=chunk.features.new_empty(0)))
+            yield from complete()
+    except TruncatedVideoError as error:
+        broken = error
+    ready.extend(fusion.flush())
+    yield from complete()
+    if broken is not None:
+        raise broken

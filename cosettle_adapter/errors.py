@@ -51,15 +51,11 @@ class FrameError(CosettleError, ValueError):
 
 
 class TruncatedVideoError(FrameError):
-    """A video that ends early or breaks in the middle.
-
-    Attributes:
-        frames_read: how many frames were delivered before the break.
-    """
+    """A video that ends early or breaks in the middle."""
 
     def __init__(self, message: str, *, frames_read: int) -> None:
         super().__init__(message)
-        self.frames_read = frames_read
+        self.frames_read = frames_read  # delivered before the break
 
 
 class GeometryError(CosettleError, ValueError):

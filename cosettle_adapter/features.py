@@ -22,28 +22,15 @@ DEFAULT_BATCH_SIZE = 8
 
 
 class Encoded(NamedTuple):
-    """What a model makes of frames that fit in one pass.
+    """What a model makes of frames that fit in one pass."""
 
-    Attributes:
-        tokens: ``(N, C', h, w)``, what the projection read.
-        features: ``(N, C, h, w)``.
-        geometry: how patches map to pixels of the frames.
-    """
-
-    tokens: Tensor
-    features: Tensor
-    geometry: Geometry
+    tokens: Tensor  # (N, C', h, w), what the projection read
+    features: Tensor  # (N, C, h, w)
+    geometry: Geometry  # how patches map to pixels of the frames
 
 
 class FeatureModel(nn.Module):
-    """A backbone and its projection: the part of an adapter that knows nothing but frames.
-
-    Attributes:
-        backbone: the frozen encoder.
-        projection: the head; frozen as well until ``projection.requires_grad_(True)``.
-        settles: whether features are settled by the statistics of their clip unless a call says
-            otherwise.
-    """
+    """A backbone and its projection: the part of an adapter that knows nothing but frames."""
 
     def __init__(
         self,
@@ -52,12 +39,9 @@ class FeatureModel(nn.Module):
         *,
         allow_mismatched_backbone: bool = False,
     ) -> None:
-        """Put a projection on a backbone.
+        """Put a projection on the backbone it was fitted on, else :class:`BackboneMismatchError`.
 
-        Raises:
-            BackboneMismatchError: the projection was fitted on a backbone with another
-                fingerprint, and ``allow_mismatched_backbone`` is off.
-            ProjectionFormatError: the projection reads another number of channels.
+        With ``allow_mismatched_backbone`` on any that has as many channels.
         """
         super().__init__()
         config = projection.config
@@ -74,13 +58,13 @@ class FeatureModel(nn.Module):
             )
             raise BackboneMismatchError(
                 f"this projection was fitted on {config.backbone} with fingerprint {fitted}, but "
-                f"the backbone here is {backbone.row.name} with fingerprint {here}. Load the "
-                "backbone it names, fit a projection for this one (projection='fit'), or pass "
-                "allow_mismatched_backbone=True if you know that they are interchangeable"
+                f"the backbone here is {backbone.row.name} with fingerprint {here}. Load the one "
+                "it names, fit a projection for this one (projection='fit'), or pass "
+                "allow_mismatched_backbone=True if they are interchangeable"
             )
         self.backbone = backbone
-        self.projection = projection
-        self.settles = False
+        self.projection = projection  # frozen as well until ``projection.requires_grad_(True)``
+        self.settles = False  # whether each clip is settled unless a call says otherwise
 
     @property
     def config(self) -> ProjectionConfig:
@@ -106,15 +90,11 @@ class FeatureModel(nn.Module):
         self, height: int, width: int, *, size: Size | None = None, fit: Fit = "resize"
     ) -> Geometry:
         """Return how frames of ``height`` x ``width`` pixels become a grid of patches."""
-        backbone = self.backbone
-        return plan_geometry(
-            height, width, patch=backbone.patch, stride=backbone.stride, size=size, fit=fit
-        )
+        patch, stride = self.backbone.patch, self.backbone.stride
+        return plan_geometry(height, width, patch=patch, stride=stride, size=size, fit=fit)
 
     def preprocess(self, frames: Any, *, size: Size | None = None, fit: Fit = "resize") -> Tensor:
-        """Resize and normalise frames into what the backbone takes.
-
-        Arguments are those of :meth:`forward`, with at most one leading dimension.
+        """Resize and normalise frames, as :meth:`forward` takes them, into what the backbone takes.
 
         Returns:
             ``(T, 3, H', W')`` float32 on the adapter's device, normalised with the registry
@@ -124,29 +104,18 @@ class FeatureModel(nn.Module):
         frames = frames if frames.ndim == 4 else rearrange(frames, "c h w -> 1 c h w")
         return self._normalize(frames, self.geometry(*frames.shape[-2:], size=size, fit=fit))
 
+    # fmt: off
     @overload
     def forward(
-        self,
-        frames: Any,
-        *,
-        size: Size | None = ...,
-        fit: Fit = ...,
-        batch_size: int = ...,
-        normalize: bool = ...,
-        return_backbone: Literal[False] = ...,
+        self, frames: Any, *, size: Size | None = ..., fit: Fit = ..., batch_size: int = ...,
+        normalize: bool = ..., return_backbone: Literal[False] = ...,
     ) -> Tensor: ...
-
     @overload
     def forward(
-        self,
-        frames: Any,
-        *,
-        size: Size | None = ...,
-        fit: Fit = ...,
-        batch_size: int = ...,
-        normalize: bool = ...,
-        return_backbone: Literal[True],
+        self, frames: Any, *, size: Size | None = ..., fit: Fit = ..., batch_size: int = ...,
+        normalize: bool = ..., return_backbone: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
+    # fmt: on
 
     def forward(
         self,
@@ -180,7 +149,6 @@ class FeatureModel(nn.Module):
         Raises:
             FrameError: frames of another shape, range or dtype, or none at all.
             GeometryError: frames smaller than a patch, or a size that does not fit the patch.
-            ValueError: ``batch_size`` below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -195,16 +163,15 @@ class FeatureModel(nn.Module):
         flat = torch.cat(projected)
         if self.settles:
             length = leading[0][-1] if leading[0] else 1
-            clips = rearrange(flat, "(b t) c h w -> b t c h w", t=length)
-            flat = self._finished(torch.cat([settle_clip(clip) for clip in clips]), normalize)
+            settled = torch.cat([settle_clip(clip) for clip in torch.split(flat, length)])
+            flat = self._finished(settled, normalize)
         maps: Tensor = unpack(flat, leading, "* c h w")[0]
         if not return_backbone:
             return maps
         return unpack(torch.cat(kept), leading, "* c h w")[0], maps
 
     if TYPE_CHECKING:
-        # nn.Module's own returns Any; callers get forward's overloads.
-        __call__ = forward
+        __call__ = forward  # nn.Module's own returns Any
 
     def _guide(self, tokens: Tensor) -> Tensor:
         """What temporal fusion takes its matches from, ``(N, G, h, w)``."""

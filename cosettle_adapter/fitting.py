@@ -1,12 +1,10 @@
 """A projection for any backbone, fitted on the starter corpus, with the core dependencies only.
 
-A :class:`Recipe`, whose version the projection records, makes a projection of statistics. (The
-module is not called ``fit``, because ``cosettle_adapter.fit`` is the public function.)
+(The module is not called ``fit``, because ``cosettle_adapter.fit`` is the public function.)
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,19 +15,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.closed_form import AffineMap, TokenStatistics, centre, solve_layers
+from cosettle_adapter.closed_form import TokenStatistics, centre, solve_layers
 from cosettle_adapter.errors import GeometryError, StatisticsError
-from cosettle_adapter.projection import Projection, ProjectionConfig
+from cosettle_adapter.projection import RECIPE, Projection, ProjectionConfig
 from cosettle_adapter.starter import CLIPS, FRAMES, known_correspondences, starter_clips
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import RenderedClip
-
-RECIPE = 1  # the default one
 
 _SIDE = 252  # pixels, about; 18 x 18 patches of 14
 _CLIPS_TO_CHOOSE_BY = 12
 _EQUALLY = 0.97
 _NEARLY = 2 / 3
+_AVERAGING = 0.2  # share for the projection's config
 _LEAST_VARIANCE = 1e-8  # of tokens, relative to their mean square
 
 
@@ -39,11 +36,7 @@ def read_layers(backbone: Backbone, clips: Iterable[RenderedClip]) -> tuple[int,
     Of the layers that match best, within 3 %, the latest is read, which is the most semantic; with
     it those a sixth of the depth before and after, if they match two thirds as well. On DINOv2
     ViT-S/14 that is 5, 7 and 9 of 12. Late layers of transformers and the last stage of CNNs often
-    match badly, and are left out.
-
-    Args:
-        backbone: the frozen encoder.
-        clips: rendered ones; the first and the last frame of each are matched.
+    match badly, and are left out. Of each rendered clip, the first and the last frame are matched.
     """
     layers = range(backbone.depth)
     matched = torch.zeros(backbone.depth, dtype=torch.float64)
@@ -69,70 +62,27 @@ def _matched(tokens: Tensor, clip: RenderedClip) -> float:
     return float((torch.maximum(rows, columns) <= 1).double().mean()) if len(here) else 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How statistics become a projection; a change of any result needs a new version.
-
-    Attributes:
-        layers: chooses the layers of a backbone that are read, by rendered clips.
-        solve: statistics, widths of the layers and channels to return, to a map.
-        formula: what it does, recorded in the projection's config.
-        averaging: share for :attr:`ProjectionConfig.averaging`.
-    """
-
-    layers: Callable[[Backbone, Iterable[RenderedClip]], tuple[int, ...]]
-    solve: Callable[[TokenStatistics, Sequence[int], int], AffineMap]
-    formula: str
-    averaging: float = 0.0
-
-
-RECIPES = {
-    1: Recipe(
-        read_layers,
-        lambda statistics, widths, out: solve_layers(statistics, widths, centre, out_width=out),
-        "layers centred, each divided by its own deviation, concatenated, principal axes; then "
-        "each patch averaged with its most similar neighbours",
-        averaging=0.2,
-    )
-}
-
-
-def find_recipe(version: int | None) -> tuple[int, Recipe]:
-    """Return a recipe and its version, the default one for ``None``.
-
-    Raises:
-        ValueError: there is no such version.
-    """
-    version = RECIPE if version is None else version
-    if version not in RECIPES:
-        known = ", ".join(map(str, RECIPES))
-        raise ValueError(f"unknown recipe {version!r}; this version knows {known}")
-    return version, RECIPES[version]
-
-
 @torch.no_grad()
 def fit_starter(
     backbone: Backbone,
     *,
-    recipe: int | None = None,
-    start: tuple[int, TokenStatistics] | None = None,
-    on_clip: Callable[[int, TokenStatistics], None] | None = None,
+    start: TokenStatistics | None = None,
+    on_clip: Callable[[TokenStatistics], None] | None = None,
 ) -> Projection:
-    """Fit a projection on the starter corpus.
+    """Fit a projection on the starter corpus, deterministically.
 
-    Deterministic. The encoder runs on the backbone's device; statistics are float64 on the CPU.
+    The layers of :func:`read_layers` are centred, each divided by its own deviation, concatenated
+    and turned to their principal axes; each patch is then averaged with its neighbours.
 
     Args:
         backbone: in float32 at its native stride.
-        recipe: version; the default one if not given.
-        start: number of clips already processed, and their statistics, to resume from.
-        on_clip: called after each of :data:`~cosettle_adapter.starter.CLIPS` clips with the same.
+        start: statistics of the first clips, to resume from; float64 on the CPU.
+        on_clip: called with those so far after each of :data:`~cosettle_adapter.starter.CLIPS`.
 
     Returns:
         In eval mode, gradients off, on the CPU.
 
     Raises:
-        ValueError: another dtype or stride, or no such recipe.
         StatisticsError: features that are all equal, or not finite.
     """
     row = backbone.row
@@ -141,20 +91,23 @@ def fit_starter(
             f"a projection is fitted in float32 at stride {backbone.patch}, got {row.name} in "
             f"{backbone.dtype} at stride {backbone.stride}: load it with these"
         )
-    version, how = find_recipe(recipe)
-    size = _size(backbone)
-    layers = how.layers(backbone, itertools.islice(starter_clips(size), _CLIPS_TO_CHOOSE_BY))
+    size = (_side(backbone),) * 2
+    layers = read_layers(backbone, itertools.islice(starter_clips(size), _CLIPS_TO_CHOOSE_BY))
     widths = [backbone.widths[layer] for layer in layers]
-    if start is None or start[1].width != sum(widths):  # of other layers
-        start = (0, TokenStatistics(sum(widths)))
-    done, statistics = start
-    for clip in starter_clips(size, skip=done):
-        _collect(statistics, clip, backbone, layers)
-        done += 1
+    if start is None or start.width != sum(widths):  # of other layers
+        start = TokenStatistics(sum(widths))
+    for clip in starter_clips(size, skip=start.clips):
+        _collect(start, clip, backbone, layers)
         if on_clip is not None:
-            on_clip(done, statistics)
-    _check(statistics, widths, row.name)
-    affine = how.solve(statistics, widths, max(widths))
+            on_clip(start)
+    variance = torch.split(start.covariance.diagonal(), widths)
+    for spread, square in zip(variance, torch.split(start.mean.square(), widths), strict=True):
+        if not float(spread.sum()) > _LEAST_VARIANCE * float(square.sum()):
+            raise StatisticsError(
+                f"no projection can be fitted for {row.name}: its features are the same for all "
+                "patches, or not finite. Are these the right weights?"
+            )
+    affine = solve_layers(start, widths, centre, out_width=max(widths))
     # Axes are known up to their sign: the largest weight is made positive.
     largest = affine.weight.gather(1, affine.weight.abs().argmax(1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0)
@@ -168,7 +121,9 @@ def fit_starter(
         kind="affine",
         backbone_revision=backbone.revision,
         fit={
-            "method": f"fitted on first use: {how.formula}",
+            "method": "fitted on first use: layers centred, each divided by its own deviation, "
+            "concatenated, principal axes; then each patch averaged with its most similar "
+            "neighbours",
             "data": "clips rendered from the package's own photographs (NOTICE)",
             "clips": CLIPS,
             "frames": CLIPS * FRAMES,
@@ -176,8 +131,8 @@ def fit_starter(
             "cosettle_adapter": __version__,
         },
         licence=row.licence,
-        recipe=version,
-        averaging=how.averaging,
+        recipe=RECIPE,
+        averaging=_AVERAGING,
     )
     weight, bias = (sign * affine.weight).float(), (sign[:, 0] * affine.bias).float()
     with torch.device("meta"):  # draws no random numbers
@@ -186,15 +141,15 @@ def fit_starter(
     return projection.requires_grad_(False).eval()
 
 
-def _size(backbone: Backbone) -> tuple[int, int]:
+def _side(backbone: Backbone) -> int:
     """About :data:`_SIDE` in whole patches; the backbone's own size if it takes no other."""
     unit = backbone.patch if backbone.row.kind == "vit" else math.lcm(backbone.patch, 32)
     side = max(1, round(_SIDE / unit)) * unit
     try:
         backbone.patch_tokens(torch.zeros(1, 3, side, side, device=backbone.device), layer=0)
     except GeometryError:
-        side = backbone.row.image_size
-    return side, side
+        return backbone.row.image_size
+    return side
 
 
 def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[Tensor]:
@@ -209,18 +164,6 @@ def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[
 def _collect(
     statistics: TokenStatistics, clip: RenderedClip, backbone: Backbone, layers: Sequence[int]
 ) -> None:
-    """Add a clip to statistics."""
     maps = torch.cat(_encoded(clip.frames, backbone, layers), dim=1)
     statistics.add_tokens(rearrange(maps, "t c h w -> (t h w) c"))
     statistics.end_clip()
-
-
-def _check(statistics: TokenStatistics, widths: Sequence[int], name: str) -> None:
-    variance = torch.split(statistics.covariance.diagonal(), list(widths))
-    squares = torch.split(statistics.mean.square(), list(widths))
-    for spread, square in zip(variance, squares, strict=True):
-        if not float(spread.sum()) > _LEAST_VARIANCE * float(square.sum()):
-            raise StatisticsError(
-                f"no projection can be fitted for {name}: its features are the same for all "
-                "patches, or not finite. Are these the right weights?"
-            )

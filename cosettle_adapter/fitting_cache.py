@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,134 +21,85 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from cosettle_adapter.backbones import Backbone, HubOptions
-from cosettle_adapter.closed_form import TokenStatistics
 from cosettle_adapter.errors import ProjectionFormatError, StatisticsError
-from cosettle_adapter.fitting import RECIPE, find_recipe, fit_starter
 from cosettle_adapter.io import atomic_path
-from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection
-from cosettle_adapter.starter import CLIPS
+from cosettle_adapter.projection import CONFIG_FILE, RECIPE, WEIGHTS_FILE, Projection
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from cosettle_adapter.closed_form import TokenStatistics
 
 _PARTIAL = "statistics.safetensors"
 _SAVE_EVERY = 10.0  # seconds
 
+logger = logging.getLogger(__name__)
 
-def cache_folder(name: str, fingerprint: str, options: HubOptions, version: int = RECIPE) -> Path:
+
+def check_recipe(recipe: int | None) -> None:
+    """Raise ValueError for the version of a recipe that there is not; ``None`` is the default."""
+    if recipe not in (None, RECIPE):
+        raise ValueError(f"unknown recipe {recipe!r}; this version knows {RECIPE}")
+
+
+def cache_folder(name: str, fingerprint: str, options: HubOptions) -> Path:
     """Return the folder of the projection that is fitted on first use, whether it exists or not."""
     slug = re.sub(r"[^\w.-]+", "-", name)
     short = fingerprint.removeprefix("sha256:")[:12]
-    return options.own_cache("projections", f"{slug}-{short}-recipe{version}")
+    return options.own_cache("projections", f"{slug}-{short}-recipe{RECIPE}")
 
 
 def fitted_projection(
-    backbone: Backbone,
-    options: HubOptions,
-    *,
-    recipe: int | None = None,
-    native: Callable[[], Backbone],
+    backbone: Backbone, options: HubOptions, *, native: Callable[[], Backbone]
 ) -> Projection:
     """Return a backbone's projection from the cache, or fit it and put it there.
 
     Of processes that ask at once, one fits and the others wait. A fit that was killed resumes. If
-    the cache cannot be written, the projection is fitted in memory, with a warning.
-
-    Args:
-        backbone: what the projection is for.
-        options: whose cache.
-        recipe: version; the default one if not given.
-        native: loads the backbone in float32 at its native stride, for a fit, if ``backbone`` is
-            not.
-
-    Raises:
-        ValueError: no such recipe.
-        StatisticsError: the backbone's features cannot be used.
+    the cache cannot be written, the projection is fitted in memory, with a warning. ``native``
+    loads the backbone in float32 at its native stride, for a fit, if ``backbone`` is not.
     """
-    version, _ = find_recipe(recipe)
-    folder = cache_folder(backbone.row.name, backbone.fingerprint, options, version)
-    found = _cached(folder, backbone.fingerprint)
-    if found is not None:
+    name = backbone.row.name
+    folder = cache_folder(name, backbone.fingerprint, options)
+    if (found := _cached(folder, backbone.fingerprint)) is not None:
         return found
-    with contextlib.ExitStack() as held:
-        progress = _Progress(folder)
-        with progress.writing():
+    # brings solvers and the renderer, which only a first use needs
+    from cosettle_adapter import fitting, starter
+
+    cache, lock = _Cache(folder), FileLock(f"{folder}.lock")
+    try:
+        with cache.writing():
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
-        found = _cached(folder, backbone.fingerprint)
-        if found is not None:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.warning("waiting for another process that is fitting %s", folder)
+                lock.acquire()
+        if (found := _cached(folder, backbone.fingerprint)) is not None:
             return found
+        # A warning, because a pause of this length needs a reason, and INFO is not seen.
+        logger.warning(
+            "fitting a projection for %s on the package's own photographs, once, in a minute or "
+            "so; it is kept in %s",
+            name,
+            folder,
+        )
         is_native = backbone.dtype == torch.float32 and backbone.stride == backbone.patch
-        source = backbone if is_native else native()
-        start = progress.resumed()
+        source, start = backbone if is_native else native(), cache.statistics()
         bar: Any = tqdm  # untyped
-        named = {"desc": f"fitting {backbone.row.name}", "unit": "clip"}
-        with bar(total=CLIPS, initial=start[0] if start else 0, **named) as shown:
+        done = start.clips if start else 0
+        with bar(total=starter.CLIPS, initial=done, desc=f"fitting {name}", unit="clip") as shown:
 
-            def on_clip(done: int, statistics: TokenStatistics) -> None:
+            def on_clip(statistics: TokenStatistics) -> None:
                 shown.update()
-                progress.on_clip(done, statistics, backbone.row.name)
+                cache.save(statistics)
 
-            projection = fit_starter(source, recipe=version, start=start, on_clip=on_clip)
-        with progress.writing():
+            projection = fitting.fit_starter(source, start=start, on_clip=on_clip)
+        with cache.writing():
             projection.save(folder)
             for path in folder.iterdir():
                 if path.name not in (CONFIG_FILE, WEIGHTS_FILE):
                     path.unlink()
+    finally:
+        lock.release()
     return projection
-
-
-class _Progress:
-    """Saves the statistics of an unfinished fit; stops with one warning if it cannot write."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder: Path | None = folder
-        self._saved = self._clip_began = time.monotonic()
-        self._clips = 0
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Run the block; if it cannot write, warn once and continue without the cache."""
-        try:
-            yield
-        except OSError as error:
-            if self._folder is not None:
-                logger.warning(
-                    "the projection cannot be kept in %s, so it is fitted in memory, and again "
-                    "by the next process: %s",
-                    self._folder,
-                    error,
-                )
-            self._folder = None
-
-    def resumed(self) -> tuple[int, TokenStatistics] | None:
-        """Number of clips done and their statistics, as a killed fit left them."""
-        if self._folder is None or not (self._folder / _PARTIAL).is_file():
-            return None
-        try:
-            statistics = TokenStatistics.from_tensors(load_file(self._folder / _PARTIAL))
-        except (SafetensorError, StatisticsError, OSError) as error:
-            logger.debug("%s cannot be used: %s", self._folder / _PARTIAL, error)
-            return None
-        return statistics.clips, statistics
-
-    def on_clip(self, done: int, statistics: TokenStatistics, name: str) -> None:
-        """Announce the fit once, and save the statistics from time to time."""
-        now = time.monotonic()
-        self._clips += 1
-        if self._clips == 2:  # the first is slower than the others
-            # A warning, because a pause of this length needs a reason, and INFO is not seen.
-            logger.warning(
-                "fitting a projection for %s on the package's own photographs, once: about "
-                "%.0f s; it is kept in %s",
-                name,
-                (now - self._clip_began) * (CLIPS - done),
-                self._folder or "memory",
-            )
-        self._clip_began = now
-        if self._folder is not None and now - self._saved > _SAVE_EVERY:
-            with self.writing(), atomic_path(self._folder / _PARTIAL) as path:
-                path.write_bytes(to_safetensors(statistics.to_tensors()))
-            self._saved = time.monotonic()
 
 
 def _cached(folder: Path, fingerprint: str) -> Projection | None:
@@ -162,16 +113,39 @@ def _cached(folder: Path, fingerprint: str) -> Projection | None:
     return found if found.config.fingerprint == fingerprint else None
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock, which ends with its process."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another process is fitting this projection; waiting for it (%s)", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+class _Cache:
+    """A folder for an unfinished fit; done without, after one warning, if it cannot be written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._partial = folder / _PARTIAL
+        self._saved, self._usable = time.monotonic(), True
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._usable:
+                logger.warning(
+                    "the projection is fitted in memory, and again by the next process, because "
+                    "it cannot be kept in %s: %s",
+                    self._partial.parent,
+                    error,
+                )
+            self._usable = False
+
+    def statistics(self) -> TokenStatistics | None:
+        """Those that a killed fit left."""
+        from cosettle_adapter.closed_form import TokenStatistics
+
+        try:
+            return TokenStatistics.from_tensors(load_file(self._partial))
+        except (SafetensorError, StatisticsError, OSError):  # mostly there is none
+            return None
+
+    def save(self, statistics: TokenStatistics) -> None:
+        """Save the statistics so far from time to time."""
+        if self._usable and time.monotonic() - self._saved > _SAVE_EVERY:
+            with self.writing(), atomic_path(self._partial) as path:
+                path.write_bytes(to_safetensors(statistics.to_tensors()))
+            self._saved = time.monotonic()

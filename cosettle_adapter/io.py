@@ -42,14 +42,10 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, *, refusal: Exception) -> Iterator[None]:
-    """Keep other processes out of ``folder`` while the block runs.
+    """Keep other processes out of ``folder`` while the block runs; raise ``refusal`` if one is in.
 
-    The lock belongs to the operating system and ends with the process, however that ends. The
-    lock file is removed at the end of the block. File systems without locks go without.
-
-    Args:
-        folder: where the lock file is put.
-        refusal: raised if another process holds the lock.
+    The lock belongs to the operating system and ends with the process, however that ends. File
+    systems without locks go without.
     """
     path = folder / LOCK_FILE
     lock = FileLock(path)

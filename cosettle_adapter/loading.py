@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosettle_adapter.backbones import Backbone, HubOptions, load_backbone
-from cosettle_adapter.fitting import find_recipe
-from cosettle_adapter.fitting_cache import fitted_projection
+from cosettle_adapter.fitting_cache import check_recipe, fitted_projection
 from cosettle_adapter.hub import PublishedProjection, find_projection, is_published
 from cosettle_adapter.projection import Projection, ProjectionConfig
 
@@ -34,7 +33,7 @@ def load_parts(
     **loading: Any,
 ) -> Parts:
     """Load what ``CoSettleAdapter.from_pretrained`` asks for, which documents the arguments."""
-    find_recipe(recipe)  # before anything is downloaded
+    check_recipe(recipe)  # before anything is downloaded
     load = functools.partial(load_backbone, str(name), weights=weights, options=options)
     if projection == "settle":
         backbone = load(**loading)
@@ -45,7 +44,7 @@ def load_parts(
     if projection == "fit" or (projection is None and not is_published(name)):
         backbone = load(**loading)
         native = functools.partial(load, device=backbone.device)
-        return Parts(backbone, fitted_projection(backbone, options, recipe=recipe, native=native))
+        return Parts(backbone, fitted_projection(backbone, options, native=native))
     if projection is None or projection == "published":
         published = find_projection(name, options)
     elif Path(projection).expanduser().is_dir():

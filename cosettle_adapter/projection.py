@@ -1,8 +1,8 @@
 """The projection g: the small head that is trained or fitted on top of a frozen backbone.
 
 The paper's head (section 3.3; ``ST_adapter.py`` of the official code) is
-``Linear -> Tanh -> LayerNorm``, 592,128 parameters at width 768. It replaces the patch tokens:
-there is no residual connection, and its output is not of unit length.
+``Linear -> Tanh -> LayerNorm``. It replaces the patch tokens: there is no residual connection, and
+its output is not of unit length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -26,6 +26,7 @@ from cosettle_adapter.correspondence import average_neighbours
 from cosettle_adapter.errors import ProjectionFormatError
 from cosettle_adapter.io import atomic_path
 
+RECIPE = 1  # of projections fitted on first use; a change of any result is a new version
 FORMAT_VERSION = 2  # 1 had neither recipe nor averaging, and is read as well
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "projection.safetensors"
@@ -41,72 +42,51 @@ _REQUIRED = {"backbone", "fingerprint", "layers", "norm", "in_width", "out_width
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionConfig:
-    """Everything known about a projection; written to ``config.json`` beside its weights.
+    """Everything known about a projection; written to ``config.json`` beside its weights."""
 
-    Attributes:
-        backbone: registry name of the backbone it was fitted on.
-        fingerprint: fingerprint of that backbone's tensors (``sha256:...``).
-        layers: 0-based layers that are read, concatenated along the channels.
-        norm: whether the backbone's final norm is applied to the tokens that are read.
-        in_width: channels read, summed over ``layers``.
-        out_width: channels returned.
-        kind: ``linear`` (the paper's), ``mlp2``, ``mlp3`` (its ablation), ``affine`` for
-            closed-form weights, which have neither activation nor LayerNorm, or ``identity``,
-            which leaves the backbone's tokens as they are.
-        activation: nonlinearity of ``linear``, ``mlp2`` and ``mlp3``.
-        backbone_revision: commit of the Hub repository the backbone came from, if it did.
-        fit: how the weights were found: method, data, settings, seed, package version.
-        figures: measured figures, each beside the command that printed it.
-        licence: licence of the projection and of the backbone it depends on.
-        settled: whether an affine map, found on a clip, follows everything else.
-        recipe: version of the recipe it was fitted by, if it was by one.
-        averaging: share with which each patch is averaged with its most similar neighbours
-            within the frame, in [0, 1); 0 for none.
-        format_version: version of this format.
-    """
-
-    backbone: str
-    fingerprint: str
-    layers: tuple[int, ...]
-    norm: bool
-    in_width: int
-    out_width: int
+    backbone: str  # registry name of the backbone it was fitted on
+    fingerprint: str  # of that backbone's tensors (``sha256:...``)
+    layers: tuple[int, ...]  # 0-based layers that are read, concatenated along the channels
+    norm: bool  # whether the backbone's final norm is applied to the tokens that are read
+    in_width: int  # channels read, summed over ``layers``
+    out_width: int  # channels returned
+    # ``linear`` (the paper's), ``mlp2``, ``mlp3`` (its ablation), ``affine`` for closed-form
+    # weights, which have neither activation nor LayerNorm, or ``identity``: the tokens as they are
     kind: Kind = "linear"
-    activation: Activation = "tanh"
-    backbone_revision: str | None = None
+    activation: Activation = "tanh"  # of ``linear``, ``mlp2`` and ``mlp3``
+    backbone_revision: str | None = None  # commit of the Hub repository it came from, if it did
+    # how the weights were found: method, data, settings, seed, package version
     fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # measured figures, each beside the command that printed it
     figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    licence: str = ""
-    settled: bool = False
-    recipe: int | None = None
-    averaging: float = 0.0
+    licence: str = ""  # of the projection and of the backbone it depends on
+    settled: bool = False  # whether an affine map, found on a clip, follows everything else
+    recipe: int | None = None  # version of the recipe it was fitted by, if it was by one
+    # share with which each patch is averaged with its most similar neighbours within the frame
+    averaging: float = 0.0  # in [0, 1)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("projection kind", self.kind, get_args(Kind)),
-            ("activation", self.activation, get_args(Activation)),
+        widths, layers = (self.in_width, self.out_width), self.layers
+        fault = None
+        if self.kind not in _MATRICES:
+            fault = f"unknown projection kind {self.kind!r}; expected one of {', '.join(_MATRICES)}"
+        elif self.activation not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            fault = f"unknown activation {self.activation!r}; expected one of {known}"
+        elif not all(isinstance(width, int) and width > 0 for width in widths):
+            fault = f"in_width and out_width must be positive integers, got {widths}"
+        elif self.kind == "identity" and self.in_width != self.out_width:
+            fault = f"an identity keeps its width, got {self.in_width} and {self.out_width}"
+        elif not (isinstance(layers, list | tuple) and layers) or any(
+            not isinstance(layer, int) for layer in layers
         ):
-            if value not in known:
-                raise ProjectionFormatError(
-                    f"unknown {what} {value!r}; expected one of {', '.join(known)}"
-                )
-        for field in ("in_width", "out_width"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ProjectionFormatError(f"{field} must be a positive integer, got {value!r}")
-        if self.kind == "identity" and self.in_width != self.out_width:
-            raise ProjectionFormatError(
-                f"an identity keeps its width, got {self.in_width} and {self.out_width}"
-            )
-        listed = isinstance(self.layers, list | tuple) and len(self.layers) > 0
-        if not listed or any(not isinstance(layer, int) for layer in self.layers):
-            raise ProjectionFormatError(
-                f"layers must be a list of at least one layer number, got {self.layers!r}"
-            )
-        if not isinstance(self.averaging, int | float) or not 0 <= self.averaging < 1:
-            raise ProjectionFormatError(f"averaging must be in [0, 1), got {self.averaging!r}")
-        object.__setattr__(self, "layers", tuple(self.layers))
+            fault = f"layers must be a list of at least one layer number, got {layers!r}"
+        elif not isinstance(self.averaging, int | float) or not 0 <= self.averaging < 1:
+            fault = f"averaging must be in [0, 1), got {self.averaging!r}"
+        if fault:
+            raise ProjectionFormatError(fault)
+        object.__setattr__(self, "layers", tuple(layers))
 
     def to_json(self) -> str:
         """Return the text of ``config.json``."""
@@ -114,18 +94,11 @@ class ProjectionConfig:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = CONFIG_FILE) -> ProjectionConfig:
-        """Read the text of ``config.json``; ``source`` is what errors call the file.
-
-        Raises:
-            ProjectionFormatError: not JSON, another format version, or fields that are missing,
-                unknown or of the wrong kind.
-        """
+        """Read the text of ``config.json``; ``source`` is what a ProjectionFormatError calls it."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ProjectionFormatError(f"{source} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ProjectionFormatError(f"{source} holds no JSON object, got {text[:40]!r}")
+            values = dict(json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ProjectionFormatError(f"{source} is no JSON object: {error}") from error
         version = values.get("format_version")
         if version not in (1, FORMAT_VERSION):
             raise ProjectionFormatError(
@@ -172,17 +145,7 @@ class Projection(nn.Module):
             nn.init.zeros_(self.settling.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project a feature map.
-
-        Args:
-            features: patch tokens ``(B, C, h, w)``, ``C = config.in_width``, floating point.
-
-        Returns:
-            ``(B, C', h, w)``, ``C' = config.out_width``, dtype of the projection's weights.
-
-        Raises:
-            ValueError: the map has another shape or width.
-        """
+        """Project tokens ``(B, C, h, w)`` to ``(B, C', h, w)`` in the dtype of the weights."""
         if features.ndim != 4 or features.shape[1] != self.config.in_width:
             raise ValueError(
                 f"expected features (B, {self.config.in_width}, h, w), got {tuple(features.shape)}"
@@ -216,21 +179,12 @@ class Projection(nn.Module):
         """Return a new projection: this one, then an affine map of its features.
 
         If this one is itself affine or the identity and averages nothing, the two become a single
-        ``affine`` one, which costs no more than either; otherwise the map is applied last. Figures
-        measured with this one do not hold for the new one, and are left out.
-
-        Args:
-            affine: maps ``C = config.out_width`` channels to as many.
-            fit: record of how the map was found; this one's own goes under ``base``.
-
-        Returns:
-            In eval mode, gradients off, on this one's device.
+        ``affine`` one; otherwise the map is applied last. Figures measured with this one do not
+        hold for the new one, and are left out. ``fit`` records how the map was found.
         """
-        config = dataclasses.replace(
-            self.config, figures={}, fit={**fit, "base": dict(self.config.fit)}
-        )
-        averages = self.config.averaging > 0
-        if self.config.kind in _PLAIN and not averages and self.settling is None:
+        record = {**fit, "base": dict(self.config.fit)}
+        config = dataclasses.replace(self.config, figures={}, fit=record)
+        if self.config.kind in _PLAIN and not (self.config.averaging or self.config.settled):
             config = dataclasses.replace(config, kind="affine")
             last, name = next(iter(self.linears), None), "linears.0"
         else:
@@ -261,9 +215,8 @@ class Projection(nn.Module):
     def load(cls, folder: str | Path) -> Projection:
         """Read a projection that :meth:`save` wrote; in eval mode, gradients off.
 
-        Raises:
-            ProjectionFormatError: a file is missing or unreadable, or its tensors are not exactly
-                those of the config, finite and in float32.
+        A file that is missing or unreadable, and tensors that are not exactly those of the config,
+        finite and in float32, are a ProjectionFormatError.
         """
         folder = Path(folder)
         described, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
@@ -273,34 +226,27 @@ class Projection(nn.Module):
                     f"{folder} is not a projection: it has no {file.name}. A projection folder "
                     f"holds {CONFIG_FILE} and {WEIGHTS_FILE}, as save_pretrained writes them"
                 )
-        text = described.read_text(encoding="utf-8")
-        config = ProjectionConfig.from_json(text, source=str(described))
+        config = ProjectionConfig.from_json(described.read_text("utf-8"), source=str(described))
         try:
             tensors = load_file(weights)
         except (SafetensorError, OSError) as error:
-            raise ProjectionFormatError(
-                f"{weights} is truncated or not a safetensors file: {error}"
-            ) from error
+            message = f"{weights} is truncated or not a safetensors file: {error}"
+            raise ProjectionFormatError(message) from error
         with torch.device("meta"):
             projection = cls(config)
-        _check_tensors(projection.state_dict(), tensors, source=weights)
-        projection.load_state_dict(tensors, strict=True, assign=True)
+        expected = projection.state_dict()
+        faults = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
+        faults += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
+        for name in sorted(expected.keys() & tensors.keys()):
+            found, shape = tensors[name], tuple(expected[name].shape)
+            if found.shape != shape:
+                faults.append(f"{name} is {tuple(found.shape)}, expected {shape}")
+            elif found.dtype != torch.float32:
+                faults.append(f"{name} is {found.dtype}, expected torch.float32")
+            elif not bool(torch.isfinite(found).all()):
+                faults.append(f"{name} holds values that are not finite")
+        if faults:
+            listed = "; ".join(faults)
+            raise ProjectionFormatError(f"{weights} does not fit its {CONFIG_FILE}: {listed}")
+        projection.load_state_dict(tensors, assign=True)
         return projection.requires_grad_(False).eval()
-
-
-def _check_tensors(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path
-) -> None:
-    """Raise one error that lists everything by which ``found`` differs from ``expected``."""
-    faults = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    faults += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
-    for name in sorted(expected.keys() & found.keys()):
-        tensor, shape = found[name], tuple(expected[name].shape)
-        if tensor.shape != shape:
-            faults.append(f"{name} is {tuple(tensor.shape)}, expected {shape}")
-        elif tensor.dtype != torch.float32:
-            faults.append(f"{name} is {tensor.dtype}, expected torch.float32")
-        elif not bool(torch.isfinite(tensor).all()):
-            faults.append(f"{name} holds values that are not finite")
-    if faults:
-        raise ProjectionFormatError(f"{source} does not fit its {CONFIG_FILE}: {'; '.join(faults)}")

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.evaluation.variants import ADAPTED, RAW_LAST, compare_features
 from cosettle_adapter.video import RenderedClip, open_frames, photographs, render_clip
@@ -33,7 +33,9 @@ def main() -> None:
         clip = rendered(options.frames)
         frames = clip.frames
     else:
-        chunks = open_frames(options.clip, every=options.every, max_frames=options.frames)
+        chunks = open_frames(
+            options.clip, FrameSelection(every=options.every, max_frames=options.frames)
+        )
         frames = torch.cat([chunk.frames for chunk in chunks])
 
     adapter = CoSettleAdapter.from_pretrained(options.model)

@@ -86,9 +86,9 @@ def write_video(
 
 def small_corpus(put: Callable[[Any, str, object], None], clips: int = 4) -> None:
     """Make the starter corpus small, by ``put(module, name, value)``."""
-    from cosettle_adapter import fitting, fitting_cache, starter
+    from cosettle_adapter import fitting, starter
 
-    for module in (starter, fitting, fitting_cache):
+    for module in (starter, fitting):
         put(module, "CLIPS", clips)
     put(fitting, "_SIDE", 64)
 

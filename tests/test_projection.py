@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -30,11 +28,6 @@ def replace(**changes: object) -> ProjectionConfig:
     return dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
 
 
-def test_the_papers_head_has_592128_parameters() -> None:
-    projection = Projection(replace(in_width=768, out_width=768))
-    assert sum(parameter.numel() for parameter in projection.parameters()) == 592_128
-
-
 def test_linear_is_linear_tanh_layernorm() -> None:
     projection = Projection(CONFIG)
     tokens = torch.randn(2, 5, 24)
@@ -43,6 +36,8 @@ def test_linear_is_linear_tanh_layernorm() -> None:
     centred = hidden - hidden.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(projection.project(tokens), expected)
+    paper = Projection(replace(in_width=768, out_width=768))
+    assert sum(parameter.numel() for parameter in paper.parameters()) == 592_128
 
 
 @pytest.mark.parametrize(("kind", "matrices"), [("mlp2", 2), ("mlp3", 3)])
@@ -71,16 +66,6 @@ def test_affine_has_neither_activation_nor_norm_and_begins_as_the_identity() -> 
     assert torch.equal(identity(features), features)
 
 
-@given(height=st.integers(1, 5), width=st.integers(1, 5), batch=st.integers(1, 3))
-def test_a_map_is_projected_cell_by_cell(height: int, width: int, batch: int) -> None:
-    projection = Projection(replace(out_width=8))
-    features = torch.randn(batch, 24, height, width)
-    projected = projection(features)
-    assert projected.shape == (batch, 8, height, width)
-    assert projected.is_contiguous()
-    torch.testing.assert_close(projected[-1, :, -1, 0], projection.project(features[-1, :, -1, 0]))
-
-
 @pytest.mark.parametrize("kind", ["linear", "mlp2", "mlp3", "affine", "identity"])
 def test_save_and_load_are_bit_equal(kind: str, tmp_path: Path) -> None:
     config = replace(
@@ -98,7 +83,12 @@ def test_save_and_load_are_bit_equal(kind: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
 
 
-def test_features_of_another_width_are_refused() -> None:
+def test_a_map_is_projected_patch_by_patch() -> None:
+    projection, features = Projection(replace(out_width=8)), torch.randn(2, 24, 3, 5)
+    projected = projection(features)
+    assert projected.shape == (2, 8, 3, 5)
+    assert projected.is_contiguous()
+    torch.testing.assert_close(projected[-1, :, -1, 0], projection.project(features[-1, :, -1, 0]))
     with pytest.raises(ValueError, match=r"expected features \(B, 24, h, w\), got \(1, 23, 2, 2\)"):
         Projection(CONFIG)(torch.zeros(1, 23, 2, 2))
 
@@ -108,11 +98,10 @@ def test_features_of_another_width_are_refused() -> None:
     [
         ({"kind": "mlp9"}, "unknown projection kind 'mlp9'; expected one of linear, mlp2"),
         ({"activation": "swish"}, "unknown activation 'swish'; expected one of tanh"),
-        ({"in_width": 0}, "in_width must be a positive integer, got 0"),
+        ({"in_width": 0}, r"in_width and out_width must be positive integers, got \(0, 24\)"),
         ({"layers": ()}, "layers must be a list of at least one layer number"),
         ({"kind": "identity", "out_width": 3}, "an identity keeps its width"),
         ({"averaging": 1.0}, r"averaging must be in \[0, 1\), got 1.0"),
-        ({"averaging": -0.1}, "averaging must be in"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, object], message: str) -> None:
@@ -171,17 +160,13 @@ def test_every_fault_of_the_weights_is_listed_at_once(tmp_path: Path) -> None:
         assert fault in str(caught.value)
 
 
-def test_truncated_weights_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
+def test_files_that_are_truncated_or_missing_are_named(tmp_path: Path, missing: str) -> None:
     Projection(CONFIG).save(tmp_path)
     weights = tmp_path / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ProjectionFormatError, match=r"projection\.safetensors is truncated"):
         Projection.load(tmp_path)
-
-
-@pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
-def test_a_folder_without_one_of_the_files_is_refused(tmp_path: Path, missing: str) -> None:
-    Projection(CONFIG).save(tmp_path)
     (tmp_path / missing).unlink()
     with pytest.raises(ProjectionFormatError, match=f"it has no {missing}"):
         Projection.load(tmp_path)

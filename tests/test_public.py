@@ -1,17 +1,23 @@
+"""The public names, the errors, and what a missing extra says."""
+
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from pathlib import Path
 
 import pytest
 
 import cosettle_adapter
+from cosettle_adapter import errors
+from cosettle_adapter.imports import require
 
 
 def test_every_public_name_is_there() -> None:
-    for name in cosettle_adapter.__all__:
-        assert getattr(cosettle_adapter, name) is not None
+    for package in ("", ".video", ".correspondence", ".closed_form"):
+        module = importlib.import_module(f"cosettle_adapter{package}")
+        assert all(getattr(module, name) is not None for name in module.__all__)
     assert dir(cosettle_adapter) == sorted(cosettle_adapter.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'CoSettel'"):
         cosettle_adapter.CoSettel  # noqa: B018
@@ -23,7 +29,29 @@ def test_every_module_imports_and_has_a_docstring() -> None:
     assert len(names) > 20
     for name in names:
         assert importlib.import_module(name).__doc__, name
-
-
-def test_the_types_are_shipped() -> None:
     assert (Path(cosettle_adapter.__path__[0]) / "py.typed").is_file()
+
+
+def test_every_error_is_ours_and_a_builtin_one() -> None:
+    for name, error in inspect.getmembers(errors, inspect.isclass):
+        if name != "CosettleError" and issubclass(error, Exception):
+            assert issubclass(error, errors.CosettleError)
+            assert issubclass(error, (ValueError, OSError, ImportError))
+
+
+def test_close_names_are_suggested_and_a_missing_extra_gives_the_pip_command() -> None:
+    known = ["dinov2-vitb14", "dino-vitb16"]
+    assert "'dinov2-vitb14'" in errors.did_you_mean("dinov2-vit-b14", known)
+    assert errors.did_you_mean("zzzz", known) == ""
+    message = r"reading video files needs the package 'no_such_module'.*adapter\[video\]'"
+    with pytest.raises(errors.MissingExtraError, match=message):
+        require("no_such_module.sub", extra="video", purpose="reading video files")
+
+
+def test_every_model_is_listed_published_ones_first() -> None:
+    models = cosettle_adapter.list_models()
+    order = ["in the package", "by the authors", "fitted, in your cache", "fitted on first use"]
+    ranks = [order.index(model.projection) for model in models]
+    assert ranks == sorted(ranks)
+    assert ranks.count(1) == 8, "the paper's eight"
+    assert {"dinov2-vitb14", "mae-vitl16"} <= {model.name for model in models}

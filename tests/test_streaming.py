@@ -52,14 +52,6 @@ def test_streaming_equals_one_call(tiny_adapter: CoSettleAdapter, clip: Tensor) 
     torch.testing.assert_close(first.features, expected, atol=1e-5, rtol=0)
 
 
-def test_keywords_of_version_0_1_still_select_frames(
-    tiny_adapter: CoSettleAdapter, clip: Tensor
-) -> None:
-    with pytest.warns(DeprecationWarning, match="select=FrameSelection"):
-        (chunk,) = tiny_adapter.stream(clip, every=3, batch_size=9)
-    assert len(chunk.features) == 4
-
-
 def test_bad_arguments_fail_at_the_call(tiny_adapter: CoSettleAdapter, clip: Tensor) -> None:
     with pytest.raises(FrameError, match=r"nowhere\.mp4 does not exist"):
         tiny_adapter.stream("nowhere.mp4")
@@ -83,17 +75,11 @@ def test_a_stream_settles_by_the_frames_that_came(
     centred = plain[:1] - reduce(plain[:1], "t c h w -> 1 c 1 1", "mean")
     torch.testing.assert_close(found[:1], centred, **CLOSE)
     assert not torch.allclose(found, streamed(clip, forgetting=0.5), atol=1e-3)
-
-
-def test_streams_of_a_settling_adapter_settle_unless_told_not_to(
-    tiny_adapter: CoSettleAdapter, clip: Tensor
-) -> None:
-    plain = torch.cat([chunk.features for chunk in tiny_adapter.stream(clip)])
-    settled = torch.cat([chunk.features for chunk in tiny_adapter.stream(clip, settle=True)])
-    tiny_adapter.settles = True
-    for settle, expected in ((None, settled), (False, plain)):
+    tiny_adapter.settles = True  # unless it is told not to
+    for settle, expected in ((None, found), (False, plain)):
         chunks = tiny_adapter.stream(clip, settle=settle)
-        torch.testing.assert_close(torch.cat([chunk.features for chunk in chunks]), expected)
+        streams = torch.cat([chunk.features for chunk in chunks])
+        torch.testing.assert_close(streams, expected, **CLOSE)
 
 
 @each_mode
@@ -109,6 +95,10 @@ def test_a_fused_stream_is_the_fused_clip_in_the_same_chunks(
     found = torch.cat([chunk.features for chunk in fused])
     guide = torch.cat([tiny_adapter._guide(chunk.backbone) for chunk in plain])  # type: ignore[arg-type]
     assert torch.equal(found, temporal_fusion(features, guide, mode=mode))
+    both = tiny_adapter.stream(clip, settle=True, temporal_fusion=mode, normalize=True, **options)  # type: ignore[arg-type]
+    settled = temporal_fusion(Settler(tiny_adapter.width).settle(features), guide, mode=mode)
+    expected = torch.nn.functional.normalize(settled, dim=1)
+    torch.testing.assert_close(torch.cat([chunk.features for chunk in both]), expected)
     assert not torch.equal(found, features)
     for before, after in zip(plain, fused, strict=True):
         assert (before.start, before.geometry) == (after.start, after.geometry)
@@ -118,18 +108,6 @@ def test_a_fused_stream_is_the_fused_clip_in_the_same_chunks(
 
 
 @pytest.mark.usefixtures("no_cuts")
-def test_settling_comes_before_fusion_and_normalising_last(
-    tiny_adapter: CoSettleAdapter, clip: Tensor
-) -> None:
-    plain = list(tiny_adapter.stream(clip, return_backbone=True))
-    guide = torch.cat([tiny_adapter._guide(chunk.backbone) for chunk in plain])  # type: ignore[arg-type]
-    settler = Settler(tiny_adapter.width)
-    settled = torch.cat([settler.settle(chunk.features) for chunk in plain])
-    expected = torch.nn.functional.normalize(temporal_fusion(settled, guide), dim=1)
-    found = tiny_adapter.stream(clip, settle=True, temporal_fusion="symmetric", normalize=True)
-    torch.testing.assert_close(torch.cat([chunk.features for chunk in found]), expected)
-
-
 @pytest.mark.parametrize(("mode", "waits"), [("symmetric", fusion.WINDOW), ("causal", 0)])
 def test_a_live_stream_waits_for_the_window_or_for_nothing(
     tiny_adapter: CoSettleAdapter, clip: Tensor, mode: FusionMode, waits: int

@@ -8,8 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cosettle_adapter.closed_form.affine import AffineMap
-from cosettle_adapter.closed_form.statistics import exact
+from cosettle_adapter.closed_form.affine import AffineMap, apply_to_maps, exact
 from cosettle_adapter.correspondence import corresponding_patches
 from cosettle_adapter.errors import StatisticsError
 
@@ -27,14 +26,10 @@ class Settler:
         y = k (P + r s I)^(-1/2) (x - mean),   P = (n S + n0 s I) / (n + n0)
 
     with S the clip's intra-video covariance from n pairs, s its mean eigenvalue, and k such that
-    P = s I gives k (...) = I. The prior is that all directions vary equally over time, which is
-    what a stored projection was fitted for: with few pairs, or still frames, the clip is hardly
-    more than centred; without frames, features stay as they are.
+    P = s I gives k (...) = I. The prior is that all directions vary equally over time: with few
+    pairs, or still frames, the clip is hardly more than centred.
 
     Features must be added in frame order. Memory is one frame and a ``(C, C)`` matrix.
-
-    Attributes:
-        frames: number of frames seen.
     """
 
     def __init__(
@@ -45,50 +40,31 @@ class Settler:
         prior_pairs: float = PRIOR_PAIRS,
         forgetting: float = 1.0,
     ) -> None:
-        """Begin a clip.
+        """Begin a clip with features of ``width`` channels.
 
-        Args:
-            width: channels of the features.
-            ridge: r, in units of S's mean eigenvalue; infinity only centres.
-            prior_pairs: n0, the number of pairs at which the clip counts as much as the prior.
-            forgetting: by what all earlier frames are multiplied when one is added; 1 forgets
-                nothing, 0.99 remembers about 100 frames.
-
-        Raises:
-            ValueError: an option out of its range.
+        ``ridge`` is r in units of S's mean eigenvalue; infinity only centres. ``prior_pairs`` is
+        n0, the number of pairs at which the clip counts as much as the prior. All earlier frames
+        are multiplied by ``forgetting`` when one is added; 0.99 remembers about 100 frames.
         """
         if not (ridge > 0 and 0 <= prior_pairs < math.inf and 0 < forgetting <= 1):
             raise ValueError(
                 f"got ridge={ridge}, prior_pairs={prior_pairs} and forgetting={forgetting}, "
                 "expected a positive ridge, at least 0 pairs, and forgetting in (0, 1]"
             )
-        self.frames = 0
+        self.frames = 0  # seen
+        self.pairs = 0.0  # corresponding patches seen, those forgotten not counted
         self._width = width
         self._ridge, self._prior, self._forgetting = ridge, prior_pairs, forgetting
         self._patches = 0.0
-        self._pairs = 0.0
         self._sum = torch.zeros(width, dtype=torch.float64)
         self._differences = torch.zeros(width, width, dtype=torch.float64)
         self._before: Tensor | None = None
         self._weight: Tensor | None = None
         self._solved_at = 0
 
-    @property
-    def pairs(self) -> float:
-        """Number of corresponding patches seen, those forgotten not counted."""
-        return self._pairs
-
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
-        """Add the clip's next frames.
-
-        Args:
-            features: ``(N, C, h, w)`` floats.
-
-        Raises:
-            ValueError: another shape or width.
-            StatisticsError: features that are not finite.
-        """
+        """Add the clip's next frames, ``(N, C, h, w)`` floats."""
         if features.ndim != 4 or features.shape[1] != self._width:
             raise ValueError(
                 f"expected features (N, {self._width}, h, w), got {tuple(features.shape)}"
@@ -98,17 +74,12 @@ class Settler:
 
     @torch.no_grad()
     def settle(self, features: Tensor) -> Tensor:
-        """Add the clip's next frames, and settle each by the frames up to it.
+        """Add the clip's next frames ``(N, C, h, w)``, and settle each by the frames up to it.
 
         The damping is solved again when the clip has grown by a quarter, and every eight frames
         at the latest; the mean is always up to date. Both depend on the number of frames only, so
-        the result does not depend on how frames are split over calls.
-
-        Args:
-            features: ``(N, C, h, w)`` floats.
-
-        Returns:
-            ``(N, C, h, w)`` in the dtype of ``features``.
+        the result, in the dtype of ``features``, does not depend on how frames are split over
+        calls.
         """
         settled = []
         for frame in features:
@@ -122,10 +93,7 @@ class Settler:
 
     @torch.no_grad()
     def solution(self) -> AffineMap:
-        """Return the map for all frames seen; float64 on their device.
-
-        The identity where none were.
-        """
+        """Return the map for all frames seen, on their device; the identity where none were."""
         if not self._patches:
             return AffineMap.identity(self._width)
         weight = self._damping()
@@ -138,7 +106,7 @@ class Settler:
             return eye
         # Everything in units of s, so that P's trace is the width.
         intra = self._differences * (self._width / total)
-        share = self._pairs / (self._pairs + self._prior)
+        share = self.pairs / (self.pairs + self._prior)
         values, vectors = torch.linalg.eigh(share * intra + (1 - share + self._ridge) * eye)
         gain = ((1 + self._ridge) / values.clamp_min(self._ridge)).sqrt()
         weight: Tensor = (vectors * gain) @ vectors.T
@@ -157,21 +125,15 @@ class Settler:
             )
         self._sum = self._forgetting * self._sum + total
         self._patches = self._forgetting * self._patches + len(patches)
-        self._pairs *= self._forgetting
+        self.pairs *= self._forgetting
         self._differences *= self._forgetting
         if self._before is not None and self._before.shape == frame.shape:
             here, there = corresponding_patches(self._before, frame)
             difference = here - there
-            self._pairs += len(difference)
+            self.pairs += len(difference)
             self._differences += (difference.T @ difference).to(self._differences)
         self._before = frame
         self.frames += 1
-
-
-def apply_to_maps(affine: AffineMap, features: Tensor) -> Tensor:
-    """Apply a map of tokens to feature maps ``(N, C, h, w)`` in float32; keep their dtype."""
-    moved = affine(rearrange(features.float(), "n c h w -> n h w c"))
-    return rearrange(moved, "n h w c -> n c h w").to(features.dtype).contiguous()
 
 
 def settle_clip(

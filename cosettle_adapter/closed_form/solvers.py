@@ -8,7 +8,8 @@ tokens, and scale the result to unit variance per channel, as a LayerNorm would;
 depend on the scale.
 
 S can be replaced by a *nuisance* covariance, which adds other things that a feature should not
-depend on: see :func:`nuisance_covariance`.
+depend on: see :func:`nuisance_covariance`. A strength out of its range is a :class:`ValueError`;
+no tokens or pairs, or tokens that never vary, are a :class:`StatisticsError`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -33,15 +34,8 @@ NUISANCES: tuple[Nuisance, ...] = get_args(Nuisance)
 def nuisance_covariance(statistics: TokenStatistics, nuisance: Nuisance = "intra") -> Tensor:
     """Return the covariance ``(C, C)`` of what features should not depend on.
 
-    Args:
-        statistics: of a layer's tokens.
-        nuisance: ``intra`` is S; ``intra+clips`` adds the covariance of the clips' mean tokens,
-            so that what a whole clip has in common counts little as well; ``intra+positions``
-            adds the position leakage.
-
-    Raises:
-        StatisticsError: no statistics of that kind, or corresponding patches that never differ.
-        ValueError: no such nuisance.
+    ``intra`` is S; ``intra+clips`` adds the covariance of the clips' mean tokens, so that what a
+    whole clip has in common counts little as well; ``intra+positions`` adds the position leakage.
     """
     if nuisance not in NUISANCES:
         raise ValueError(f"unknown nuisance {nuisance!r}; expected one of {', '.join(NUISANCES)}")
@@ -75,15 +69,7 @@ def ridge_shrinkage(
     Minimises ``tr(W S W') + lambda |W - I|^2``, the temporal variance left plus the (Frobenius)
     distance from leaving tokens as they are: the derivative ``2 W S + 2 lambda (W - I)`` is zero
     there. A direction of variance s is scaled by ``lambda / (s + lambda)``.
-
-    Args:
-        statistics: of a layer's tokens.
-        strength: lambda in units of S's mean eigenvalue; infinity only centres.
-        nuisance: see :func:`nuisance_covariance`.
-
-    Raises:
-        ValueError: the strength is not positive.
-        StatisticsError: no tokens or pairs, or tokens that never vary.
+    ``strength`` is lambda in units of S's mean eigenvalue; infinity only centres.
     """
     return _spectral(statistics, lambda s, r: r / (s + r), strength, nuisance)
 
@@ -101,19 +87,11 @@ def whiten(
     With ``a = 1/2``, cosines in the new features are those of a space whose Mahalanobis distance
     weighs every direction by how little it should vary: the whitening of S + r I, which is S plus
     white noise of variance r. Directions of temporal variance far below r keep their relative
-    scale, those far above are whitened. Smaller powers go half the way. Whitening T instead (PCA
-    whitening) uses nothing temporal: it is a baseline.
+    scale, those far above are whitened. ``strength`` is r in units of the covariance's mean
+    eigenvalue; infinity only centres.
 
-    Args:
-        statistics: of a layer's tokens.
-        strength: r in units of the covariance's mean eigenvalue; infinity only centres.
-        nuisance: see :func:`nuisance_covariance`.
-        power: a.
-        total: whiten T in place of S.
-
-    Raises:
-        ValueError: the strength is not positive.
-        StatisticsError: no tokens or pairs, or tokens that never vary.
+    Smaller powers a go half the way. With ``total``, T is whitened in place of S (PCA whitening),
+    which uses nothing temporal: it is a baseline.
     """
     return _spectral(
         statistics,
@@ -136,15 +114,7 @@ def soft_threshold(
     The derivative ``g - 1 + tau s`` is zero at ``g = 1 - tau s``; where that is negative, the
     minimum is at 0. So ``g = max(0, 1 - tau s)``. At ``tau = 1`` this is the Wiener filter
     ``(T - S) T^-1 (x - m)``, the best linear guess at a patch's mean over time from one look at it.
-
-    Args:
-        statistics: of a layer's tokens.
-        strength: tau; 0 only centres.
-        nuisance: see :func:`nuisance_covariance`.
-
-    Raises:
-        ValueError: the strength is negative or not finite.
-        StatisticsError: no tokens or pairs, or tokens that never vary.
+    ``strength`` is tau; 0 only centres.
     """
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength must be finite and not negative, got {strength}")
@@ -162,15 +132,7 @@ def surrogate(
     then ``2 tr(W S W') + lambda tr((W - I) T (W - I)')``, whose derivative
     ``4 W S + 2 lambda (W - I) T`` is zero there. A direction whose share of temporal variance is
     s (as in :func:`soft_threshold`) has gain ``lambda / (2 s + lambda)``.
-
-    Args:
-        statistics: of a layer's tokens.
-        strength: lambda, the weight of fidelity; infinity only centres.
-        nuisance: see :func:`nuisance_covariance`.
-
-    Raises:
-        ValueError: the strength is not positive.
-        StatisticsError: no tokens or pairs, or tokens that never vary.
+    ``strength`` is lambda, the weight of fidelity; infinity only centres.
     """
     if not strength > 0:
         raise ValueError(f"strength must be positive, got {strength}")
@@ -180,21 +142,13 @@ def surrogate(
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """A row of :data:`SOLVERS`.
+    """A row of :data:`SOLVERS`."""
 
-    Attributes:
-        name: the value of ``--solver``.
-        solve: statistics, strength and nuisance to map.
-        formula: what it does, in one line, recorded in a projection's config.
-        strength: the default one.
-        strengths: those worth trying.
-    """
-
-    name: str
+    name: str  # the value of ``--solver``
     solve: Callable[[TokenStatistics, float, Nuisance], AffineMap]
-    formula: str
-    strength: float = 1.0
-    strengths: tuple[float, ...] = (0.1, 1.0, 10.0)
+    formula: str  # what it does, in one line, recorded in a projection's config
+    strength: float = 1.0  # the default one
+    strengths: tuple[float, ...] = (0.1, 1.0, 10.0)  # those worth trying
 
 
 SOLVERS: Mapping[str, Solver] = {
@@ -241,6 +195,48 @@ SOLVERS: Mapping[str, Solver] = {
         ),
     )
 }
+
+
+def solve_layers(
+    statistics: TokenStatistics,
+    widths: Sequence[int],
+    solve: Callable[[TokenStatistics], AffineMap],
+    *,
+    out_width: int,
+) -> AffineMap:
+    """Solve for concatenated layers of ``widths`` channels, each with the same weight.
+
+    Later layers of an encoder have larger tokens than earlier ones, which says nothing about
+    their worth: each layer is first scaled to the same total variance. The solver's features are
+    then turned to their principal axes, of which the ``out_width`` of most variance are kept, so
+    that what follows costs no more than with one layer. What is kept has unit variance per
+    channel, on average. The map is one of the tokens as the encoder returns them.
+    """
+    if sum(widths) != statistics.width:
+        raise ValueError(f"layers of {list(widths)} channels are not {statistics.width} in all")
+    if len(widths) == 1 and out_width >= widths[0]:
+        return solve(statistics)
+    scale = layer_scale(statistics.covariance.diagonal(), widths)
+    balanced = statistics.scaled(scale)
+    found = solve(balanced)
+    values, axes = torch.linalg.eigh(found.weight @ balanced.covariance @ found.weight.T)
+    kept = axes.flip(1)[:, :out_width].T
+    kept = kept / values.flip(0)[:out_width].clamp_min(0).mean().sqrt()
+    return AffineMap(kept @ found.weight * scale, kept @ found.bias)
+
+
+def layer_scale(variance: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return the factors ``(C,)`` that give each layer the same total variance.
+
+    ``variance`` is that of each channel, ``(C,)``; a layer without any is a StatisticsError.
+    """
+    factors = []
+    for number, part in enumerate(torch.split(variance, list(widths))):
+        if not float(part.sum()) > 0:
+            raise StatisticsError(f"all tokens of layer {number} of {len(widths)} are equal")
+        factors.append(part.sum().rsqrt().expand(len(part)))
+    scale = torch.cat(factors)
+    return scale / scale.mean()  # mean factor 1: the channels keep about their own scale
 
 
 def _spectral(

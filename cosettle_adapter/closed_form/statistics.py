@@ -7,13 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cosettle_adapter.closed_form.affine import exact
 from cosettle_adapter.errors import StatisticsError
 
-_TOKENS = ("tokens", "sum", "outer")
-_PAIRS = ("pairs", "differences")
-_CLIPS = ("clips", "clip_sum", "clip_outer")
-_VIEWS = ("views", "view_sum", "view_outer")
-_EVERY = (*_TOKENS, *_PAIRS, *_CLIPS, *_VIEWS)
+_COUNTS = ("tokens", "pairs", "clips", "views")
 _VECTORS = ("sum", "clip_sum", "view_sum")
 _MATRICES = ("outer", "differences", "clip_outer", "view_outer")
 
@@ -21,18 +18,9 @@ _MATRICES = ("outer", "differences", "clip_outer", "view_outer")
 class TokenStatistics:
     """What closed-form projections need to know about patch tokens.
 
-    * **Total**: mean and covariance of all tokens.
-    * **Intra-video**: covariance of a patch around its own mean over time, from corresponding
-      patches of two frames.
-    * **Between clips**: covariance of the clips' mean tokens.
-    * **Position leakage**: covariance of the change in a patch's token when its position is hidden
-      from the encoder.
-
-    All are kept as sums in float64, so that merging the statistics of parts equals one pass over
-    the whole, in any order. Memory is a few ``(C, C)`` matrices.
-
-    Attributes:
-        width: channels of a token.
+    All is kept as sums in float64, so that merging the statistics of parts equals one pass over
+    the whole, in any order. Memory is a few ``(C, C)`` matrices. What was not collected is a
+    :class:`StatisticsError` when it is asked for.
     """
 
     def __init__(self, width: int) -> None:
@@ -67,16 +55,7 @@ class TokenStatistics:
         self.add_moments(len(tokens), tokens.sum(0), tokens.T @ tokens)
 
     def add_moments(self, count: int, total: Tensor, outer: Tensor) -> None:
-        """Add tokens whose sums are already known.
-
-        Args:
-            count: number of tokens.
-            total: their sum ``(C,)`` float64.
-            outer: sum of their outer products ``(C, C)`` float64.
-
-        Raises:
-            ValueError: sums of another width.
-        """
+        """Add tokens by their number, their sum ``(C,)`` and that of outer products ``(C, C)``."""
         if total.shape != (self.width,) or outer.shape != (self.width, self.width):
             raise ValueError(
                 f"expected sums ({self.width},) and ({self.width}, {self.width}), "
@@ -104,12 +83,9 @@ class TokenStatistics:
         self._add("differences", difference.T @ difference)
 
     def add_soft_pairs(self, here: Tensor, there: Tensor, weights: Tensor) -> None:
-        """Add every pair of tokens of two frames, weighted by how likely the two correspond.
+        """Add every pair of tokens ``(N, C)`` and ``(M, C)`` of two frames of one video.
 
-        Args:
-            here: ``(N, C)``.
-            there: ``(M, C)`` of another frame of the video.
-            weights: ``(N, M)``, at least 0.
+        ``weights`` ``(N, M)``, at least 0, say how likely the two correspond.
         """
         here, there = self._checked(here), self._checked(there)
         weights = weights.to(here)
@@ -127,11 +103,7 @@ class TokenStatistics:
         self._add("view_outer", difference.T @ difference)
 
     def merge(self, other: TokenStatistics) -> None:
-        """Add the statistics of other clips.
-
-        Raises:
-            ValueError: statistics of another width.
-        """
+        """Add the statistics of other clips, which must be of the same layers."""
         if other.width != self.width:
             raise ValueError(
                 f"got statistics of {other.width} channels, expected {self.width}: "
@@ -156,12 +128,8 @@ class TokenStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TokenStatistics:
-        """Restore statistics from what :meth:`to_tensors` returned.
-
-        Raises:
-            StatisticsError: other tensors.
-        """
-        unknown = sorted(tensors.keys() - {"width", *_EVERY})
+        """Restore statistics from what :meth:`to_tensors` returned, else StatisticsError."""
+        unknown = sorted(tensors.keys() - {"width", *_COUNTS, *_VECTORS, *_MATRICES})
         if "width" not in tensors or unknown:
             raise StatisticsError(
                 f"expected the tensors of token statistics, got {', '.join(sorted(tensors))}"
@@ -190,8 +158,7 @@ class TokenStatistics:
     def intra_covariance(self) -> Tensor:
         """Covariance ``(C, C)`` of a patch around its own mean over neighbouring frames.
 
-        Half the mean outer product of differences: for two draws of one distribution that is its
-        covariance.
+        Half the mean outer product of differences.
         """
         self._require("pairs", "corresponding pairs")
         return self._get("differences") / (2 * self._get("pairs"))
@@ -207,8 +174,7 @@ class TokenStatistics:
     def leakage_covariance(self) -> Tensor:
         """Covariance ``(C, C)`` of a token around the mean of itself with and without position.
 
-        Half the covariance of the difference. What perturbing adds to all tokens equally is not
-        part of it: centring removes that.
+        What perturbing adds to all tokens equally is not part of it: centring removes that.
         """
         self._require("views", "tokens with perturbed positions")
         mean = self._get("view_sum") / self._get("views")
@@ -233,9 +199,3 @@ class TokenStatistics:
             raise StatisticsError(
                 f"no {what} were gathered: every clip was unreadable, too short, or without motion"
             )
-
-
-def exact(tokens: Tensor) -> Tensor:
-    """Return tokens in float64, on their device if it supports that."""
-    device = "cpu" if tokens.device.type == "mps" else tokens.device
-    return tokens.to(device, torch.float64)

@@ -1,18 +1,16 @@
-"""Temporal fusion: every patch averaged with its matches in the neighbouring frames.
+"""Averaging patches that look alike: within a frame, and between frames (temporal fusion).
 
-A backbone sees each frame alone, so the features of one object flicker. Averaging features over
-time removes the flicker, provided that the average follows the motion. Non-local means (Buades,
-Coll & Morel, "A non-local algorithm for image denoising", CVPR 2005; for video: "Denoising image
-sequences does not require motion estimation", AVSS 2005) does so without estimating motion: the
-mean is over what looks alike, weighted by how much it does. With x_i(t) the feature of patch i of
-frame t, the result is::
+A backbone sees each frame alone, so the features of one object flicker. Averaging removes the
+flicker, if it follows the motion. Non-local means (Buades, Coll & Morel, CVPR 2005; for video:
+"Denoising image sequences does not require motion estimation", AVSS 2005) does so without
+estimating motion: the mean is over what looks alike. With x_i(t) the feature of patch i of frame
+t, the result is::
 
     y_i(t) = x_i(t) + share / K  sum_k g_ik (m_ik - x_i(t))
 
 over the K neighbouring frames k that exist within the window and that no cut separates from t.
 m_ik is the mean of the five patches of frame k that are most similar to patch i, weighted by
-softmax(cosine / 0.1). Where x = s + n, with s what the matches share and n independent noise, the
-variance of n falls by about (1 - share)^2 + share^2 / (5 K) and s stays.
+softmax(cosine / 0.1).
 
 A patch that is hidden or outside in frame k has matches all the same, wrong ones. They seldom lead
 back, and seldom move as the patches around do::
@@ -21,10 +19,8 @@ back, and seldom move as the patches around do::
 
 where d is the distance in patches between i and the best match in frame t of i's best match in
 frame k, and s the distance between i's displacement to its match and the median displacement of
-the 3 x 3 patches around i. The whole frame is searched, so no motion is too fast.
-
-Within a scene, neighbouring patches have matches that lead back and lie side by side; across a cut
-few do, which is how cuts are found.
+the 3 x 3 patches around i. The whole frame is searched, so no motion is too fast. Across a cut,
+few neighbouring patches have matches that lead back and lie side by side.
 """
 
 from __future__ import annotations
@@ -35,10 +31,11 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from einops import rearrange, reduce
+from einops import einsum, rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosettle_adapter.correspondence.matching import patch_distances
 from cosettle_adapter.errors import GeometryError
 
 FusionMode = Literal["symmetric", "causal"]
@@ -51,13 +48,17 @@ TEMPERATURE = 0.1
 WINDOW = 2
 APART = 2.0  # patches, deviation of s
 # A cut is where the share of neighbouring patches whose matches lead back and stay neighbours is
-# below CUT / (h + w). Ten DAVIS clips, every third frame, layer 7 of DINOv2 ViT-S, centred or not:
-# adjacent frames have 0.21 at least on 8 x 14 patches, 0.23 on 10 x 18, 0.15 on 20 x 35 and 0.08 on
-# 34 x 63, frames of two clips at most 0.15, 0.13, 0.06 and 0.03.
+# below CUT / (h + w). On ten DAVIS clips, every third frame, adjacent frames have 0.21 at least on
+# 8 x 14 patches and 0.08 on 34 x 63, frames of two clips at most 0.15 and 0.03.
 CUT = 5.5
 CUT_AT_MOST = 0.2
 
 _BAND = 1 << 20  # cosines held at a time: 4 MB
+
+# Within a frame, chosen in the same way: radii of 2 and 5 are within 0.4 J&F, an unlimited one
+# costs 2.
+RADIUS = 3  # patches
+_ROWS = 4  # of patches compared at a time
 
 
 class TemporalFusion:
@@ -65,24 +66,13 @@ class TemporalFusion:
 
     The result does not depend on how frames are split over calls. Nothing crosses a scene cut, in
     either direction.
-
-    Example:
-        >>> fusion = TemporalFusion("symmetric")
-        >>> features = torch.randn(8, 384, 20, 35)
-        >>> fusion.push(features).shape, fusion.flush().shape
-        (torch.Size([6, 384, 20, 35]), torch.Size([2, 384, 20, 35]))
     """
 
     def __init__(self, mode: FusionMode = "symmetric", window: int = WINDOW) -> None:
-        """Begin a clip.
+        """Begin a clip; ``window`` is the number of frames on each side.
 
-        Args:
-            mode: ``symmetric`` averages over frames on both sides, and so returns a frame after
-                ``window`` more have come; ``causal`` over past frames only, at once.
-            window: frames on each side.
-
-        Raises:
-            ValueError: another mode, or a window below 1.
+        ``symmetric`` averages over frames on both sides, and so returns a frame after ``window``
+        more have come; ``causal`` over past frames only, at once.
         """
         if mode not in get_args(FusionMode):
             raise ValueError(f"temporal fusion is 'symmetric' or 'causal', got {mode!r}")
@@ -95,18 +85,10 @@ class TemporalFusion:
 
     @torch.no_grad()
     def push(self, features: Tensor, guide: Tensor | None = None) -> Tensor:
-        """Add the clip's next frames.
+        """Add the clip's next frames ``(N, C, h, w)``; return those finished by now, in order.
 
-        Args:
-            features: ``(N, C, h, w)``, any floating dtype; need not be normalised.
-            guide: ``(N, G, h, w)`` maps that matches are taken from; ``None``: the features.
-
-        Returns:
-            ``(M, C, h, w)`` in the dtype of ``features``: the frames finished by now, in order.
-
-        Raises:
-            GeometryError: maps of another shape or dtype, or frames of another shape than those
-                that wait. Call :meth:`flush` in between.
+        ``guide`` ``(N, G, h, w)`` are maps that matches are taken from, by default the features.
+        Maps of another shape than those that wait are a GeometryError: call :meth:`flush` before.
         """
         guide = features if guide is None else guide
         _check(features, guide)
@@ -115,10 +97,9 @@ class TemporalFusion:
         if self._like.shape[1:] != shape or known != guide.shape[1]:
             if self._symmetric and self._recent:
                 raise GeometryError(
-                    f"got features of shape {tuple(shape)} with a guide of {guide.shape[1]} "
-                    f"channels while {len(self._recent)} frames of shape "
-                    f"{tuple(self._like.shape[1:])} with a guide of {known} wait for their "
-                    "neighbours; call flush() before a change"
+                    f"got features of shape {tuple(shape)} with {guide.shape[1]} guide channels "
+                    f"while {len(self._recent)} frames of shape {tuple(self._like.shape[1:])} with "
+                    f"{known} wait for their neighbours; call flush() before a change"
                 )
             self._recent.clear()
         self._like = features.new_empty((0, *shape))
@@ -170,40 +151,66 @@ def temporal_fusion(
     mode: FusionMode = "symmetric",
     window: int = WINDOW,
 ) -> Tensor:
-    """Average every patch of a clip with its matches in the neighbouring frames.
+    """Average every patch of a clip ``(T, C, h, w)`` with its matches in neighbouring frames.
 
-    Args:
-        features: ``(T, C, h, w)`` of one clip in frame order, any floating dtype.
-        guide: ``(T, G, h, w)`` maps that matches are taken from; ``None``: the features.
-        mode: as for :class:`TemporalFusion`.
-        window: frames on each side.
-
-    Returns:
-        ``(T, C, h, w)`` in the dtype of ``features``.
-
-    Raises:
-        GeometryError: maps of another shape or dtype.
-        ValueError: another mode, or a window below 1.
+    Arguments and errors are those of :class:`TemporalFusion` and its ``push``.
     """
     fusion = TemporalFusion(mode, window)
     return torch.cat([fusion.push(features, guide), fusion.flush()])
 
 
 def fusion_guide(tokens: Tensor, widths: Sequence[int]) -> Tensor:
-    """Return what an adapter's features are matched by: the middle layer it reads, centred.
+    """Return what features are matched by: of tokens ``(T, C, h, w)`` the middle layer, centred.
 
     One layer finds better matches than all that are read, and half the variance of tokens is their
-    mean, which makes everything similar to everything.
-
-    Args:
-        tokens: ``(T, C, h, w)``, the layers that are read, along the channels.
-        widths: channels of each layer.
-
-    Returns:
-        ``(T, G, h, w)``, the middle layer minus each frame's mean token.
+    mean, which makes everything similar to everything. ``widths`` are the layers' channels.
     """
     guide = torch.split(tokens, list(widths), dim=1)[len(widths) // 2]
     return guide - reduce(guide, "t c h w -> t c 1 1", "mean")
+
+
+def average_neighbours(features: Tensor, share: float) -> Tensor:
+    """Average every patch of ``(B, C, h, w)`` with its most similar neighbours in the frame.
+
+    With x_i the feature of patch i, the result is ``(1 - share) x_i + share m_i``, where m_i is
+    the mean of the five patches within three patches of i that are most similar to it (cosine),
+    weighted by softmax(cosine / 0.1).
+
+    A share of 0 and maps of a single patch change nothing; the dtype is kept.
+    """
+    batch, _, height, width = features.shape
+    count = min(MATCHES, height * width - 1)
+    if count < 1 or share == 0:
+        return features
+    patches = rearrange(features.float(), "b c h w -> b (h w) c")
+    unit = F.normalize(patches, dim=-1)
+    frame = torch.arange(batch, device=features.device) * (height * width)
+    means = []
+    for top in range(0, height, _ROWS):
+        bottom = min(top + _ROWS, height)
+        low, high = max(0, top - RADIUS), min(height, bottom + RADIUS)
+        keys = unit[:, low * width : high * width]
+        cosine = einsum(unit[:, top * width : bottom * width], keys, "b q c, b n c -> b q n")
+        along, across = patch_distances(
+            range(top, bottom), range(low, high), width, features.device
+        )
+        squared = rearrange(along.square() + across.square(), "a s b t -> (a s) (b t)")
+        near = (squared > 0) & (squared <= RADIUS**2)
+        cosine, index = cosine.masked_fill(~near, -torch.inf).topk(min(count, keys.shape[1]))
+        weights = torch.softmax(cosine / TEMPERATURE, dim=-1)
+        index = index + low * width + rearrange(frame, "b -> b 1 1")
+        means.append(_weighted(rearrange(patches, "b n c -> (b n) c"), index, weights))
+    averaged = torch.lerp(patches, torch.cat(means, dim=1), share)
+    return rearrange(averaged, "b (h w) c -> b c h w", h=height).to(features.dtype)
+
+
+def _weighted(patches: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """``(B, q, C)``: sums of the patches ``(B n, C)`` at an index ``(B, q, k)``, by weights."""
+    if torch.compiler.is_exporting():  # ONNX has no embedding_bag
+        return einsum(patches[index], weights, "b q k c, b q k -> b q c")
+    flat, by = (rearrange(each, "b q k -> (b q) k") for each in (index, weights))
+    found = F.embedding_bag(flat, patches, mode="sum", per_sample_weights=by)
+    return rearrange(found, "(b q) c -> b q c", b=len(index))
 
 
 class _Matches(NamedTuple):
@@ -281,10 +288,7 @@ def _gate(matches: _Matches, miss: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _is_cut(*directions: tuple[_Matches, Tensor], grid: tuple[int, int]) -> bool:
-    """Whether few neighbouring patches have matches that lead back (to one patch) and lie adjacent.
-
-    Each direction is given by its matches and misses.
-    """
+    """Whether few neighbouring patches have matches that lead back (to one patch) and adjoin."""
     kept: list[Tensor] = []
     for matches, miss in directions:
         moved = rearrange(_moved(matches.patch[:, 0], grid), "yx (h w) -> yx h w", h=grid[0])

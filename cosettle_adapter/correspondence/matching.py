@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
+from torch.nn import functional as F
 
-from cosettle_adapter.correspondence.affinity import unit_map
 from cosettle_adapter.errors import GeometryError
 
-TEMPERATURE = 0.05
+
+def each_map(features: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield maps ``(C, h, w)`` from ``(T, C, h, w)`` or from an iterable of maps."""
+    if isinstance(features, Tensor) and features.ndim != 4:
+        shape = tuple(features.shape)
+        raise GeometryError(f"got features of shape {shape}, expected (T, C, h, w) of one clip")
+    yield from features
+
+
+def unit_map(features: Tensor) -> Tensor:
+    """Return a map ``(C, h, w)`` or ``(1, C, h, w)`` as ``(C, h, w)`` with patches of unit length.
+
+    They are in float32 at least; patches of zeros stay zeros.
+    """
+    if features.ndim == 4 and len(features) == 1:
+        features = features[0]
+    if features.ndim != 3 or features.numel() == 0 or not features.is_floating_point():
+        raise GeometryError(
+            f"got a feature map of shape {tuple(features.shape)} and {features.dtype}, expected "
+            "floating point (C, h, w) or (1, C, h, w); pass the frames of a batch one by one"
+        )
+    if features.dtype in (torch.float16, torch.bfloat16):
+        features = features.float()
+    return F.normalize(features, dim=0)
+
+
+def patch_distances(
+    lines: range, others: range, short: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return how far patches of lines of the grid are from those of others: along, across.
+
+    Shapes are ``(lines, 1, others, 1)`` and ``(1, short, 1, short)``, for ``short`` patches a line.
+    """
+    first, second, patch = (
+        torch.arange(each.start, each.stop, device=device) for each in (lines, others, range(short))
+    )
+    along = rearrange(first, "a -> a 1 1 1") - rearrange(second, "b -> 1 1 b 1")
+    across = rearrange(patch, "s -> 1 s 1 1") - rearrange(patch, "t -> 1 1 1 t")
+    return along.abs(), across.abs()
 
 
 @torch.no_grad()
@@ -19,22 +59,12 @@ def mutual_nearest(a: Tensor, b: Tensor, *, chunk: int = 1024) -> tuple[Tensor, 
     Args:
         a: ``(C, h, w)``, any floating dtype.
         b: ``(C, h', w')`` on the same device; the grids may differ.
-        chunk: patches of ``a`` compared at a time; bounds memory and does not change the result.
+        chunk: patches of ``a`` compared at a time; bounds memory only.
 
     Returns:
         Flat patch indices ``(M, 2)`` int64, in ``a`` (ascending) and in ``b``, row-major; and the
         pairs' cosines ``(M,)``. Of equally near patches the first one counts, so that identical
         patches are matched at most once.
-
-    Raises:
-        GeometryError: maps of other shapes or with different channels.
-        ValueError: ``chunk`` below 1.
-
-    Example:
-        >>> map_a = torch.randn(8, 3, 4)
-        >>> pairs, cosine = mutual_nearest(map_a, map_a)
-        >>> bool((pairs[:, 0] == pairs[:, 1]).all()), len(cosine)
-        (True, 12)
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
@@ -64,18 +94,11 @@ def mutual_nearest(a: Tensor, b: Tensor, *, chunk: int = 1024) -> tuple[Tensor, 
 
 
 def corresponding_patches(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """Find patches of two frames of one video that show the same thing.
+    """Find patches of two frames ``(C, h, w)`` of one video that show the same thing.
 
     They are mutual nearest neighbours by cosine after the mean of both frames is subtracted: what
-    all patches have in common hides how they differ.
-
-    Args:
-        here: ``(C, h, w)`` floating point.
-        there: ``(C, h, w)`` of another frame.
-
-    Returns:
-        Their patches, not centred, ``(M, C)`` each; none if the two frames are equal, because a
-        still frame says nothing about motion.
+    all patches have in common hides how they differ. Returns them, not centred, ``(M, C)`` each;
+    none if the two frames are equal, because a still frame says nothing about motion.
     """
     flat, centred = _flat_and_centred(here, there)
     if torch.equal(here, there):
@@ -86,22 +109,14 @@ def corresponding_patches(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def soft_correspondences(
-    here: Tensor, there: Tensor, *, temperature: float = TEMPERATURE
+    here: Tensor, there: Tensor, *, temperature: float = 0.05
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weigh every pair of patches of two frames by how likely both show the same thing.
 
     The weight is the probability of stepping from one patch to the other and back, where steps
     follow cosines of centred patches: ``softmax_j(cos / t) softmax_i(cos / t)``. Mutual nearest
-    neighbours are the limit of a low temperature.
-
-    Args:
-        here: ``(C, h, w)`` floating point.
-        there: ``(C, h, w)`` of another frame.
-        temperature: positive; the lower, the fewer pairs share the weight.
-
-    Returns:
-        Patches ``(N, C)`` and ``(M, C)``, not centred, and weights ``(N, M)``; all zero if the two
-        frames are equal.
+    neighbours are the limit of a low temperature t. Returns patches ``(N, C)`` and ``(M, C)``, not
+    centred, and weights ``(N, M)``; all zero if the two frames are equal.
     """
     flat, centred = _flat_and_centred(here, there)
     if torch.equal(here, there):

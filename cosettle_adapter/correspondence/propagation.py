@@ -14,15 +14,10 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
-from cosettle_adapter.correspondence.affinity import (
-    each_map,
-    locality_mask,
-    topk_of_lines,
-    unit_map,
-)
+from cosettle_adapter.correspondence.matching import each_map, patch_distances, unit_map
 from cosettle_adapter.errors import FrameError, GeometryError
 
 Protocol = Literal["crw", "dino"]
@@ -37,128 +32,77 @@ class PropagationProtocol:
     """How labels reach a frame from the frames before it.
 
     A figure is only comparable with others of the same protocol, frame size and frame rate.
-
-    Attributes:
-        context: preceding frames that are searched besides the first.
-        radius: how far from its own place a patch is searched for, in patches; ``math.inf`` for
-            anywhere.
-        topk: most similar patches, over all context frames together, whose labels are averaged.
-        temperature: the average's weights are the softmax of cosine / temperature.
-        neighbourhood: ``disk`` is Euclidean distance strictly below the radius, ``square`` is
-            row and column distance up to and including it.
-        restrict_first: apply the neighbourhood to the first frame as well.
-        repeat_first: before ``context`` preceding frames exist, copies of the first frame (under
-            the neighbourhood) stand in for the missing ones and compete for the top-k.
     """
 
-    context: int
-    radius: float
-    topk: int
-    temperature: float
+    context: int  # preceding frames that are searched besides the first
+    radius: float  # how far from its own place a patch is searched for; ``math.inf`` for anywhere
+    topk: int  # most similar patches, over all context frames, whose labels are averaged
+    temperature: float  # the average's weights are the softmax of cosine / temperature
+    # ``disk`` is Euclidean distance strictly below the radius, ``square`` is row and column
+    # distance up to and including it
     neighbourhood: Literal["disk", "square"]
-    restrict_first: bool
+    restrict_first: bool  # whether the neighbourhood applies to the first frame as well
+    # whether copies of the first frame (under the neighbourhood) stand in for preceding frames
+    # that do not exist yet, and compete for the top-k
     repeat_first: bool
 
     def __post_init__(self) -> None:
-        if self.context < 0:
-            raise ValueError(f"context must be 0 or more preceding frames, got {self.context}")
-        if self.topk < 1:
-            raise ValueError(f"topk must be at least 1 patch, got {self.topk}")
-        if not self.radius > 0:
-            raise ValueError(
-                f"radius must be above 0 patches, got {self.radius}; use math.inf for anywhere"
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        for name, least, ok in (
+            ("context", "0 or more preceding frames", self.context >= 0),
+            ("radius", "above 0 patches, math.inf for anywhere", self.radius > 0),
+            ("topk", "at least 1 patch", self.topk >= 1),
+            ("temperature", "above 0", self.temperature > 0),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {least}, got {getattr(self, name)}")
 
 
 PROTOCOLS: dict[str, PropagationProtocol] = {
     # videowalk's test.py as SiamMAE and CropMAE use it. Its loader puts `context` copies of frame
     # 0 before the clip: they lie in the sliding window, hence under the radius, and count once
     # each. So frame 1 takes all seven votes from the single best patch near by: a plain copy.
-    "crw": PropagationProtocol(
-        context=20,
-        radius=20,
-        topk=7,
-        temperature=0.7,
-        neighbourhood="disk",
-        restrict_first=False,
-        repeat_first=True,
-    ),
+    "crw": PropagationProtocol(20, 20, 7, 0.7, "disk", restrict_first=False, repeat_first=True),
     # DINO's eval_video_segmentation.py: the queue starts empty and never holds frame 0.
-    "dino": PropagationProtocol(
-        context=7,
-        radius=12,
-        topk=5,
-        temperature=0.1,
-        neighbourhood="square",
-        restrict_first=True,
-        repeat_first=False,
-    ),
+    "dino": PropagationProtocol(7, 12, 5, 0.1, "square", restrict_first=True, repeat_first=False),
 }
 
 
 class LabelPropagator:
-    """Propagates labels frame by frame and keeps the context only.
-
-    Example:
-        >>> propagator = LabelPropagator(torch.rand(3, 20, 35))
-        >>> for features in torch.randn(4, 384, 20, 35):
-        ...     labels = propagator.step(features)  # (3, 20, 35)
-    """
+    """Propagates labels frame by frame and keeps the context only."""
 
     def __init__(
         self,
         first_labels: Tensor,
         *,
-        context: int | None = None,
-        radius: float | None = None,
-        topk: int | None = None,
-        temperature: float | None = None,
         protocol: Protocol = "crw",
         chunk: int | None = None,
+        **changes: float | None,
     ) -> None:
-        """Start a clip.
+        """Begin a clip.
 
         Args:
-            first_labels: ``(K, h, w)`` floating point, soft labels of the first frame at the
-                grid of the features.
-            context: preceding frames, in place of the protocol's.
-            radius: in patches, in place of the protocol's; ``math.inf`` for no restriction.
-            topk: number of patches averaged, in place of the protocol's.
-            temperature: of the softmax, in place of the protocol's.
-            protocol: ``crw`` (videowalk, SiamMAE, CropMAE, Co-Settle) or ``dino``; their numbers
-                are in :data:`PROTOCOLS`.
-            chunk: patches of a frame compared at a time; bounds memory and does not change the
-                result. By default 8192, and 256 of a frame of more than 1024 on a CPU.
-
-        Raises:
-            GeometryError: labels of another shape or dtype.
-            ValueError: an unknown protocol, or an option out of range.
+            first_labels: ``(K, h, w)`` floating point, soft labels of the first frame.
+            protocol: a name of :data:`PROTOCOLS`.
+            chunk: patches of a frame that are compared at a time; bounds memory only.
+            **changes: fields of :class:`PropagationProtocol`, in place of the protocol's.
         """
         if protocol not in PROTOCOLS:
             known = " or ".join(repr(name) for name in PROTOCOLS)
             raise ValueError(f"got protocol {protocol!r}, expected {known}")
-        given: dict[str, Any] = {
-            "context": context,
-            "radius": radius,
-            "topk": topk,
-            "temperature": temperature,
-        }
-        changes = {name: value for name, value in given.items() if value is not None}
-        self.protocol = dataclasses.replace(PROTOCOLS[protocol], **changes)
+        given: Any = {name: value for name, value in changes.items() if value is not None}
+        self.protocol = dataclasses.replace(PROTOCOLS[protocol], **given)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 patch, got {chunk}")
         self.chunk = chunk
-        if first_labels.ndim != 3 or first_labels.numel() == 0:
+        if (
+            first_labels.ndim != 3
+            or 0 in first_labels.shape
+            or not first_labels.is_floating_point()
+        ):
             raise GeometryError(
-                f"got first_labels of shape {tuple(first_labels.shape)}, expected (K, h, w): one "
-                "map for each of K labels, at the grid of the features"
-            )
-        if not first_labels.is_floating_point():
-            raise GeometryError(
-                f"got first_labels of dtype {first_labels.dtype}, expected floating point: "
-                "one-hot the label ids over K, resize them to the grid and call .float()"
+                f"got first_labels of shape {tuple(first_labels.shape)} and {first_labels.dtype}, "
+                "expected floating point (K, h, w): one-hot the label ids over K, resize them to "
+                "the grid of the features and call .float()"
             )
         self._first_labels = first_labels.clone()
         # Patches are (long, short, C) of unit length, the longer side of the grid first: bands run
@@ -170,18 +114,9 @@ class LabelPropagator:
 
     @torch.no_grad()
     def step(self, features: Tensor) -> Tensor:
-        """Return the soft labels of the next frame.
+        """Return the soft labels ``(K, h, w)`` of the next frame; of the first one those given.
 
-        Args:
-            features: ``(C, h, w)`` or ``(1, C, h, w)``, any floating dtype; need not be
-                normalised.
-
-        Returns:
-            ``(K, h, w)`` on the features' device; the first call returns the first labels.
-
-        Raises:
-            GeometryError: features of another grid than the labels, or of other channels than
-                the frames before.
+        ``features`` are ``(C, h, w)`` or ``(1, C, h, w)`` on the grid of the labels.
         """
         unit = unit_map(features)
         grid, expected = tuple(unit.shape[1:]), tuple(self._first_labels.shape[1:])
@@ -227,13 +162,11 @@ class LabelPropagator:
         queries = rearrange(patches[band.start : band.stop], "l s c -> (l s) c")
         reach = lines if math.isinf(protocol.radius) else math.floor(protocol.radius)
         low, high = max(0, band.start - reach), min(lines, band.stop + reach)
-        mask = locality_mask(
-            protocol.radius, protocol.neighbourhood, band, range(low, high), short, like=queries
-        )
+        mask = _locality_mask(protocol, band, range(low, high), short, queries)
         found: list[tuple[Tensor, Tensor]] = []
 
         def add(blocks: Tensor, first_patch: int, copies: int = 1) -> None:
-            cosine, index = topk_of_lines(blocks, short, protocol.topk)
+            cosine, index = _topk_of_lines(blocks, short, protocol.topk)
             n = blocks.shape[2]
             index = first_patch + index // n * (lines * short) + index % n
             copies = min(copies, protocol.topk)
@@ -286,22 +219,51 @@ def propagate_labels(
         features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``; any
             floating dtype, need not be normalised.
         first_labels: ``(K, h, w)`` floating point, soft labels of the first frame.
-        **options: ``protocol``, ``context``, ``radius``, ``topk``, ``temperature`` and ``chunk``
-            of :class:`LabelPropagator`.
+        **options: those of :class:`LabelPropagator`.
 
     Returns:
         ``(T, K, h, w)``; the first frame's are ``first_labels``.
-
-    Raises:
-        FrameError: no frames.
-        GeometryError: shapes that do not fit together.
-        ValueError: an unknown protocol, or an option out of range.
     """
     propagator = LabelPropagator(first_labels, **options)
     labels = [propagator.step(frame) for frame in each_map(features)]
     if not labels:
         raise FrameError("got no feature maps to propagate labels through; expected at least one")
     return torch.stack(labels)
+
+
+def _locality_mask(
+    protocol: PropagationProtocol, queries: range, keys: range, short: int, like: Tensor
+) -> Tensor:
+    """``(queries * short, keys * short)``: 0 where a query may look and -inf elsewhere.
+
+    ``queries`` and ``keys`` are lines of the grid, of ``short`` patches each.
+    """
+    along, across = patch_distances(queries, keys, short, like.device)
+    if protocol.neighbourhood == "disk":
+        near = along.square() + across.square() < protocol.radius**2
+    else:
+        near = torch.maximum(along, across) <= protocol.radius
+    mask = like.new_zeros(near.shape).masked_fill_(~near, -torch.inf)
+    return rearrange(mask, "a s b t -> (a s) (b t)")
+
+
+def _topk_of_lines(blocks: Tensor, short: int, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices ``(q, k)`` of the best of ``f n`` patches in ``(f, q, n)`` blocks.
+
+    Exact: the k best patches lie in the k lines (of ``short`` patches) with the best maxima, and a
+    maximum is much cheaper than a sort. Where there are fewer patches there are fewer columns.
+    """
+    frames, _, n = blocks.shape
+    if frames * n // short <= 2 * k:
+        values, index = rearrange(blocks, "f q n -> q (f n)").topk(min(k, frames * n), dim=1)
+        return values, index
+    lines = rearrange(blocks, "f q (l s) -> f q l s", s=short)
+    maxima = rearrange(reduce(lines, "f q l s -> f q l", "max"), "f q l -> q (f l)")
+    best = maxima.topk(k, dim=1).indices  # of the f l lines
+    query = rearrange(torch.arange(len(best), device=best.device), "q -> q 1")
+    inside = lines[best // lines.shape[2], query, best % lines.shape[2]]
+    values, chosen = rearrange(inside, "q k s -> q (k s)").topk(k, dim=1)
+    return values, best.gather(1, chosen // short) * short + chosen % short
 
 
 def _columns(patches: Tensor) -> Tensor:

@@ -11,24 +11,17 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosettle_adapter.correspondence.affinity import each_map, unit_map
+from cosettle_adapter.correspondence.matching import each_map, unit_map
 from cosettle_adapter.errors import FrameError, GeometryError
 
 
 class Tracks(NamedTuple):
-    """Where points of frame 0 are in every frame.
+    """Where points of frame 0 are in every frame."""
 
-    Attributes:
-        positions: ``(T, N, 2)`` fractional (row, col) in patches; whole numbers are centres.
-        score: ``(T, N)`` cosine between the point's feature and the best patch's.
-        cycle_error: ``(T, N)`` the occlusion score: distance in patches between the point and
-            where the feature at its tracked position matches back to in frame 0. It is small for a
-            visible point; above one or two patches the point is probably occluded, outside the
-            frame, or on a repeated texture.
-    """
-
-    positions: Tensor
-    score: Tensor
+    positions: Tensor  # (T, N, 2) fractional (row, col) in patches; whole numbers are centres
+    score: Tensor  # (T, N) cosine between the point's feature and the best patch's
+    # (T, N) distance in patches between the point and where the feature at its tracked position
+    # matches back to in frame 0; above one or two the point is probably occluded
     cycle_error: Tensor
 
 
@@ -53,25 +46,13 @@ def track_points(
         radius_argmax: patches around the best one, by Euclidean distance, that the soft-argmax
             averages; 0 returns the best patch's centre.
         temperature: of the soft-argmax; smaller trusts the best patch more.
-        search_radius: look only this many patches around the point's position in the frame
-            before; by default in the whole frame.
-
-    Returns:
-        :class:`Tracks`; frame 0 is matched with itself.
-
-    Raises:
-        FrameError: no frames.
-        GeometryError: shapes that do not fit together, or points outside the grid.
-        ValueError: an option out of range.
+        search_radius: look only this many patches around where the point was in the frame before.
     """
-    if not radius_argmax >= 0:
-        raise ValueError(f"radius_argmax must be 0 or more patches, got {radius_argmax}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if search_radius is not None and not search_radius >= 1:
+    if not (radius_argmax >= 0 and temperature > 0 and (search_radius or 1) >= 1):
         raise ValueError(
-            f"search_radius must be at least 1 patch, got {search_radius}; use None for the "
-            "whole frame"
+            f"got radius_argmax={radius_argmax}, temperature={temperature} and "
+            f"search_radius={search_radius}; expected 0 or more patches, a positive temperature, "
+            "and at least 1 patch or None"
         )
     refine = (radius_argmax, temperature)
     positions, scores, errors = [], [], []
@@ -109,8 +90,7 @@ def _check_points(points: Tensor, first: Tensor) -> Tensor:
         rows, columns = first.shape[1:]
         raise GeometryError(
             f"got the point {points[outside][0].tolist()}, which is outside the grid: expected "
-            f"(row, col) in patches, rows in [-0.5, {rows - 0.5}] and columns in "
-            f"[-0.5, {columns - 0.5}]; that is pixels / patch - 0.5"
+            f"(row, col) up to ({rows - 0.5}, {columns - 0.5}), that is pixels / patch - 0.5"
         )
     return points
 

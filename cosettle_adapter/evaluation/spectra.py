@@ -15,7 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cosettle_adapter.closed_form import TokenStatistics, corresponding_patches
+from cosettle_adapter.closed_form import TokenStatistics
+from cosettle_adapter.correspondence import corresponding_patches
 from cosettle_adapter.evaluation.drift import token_frames
 from cosettle_adapter.imports import require
 

@@ -36,7 +36,6 @@ from cosettle_adapter.extraction.sources import Source, output_names
 from cosettle_adapter.extraction.stores import Store
 from cosettle_adapter.extraction.work import Work
 from cosettle_adapter.video import FrameSelection
-from cosettle_adapter.video.selection import selected
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ def extract(
         overwrite: replace what is there under that name, once the new file is whole.
         on_chunk: called with the number of frames done so far after every batch.
         **options: fields of :class:`ExtractSettings`, instead of ``settings`` or to change it
-            (``batch_size=4``); those of :class:`FrameSelection` are deprecated.
+            (``batch_size=4``).
 
     Raises:
         FrameError: not a single frame could be read, or frames cannot be used.
@@ -133,9 +132,7 @@ def extract(
         OSError: the file could not be written; an earlier one of that name is left as it was.
     """
     path = Path(destination)
-    fields = {field.name for field in dataclasses.fields(FrameSelection)}
-    moved = {name: options.pop(name) for name in list(options) if name in fields}
-    select = selected(select, moved)
+    select = select or FrameSelection()
     settings = dataclasses.replace(settings or ExtractSettings(), **options)
     store = choose_format(path, settings.format)
     settings = store.plan(adapter, settings)

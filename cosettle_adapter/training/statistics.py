@@ -23,11 +23,10 @@ from cosettle_adapter.closed_form import (
     Nuisance,
     StatisticsError,
     TokenStatistics,
-    corresponding_patches,
     layer_scale,
-    soft_correspondences,
 )
-from cosettle_adapter.closed_form.statistics import exact
+from cosettle_adapter.closed_form.affine import exact
+from cosettle_adapter.correspondence import corresponding_patches, soft_correspondences
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.training.clips import neighbouring_frames
 from cosettle_adapter.training.model_selection import Layers

@@ -1,7 +1,5 @@
 """Anything to uint8 frames and timestamps, one chunk at a time, and from pixels to patches."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from cosettle_adapter.imports import load_on_use
@@ -26,53 +24,21 @@ from cosettle_adapter.video.geometry import (
 from cosettle_adapter.video.prefetch import prefetch
 from cosettle_adapter.video.reader import FrameChunk, open_frames, pinned, probe
 from cosettle_adapter.video.selection import FrameSelection
-from cosettle_adapter.video.synthetic import photographs
 
 if TYPE_CHECKING:
     from cosettle_adapter.video.random_access import count_frames, read_frames
-    from cosettle_adapter.video.synthetic import RenderedClip, render_clip
+    from cosettle_adapter.video.synthetic import RenderedClip, photographs, render_clip
 
 __all__ = [
-    "IMAGE_SUFFIXES",
-    "VIDEO_SUFFIXES",
-    "Fit",
-    "FrameChunk",
-    "FrameSelection",
-    "Geometry",
-    "RenderedClip",
-    "SourceInfo",
-    "apply_geometry",
-    "as_frames",
-    "count_frames",
-    "find_images",
-    "find_videos",
-    "is_image",
-    "is_video",
-    "open_frames",
-    "photographs",
-    "pinned",
-    "plan_geometry",
-    "prefetch",
-    "probe",
-    "read_frames",
-    "read_image",
-    "render_clip",
-    "resample_to_points",
-    "validate_frames",
-]
+    "IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Fit", "FrameChunk", "FrameSelection", "Geometry",
+    "RenderedClip", "SourceInfo", "apply_geometry", "as_frames", "count_frames", "find_images",
+    "find_videos", "is_image", "is_video", "open_frames", "photographs", "pinned",
+    "plan_geometry", "prefetch", "probe", "read_frames", "read_image", "render_clip",
+    "resample_to_points", "validate_frames",
+]  # fmt: skip
 
-# not what every user of frames needs
 __getattr__ = load_on_use(
     __name__,
-    {
-        "RenderedClip": "cosettle_adapter.video.synthetic",
-        "count_frames": "cosettle_adapter.video.random_access",
-        "photographs": "cosettle_adapter.video.synthetic",
-        "read_frames": "cosettle_adapter.video.random_access",
-        "render_clip": "cosettle_adapter.video.synthetic",
-    },
+    random_access=["count_frames", "read_frames"],
+    synthetic=["RenderedClip", "photographs", "render_clip"],
 )
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +12,13 @@ from torch import Tensor
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
 
-_ACCEPTED = (
-    "a torch tensor (3, H, W), (T, 3, H, W) or (B, T, 3, H, W); a numpy array (H, W, 3) or "
-    "(T, H, W, 3); a PIL image; or a list of images of one size"
-)
 _AXES = {3: "(3, H, W)", 4: "(T, 3, H, W)", 5: "(B, T, 3, H, W)"}
+_ACCEPTED = (
+    f"a torch tensor {', '.join(_AXES.values())}; a numpy array (H, W, 3) or (T, H, W, 3); "
+    "a PIL image; or a list of images of one size"
+)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROUNDING = 1e-5  # a resize or a division in float32 may end this far outside [0, 1]
-_OVERSHOT = "if a resize overshot, frames.clamp(0, 1)"
 
 
 def as_frames(frames: Any) -> Tensor:
@@ -35,9 +33,6 @@ def as_frames(frames: Any) -> Tensor:
             PIL image of any mode; or a list of such single images, all of one size. uint8 in
             [0, 255], or float in [0, 1].
 
-    Returns:
-        uint8 or float tensor (3, H, W), (T, 3, H, W) or (B, T, 3, H, W), as many axes as given.
-
     Raises:
         FrameError: the frames are of another kind, shape, dtype or range.
     """
@@ -47,26 +42,17 @@ def as_frames(frames: Any) -> Tensor:
 
 
 def validate_frames(frames: Tensor) -> None:
-    """Check that a tensor holds RGB frames as this package takes them.
+    """Check that a tensor is what :func:`as_frames` returns; FrameErrors say what to call.
 
     Under ``torch.compile`` the range of floats is not checked.
-
-    Args:
-        frames: (3, H, W), (T, 3, H, W) or (B, T, 3, H, W), uint8 or float in [0, 1].
-
-    Raises:
-        FrameError: the shape, dtype or range is another; the message says what to call.
     """
     _check_shape(tuple(frames.shape))
     if frames.dtype == torch.uint8:
         return
     if frames.dtype not in _FLOATS:
-        hint = {
-            torch.bool: "masks are not frames",
-            torch.uint16: "16-bit: (frames.to(torch.int32) // 257).to(torch.uint8)",
-        }.get(frames.dtype, "if the values are in [0, 255], use .to(torch.uint8)")
         raise FrameError(
-            f"got dtype {frames.dtype}, expected uint8 in [0, 255] or float in [0, 1]; {hint}"
+            f"got dtype {frames.dtype}, expected uint8 in [0, 255] or float in [0, 1]; scale the "
+            "values to one of these, then use .to(torch.uint8) or .float()"
         )
     if torch.compiler.is_compiling():  # looking at values would break the graph
         return
@@ -75,22 +61,13 @@ def validate_frames(frames: Tensor) -> None:
         raise FrameError(_wrong_range(low, high))
 
 
-def is_array(candidate: Any) -> bool:
-    """Tell whether something is a numpy array, without importing numpy."""
-    return _is_a(candidate, "numpy", "ndarray")
-
-
-def is_pil(candidate: Any) -> bool:
-    """Tell whether something is a PIL image, without importing PIL."""
-    return _is_a(candidate, "PIL.Image", "Image")
+def holds_pixels(candidate: Any) -> bool:
+    """Tell whether something is a tensor, a numpy array or a PIL image, importing neither."""
+    return isinstance(candidate, Tensor) or _is_array(candidate) or _is_pil(candidate)
 
 
 def image_to_frame(image: Any) -> Tensor:
-    """Convert a PIL image to (3, H, W) uint8 RGB; transparency is dropped.
-
-    Raises:
-        FrameError: a mode without a known range of values (32-bit float).
-    """
+    """Convert a PIL image to (3, H, W) uint8 RGB; transparency is dropped."""
     numpy = imports.require("numpy", extra="video", purpose="reading PIL images")
     if image.mode == "F":
         raise FrameError("got a 32-bit float PIL image; pass it as a float array in [0, 1] instead")
@@ -100,44 +77,38 @@ def image_to_frame(image: Any) -> Tensor:
     return rearrange(torch.from_numpy(numpy.array(image.convert("RGB"))), "h w c -> c h w")
 
 
-def _is_a(candidate: Any, module: str, name: str) -> bool:
+def _is_array(candidate: Any) -> bool:
     # an object of a class exists only once its module is imported
-    loaded = sys.modules.get(module)
-    return loaded is not None and isinstance(candidate, getattr(loaded, name))
+    return "numpy" in sys.modules and isinstance(candidate, sys.modules["numpy"].ndarray)
+
+
+def _is_pil(candidate: Any) -> bool:
+    return "PIL.Image" in sys.modules and isinstance(candidate, sys.modules["PIL.Image"].Image)
 
 
 def _to_tensor(frames: Any) -> Tensor:
     if isinstance(frames, Tensor):
         return frames
-    if is_array(frames):
+    if _is_array(frames):
         return _array_to_tensor(frames)
-    if is_pil(frames):
+    if _is_pil(frames):
         return image_to_frame(frames)
-    if isinstance(frames, (list, tuple)):
-        return _stack(frames)
-    kind = f"an object of type {type(frames).__name__}"
-    if isinstance(frames, (str, bytes)) or hasattr(frames, "__fspath__"):
-        kind = f"the path {frames!r} (open_frames reads files)"
-    raise FrameError(f"cannot read frames from {kind}; expected {_ACCEPTED}")
-
-
-def _stack(images: Sequence[Any]) -> Tensor:
-    if not images:
+    if not isinstance(frames, (list, tuple)):
+        kind = f"an object of type {type(frames).__name__}"
+        if isinstance(frames, (str, bytes)) or hasattr(frames, "__fspath__"):
+            kind = f"the path {frames!r} (open_frames reads files)"
+        raise FrameError(f"cannot read frames from {kind}; expected {_ACCEPTED}")
+    if not frames:
         raise FrameError(f"got zero frames: an empty list; expected {_ACCEPTED}")
-    converted = [_to_tensor(image) for image in images]
-    first = converted[0]
-    for index, frame in enumerate(converted):
-        if frame.ndim != 3:
+    images = [_to_tensor(image) for image in frames]
+    first = images[0]
+    for index, image in enumerate(images):
+        if image.ndim != 3 or (image.shape, image.dtype) != (first.shape, first.dtype):
             raise FrameError(
-                f"item {index} of the list has shape {tuple(frame.shape)}, expected one image, "
-                "(3, H, W) or (H, W, 3); concatenate clips before passing them"
+                f"item {index} of the list is {tuple(image.shape)} {image.dtype}, and item 0 is "
+                f"{tuple(first.shape)} {first.dtype}; expected single images of one size and dtype"
             )
-        if (frame.shape, frame.dtype) != (first.shape, first.dtype):
-            raise FrameError(
-                f"item {index} of the list is {tuple(frame.shape)} {frame.dtype}, but item 0 is "
-                f"{tuple(first.shape)} {first.dtype}; give all frames one size and dtype"
-            )
-    return torch.stack(converted)
+    return torch.stack(images)
 
 
 def _array_to_tensor(array: Any) -> Tensor:
@@ -158,51 +129,35 @@ def _array_to_tensor(array: Any) -> Tensor:
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
-    if len(shape) not in _AXES:
+    axes = _AXES.get(len(shape))
+    if axes is None:
         hint = "; a grayscale image: repeat it to 3 channels, (3, H, W)" if len(shape) == 2 else ""
-        raise FrameError(
-            f"got shape {shape} with {len(shape)} axes, expected {', '.join(_AXES.values())}{hint}"
-        )
+        expected = ", ".join(_AXES.values())
+        raise FrameError(f"got shape {shape} with {len(shape)} axes, expected {expected}{hint}")
     if 0 in shape:
-        raise FrameError(f"got zero frames or pixels: shape {shape}; expected {_AXES[len(shape)]}")
+        raise FrameError(f"got zero frames or pixels: shape {shape}; expected {axes}")
     channels, last = shape[-3], shape[-1]
     if channels == 3:
         return
+    hint = "frames are RGB: pick 3 channels"
     if last in (1, 3, 4):
-        order = {3: "2, 0, 1", 4: "0, 3, 1, 2", 5: "0, 1, 4, 2, 3"}[len(shape)]
-        then = {1: ", and repeat 1 channel to 3", 3: "", 4: ", and drop alpha"}[last]
-        hint = f"channels look to be last: pass the numpy array, or frames.permute({order}){then}"
+        hint = "channels look to be last: pass the numpy array, or frames.movedim(-1, -3)"
     elif channels == 1:
-        hint = (
-            "grayscale: repeat to 3 with frames.repeat_interleave(3, dim=-3), "
-            "or numpy.repeat(frames, 3, axis=-1) for an array with channels last"
-        )
+        hint = "a grayscale image: frames.repeat_interleave(3, dim=-3)"
     elif channels == 4:
-        hint = (
-            "4 channels: drop alpha with frames[..., :3, :, :], "
-            "or frames[..., :3] for an array with channels last"
-        )
+        hint = "drop alpha with frames[..., :3, :, :], or [..., :3] where channels are last"
     elif len(shape) == 3:
         hint = "a grayscale clip (T, H, W): frames.unsqueeze(1).expand(-1, 3, -1, -1)"
-    else:
-        hint = "frames are RGB: pick 3 channels"
-    amount = "1 channel" if channels == 1 else f"{channels} channels"
-    raise FrameError(f"got {amount} in shape {shape}, expected {_AXES[len(shape)]}; {hint}")
+    raise FrameError(f"got {channels} channel(s) in shape {shape}, expected {axes}; {hint}")
 
 
 def _wrong_range(low: float, high: float) -> str:
-    if low != low or high != high:
-        return "float frames hold NaN; expected finite values in [0, 1]"
-    if low == -torch.inf or high == torch.inf:
-        return "float frames hold infinite values; expected finite values in [0, 1]"
-    if low < -_ROUNDING:
+    if not (-torch.inf < low and high < torch.inf):
+        return "float frames hold NaN or infinite values; expected finite ones in [0, 1]"
+    if low > -0.25 and high < 1.25:
+        hint = "if a resize overshot, frames.clamp(0, 1); if they are normalised, undo that"
+    elif low < -_ROUNDING:
         hint = "these look normalised: do not normalise, the adapter does"
-        if low > -0.25 and high < 1.25:
-            hint += f"; {_OVERSHOT}"
-    elif high < 1.25:
-        hint = _OVERSHOT
-    elif high <= 255:
-        hint = "divide by 255, or use .to(torch.uint8)"
     else:
-        hint = f"divide by the largest value the format allows ({high:g} was met)"
+        hint = f"divide by the largest value the format allows ({high:g} was met), such as 255"
     return f"float frames must lie in [0, 1], got min {low:g} and max {high:g}; {hint}"

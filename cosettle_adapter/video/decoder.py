@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import re
 import struct
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.video.completeness import Completeness
 from cosettle_adapter.video.selection import PendingFrame
 
 if TYPE_CHECKING:
@@ -32,35 +32,23 @@ logger = logging.getLogger(__name__)
 
 # how far before ``start`` to look for a keyframe, in turn, until one is found in time
 _SEEK_MARGINS = (0.0, 2.0, 16.0)
-# FFmpeg takes any text for a film of characters
-_TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")
+_TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg takes any text for a film of characters
 _ATTACHED_PICTURE = 0x0400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a song
-_LOADERS = {".npy": "numpy.load", ".npz": "numpy.load", ".pt": "torch.load", ".pth": "torch.load"}
+
+Turn = tuple[int, int, int, int]  # (a, b, c, d) of a display matrix
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """A file that lies inside another one, such as an uncompressed member of a tar archive.
+    """A file that lies inside another one, such as an uncompressed member of a tar archive."""
 
-    Attributes:
-        path: the file it lies in.
-        start: its first byte.
-        size: its length in bytes.
-        name: what it is called there.
-    """
-
-    path: Path
-    start: int
-    size: int
-    name: str
+    path: Path  # the file it lies in
+    start: int  # its first byte
+    size: int  # its length in bytes
+    name: str  # what it is called there
 
     def __str__(self) -> str:
         return f"{self.path}/{self.name}"
-
-    @property
-    def suffix(self) -> str:
-        """The suffix of its name, ``.mp4``."""
-        return PurePosixPath(self.name).suffix
 
 
 VideoSource = Path | FileRange
@@ -68,17 +56,10 @@ VideoSource = Path | FileRange
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What can be told of a source at little cost.
+    """What can be told of a source at little cost; ``fps`` is known of videos only."""
 
-    Attributes:
-        frames: number of frames, or None; for a video what its header promises.
-        height: height of the frames, upright, or None.
-        width: width of the frames, upright, or None.
-        fps: average frames per second of a video, None for other sources.
-    """
-
-    frames: int | None = None
-    height: int | None = None
+    frames: int | None = None  # of a video what its header promises
+    height: int | None = None  # of the frames, upright
     width: int | None = None
     fps: float | None = None
 
@@ -93,59 +74,53 @@ class Video:
         self.source, self.container, self.stream = source, container, stream
         self.base = stream.time_base or Fraction(0)
         self.step = 1 / stream.average_rate if stream.average_rate else Fraction(0)
-        self.completeness = Completeness(container, stream)
-        self._origin = stream.start_time
-        self._time = -self.step
+        self.seconds: float | None = None  # promised, as the times below from the stream's start
+        self._first = float((stream.start_time or 0) * self.base)
+        self._reached = self._shown = self._latest = self._widest_gap = 0.0
+        self._read, self._cut = 0, False
+        if stream.frames and container.format.name == "avi":
+            # the duration of a cut AVI file is estimated from its size; its frame count is not
+            self.seconds = float(stream.frames * self.base)
+        elif stream.duration:
+            self.seconds = float(stream.duration * self.base)
+        elif tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
+            hours, minutes, seconds = map(float, tag.groups())  # Matroska's
+            self.seconds = 3600 * hours + 60 * minutes + seconds - self._first
+        elif container.duration:
+            self.seconds = container.duration / 1e6 - self._first
 
     def seek(self, ticks: int) -> str | None:
         """Go to the keyframe at or before a time; return why not, where it cannot be done."""
-        av = pyav()
         try:
             self.container.seek(ticks, stream=self.stream, backward=True)
-        except (av.error.FFmpegError, OSError) as error:
+        except (pyav().error.FFmpegError, OSError) as error:
             return reason(error)
         return None
-
-    def time_of(self, frame: VideoFrame) -> Fraction:
-        """Decide when a frame is shown, in seconds from the stream's start.
-
-        Frames come in order; one without a time follows the one before it at the average rate.
-        """
-        if frame.pts is None:
-            self._time += self.step
-        else:
-            self._origin = frame.pts if self._origin is None else self._origin
-            self._time = (frame.pts - self._origin) * self.base
-        return self._time
 
     def packets(self) -> Iterator[Packet[Any]]:
         """Yield the stream's packets, an empty one last; one that is cut off is left out."""
         may_be_cut = "mpegts" not in self.container.format.name  # a broadcast may be cut anywhere
-        held: Packet[Any] | None = None
-        for packet in self.container.demux(self.completeness.streams):
-            if packet.stream.index != self.stream.index:  # the last packets have no stream_index
-                self.completeness.saw_packet(packet)
+        for packet in self.container.demux():
+            if packet.stream.index != self.stream.index:  # sound may outlast the pictures
+                if packet.pts is not None and packet.stream.type in ("audio", "video"):
+                    end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    self._reached = max(self._reached, end - self._first)
                 continue
-            at_end = not packet.size and packet.dts is None
-            if held is not None:
-                if at_end and may_be_cut:
-                    self.completeness.partial_tail = True
-                else:
-                    yield held
-            held = packet if packet.is_corrupt and packet.size else None
-            if held is None and (packet.size or at_end):
+            if packet.size:
+                self._cut = packet.is_corrupt and may_be_cut
+            if not self._cut or packet.dts is None:
                 yield packet
 
-    def frames(self, prepare: Callable[[Packet[Any]], None] | None = None) -> Iterator[VideoFrame]:
+    def frames(
+        self, prepare: Callable[[Packet[Any]], None] = lambda packet: None
+    ) -> Generator[VideoFrame, None, None]:
         """Decode from here to the end; ``prepare`` is called before each packet is decoded."""
-        av = pyav()
         started = False
         for packet in self.packets():
-            if prepare is not None:
-                prepare(packet)
+            prepare(packet)
             try:
                 frames = self.stream.decode(packet)
-            except av.error.InvalidDataError:
+            except pyav().error.InvalidDataError:
                 if started:
                     raise
                 continue  # a recording may begin between keyframes
@@ -153,55 +128,76 @@ class Video:
             yield from frames
 
     def timed_frames(self, *, from_start: bool) -> Generator[tuple[VideoFrame, float], None, None]:
-        """Decode with times to the end of the file, then say whether it came too early.
+        """Decode to the end, with seconds from the stream's start; errors of :func:`decode_video`.
 
-        Raises:
-            FrameError: there is no frame.
-            TruncatedVideoError: as in :func:`decode_video`.
+        A frame without a time follows the one before it at the average rate.
         """
-        av = pyav()
-        count, damaged = 0, False
+        count, damaged, origin, time = 0, False, self.stream.start_time, -self.step
         try:
             for frame in self.frames():
-                time = float(self.time_of(frame))
-                lasts = (getattr(frame, "duration", 0) or 0) * self.base or self.step
-                self.completeness.saw_frame(time, float(lasts))
+                if frame.pts is None:
+                    time += self.step
+                else:
+                    origin = frame.pts if origin is None else origin
+                    time = (frame.pts - origin) * self.base
+                self.saw_frame(time, (getattr(frame, "duration", 0) or 0) * self.base or self.step)
                 if frame.is_corrupt and not damaged:
                     damaged = True
-                    logger.warning(
-                        "%s is damaged: the decoder patched up what it could", self.source
-                    )
-                yield frame, time
+                    logger.warning("%s is damaged: the decoder patched it up", self.source)
+                yield frame, float(time)
                 count += 1
-        except (av.error.FFmpegError, OSError) as error:
-            promise = self.completeness.promise(from_start=from_start)
-            raise TruncatedVideoError(
-                f"{self.source} breaks off ({reason(error)}): {promise}", frames_read=count
-            ) from error
-        self.completeness.check(self.source, count, from_start=from_start)
+        except (pyav().error.FFmpegError, OSError) as error:
+            message = f"{self.source} breaks off ({reason(error)}): {self._progress(from_start)}"
+            raise TruncatedVideoError(message, frames_read=count) from error
+        self.check_complete(count, from_start=from_start)
         if not count:
             raise FrameError(f"{self.source} has a video stream, but no frame of it can be decoded")
+
+    def saw_frame(self, time: Fraction, duration: Fraction) -> None:
+        """Note a frame: its time from the stream's start, how long it is shown."""
+        if self._read:
+            self._widest_gap = max(self._widest_gap, float(time) - self._latest)
+        self._read, self._latest = self._read + 1, float(time)
+        self._shown = max(self._shown, float(time + duration))
+        self._reached = max(self._reached, self._shown)
+
+    def check_complete(self, count: int, *, from_start: bool) -> None:
+        """Raise :class:`TruncatedVideoError` if the file ended before what its header promises.
+
+        Containers round, and frames may be dropped at the end, so half a second may be missing,
+        but no more than a tenth of a short clip, and at least twice the widest gap between frames,
+        as the last frame of a still scene may stand for long.
+        """
+        if not self._cut:
+            if self.seconds is None or (from_start and 0 < self.stream.frames <= self._read):
+                return
+            slack = max(min(0.5, 0.1 * self.seconds), 2 * self._widest_gap)
+            if self._reached >= self.seconds - slack:
+                return
+        message = f"{self.source} ends early: {self._progress(from_start)}"
+        raise TruncatedVideoError(message, frames_read=count)
+
+    def _progress(self, from_start: bool) -> str:
+        promised = f" of {self.stream.frames}" if self.stream.frames else ""
+        frames = f"{self._read}{promised} frames, " if from_start else ""
+        length = "unknown length" if self.seconds is None else f"{self.seconds:.2f} s"
+        return f"read {frames}{self._shown:.2f} s of {length}"
 
 
 @contextlib.contextmanager
 def open_video(source: VideoSource, *, threads: bool = True) -> Iterator[Video]:
-    """Open a video and find the stream of its pictures.
-
-    Args:
-        source: a file, or where in a file it lies; nothing is copied out.
-        threads: decode with as many threads as FFmpeg likes, not one.
-
-    Raises:
-        FrameError: no such file, not a video, or one that cannot be decoded.
-        MissingExtraError: PyAV or numpy is not installed.
-    """
+    """Open a video and find the stream of its pictures, else :class:`FrameError`."""
     av = pyav()
     imports.require("numpy", extra="video", purpose="reading video files")
     hint = "it is no video, or its end, which holds the index, is missing"
-    if source.suffix.lower() in _LOADERS:
-        hint = f"load it with {_LOADERS[source.suffix.lower()]} and pass the frames"
+    if str(source).lower().endswith((".npy", ".npz", ".pt", ".pth")):
+        hint = "load it with numpy.load or torch.load and pass the frames"
+    url = f"file:{source}"  # the prefix keeps a colon in a name from reading as a protocol
+    if isinstance(source, FileRange):
+        end = source.start + source.size
+        url = f"subfile,,start,{source.start},end,{end},,:file:{source.path}"
     try:
-        container = av.open(_url(source), metadata_errors="replace")
+        container = av.open(url, metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
         raise FrameError(f"{source} cannot be read as a video ({reason(error)}); {hint}") from error
     with container:
@@ -229,23 +225,6 @@ def open_video(source: VideoSource, *, threads: bool = True) -> Iterator[Video]:
             codec.flush_buffers()
 
 
-def video_info(source: VideoSource) -> SourceInfo:
-    """Read a video's header, and its first frame, which knows how it is turned.
-
-    Raises:
-        FrameError: not a video, or nothing in it can be decoded.
-    """
-    with open_video(source, threads=False) as video:
-        fps = float(1 / video.step) if video.step else None
-        seconds = video.completeness.seconds
-        frames = video.stream.frames or (round(seconds * fps) if seconds and fps else None)
-        with contextlib.closing(video.timed_frames(from_start=True)) as timed:
-            first, _ = next(timed)
-            turn = display_matrix(first)
-        height, width = upright(torch.empty(first.height, first.width, 0), turn).shape[:2]
-    return SourceInfo(frames, height, width, fps)
-
-
 def decode_video(
     source: VideoSource, start: float | None = None
 ) -> Generator[PendingFrame, None, None]:
@@ -253,11 +232,8 @@ def decode_video(
 
     Times are seconds from the start of the stream, as the file has them: frames need not be
     evenly spaced. Pixels become 8-bit RGB whatever the format, upright as the file's display
-    matrix says; transparency is dropped and pixels are taken as stored, square or not.
-
-    Args:
-        source: the file, or where in a file it lies.
-        start: seconds; earlier frames may be left out, as decoding begins at a keyframe.
+    matrix says; transparency is dropped and pixels are taken as stored, square or not. Frames
+    before second ``start`` may be left out, as decoding begins at a keyframe.
 
     Raises:
         FrameError: not a video, or no frame in it.
@@ -266,36 +242,40 @@ def decode_video(
     """
     start = start or 0.0
     for margin in (*(margin for margin in _SEEK_MARGINS if start > margin), None):
-        with open_video(source) as video:
+        with open_video(source) as video, contextlib.ExitStack() as reading:
             if margin is not None:
-                if not video.base:
-                    continue
-                ticks = int((start - margin) / video.base) + (video.stream.start_time or 0)
+                ticks = int((start - margin) / (video.base or 1)) + (video.stream.start_time or 0)
                 if video.seek(ticks) is not None:
                     continue  # not every container can
-            with contextlib.closing(video.timed_frames(from_start=margin is None)) as timed:
-                try:
-                    first = next(timed)
-                except FrameError:
-                    if margin is None:
-                        raise
-                    continue
-                if margin is not None and (first[0].pts is None or first[1] > start):
-                    continue
-                turn = display_matrix(first[0])
-                for frame, time in itertools.chain([first], timed):
-                    load = partial(frame_pixels, frame, turn)
-                    yield PendingFrame(time, f"the frame at {time:g} s", load)
-                return
-
-
-Turn = tuple[int, int, int, int]  # (a, b, c, d) of a display matrix
+            timed = video.timed_frames(from_start=margin is None)
+            reading.enter_context(contextlib.closing(timed))
+            try:
+                first = next(timed)
+            except FrameError:
+                if margin is None:
+                    raise
+                continue
+            if margin is not None and (first[0].pts is None or first[1] > start):
+                continue
+            turn = display_matrix(first[0])
+            for frame, time in itertools.chain([first], timed):
+                load = partial(frame_pixels, frame, turn)
+                yield PendingFrame(time, f"the frame at {time:g} s", load)
+            return
 
 
 def frame_pixels(frame: VideoFrame, turn: Turn) -> Tensor:
-    """Convert a decoded frame to (3, H, W) uint8 RGB, upright."""
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-    return rearrange(upright(pixels, turn), "h w c -> c h w")
+    """Convert a decoded frame to (3, H, W) uint8 RGB, turned and mirrored upright.
+
+    x' = a x + c y, y' = b x + d y, to the nearest quarter turn.
+    """
+    pixels = rearrange(torch.from_numpy(frame.to_ndarray(format="rgb24")), "h w c -> c h w")
+    a, b, c, d = turn
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels = rearrange(pixels, "c h w -> c w h")
+        a, d = c, b
+    mirrored = [axis for axis, factor in ((-1, a), (-2, d)) if factor < 0]
+    return pixels.flip(mirrored) if mirrored else pixels
 
 
 def display_matrix(frame: VideoFrame) -> Turn:
@@ -310,15 +290,6 @@ def display_matrix(frame: VideoFrame) -> Turn:
     return a, b, c, d
 
 
-def upright(pixels: Tensor, turn: Turn) -> Tensor:
-    """Turn and mirror (H, W, C) pixels: x' = a x + c y, y' = b x + d y, nearest quarter turn."""
-    a, b, c, d = turn
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        pixels = rearrange(pixels, "h w c -> w h c")
-        a, d = c, b
-    return pixels.flip([axis for axis, sign in ((0, d), (1, a)) if sign < 0])
-
-
 def reason(error: BaseException) -> str:
     """Return an error's text without its number and file name."""
     return str(getattr(error, "strerror", None) or error)
@@ -327,11 +298,3 @@ def reason(error: BaseException) -> str:
 def pyav() -> Any:
     """Import PyAV, or say which extra brings it."""
     return imports.require("av", extra="video", purpose="reading video files")
-
-
-def _url(source: VideoSource) -> str:
-    # the prefix keeps a colon in a file's name from reading as a protocol
-    if isinstance(source, Path):
-        return f"file:{source}"
-    end = source.start + source.size
-    return f"subfile,,start,{source.start},end,{end},,:file:{source.path}"

@@ -23,8 +23,6 @@ VIDEO_SUFFIXES = (
     ".ogv", ".ts", ".webm", ".wmv",
 )  # fmt: skip
 
-_NUMBER = re.compile(r"([0-9]+)")
-
 
 def is_video(path: str | os.PathLike[str]) -> bool:
     """Tell by its name whether a file is a video: a suffix in any case, and not hidden."""
@@ -37,56 +35,58 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 
 
 def find_videos(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
-    """Find the video files of a folder, and below it if ``recursive``; none if there are none.
+    """Find the video files of a folder, and below it if ``recursive``, in natural order.
 
-    Hidden files and folders are left out; the order is natural, ``clip2`` before ``clip10``.
-
-    Raises:
-        OSError: ``folder`` is no folder, or cannot be read.
+    Hidden files and folders are left out; :class:`OSError` if the folder cannot be read.
     """
-    return natural_order(path for path in _visible(Path(folder), recursive) if is_video(path))
+    return natural_order(path for path in _files(Path(folder), recursive) if is_video(path))
 
 
 def find_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
     """Find the image files of a folder, as :func:`find_videos` finds videos."""
-    return natural_order(path for path in _visible(Path(folder), recursive) if is_image(path))
+    return natural_order(path for path in _files(Path(folder), recursive) if is_image(path))
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
-    """Find what a path or pattern means: one file, perhaps a video, or images in natural order.
-
-    Raises:
-        FrameError: there is no such file, or no image among the files.
-    """
-    path = Path(source).expanduser()
+    """Find what a path or pattern means: one file, perhaps a video, or images in natural order."""
+    path, pattern = Path(source).expanduser(), os.path.expanduser(source)  # noqa: PTH111
     if path.is_dir():
-        return find_images(path) or _no_images(path)
+        if found := find_images(path):
+            return found
+        held = ", ".join(entry.name for entry in natural_order(path.iterdir())[:3]) or "nothing"
+        raise FrameError(
+            f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {held}; "
+            "a video is opened by its own path"
+        )
     if path.is_file():
-        found = [path]
-    elif glob.has_magic(str(source)):
-        found = _matching_files(str(source))
-    elif "://" in str(source):
+        return [path] if path.suffix.lower() in IMAGE_SUFFIXES else path
+    if "://" in str(source):
         raise FrameError(f"{source} is a URL; download it and pass the path of the file")
-    else:
+    if not glob.has_magic(pattern):
         entries = path.parent.iterdir() if path.parent.is_dir() else ()
         siblings = [e.name for e in entries if is_video(e) or is_image(e) or e.is_dir()]
         raise FrameError(f"{path} does not exist.{did_you_mean(path.name, siblings)}")
-    return found if found[0].suffix.lower() in IMAGE_SUFFIXES else found[0]
+    matches = natural_order(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207
+    files = [match for match in matches if match.is_file()]
+    if images := [file for file in files if is_image(file)]:
+        return images
+    if len(files) == 1:
+        return files[0]
+    met = ", ".join(file.name for file in files[:3]) or "nothing"
+    raise FrameError(f"pattern {source} matches {met}; expected images, or a single video")
 
 
 def read_image(path: Path) -> Tensor:
     """Read an image file as (3, H, W) uint8, upright as its EXIF orientation says.
 
-    Raises:
-        FrameError: the file is missing, damaged or not an image.
+    A file that is missing, damaged or not an image is a :class:`FrameError`.
     """
-    purpose = "reading image files"
-    image_module = imports.require("PIL.Image", extra="video", purpose=purpose)
-    operations = imports.require("PIL.ImageOps", extra="video", purpose=purpose)
+    operations = imports.require("PIL.ImageOps", extra="video", purpose="reading image files")
+    pil = operations.Image
     try:
-        with image_module.open(path) as image:
+        with pil.open(path) as image:
             return image_to_frame(operations.exif_transpose(image))
-    except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
+    except (OSError, SyntaxError, pil.DecompressionBombError) as error:
         # PIL reports some broken files as SyntaxError
         raise FrameError(f"{path} cannot be read as an image: {error}") from error
 
@@ -94,7 +94,7 @@ def read_image(path: Path) -> Tensor:
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Return a key that sorts names as people do: ``frame2`` before ``frame10``."""
     # the pattern has one group, so texts and digits alternate and compare like with like
-    pieces = _NUMBER.split(name.casefold())
+    pieces = re.split(r"([0-9]+)", name.casefold())
     return [int(p) if i % 2 else p for i, p in enumerate(pieces)], name
 
 
@@ -109,39 +109,13 @@ def _has_suffix(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> bool
     return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
-def _visible(folder: Path, recursive: bool) -> Iterator[Path]:
-    """Yield files that are not hidden, nor in a hidden folder below ``folder``."""
-    if not recursive:
-        yield from (path for path in folder.iterdir() if path.is_file())
-        return
+def _files(folder: Path, recursive: bool) -> Iterator[Path]:
+    """Yield files, also those in folders below that are not hidden."""
     os.scandir(folder).close()  # raises if it cannot be read
 
     def report(error: OSError) -> None:
         logger.warning("%s is left out: %s", error.filename, error.strerror)
 
     for root, below, names in os.walk(folder, onerror=report):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in below if recursive and not name.startswith(".")]
         yield from (Path(root, name) for name in names)
-
-
-def _no_images(folder: Path) -> list[Path]:
-    entries = natural_order(folder.iterdir())
-    held = ", ".join(path.name for path in entries[:3]) or "nothing"
-    raise FrameError(
-        f"folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {held}"
-        f"{', ...' if len(entries) > 3 else ''}; a video is opened by its own path"
-    )
-
-
-def _matching_files(pattern: str) -> list[Path]:
-    names = glob.glob(os.path.expanduser(pattern), recursive=True)  # noqa: PTH111, PTH207
-    matches = natural_order(path for path in map(Path, names) if path.is_file())
-    images = [path for path in matches if is_image(path)]
-    if images or len(matches) == 1:
-        return images or matches
-    if matches:
-        raise FrameError(
-            f"pattern {pattern} matches {len(matches)} files and none is an image, among them "
-            f"{matches[0].name} and {matches[1].name}; open videos one at a time"
-        )
-    raise FrameError(f"pattern {pattern} matches no files; folders in it must exist")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,38 +26,14 @@ Fit = Literal["resize", "pad"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The way from a frame to the encoder's grid; made by :func:`plan_geometry`.
+    """The way from a frame to the encoder's grid, made by :func:`plan_geometry`; sizes (H, W)."""
 
-    Attributes:
-        frame: (H, W) of the original frame.
-        resized: (H, W) after resizing, before padding.
-        padded: (H, W) the encoder sees; equals ``resized`` unless ``fit="pad"``.
-        patch: side of a patch in the encoder's pixels.
-        stride: step between patches in the encoder's pixels.
-        fit: ``"resize"`` or ``"pad"``.
-
-    Raises:
-        GeometryError: the fields contradict each other.
-    """
-
-    frame: tuple[int, int]
-    resized: tuple[int, int]
-    padded: tuple[int, int]
-    patch: int
-    stride: int
+    frame: tuple[int, int]  # the original frame
+    resized: tuple[int, int]  # after resizing, before padding
+    padded: tuple[int, int]  # what the encoder sees; as ``resized`` unless ``fit="pad"``
+    patch: int  # side of a patch in the encoder's pixels
+    stride: int  # step between patches in the encoder's pixels
     fit: Fit
-
-    def __post_init__(self) -> None:
-        for name in ("frame", "resized", "padded"):
-            object.__setattr__(self, name, as_sides(name, getattr(self, name)))
-        _check_steps(self.patch, self.stride, self.fit)
-        for axis, seen, resized in zip(("height", "width"), self.padded, self.resized, strict=True):
-            _check_valid(f"padded {axis}", seen, self.patch, self.stride)
-            if seen < resized or (self.fit == "resize" and seen != resized):
-                raise GeometryError(
-                    f"padded {axis} {seen} does not go with resized {axis} {resized} under "
-                    f"fit={self.fit!r}; make geometries with plan_geometry"
-                )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -90,10 +66,7 @@ class Geometry:
         return torch.stack((x, y), dim=-1)
 
     def pixels_to_cells(self, points: Tensor) -> Tensor:
-        """Map (..., 2) of (x, y) pixels to fractional (row, col): :meth:`cells_to_pixels` undone.
-
-        Nothing is rounded or clamped.
-        """
+        """Map (..., 2) of (x, y) pixels to fractional (row, col), neither rounded nor clamped."""
         x, y = _pairs(points, "points", "(x, y)")
         sy, sx = self.scale
         row = (y * sy - self.patch / 2) / self.stride
@@ -107,13 +80,11 @@ class Geometry:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Geometry:
         """Rebuild a geometry from :meth:`to_dict`; raise :class:`GeometryError` if it is none."""
-        known = {field.name for field in fields(cls)}
-        if set(values) != known:
-            raise GeometryError(
-                f"a geometry has the fields {sorted(known)}; "
-                f"missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}"
-            )
-        return cls(**values)
+        given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise GeometryError(f"{dict(values)} is not a geometry: {error}") from error
 
 
 def plan_geometry(
@@ -133,8 +104,7 @@ def plan_geometry(
     replicated up to the next such number.
 
     Args:
-        height: height of the frames in pixels.
-        width: width of the frames in pixels.
+        height, width: of the frames in pixels.
         patch: side of a patch.
         stride: step between patches, at most ``patch``, which is the default.
         size: None for the frame's own size; an int for the length of the short side, aspect kept;
@@ -142,21 +112,27 @@ def plan_geometry(
             ``fit="pad"``, (H, W) is the box the frame is fitted into.
         fit: ``"resize"`` or ``"pad"``.
 
-    Raises:
-        GeometryError: the numbers do not go together; the message names those that do.
-
-    Example:
-        >>> plan_geometry(480, 854, patch=14, size=224).grid
-        (16, 28)
+    Numbers that do not go together are a :class:`GeometryError`, which names some that do.
     """
     patch = check_side("patch", patch)
     stride = patch if stride is None else check_side("stride", stride)
-    _check_steps(patch, stride, fit)
+    if stride > patch:
+        raise GeometryError(
+            f"stride {stride} is larger than patch {patch} and would skip pixels; "
+            f"use a stride from 1 to {patch}"
+        )
+    if fit not in get_args(Fit):
+        raise GeometryError(f"got fit={fit!r}, expected 'resize' or 'pad'")
     frame = as_sides("frame", (height, width))
     if isinstance(size, (tuple, list)):
         box = as_sides("size", size)
         for axis, side in zip(("height", "width"), box, strict=True):
-            _check_valid(f"size {axis}", side, patch, stride)
+            below = patch + stride * max(0, (side - patch) // stride)
+            if side != below:
+                raise GeometryError(
+                    f"size {axis} {side} is not patch + k * stride for patch {patch} and stride "
+                    f"{stride}; the nearest that are: {below} and {below + stride}"
+                )
         factor = min(box[0] / frame[0], box[1] / frame[1])
         # the shorter side of a very long frame may round to nothing
         inside = max(1, _whole(frame[0] * factor)), max(1, _whole(frame[1] * factor))
@@ -179,22 +155,10 @@ def plan_geometry(
 
 
 def apply_geometry(frames: Tensor, geometry: Geometry) -> Tensor:
-    """Resize and pad frames as planned.
+    """Resize frames, and repeat their last row and column, as planned for their size.
 
-    Resizing is bicubic with antialiasing, in float32, clamped to the input's range. Padding
-    repeats the last row and column. Frames that fit already come back as they are, the same
-    tensor; padding alone keeps the dtype.
-
-    Args:
-        frames: (T, 3, H, W) uint8 in [0, 255] or float in [0, 1].
-        geometry: the plan, made for (H, W).
-
-    Returns:
-        (T, 3, H', W') with (H', W') = ``geometry.padded``, in the range of the input: [0, 255]
-        for uint8 and [0, 1] for float. float32 if anything was resized.
-
-    Raises:
-        GeometryError: the frames are not of the size the geometry was planned for.
+    From (T, 3, H, W) uint8 in [0, 255] or float in [0, 1] to (T, 3, H', W') of ``geometry.padded``
+    in the same range. Frames that fit come back as they are; padding alone keeps the dtype.
     """
     if frames.ndim != 4 or tuple(frames.shape[-2:]) != geometry.frame:
         raise GeometryError(
@@ -217,17 +181,13 @@ def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> 
     """Read a feature grid at pixels of the original frame, bilinearly between patch centres.
 
     Args:
-        features: (T, C, h, w) float features on ``geometry.grid``.
+        features: (T, C, h, w) on ``geometry.grid``.
         geometry: how the frames became that grid.
         points: (N, 2) or (hh, ww, 2) of (x, y) pixels of the original frame. Points beyond the
             outermost patch centres take the value at the border.
 
     Returns:
         (T, C, N) or (T, C, hh, ww), in the dtype of ``features``.
-
-    Raises:
-        GeometryError: ``features`` is not on the geometry's grid, or ``points`` has another shape
-            or holds NaN or infinite values.
     """
     h, w = geometry.grid
     if features.ndim != 4 or tuple(features.shape[-2:]) != (h, w):
@@ -244,22 +204,20 @@ def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> 
         raise GeometryError("points hold NaN or infinite values; leave those points out")
     row, down = _between(cells[..., 0], h)
     col, across = _between(cells[..., 1], w)
-    corners = (
-        (row[0] * w + col[0], (1 - down) * (1 - across)),
-        (row[0] * w + col[1], (1 - down) * across),
-        (row[1] * w + col[0], down * (1 - across)),
-        (row[1] * w + col[1], down * across),
-    )
+    corners = [row[a] * w + col[b] for a in (0, 1) for b in (0, 1)]
+    shares = [y * x for y in (1 - down, down) for x in (1 - across, across)]
     # a weighted sum of looked-up rows; grid_sample's float32 coordinates are off by 1e-5 of a patch
     precise = torch.float64 if features.dtype == torch.float64 else torch.float32
     table = rearrange(features, "t c h w -> (h w) (t c)").to(precise)
-    index = rearrange([corner for corner, _ in corners], "k ... -> (...) k")
-    weight = rearrange([share for _, share in corners], "k ... -> (...) k").to(precise)
-    sampled = _here_or_on_cpu(_weighted_rows, table, index, weight)
-    sampled = rearrange(sampled, "n (t c) -> t c n", t=len(features)).to(features.dtype)
-    if points.ndim == 2:
-        return sampled
-    return rearrange(sampled, "t c (hh ww) -> t c hh ww", hh=len(points))
+    index = rearrange(corners, "k ... -> (...) k")
+    weights = rearrange(shares, "k ... -> (...) k").to(precise)
+
+    def weighted_rows(rows: Tensor) -> Tensor:
+        by = weights.to(rows.device)
+        return F.embedding_bag(index.to(rows.device), rows, per_sample_weights=by, mode="sum")
+
+    sampled = rearrange(_here_or_on_cpu(weighted_rows, table), "n (t c) -> t c n", t=len(features))
+    return sampled.reshape(*sampled.shape[:2], *points.shape[:-1]).to(features.dtype)
 
 
 def resize(frames: Tensor, sides: tuple[int, int]) -> Tensor:
@@ -299,25 +257,6 @@ def _whole(length: float) -> int:
     return math.floor(length + 0.5)  # halves up
 
 
-def _check_steps(patch: int, stride: int, fit: str) -> None:
-    if check_side("stride", stride) > check_side("patch", patch):
-        raise GeometryError(
-            f"stride {stride} is larger than patch {patch} and would skip pixels; "
-            f"use a stride from 1 to {patch}"
-        )
-    if fit not in get_args(Fit):
-        raise GeometryError(f"got fit={fit!r}, expected 'resize' or 'pad'")
-
-
-def _check_valid(name: str, side: int, patch: int, stride: int) -> None:
-    below = patch + stride * max(0, (side - patch) // stride)
-    if side != below:
-        raise GeometryError(
-            f"{name} {side} is not patch + k * stride for patch {patch} and stride {stride}; "
-            f"the nearest that are: {below} and {below + stride}"
-        )
-
-
 def _pairs(values: Tensor, name: str, meaning: str) -> tuple[Tensor, Tensor]:
     if values.ndim == 0 or values.shape[-1] != 2:
         raise GeometryError(
@@ -338,14 +277,9 @@ def _between(position: Tensor, count: int) -> tuple[tuple[Tensor, Tensor], Tenso
     return (before.long(), after.long()), position - before
 
 
-def _weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    index, weight = index.to(table.device), weight.to(table.device)
-    return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
-
-
-def _here_or_on_cpu(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Run an operation where its first tensor lives, or on the CPU if no kernel exists there."""
+def _here_or_on_cpu(operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Run an operation where a tensor lives, or on the CPU if that device has no kernel for it."""
     try:
-        return operation(*tensors)
+        return operation(tensor)
     except NotImplementedError:
-        return operation(*(tensor.cpu() for tensor in tensors)).to(tensors[0].device)
+        return operation(tensor.cpu()).to(tensor.device)

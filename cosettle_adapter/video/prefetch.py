@@ -16,16 +16,12 @@ _PATIENCE = 5.0
 
 
 def prefetch(iterable: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
-    """Iterate in a daemon thread that runs ahead by up to ``depth`` items.
+    """Iterate in a daemon thread that runs ahead by up to ``depth`` items, at least 1.
 
     Order is kept. An exception of the producer is raised here, after the items before it. When
     the consumer stops early, by closing this generator or dropping it, the producer stops after
     the item it is at and closes ``iterable`` if that is a generator. The thread starts with the
-    first ``next``.
-
-    Args:
-        iterable: what to iterate; only the thread touches it.
-        depth: number of items to hold ready, at least 1, else :class:`FrameError`.
+    first ``next``; only it touches ``iterable``.
     """
     if depth < 1:
         raise FrameError(f"depth must be at least 1, got {depth}")
@@ -64,20 +60,18 @@ def _produce(
     stop: threading.Event,
 ) -> None:
     error: BaseException | None = None
-    iterator = None
     try:
         iterator = iter(iterable)
-        for item in iterator:
-            ready.put([item])
-            del item
-            if stop.is_set():
-                break
+        try:
+            for item in iterator:
+                ready.put([item])
+                del item
+                if stop.is_set():
+                    break
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()
     except BaseException as raised:  # the consumer raises it
         error = raised
-    try:
-        if isinstance(iterator, Generator):
-            iterator.close()
-    except BaseException as raised:
-        error = error or raised
     if not stop.is_set():
         ready.put(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sized
+from collections.abc import Generator, Iterable, Mapping, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,33 +16,22 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
 from cosettle_adapter.video import decoder, files
-from cosettle_adapter.video.arrays import as_frames, is_array, is_pil
+from cosettle_adapter.video.arrays import as_frames, holds_pixels
 from cosettle_adapter.video.decoder import SourceInfo
-from cosettle_adapter.video.selection import FrameSelection, PendingFrame, selected
+from cosettle_adapter.video.selection import FrameSelection, PendingFrame
 
 
 @dataclass(frozen=True, eq=False)
 class FrameChunk:
-    """Consecutive frames of a source.
+    """Consecutive frames of a source."""
 
-    Attributes:
-        frames: (N, 3, H, W) uint8.
-        timestamps: (N,) float64 seconds.
-        start: number of frames delivered before this chunk.
-    """
-
-    frames: Tensor
-    timestamps: Tensor
-    start: int
+    frames: Tensor  # (N, 3, H, W) uint8
+    timestamps: Tensor  # (N,) float64 seconds
+    start: int  # number of frames delivered before this chunk
 
 
 def open_frames(
-    source: Any,
-    select: FrameSelection | None = None,
-    *,
-    skip: int = 0,
-    chunk_size: int = 8,
-    **moved: Any,
+    source: Any, select: FrameSelection | None = None, *, skip: int = 0, chunk_size: int = 8
 ) -> Generator[FrameChunk, None, None]:
     """Read frames chunk by chunk; one chunk at a time is in memory.
 
@@ -55,21 +44,15 @@ def open_frames(
         skip: pass over the first ones of those kept, without making their pixels: for going on
             where an earlier reading ended. ``start`` of the first chunk is this number.
         chunk_size: frames in a chunk; the last one may hold fewer.
-        **moved: fields of :class:`FrameSelection`, as in version 0.1; deprecated.
-
-    Returns:
-        A generator of :class:`FrameChunk`. If the source fails in the middle, the frames before
-        the failure are delivered first.
 
     Raises:
         FrameError: at once for an argument out of range and a source that is missing, empty or
-            of an unknown kind; while reading for a damaged file, a frame of another size than the
-            first, and a range without frames.
+            of an unknown kind; while reading, after the frames before it, for a damaged file, a
+            frame of another size than the first, and a range without frames.
         TruncatedVideoError: while reading, after the last readable frame of a video that breaks
             off or ends before the length its header promises.
-        MissingExtraError: PyAV, Pillow or numpy is needed and not installed.
     """
-    select = selected(select, moved)
+    select = select or FrameSelection()
     if skip < 0:
         raise FrameError(f"skip must be at least 0, got {skip}")
     if chunk_size < 1:
@@ -84,18 +67,18 @@ def open_frames(
 def pending_frames(
     source: Any, start: float | None = None, fps: float | None = None
 ) -> Generator[PendingFrame, None, None]:
-    """Yield all frames of a source; those of a video before ``start`` may be left out.
-
-    Raises as :func:`open_frames`, whose ``source`` it takes; ``fps`` as in :class:`FrameSelection`.
-    """
+    """Yield all frames of a source; those of a video before ``start`` may be left out."""
     found = _find(source)
-    if isinstance(found, Path):
-        if fps is not None:
-            raise FrameError(f"{source} is a video and has times of its own; leave out fps")
-        with decoder.open_video(found):
-            pass  # what is no video is refused at once
-        return decoder.decode_video(found, start)
-    return _evenly(found, fps, (lambda frame, _: frame) if isinstance(found, Tensor) else _load)
+    if not isinstance(found, Path):
+        return (
+            PendingFrame(index / (fps or 1.0), _name(item, index), partial(_load, item, index))
+            for index, item in enumerate(found)
+        )
+    if fps is not None:
+        raise FrameError(f"{source} is a video and has times of its own; leave out fps")
+    with decoder.open_video(found):
+        pass  # what is no video is refused at once
+    return decoder.decode_video(found, start)
 
 
 def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, None, None]:
@@ -106,21 +89,21 @@ def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, N
 
 
 def probe(source: Any) -> SourceInfo:
-    """Tell the number and size of a source's frames without reading them all.
+    """Tell the number and size of the frames of what :func:`open_frames` takes.
 
-    Args:
-        source: as for :func:`open_frames`. An iterator is not advanced, and little is known of
-            it.
-
-    Raises:
-        FrameError: a source that is missing, empty, unreadable or of an unknown kind.
+    They are not all read; an iterator is not advanced, and little is known of it.
     """
     found = _find(source)
     if isinstance(found, Path):
-        return decoder.video_info(found)
-    if isinstance(found, Tensor):
-        return SourceInfo(len(found), *found.shape[-2:])
-    if isinstance(found, (list, tuple)):
+        with decoder.open_video(found, threads=False) as video:
+            fps = float(1 / video.step) if video.step else None
+            promised = round((video.seconds or 0) * (fps or 0)) or None
+            with contextlib.closing(video.timed_frames(from_start=True)) as frames:
+                first, _ = next(frames)  # it knows how it is turned
+                turn = decoder.display_matrix(first)
+                height, width = decoder.frame_pixels(first, turn).shape[-2:]
+            return SourceInfo(video.stream.frames or promised, height, width, fps)
+    if isinstance(found, (Tensor, list, tuple)):
         return SourceInfo(len(found), *_load(found[0], 0).shape[-2:])
     return SourceInfo(len(found) if isinstance(found, Sized) else None)
 
@@ -129,7 +112,7 @@ def _find(source: Any) -> Path | Tensor | Iterable[Any]:
     """Tell what a source is: a video, a clip (T, 3, H, W), or frames and image files one by one."""
     if isinstance(source, (str, os.PathLike)):
         return files.resolve(source)
-    if isinstance(source, Tensor) or is_array(source) or is_pil(source):
+    if holds_pixels(source):
         frames = as_frames(source)
         if frames.ndim == 5:
             raise FrameError(
@@ -140,20 +123,16 @@ def _find(source: Any) -> Path | Tensor | Iterable[Any]:
     if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, Mapping)):
         raise FrameError(
             f"cannot read frames from an object of type {type(source).__name__}; expected a video "
-            "file, an image folder, a glob pattern, a tensor (T, 3, H, W), an array (T, H, W, 3), "
-            "or a list or iterator of single frames"
+            "file, an image folder, a pattern, a tensor (T, 3, H, W), an array (T, H, W, 3), or a "
+            "list or iterator of single frames"
         )
     if isinstance(source, (list, tuple)) and not source:
         raise FrameError("got zero frames: an empty list")
     return source
 
 
-def _evenly(
-    items: Iterable[Any], fps: float | None, load: Callable[[Any, int], Tensor]
-) -> Generator[PendingFrame, None, None]:
-    for index, item in enumerate(items):
-        name = str(item) if isinstance(item, (str, os.PathLike)) else f"frame {index}"
-        yield PendingFrame(index / (fps or 1.0), name, partial(load, item, index))
+def _name(item: Any, index: int) -> str:
+    return str(item) if isinstance(item, (str, os.PathLike)) else f"frame {index}"
 
 
 def _load(item: Any, index: int) -> Tensor:
@@ -163,15 +142,14 @@ def _load(item: Any, index: int) -> Tensor:
     if frame.ndim != 3:
         raise FrameError(
             f"frame {index} has shape {tuple(frame.shape)}, expected one image, (3, H, W) or "
-            "(H, W, 3); an iterator or list yields single frames"
+            "(H, W, 3)"
         )
     return frame
 
 
 def _chunks(
-    wanted: Generator[PendingFrame, None, None], chunk_size: int, source: str, skipped: int
+    wanted: Generator[PendingFrame, None, None], chunk_size: int, source: str, delivered: int
 ) -> Generator[FrameChunk, None, None]:
-    delivered = skipped
     first: tuple[int, ...] | None = None
     failure: Exception | None = None
     with contextlib.closing(wanted):
@@ -180,15 +158,18 @@ def _chunks(
             frames: Tensor | None = None
             try:
                 while len(times) < chunk_size and (pending := next(wanted, None)) is not None:
-                    pixels = _to_bytes(pending.load())
+                    pixels = pending.load()
+                    if pixels.dtype != torch.uint8:
+                        pixels = (pixels.detach().float() * 255).round_().clamp_(0, 255)
                     first = first or tuple(pixels.shape)
                     if tuple(pixels.shape) != first:
+                        here, there = (f"{size[-2]} x {size[-1]}" for size in (pixels.shape, first))
                         raise FrameError(
-                            f"{pending.name} of {source} is {_size(pixels.shape)}, but the first "
-                            f"frame is {_size(first)}; resize the frames to one size"
+                            f"{pending.name} of {source} is {here}, but the first "
+                            f"frame is {there}; resize the frames to one size"
                         )
                     if frames is None:
-                        frames = pixels.new_empty((chunk_size, *first))
+                        frames = pixels.new_empty((chunk_size, *first), dtype=torch.uint8)
                     frames[len(times)] = pixels
                     times.append(pending.time)
             except Exception as error:
@@ -205,13 +186,3 @@ def _chunks(
             raise failure
     finally:
         del failure  # it and its traceback would keep each other alive
-
-
-def _to_bytes(frame: Tensor) -> Tensor:
-    if frame.dtype == torch.uint8:
-        return frame
-    return (frame.detach().to(torch.float32) * 255).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[-2]} x {shape[-1]}"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +23,7 @@ class PendingFrame:
 
 @dataclass(frozen=True)
 class FrameSelection:
-    """Which frames of a source to read.
+    """Which frames of a source to read; values out of range are a :class:`FrameError`.
 
     Attributes:
         start: first second to read, at least 0.
@@ -34,9 +32,6 @@ class FrameSelection:
         max_frames: keep at most this many frames.
         fps: frames per second of sources without timestamps (images, arrays); 1 by default, so
             that times are positions.
-
-    Raises:
-        FrameError: a value outside its range.
     """
 
     start: float | None = None
@@ -46,24 +41,24 @@ class FrameSelection:
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        if self.start is not None and not self.start >= 0:
+        first = self.start or 0
+        if not first >= 0:
             raise FrameError(f"start must be at least 0 seconds, got {self.start}")
-        if self.end is not None and not self.end > (self.start or 0):
-            raise FrameError(f"end must come after start={self.start or 0}, got end={self.end}")
+        if self.end is not None and not self.end > first:
+            raise FrameError(f"end must come after start={first}, got end={self.end}")
         if self.every < 1:
             raise FrameError(f"every must be at least 1 (every frame), got {self.every}")
         if self.max_frames is not None and self.max_frames < 1:
             raise FrameError(f"max_frames must be at least 1, or None, got {self.max_frames}")
-        if self.fps is not None and not (0 < self.fps < math.inf):
+        if self.fps is not None and not 0 < self.fps < math.inf:
             raise FrameError(f"fps must be positive, got {self.fps}")
 
     def of(
         self, frames: Generator[PendingFrame, None, None], source: str, *, skip: int = 0
     ) -> Generator[PendingFrame, None, None]:
-        """Yield the wanted ones of a source's frames, which come in order of time; close them.
+        """Yield the wanted ones of frames in order of time, but the first ``skip``; close them.
 
-        ``source`` is what a :class:`FrameError` calls it if there are none; ``skip`` passes over
-        the first ones of those kept.
+        ``source`` is what a :class:`FrameError` calls them if none are wanted.
         """
         kept = in_range = 0
         times: list[float] = []
@@ -84,27 +79,8 @@ class FrameSelection:
         if not times:
             raise FrameError(f"{source} holds no frames")
         if not kept:
+            until = "on" if self.end is None else f"to {self.end} s"
             raise FrameError(
-                f"{source} has no frame from {self.start or 0} s "
-                f"{'on' if self.end is None else f'to {self.end} s'}; "
+                f"{source} has no frame from {self.start or 0} s {until}; "
                 f"the frames met lie from {times[0]:g} s to {times[-1]:g} s"
             )
-
-
-def selected(select: FrameSelection | None, moved: Mapping[str, Any]) -> FrameSelection:
-    """Return ``select``, or what keywords of version 0.1 (``start=``, ``every=``, ...) say.
-
-    Raises:
-        TypeError: both, or a keyword that is not a field of :class:`FrameSelection`.
-    """
-    if not moved:
-        return select or FrameSelection()
-    if select is not None:
-        raise TypeError(f"got select and {', '.join(moved)}; put them into FrameSelection")
-    warnings.warn(
-        f"{', '.join(moved)}: pass select=FrameSelection({', '.join(f'{n}=...' for n in moved)}); "
-        "the keywords go in version 0.3",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return FrameSelection(**moved)

@@ -21,94 +21,58 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter import imports
-from cosettle_adapter.errors import FrameError, did_you_mean
-from cosettle_adapter.video.arrays import image_to_frame, validate_frames
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.video.arrays import validate_frames
+from cosettle_adapter.video.files import read_image
 from cosettle_adapter.video.geometry import as_sides, check_side, resize
 
 Motion = Literal["pan", "zoom", "rotate", "mixed"]
 
 _MOTIONS: tuple[str, ...] = get_args(Motion)
-_MOST = 2.0
 _MARGIN = 3.0  # bicubic interpolation reads two pixels beyond the sampled one
 _SOFT_EDGE = 1.5
 _OBJECT_SIZE = 0.45
 _FULL_TURN = 2 * math.pi
 
-# dedicated to the public domain, as scikit-image documents beside each of them
-_PHOTOGRAPHS = {
-    "astronaut": "astronaut.png",  # Eileen Collins; NASA, public domain
-    "chelsea": "chelsea.png",  # a cat; Stefan van der Walt, CC0
-    "coffee": "coffee.png",  # a cup on wood; Rachel Michetti, CC0
-    "hubble_deep_field": "hubble_deep_field.jpg",  # NASA and ESA, public domain
-    "retina": "retina.jpg",  # Mikael Haggstrom, CC0
-    "rocket": "rocket.jpg",  # a launch at dusk; SpaceX, public domain
-}
+# dedicated to the public domain, as scikit-image documents beside each of them: Eileen Collins
+# (NASA), a cat (Stefan van der Walt), a cup (Rachel Michetti), stars (NASA and ESA), a retina
+# (Mikael Haggstrom), a launch at dusk (SpaceX)
+_PHOTOGRAPHS = (
+    "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg",
+    "rocket.jpg",
+)  # fmt: skip
 
 
 def photographs() -> dict[str, Tensor]:
     """Load the public-domain photographs of scikit-image's wheel; nothing is downloaded.
 
-    Returns:
-        name -> (3, H, W) uint8 tensor, from 300 x 451 to 1411 x 1411 pixels.
-
-    Raises:
-        MissingExtraError: scikit-image or Pillow is not installed.
-        FrameError: the installed scikit-image has been stripped of its photographs.
+    Returns name -> (3, H, W) uint8 tensor, from 300 x 451 to 1411 x 1411 pixels.
     """
     purpose = "loading the demo photographs"
     folder = Path(imports.require("skimage.data", extra="demo", purpose=purpose).__path__[0])
-    image_module = imports.require("PIL.Image", extra="demo", purpose=purpose)
-    loaded = {}
-    for name, file in _PHOTOGRAPHS.items():
-        try:
-            with image_module.open(folder / file) as image:
-                loaded[name] = image_to_frame(image)
-        except FileNotFoundError as error:
-            raise FrameError(
-                f"scikit-image in {folder} lacks {file}; "
-                "reinstall it from its wheel: pip install --force-reinstall scikit-image"
-            ) from error
-    return loaded
+    return {name.partition(".")[0]: read_image(folder / name) for name in _PHOTOGRAPHS}
 
 
 @dataclass(frozen=True, eq=False)
 class RenderedClip:
-    """A rendered clip and where its pixels went.
+    """A rendered clip and where its pixels (x, y) went; pixel (0, 0) has its centre at 0.5."""
 
-    Pixel coordinates are (x, y) and continuous: pixel (0, 0) has its centre at (0.5, 0.5).
-
-    Attributes:
-        frames: (T, 3, H, W) uint8.
-        homographies: (T, 3, 3) float64; matrix t maps background pixels (x, y, 1) of frame 0 to
-            frame t.
-        object_mask: (T, H, W) bool, where the moving object is; None without one.
-        object_homographies: (T, 3, 3) float64, like ``homographies`` for the object's pixels.
-    """
-
-    frames: Tensor
-    homographies: Tensor
-    object_mask: Tensor | None = None
-    object_homographies: Tensor | None = None
+    frames: Tensor  # (T, 3, H, W) uint8
+    homographies: Tensor  # (T, 3, 3) float64, of background pixels (x, y, 1) of frame 0 to frame t
+    object_mask: Tensor | None = None  # (T, H, W) bool, where the moving object is, if there is one
+    object_homographies: Tensor | None = None  # of the object's pixels
 
     def track(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Follow points of frame 0 through the clip.
+        """Follow points of frame 0, (N, 2) of (x, y) pixels, else :class:`FrameError`.
 
         Points on the object in frame 0 move with the object, all others with the background.
-
-        Args:
-            points: (N, 2) of (x, y) pixels of frame 0.
 
         Returns:
             positions, (T, N, 2) float64 pixels, also where a point cannot be seen; and visible,
             (T, N) bool: false outside the frame, and for the background behind the object.
-
-        Raises:
-            FrameError: ``points`` is not (N, 2).
         """
         if points.ndim != 2 or points.shape[-1] != 2:
-            raise FrameError(
-                f"got points of shape {tuple(points.shape)}, expected (N, 2) of (x, y)"
-            )
+            raise FrameError(f"got points of shape {tuple(points.shape)}, expected (N, 2)")
         points = points.to(torch.float64)
         positions = _transform(self.homographies, points)
         sides = self.frames.shape[-2], self.frames.shape[-1]
@@ -137,36 +101,26 @@ def render_clip(
     The photograph is first scaled, with antialiasing, to the smallest size at which the camera's
     whole path lies inside it, so there are no borders and no aliasing at any time. A photograph
     that is small for ``size`` is enlarged, which blurs the frames and leaves the motion exact.
+    Equal arguments give equal clips.
 
     Args:
         photo: (3, h, w) uint8.
-        frames: number of frames, at least 1.
-        size: (H, W) of the frames.
+        frames, size: number of frames, and their (H, W).
         motion: ``"pan"``, ``"zoom"``, ``"rotate"``, or ``"mixed"`` for all three at once.
         amount: how far, from 0 to 2, over the whole clip: a pan goes ``amount`` times the short
             side, a zoom magnifies or reduces by ``1 + amount``, a rotation turns by ``amount``
             radians.
-        seed: decides directions, centres and paths. Equal arguments give equal clips.
+        seed: decides directions, centres and paths.
         cutout: (3, h', w') uint8 photograph to cut an ellipse from, which then moves over the
             background; as wide as about half of the short side.
         photometric: camera noise, 0 for none to 1 for strong: a slow drift in gain, brightness
             and sharpness, and noise, which real clips have.
-
-    Raises:
-        FrameError: an argument is outside its range, or a photograph is not (3, h, w) uint8.
-
-    Example:
-        >>> clip = render_clip(photographs()["chelsea"], frames=16, motion="pan")
-        >>> positions, visible = clip.track(torch.tensor([[160.5, 120.5]]))
     """
     count, sides = check_side("frames", frames), as_sides("size", size)
     if motion not in _MOTIONS:
-        raise FrameError(
-            f"got motion={motion!r}, expected one of {', '.join(_MOTIONS)}."
-            f"{did_you_mean(str(motion), _MOTIONS)}"
-        )
-    if not 0 <= amount <= _MOST:
-        raise FrameError(f"amount must be from 0 to {_MOST:g}, got {amount}")
+        raise FrameError(f"got motion={motion!r}, expected one of {', '.join(_MOTIONS)}")
+    if not 0 <= amount <= 2:
+        raise FrameError(f"amount must be from 0 to 2, got {amount}")
     if not 0 <= photometric <= 1:
         raise FrameError(f"photometric must be from 0 to 1, got {photometric}")
     _check_photo("photo", photo)
@@ -200,37 +154,37 @@ def _camera_path(
 ) -> Tensor:
     """(count, 3, 3) similarities from each frame to a plane; no frame pixel exceeds one unit."""
     height, width = sides
-    direction, pivot_x, pivot_y, zoom_sign, turn_sign = _uniform(5, generator)
+    draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+    direction, pivot_x, pivot_y, *signs = draws
+    zooms, turns = (1.0 if draw < 0.5 else -1.0 for draw in signs)
     along, sideways = _progress(count, generator)
     offset = torch.zeros(count, 2, dtype=torch.float64)
     factor, angle = torch.ones_like(along), torch.zeros_like(along)
     if motion in ("pan", "mixed"):
         offset = amount * min(sides) * _curve(along, 0.2 * sideways, _FULL_TURN * direction)
     if motion in ("zoom", "mixed"):
-        factor = torch.exp(_sign(zoom_sign) * math.log1p(amount) * along)
+        factor = torch.exp(zooms * math.log1p(amount) * along)
         factor = factor / factor.max()
     if motion in ("rotate", "mixed"):
-        angle = _sign(turn_sign) * amount * along
+        angle = turns * amount * along
     pivot = torch.tensor([width * (0.35 + 0.3 * pivot_x), height * (0.35 + 0.3 * pivot_y)])
     return _similarities(offset, factor, angle, pivot.to(torch.float64))
 
 
 def _object_path(
-    count: int,
-    sides: tuple[int, int],
-    cutout: tuple[int, int],
-    amount: float,
-    generator: Generator,
+    count: int, sides: tuple[int, int], cutout: tuple[int, int], amount: float, generator: Generator
 ) -> Tensor:
     """(count, 3, 3) similarities from the cut-out to each frame; its centre stays inside."""
     height, width = sides
-    direction, start_x, start_y, grow_sign, turn_sign = _uniform(5, generator)
+    draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+    direction, start_x, start_y, *signs = draws
+    grows, turns = (1.0 if draw < 0.5 else -1.0 for draw in signs)
     along, sideways = _progress(count, generator)
     reach = min(0.4, amount) * min(sides)
     place = torch.tensor([width * (0.4 + 0.2 * start_x), height * (0.4 + 0.2 * start_y)])
     curve = _curve(along - 0.5, 0.2 * sideways, _FULL_TURN * direction)
-    factor = torch.exp(_sign(grow_sign) * 0.3 * amount * along)
-    angle = _sign(turn_sign) * 0.5 * amount * along
+    factor = torch.exp(grows * 0.3 * amount * along)
+    angle = turns * 0.5 * amount * along
     centre = torch.tensor([cutout[1] / 2, cutout[0] / 2], dtype=torch.float64)
     return _similarities(place + reach * curve, factor / factor.max(), angle, centre)
 
@@ -238,7 +192,7 @@ def _object_path(
 def _progress(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Rise from 0 to 1 at a varying speed, and a swing out and back of height 1."""
     time = torch.linspace(0, 1, count, dtype=torch.float64)
-    phase = _FULL_TURN * _uniform(1, generator)[0]
+    phase = _FULL_TURN * torch.rand(1, generator=generator, dtype=torch.float64).item()
     sway = (torch.sin(_FULL_TURN * time + phase) - math.sin(phase)) / _FULL_TURN
     return time + 0.5 * sway, torch.sin(_FULL_TURN * time)
 
@@ -257,15 +211,6 @@ def _similarities(offset: Tensor, factor: Tensor, angle: Tensor, pivot: Tensor) 
     matrices[:, :2, 2] = offset - einsum(matrices[:, :2, :2], pivot, "t i j, j -> t i")
     matrices[:, 2, 2] = 1
     return matrices
-
-
-def _uniform(count: int, generator: Generator) -> list[float]:
-    draws: list[float] = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
-    return draws
-
-
-def _sign(draw: float) -> float:
-    return 1.0 if draw < 0.5 else -1.0
 
 
 def _transform(matrices: Tensor, points: Tensor) -> Tensor:

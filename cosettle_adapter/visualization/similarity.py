@@ -7,7 +7,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosettle_adapter.correspondence.affinity import unit_map
+from cosettle_adapter.correspondence.matching import unit_map
 from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.video.geometry import Geometry, resample_to_points
 from cosettle_adapter.visualization.colours import colour_scale

@@ -75,10 +75,6 @@ def test_whitening_solves_its_equation() -> None:
     quarter = matrix(whiten(statistics, 0.5, power=0.25))
     both = AffineMap(quarter @ quarter, quarter[0])
     torch.testing.assert_close(matrix(both), matrix(AffineMap(weight, weight[0])))
-
-
-def test_whitening_the_total_covariance_whitens_the_tokens() -> None:
-    statistics = collected(turn=True)
     weight = whiten(statistics, 1e-9, total=True).weight
     covariance = weight @ statistics.covariance @ weight.T
     torch.testing.assert_close(covariance, torch.eye(WIDTH).double(), atol=1e-6, rtol=0)
@@ -122,31 +118,23 @@ def test_soft_thresholding_at_one_is_the_wiener_filter() -> None:
     wiener = (total - intra) @ torch.linalg.inv(total)
     found = soft_threshold(statistics, 1.0).weight
     torch.testing.assert_close(found * (wiener.norm() / found.norm()), wiener)
-
-
-def test_soft_thresholding_turns_directions_off() -> None:
-    statistics = collected(turn=True)
-    ranks = [torch.linalg.matrix_rank(soft_threshold(statistics, tau).weight) for tau in (0.5, 2)]
+    noisy = collected(turn=True)  # beyond, the worst direction is turned off
+    ranks = [torch.linalg.matrix_rank(soft_threshold(noisy, tau).weight) for tau in (0.5, 2)]
     assert list(map(int, ranks)) == [WIDTH, WIDTH - 1]
 
 
-@pytest.mark.parametrize(
-    "found",
-    [
-        ridge_shrinkage(collected(), math.inf),
-        whiten(collected(), math.inf),
-        soft_threshold(collected(), 0.0),
-        surrogate(collected(), math.inf),
-    ],
-)
-def test_no_damping_is_centring(found: AffineMap) -> None:
-    expected = centre(collected())
-    torch.testing.assert_close(found.weight, expected.weight)
-    torch.testing.assert_close(found.bias, expected.bias)
-
-
-def test_nuisances_add_up() -> None:
+def test_no_damping_is_centring_and_nuisances_add_up() -> None:
     statistics = collected()
+    expected = centre(statistics)
+    for solve, nothing in (
+        (ridge_shrinkage, math.inf),
+        (whiten, math.inf),
+        (soft_threshold, 0.0),
+        (surrogate, math.inf),
+    ):
+        found = solve(statistics, nothing)
+        torch.testing.assert_close(found.weight, expected.weight)
+        torch.testing.assert_close(found.bias, expected.bias)
     intra = nuisance_covariance(statistics)
     torch.testing.assert_close(
         nuisance_covariance(statistics, "intra+clips"), intra + statistics.clip_covariance

@@ -37,23 +37,10 @@ def test_it_equals_its_definition_in_every_frame(grid: tuple[int, int]) -> None:
     torch.testing.assert_close(found, torch.stack([_defined(frame, 0.3) for frame in features]))
 
 
-def test_a_single_patch_and_no_share_change_nothing() -> None:
-    alone, features = torch.randn(1, 4, 1, 1), torch.randn(1, 4, 5, 5)
+def test_a_single_patch_and_no_share_change_nothing_and_the_dtype_is_kept() -> None:
+    alone, features = torch.randn(1, 4, 1, 1), torch.randn(1, 8, 6, 6)
     assert torch.equal(average_neighbours(alone, 0.3), alone)
     assert torch.equal(average_neighbours(features, 0.0), features)
-
-
-def test_noise_falls_and_edges_stay() -> None:
-    left, right = torch.eye(8)[:2]  # two objects, side by side
-    clean = torch.stack([left] * 4 + [right] * 4, dim=1)[None, :, None].expand(1, 8, 6, 8)
-    noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    error = (average_neighbours(noisy, 0.5) - clean).square().mean()
-    assert float(error) < 0.5 * float((noisy - clean).square().mean())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_kept(dtype: torch.dtype) -> None:
-    features = torch.randn(1, 8, 6, 6)
-    found = average_neighbours(features.to(dtype), 0.3)
-    assert found.dtype == dtype
+    found = average_neighbours(features.bfloat16(), 0.3)
+    assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), average_neighbours(features, 0.3), rtol=0.1, atol=0.1)

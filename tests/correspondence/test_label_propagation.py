@@ -107,14 +107,6 @@ def test_it_equals_the_dense_definition_for_any_options(
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_the_second_frame_of_crw_copies_the_nearest_patch() -> None:
-    features, labels = clip(2, 6, 8), soft_labels(6, 8)
-    got = propagate_labels(features, labels, context=20, radius=100)[1]
-    unit = F.normalize(features, dim=1).flatten(2)
-    best = (unit[1].T @ unit[0]).argmax(1)
-    torch.testing.assert_close(got, labels.flatten(1)[:, best].reshape(3, 6, 8))
-
-
 @both_protocols
 def test_chunks_and_frames_compared_together_do_not_change_the_result(
     protocol: str, monkeypatch: pytest.MonkeyPatch
@@ -124,22 +116,11 @@ def test_chunks_and_frames_compared_together_do_not_change_the_result(
     whole = propagate_labels(features, labels, **options)
     for against, chunk in ((1, 6), (300, 1), (2 * 6 * 28, 10), (8192, 10_000)):
         monkeypatch.setattr("cosettle_adapter.correspondence.propagation._AGAINST", against)
-        torch.testing.assert_close(
-            propagate_labels(features, labels, chunk=chunk, **options), whole
-        )
-
-
-def test_an_infinite_radius_restricts_nothing() -> None:
-    features, labels = clip(4, 6, 9), soft_labels(6, 9)
-    far = propagate_labels(features, labels, radius=1000)
-    torch.testing.assert_close(propagate_labels(features, labels, radius=math.inf), far)
-
-
-def test_an_iterable_of_maps_equals_the_tensor() -> None:
-    features, labels = clip(4, 6, 9), soft_labels(6, 9)
-    whole = propagate_labels(features, labels)
-    stream = (frame[None] if t % 2 else frame for t, frame in enumerate(features))
-    torch.testing.assert_close(propagate_labels(stream, labels), whole)
+        # maps one by one, of either shape
+        stream = (frame[None] if t % 2 else frame for t, frame in enumerate(features))
+        torch.testing.assert_close(propagate_labels(stream, labels, chunk=chunk, **options), whole)
+    far, anywhere = (propagate_labels(features, labels, radius=r) for r in (1000, math.inf))
+    torch.testing.assert_close(anywhere, far)
 
 
 @pytest.mark.parametrize("context", [0, 1, 7])
@@ -166,16 +147,13 @@ def test_what_a_caller_does_to_labels_changes_nothing_later() -> None:
         found.zero_() if t >= 2 else None
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_floating_dtype_and_any_scale(dtype: torch.dtype) -> None:
-    features, labels = clip(3, 5, 7).to(dtype), soft_labels(5, 7)
-    got = propagate_labels(features, labels)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, propagate_labels(features.double() * 7, labels))
-
-
-def test_constant_features_and_equal_frames_are_no_trouble() -> None:
+def test_any_dtype_and_scale_constant_features_and_equal_frames_are_no_trouble() -> None:
     labels = soft_labels(5, 7)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        features = clip(3, 5, 7).to(dtype)
+        got = propagate_labels(features, labels)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, propagate_labels(features.double() * 7, labels))
     got = propagate_labels(torch.zeros(4, 8, 5, 7), labels)
     torch.testing.assert_close(got.sum(1), torch.ones(4, 5, 7))
     still = clip(1, 5, 7).expand(6, -1, -1, -1)
@@ -198,13 +176,11 @@ MAP = torch.randn(4, 5, 7)
 @pytest.mark.parametrize(
     ("features", "labels", "message"),
     [
-        ([MAP], torch.zeros(5, 7), r"shape \(5, 7\), expected \(K, h, w\)"),
-        ([MAP], torch.zeros(0, 5, 7), r"shape \(0, 5, 7\)"),
-        ([MAP], torch.zeros(2, 5, 7, dtype=torch.uint8), "torch.uint8, expected floating point"),
+        ([MAP], torch.zeros(5, 7), r"shape \(5, 7\) .*point \(K, h, w\)"),
+        ([MAP], torch.zeros(2, 5, 7, dtype=torch.uint8), "torch.uint8, expected floating"),
         ([MAP], torch.zeros(2, 5, 8), r"grid of \(5, 7\), expected the labels' \(5, 8\)"),
         (MAP, torch.zeros(2, 5, 7), r"shape \(4, 5, 7\), expected \(T, C, h, w\)"),
-        ([MAP[None].expand(2, -1, -1, -1)], torch.zeros(2, 5, 7), r"expected \(C, h, w\)"),
-        ([MAP.int()], torch.zeros(2, 5, 7), "torch.int32, expected floating point"),
+        ([MAP.int()], torch.zeros(2, 5, 7), r"torch.int32, expected floating point \(C, h, w\)"),
         ([MAP, torch.randn(6, 5, 7)], torch.zeros(2, 5, 7), "6 channels after a first frame of 4"),
         ([MAP, torch.randn(4, 7, 5)], torch.zeros(2, 5, 7), r"grid of \(7, 5\)"),
     ],

@@ -28,11 +28,8 @@ def test_mutual_nearest_equals_the_full_matrix(h: int, w: int, w2: int, seed: in
         pairs, values = mutual_nearest(a, b, chunk=chunk)
         assert [tuple(pair) for pair in pairs.tolist()] == expected
         torch.testing.assert_close(values, cosine[pairs[:, 0], pairs[:, 1]])
-
-
-def test_identical_patches_are_matched_once() -> None:
     pairs, _ = mutual_nearest(torch.ones(3, 2, 2), torch.ones(3, 2, 2), chunk=1)
-    assert pairs.tolist() == [[0, 0]]
+    assert pairs.tolist() == [[0, 0]], "identical patches are matched once"
 
 
 def smooth(h: int, w: int, shift: tuple[float, float] = (0.0, 0.0)) -> Tensor:
@@ -95,34 +92,22 @@ MAPS, POINTS = torch.randn(2, 16, 6, 8), torch.zeros(1, 2)
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("options", "message"),
     [
-        (lambda: track_points([], POINTS), FrameError, "no feature maps"),
-        (
-            lambda: track_points(MAPS, torch.zeros(2)),
-            GeometryError,
-            r"shape \(2,\), expected \(N, 2\)",
-        ),
-        (
-            lambda: track_points(MAPS, torch.tensor([[1.0, 1.0], [6.0, 1.0]])),
-            GeometryError,
-            r"point \[6.0, 1.0\], which is outside",
-        ),
-        (lambda: track_points(MAPS, POINTS * math.nan), GeometryError, "outside the grid"),
-        (
-            lambda: track_points([MAPS[0], torch.randn(16, 6, 9)], POINTS),
-            GeometryError,
-            "same shape",
-        ),
-        (lambda: track_points(MAPS, POINTS, radius_argmax=-1), ValueError, "radius_argmax"),
-        (lambda: track_points(MAPS, POINTS, temperature=0), ValueError, "temperature"),
-        (lambda: track_points(MAPS, POINTS, search_radius=0.5), ValueError, "search_radius"),
-        (lambda: mutual_nearest(MAPS[0], MAPS[0, :3]), GeometryError, "16 and 3 channels"),
-        (lambda: mutual_nearest(MAPS[0], MAPS[0], chunk=0), ValueError, "chunk"),
+        ({"features": []}, "no feature maps"),
+        ({"points": torch.zeros(2)}, r"shape \(2,\), expected \(N, 2\)"),
+        ({"points": torch.tensor([[1.0, 1], [6, 1]])}, r"point \[6.0, 1.0\], which is outside"),
+        ({"points": POINTS * math.nan}, "outside the grid"),
+        ({"features": [MAPS[0], torch.randn(16, 6, 9)]}, "same shape"),
+        ({"radius_argmax": -1}, "got radius_argmax=-1"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"search_radius": 0.5}, "search_radius=0.5"),
     ],
 )
-def test_wrong_arguments_say_what_was_expected(
-    call: object, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        call()  # type: ignore[operator]
+def test_wrong_arguments_say_what_was_expected(options: dict[str, object], message: str) -> None:
+    with pytest.raises((FrameError, GeometryError, ValueError), match=message):
+        track_points(**{"features": MAPS, "points": POINTS, **options})  # type: ignore[arg-type]
+    with pytest.raises(GeometryError, match="16 and 3 channels"):
+        mutual_nearest(MAPS[0], MAPS[0, :3])
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        mutual_nearest(MAPS[0], MAPS[0], chunk=0)

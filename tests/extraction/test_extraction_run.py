@@ -49,8 +49,6 @@ def test_options_are_fields_of_the_settings(
     assert result.shape == (32, 2, 3)
     with pytest.raises(TypeError, match="batchsize"):
         extract(small_adapter, clip, tmp_path / "g.npy", batchsize=2)
-    with pytest.warns(DeprecationWarning, match="select=FrameSelection"):
-        assert extract(small_adapter, clip, tmp_path / "old.npy", max_frames=3).frames == 3
 
 
 @pytest.mark.parametrize(

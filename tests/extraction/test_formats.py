@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,15 +182,7 @@ def test_a_damaged_feature_file_is_not_a_damaged_weight_file(tmp_path: Path) -> 
         read_features(tmp_path / "none.npy")
 
 
-def test_the_names_of_version_01_warn() -> None:
-    with pytest.warns(DeprecationWarning, match=r"cosettle_adapter\.extraction"):
-        from cosettle_adapter.feature_file import read_features as old
-    assert old is read_features
-    with pytest.warns(DeprecationWarning, match=r"extraction\.dino_tracker"):
-        from cosettle_adapter.dino_tracker import cells
-    assert cells(14).grid == (34, 61)
-    with warnings.catch_warnings(), pytest.raises(ImportError):
-        from cosettle_adapter.dino_tracker import prepare  # noqa: F401
+def test_every_format_has_a_name() -> None:
     assert set(FormatName.__args__) == set(FORMATS)
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 
@@ -17,19 +16,13 @@ def pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 8), (5, 3, 6, 8), (2, 5, 3, 6, 8)])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.float64])
-def test_tensors_come_back_as_they_are(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    frames = torch.ones(shape).to(dtype)
-    assert as_frames(frames) is frames
-
-
-@pytest.mark.parametrize("shape", [(6, 8, 3), (5, 6, 8, 3), (2, 5, 6, 8, 3)])
-def test_arrays_with_channels_last(shape: tuple[int, ...]) -> None:
-    array = pixels(*shape)
-    frames = as_frames(array)
-    assert frames.dtype == torch.uint8
-    np.testing.assert_array_equal(frames.numpy(), np.moveaxis(array, -1, -3))
+@pytest.mark.parametrize("leading", [(), (5,), (2, 5)])
+def test_tensors_come_back_as_they_are_and_arrays_channels_first(leading: tuple[int, ...]) -> None:
+    for dtype in (torch.uint8, torch.float32, torch.float16, torch.float64):
+        frames = torch.ones(*leading, 3, 6, 8).to(dtype)
+        assert as_frames(frames) is frames
+    array = pixels(*leading, 6, 8, 3)
+    np.testing.assert_array_equal(as_frames(array).numpy(), np.moveaxis(array, -1, -3))
 
 
 def test_arrays_with_channels_first_where_only_that_makes_sense() -> None:
@@ -42,10 +35,8 @@ def test_arrays_with_channels_first_where_only_that_makes_sense() -> None:
 def test_arrays_share_memory_where_torch_can() -> None:
     array = np.linspace(0, 1, 144).reshape(6, 8, 3)
     frames = as_frames(array)
-    assert frames.dtype == torch.float64
     array[3, 4, 1] = 0.25
     np.testing.assert_array_equal(frames.numpy(), np.moveaxis(array, -1, 0))
-    # not mirrored or read-only ones
     mirrored = array[..., ::-1]
     np.testing.assert_array_equal(as_frames(mirrored).numpy(), np.moveaxis(mirrored, -1, 0))
     array.setflags(write=False)
@@ -55,19 +46,14 @@ def test_arrays_share_memory_where_torch_can() -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"])
 def test_images_of_any_mode(mode: str) -> None:
     image = Image.fromarray(pixels(6, 8, 3)).convert(mode)
-    frames = as_frames(image)
-    assert frames.shape == (3, 6, 8)
     expected = np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
-    np.testing.assert_array_equal(frames.numpy(), expected)
+    np.testing.assert_array_equal(as_frames(image).numpy(), expected)
 
 
 def test_deep_grey_images_are_scaled_not_clipped() -> None:
     image = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
     assert image.mode == "I;16"
     assert as_frames(image)[:, 0].tolist() == [[0, 1, 255]] * 3
-
-
-def test_float_images_have_no_known_range() -> None:
     with pytest.raises(FrameError, match=r"32-bit float PIL image; pass it as a float array"):
         as_frames(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
 
@@ -76,8 +62,7 @@ def test_lists_of_images() -> None:
     arrays = [pixels(6, 8, 3) for _ in range(3)]
     expected = np.moveaxis(np.stack(arrays), -1, 1)
     for convert in (Image.fromarray, np.asarray, lambda a: torch.from_numpy(a).permute(2, 0, 1)):
-        frames = as_frames([convert(array) for array in arrays])
-        np.testing.assert_array_equal(frames.numpy(), expected)
+        np.testing.assert_array_equal(as_frames([convert(a) for a in arrays]).numpy(), expected)
 
 
 @pytest.mark.parametrize(
@@ -85,43 +70,27 @@ def test_lists_of_images() -> None:
     [
         ([], "got zero frames: an empty list"),
         (torch.zeros(0, 3, 6, 8), r"got zero frames or pixels: shape \(0, 3, 6, 8\)"),
-        (torch.zeros(2, 3, 0, 8), r"zero frames or pixels: shape \(2, 3, 0, 8\)"),
-        (torch.zeros(2, 1, 6, 8), r"got 1 channel in .*repeat to 3.*repeat_interleave\(3, dim=-3"),
-        (pixels(6, 8, 1), r"got 1 channel in .*numpy.repeat\(frames, 3, axis=-1\)"),
-        (
-            torch.zeros(2, 4, 6, 8),
-            r"got 4 channels in .*drop alpha with frames\[\.\.\., :3, :, :\]",
-        ),
-        (pixels(6, 8, 4), r"4 channels.*or frames\[\.\.\., :3\] for an array"),
-        (torch.zeros(6, 8, 3), r"got 6 channels.*pass the numpy array, or .*permute\(2, 0, 1\)"),
-        (torch.zeros(2, 6, 8, 3), r"got 6 channels.*permute\(0, 3, 1, 2\)"),
-        (torch.zeros(2, 5, 6, 8, 3), r"got 6 channels.*permute\(0, 1, 4, 2, 3\)"),
-        (torch.zeros(2, 6, 8, 4), r"permute\(0, 3, 1, 2\), and drop alpha"),
-        (torch.zeros(2, 6, 8, 1), r"permute\(0, 3, 1, 2\), and repeat 1 channel to 3"),
-        (torch.zeros(9, 6, 8), r"got 9 channels.*unsqueeze\(1\)\.expand\(-1, 3, -1, -1\)"),
-        (torch.zeros(2, 9, 6, 8), r"got 9 channels.*expected \(T, 3, H, W\).*pick 3 channels"),
+        (torch.zeros(2, 1, 6, 8), r"got 1 channel\(s\) in .*repeat_interleave\(3, dim=-3"),
+        (torch.zeros(2, 4, 6, 8), r"4 channel.*drop alpha with frames\[\.\.\., :3, :, :\]"),
+        (pixels(6, 8, 4), r"4 channel.*or \[\.\.\., :3\] where channels are last"),
+        (torch.zeros(2, 6, 8, 3), r"got 6 channel.*pass the numpy array, or .*movedim\(-1, -3\)"),
+        (torch.zeros(9, 6, 8), r"got 9 channel.*unsqueeze\(1\)\.expand\(-1, 3, -1, -1\)"),
+        (torch.zeros(2, 9, 6, 8), r"got 9 channel.*expected \(T, 3, H, W\).*pick 3 channels"),
         (torch.zeros(6, 8), r"2 axes, expected \(3, H, W\), .*a grayscale image: repeat it to 3"),
         (torch.zeros(1, 1, 1, 3, 6, 8), r"6 axes, expected \(3, H, W\), \(T, 3, H, W\), \(B, T,"),
-        (torch.full((3, 4, 4), 200.0), r"min 200 and max 200; divide by 255"),
-        (torch.full((3, 4, 4), 1000.0), r"max 1000; divide by the largest value"),
+        (torch.full((3, 4, 4), 200.0), r"min 200 and max 200; divide by .* \(200 was met\), such"),
         (torch.full((3, 4, 4), 1.1), r"max 1\.1; if a resize overshot, frames\.clamp\(0, 1\)"),
         (torch.full((3, 4, 4), -1.5), r"min -1\.5 .*do not normalise, the adapter does"),
-        (torch.full((3, 4, 4), -0.1), r"do not normalise.*if a resize overshot"),
-        (torch.full((3, 4, 4), float("nan")), "float frames hold NaN"),
-        (torch.full((3, 4, 4), float("inf")), "float frames hold infinite values"),
-        (torch.full((3, 4, 4), -float("inf")), "float frames hold infinite values"),
+        (torch.full((3, 4, 4), float("nan")), "float frames hold NaN or inf"),
+        (torch.full((3, 4, 4), -float("inf")), "float frames hold NaN or inf"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), r"dtype torch\.int64.*use \.to\(torch\.uint8\)"),
-        (torch.zeros(3, 4, 4, dtype=torch.bool), r"dtype torch\.bool.*masks are not frames"),
-        (np.zeros((4, 4, 3), dtype=np.uint16), r"dtype torch\.uint16.*16-bit: .*// 257"),
+        (np.zeros((4, 4, 3), dtype=np.uint16), r"dtype torch\.uint16.*scale the values"),
         (np.zeros((4, 4, 3), dtype=object), r"numpy array of dtype object.*astype\(numpy\.uint8\)"),
         (np.zeros((4, 4, 3), dtype=">f4"), r"numpy array of dtype >f4"),
         ("clip.mp4", r"from the path 'clip\.mp4' \(open_frames reads files\)"),
         (7, "from an object of type int; expected a torch tensor"),
-        ([torch.zeros(2, 3, 4, 4)], r"item 0 of the list has shape \(2, 3, 4, 4\)"),
-        (
-            [pixels(4, 5, 3), pixels(4, 6, 3)],
-            r"item 1 of the list is \(3, 4, 6\) torch\.uint8, but item 0 is \(3, 4, 5\)",
-        ),
+        ([torch.zeros(2, 3, 4, 4)], r"item 0 of the list is \(2, 3, 4, 4\).*expected single"),
+        ([pixels(4, 5, 3), pixels(4, 6, 3)], r"item 1 of the list is \(3, 4, 6\).* \(3, 4, 5\)"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
@@ -146,4 +115,4 @@ def test_nothing_optional_is_imported() -> None:
         "print([m for m in ('av', 'PIL', 'skimage', 'scipy') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"\[\]\s*", run.stdout)
+    assert run.stdout.strip() == "[]"

@@ -32,17 +32,13 @@ def geometries(draw: st.DrawFn) -> Geometry:
     [
         ((224, 448), {}, (224, 448), (224, 448), (16, 32)),
         ((480, 854), {"size": 224}, (224, 392), (224, 392), (16, 28)),
-        ((854, 480), {"size": 224}, (392, 224), (392, 224), (28, 16)),
         ((480, 854), {}, (476, 854), (476, 854), (34, 61)),
-        ((231, 225), {}, (238, 224), (238, 224), (17, 16)),
         ((480, 854), {"fit": "pad"}, (480, 854), (490, 854), (35, 61)),
         ((480, 854), {"size": 224, "fit": "pad"}, (224, 399), (224, 406), (16, 29)),
-        ((480, 854), {"size": (224, 224)}, (224, 224), (224, 224), (16, 16)),
         ((480, 854), {"size": (224, 224), "fit": "pad"}, (126, 224), (224, 224), (16, 16)),
         ((1, 3000), {"size": (28, 28), "fit": "pad"}, (1, 28), (28, 28), (2, 2)),
         ((480, 854), {"size": 224, "stride": 7}, (224, 399), (224, 399), (31, 56)),
         ((224, 230), {"stride": 4, "fit": "pad"}, (224, 230), (226, 230), (54, 55)),
-        ((100, 100), {"size": 3}, (14, 14), (14, 14), (1, 1)),
         ((9, 9), {"size": 28}, (28, 28), (28, 28), (2, 2)),
     ],
 )
@@ -57,18 +53,16 @@ def test_policy(
     assert (geometry.resized, geometry.padded, geometry.grid) == (resized, padded, grid)
 
 
-@given(geometries())
-def test_the_encoder_always_sees_whole_patches(geometry: Geometry) -> None:
-    for side, cells in zip(geometry.padded, geometry.grid, strict=True):
-        assert side == geometry.patch + (cells - 1) * geometry.stride
-    if geometry.fit == "pad":
-        for side, resized in zip(geometry.padded, geometry.resized, strict=True):
-            assert resized <= side
-            assert side - resized < max(geometry.stride, geometry.patch)
-
-
 @given(geometries(), st.integers(0, 2**32))
-def test_pixels_and_cells_are_inverse(geometry: Geometry, seed: int) -> None:
+def test_pixels_and_cells_are_inverse_on_whole_patches(geometry: Geometry, seed: int) -> None:
+    for side, resized, cells in zip(geometry.padded, geometry.resized, geometry.grid, strict=True):
+        assert side == geometry.patch + (cells - 1) * geometry.stride
+        assert 0 <= side - resized < (geometry.patch if geometry.fit == "pad" else 1)
+    values = json.loads(json.dumps(geometry.to_dict()))
+    assert Geometry.from_dict(values) == geometry
+    del values["stride"]
+    with pytest.raises(GeometryError, match=r"is not a geometry: .*'stride'"):
+        Geometry.from_dict(values)
     generator = torch.Generator().manual_seed(seed)
     extent = torch.tensor([geometry.frame[1], geometry.frame[0]], dtype=torch.float64)
     points = extent * torch.rand(5, 4, 2, generator=generator, dtype=torch.float64)
@@ -99,38 +93,15 @@ def test_coordinates_keep_their_dtype() -> None:
         geometry.cells_to_pixels(torch.tensor(1.0))
 
 
-@given(geometries())
-def test_dictionary_round_trip(geometry: Geometry) -> None:
-    assert Geometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry
-
-
-def test_dictionaries_that_are_no_geometry() -> None:
-    fields = plan_geometry(64, 64, patch=16).to_dict()
-    with pytest.raises(GeometryError, match=r"missing \['stride'\], unknown \['step'\]"):
-        Geometry.from_dict({("step" if k == "stride" else k): v for k, v in fields.items()})
-    with pytest.raises(GeometryError, match=r"frame must be \(height, width\), got 64"):
-        Geometry.from_dict({**fields, "frame": 64})
-    with pytest.raises(GeometryError, match="padded height 80 does not go with resized height 64"):
-        Geometry.from_dict({**fields, "padded": [80, 64]})
-    with pytest.raises(GeometryError, match="padded height 48 does not go with"):
-        Geometry.from_dict({**fields, "padded": [48, 64], "fit": "pad"})
-    with pytest.raises(GeometryError, match="padded width 65 is not"):
-        Geometry.from_dict({**fields, "padded": [64, 65]})
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((10, 64, {}), "frame height 10 is smaller than one patch of 14; pass size="),
         ((64, 10, {"fit": "pad"}), "frame width 10 is smaller than one patch of 14; pass size="),
-        ((0, 64, {}), "frame height must be a whole number of at least 1, got 0"),
-        ((64, -3, {}), "frame width must be a whole number of at least 1, got -3"),
         ((64.5, 64, {}), "frame height must be a whole number of at least 1, got 64.5"),
         ((64, 64, {"size": 0}), "size must be a whole number of at least 1, got 0"),
-        ((64, 64, {"size": (224, 0)}), "size width must be a whole number of at least 1, got 0"),
         ((64, 64, {"size": (224,)}), r"size must be \(height, width\), got \(224,\)"),
         ((64, 64, {"size": (225, 224)}), "size height 225 is not .*: 224 and 238"),
-        ((64, 64, {"size": (224, 9)}), "size width 9 is not .*: 14 and 28"),
         ((64, 64, {"size": (224, 226), "stride": 7}), "size width 226 is not .*: 224 and 231"),
         ((64, 64, {"stride": 15}), "stride 15 is larger than patch 14"),
         ((64, 64, {"stride": 0}), "stride must be a whole number of at least 1, got 0"),
@@ -143,13 +114,6 @@ def test_errors(arguments: tuple[int, int, dict[str, object]], message: str) -> 
         plan_geometry(height, width, patch=14, **options)  # type: ignore[arg-type]
 
 
-def ramp(geometry_height: int, geometry_width: int) -> torch.Tensor:
-    """A picture whose colour is a linear function of the pixel's centre."""
-    y = (torch.arange(geometry_height) + 0.5) / geometry_height
-    x = (torch.arange(geometry_width) + 0.5) / geometry_width
-    return torch.stack([x.expand(geometry_height, -1), y[:, None].expand(-1, geometry_width)])
-
-
 def test_resizing_is_antialiased_bicubic_in_float32() -> None:
     frames = torch.randint(0, 256, (2, 3, 60, 90), dtype=torch.uint8)
     assert apply_geometry(frames, plan_geometry(60, 90, patch=30)) is frames
@@ -159,15 +123,10 @@ def test_resizing_is_antialiased_bicubic_in_float32() -> None:
         expected = F.interpolate(given.float(), size=(28, 42), mode="bicubic", antialias=True)
         assert resized.dtype == torch.float32
         torch.testing.assert_close(resized, expected.clamp(0, 255 if scale == 1 else 1))
-
-
-@pytest.mark.parametrize(("dtype", "top"), [(torch.uint8, 255), (torch.float32, 1)])
-def test_the_range_is_kept_where_bicubic_overshoots(dtype: torch.dtype, top: int) -> None:
     edge = torch.zeros(1, 3, 30, 30)
-    edge[..., 15:] = top
-    resized = apply_geometry(edge.to(dtype), plan_geometry(30, 30, patch=14, size=98))
-    assert resized.min() == 0
-    assert resized.max() == top
+    edge[..., 15:] = 1  # where bicubic overshoots
+    resized = apply_geometry(edge, plan_geometry(30, 30, patch=14, size=98))
+    assert (resized.min(), resized.max()) == (0, 1)
 
 
 def test_padding_repeats_the_bottom_and_right_edge_and_keeps_bytes() -> None:
@@ -212,7 +171,12 @@ def test_sampling_at_cell_centres_returns_the_cells(
     torch.testing.assert_close(sampled, features, rtol=0, atol=1e-6)
 
 
-def test_sampling_is_bilinear_between_centres() -> None:
+def test_sampling_is_bilinear_between_centres_and_takes_the_border_beyond() -> None:
+    square = plan_geometry(56, 56, patch=14)
+    features = torch.randn(1, 3, 4, 4)
+    outside = torch.tensor([[-100.0, -100.0], [0.0, 21.0], [100.0, 1e6], [56.0, 0.0]])
+    sampled = resample_to_points(features, square, outside)
+    torch.testing.assert_close(sampled[0], features[0, :, [0, 1, 3, 0], [0, 0, 3, 3]])
     geometry = plan_geometry(300, 500, patch=14, stride=7, size=98)
     centres = geometry.cell_centers()
     features = torch.stack([3 * centres[..., 0] - 2 * centres[..., 1], centres[..., 0]])[None]
@@ -223,31 +187,16 @@ def test_sampling_is_bilinear_between_centres() -> None:
     torch.testing.assert_close(sampled, expected)
 
 
-def test_points_outside_take_the_border_cells() -> None:
-    geometry = plan_geometry(56, 56, patch=14)
-    features = torch.randn(1, 3, 4, 4)
-    points = torch.tensor([[-100.0, -100.0], [0.0, 21.0], [100.0, 1e6], [56.0, 0.0]])
-    sampled = resample_to_points(features, geometry, points)
-    expected = features[0, :, [0, 1, 3, 0], [0, 0, 3, 3]]
-    torch.testing.assert_close(sampled[0], expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_sampling_keeps_dtype_and_shape(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sampling_keeps_dtype_and_shape_and_gradients(dtype: torch.dtype) -> None:
     geometry = plan_geometry(56, 70, patch=14)
-    features = torch.randn(2, 3, 4, 5).to(dtype)
+    features = torch.randn(2, 3, 4, 5).to(dtype).requires_grad_()
     sampled = resample_to_points(features, geometry, torch.rand(6, 7, 2) * 50)
-    assert sampled.shape == (2, 3, 6, 7)
-    assert sampled.dtype == dtype
-    assert resample_to_points(features, geometry, torch.zeros(0, 2)).shape == (2, 3, 0)
-
-
-def test_sampling_passes_gradients_to_the_features() -> None:
-    geometry = plan_geometry(56, 56, patch=14)
-    features = torch.randn(2, 3, 4, 4, requires_grad=True)
-    resample_to_points(features, geometry, torch.rand(5, 2) * 56).sum().backward()
+    assert (sampled.shape, sampled.dtype) == ((2, 3, 6, 7), dtype)
+    sampled.float().sum().backward()
     assert features.grad is not None
-    torch.testing.assert_close(features.grad.sum(), torch.tensor(2 * 3 * 5.0))
+    torch.testing.assert_close(features.grad.float().sum(), torch.tensor(252.0), rtol=0.02, atol=0)
+    assert resample_to_points(features, geometry, torch.zeros(0, 2)).shape == (2, 3, 0)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -261,18 +210,6 @@ def test_what_does_not_fit_is_refused() -> None:
         resample_to_points(features, geometry, torch.zeros(2))
     with pytest.raises(GeometryError, match="NaN or infinite"):
         resample_to_points(features, geometry, torch.tensor([[0.0, float("nan")]]))
-
-
-def test_resizing_and_sampling_agree_on_where_pixels_are() -> None:
-    geometry = plan_geometry(210, 330, patch=14, size=(140, 196))
-    frames = torch.cat([ramp(210, 330), torch.zeros(1, 210, 330)])[None]
-    seen = apply_geometry(frames, geometry)
-    # one cell's feature is the colour around its centre
-    cells = F.avg_pool2d(seen, kernel_size=14, stride=14)
-    inner = geometry.cell_centers()[1:-1, 1:-1]
-    sampled = resample_to_points(cells, geometry, inner)[0]
-    torch.testing.assert_close(sampled[0], (inner[..., 0] / 330).float(), rtol=0, atol=1e-3)
-    torch.testing.assert_close(sampled[1], (inner[..., 1] / 210).float(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -44,6 +44,11 @@ def test_everything_arrives_in_order(depth: int) -> None:
     producer = Producer(20)
     assert list(prefetch(producer(), depth)) == list(range(20))
     producer.assert_finished()
+    assert list(prefetch([3, 1, 2])) == [3, 1, 2]
+    with pytest.raises(TypeError):
+        list(prefetch(7))  # type: ignore[arg-type]
+    with pytest.raises(FrameError, match="depth must be at least 1, got 0"):
+        prefetch([], depth=0)
 
 
 def test_the_producer_runs_ahead_in_a_daemon_thread_and_no_further_than_told() -> None:
@@ -83,38 +88,14 @@ def _forget(ahead: Iterator[int]) -> None:
 def test_leaving_early_stops_the_producer_and_closes_it(
     leave: Callable[[Iterator[int]], None], depth: int
 ) -> None:
-    producer = Producer()
     threads = threading.active_count()
+    unstarted = Producer()
+    prefetch(unstarted()).close()
+    assert not unstarted.made
+    producer = Producer()
     held = [prefetch(producer(), depth)]
     assert next(held[0]) == 0
     leave(held.pop())
     producer.assert_finished()
     assert len(producer.made) <= depth + 3
     assert threading.active_count() == threads
-
-
-def test_never_started_never_runs() -> None:
-    producer = Producer()
-    threads = threading.active_count()
-    ahead = prefetch(producer())
-    assert threading.active_count() == threads
-    ahead.close()
-    assert not producer.made
-
-
-def test_breaking_out_of_a_loop_many_times_leaves_no_threads() -> None:
-    threads = threading.active_count()
-    for _ in range(30):
-        for number in prefetch(Producer()()):
-            if number == 2:
-                break
-    gc.collect()
-    assert threading.active_count() == threads
-
-
-def test_what_can_be_iterated() -> None:
-    assert list(prefetch([3, 1, 2])) == [3, 1, 2]
-    with pytest.raises(TypeError):
-        list(prefetch(7))  # type: ignore[arg-type]
-    with pytest.raises(FrameError, match="depth must be at least 1, got 0"):
-        prefetch([], depth=0)

@@ -17,12 +17,7 @@ from cosettle_adapter.video import count_frames, open_frames, random_access, rea
 from cosettle_adapter.video.decoder import FileRange, Video
 
 COUNT = 60
-
-
-def decoded(path: Path) -> torch.Tensor:
-    return torch.cat([chunk.frames for chunk in open_frames(path)])
-
-
+OLD = {"g": "12", "qmin": "1", "qmax": "2"}
 VARIANTS = {
     "b-frames.mp4": {"options": {"g": "12", "bf": "3"}},
     "open-gop.mp4": {"options": {"g": "12", "bf": "3", "x264-params": "open-gop=1"}},
@@ -35,18 +30,10 @@ VARIANTS = {
     "long-gop.mp4": {"options": {"g": "250", "bf": "2"}},
     "intra.mkv": {"options": {"g": "1"}},
     "transport.ts": {"options": {"g": "12", "bf": "2"}},
-    "old.avi": {"codec": "mpeg4", "options": {"g": "12", "qmin": "1", "qmax": "2"}},
-    "reordered.avi": {
-        "codec": "mpeg4",
-        "options": {"g": "12", "bf": "2", "qmin": "1", "qmax": "2"},
-    },
-    "old.mpg": {
-        "codec": "mpeg2video",
-        "options": {"g": "12", "bf": "2", "qmin": "1", "qmax": "2"},
-        "rate": 25,
-    },
+    "old.avi": {"codec": "mpeg4", "options": OLD},
+    "reordered.avi": {"codec": "mpeg4", "options": OLD | {"bf": "2"}},
+    "old.mpg": {"codec": "mpeg2video", "options": OLD | {"bf": "2"}, "rate": 25},
     "web.webm": {"codec": "libvpx-vp9", "options": {"speed": "8", "g": "12"}},
-    "hevc.mp4": {"codec": "libx265", "options": {"g": "12", "x265-params": "log-level=none"}},
     "hevc.mkv": {
         "codec": "libx265",
         "options": {"g": "12", "bf": "3", "x265-params": "open-gop=1:log-level=none"},
@@ -74,230 +61,155 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-class TestIdentity:
-    @pytest.mark.parametrize("name", VARIANTS)
-    def test_frame_i_is_what_decoding_delivers_at_i(
-        self, videos: dict[str, Path], name: str
-    ) -> None:
-        path = videos[name]
-        every = decoded(path)
-        assert count_frames(path) == len(every) == COUNT
-        for indices in ([0], [59], [11, 12, 13], [24, 23], [35, 5, 35], [47, 58], [30, 31, 1]):
-            frames = read_frames(path, indices)
-            assert numbers(frames) == indices
-            assert torch.equal(frames, every[indices])
-
-    @given(
-        st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=5), st.sampled_from([*VARIANTS])
-    )
-    def test_any_indices(self, videos: dict[str, Path], indices: list[int], name: str) -> None:
-        assert numbers(read_frames(videos[name], indices)) == indices
-
-    @pytest.mark.parametrize(
-        # headers of .mpg say nothing of the length, those of .avi nothing of the first time
-        "name",
-        [
-            name
-            for name in VARIANTS
-            if not name.startswith(("uneven", "raw", "old.mpg", "reordered", "coding"))
-        ],
-    )
-    def test_files_too_large_to_be_read_through(
-        self, videos: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        random_access._read_index.cache_clear()
-        monkeypatch.setattr(random_access, "SCAN_LIMIT", 0)
-        indices = [0, 5, 12, 13, 31, 58]
-        try:
-            assert numbers(read_frames(videos[name], indices)) == indices
-        finally:
-            random_access._read_index.cache_clear()
-
-    def test_an_edit_list_that_cuts_the_beginning(self, tmp_path: Path) -> None:
-        whole = encode_numbered(tmp_path / "whole.mp4", COUNT, options={"g": "24", "bf": "2"})
-        with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
-            stream = target.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.size and packet.pts is not None and packet.dts is not None:
-                    step = round(1 / (10 * packet.time_base))
-                    packet.pts, packet.dts = packet.pts - 5 * step, packet.dts - 5 * step
-                    packet.stream = stream
-                    target.mux(packet)
-        with av.open(str(tmp_path / "cut.mp4")) as written:
-            if not next(written.demux(video=0)).is_keyframe:
-                pytest.skip("this PyAV cuts the keyframe off, too")
-        every = decoded(tmp_path / "cut.mp4")
-        assert count_frames(tmp_path / "cut.mp4") == len(every) == COUNT - 5
-        for indices in ([0, 3], [18, 19, 20], [40, 54, 2]):
-            frames = read_frames(tmp_path / "cut.mp4", indices)
-            assert numbers(frames) == [index + 5 for index in indices]
-            assert torch.equal(frames, every[indices])
-
-    def test_turned_upright(self, tmp_path: Path) -> None:
-        path = encode_numbered(tmp_path / "c.mp4", 12)
-        with av.open(str(path)) as source, av.open(str(tmp_path / "turned.mp4"), "w") as target:
-            stream = target.add_stream_from_template(source.streams.video[0])
-            if not hasattr(stream, "set_display_rotation"):
-                pytest.skip("this PyAV writes no display matrix")
-            stream.set_display_rotation(90)
-            for packet in source.demux(video=0):
-                if packet.size:
-                    packet.stream = stream
-                    target.mux(packet)
-        frames = read_frames(tmp_path / "turned.mp4", [3, 9])
-        assert frames.shape == (2, 3, 64, 48)
-        assert torch.equal(frames, decoded(tmp_path / "turned.mp4")[[3, 9]])
+def decoded(path: Path) -> torch.Tensor:
+    return torch.cat([chunk.frames for chunk in open_frames(path)])
 
 
-class TestCost:
-    def packets(self, monkeypatch: pytest.MonkeyPatch, path: Path, indices: list[int]) -> int:
-        """Count the packets that are given to the decoder."""
+def remuxed(source: Path, target: Path, *, shift: int = 0, turn: int = 0) -> Path:
+    """Copy the packets, ``shift`` frames early and with a display rotation."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        if turn and not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV writes no display matrix")
+        if turn:
+            stream.set_display_rotation(turn)
+        for packet in old.demux(video=0):
+            if packet.size and packet.pts is not None and packet.dts is not None:
+                early = round(shift / (10 * packet.time_base))
+                packet.pts, packet.dts = packet.pts - early, packet.dts - early
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_frame_i_is_what_decoding_delivers_at_i(videos: dict[str, Path], name: str) -> None:
+    path = videos[name]
+    every = decoded(path)
+    assert count_frames(path) == len(every) == COUNT
+    for indices in ([0], [59], [11, 12, 13], [24, 23], [35, 5, 35], [47, 58], [30, 31, 1]):
+        frames = read_frames(path, indices)
+        assert numbers(frames) == indices
+        assert torch.equal(frames, every[indices])
+
+
+@given(st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=5), st.sampled_from([*VARIANTS]))
+def test_any_indices(videos: dict[str, Path], indices: list[int], name: str) -> None:
+    assert numbers(read_frames(videos[name], indices)) == indices
+
+
+def test_an_edit_list_that_cuts_the_beginning(tmp_path: Path) -> None:
+    whole = encode_numbered(tmp_path / "whole.mp4", COUNT, options={"g": "24", "bf": "2"})
+    path = remuxed(whole, tmp_path / "cut.mp4", shift=5)
+    with av.open(str(path)) as written:
+        if not next(written.demux(video=0)).is_keyframe:
+            pytest.skip("this PyAV cuts the keyframe off, too")
+    every = decoded(path)
+    assert count_frames(path) == len(every) == COUNT - 5
+    for indices in ([0, 3], [18, 19, 20], [40, 54, 2]):
+        frames = read_frames(path, indices)
+        assert numbers(frames) == [index + 5 for index in indices]
+        assert torch.equal(frames, every[indices])
+
+
+def test_turned_upright(tmp_path: Path) -> None:
+    path = encode_numbered(tmp_path / "c.mp4", 12)
+    path = remuxed(path, tmp_path / "turned.mp4", turn=90)
+    frames = read_frames(path, [3, 9])
+    assert frames.shape == (2, 3, 64, 48)
+    assert torch.equal(frames, decoded(path)[[3, 9]])
+
+
+def test_no_more_is_decoded_than_the_keyframe_intervals_around(
+    videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+    packets = Video.packets
+
+    def counted(video: Video) -> Iterator[object]:
+        nonlocal read
+        for packet in packets(video):
+            read += 1
+            yield packet
+
+    def cost(name: str, indices: list[int]) -> int:
+        nonlocal read
+        count_frames(videos[name])  # the index is read before
         read = 0
-        packets = Video.packets
-
-        def count(video: Video) -> Iterator[object]:
-            nonlocal read
-            for packet in packets(video):
-                read += 1
-                yield packet
-
-        count_frames(path)  # the index is read before
         with monkeypatch.context() as patch:
-            patch.setattr(Video, "packets", count)
-            read_frames(path, indices)
+            patch.setattr(Video, "packets", counted)
+            read_frames(videos[name], indices)
         return read
 
-    @pytest.mark.parametrize(
-        "name", ["b-frames.mp4", "open-gop.mkv", "coding-order.mp4", "web.webm"]
-    )
-    @pytest.mark.parametrize("limit", [0, random_access.SCAN_LIMIT])
-    def test_no_more_than_the_keyframe_intervals_around(
-        self, videos: dict[str, Path], name: str, limit: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        random_access._read_index.cache_clear()
-        monkeypatch.setattr(random_access, "SCAN_LIMIT", limit)
-        try:
-            assert self.packets(monkeypatch, videos[name], [51]) <= 12 + 12 + 5
-            assert self.packets(monkeypatch, videos[name], [3, 51]) <= 8 + 12 + 12 + 5
-        finally:
-            random_access._read_index.cache_clear()
-
-    def test_frames_of_one_interval_are_decoded_in_one_go(
-        self, videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        assert self.packets(monkeypatch, videos["long-gop.mp4"], [55, 20, 40]) <= COUNT + 1
-
-    def test_a_container_that_cannot_seek(
-        self, videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(Video, "seek", lambda *_: "no")
-        assert numbers(read_frames(videos["b-frames.mp4"], [51, 2])) == [51, 2]
-
-    def test_times_are_read_once_until_the_file_changes(self, tmp_path: Path) -> None:
-        path = encode_numbered(tmp_path / "c.mkv", 9)
-        random_access._read_index.cache_clear()
-        assert [count_frames(path), count_frames(path)] == [9, 9]
-        assert random_access._read_index.cache_info().misses == 1
-        encode_numbered(path, 14)
-        os.utime(path, ns=(1, 1))
-        assert count_frames(path) == 14
-        assert numbers(read_frames(path, [13])) == [13]
+    for name in ("b-frames.mp4", "open-gop.mkv", "web.webm"):
+        assert cost(name, [51]) <= 12 + 12 + 5
+        assert cost(name, [3, 51]) <= 8 + 12 + 12 + 5
+    assert cost("long-gop.mp4", [55, 20, 40]) <= COUNT + 1, "in one go"
+    monkeypatch.setattr(Video, "seek", lambda *_: "no")  # not every container can
+    assert numbers(read_frames(videos["b-frames.mp4"], [51, 2])) == [51, 2]
 
 
-class TestRanges:
-    @pytest.fixture
-    def members(self, videos: dict[str, Path], tmp_path: Path) -> dict[str, FileRange]:
-        archive = tmp_path / "odd, name: x.tar"
-        with tarfile.open(archive, "w") as tar:
-            for name, path in videos.items():
-                tar.add(path, arcname=f"some/{name}")
-        with tarfile.open(archive) as tar:
-            return {
-                Path(member.name).name: FileRange(
-                    archive, member.offset_data, member.size, member.name
-                )
-                for member in tar
-            }
-
-    def test_members_of_an_archive(
-        self, videos: dict[str, Path], members: dict[str, FileRange]
-    ) -> None:
-        for name in videos:
-            if name == "raw.h264":
-                continue
-            assert count_frames(members[name]) == COUNT
-            assert torch.equal(
-                read_frames(members[name], [7, 52]), read_frames(videos[name], [7, 52])
-            )
-
-    def test_an_archive_that_was_cut(self, members: dict[str, FileRange]) -> None:
-        member = members["uneven.mkv"]
-        with member.path.open("r+b") as archive:
-            archive.truncate(member.start + member.size // 2)
-        with pytest.raises(TruncatedVideoError, match=r"uneven\.mkv ends early: odd, name: x\.tar"):
-            count_frames(member)
+def test_times_are_read_once_until_the_file_changes(tmp_path: Path) -> None:
+    path = encode_numbered(tmp_path / "c.mkv", 9)
+    random_access._read_index.cache_clear()
+    assert [count_frames(path), count_frames(path)] == [9, 9]
+    assert random_access._read_index.cache_info().misses == 1
+    encode_numbered(path, 14)
+    os.utime(path, ns=(1, 1))
+    assert count_frames(path) == 14
+    assert numbers(read_frames(path, [13])) == [13]
 
 
-class TestBroken:
-    @pytest.mark.parametrize("index", [-1, 60])
-    def test_an_index_outside(self, videos: dict[str, Path], index: int) -> None:
+def test_members_of_an_archive_also_of_one_that_was_cut(
+    videos: dict[str, Path], tmp_path: Path
+) -> None:
+    archive = tmp_path / "odd, name: x.tar"
+    with tarfile.open(archive, "w") as tar:
+        for name in VARIANTS.keys() - {"raw.h264"}:
+            tar.add(videos[name], arcname=f"some/{name}")
+    with tarfile.open(archive) as tar:
+        members = [FileRange(archive, each.offset_data, each.size, each.name) for each in tar]
+    for member in members:
+        assert count_frames(member) == COUNT
+        whole = read_frames(videos[Path(member.name).name], [7, 52])
+        assert torch.equal(read_frames(member, [7, 52]), whole)
+    last = members[-1]
+    with archive.open("r+b") as file:
+        file.truncate(last.start + last.size // 2)
+    with pytest.raises(TruncatedVideoError, match=rf"{last.name} ends early: odd, name: x\.tar"):
+        count_frames(last)
+
+
+def test_frames_that_are_not_there(videos: dict[str, Path], tmp_path: Path) -> None:
+    path = videos["b-frames.mp4"]
+    for index in (-1, 60):
         with pytest.raises(FrameError, match=rf"has frames 0 to 59, got index {index}"):
-            read_frames(videos["b-frames.mp4"], [3, index])
+            read_frames(path, [3, index])
+    with pytest.raises(FrameError, match="give at least one index"):
+        read_frames(path, [])
+    with pytest.raises(FrameError, match=r"gone\.mp4 cannot be read \(No such file"):
+        count_frames(tmp_path / "gone.mp4")
+    with av.open(str(tmp_path / "c.avi"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        container.start_encoding()
+    with pytest.raises(FrameError, match="has a video stream, but no frame in it"):
+        count_frames(tmp_path / "c.avi")
 
-    def test_no_index(self, videos: dict[str, Path]) -> None:
-        with pytest.raises(FrameError, match="give at least one index"):
-            read_frames(videos["b-frames.mp4"], [])
 
-    @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
-    @pytest.mark.parametrize("share", [0.9, 0.5])
-    def test_a_cut_file(self, tmp_path: Path, suffix: str, share: float) -> None:
-        muxing = {"movflags": "faststart"} if suffix == ".mp4" else {}
-        path = encode_numbered(tmp_path / f"c{suffix}", 60, muxing=muxing, options={"g": "6"})
-        content = path.read_bytes()
-        path.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(TruncatedVideoError, match=r"ends early: read \d+ "):
-            read_frames(path, [0])
-
-    def test_damage_in_the_middle_spares_what_comes_before(self, tmp_path: Path) -> None:
-        path = encode_numbered(tmp_path / "c.mp4", 60, options={"g": "12"})
-        content = bytearray(path.read_bytes())
-        with av.open(str(path)) as container:
-            packets = [packet for packet in container.demux(video=0) if packet.size]
-        hit = packets[30]
-        assert hit.pos is not None
-        content[hit.pos : hit.pos + hit.size] = bytes(hit.size)
-        path.write_bytes(content)
-        assert numbers(read_frames(path, [1, 20])) == [1, 20]
-        assert numbers(read_frames(path, [50])) == [50]
-        with pytest.raises(FrameError, match=r"c\.mp4 cannot be decoded where it should"):
-            read_frames(path, [1, 31])
-
-    def test_frames_of_several_sizes(self, tmp_path: Path) -> None:
-        paths = [
-            encode_numbered(
-                tmp_path / f"{side}.ts",
-                10,
-                side,
-                times=[20 * side + 40 * t for t in range(10)],
-            )
-            for side in (48, 96)
-        ]
-        joined = tmp_path / "joined.ts"
-        joined.write_bytes(b"".join(path.read_bytes() for path in paths))
-        count = count_frames(joined)
-        assert count == 20
-        with pytest.raises(FrameError, match=r"are of several sizes: 48 x 64, 96 x 64"):
-            read_frames(joined, [0, count - 1])
-
-    def test_a_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(FrameError, match=r"gone\.mp4 cannot be read \(No such file"):
-            count_frames(tmp_path / "gone.mp4")
-
-    def test_a_header_without_frames(self, tmp_path: Path) -> None:
-        path = tmp_path / "c.avi"
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=10)
-            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-            container.start_encoding()
-        with pytest.raises(FrameError, match="has a video stream, but no frame in it"):
-            count_frames(path)
+def test_damage_spares_what_comes_before_but_a_cut_file_is_refused(tmp_path: Path) -> None:
+    path = encode_numbered(tmp_path / "c.mp4", 60, options={"g": "12"})
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        hit = [packet for packet in container.demux(video=0) if packet.size][30]
+    assert hit.pos is not None
+    content[hit.pos : hit.pos + hit.size] = bytes(hit.size)
+    path.write_bytes(content)
+    assert numbers(read_frames(path, [1, 20])) == [1, 20]
+    assert numbers(read_frames(path, [50])) == [50]
+    with pytest.raises(FrameError, match=r"c\.mp4 cannot be decoded where it should"):
+        read_frames(path, [1, 31])
+    path = encode_numbered(tmp_path / "c.mkv", 60, options={"g": "6"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(TruncatedVideoError, match=r"ends early: read \d+ "):
+        read_frames(path, [0])
