@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.backbones import BackboneRow, HubOptions
-from cosettle_adapter.backbones.architectures import check_tensors, meta_model
+from cosettle_adapter.backbones.architectures import load_tensors, meta_model
 from cosettle_adapter.backbones.checkpoints import Checkpoint, is_whole, read_checkpoint
-from cosettle_adapter.backbones.downloads import converted_folder, file_sha256, released_checkpoint
+from cosettle_adapter.backbones.downloads import file_sha256
 from cosettle_adapter.backbones.layouts import to_timm
+from cosettle_adapter.backbones.releases import converted_folder, released_checkpoint
 from cosettle_adapter.backbones.weights import (
     BACKBONE_FILE,
-    LoadedWeights,
     fingerprint,
     load_weights,
     save_tensors,
@@ -54,19 +54,12 @@ _KINDS: dict[tuple[str, ...], Kind] = {  # ST_adapter.py's matrices, in order
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """A checkpoint of the official code, taken apart.
+    """A checkpoint of the official code, taken apart."""
 
-    Attributes:
-        projection: the head, float32, with its config.
-        backbone: the frozen backbone it was trained on, timm's names, float32.
-        verdict: whether that is the public backbone, in a sentence.
-        is_public: whether it is, exactly.
-    """
-
-    projection: Projection
-    backbone: dict[str, Tensor]
-    verdict: str
-    is_public: bool
+    projection: Projection  # float32, with its config
+    backbone: dict[str, Tensor]  # that it was trained on, timm's names, float32
+    verdict: str  # whether that is the public backbone, in a sentence
+    is_public: bool  # whether it is, exactly
 
     def save(self, folder: str | Path) -> None:
         """Write the projection, and the backbone unless it is the public one.
@@ -108,13 +101,13 @@ def convert_checkpoint(
     try:
         # Tensor names do not tell one ViT-B/16 from another.
         trained_on = checkpoint.arguments.get("base_model")
-        if row.release is not None and trained_on not in (None, row.release.name):
+        if row.release is not None and trained_on not in (None, row.release):
             raise CorruptWeightsError(
-                f"was trained on {trained_on!r}, not on {row.release.name!r} ({row.name})"
+                f"was trained on {trained_on!r}, not on {row.release!r} ({row.name})"
             )
         kind, head, rest = _take_apart(checkpoint.tensors)
         backbone = {name: tensor.float() for name, tensor in to_timm(rest, row).items()}
-        check_tensors(meta_model(row), backbone, row)
+        load_tensors(meta_model(row), backbone, row.name)
         infinite = [n for n, t in (head | backbone).items() if not bool(t.isfinite().all())]
         if infinite:
             raise CorruptWeightsError(f"{', '.join(infinite[:8])}: values that are not finite")
@@ -131,23 +124,20 @@ def convert_checkpoint(
             backbone_revision=revision,
             fit=_record(checkpoint, origin or path.name, path),
         )
-        projection = _load_head(config, head)
+        with torch.device("meta"):
+            projection = Projection(config)
+        load_tensors(projection, head, f"a projection for {row.name}")
     except CorruptWeightsError as error:
         raise CorruptWeightsError(f"{path}: {error}") from error
-    public = _public_weights(row, options or HubOptions(local_files_only=True))
-    gaps = {} if public is None else differences(backbone, public.tensors)
-    if public is None:
-        verdict = "not compared: no public weights of it, or none at hand"
-    elif gaps:
-        verdict = (
-            f"not the same model as {public.origin}: {len(gaps)} of {len(public.tensors)} tensors "
-            f"differ, by up to {max(gaps.values()):.3g} (first: {next(iter(gaps))})"
-        )
-    else:
-        verdict = f"the same model as {public.origin}: all {len(public.tensors)} tensors are equal"
-        config = dataclasses.replace(config, backbone_revision=public.revision)
-    projection.config = dataclasses.replace(config, fit={**config.fit, "backbone": verdict})
-    return Conversion(projection, backbone, verdict, is_public=public is not None and not gaps)
+    verdict, public = _compare(backbone, row, options or HubOptions(local_files_only=True))
+    projection.config = dataclasses.replace(
+        config,
+        fit={**config.fit, "backbone": verdict},
+        backbone_revision=public or revision,
+    )
+    return Conversion(
+        projection.requires_grad_(False).eval(), backbone, verdict, is_public=public is not None
+    )
 
 
 def released_projection(row: BackboneRow, options: HubOptions) -> Path:
@@ -163,7 +153,9 @@ def released_projection(row: BackboneRow, options: HubOptions) -> Path:
     """
     released = released_checkpoint(row, options)
     folder = converted_folder(row, released.commit, options)
-    if _is_complete(folder):
+    backbone = folder / BACKBONE_FILE
+    complete = (folder / CONFIG_FILE).is_file() and is_whole(folder / WEIGHTS_FILE)
+    if complete and (not backbone.is_file() or is_whole(backbone)):
         return folder
     conversion = convert_checkpoint(
         released.path,
@@ -177,30 +169,30 @@ def released_projection(row: BackboneRow, options: HubOptions) -> Path:
     return folder
 
 
-def _public_weights(row: BackboneRow, options: HubOptions) -> LoadedWeights | None:
+def _compare(
+    backbone: Mapping[str, Tensor], row: BackboneRow, options: HubOptions
+) -> tuple[str, str | None]:
+    """Whether a backbone is the public one, in a sentence; if so, the commit of that one."""
     if row.hub is None:
-        return None
+        return "not compared: no public weights of it are registered", None
     try:
-        return load_weights(row, dataclasses.replace(options, revision=None))
-    except WeightsUnavailableError as error:
+        public = load_weights(row, dataclasses.replace(options, revision=None))
+        load_tensors(meta_model(row), public.tensors, row.name)
+    except (WeightsUnavailableError, CorruptWeightsError) as error:
         logger.info("%s: not compared with public weights: %s", row.name, error)
-        return None
-
-
-def differences(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the largest absolute difference of every tensor that differs, in float32.
-
-    A tensor that only one side has, or of another shape, differs by infinity.
-    """
-    found = {}
-    for name in sorted(tensors.keys() | others.keys()):
-        one, other = tensors.get(name), others.get(name)
-        gap = float("inf")
-        if one is not None and other is not None and one.shape == other.shape:
-            gap = float((one.float() - other.float()).abs().max())
-        if gap != 0.0:
-            found[name] = gap
-    return found
+        return "not compared: its public weights are not at hand", None
+    gaps = {
+        name: float((tensor.float() - backbone[name]).abs().max())
+        for name, tensor in public.tensors.items()
+        if not torch.equal(tensor.float(), backbone[name])
+    }
+    if gaps:
+        return (
+            f"not the same model as {public.origin}: {len(gaps)} of {len(public.tensors)} tensors "
+            f"differ, by up to {max(gaps.values()):.3g} (first: {next(iter(gaps))})"
+        ), None
+    same = f"the same model as {public.origin}: all {len(public.tensors)} tensors are equal"
+    return same, public.revision
 
 
 def _take_apart(tensors: Mapping[str, Tensor]) -> tuple[Kind, dict[str, Tensor], dict[str, Tensor]]:
@@ -231,29 +223,6 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> tuple[Kind, dict[str, Tensor],
         module, _, parameter = official.get(name, "").partition(".")
         head[f"{ours[module]}.{parameter}" if module else name] = tensors[name].float().contiguous()
     return kind, head, {name: t for name, t in tensors.items() if name not in adapter}
-
-
-def _load_head(config: ProjectionConfig, head: Mapping[str, Tensor]) -> Projection:
-    with torch.device("meta"):
-        projection = Projection(config)
-    try:
-        projection.load_state_dict(head, strict=True, assign=True)
-    except RuntimeError as error:  # lists what is missing, unexpected and misshapen
-        faults = " ".join(str(error).partition(":")[2].split())
-        raise CorruptWeightsError(
-            f"it holds no projection of {config.backbone}: {faults}"
-        ) from error
-    return projection.requires_grad_(False).eval()
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a conversion in the cache is all there; the config is written last."""
-    backbone = folder / BACKBONE_FILE
-    return (
-        (folder / CONFIG_FILE).is_file()
-        and is_whole(folder / WEIGHTS_FILE)
-        and (not backbone.is_file() or is_whole(backbone))
-    )
 
 
 def _record(checkpoint: Checkpoint, origin: str, path: Path) -> dict[str, Any]:

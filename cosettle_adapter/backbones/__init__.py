@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cosettle_adapter.backbones.architectures import WRAPPERS, check_tensors, empty_model
+from cosettle_adapter.backbones.architectures import empty_model, load_tensors
 from cosettle_adapter.backbones.backbone import Backbone, Positions
 from cosettle_adapter.backbones.downloads import HubOptions
-from cosettle_adapter.backbones.registry import REGISTRY, BackboneRow, lookup
+from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone
+from cosettle_adapter.backbones.registry import REGISTRY, lookup
+from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.backbones.vit import VisionTransformerBackbone
 from cosettle_adapter.backbones.weights import load_weights
 from cosettle_adapter.errors import CorruptWeightsError
@@ -39,11 +41,12 @@ def load_backbone(
     requires_input_grad: bool = False,
     options: HubOptions | None = None,
 ) -> Backbone:
-    """Load a registered backbone, frozen and in eval mode.
+    """Load a backbone, frozen and in eval mode.
 
     Args:
-        name: registry name, for example ``"dinov2-vits14-pypi"``.
-        weights: a file to use in place of the registered sources: safetensors or a PyTorch
+        name: registry name, for example ``"dinov2-vits14-pypi"``, ``timm:<tag>`` or
+            ``open_clip:<arch>/<tag>``.
+        weights: a file to use in place of the registered source: safetensors or a PyTorch
             checkpoint, in timm's, the authors', OpenAI's or Hugging Face's layout.
         device: where to put it.
         dtype: dtype of the weights; positions stay float32.
@@ -53,19 +56,13 @@ def load_backbone(
 
     Raises:
         UnknownModelError: no such name.
-        WeightsUnavailableError: no source could deliver the weights.
+        WeightsUnavailableError: the weights could not be had.
         CorruptWeightsError: the weights are not this backbone's.
     """
     row = lookup(name)
     loaded = load_weights(row, options or HubOptions(), path=weights)
     backbone = build_backbone(
-        row,
-        loaded.tensors,
-        fingerprint=loaded.fingerprint,
-        origin=loaded.origin,
-        revision=loaded.revision,
-        stride=stride,
-        requires_input_grad=requires_input_grad,
+        row, **loaded._asdict(), stride=stride, requires_input_grad=requires_input_grad
     )
     return backbone.to(device=device, dtype=dtype)
 
@@ -86,16 +83,16 @@ def build_backbone(
         CorruptWeightsError: tensors are missing, unexpected or misshapen; all are listed.
     """
     model = empty_model(row)
-    try:
-        check_tensors(model, tensors, row)
-    except CorruptWeightsError as error:
-        raise CorruptWeightsError(f"{origin}: {error}" if origin else str(error)) from error
-    loaded = {
+    in_float32 = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
-    model.load_state_dict(loaded, strict=True, assign=True)
-    return WRAPPERS[row.kind](
+    try:
+        load_tensors(model, in_float32, row.name)
+    except CorruptWeightsError as error:
+        raise CorruptWeightsError(f"{origin}: {error}" if origin else str(error)) from error
+    wrapper = VisionTransformerBackbone if row.kind == "vit" else FeatureMapBackbone
+    return wrapper(
         model,
         row,
         fingerprint=fingerprint,

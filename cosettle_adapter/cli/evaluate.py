@@ -87,7 +87,7 @@ class FeatureOptions(ModelOptions):
             name = Path(given).name
             if name in found:
                 raise ValueError(f"two baselines are called {name}; rename a folder")
-            found[name] = Projection.load(find_projection(given, hub).folder).to(self.device)
+            found[name] = Projection.load(find_projection(given, hub)).to(self.device)
         return found
 
 

@@ -23,13 +23,7 @@ from cosettle_adapter.backbones import BackboneRow, Positions, build_backbone, l
 from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone, on_grid
 from cosettle_adapter.backbones.registry import feature_info
-from cosettle_adapter.backbones.timm_features import (
-    feature_maps,
-    own_tensors,
-    prune,
-    takes,
-    unused_modules,
-)
+from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.errors import CorruptWeightsError, GeometryError, UnknownModelError
 
 _WINDOWS = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
@@ -78,7 +72,7 @@ def row_of(architecture: str, **changes: Any) -> BackboneRow:
         "kind": "features",
         "final_norm": False,
         "licence": "Apache-2.0",
-        "ignored": (),
+
     }
     return BackboneRow(**{**values, **changes})
 
@@ -109,7 +103,7 @@ def published(architecture: str) -> nn.Module:
 def kept(architecture: str) -> dict[str, Tensor]:
     """What of the published tensors a backbone is built from."""
     tensors = published(architecture).state_dict()
-    return own_tensors(meta_model(row_of(architecture)), tensors)
+    return to_timm(tensors, row_of(architecture))
 
 
 def build(architecture: str, **options: Any) -> FeatureMapBackbone:
@@ -305,7 +299,7 @@ def test_stages_after_the_deepest_asked_for_do_not_run(
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_tensor_of_the_model_is_used(architecture: str) -> None:
     model = copy.deepcopy(built(architecture).model).requires_grad_(True)
-    maps = feature_maps(model, own_images(architecture), range(len(feature_info(model))))
+    maps = model.forward_intermediates(own_images(architecture), norm=False, intermediates_only=True)
     torch.cat([cells.flatten() for cells in maps]).sum().backward()
     assert [name for name, tensor in model.named_parameters() if tensor.grad is None] == []
 
@@ -437,9 +431,9 @@ def test_copies_for_other_sizes_share_the_weights_and_do_not_leak(architecture: 
     before = backbone.patch_tokens(images)
     for side in range(1, 8):
         backbone.patch_tokens(images_for(backbone, side, side + 1))
-    assert 1 < len(backbone._fitted) <= 4
+    assert 1 < len(backbone._resized) <= 4
     assert torch.equal(backbone.patch_tokens(images), before)
-    copied = list(backbone._fitted.values())[-1]
+    copied = list(backbone._resized.values())[-1]
     own = dict(backbone.model.named_parameters())
     apart = {name for name, tensor in copied.named_parameters() if tensor is not own[name]}
     assert all("pos" in name for name in apart)
@@ -489,134 +483,3 @@ def test_what_feature_maps_do_not_have_is_said() -> None:
         build("resnet18", changes={"patch": 14})
 
 
-# Which tensors are used
-
-
-def outline(architecture: str, **options: Any) -> nn.Module:
-    with torch.device("meta"):
-        model: nn.Module = timm.create_model(architecture, **options)
-    return model
-
-
-def tops(architecture: str) -> set[str]:
-    """First parts of the names of the tensors that pruning takes out of a model."""
-    model = outline(architecture)
-    before = set(model.state_dict())
-    prune(model)
-    return {name.partition(".")[0] for name in before - set(model.state_dict())}
-
-
-@pytest.mark.parametrize(
-    ("architecture", "heads"),
-    [
-        ("resnet18", {"fc"}),
-        ("test_convnext", {"head"}),
-        ("efficientnet_b0", {"conv_head", "bn2", "classifier"}),
-        ("swin_tiny_patch4_window7_224", {"norm", "head"}),
-        ("hiera_tiny_224", {"head"}),
-        ("vit_tiny_r_s16_p8_224", {"norm", "head"}),
-        ("beit_base_patch16_224", {"fc_norm", "head"}),
-        ("samvit_base_patch16", {"neck"}),
-        ("deit_tiny_distilled_patch16_224", {"norm", "head", "head_dist"}),
-        ("volo_d1_224", {"norm", "head", "aux_head", "post_network"}),
-        ("xcit_nano_12_p8_224", {"norm", "head", "cls_attn_blocks"}),
-        ("cait_xxs24_224", {"norm", "head", "blocks_token_only"}),
-    ],
-)
-def test_heads_are_found_whatever_they_are_called(architecture: str, heads: set[str]) -> None:
-    assert tops(architecture) == heads
-
-
-def test_a_stem_that_is_read_but_never_called_is_used() -> None:
-    # BEiT computes with qkv.weight and q_bias; it never calls qkv.
-    model = outline("beit_base_patch16_224", embed_dim=48, depth=1, num_heads=2)
-    prune(model)
-    assert {"blocks.0.attn.qkv.weight", "blocks.0.attn.q_bias"} <= set(model.state_dict())
-
-
-def test_pruning_does_not_change_the_maps() -> None:
-    model = timm.create_model("crossvit_tiny_240").eval()  # walks over norms it does not apply
-    if not hasattr(model, "forward_intermediates"):
-        pytest.skip(f"timm {timm.__version__} returns no feature maps of CrossViT")
-    images = torch.randn(1, 3, 240, 240)
-    layers = range(len(feature_info(model)))
-    with torch.no_grad():
-        before = feature_maps(model, images, layers)
-        prune(model)
-        after = feature_maps(model, images, layers)
-    assert "norm.0.weight" not in model.state_dict()
-    assert all(torch.equal(first, second) for first, second in zip(before, after, strict=True))
-
-
-def test_finding_out_leaves_the_model_as_it_was() -> None:
-    model = timm.create_model("resnet18").train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert unused_modules(model) == ["global_pool", "fc"]
-    assert model.training
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
-
-
-def test_a_swin_file_of_timms_early_years() -> None:
-    model = outline("swin_tiny_patch4_window7_224", **_WINDOWS)
-    tensors: dict[str, Tensor] = timm.create_model(
-        "swin_tiny_patch4_window7_224", **_WINDOWS
-    ).state_dict()
-    early = {}
-    for name, tensor in tensors.items():
-        for stage in (1, 2, 3):  # downsampling stood at the end of the stage before
-            name = name.replace(f"layers.{stage}.downsample", f"layers.{stage - 1}.downsample")
-        early[name.replace("head.fc.", "head.")] = tensor
-    early["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
-    early["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49)
-    picked = own_tensors(model, early)
-    prune(model)
-    assert picked.keys() == model.state_dict().keys()
-    assert all(tensor is tensors[name] for name, tensor in picked.items())
-
-
-def test_a_convnext_file_of_its_authors() -> None:
-    model = outline("convnext_atto", depths=(1, 1, 1, 1))
-    tensors = timm.create_model("convnext_atto", depths=(1, 1, 1, 1)).state_dict()
-    authors = {}
-    for name, tensor in tensors.items():
-        for stage in (1, 2, 3):
-            name = name.replace(f"stages.{stage}.downsample", f"downsample_layers.{stage}")
-        name = name.replace("stem.", "downsample_layers.0.").replace(".blocks.", ".")
-        name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
-        authors[name.replace("head.norm", "norm").replace("head.fc", "head")] = tensor
-    picked = own_tensors(model, authors)
-    prune(model)
-    assert picked.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in picked.items())
-
-
-def test_a_model_whose_maps_timm_cannot_compute() -> None:
-    model = timm.create_model("resnet18")
-    model.layer2 = nn.Linear(3, 3)
-    with pytest.raises(UnknownModelError, match="cannot compute the feature maps of ResNet"):
-        unused_modules(model)
-
-
-def options_row(architecture: str) -> BackboneRow:
-    return dataclasses.replace(row_of("resnet18"), architecture=architecture, options={})
-
-
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        "deit_tiny_distilled_patch16_224",
-        "eva02_tiny_patch14_224",
-        "swin_tiny_patch4_window7_224",
-        "swinv2_tiny_window8_256",
-        "vit_tiny_r_s16_p8_224",
-        "vit_tiny_patch16_224",
-    ],
-)
-def test_an_option_makes_timm_take_any_size(architecture: str) -> None:
-    size = (224, 336)
-    with torch.device("meta"):
-        plain = timm.create_model(architecture)
-    assert not takes(plain, size)
-    assert takes(meta_model(options_row(architecture)), size)

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import BackboneRow, build_backbone
-from cosettle_adapter.backbones.architectures import check_tensors, meta_model
-from cosettle_adapter.backbones.layouts import LAYOUTS, to_timm
+from cosettle_adapter.backbones.architectures import load_tensors, meta_model
+from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.backbones.registry import REGISTRY
 from cosettle_adapter.backbones.vit import resize_positions
 from cosettle_adapter.errors import CorruptWeightsError
@@ -55,7 +55,7 @@ class Kind:
         ratio = {"mlp_ratio": HIDDEN / WIDTH * (1 + (self.gated and not self.rotary))}
         return BackboneRow(
             name="tiny", family="random", architecture=self.architecture, patch=PATCH,
-            width=WIDTH, depth=DEPTH, image_size=SIDE, licence="MIT", ignored=(),
+            width=WIDTH, depth=DEPTH, image_size=SIDE, licence="MIT",
             positions="rotary" if self.rotary else "absolute",
             options={"img_size": SIDE, **size, **ratio, **self.options},
         )  # fmt: skip
@@ -397,7 +397,7 @@ def test_what_is_not_recognised_is_listed_under_its_own_name(case: str, extra: s
     row = CASES[case][0].row
     converted = to_timm({**file_of(case), extra: torch.zeros(1)}, row)
     with pytest.raises(CorruptWeightsError, match=rf"1 unexpected \({re.escape(extra)}"):
-        check_tensors(meta_model(row), converted, row)
+        load_tensors(meta_model(row), converted, row.name)
 
 
 def test_a_query_without_its_key_is_listed() -> None:
@@ -413,7 +413,7 @@ def test_a_query_without_its_key_is_listed() -> None:
 def test_biases_are_never_dropped_silently(case: str) -> None:
     tensors = to_timm(file_of(case, DINOV3_BIASED), DINOV3.row)
     with pytest.raises(CorruptWeightsError, match=r"4 unexpected \(blocks.0.attn.q_bias"):
-        check_tensors(meta_model(DINOV3.row), tensors, DINOV3.row)
+        load_tensors(meta_model(DINOV3.row), tensors, DINOV3.row.name)
 
 
 def test_two_towers_in_one_file() -> None:
@@ -498,7 +498,7 @@ def test_what_nobody_knows_is_left_to_be_noticed() -> None:
     converted = to_timm(tensors, SMALL)
     assert "surprise.weight" in converted
     with pytest.raises(CorruptWeightsError, match=r"1 unexpected \(surprise.weight\)"):
-        check_tensors(meta_model(SMALL), converted, SMALL)
+        load_tensors(meta_model(SMALL), converted, SMALL.name)
 
 
 def test_two_encoders_that_cannot_be_told_apart_are_an_error() -> None:
@@ -546,4 +546,4 @@ def test_blip_positions_come_down_to_224_as_its_authors_do_it() -> None:
 def test_other_rows_refuse_positions_of_another_grid() -> None:
     tensors = {**prefixed(""), "pos_embed": torch.zeros(1, 24 * 24 + 1, 192)}
     with pytest.raises(CorruptWeightsError, match=r"1 misshapen \(pos_embed is \(1, 577, 192\)"):
-        check_tensors(meta_model(SMALL), to_timm(tensors, SMALL), SMALL)
+        load_tensors(meta_model(SMALL), to_timm(tensors, SMALL), SMALL.name)
