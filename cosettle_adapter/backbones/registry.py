@@ -17,13 +17,8 @@ REGISTRY: dict[str, BackboneRow] = {row.name: row for row in ROWS}
 TIMM, OPEN_CLIP = "timm:", "open_clip:"  # prefixes of names outside the table
 
 _PATCH = 16  # pixels a patch, where a model has several resolutions and the name does not choose
-_LICENCES = {  # timm's spelling: SPDX
-    "apache-2.0": "Apache-2.0",
-    "mit": "MIT",
-    "bsd-3-clause": "BSD-3-Clause",
-    "cc-by-nc-4.0": "CC-BY-NC-4.0",
-    "dinov3-license": "LicenseRef-DINOv3",
-}
+# timm's spelling: ours
+_LICENCES = {row.licence.lower().removeprefix("licenseref-"): row.licence for row in ROWS}
 
 
 def lookup(name: str) -> BackboneRow:
@@ -63,8 +58,8 @@ def timm_row(tag: str) -> BackboneRow:
         UnknownModelError: timm has no such model or tag, it cannot return maps, or has no stage
             with that many pixels a patch.
     """
-    model_name, at, pixels = tag.partition("@")
-    architecture, _, pretraining = model_name.partition(".")
+    name, at, pixels = tag.partition("@")
+    architecture, _, pretraining = name.partition(".")
     config = _timm_config(architecture, pretraining)
     # An architecture that nobody has published weights of has a tag that timm does not list.
     pretraining = pretraining or (config.tag if config.has_weights else "")
@@ -76,6 +71,7 @@ def timm_row(tag: str) -> BackboneRow:
         architecture, notes = twin, ["QuickGELU"]
     if not config.hf_hub_id:
         notes.append("no source on the Hub: give backbone_weights=PATH")
+    licence = config.license or "unstated"
     with torch.device("meta"):
         model: Any = timm.create_model(architecture, num_classes=0)
     row: dict[str, Any] = {
@@ -83,7 +79,7 @@ def timm_row(tag: str) -> BackboneRow:
         "family": f"timm {type(model).__name__}",
         "architecture": architecture,
         "image_size": config.input_size[-1],
-        "licence": _LICENCES.get(str(config.license).lower(), config.license or "unstated"),
+        "licence": _LICENCES.get(licence.lower().removesuffix("-license"), licence),
         "hub": HubFile(config.hf_hub_id) if config.hf_hub_id else None,
         "mean": tuple(config.mean),
         "std": tuple(config.std),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
@@ -15,7 +15,7 @@ from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY, BackboneRow
 from cosettle_adapter.errors import WeightsUnavailableError
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin")
-_EPOCH = re.compile(r"(\d+)\D*$")
+_NUMBERS = re.compile(r"\d+")
 
 
 class ReleasedFile(NamedTuple):
@@ -33,14 +33,13 @@ def released_checkpoint(row: BackboneRow, options: HubOptions) -> ReleasedFile:
     what an earlier call downloaded is used.
 
     Raises:
-        WeightsUnavailableError: the Hub cannot be reached and nothing is cached, or the listing
-            has no file, or several with nothing to choose between them.
+        WeightsUnavailableError: the Hub cannot be reached and nothing is cached, or it has none.
         CorruptWeightsError: the file is damaged.
     """
-    revision, reason = options.revision, "the Hub was not asked"
+    revision = options.revision
     try:
         if options.offline:
-            raise ConnectionError(reason)
+            raise ConnectionError("the Hub was not asked")
         api = HfApi(token=options.token)
         listed = api.list_repo_files(OFFICIAL_REPOSITORY, revision=revision)
     except Exception as error:  # the client's transport, and so its errors, differ by version
@@ -70,7 +69,7 @@ def choose_checkpoint(listed: Sequence[str], folder: str) -> str:
     Training codes leave one file an epoch; the last epoch is meant.
 
     Raises:
-        WeightsUnavailableError: none, or several that are not numbered; all are named.
+        WeightsUnavailableError: there is none.
     """
     inside = [name for name in listed if name.lower().startswith(folder.lower() + "/")]
     files = [name for name in inside if name.endswith(_SUFFIXES)]
@@ -79,13 +78,7 @@ def choose_checkpoint(listed: Sequence[str], folder: str) -> str:
             f"{OFFICIAL_REPOSITORY} lists no checkpoint in {folder}; it lists "
             f"{', '.join((inside or listed)[:10])}"
         )
-    epochs = {name: _EPOCH.search(PurePosixPath(name).stem) for name in files}
-    if len(files) > 1 and None in epochs.values():
-        raise WeightsUnavailableError(
-            f"{OFFICIAL_REPOSITORY} lists several checkpoints in {folder} ({', '.join(files)}), "
-            "and which is meant cannot be told: download one and use `cosettle-adapter convert`"
-        )
-    return max(files, key=lambda name: int(match[1]) if (match := epochs[name]) else 0)
+    return max(files, key=lambda name: [int(digits) for digits in _NUMBERS.findall(name)])
 
 
 def converted_folder(row: BackboneRow, commit: str, options: HubOptions) -> Path:

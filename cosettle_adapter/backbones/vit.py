@@ -48,12 +48,6 @@ class VisionTransformerBackbone(Backbone):
         self.requires_grad_(False).train()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights; positions are float32 whatever it is."""
-        dtype: torch.dtype = self.vit.patch_embed.proj.weight.dtype
-        return dtype
-
-    @property
     def prefix_positions(self) -> int:
         """How many positions of class and register tokens stand before those of patches."""
         return 0 if self.vit.no_embed_class else int(self.vit.num_prefix_tokens)
@@ -70,25 +64,21 @@ class VisionTransformerBackbone(Backbone):
         if key not in self._positions:
             if len(self._positions) >= _CACHED_GRIDS:
                 self._positions.pop(next(iter(self._positions)))
+            absolute = rotary = None
             # Not inference tensors, which a later pass with gradients could not use.
             with torch.inference_mode(False), torch.no_grad():
-                own = Positions(self._absolute(grid), self._rotary(grid))
-                self._positions[key] = own.to(self.device)
+                if self._learned is not None:
+                    absolute = resize_positions(
+                        self._learned,
+                        grid,
+                        source_grid=(self.row.image_size // self.patch,) * 2,
+                        prefix=self.prefix_positions,
+                        interpolation=self.row.interpolation,
+                    )
+                if self.rope is not None:
+                    rotary = self.rope[0].get_embed(shape=list(grid))
+                self._positions[key] = Positions(absolute, rotary).to(self.device)
         return self._positions[key]
-
-    def _absolute(self, grid: Grid) -> Tensor | None:
-        if self._learned is None:
-            return None
-        return resize_positions(
-            self._learned,
-            grid,
-            source_grid=(self.row.image_size // self.patch,) * 2,
-            prefix=self.prefix_positions,
-            interpolation=self.row.interpolation,
-        )
-
-    def _rotary(self, grid: Grid) -> Tensor | None:
-        return None if self.rope is None else self.rope[0].get_embed(shape=list(grid))
 
     def _maps(
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
@@ -145,21 +135,12 @@ def resize_positions(
     prefix: int,
     interpolation: PositionInterpolation,
 ) -> Tensor:
-    """Resize absolute positions to another grid, bicubic, in float32, on their own device.
+    """Resize positions ``(1, prefix + h0 * w0, C)`` to another grid, bicubic, in float32.
 
-    Encoders' authors differ in the details, and the details change features; ``interpolation``
-    names the variant (official code of DINO, MAE and DINOv2: ``scale+0.1``; of DINOv2 with
-    registers, CLIP and BLIP, and timm's default: ``size+antialias``).
-
-    Args:
-        positions: ``(1, prefix + h0 * w0, C)``.
-        grid: ``(h, w)`` wanted.
-        source_grid: ``(h0, w0)`` the embedding was learned on.
-        prefix: number of leading class and register positions, which are left alone.
-        interpolation: ``size+antialias``, ``size`` (no antialiasing) or ``scale+0.1``.
-
-    Returns:
-        ``(1, prefix + h * w, C)``, float32.
+    The leading ``prefix`` ones, of class and register tokens, are left alone. Encoders' authors
+    differ in the details, and the details change features; ``interpolation`` names the variant
+    (official code of DINO, MAE and DINOv2: ``scale+0.1``; of DINOv2 with registers, CLIP and
+    BLIP, and timm's default: ``size+antialias``).
     """
     positions = positions.float()
     if grid == source_grid:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cosettle_adapter.backbones.architectures import load_tensors, meta_model
-from cosettle_adapter.backbones.checkpoints import read_checkpoint
+from cosettle_adapter.backbones.checkpoints import read_checkpoint, save_tensors
 from cosettle_adapter.backbones.downloads import (
     HubOptions,
     commit_of,
@@ -30,7 +29,6 @@ from cosettle_adapter.backbones.downloads import (
 )
 from cosettle_adapter.backbones.rows import BackboneRow, HubFile
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
-from cosettle_adapter.io import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +160,7 @@ def read_weights(
     """
     stored = tensors = read_checkpoint(path).tensors
     if stored.keys() != meta_model(row).state_dict().keys():
-        from cosettle_adapter.backbones.layouts import to_timm  # most files are in timm's names
+        from cosettle_adapter.backbones.layouts import to_timm  # most files need none of it
 
         try:
             tensors = to_timm(stored, row)
@@ -181,11 +179,3 @@ def read_weights(
             "changed or is another model, and it is not used"
         )
     return LoadedWeights(tensors, found, origin)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a backbone's tensors as safetensors, float32, whole or not at all."""
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: tensor.float().contiguous() for name, tensor in tensors.items()}, temporary
-        )
