@@ -156,7 +156,8 @@ def _explained(repo_id: str) -> Iterator[None]:
     except CosettleError:
         raise
     except Exception as error:  # transports differ between versions and share no class of errors
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+        status = getattr(answer, "status_code", None)
         remedy = _REMEDIES.get(status, "the Hub refused it; try again later")
         raise HubUploadError(
             f"could not upload to {repo_id}: {remedy}. Nothing was committed ({one_line(error)})"
