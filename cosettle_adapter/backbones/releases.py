@@ -40,8 +40,8 @@ def released_checkpoint(row: BackboneRow, options: HubOptions) -> ReleasedFile:
     try:
         if options.offline:
             raise ConnectionError("the Hub was not asked")
-        api = HfApi(token=options.token)
-        listed = api.list_repo_files(OFFICIAL_REPOSITORY, revision=revision)
+        info = HfApi(token=options.token).model_info(OFFICIAL_REPOSITORY, revision=revision)
+        listed = [sibling.rfilename for sibling in info.siblings or ()]
     except Exception as error:  # the client's transport, and so its errors, differ by version
         options = dataclasses.replace(options, local_files_only=True)
         try:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import BackboneRow, Positions, build_backbone, load_backbone
-from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone, on_grid
-from cosettle_adapter.backbones.registry import feature_info
 from cosettle_adapter.backbones.layouts import to_timm
-from cosettle_adapter.errors import CorruptWeightsError, GeometryError, UnknownModelError
+from cosettle_adapter.errors import CorruptWeightsError, GeometryError
 
 _WINDOWS = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
 _SMALL: dict[str, dict[str, Any]] = {  # timm architecture: options that make it smaller
@@ -72,7 +69,6 @@ def row_of(architecture: str, **changes: Any) -> BackboneRow:
         "kind": "features",
         "final_norm": False,
         "licence": "Apache-2.0",
-
     }
     return BackboneRow(**{**values, **changes})
 
@@ -299,7 +295,9 @@ def test_stages_after_the_deepest_asked_for_do_not_run(
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_tensor_of_the_model_is_used(architecture: str) -> None:
     model = copy.deepcopy(built(architecture).model).requires_grad_(True)
-    maps = model.forward_intermediates(own_images(architecture), norm=False, intermediates_only=True)
+    maps = model.forward_intermediates(
+        own_images(architecture), norm=False, intermediates_only=True
+    )
     torch.cat([cells.flatten() for cells in maps]).sum().backward()
     assert [name for name, tensor in model.named_parameters() if tensor.grad is None] == []
 
@@ -481,5 +479,3 @@ def test_what_feature_maps_do_not_have_is_said() -> None:
             build("resnet18", stride=stride)
     with pytest.raises(GeometryError, match="no stage with 14 pixels a patch; it has 2, 4, 8"):
         build("resnet18", changes={"patch": 14})
-
-
