@@ -220,9 +220,7 @@ def test_the_last_epoch_of_the_folder_is_meant(listed: list[str], chosen: str) -
 
 
 def test_nothing_is_guessed() -> None:
-    with pytest.raises(
-        WeightsUnavailableError, match=r"no checkpoint in .*README.md, ckpts"
-    ):
+    with pytest.raises(WeightsUnavailableError, match=r"no checkpoint in .*README.md, ckpts"):
         choose_checkpoint(["README.md", "ckpts/ours/mae+ours/a.pth"], FOLDER)
 
 
