@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import BackboneRow, Positions, build_backbone, load_backbone
+from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone, on_grid
 from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.errors import CorruptWeightsError, GeometryError
