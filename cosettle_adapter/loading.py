@@ -85,11 +85,7 @@ def load_named_backbone(
 def identity_projection(
     backbone: Backbone, *, layer: int | None = None, norm: bool | None = None, method: str = RAW
 ) -> Projection:
-    """Return the projection that leaves a layer's tokens as they are.
-
-    The layer is the backbone's default one and the norm as :meth:`Backbone.patch_tokens` applies
-    it, unless they are given; ``method`` is what the config records.
-    """
+    """Return the projection that leaves a layer's tokens as they are, by default the last's."""
     number = backbone.default_layer if layer is None else backbone.block(layer)
     if norm is None:
         norm = number == backbone.depth - 1 and backbone.row.final_norm

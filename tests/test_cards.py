@@ -172,8 +172,8 @@ def test_a_backbone_without_a_source_is_given_as_a_file(monkeypatch: pytest.Monk
     monkeypatch.setitem(registry.REGISTRY, TINY.name, TINY)
     card = model_card(config(TINY.name), repository="user/mine")
     assert 'from_pretrained("user/mine", backbone_weights="backbone.safetensors")' in card
-    assert "no public source is registered: give a file" in card
-    assert "the authors' release at `c0ffee`" in model_card(
+    assert "weights from your own file" in card
+    assert "weights from yafeng19/Co-Settle at c0ffee" in model_card(
         config("ibot-vitb16", backbone_revision="c0ffee")
     )
 

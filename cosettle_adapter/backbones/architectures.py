@@ -51,7 +51,7 @@ def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
         return create_feature_maps(row, whole=whole)
     # Pooling by mean would turn timm's norm into an identity. A rotary embedding built for dynamic
     # sizes computes any grid in place of a stored one.
-    options = {"dynamic_img_size": True} if "rotary" in row.positions else {}
+    options: dict[str, Any] = {"dynamic_img_size": True} if "rotary" in row.positions else {}
     options |= {"num_classes": 0, "global_pool": "", **row.options}
     model: nn.Module = timm.create_model(row.architecture, **options)
     return model

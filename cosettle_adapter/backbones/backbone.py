@@ -31,7 +31,7 @@ class Positions:
     rotary: Tensor | None = None
 
     def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
-        """Raise ``ValueError`` unless these can take the place of a backbone's ``own``."""
+        """Raise ``ValueError`` unless these can take the place of a backbone's own."""
         for kind in ("absolute", "rotary"):
             given, expected = getattr(self, kind), getattr(own, kind)
             if (given is None) != (expected is None):
@@ -212,7 +212,7 @@ class Backbone(nn.Module, abc.ABC):
 
         Raises:
             GeometryError: the sides do not fit the patch and stride.
-            ValueError: no such layer, no such norm, or positions of another shape or kind.
+            ValueError: no such layer or norm, or positions of another shape or kind.
         """
         norms = norm if isinstance(norm, Sequence) else [norm] * len(layers)
         reads = [(self.block(layer), each) for layer, each in zip(layers, norms, strict=True)]
@@ -225,8 +225,6 @@ class Backbone(nn.Module, abc.ABC):
             images = images.to(self.dtype)
             if positions is None:
                 maps = self._maps(images, frozenset(reads), None)
-            else:
-                images = positions.before(images, self)
-                maps = self._maps(images, frozenset(reads), positions)
-                maps = {read: positions.after(tokens) for read, tokens in maps.items()}
-        return [maps[read] for read in reads]
+                return [maps[read] for read in reads]
+            maps = self._maps(positions.before(images, self), frozenset(reads), positions)
+            return [positions.after(maps[read]) for read in reads]

@@ -77,9 +77,10 @@ def open_clip_row(rest: str) -> BackboneRow:
     weights = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
     row_name = OPEN_CLIP + architecture + (f"/{tag}" if tag else "") + at + pixels
+    notes: list[str] = []
     resnet = isinstance(vision.layers, (list, tuple)) and _RESNETS.get(tuple(vision.layers))
     if timm_name := vision.timm_model_name or resnet:
-        row, notes = timm_row(timm_name + at + pixels), []
+        row = timm_row(timm_name + at + pixels)
     elif at:
         raise UnknownModelError(
             f"{architecture} has one resolution throughout; leave @{pixels} away"

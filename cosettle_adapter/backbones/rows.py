@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 PositionInterpolation = Literal["size+antialias", "size", "scale+0.1"]
-PositionKind = Literal["absolute", "rotary", "absolute+rotary", "none"]
 
 OFFICIAL_REPOSITORY = "yafeng19/Co-Settle"  # of the paper's authors
 
@@ -54,7 +53,7 @@ class BackboneRow:
     image_size: int  # side, in pixels, of the images that stored positions belong to
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for timm.create_model
     kind: Literal["vit", "features"] = "vit"  # tokens of one resolution, or maps of several
-    positions: PositionKind = "absolute"  # of a transformer; feature maps keep theirs inside
+    positions: str = "absolute"  # absolute, rotary, absolute+rotary, none; feature maps hide theirs
     final_norm: bool = True  # whether the last layer is read after the final norm
     # How its authors resize absolute positions to another grid: bicubic to a size (with
     # antialiasing or not), or by a scale with 0.1 patches added.
@@ -98,9 +97,9 @@ def _paper(name: str, family: str, tag: str, **row: Any) -> BackboneRow:
 
 def _features(name: str, family: str, tag: str, width: int, depth: int, **row: Any) -> BackboneRow:
     """An encoder of several resolutions; its grid is the stage with 16 pixels a patch."""
-    values = {"kind": "features", "positions": "none", "final_norm": False, "image_size": 224}
-    values |= {"hub": HubFile(f"timm/{tag}"), **row}
-    return BackboneRow(name, family, tag.partition(".")[0], 16, width, depth, **values)
+    kind: dict[str, Any] = {"kind": "features", "positions": "none", "final_norm": False}
+    kind |= {"image_size": 224, "hub": HubFile(f"timm/{tag}"), **row}
+    return BackboneRow(name, family, tag.partition(".")[0], 16, width, depth, **kind)
 
 
 _NON_COMMERCIAL = "non-commercial weights"
@@ -113,11 +112,6 @@ _REGISTERS = {"options": {"init_values": 1e-5, "reg_tokens": 4, "no_embed_class"
 _B16, _S16 = "vit_base_patch16_224", "vit_small_patch16_224"
 _CLIP_B = "vit_base_patch16_clip_quickgelu_224"
 _CLIP_L = "vit_large_patch14_clip_quickgelu_{}"
-
-
-def _openai(size: str, side: int) -> HubFile:
-    """timm has OpenAI's weights under the architecture with GELU; they were trained without."""
-    return HubFile(f"timm/vit_{size}_clip_{side}.openai")
 
 
 # The paper's encoders. What distinguishes them is taken from the official code: tokens, final
@@ -145,11 +139,12 @@ _DINOV2_IN1K = {
 }
 _CLIP_PAPER = {
     "licence": "MIT",
-    "hub": _openai("base_patch16", 224),
+    "hub": HubFile("timm/vit_base_patch16_clip_224.openai"),  # under the name with GELU
     "note": "QuickGELU; ImageNet mean and std, as the paper trains and evaluates it",
 }
-_CLIP = {"licence": "MIT", "note": "QuickGELU", "hub": _openai("large_patch14", 224), **_OPENAI}
-_CLIP_336 = {**_CLIP, "hub": _openai("large_patch14", 336), "image_size": 336}
+_CLIP_HUB, _CLIP_336_HUB = (HubFile(f"timm/vit_large_patch14_clip_{n}.openai") for n in (224, 336))
+_CLIP = {"licence": "MIT", "note": "QuickGELU", "hub": _CLIP_HUB, **_OPENAI}
+_CLIP_336 = {**_CLIP, "hub": _CLIP_336_HUB, "image_size": 336}
 
 _PAPER = (
     _paper("mae-vitb16", "MAE", f"{_B16}.mae", **_MAE),
@@ -223,7 +218,6 @@ _TODAY = (
     _vit("pe-core-vitl14", _CORE, "vit_pe_core_large_patch14_336.fb", **_PE_336),
 )
 
-_TCORE = {"note": "trained on video frames", **_APACHE, **_REGISTERS}
 _OWN_FILE = {
     "licence": "LicenseRef-unstated",
     "note": "no public source is registered: give the authors' file as backbone_weights=PATH",
@@ -231,16 +225,17 @@ _OWN_FILE = {
 }
 
 
-def _tcore(file: str) -> HubFile:
-    return HubFile("yafeng19/T-CORE", (f"ckpt/{file}.pth",))
+def _tcore(file: str) -> dict[str, Any]:
+    hub = HubFile("yafeng19/T-CORE", (f"ckpt/{file}.pth",))
+    return {"hub": hub, "note": "trained on video frames", **_APACHE, **_REGISTERS}
 
 
 _VIDEO = (  # pre-trained on video frames, to compare with
     _vit("siammae-vits16", "SiamMAE", _S16, **_OWN_FILE),
     _vit("cropmae-vits16", "CropMAE", _S16, **_OWN_FILE),
-    _vit("tcore-vits16-in1k", "T-CoRe", _S16, hub=_tcore("vits16_100ep_INET"), **_TCORE),
-    _vit("tcore-vits16-k400", "T-CoRe", _S16, hub=_tcore("vits16_400ep_K400"), **_TCORE),
-    _vit("tcore-vitb16-k400", "T-CoRe", _B16, hub=_tcore("vitb16_200ep_K400"), **_TCORE),
+    _vit("tcore-vits16-in1k", "T-CoRe", _S16, **_tcore("vits16_100ep_INET")),
+    _vit("tcore-vits16-k400", "T-CoRe", _S16, **_tcore("vits16_400ep_K400")),
+    _vit("tcore-vitb16-k400", "T-CoRe", _B16, **_tcore("vitb16_200ep_K400")),
 )
 
 _RESNET, _SWIN = "ResNet (supervised)", "swin_base_patch4_window7_224.ms_in22k"

@@ -30,10 +30,12 @@ def list_models(
     if as_json:
         output.print_json(json.dumps([dataclasses.asdict(model) for model in models]))
         return
-    wide = ("name", "family", "positions", "patch", "width", "image_size", "licence", "source",
-            "projection")  # fmt: skip
-    narrow = ("name", "positions", "patch", "licence", "projection")
-    columns = (wide if output.width >= WIDE else narrow) if backbones else narrow[::2]
+    names = "name licence projection"
+    if backbones and output.width >= WIDE:
+        names = "name family positions patch width image_size licence source projection"
+    elif backbones:
+        names = "name positions patch licence projection"
+    columns = names.split()
     table = Table(*columns, title="Backbones" if backbones else "Models", title_justify="left")
     table.add_column("" if backbones else "measured")
     for model in models:
