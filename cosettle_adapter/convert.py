@@ -147,10 +147,6 @@ def released_projection(row: BackboneRow, options: HubOptions) -> Path:
 
     The backbone in the checkpoint is what the head was trained on, so it is what is used. It is
     compared with the public one if that is in the cache already; nothing is downloaded for it.
-
-    Raises:
-        WeightsUnavailableError: neither in the cache nor on the Hub.
-        CorruptWeightsError: the file is not what the official code writes.
     """
     released = released_checkpoint(row, options)
     folder = converted_folder(row, released.commit, options)

@@ -58,11 +58,7 @@ def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Make tensors the parameters of a model; ``name`` is what errors call it.
-
-    Raises:
-        CorruptWeightsError: tensors are missing, unexpected or misshapen.
-    """
+    """Make tensors the parameters of a model; ``name`` is what errors call it."""
     try:
         model.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:  # lists what differs

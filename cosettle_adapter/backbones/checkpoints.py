@@ -28,11 +28,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a safetensors file, a PyTorch checkpoint as training codes save it, or an ONNX file.
 
     The content decides the format, the suffix only that it is ONNX.
-
-    Raises:
-        WeightsUnavailableError: no such file.
-        CorruptWeightsError: truncated, holding code, or holding no tensors; one line says which.
-        MissingExtraError: an ONNX file, and the package ``onnx`` is not installed.
     """
     if not path.is_file():
         raise WeightsUnavailableError(f"{path} does not exist")

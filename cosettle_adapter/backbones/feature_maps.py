@@ -61,14 +61,10 @@ class FeatureMapBackbone(Backbone):
 
     The grid is the stage with ``row.patch`` pixels a patch, and every layer is returned on it:
     finer maps are averaged over the patches of the grid, coarser ones interpolated bilinearly
-    between the centres of theirs. (What strided convolutions with padding see, in a ResNet for one,
-    is centred half a patch above and left of that. It is so in every frame, and left as timm
-    computes it.)
-
-    Sides may be any multiple of ``row.patch``. Where stages leave the last pixels out (ConvNeXt
-    rounds down), their last patch is repeated. Models that need whole windows (Hiera, HRNet, ...)
-    see the image with its last row and column repeated, and the patches over those are cut off.
-    Positions and windows that belong to one image size are resized for each other one. Where
+    between the centres of theirs. Sides may be any multiple of ``row.patch``. Where stages leave
+    the last pixels out (ConvNeXt rounds down), their last patch is repeated; models that need
+    whole windows (Hiera, HRNet) see the image with its last row and column repeated, and the
+    patches over those are cut off. Positions and windows are resized for each image size. Where
     timm can do none of this, another size than the model's own is an error.
     """
 

@@ -90,9 +90,6 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
     """Give a state dict of any known layout timm's names and the shapes of the row's architecture.
 
     Dtypes stay. Whatever is left over, missing or misshapen shows up when the backbone is built.
-
-    Raises:
-        CorruptWeightsError: two encoders in one file and no way to tell which is meant.
     """
     if row.kind == "features":
         return _of_feature_maps(tensors, row)

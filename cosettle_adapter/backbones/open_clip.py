@@ -58,10 +58,6 @@ def open_clip_row(rest: str) -> BackboneRow:
     The architecture alone is one without published weights; ``@<pixels>`` chooses a stage as for
     timm's models. Weights trained with QuickGELU get it whether the architecture's name says so or
     only the tag does; open_clip itself runs such a mismatched pair with GELU and warns.
-
-    Raises:
-        UnknownModelError: open_clip has no such architecture or tag, or the tower is one that
-            timm cannot express.
     """
     import open_clip  # seconds, and only these names need it
 

@@ -53,10 +53,6 @@ def timm_row(tag: str) -> BackboneRow:
     Normalisation, licence and source are timm's own. A model of one resolution is read layer by
     layer; of one with several, the stage with 16 pixels a patch is the grid, or the one that
     ``@<pixels>`` names (``timm:resnet50.a1_in1k@8``). The default pre-training is timm's.
-
-    Raises:
-        UnknownModelError: timm has no such model or tag, it cannot return maps, or has no stage
-            with that many pixels a patch.
     """
     name, at, pixels = tag.partition("@")
     architecture, _, pretraining = name.partition(".")

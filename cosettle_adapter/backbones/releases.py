@@ -31,10 +31,6 @@ def released_checkpoint(row: BackboneRow, options: HubOptions) -> ReleasedFile:
 
     The repository is listed at the wanted revision. Offline, or when the Hub does not answer,
     what an earlier call downloaded is used.
-
-    Raises:
-        WeightsUnavailableError: the Hub cannot be reached and nothing is cached, or it has none.
-        CorruptWeightsError: the file is damaged.
     """
     revision = options.revision
     try:
@@ -67,9 +63,6 @@ def choose_checkpoint(listed: Sequence[str], folder: str) -> str:
     """Pick the checkpoint of a folder, in any case, out of a repository's listing.
 
     Training codes leave one file an epoch; the last epoch is meant.
-
-    Raises:
-        WeightsUnavailableError: there is none.
     """
     inside = [name for name in listed if name.lower().startswith(folder.lower() + "/")]
     files = [name for name in inside if name.endswith(_SUFFIXES)]

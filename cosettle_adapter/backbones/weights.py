@@ -66,12 +66,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def load_weights(
     row: BackboneRow, options: HubOptions, *, path: str | Path | None = None
 ) -> LoadedWeights:
-    """Load the weights of a backbone from its source, or from the file ``path``.
-
-    Raises:
-        WeightsUnavailableError: they could not be had; the message says what to do.
-        CorruptWeightsError: the file is damaged or not this backbone.
-    """
+    """Load the weights of a backbone from its source, or from the file ``path``."""
     if path is not None:
         return read_weights(Path(path), row, origin=str(path), options=options)
     try:
@@ -152,12 +147,7 @@ def _converted(
 def read_weights(
     path: Path, row: BackboneRow, *, origin: str, options: HubOptions
 ) -> LoadedWeights:
-    """Load a file of any known layout, keep the backbone, verify what is known about it.
-
-    Raises:
-        WeightsUnavailableError: no such file.
-        CorruptWeightsError: not a file of weights, or not those with the row's fingerprint.
-    """
+    """Load a file of any known layout, keep the backbone, verify what is known about it."""
     stored = tensors = read_checkpoint(path).tensors
     if stored.keys() != meta_model(row).state_dict().keys():
         from cosettle_adapter.backbones.layouts import to_timm  # most files need none of it
