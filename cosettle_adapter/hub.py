@@ -62,9 +62,10 @@ def list_models() -> list[ModelInfo]:
         status = 2 if any(cached.parent.glob(f"{cached.name}/{CONFIG_FILE}")) else 3
         if is_published(row.name):
             status = 1 if config is None else 0
-        shared = (getattr(row, name) for name in _SHARED)
-        figures = {} if config is None else config.figures
-        models.append(ModelInfo(*shared, weights_source(row), _STATUSES[status], figures))
+        described: dict[str, Any] = {name: getattr(row, name) for name in _SHARED}
+        described["figures"] = {} if config is None else config.figures
+        described |= {"source": weights_source(row), "projection": _STATUSES[status]}
+        models.append(ModelInfo(**described))
     return sorted(models, key=lambda model: _STATUSES.index(model.projection))
 
 
