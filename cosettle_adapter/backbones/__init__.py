@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosettle_adapter.backbones.architectures import WRAPPERS, check_tensors, empty_model
+from cosettle_adapter.backbones.architectures import empty_model, load_tensors
 from cosettle_adapter.backbones.backbone import Backbone, Positions
 from cosettle_adapter.backbones.downloads import HubOptions
-from cosettle_adapter.backbones.registry import REGISTRY, BackboneRow, lookup
+from cosettle_adapter.backbones.registry import REGISTRY, lookup
+from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.backbones.vit import VisionTransformerBackbone
 from cosettle_adapter.backbones.weights import load_weights
 from cosettle_adapter.errors import CorruptWeightsError
@@ -39,68 +41,50 @@ def load_backbone(
     requires_input_grad: bool = False,
     options: HubOptions | None = None,
 ) -> Backbone:
-    """Load a registered backbone, frozen and in eval mode.
+    """Load a backbone by its registry name, ``timm:<tag>`` or ``open_clip:<arch>/<tag>``.
 
     Args:
-        name: registry name, for example ``"dinov2-vits14-pypi"``.
-        weights: a file to use in place of the registered sources: safetensors or a PyTorch
+        name: for example ``"dinov2-vits14-pypi"``.
+        weights: a file to use in place of the registered source: safetensors or a PyTorch
             checkpoint, in timm's, the authors', OpenAI's or Hugging Face's layout.
         device: where to put it.
-        dtype: dtype of the weights; positions stay float32.
+        dtype: of the weights; positions stay float32.
         stride: step between patches in pixels; the patch size by default.
         requires_input_grad: record a graph from images to tokens when gradients are enabled.
         options: cache, revision, token and network.
 
     Raises:
         UnknownModelError: no such name.
-        WeightsUnavailableError: no source could deliver the weights.
+        WeightsUnavailableError: the weights could not be had.
         CorruptWeightsError: the weights are not this backbone's.
     """
     row = lookup(name)
     loaded = load_weights(row, options or HubOptions(), path=weights)
     backbone = build_backbone(
-        row,
-        loaded.tensors,
-        fingerprint=loaded.fingerprint,
-        origin=loaded.origin,
-        revision=loaded.revision,
-        stride=stride,
-        requires_input_grad=requires_input_grad,
+        row, **loaded._asdict(), stride=stride, requires_input_grad=requires_input_grad
     )
     return backbone.to(device=device, dtype=dtype)
 
 
 def build_backbone(
-    row: BackboneRow,
-    tensors: Mapping[str, Tensor],
-    *,
-    fingerprint: str,
-    origin: str = "",
-    revision: str | None = None,
-    stride: int | None = None,
-    requires_input_grad: bool = False,
+    row: BackboneRow, tensors: Mapping[str, Tensor], *, origin: str = "", **wrapping: Any
 ) -> Backbone:
-    """Build a row's architecture around a state dict in timm's names.
+    """Build a row's architecture around tensors in timm's names, with keywords of a wrapper.
 
     Raises:
         CorruptWeightsError: tensors are missing, unexpected or misshapen; all are listed.
     """
     model = empty_model(row)
-    try:
-        check_tensors(model, tensors, row)
-    except CorruptWeightsError as error:
-        raise CorruptWeightsError(f"{origin}: {error}" if origin else str(error)) from error
-    loaded = {
+    in_float32 = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
-    model.load_state_dict(loaded, strict=True, assign=True)
-    return WRAPPERS[row.kind](
-        model,
-        row,
-        fingerprint=fingerprint,
-        origin=origin,
-        revision=revision,
-        stride=stride,
-        requires_input_grad=requires_input_grad,
-    )
+    try:
+        load_tensors(model, in_float32, row.name)
+    except CorruptWeightsError as error:
+        raise CorruptWeightsError(f"{origin}: {error}" if origin else str(error)) from error
+    if row.kind == "vit":
+        return VisionTransformerBackbone(model, row, origin=origin, **wrapping)
+    from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone  # few are
+
+    return FeatureMapBackbone(model, row, origin=origin, **wrapping)

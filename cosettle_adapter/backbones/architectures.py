@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,34 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone
 from cosettle_adapter.backbones.rows import BackboneRow
-from cosettle_adapter.backbones.timm_features import prune
-from cosettle_adapter.backbones.vit import VisionTransformerBackbone
 from cosettle_adapter.errors import CorruptWeightsError
 
-WRAPPERS: dict[str, type[VisionTransformerBackbone] | type[FeatureMapBackbone]] = {
-    "vit": VisionTransformerBackbone,
-    "features": FeatureMapBackbone,
-}
 
-_SHOWN = 8
+def meta_model(row: BackboneRow, *, whole: bool = False) -> nn.Module:
+    """Create a row's architecture without memory: names, shapes and structure only.
 
-
-def meta_model(row: BackboneRow) -> nn.Module:
-    """Create a row's architecture without memory: names, shapes and structure only."""
+    ``whole`` keeps the classifier and final norm that feature maps do not go through.
+    """
     with torch.device("meta"):
-        return _create(row)
+        return _create(row, whole=whole)
 
 
 def empty_model(row: BackboneRow) -> nn.Module:
     """Create a row's architecture whose parameters are about to be replaced."""
-    # On the meta device nothing is initialised only to be overwritten.
-    model = meta_model(row)
-    stored = model.state_dict()
-    if all(name in stored for name, _ in model.named_buffers()):
-        return model
-    # Buffers that no file stores (rotary frequencies, window indices) must be computed for real.
+    # Buffers that no file stores (rotary frequencies, window indices) are computed for real.
     with torch.random.fork_rng(devices=[]), _ParametersStayEmpty():
         return _create(row)
 
@@ -55,35 +44,23 @@ class _ParametersStayEmpty(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _create(row: BackboneRow) -> nn.Module:
-    options: Mapping[str, Any] = WRAPPERS[row.kind].create_options(row)
-    model: nn.Module = timm.create_model(row.architecture, pretrained=False, **options)
+def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
     if row.kind == "features":
-        prune(model)
+        from cosettle_adapter.backbones.feature_maps import create_feature_maps  # few are
+
+        return create_feature_maps(row, whole=whole)
+    # Pooling by mean would turn timm's norm into an identity. A rotary embedding built for dynamic
+    # sizes computes any grid in place of a stored one.
+    options: dict[str, Any] = {"dynamic_img_size": True} if "rotary" in row.positions else {}
+    options |= {"num_classes": 0, "global_pool": "", **row.options}
+    model: nn.Module = timm.create_model(row.architecture, **options)
     return model
 
 
-def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], row: BackboneRow) -> None:
-    """Raise one error that lists everything by which tensors differ from an architecture's.
-
-    Raises:
-        CorruptWeightsError: tensors are missing, unexpected or misshapen.
-    """
-    expected = model.state_dict()
-    faults = {
-        "missing": [name for name in expected if name not in tensors],
-        "unexpected": [name for name in tensors if name not in expected],
-        "misshapen": [
-            f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in tensors and tensors[name].shape != tensor.shape
-        ],
-    }
-    if any(faults.values()):
-        listing = "; ".join(_list(kind, names) for kind, names in faults.items() if names)
-        raise CorruptWeightsError(f"these are not the weights of {row.name}: {listing}")
-
-
-def _list(kind: str, names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
-    return f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{more})"
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Make tensors the parameters of a model; ``name`` is what errors call it."""
+    try:
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:  # lists what differs
+        differs = textwrap.shorten(str(error).partition(":")[2], 600, placeholder=" ...")
+        raise CorruptWeightsError(f"these are not the weights of {name}: {differs}") from error

@@ -22,16 +22,16 @@ class Positions:
     """Positional embeddings of one grid, to be used in place of a backbone's own.
 
     Attributes:
-        absolute: ``(1 or B, prefix + h * w, C)``, added to the tokens before the first block.
+        absolute: ``(1 or B, prefix + h * w, C)``, added to the tokens before the first layer.
         rotary: ``(h * w, 2 D)``, sines then cosines, by which queries and keys are rotated in
-            every block; ``(depth, heads, h * w, 2 D)`` where blocks differ.
+            every layer; ``(depth, heads, h * w, 2 D)`` where layers differ.
     """
 
     absolute: Tensor | None = None
     rotary: Tensor | None = None
 
     def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
-        """Raise ``ValueError`` unless these can take the place of a backbone's ``own``."""
+        """Raise ``ValueError`` unless these can take the place of a backbone's own."""
         for kind in ("absolute", "rotary"):
             given, expected = getattr(self, kind), getattr(own, kind)
             if (given is None) != (expected is None):
@@ -55,18 +55,19 @@ class Positions:
 
     def to(self, device: torch.device) -> Positions:
         """Return the same positions on a device, embeddings in float32."""
-        return dataclasses.replace(
-            self,
-            absolute=None if self.absolute is None else self.absolute.to(device, torch.float32),
-            rotary=None if self.rotary is None else self.rotary.to(device, torch.float32),
-        )
+        moved = {
+            kind: tensor.to(device, torch.float32)
+            for kind in ("absolute", "rotary")
+            if (tensor := getattr(self, kind)) is not None
+        }
+        return dataclasses.replace(self, **moved)
 
     def added(self) -> Tensor | None:
         """What is added to the tokens of a batch, ``(1 or B, prefix + h * w, C)``."""
         return self.absolute
 
     def rotations(self) -> Any:
-        """What queries and keys are rotated by; indexed by block where blocks differ."""
+        """What queries and keys are rotated by; indexed by layer where layers differ."""
         return self.rotary
 
     def before(self, images: Tensor, backbone: Backbone) -> Tensor:
@@ -87,13 +88,9 @@ class Backbone(nn.Module, abc.ABC):
     the way; all layers are returned on one grid.
 
     Attributes:
-        row: the registry row it was built from.
-        patch: side of a patch in pixels.
         stride: step between patches in pixels; smaller than ``patch`` makes them overlap.
         widths: channels of each layer's tokens.
-        depth: number of layers.
         default_layer: the layer that is read when none is named.
-        fingerprint: hash over its tensors, as :func:`cosettle_adapter.backbones.weights` makes it.
         origin: where the weights came from, for people.
         revision: commit of the Hub repository they came from, if they did.
         requires_input_grad: record a graph from images to tokens when gradients are enabled.
@@ -146,17 +143,11 @@ class Backbone(nn.Module, abc.ABC):
         super().train(False)
         return self
 
-    def freeze(self) -> None:
-        """Turn gradients of all parameters off; constructors end with it."""
-        self.requires_grad_(False)
-        self.train()
-
     def grid(self, height: int, width: int) -> Grid:
         """Return ``(h, w)`` for images of ``height`` x ``width`` pixels.
 
         Raises:
-            GeometryError: a side is not the patch plus a whole number of strides; the nearest
-                sides that are get named.
+            GeometryError: a side is not the patch plus a whole number of strides.
         """
         for axis, side in (("height", height), ("width", width)):
             if side < self.patch or (side - self.patch) % self.stride:
@@ -195,23 +186,7 @@ class Backbone(nn.Module, abc.ABC):
         norm: bool | None = None,
         positions: Positions | None = None,
     ) -> Tensor:
-        """Return the patch tokens of one layer as a map.
-
-        Args:
-            images: normalised images ``(B, 3, H, W)``, floating point.
-            layer: 0-based layer, negative from the end; ``default_layer`` when not given.
-            norm: apply the final norm; by default as the row says for the last layer, and not
-                for earlier ones.
-            positions: positions to use in place of the backbone's own, in the shapes of
-                :meth:`positions`.
-
-        Returns:
-            ``(B, C, h, w)``, dtype of the backbone.
-
-        Raises:
-            GeometryError: the sides do not fit the patch and stride.
-            ValueError: no such layer, no such norm, or positions of another shape or kind.
-        """
+        """Return one layer as :meth:`intermediate_tokens` does; ``default_layer`` by default."""
         layer = self.default_layer if layer is None else layer
         return self.intermediate_tokens(images, (layer,), norm=norm, positions=positions)[0]
 
@@ -226,13 +201,18 @@ class Backbone(nn.Module, abc.ABC):
         """Return the patch tokens of several layers from one pass, which ends at the deepest.
 
         Args:
-            images: as in :meth:`patch_tokens`.
+            images: normalised images ``(B, 3, H, W)``, floating point.
             layers: 0-based layers, negative from the end, in any order.
-            norm: as in :meth:`patch_tokens`; one for all layers, or one for each.
-            positions: as in :meth:`patch_tokens`.
+            norm: apply the final norm, to all layers or to each; by default as the row says for
+                the last layer, and not for earlier ones.
+            positions: in place of the backbone's own, in the shapes of :meth:`positions`.
 
         Returns:
-            One ``(B, C, h, w)`` a requested layer, in the order of ``layers``.
+            One ``(B, C, h, w)`` a layer, in the order of ``layers``, in the backbone's dtype.
+
+        Raises:
+            GeometryError: the sides do not fit the patch and stride.
+            ValueError: no such layer or norm, or positions of another shape or kind.
         """
         norms = norm if isinstance(norm, Sequence) else [norm] * len(layers)
         reads = [(self.block(layer), each) for layer, each in zip(layers, norms, strict=True)]
@@ -245,12 +225,6 @@ class Backbone(nn.Module, abc.ABC):
             images = images.to(self.dtype)
             if positions is None:
                 maps = self._maps(images, frozenset(reads), None)
-            else:
-                images = positions.before(images, self)
-                maps = self._maps(images, frozenset(reads), positions)
-                maps = {read: positions.after(tokens) for read, tokens in maps.items()}
-        return [maps[read] for read in reads]
-
-    def extra_repr(self) -> str:
-        """Name, patch and stride."""
-        return f"{self.row.name}, patch={self.patch}, stride={self.stride}"
+                return [maps[read] for read in reads]
+            maps = self._maps(positions.before(images, self), frozenset(reads), positions)
+            return [positions.after(maps[read]) for read in reads]

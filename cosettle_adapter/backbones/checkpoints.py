@@ -1,100 +1,52 @@
-"""Files of weights: safetensors, and other people's pickles and ONNX files; nothing is ever run."""
+"""Files of weights, whatever their format: the tensors, and what else convert wants to know."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import pickle
-import re
-import threading
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
-from cosettle_adapter.imports import require
+from cosettle_adapter.io import atomic_path
 
-_STATE_DICTS = (  # where training codes keep the model, the first that is there
-    "model",
-    "state_dict",
-    "teacher",
-    "encoder",
-    "target_encoder",
-    "model_state_dict",
-    "module",
-)
-_ONE_AT_A_TIME = threading.Lock()
 _SAFETENSORS_HEADER = 9  # a length of 8 bytes, then the opening brace of a JSON object
-_EXPORTED = "backbone."
-_EXPORTED_LINEAR = re.compile(r"/backbone/(.+)/MatMul")
-_REFUSED = re.compile(r"\bGLOBAL (\S+)")  # how the restricted unpickler names what it refuses
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What a file of weights holds.
+class Checkpoint(NamedTuple):
+    """What a file of weights holds."""
 
-    Attributes:
-        tensors: the file's own names to tensors, on the CPU.
-        epoch: training epoch it was written after, where it says so.
-        arguments: settings of the training run that are plain values.
-    """
-
-    tensors: dict[str, Tensor]
-    epoch: int | None = None
-    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, Tensor]  # under the file's own names, on the CPU
+    epoch: int | None = None  # after which it was written, where it says so
+    arguments: Mapping[str, Any] = {}  # settings of the training run that are plain values
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Read a safetensors file, a PyTorch checkpoint as training codes save it, or an ONNX file.
 
-    A pickle is read by PyTorch's restricted unpickler, which knows tensors and plain containers;
-    ``argparse.Namespace`` is allowed beside them because many codes save their arguments.
-    Anything else is refused before it could run.
-
-    Args:
-        path: the file; its content decides the format, and its suffix that it is ONNX.
-
-    Returns:
-        The state dict, found at the top or under one of the usual keys (``model``,
-        ``state_dict``, ``teacher``, ``encoder``, ...), and what stands beside it.
-
-    Raises:
-        WeightsUnavailableError: no such file.
-        CorruptWeightsError: truncated, holding code, or holding no tensors; one line says which.
-        MissingExtraError: an ONNX file, and the package ``onnx`` is not installed.
+    The content decides the format, the suffix only that it is ONNX.
     """
-    path = Path(path)
     if not path.is_file():
         raise WeightsUnavailableError(f"{path} does not exist")
     with path.open("rb") as file:
         head = file.read(_SAFETENSORS_HEADER)
     if path.suffix == ".safetensors" or (head[-1:] == b"{" and len(head) == _SAFETENSORS_HEADER):
-        return Checkpoint(_read_safetensors(path))
-    if path.suffix == ".onnx":
-        return Checkpoint(_read_onnx(path))
-    content = _read_pickle(path)
-    if not isinstance(content, Mapping):
-        raise CorruptWeightsError(f"{path} holds a {type(content).__name__}, expected a dictionary")
-    tensors = _state_dict(content, path)
-    epoch, arguments = content.get("epoch"), content.get("args")
-    return Checkpoint(
-        tensors,
-        epoch=epoch if isinstance(epoch, int) else None,
-        arguments=_plain(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {},
-    )
+        try:
+            return Checkpoint(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise CorruptWeightsError(
+                f"{path} is truncated or not a safetensors file ({error})"
+            ) from error
+    from cosettle_adapter.backbones.foreign import read_onnx, read_pickle  # few files are
+
+    return Checkpoint(read_onnx(path)) if path.suffix == ".onnx" else Checkpoint(*read_pickle(path))
 
 
 def is_whole(path: Path) -> bool:
     """Whether a file is there and is safetensors to its last byte; its values are not read."""
-    if not path.is_file():
-        return False
     try:
         with safe_open(path, framework="pt"):
             return True
@@ -102,113 +54,8 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CorruptWeightsError(
-            f"{path} is truncated or not a safetensors file ({error})"
-        ) from error
-
-
-def _read_onnx(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a DINOv2 encoder exported from ``transformers``, under the names there.
-
-    An exporter keeps the names of parameters it left alone and renames those it transposed or
-    folded (``onnx::MatMul_123``). Those are found through the graph, which is not run: the name
-    of a ``MatMul`` node says which linear layer its constant belongs to, and the nodes that use
-    positions are the ones with nameless constants of that width.
-    """
-    onnx = require("onnx", extra="export", purpose="reading the package-index copy of a backbone")
-    try:
-        graph = onnx.load(str(path)).graph
-    except Exception as error:  # protobuf's own errors have no public common base
-        raise CorruptWeightsError(f"{path} is not a readable ONNX file: {error}") from error
-    constants = {
-        tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).float()
-        for tensor in graph.initializer
-    }
-    named = {
-        name.removeprefix(_EXPORTED): tensor
-        for name, tensor in constants.items()
-        if name.startswith(_EXPORTED)
-    }
-    if "embeddings.cls_token" not in named:
-        raise CorruptWeightsError(f"{path} has no weight {_EXPORTED}embeddings.cls_token")
-    positions: dict[str, Tensor] = {}
-    for node in graph.node:
-        for name in node.input:
-            if name not in constants or name.startswith(_EXPORTED):
-                continue
-            tensor = constants[name]
-            layer = _EXPORTED_LINEAR.fullmatch(node.name)
-            if layer is not None:
-                named[layer[1].replace("/", ".") + ".weight"] = tensor.T.contiguous()
-            elif tensor.ndim == 3 and tensor.shape[-1] == named["embeddings.cls_token"].shape[-1]:
-                positions[node.op_type] = tensor
-    if not positions.keys() >= {"Concat", "Reshape"}:
-        raise CorruptWeightsError(f"{path} has no constant positions, expected two")
-    named["embeddings.position_embeddings"] = torch.cat(
-        [positions["Concat"], positions["Reshape"]], dim=1
-    )
-    return named
-
-
-def _read_pickle(path: Path) -> Any:
-    mapped = zipfile.is_zipfile(path)
-    if mapped and _is_torchscript(path):
-        raise CorruptWeightsError(
-            f"{path} is a TorchScript archive, which is a program; load it where you trust it and "
-            "save its state_dict() as safetensors"
-        )
-    try:
-        # What is allowed is global to the process, so threads take turns.
-        with _ONE_AT_A_TIME, torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapping the file skips the optimizer's moments, which nobody reads.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # anything may go wrong inside a damaged pickle
-        raise CorruptWeightsError(f"{path} {_cause(error)}") from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return False
-
-
-def _cause(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    refused = _REFUSED.search(text)
-    if refused is not None:
-        return (
-            f"is a pickle that holds more than tensors ({refused.group(1)}); it was not run and is "
-            "not used"
-        )
-    text = text.partition(". ")[0]
-    if isinstance(error, (pickle.UnpicklingError, EOFError, RuntimeError)):
-        return f"is truncated or not a PyTorch checkpoint ({text})"
-    return f"cannot be read ({type(error).__name__}: {text})"
-
-
-def _state_dict(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    nested = next((content[key] for key in _STATE_DICTS if _holds_tensors(content.get(key))), None)
-    found = content if nested is None else nested
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    if not tensors:
-        keys = ", ".join(map(str, list(content)[:10]))
-        raise CorruptWeightsError(f"{path} holds no tensors; at its top are: {keys or 'no keys'}")
-    return tensors
-
-
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in values.items()
-        if value is None or isinstance(value, (bool, int, float, str))
-    }
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a backbone's tensors as safetensors, float32, whole or not at all."""
+    stored = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(stored, temporary)

@@ -2,92 +2,92 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
 import torch
 from einops import rearrange
-from timm.models.hiera import Reroll, Unroll
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones.backbone import Backbone, Grid, Positions, Read
 from cosettle_adapter.backbones.registry import feature_info
-from cosettle_adapter.backbones.rows import BackboneRow, PositionInterpolation
-from cosettle_adapter.backbones.timm_features import (
-    SIZE_ERRORS,
-    Size,
-    copy_modules,
-    feature_maps,
-    own_size,
-    takes,
-)
+from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.backbones.vit import resize_positions
 from cosettle_adapter.errors import GeometryError
 
+Size = tuple[int, int]
+
+# What timm's code raises for images and files that a model cannot take.
+TIMM_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 _CACHED_SIZES = 4
+_DYNAMIC, _LENIENT = {"dynamic_img_size": True}, {"strict_img_size": False}
+_ANY_SIZE = {  # by timm's module: the option that makes its models take any size
+    "deit": _DYNAMIC,
+    "eva": _DYNAMIC,
+    "swin_transformer": _LENIENT,
+    "swin_transformer_v2": _LENIENT,
+    "swin_transformer_v2_cr": _LENIENT,
+    "vision_transformer": _DYNAMIC,
+    "vision_transformer_hybrid": _DYNAMIC,
+}
+_WHOLE_PATCHES = ("dla", "hiera", "hieradet_sam2", "hrnet", "maxxvit")  # of the coarsest stage
+_RESIZED = ("beit", "hiera", "maxxvit", "vision_transformer_relpos")  # a copy for every size
+_OWN_SIZE_ONLY = ("mvitv2",)  # reads its tables of relative positions off centre at others
+
+
+def create_feature_maps(row: BackboneRow, *, whole: bool) -> nn.Module:
+    """Create a row's timm model; ``whole`` keeps what no feature map goes through."""
+    options = {**_ANY_SIZE.get(_family(row), {}), **row.options}
+    model: Any = timm.create_model(row.architecture, **options)
+    if not whole:
+        every = len(feature_info(model))
+        model.prune_intermediate_layers(every, prune_norm=True, prune_head=True)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _family(row: BackboneRow) -> str:
+    """Name of the timm module that defines a row's architecture."""
+    module: str = timm.model_entrypoint(row.architecture).__module__
+    return module.rpartition(".")[2]
 
 
 class FeatureMapBackbone(Backbone):
     """A backbone of several resolutions; each *layer* is one of timm's feature maps.
 
-    The grid is the stage with ``row.patch`` pixels a patch, and every layer is returned on it.
-    Patch ``(i, j)`` of a map with ``s`` pixels a patch stands for rows ``s i`` to ``s (i + 1)``
-    and columns ``s j`` to ``s (j + 1)`` of the image: finer maps are averaged over the patches of
-    the grid, coarser ones interpolated bilinearly between the centres of theirs.
-    (What strided convolutions with padding see, in a ResNet for one, is centred half a patch above
-    and left of that; in models ported from TensorFlow, below and right. It is so in every frame,
-    and left as timm computes it.)
-
-    Sides may be any multiple of ``row.patch``. Where stages leave the last pixels out (ConvNeXt
-    rounds down), their last patch is repeated. Models that need whole windows (Hiera, HRNet, ...)
-    see the image with its last row and column repeated, and the patches over those are cut off.
-    Positions and windows that belong to one image size are resized for each other one. Where
+    The grid is the stage with ``row.patch`` pixels a patch, and every layer is returned on it:
+    finer maps are averaged over the patches of the grid, coarser ones interpolated bilinearly
+    between the centres of theirs. Sides may be any multiple of ``row.patch``. Where stages leave
+    the last pixels out (ConvNeXt rounds down), their last patch is repeated; models that need
+    whole windows (Hiera, HRNet) see the image with its last row and column repeated, and the
+    patches over those are cut off. Positions and windows are resized for each image size. Where
     timm can do none of this, another size than the model's own is an error.
-
-    What a model has of positions timm adds inside; there are none that a caller could replace.
     """
 
     def __init__(self, model: nn.Module, row: BackboneRow, **loaded: Any) -> None:
-        """Wrap a timm model whose parameters are loaded; ``loaded`` goes to :class:`Backbone`.
-
-        Raises:
-            GeometryError: a stride other than ``row.patch``, or no stage of that many pixels.
-        """
+        """Wrap a timm model whose parameters are loaded; ``loaded`` goes to :class:`Backbone`."""
         if loaded.get("stride") not in (None, row.patch):
             raise GeometryError(
                 f"feature maps have no stride to choose, got {loaded['stride']}: leave it out; "
                 "other stages of a model are reached as timm:<tag>@<pixels a patch>"
             )
-        info = feature_info(model)
-        pixels = tuple(reduction for _, reduction in info)
+        widths, pixels = zip(*feature_info(model), strict=True)
         if row.patch not in pixels:
             known = ", ".join(map(str, sorted(set(pixels))))
             raise GeometryError(
                 f"{row.name} has no stage with {row.patch} pixels a patch; it has {known}"
             )
-        super().__init__(
-            row,
-            widths=[channels for channels, _ in info],
-            default_layer=max(i for i, side in enumerate(pixels) if side == row.patch),
-            **loaded,
-        )
+        default_layer = max(i for i, side in enumerate(pixels) if side == row.patch)
+        super().__init__(row, widths=widths, default_layer=default_layer, **loaded)
         self.model: Any = model
         self._pixels = pixels
-        self._family = family(row.architecture)
-        self._fitted: dict[tuple[Size, torch.dtype, torch.device], Any] = {}
-        self.freeze()
-
-    @staticmethod
-    def create_options(row: BackboneRow) -> Mapping[str, Any]:
-        """What ``timm.create_model`` must be told: images of any size.
-
-        The classifier is made, so that a file's is known for one when :func:`prune` cuts it off.
-        """
-        return {**family(row.architecture).options, **row.options}
+        self._family = _family(row)
+        self._resized: dict[tuple[Size, torch.dtype, torch.device], Any] = {}
+        self.requires_grad_(False).train()
 
     def positions(self, grid: Grid) -> Positions:
         """Return none: timm adds what there are inside the model."""
@@ -115,42 +115,74 @@ class FeatureMapBackbone(Backbone):
     def _pad(self, images: Tensor) -> Tensor:
         """Repeat the last row and column until there is a whole patch of every stage."""
         coarsest = max(self._pixels)
-        step = coarsest if self._family.whole_patches else 1
+        step = coarsest if self._family in _WHOLE_PATCHES else 1
         below, right = (
             max(coarsest, math.ceil(side / step) * step) - side for side in images.shape[-2:]
         )
         return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
     def _run(self, images: Tensor, size: Size, layers: list[int]) -> list[Tensor]:
-        own = own_size(self.model)
-        if self._family.own_size_only and size != own:
-            raise GeometryError(self._misfit(size, "its positions are for one size"))
-        model = self._model_for(size)
+        """``(B, C, h', w')`` of each of ``layers``, which ascend; nothing after the last runs."""
+        own = self.row.image_size
+        misfit = f"{self.row.name} does not take images of {size[0]} x {size[1]} pixels ({{}}); it "
+        misfit += f"was made for {own} x {own}: give size=({own}, {own})"
+        if self._family in _OWN_SIZE_ONLY and size != (own, own):
+            raise GeometryError(misfit.format("its positions are for one size"))
         try:
-            return feature_maps(model, images, layers)
-        except SIZE_ERRORS as error:
-            if takes(model, size) or not takes(self.model, own):
+            # Not features_only=True: that renames the tensors of a file, and drops layers.
+            maps: list[Tensor] = self._model_for(size).forward_intermediates(
+                images,
+                indices=layers,
+                norm=False,
+                stop_early=True,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except TIMM_ERRORS as error:
+            if size == (own, own):
                 raise
-            raise GeometryError(self._misfit(size, f"{type(error).__name__}: {error}")) from error
-
-    def _misfit(self, size: Size, reason: str) -> str:
-        own = own_size(self.model)
-        return (
-            f"{self.row.name} does not take images of {size[0]} x {size[1]} pixels ({reason}); it "
-            f"was made for {own[0]} x {own[1]}: give size=({own[0]}, {own[1]})"
-        )
+            raise GeometryError(misfit.format(f"{type(error).__name__}: {error}")) from error
+        return maps
 
     def _model_for(self, size: Size) -> Any:
         """The model, or a copy with resized positions and windows that shares all other tensors."""
-        if self._family.fit is None:
+        if self._family not in _RESIZED:
             return self.model
         key = (size, self.dtype, self.device)
-        if key not in self._fitted:
-            if len(self._fitted) >= _CACHED_SIZES:
-                self._fitted.pop(next(iter(self._fitted)))
+        if key not in self._resized:
+            if len(self._resized) >= _CACHED_SIZES:
+                self._resized.pop(next(iter(self._resized)))
+            stored = (*self.model.parameters(), *self.model.buffers())
+            resized = copy.deepcopy(self.model, {id(tensor): tensor for tensor in stored})
             with torch.inference_mode(False):  # a later pass may need gradients
-                self._fitted[key] = fit_copy(self.model, size, self.row)
-        return self._fitted[key]
+                if self._family == "hiera":
+                    _resize_hiera(resized, size, self.row)
+                elif hasattr(resized, "set_input_size"):  # not in every version of timm
+                    resized.set_input_size(img_size=size)
+            self._resized[key] = resized.requires_grad_(False).eval()
+        return self._resized[key]
+
+
+def _resize_hiera(model: Any, size: Size, row: BackboneRow) -> None:
+    """Resize positions, and lay mask units out as in a model made for the size."""
+    with torch.device("meta"):
+        made: Any = timm.create_model(row.architecture, img_size=size, **row.options)
+    positions, window = model.pos_embed.detach().float(), model.pos_embed_win
+    source, within = tuple(model.tokens_spatial_shape), 0.0
+    if window is not None:  # positions of the whole image, and of the patches in each mask unit
+        source = tuple(positions.shape[-2:])
+        positions = rearrange(positions, "1 c h w -> 1 (h w) c")
+        within = window.detach().float().tile(made.mask_spatial_shape)
+        within = rearrange(within, "1 c h w -> 1 (h w) c")
+    grid = tuple(made.tokens_spatial_shape)
+    resized = within + resize_positions(
+        positions, grid, source_grid=source, prefix=0, interpolation=row.interpolation
+    )
+    model.pos_embed, model.pos_embed_win = nn.Parameter(resized.to(model.pos_embed.dtype)), None
+    for name in ("tokens_spatial_shape", "mask_spatial_shape", "unroll", "reroll"):
+        setattr(model, name, getattr(made, name))
 
 
 def on_grid(tokens: Tensor, size: Size, pixels: int, grid: Grid, patch: int) -> Tensor:
@@ -173,94 +205,3 @@ def on_grid(tokens: Tensor, size: Size, pixels: int, grid: Grid, patch: int) -> 
     # Patches at another step (Inception's convolutions lack padding) still span the whole image.
     stretched = F.interpolate(tokens.float(), size=grid, mode="bilinear", antialias=True)
     return stretched.to(tokens.dtype)
-
-
-# timm's models at any image size: what each family needs for it
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What makes the models of one timm module take images of any size.
-
-    Attributes:
-        options: what ``timm.create_model`` is told.
-        whole_patches: sides must be whole patches of the coarsest stage.
-        own_size_only: timm takes other sizes and computes nonsense.
-        fit: makes a copy of a model fit a size, where no option has timm do it on the way.
-    """
-
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    whole_patches: bool = False
-    own_size_only: bool = False
-    fit: Callable[[Any, Size, PositionInterpolation], None] | None = None
-
-
-def _fit_input_size(model: Any, size: Size, interpolation: PositionInterpolation) -> None:
-    """Resize windows and their tables of relative positions, where this version of timm can."""
-    del interpolation
-    if hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=size)
-
-
-def _fit_hiera(model: Any, size: Size, interpolation: PositionInterpolation) -> None:
-    """Resize positions and lay mask units out anew; timm does both for one size only."""
-    grid = tuple(side // step for side, step in zip(size, model.patch_stride, strict=True))
-    units = [side // unit for side, unit in zip(grid, model.mask_unit_size, strict=True)]
-    stored = model.pos_embed.detach().float()
-    if model.pos_embed_win is None:
-        source, within = tuple(model.tokens_spatial_shape), 0.0
-    else:  # positions of the whole image, and of the patches in each mask unit
-        source = tuple(stored.shape[-2:])
-        stored = rearrange(stored, "1 c h w -> 1 (h w) c")
-        tiled = model.pos_embed_win.detach().float().tile(units)
-        within = rearrange(tiled, "1 c h w -> 1 (h w) c")
-    positions = within + resize_positions(
-        stored, grid, source_grid=source, prefix=0, interpolation=interpolation
-    )
-    model.pos_embed = nn.Parameter(positions.to(model.pos_embed.dtype))
-    model.pos_embed_win = None
-    model.tokens_spatial_shape, model.mask_spatial_shape = list(grid), units
-    strides = model.unroll.schedule
-    model.unroll = Unroll(size, model.patch_stride, strides)
-    model.reroll = Reroll(size, model.patch_stride, strides, model.stage_ends, model.q_pool)
-
-
-_DYNAMIC = Family({"dynamic_img_size": True})
-_PADDED_WINDOWS = Family({"strict_img_size": False})
-_FAMILIES = {  # timm module: its family, where the default does not do
-    "beit": Family(fit=_fit_input_size),
-    "deit": _DYNAMIC,
-    "dla": Family(whole_patches=True),
-    "eva": _DYNAMIC,
-    "hiera": Family(whole_patches=True, fit=_fit_hiera),
-    "hieradet_sam2": Family(whole_patches=True),
-    "hrnet": Family(whole_patches=True),
-    "maxxvit": Family(whole_patches=True, fit=_fit_input_size),
-    "mvitv2": Family(own_size_only=True),  # reads its tables of relative positions off centre
-    "swin_transformer": _PADDED_WINDOWS,
-    "swin_transformer_v2": _PADDED_WINDOWS,
-    "swin_transformer_v2_cr": _PADDED_WINDOWS,
-    "vision_transformer": _DYNAMIC,
-    "vision_transformer_hybrid": _DYNAMIC,
-    "vision_transformer_relpos": Family(fit=_fit_input_size),
-}
-
-
-def family(architecture: str) -> Family:
-    """Return the family of a timm architecture."""
-    module: str = timm.model_entrypoint(architecture).__module__
-    return _FAMILIES.get(module.rpartition(".")[2], Family())
-
-
-def fit_copy(model: nn.Module, size: Size, row: BackboneRow) -> Any:
-    """Copy a model for images of ``size``, sharing all tensors that need not be resized."""
-    fit = family(row.architecture).fit
-    if fit is None:
-        return model
-    fitted = copy_modules(model, lambda tensor: tensor)
-    fit(fitted, size, row.interpolation)
-    shared = {id(parameter) for parameter in model.parameters()}
-    for parameter in fitted.parameters():
-        if id(parameter) not in shared:
-            parameter.requires_grad_(False)
-    return fitted.eval()

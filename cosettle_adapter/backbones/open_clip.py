@@ -1,28 +1,24 @@
 """Rows for open_clip's image towers: ``open_clip:<architecture>/<tag>[@<pixels a patch>]``.
 
 open_clip's own towers run at one resolution. The same tensors in timm's models run at any, so a
-row here is a timm architecture with options; :mod:`cosettle_adapter.backbones.checkpoints`
-renames the tensors. Only open_clip's lists of architectures and tags are used.
+row here is a timm architecture with options; :mod:`cosettle_adapter.backbones.layouts` renames the
+tensors. Only open_clip's lists of architectures and tags are used.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import functools
 import posixpath
 from typing import Any
-
-from torch import nn
 
 from cosettle_adapter.backbones.registry import OPEN_CLIP, timm_row
 from cosettle_adapter.backbones.rows import OPENAI_MEAN, OPENAI_STD, BackboneRow, HubFile
 from cosettle_adapter.errors import UnknownModelError, did_you_mean
 
-_WEIGHTS = "open_clip_model.safetensors"
-_OLDER = ("open_clip_pytorch_model.bin",)  # what repositories had before safetensors
+# "owner/name/" in open_clip's table stands for these; older repositories have the second
+_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TAGS_SHOWN = 10
-
 _LICENCES = {  # pattern of "<Hub repository>:<tag>", the first that fits
     "*:openai": "MIT",
     "*:metaclip*": "CC-BY-NC-4.0",
@@ -36,17 +32,18 @@ _LICENCES = {  # pattern of "<Hub repository>:<tag>", the first that fits
     "timm/PE-Core-*": "Apache-2.0",
     "timm/ViT-*-SigLIP*": "Apache-2.0",
     "jienengchen/ViTamin*": "MIT",
+    "*": "unstated",
 }
-_RESNETS = {  # blocks of each stage, width: timm's ResNet without the attention pooling
-    ((3, 4, 6, 3), 64): "resnet50_clip_gap",
-    ((3, 4, 23, 3), 64): "resnet101_clip_gap",
-    ((4, 6, 10, 6), 80): "resnet50x4_clip_gap",
-    ((6, 8, 18, 8), 96): "resnet50x16_clip_gap",
-    ((3, 15, 36, 10), 128): "resnet50x64_clip_gap",
+_RESNETS = {  # blocks of each stage: timm's ResNet without the attention pooling
+    (3, 4, 6, 3): "resnet50_clip_gap",
+    (3, 4, 23, 3): "resnet101_clip_gap",
+    (4, 6, 10, 6): "resnet50x4_clip_gap",
+    (6, 8, 18, 8): "resnet50x16_clip_gap",
+    (3, 15, 36, 10): "resnet50x64_clip_gap",
 }
 _EXPRESSED = {  # fields of open_clip's config that a row passes on
     "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value",
-    "no_ln_pre", "attentional_pool", "final_ln_after_pool", "act_kwargs", "norm_kwargs",
+    "no_ln_pre", "attentional_pool", "final_ln_after_pool",
 }  # fmt: skip
 _WITHOUT_EFFECT = {  # on patch tokens at inference; sinusoidal positions are in the file
     "patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "pool_type", "output_tokens",
@@ -56,18 +53,11 @@ _WITHOUT_EFFECT = {  # on patch tokens at inference; sinusoidal positions are in
 
 
 def open_clip_row(rest: str) -> BackboneRow:
-    """Make the row of ``open_clip:<rest>``.
+    """Make the row of ``open_clip:<rest>``: ``<architecture>/<tag>``, as open_clip lists them.
 
-    Weights trained with QuickGELU get it whether the architecture's name says so or only the tag
-    does; open_clip itself runs such a mismatched pair with GELU and warns.
-
-    Args:
-        rest: ``<architecture>/<tag>`` as open_clip lists them; the architecture alone where it
-            has no published weights. ``@<pixels>`` chooses a stage as for timm's models.
-
-    Raises:
-        UnknownModelError: open_clip has no such architecture or tag, or the tower is one that
-            timm cannot express.
+    The architecture alone is one without published weights; ``@<pixels>`` chooses a stage as for
+    timm's models. Weights trained with QuickGELU get it whether the architecture's name says so or
+    only the tag does; open_clip itself runs such a mismatched pair with GELU and warns.
     """
     import open_clip  # seconds, and only these names need it
 
@@ -82,12 +72,11 @@ def open_clip_row(rest: str) -> BackboneRow:
     config = open_clip.get_model_config(architecture)
     weights = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
-    suffix = f"@{pixels}" if pixels else ""
-    row_name = OPEN_CLIP + architecture + (f"/{tag}" if tag else "") + suffix
-
+    row_name = OPEN_CLIP + architecture + (f"/{tag}" if tag else "") + at + pixels
     notes: list[str] = []
-    if vision.timm_model_name or isinstance(vision.layers, (list, tuple)):
-        row = timm_row((vision.timm_model_name or _resnet(vision, row_name)) + suffix)
+    resnet = isinstance(vision.layers, (list, tuple)) and _RESNETS.get(tuple(vision.layers))
+    if timm_name := vision.timm_model_name or resnet:
+        row = timm_row(timm_name + at + pixels)
     elif at:
         raise UnknownModelError(
             f"{architecture} has one resolution throughout; leave @{pixels} away"
@@ -95,26 +84,19 @@ def open_clip_row(rest: str) -> BackboneRow:
     else:
         quick_gelu = bool(config.get("quick_gelu") or weights.get("quick_gelu"))
         row, notes = _vit(vision, row_name, quick_gelu=quick_gelu)
-    # "owner/name/" stands for the usual file, "owner/name/file" for another
     repo, filename = posixpath.split(weights.get("hf_hub") or "")
-    hub = None
-    if repo:
-        hub = HubFile(repo, filename) if filename else HubFile(repo, _WEIGHTS, alternatives=_OLDER)
-    elif url := weights.get("url"):
+    if not repo and (url := weights.get("url")):
         notes.append(f"not on the Hub: download {url} and give backbone_weights=PATH")
-    else:
+    elif not repo:
         notes.append("open_clip publishes no weights of it: give backbone_weights=PATH")
-    fitting = (
-        licence
-        for pattern, licence in _LICENCES.items()
-        if fnmatch.fnmatchcase(f"{repo}:{tag}", pattern)
-    )
+    source = f"{repo}:{tag}"
+    family = "SigLIP" if "init_logit_bias" in config else "CLIP"
     return dataclasses.replace(
         row,
         name=row_name,
-        family=_family(config),
-        licence=next(fitting, "unstated"),
-        hub=hub,
+        family="CoCa" if "multimodal_cfg" in config else family,
+        licence=next(text for key, text in _LICENCES.items() if fnmatch.fnmatchcase(source, key)),
+        hub=HubFile(repo, (filename,) if filename else _WEIGHTS) if repo else None,
         mean=tuple(weights.get("mean") or OPENAI_MEAN),
         std=tuple(weights.get("std") or OPENAI_STD),
         note="; ".join(notes),
@@ -143,38 +125,14 @@ def _vit(vision: Any, name: str, *, quick_gelu: bool) -> tuple[BackboneRow, list
     """open_clip's own ViT, as options of timm's; what is worth a note besides."""
     for field in dataclasses.fields(vision):
         value = getattr(vision, field.name)
-        if field.name not in _EXPRESSED | _WITHOUT_EFFECT and value not in (
-            field.default,
-            "default",
-        ):
-            raise _cannot(name, field.name, value)
-    side = _square(name, "image_size", vision.image_size)
-    patch = _square(name, "patch_size", vision.patch_size)
-    options: dict[str, Any] = {
-        "img_size": side,
-        "patch_size": patch,
-        "embed_dim": vision.width,
-        "depth": vision.layers,
-        "num_heads": vision.width // vision.head_width,
-        "mlp_ratio": vision.mlp_ratio,
-        "pre_norm": not vision.no_ln_pre,
-        "act_layer": "quick_gelu" if quick_gelu else "gelu",
-    }
-    if vision.act_kwargs:
-        if quick_gelu or vision.act_kwargs != {"approximate": "tanh"}:
-            raise _cannot(name, "act_kwargs", vision.act_kwargs)
-        options["act_layer"] = "gelu_tanh"
-    if vision.norm_kwargs:
-        if set(vision.norm_kwargs) != {"eps"}:
-            raise _cannot(name, "norm_kwargs", vision.norm_kwargs)
-        options["norm_layer"] = functools.partial(nn.LayerNorm, **vision.norm_kwargs)
-    if vision.ls_init_value is not None:
-        options["init_values"] = vision.ls_init_value or 1.0  # timm reads 0 as none; not used
+        known = field.name in _EXPRESSED and isinstance(value, (bool, int, float))
+        if not known and field.name not in _WITHOUT_EFFECT and value != field.default:
+            raise UnknownModelError(
+                f"{name}: timm has no model for a tower with {field.name}={value!r}, so it cannot "
+                "be a backbone here"
+            )
     notes = ["QuickGELU"] if quick_gelu else []
     if vision.attentional_pool:
-        if vision.attentional_pool is not True:  # "parallel" and "cascade"
-            raise _cannot(name, "attentional_pool", vision.attentional_pool)
-        options["final_norm"] = False
         notes.append("no final norm: this tower's norm comes after its attention pooling")
     elif vision.final_ln_after_pool:
         notes.append("trained to normalise the mean of its patch tokens, not the tokens")
@@ -182,39 +140,23 @@ def _vit(vision: Any, name: str, *, quick_gelu: bool) -> tuple[BackboneRow, list
         name=name,
         family="",
         architecture="vit_base_patch16_clip_224",
-        patch=patch,
+        patch=vision.patch_size,
         width=vision.width,
         depth=vision.layers,
         licence="",
-        image_size=side,
-        options=options,
+        image_size=vision.image_size,
+        options={
+            "img_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "embed_dim": vision.width,
+            "depth": vision.layers,
+            "num_heads": vision.width // vision.head_width,
+            "mlp_ratio": vision.mlp_ratio,
+            "pre_norm": not vision.no_ln_pre,
+            "act_layer": "quick_gelu" if quick_gelu else "gelu",
+            "init_values": vision.ls_init_value,
+            "final_norm": not vision.attentional_pool,
+        },
         final_norm=not (vision.attentional_pool or vision.final_ln_after_pool),
     )
     return row, notes
-
-
-def _square(name: str, field: str, value: Any) -> int:
-    sides = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if len(set(sides)) != 1:
-        raise _cannot(name, field, value)
-    return int(sides[0])
-
-
-def _resnet(vision: Any, name: str) -> str:
-    architecture = _RESNETS.get((tuple(vision.layers), vision.width))
-    if architecture is None:
-        raise _cannot(name, "layers", f"{vision.layers} of width {vision.width}")
-    return architecture
-
-
-def _cannot(name: str, field: str, value: Any) -> UnknownModelError:
-    return UnknownModelError(
-        f"{name}: timm has no model for a tower with {field}={value!r}, so it cannot be a backbone "
-        "here"
-    )
-
-
-def _family(config: Any) -> str:
-    if "multimodal_cfg" in config:
-        return "CoCa"
-    return "SigLIP" if "init_logit_bias" in config else "CLIP"

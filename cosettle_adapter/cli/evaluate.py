@@ -81,7 +81,7 @@ class FeatureOptions(ModelOptions):
         given = {Path(name).name: name for name in self.baselines}
         if len(given) < len(self.baselines):
             raise ValueError("two baselines have one name; rename a folder")
-        found = {name: find_projection(place, hub).folder for name, place in given.items()}
+        found = {name: find_projection(place, hub) for name, place in given.items()}
         return {name: Projection.load(folder).to(self.device) for name, folder in found.items()}
 
 

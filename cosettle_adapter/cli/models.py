@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.table import Table
 
 from cosettle_adapter.cli.common import DEFAULT_MODEL, WIDE, Output, console
-
-if TYPE_CHECKING:
-    from cosettle_adapter.hub import ModelInfo
 
 
 def list_models(
@@ -29,19 +26,30 @@ def list_models(
     from cosettle_adapter import hub
 
     output = console()
-    everything = hub.list_models()
-    models = [model for model in everything if model.has_projection]
+    models = hub.list_models()
     if as_json:
-        output.print_json(json.dumps([dataclasses.asdict(model) for model in everything]))
+        output.print_json(json.dumps([dataclasses.asdict(model) for model in models]))
+        return
+    names = "name licence projection"
+    if backbones and output.width >= WIDE:
+        names = "name family positions patch width image_size licence source projection"
     elif backbones:
-        output.print(_backbones(everything, wide=output.width >= WIDE))
+        names = "name positions patch licence projection"
+    columns = names.split()
+    table = Table(*columns, title="Backbones" if backbones else "Models", title_justify="left")
+    table.add_column("" if backbones else "measured")
+    for model in models:
+        cells = [str(getattr(model, name)).removeprefix("LicenseRef-") for name in columns]
+        if backbones or model.has_projection:
+            table.add_row(*cells, "" if backbones else str(model.figures.get("summary", "")))
+    output.print(table)
+    if backbones:
         output.print(
-            "Any other encoder: timm:<tag>, timm:<tag>@<pixels a cell>, open_clip:<arch>/<tag>"
+            "Any other encoder: timm:<tag>, timm:<tag>@<pixels a patch>, open_clip:<arch>/<tag>"
         )
     else:
-        output.print(_models(models))
         output.print(
-            f"{len(everything) - len(models)} more backbones (cosettle-adapter list --backbones), "
+            f"{len(models) - table.row_count} more backbones (cosettle-adapter list --backbones), "
             "and any of timm's and open_clip's: a projection is fitted on first use"
         )
 
@@ -100,17 +108,14 @@ def convert(
 
     screen = console()
     hub = HubOptions(cache_dir=cache_dir, local_files_only=offline)
-    with screen.status(f"reading {file.name}, comparing with the public weights"):
+    with screen.status(f"converting {file.name}, comparing with the public weights"):
         conversion = convert_checkpoint(file, lookup(backbone), options=hub)
-    with screen.status(f"writing {output}"):
         conversion.save(output)
     config = conversion.projection.config
-    parameters = sum(parameter.numel() for parameter in conversion.projection.parameters())
     folder = output if output.is_absolute() else f"./{output}"
     for line in (
-        f"projection  {config.kind}, {parameters:,} parameters, for {config.backbone}",
+        f"projection  {config.kind}, for {config.backbone}",
         f"backbone    {conversion.verdict}",
-        f"fingerprint {config.fingerprint}",
         f"licence     {config.licence}",
         f"load it with CoSettleAdapter.from_pretrained('{folder}')",
     ):
@@ -145,13 +150,13 @@ def push(
     """
     from cosettle_adapter import upload
     from cosettle_adapter.backbones import HubOptions
-    from cosettle_adapter.hub import find_projection
+    from cosettle_adapter.hub import find_projection, stored_backbone
     from cosettle_adapter.projection import Projection
 
-    found = find_projection(projection, HubOptions())
-    backbone = found.backbone_weights  # what `convert` writes where it is not public
+    folder = find_projection(projection, HubOptions())
+    backbone = stored_backbone(folder)  # what `convert` writes where it is not public
     pushed = upload.push(
-        Projection.load(found.folder),
+        Projection.load(folder),
         repository,
         private=private,
         commit_message=message,
@@ -165,44 +170,5 @@ def push(
     if pushed.kept_card:
         output.print("the card was edited by hand and is kept; --overwrite-card replaces it")
     output.print(pushed.pull_request or pushed.url, markup=False, soft_wrap=True)
-    pinned = f"'{repository}', revision='{pushed.commit}'"
-    output.print(
-        f"load it with CoSettleAdapter.from_pretrained({pinned})", markup=False, soft_wrap=True
-    )
-
-
-def _models(models: Sequence[ModelInfo]) -> Table:
-    table = _table("Models with a published projection", ("name", "licence", "projection"))
-    table.add_column("measured")
-    for model in models:
-        summary = str(model.figures.get("summary", ""))
-        table.add_row(model.name, model.licence, model.projection, summary)
-    return table
-
-
-def _backbones(models: Sequence[ModelInfo], *, wide: bool) -> Table:
-    columns: dict[str, Callable[[ModelInfo], str]] = {
-        "name": lambda model: model.name,
-        "family": lambda model: model.family,
-        "positions": lambda model: model.positions,
-        "patch": lambda model: str(model.patch),
-        "width": lambda model: str(model.width),
-        "image": lambda model: str(model.image_size),
-        "licence": lambda model: model.licence.removeprefix("LicenseRef-"),
-        "source": lambda model: model.source,
-        "projection": lambda model: model.projection,
-    }
-    left_out = () if wide else ("family", "width", "image", "source")
-    shown = {name: cell for name, cell in columns.items() if name not in left_out}
-    title = "Backbones" if wide else f"Backbones (a wider terminal shows {', '.join(left_out)} too)"
-    table = _table(title, tuple(shown))
-    for model in models:
-        table.add_row(*(cell(model) for cell in shown.values()))
-    return table
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
+    pinned = f"CoSettleAdapter.from_pretrained('{repository}', revision='{pushed.commit}')"
+    output.print(f"load it with {pinned}", markup=False, soft_wrap=True)

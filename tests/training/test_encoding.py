@@ -78,7 +78,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 def _feature_maps() -> Backbone:
     row = dataclasses.replace(
         TINY, architecture="resnet18", kind="features", positions="none", final_norm=False,
-        ignored=(), width=0, depth=0,
+        width=0, depth=0,
     )  # fmt: skip
     state = {
         name: tensor.abs() if "running_var" in name else tensor

@@ -21,7 +21,7 @@ from cosettle_adapter.backbones import (
     lookup,
 )
 from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone
-from cosettle_adapter.backbones.timm_features import own_tensors
+from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.errors import GeometryError
 from cosettle_adapter.training.positions import (
     PerturbedPositions,
@@ -382,7 +382,7 @@ def feature_maps(architecture: str, *, pointwise: bool = False) -> FeatureMapBac
     row = BackboneRow(
         name=f"small-{architecture}", family="random", architecture=architecture, patch=16,
         width=0, depth=0, image_size=224, licence="Apache-2.0", options=options, kind="features",
-        final_norm=False, ignored=(),
+        final_norm=False,
     )  # fmt: skip
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
@@ -393,7 +393,7 @@ def feature_maps(architecture: str, *, pointwise: bool = False) -> FeatureMapBac
             elif pointwise and "conv_dw" in name:
                 centre = tensor[..., 3, 3].clone()
                 tensor.zero_()[..., 3, 3] = centre
-    tensors = own_tensors(model, model.state_dict())
+    tensors = to_timm(model.state_dict(), row)
     backbone = build_backbone(row, tensors, fingerprint="sha256:0")
     assert isinstance(backbone, FeatureMapBackbone)
     return backbone
