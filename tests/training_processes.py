@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from training_fakes import QUICK, SMALL_CLIP, SMALL_VIT, FakeData, small_backbone
 
-from cosettle_adapter.training.distribution import make_accelerator
+from cosettle_adapter.training.processes import make_accelerator
 from cosettle_adapter.training.errors import TrainingError, TrainingInterrupted
 from cosettle_adapter.training.train import StepReport, train
 

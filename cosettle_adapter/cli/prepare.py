@@ -8,10 +8,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from cosettle_adapter.cli.common import Output, console, frame_progress, rate
+from cosettle_adapter.cli.training_progress import print_skipped
 from cosettle_adapter.training.prepare import SKIPPED_NAME, PrepareSettings
 from cosettle_adapter.training.prepare import prepare as extract
-
-_LISTED = 20
 
 
 def prepare(
@@ -31,27 +30,18 @@ def prepare(
     out = console()
     with frame_progress(out) as progress:
         task = progress.add_task("videos", total=None, rate="")
-        before: int | None = None
+        already: int | None = None
 
         def advance(done: int, total: int) -> None:
-            nonlocal before
-            before = done if before is None else before
-            speed = rate(done - before, progress.tasks[task].elapsed, unit="videos")
+            nonlocal already
+            already = done if already is None else already
+            speed = rate(done - already, progress.tasks[task].elapsed, unit="videos")
             progress.update(task, completed=done, total=total, rate=speed)
 
-        result = extract(data, output, settings, workers=workers, on_video=advance)
-    for name, problem in result.skipped[:_LISTED]:
-        out.print(f"skipped {name}: {problem}", style="yellow", markup=False, highlight=False)
-    if result.skipped:
-        more = len(result.skipped) - _LISTED
-        out.print(
-            f"{f'and {more} more; ' if more > 0 else ''}all {len(result.skipped)} are in "
-            f"{result.folder / SKIPPED_NAME}",
-            markup=False,
-        )
-    already = f", {result.found} of them from before" if result.found else ""
-    out.print(
-        f"{result.folder}: {result.frames} frames of {result.videos} videos{already}", markup=False
-    )
-    shown = result.folder if result.folder.is_absolute() else f"./{result.folder}"
+        skipped = extract(data, output, settings, workers=workers, on_video=advance)
+    print_skipped(out, skipped, output / SKIPPED_NAME)
+    count = int(progress.tasks[task].completed) - len(skipped)
+    told = f"{output}: the frames of {count} videos"
+    out.print(told + (f", {already} of them from before" if already else ""), markup=False)
+    shown = output if output.is_absolute() else f"./{output}"
     out.print(f"train on it with: cosettle-adapter train --data {shown}", markup=False)

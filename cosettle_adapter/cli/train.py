@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-import os
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import Parameter, Token, default_name_transform
 
@@ -17,16 +14,18 @@ from cosettle_adapter.backbones import HubOptions, load_backbone
 from cosettle_adapter.cli.common import command_line, console
 from cosettle_adapter.cli.training_progress import TrainingProgress, print_result
 from cosettle_adapter.training import train as training
-from cosettle_adapter.training.batches import open_data
+from cosettle_adapter.training.cached_views import open_data
 from cosettle_adapter.training.checkpoint import check_folder, read_run
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import TrainingError
+from cosettle_adapter.training.processes import make_accelerator
 from cosettle_adapter.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
+
+T = TypeVar("T", "TrainOptions", TrainSettings)
 
 _NAMES = {
     "layers": "layer",
@@ -34,7 +33,6 @@ _NAMES = {
     "separability_weight": "kl-weight",
     "warmup_epochs": "warmup",
 }
-_PATHS = ("data", "validation", "init", "backbone-weights", "views-folder", "output")
 
 
 def _folder_or_nothing(_: Any, tokens: Sequence[Token]) -> str:
@@ -65,19 +63,19 @@ class TrainOptions:
     """
 
     backbone: str | None = None
-    backbone_weights: Path | None = None
+    backbone_weights: str | None = None
     data: tuple[str, ...] | None = None
-    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None
+    output: Annotated[str | None, Parameter(name=("--output", "-o"))] = None
     resume: Annotated[str | None, Parameter(converter=_folder_or_nothing, n_tokens=-1)] = None
     overwrite: bool = False
     validation: tuple[str, ...] | None = None
     stride: int | None = None
     device: str = "auto"
-    views_folder: Path | None = None
+    views_folder: str | None = None
     tensorboard: bool = False
     licence: str | None = None
     about_data: str | None = None
-    cache_dir: Path | None = None
+    cache_dir: str | None = None
     offline: bool = False
 
 
@@ -103,37 +101,41 @@ def train(
     """
     words = list(command_line.get())
     if options.resume is not None:
-        options, settings, words = _resumed(options, words)
-    if not (options.backbone and options.data and options.output):
-        needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
-        missing = ", ".join(name for name, value in needed.items() if not value)
+        folder = options.resume or options.output
+        if folder is None or options.output not in (None, folder):
+            raise TrainingError("give --resume the folder of the run, and no other to -o")
+        began = read_run(Path(folder)).began
+        options = dataclasses.replace(options, output=folder, resume="")
+        options = _continued(options, began.get("options", {}))
+        settings = _continued(settings, began.get("settings", {}))
+    needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
+    missing = ", ".join(name for name, value in needed.items() if not value)
+    if missing:
         raise TrainingError(f"missing {missing}: a new run needs all three")
-    run = functools.partial(_train, options.backbone, options.data, options.output)
     accelerator, output = make_accelerator(options.device), console()
     if not accelerator.is_main_process:
         # The first process reports what happens; the others fail with it in silence.
         logging.getLogger("cosettle_adapter").setLevel(logging.CRITICAL)
         output.quiet = True
     try:
-        return run(options, settings, words, accelerator, output)
+        _train(options, settings, words, accelerator, output)
     except (OSError, ValueError, KeyboardInterrupt) as error:
         if accelerator.is_main_process:
             raise
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     finally:
         accelerator.end_training()
+    return 0
 
 
 def _train(
-    name: str,
-    data: tuple[str, ...],
-    folder: Path,
     options: TrainOptions,
     settings: TrainSettings,
     words: Sequence[str],
     accelerator: Accelerator,
     console: Console,
-) -> int:
+) -> None:
+    name, data, folder = options.backbone or "", options.data or (), Path(options.output or "")
     resume = options.resume is not None
     check_folder(folder, resume=resume, overwrite=options.overwrite)
     corpus = Corpus.open(data)
@@ -145,13 +147,18 @@ def _train(
             stride=options.stride,
             options=HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline),
         )
+    began = {
+        "command": list(words),
+        "options": _anywhere(dataclasses.asdict(options) | {"overwrite": False}),
+        "settings": _anywhere(dataclasses.asdict(settings)),
+    }
     with TrainingProgress(console) as progress:
         samples = open_data(
             corpus,
             backbone,
             settings,
             accelerator=accelerator,
-            views_folder=options.views_folder or folder / "views",
+            views_folder=Path(options.views_folder or folder / "views"),
             on_sample=progress.encoded,
         )
         trained = training.train(
@@ -166,68 +173,38 @@ def _train(
             tensorboard=options.tensorboard,
             licence=options.licence or "",
             about_data=options.about_data or ", ".join(Path(each).name for each in data),
-            command=_absolute(words),
+            began=began,
             on_start=progress.begin,
             on_step=progress.stepped,
         )
-    for name, reason in corpus.problems:
-        console.print(f"left out {name}: {reason}", markup=False)
+    for place, reason in corpus.problems:
+        console.print(f"left out {place}: {reason}", markup=False)
     print_result(console, trained, folder)
-    return 0
 
 
-# --- the words of a command line: what a run began with, to be resumed from anywhere ---
+def _continued(given: T, began: Mapping[str, Any]) -> T:
+    """Return what a run began with, and what was given anew, which counts more."""
+    changed = {
+        field.name: getattr(given, field.name)
+        for field in dataclasses.fields(given)
+        if getattr(given, field.name) != field.default
+    }
+    saved = {name: tuple(v) if isinstance(v, list) else v for name, v in began.items()}
+    return dataclasses.replace(given, **{**saved, **changed})
 
 
-def _resumed(
-    options: TrainOptions, words: Sequence[str]
-) -> tuple[TrainOptions, TrainSettings, list[str]]:
-    """Add what a run began with to what it is resumed with, which counts more."""
-    from cosettle_adapter.cli import application
-
-    folder = Path(options.resume) if options.resume else options.output
-    if folder is None or options.output not in (None, folder):
-        raise TrainingError("give --resume the folder of the run, and no other to -o")
-    began = read_run(folder).command or list(words)
-    given = {name for name, _ in _grouped(words)}
-    kept = [word for name, group in _grouped(began) if name not in given for word in group]
-    _, bound, _ = application().parse_args(
-        ["train", *kept, *words[1:]], exit_on_error=False, print_error=True
-    )
-    bound.apply_defaults()
-    # a run that began by removing another does not do so again
-    overwrite = options.overwrite and "--overwrite" not in began
-    both: TrainOptions = bound.arguments["options"]
-    both = dataclasses.replace(both, output=folder, resume="", overwrite=overwrite)
-    return both, bound.arguments["settings"], began
-
-
-def _absolute(words: Sequence[str]) -> list[str]:
+def _anywhere(values: dict[str, Any]) -> dict[str, Any]:
     """Make paths absolute, so that a run resumes from any folder."""
-    absolute = list(words[:1])
-    for name, (option, *values) in _grouped(words):
-        option, equals, value = option.partition("=")
-        if name in _PATHS:
-            value, *values = (_absolute_path(each, name) for each in (value, *values))
-        absolute += [f"{option}{equals}{value}", *values]
-    return absolute
+    for name in ("data", "validation"):
+        if values.get(name):
+            values[name] = [_absolute(each) for each in values[name]]
+    for name in ("backbone_weights", "views_folder", "cache_dir"):
+        if values.get(name):
+            values[name] = _absolute(values[name])
+    if "init" in values and Path(values["init"]).is_dir():
+        values["init"] = _absolute(values["init"])
+    return values
 
 
-def _absolute_path(text: str, option: str) -> str:
-    path = Path(text).expanduser()
-    if not text or (option == "init" and not path.is_dir()):
-        return text
-    return os.path.normpath(path.absolute())
-
-
-def _grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return the options of a command line with their values, each by its plain name."""
-    groups: list[tuple[str, list[str]]] = []
-    for word in words[1:]:
-        if re.match("-[-a-z]", word):
-            name = word.partition("=")[0].lstrip("-")
-            name = {"o": "output"}.get(name, name.removeprefix("no-"))
-            groups.append((name, [word]))
-        elif groups:
-            groups[-1][1].append(word)
-    return groups
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

@@ -27,18 +27,17 @@ class TrainingProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = frame_progress(console)
+        self._bar.disable = not console.is_terminal
         self._task: TaskID | None = None
         self._line_at = 0.0
         self._rate: float | None = None
 
     def __enter__(self) -> TrainingProgress:
-        if self._console.is_terminal:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
+        self._bar.stop()
 
     def encoded(self, done: int, total: int) -> None:
         """Show how many views are on disk."""
@@ -55,22 +54,20 @@ class TrainingProgress:
 
     def stepped(self, report: StepReport) -> None:
         """Show a step: loss, cycle accuracy, KL, clips a second."""
-        before = report.clips_per_second if self._rate is None else self._rate
-        figures = (
-            f"loss {report.loss:.3f}  accuracy {report.accuracy:.3f}  KL {report.kl:.3f}  "
-            f"{before + _SMOOTHING * (report.clips_per_second - before):.1f} clips/s"
-        )
         if self._task is not None and self._rate is None:
             # what a resumed run did before does not predict how long the rest takes
             self._bar.reset(self._task, completed=report.step - 1, total=report.steps)
+        before = report.clips_per_second if self._rate is None else self._rate
         self._rate = before + _SMOOTHING * (report.clips_per_second - before)
+        figures = (
+            f"loss {report.loss:.3f}  accuracy {report.accuracy:.3f}  KL {report.kl:.3f}  "
+            f"{self._rate:.1f} clips/s"
+        )
         if self._task is not None:
             epoch = f"epoch {report.epoch}"
             self._bar.update(self._task, description=epoch, completed=report.step, rate=figures)
-        self._say(
-            f"step {report.step} of {report.steps}, epoch {report.epoch}: {figures}",
-            last=report.step == report.steps,
-        )
+        line = f"step {report.step} of {report.steps}, epoch {report.epoch}: {figures}"
+        self._say(line, last=report.step == report.steps)
 
     def _say(self, line: str, *, last: bool) -> None:
         """Print a line now and then where a bar would not be seen."""
@@ -83,20 +80,25 @@ class TrainingProgress:
 def print_result(console: Console, trained: Trained, output: Path) -> None:
     """Print the result, what was left out, and how to load it."""
     if trained.figures:
-        columns = list(next(iter(trained.figures.values())))
-        table = Table("projection", title="Validation", title_justify="left")
-        for column in columns:
-            table.add_column(column.replace("_", " "), justify="right")
+        columns = list(trained.figures["raw"])
+        titles = [column.replace("_", " ") for column in columns]
+        table = Table("projection", *titles, title="Validation", title_justify="left")
         for name, figures in trained.figures.items():
             cells = [figures[column] for column in columns]
             table.add_row(name, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
         console.print(table)
         console.print(f"chosen by overlap: after step {trained.chosen_step} of {trained.steps}")
-    if trained.skipped:
-        console.print(f"skipped {len(trained.skipped)} videos that could not be read:")
-        for name, reason in sorted(trained.skipped.items())[:_LISTED]:
-            console.print(f"  {name}: {reason}", markup=False, highlight=False)
-        if len(trained.skipped) > _LISTED:
-            console.print(f"  and {len(trained.skipped) - _LISTED} more")
+    print_skipped(console, sorted(trained.skipped.items()))
     shown = output if output.is_absolute() else f"./{output}"
     console.print(f"load it with CoSettleAdapter.from_pretrained('{shown}')", markup=False)
+
+
+def print_skipped(
+    console: Console, skipped: list[tuple[str, str]], listed_in: Path | None = None
+) -> None:
+    """Print which videos could not be read, and why."""
+    for name, reason in skipped[:_LISTED]:
+        console.print(f"skipped {name}: {reason}", style="yellow", markup=False, highlight=False)
+    if len(skipped) > _LISTED:
+        where = f"; all {len(skipped)} are in {listed_in}" if listed_in else ""
+        console.print(f"and {len(skipped) - _LISTED} more{where}", markup=False)

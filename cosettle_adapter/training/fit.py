@@ -13,31 +13,24 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone, load_backbone
-from cosettle_adapter.closed_form import SOLVERS, AffineMap, TokenStatistics
+from cosettle_adapter.closed_form import SOLVERS, AffineMap, TokenStatistics, solve_layers
+from cosettle_adapter.errors import FrameError
 from cosettle_adapter.projection import Projection, ProjectionConfig
-from cosettle_adapter.training.clips import find_clips
-from cosettle_adapter.training.model_selection import (
-    Candidate,
-    candidates,
-    labels,
-    layer_sets,
-    overlaps,
-    rendered_clips,
-)
+from cosettle_adapter.training.model_selection import Candidate, candidates, labels, overlaps
 from cosettle_adapter.training.statistics import FitSettings, collect_statistics
 from cosettle_adapter.version import __version__
+from cosettle_adapter.video.files import VIDEO_SUFFIXES, find_videos
 
-__all__ = ["Fit", "FitSettings", "fit", "fit_projection"]
+__all__ = ["Fit", "FitSettings", "find_clips", "fit", "fit_projection"]
 
 _HELD_OUT_EVERY = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """What :func:`fit_projection` returns.
 
     Attributes:
@@ -66,7 +59,7 @@ def fit(
     *,
     licence: str | None = None,
     data: str = "",
-    workers: int = 1,
+    workers: int = 0,
     on_clip: Callable[[int, int], None] = lambda done, total: None,
     **loading: Any,
 ) -> CoSettleAdapter:
@@ -78,7 +71,7 @@ def fit(
         settings: see :class:`FitSettings`.
         licence: licence to record; the backbone's by default.
         data: description of the clips to record.
-        workers: processes that share the clips, on the CPU.
+        workers: processes that decode; 0 decodes in this one.
         on_clip: called with the clips done and their number.
         **loading: what :func:`~cosettle_adapter.load_backbone` takes, when ``backbone`` is a name.
 
@@ -96,15 +89,24 @@ def fit(
     else:
         files = [Path(clip).expanduser() for clip in clips]
     found = fit_projection(
-        backbone,
-        files,
-        settings,
-        licence=backbone.row.licence if licence is None else licence,
-        data=data,
-        workers=workers,
-        on_clip=on_clip,
+        backbone, files, settings, licence=licence, data=data, workers=workers, on_clip=on_clip
     )
     return CoSettleAdapter(backbone, found.projection.to(backbone.device))
+
+
+def find_clips(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return every video file below a folder.
+
+    Raises:
+        FrameError: no such folder, or no video in it.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise FrameError(f"{root} is not a folder; clips are read from a folder of video files")
+    clips = find_videos(root, recursive=True)
+    if not clips:
+        raise FrameError(f"no video files below {root} ({', '.join(VIDEO_SUFFIXES)})")
+    return clips
 
 
 def fit_projection(
@@ -112,9 +114,9 @@ def fit_projection(
     clips: Sequence[Path],
     settings: FitSettings | None = None,
     *,
-    licence: str = "",
+    licence: str | None = None,
     data: str = "",
-    workers: int = 1,
+    workers: int = 0,
     on_clip: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fit:
     """Fit a projection for a backbone on unlabelled clips.
@@ -131,8 +133,7 @@ def fit_projection(
         ValueError: settings that this backbone cannot have, or nothing to choose by.
     """
     settings = settings or FitSettings()
-    sets = layer_sets(backbone, settings.layers, settings.concatenations)
-    every = candidates(sets, settings.solvers, settings.strengths)
+    every = candidates(backbone, settings)
     if len(every) > 1 and settings.rendered < 1:
         raise ValueError(
             f"{len(every)} projections to choose from and no rendered clips to choose by; render "
@@ -141,39 +142,38 @@ def fit_projection(
     fitted_on, held_out = split(clips)
     done, total = 0, len(fitted_on) + settings.rendered
 
-    def advance(count: int = 1) -> None:
+    def advance() -> None:
         nonlocal done
-        done += count
+        done += 1
         on_clip(done, total)
 
+    sets = list(dict.fromkeys(each.layers for each in every))
     statistics, skipped = collect_statistics(
-        backbone, fitted_on, sets, settings, workers=workers, on_clips=advance
+        backbone, fitted_on, sets, settings, workers=workers, on_clip=advance
     )
-    solutions = {
-        each: each.solve(backbone, statistics[each.layers], settings.nuisance) for each in every
-    }
+    solutions = {each: _solve(backbone, each, statistics[each.layers], settings) for each in every}
     scores: dict[Candidate, float] = {}
     if settings.rendered > 0:
-        rendered = rendered_clips(
-            held_out, patch=backbone.patch, count=settings.rendered, seed=settings.seed
-        )
-        scores = overlaps(backbone, solutions, rendered, on_clip=advance)
+        scores = overlaps(backbone, solutions, held_out, settings, on_clip=advance)
     chosen = max(scores, key=lambda each: scores[each]) if scores else every[0]
-    about = {
-        "data": data,
-        "clips": len(clips),
-        "skipped": sorted(path.name for path in skipped),
-    }
-    projections = {
-        each: _projection(
-            backbone,
-            each,
-            solution,
-            _record(settings, each, about, statistics[each.layers], scores),
-            licence,
+    about = {"data": data, "clips": len(clips), "skipped": sorted(path.name for path in skipped)}
+    projections = {}
+    for each, solution in solutions.items():
+        config = ProjectionConfig(
+            backbone=backbone.row.name,
+            fingerprint=backbone.fingerprint,
+            backbone_revision=backbone.revision,
+            layers=each.layers,
+            norm=False,
+            in_width=solution.weight.shape[1],
+            out_width=solution.weight.shape[0],
+            kind="affine",
+            licence=backbone.row.licence if licence is None else licence,
+            fit=_record(settings, each, about, statistics[each.layers], scores),
         )
-        for each, solution in solutions.items()
-    }
+        projection = projections[each] = Projection(config).requires_grad_(False).eval()
+        weights = {"weight": solution.weight.float(), "bias": solution.bias.float()}
+        projection.linears[0].load_state_dict(weights)
     return Fit(projections, chosen, scores, skipped)
 
 
@@ -186,30 +186,18 @@ def split(clips: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return [clip for clip in clips if clip not in apart] or list(clips), held_out
 
 
-def _projection(
-    backbone: Backbone,
-    candidate: Candidate,
-    solution: AffineMap,
-    record: Mapping[str, Any],
-    licence: str,
-) -> Projection:
-    config = ProjectionConfig(
-        backbone=backbone.row.name,
-        fingerprint=backbone.fingerprint,
-        backbone_revision=backbone.revision,
-        layers=candidate.layers,
-        norm=False,
-        in_width=solution.weight.shape[1],
-        out_width=solution.weight.shape[0],
-        kind="affine",
-        licence=licence,
-        fit=record,
+def _solve(
+    backbone: Backbone, candidate: Candidate, statistics: TokenStatistics, settings: FitSettings
+) -> AffineMap:
+    """Solve for a candidate's projection; several layers give no more channels than one."""
+    solver = SOLVERS[candidate.solver]
+    widths = [backbone.widths[layer] for layer in candidate.layers]
+    return solve_layers(
+        statistics,
+        widths,
+        lambda scaled: solver.solve(scaled, candidate.strength, settings.nuisance),
+        out_width=widths[0] if len(widths) == 1 else min(backbone.width, sum(widths)),
     )
-    projection = Projection(config)
-    projection.load_state_dict(
-        {"linears.0.weight": solution.weight.float(), "linears.0.bias": solution.bias.float()}
-    )
-    return projection.requires_grad_(False).eval()
 
 
 def _record(
@@ -227,20 +215,12 @@ def _record(
         "pairs": statistics.pairs,
     }
     if scores:
-        names = labels(list(scores))
         record["blocks_chosen_by"] = "overlap of the propagated mask of a cut-out on rendered clips"
-        record["overlap_by_block"] = {
-            names[each]: round(score, 4) for each, score in scores.items()
-        }
-    record["settings"] = {
-        "solver": candidate.solver,
-        "strength": None if math.isinf(candidate.strength) else candidate.strength,
-        "nuisance": settings.nuisance,
-        "size": settings.size,
-        "pairs": settings.pairs,
-        "gaps": list(settings.gaps),
-        "correspondences": settings.correspondences,
-        "rendered": settings.rendered,
-        "seed": settings.seed,
-    }
+        named = labels(scores)
+        record["overlap_by_block"] = {named[each]: round(s, 4) for each, s in scores.items()}
+    strength = None if math.isinf(candidate.strength) else candidate.strength
+    used = dataclasses.asdict(settings) | {"gaps": list(settings.gaps)}
+    for listed in ("layers", "concatenations", "solvers", "strengths"):
+        del used[listed]
+    record["settings"] = {"solver": candidate.solver, "strength": strength, **used}
     return {**record, "cosettle_adapter": __version__}

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from cosettle_adapter.projection import Projection, ProjectionConfig
+from cosettle_adapter.training.data import seed_of
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.seeds import seed_of
 from cosettle_adapter.training.settings import TrainSettings
 
-_LINEAR_RANGE = 0.1
-"""Scale at which tanh is a straight line to 0.3 %; LayerNorm undoes it."""
+_LINEAR_RANGE = 0.1  # scale at which tanh is a straight line to 0.3 %; LayerNorm undoes it
 
 
 class Head(nn.Module):
@@ -25,7 +24,7 @@ class Head(nn.Module):
         self.projection = projection
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Project tokens ``(..., C)`` to ``(..., C')`` in float32."""
+        """Project tokens to ``(..., C')`` float32."""
         return self.projection.project(tokens)
 
 
@@ -70,8 +69,7 @@ def new_head(config: ProjectionConfig, *, init: str, seed: int) -> Projection:
             head.load_state_dict(start.state_dict())
             return head
         if start.config.kind == "affine":
-            state = start.state_dict()
-            weight, bias = state["linears.0.weight"], state["linears.0.bias"]
+            weight, bias = start.linears[0].weight.detach(), start.linears[0].bias.detach()
     if config.kind != "affine" and config.activation != "tanh":
         raise TrainingError(
             f"a head with {config.activation} cannot start from {init}: it has no range that is "

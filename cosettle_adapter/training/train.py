@@ -8,9 +8,9 @@ import importlib.metadata
 import logging
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,25 +18,26 @@ from torch import Tensor
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.training import checkpoint
-from cosettle_adapter.training.batches import Plan, TrainingData
-from cosettle_adapter.training.checkpoint import RunState
+from cosettle_adapter.training.cached_views import TrainingData
+from cosettle_adapter.training.checkpoint import (
+    MetricsLog,
+    RunState,
+    StepReport,
+    read_metrics,
+)
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.data import load_batches
-from cosettle_adapter.training.distribution import from_main, gather, make_accelerator, on_main
+from cosettle_adapter.training.data import Plan, collate, load_batches
 from cosettle_adapter.training.encoding import compile_encoder
-from cosettle_adapter.training.errors import TrainingInterrupted
-from cosettle_adapter.training.head import Head, make_optimizer, new_head
-from cosettle_adapter.training.metrics import MetricsLog, StepReport, last_epoch_means
+from cosettle_adapter.training.errors import TrainingInterrupted, stop_request
+from cosettle_adapter.training.head import Head, new_head
+from cosettle_adapter.training.processes import from_main, gather, make_accelerator, on_main
 from cosettle_adapter.training.settings import TrainSettings
 from cosettle_adapter.training.step import Stepper
-from cosettle_adapter.training.stopping import stop_request
 from cosettle_adapter.training.validation import CRITERION, Validation
 from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-__all__ = ["StepReport", "Trained", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,7 @@ _SAVE_SECONDS = 300.0
 _SKIPPED_NAMED = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """What training returns.
 
     Attributes:
@@ -77,7 +77,7 @@ def train(
     tensorboard: bool = False,
     licence: str = "",
     about_data: str = "",
-    command: Sequence[str] = (),
+    began: Mapping[str, Any] | None = None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> Trained:
@@ -91,7 +91,7 @@ def train(
 
     Args:
         backbone: the frozen encoder.
-        data: from :func:`~cosettle_adapter.training.batches.open_data` with the same settings.
+        data: from :func:`~cosettle_adapter.training.cached_views.open_data`, same settings.
         output: folder to write.
         settings: see :class:`TrainSettings`.
         accelerator: of this process; by default one for the best device here.
@@ -102,13 +102,10 @@ def train(
         tensorboard: write TensorBoard's files beside ``metrics.jsonl``.
         licence: licence to record; the backbone's by default.
         about_data: what the clips are, to record.
-        command: words of the command line, to record.
+        began: how the run was begun, kept in its checkpoints; ``command``, its words, is recorded.
         on_start: called in the main process before the first step that is to be done, with the
             samples of an epoch.
         on_step: called in the main process after every step.
-
-    Returns:
-        The projection, and what was measured.
 
     Raises:
         TrainingError: it cannot begin: the folder holds a run, another process is writing into it,
@@ -123,14 +120,11 @@ def train(
     accelerator = accelerator or make_accelerator()
     folder = Path(output).expanduser()
     backbone.grid(settings.size, settings.size)
+    processes = accelerator.num_processes
     plan = Plan(
-        len(data),
-        settings.batch_size,
-        accelerator.num_processes,
-        settings.accumulation,
-        settings.epochs,
+        len(data), settings.batch_size, processes, settings.accumulation, settings.epochs,
         settings.seed,
-    )
+    )  # fmt: skip
     if plan.batch_size < settings.batch_size and accelerator.is_main_process:
         logger.warning(
             "batches of %d in place of %d: an epoch has %d samples",
@@ -140,16 +134,16 @@ def train(
     config = dataclasses.replace(config, licence=licence or backbone.row.licence)
     start = "random" if resume else settings.init
     head = Head(new_head(config, init=start, seed=settings.seed)).to(accelerator.device)
+    backbone.to(accelerator.device)
     with contextlib.ExitStack() as held:
         claimed = checkpoint.claimed_folder(folder, resume=resume, overwrite=overwrite)
         on_main(accelerator, lambda: held.enter_context(claimed))
         held.callback(accelerator.free_memory)  # it would save this head with the next one
         run = _Run(accelerator, backbone, data, plan, settings, head, folder)
-        run.state.command = list(command)
+        run.state.began = dict(began or {})
         run.state.config["validation"] = None if validation is None else validation.digest
         if resume:
             run.resume()
-        backbone.to(accelerator.device)
         if settings.compile:
             compile_encoder(backbone)
         if validation is not None:
@@ -178,6 +172,7 @@ class _Run:
     ) -> None:
         self.accelerator, self.backbone, self.data, self.plan = accelerator, backbone, data, plan
         self.settings, self.head, self.folder = settings, head, folder
+        self.stepper = Stepper(accelerator, backbone, data, plan, settings, head)
         self.state = RunState(
             config={  # what decides the result, and so must be the same on resuming
                 "backbone": backbone.row.name,
@@ -192,21 +187,15 @@ class _Run:
         )
         self.best: dict[str, Tensor] | None = None
         self.log: MetricsLog | None = None  # in the main process
-        self.stepper = Stepper(
-            accelerator, backbone, data, plan, settings, head,
-            make_optimizer(head, settings), self.state.skipped,
-        )  # fmt: skip
         self._validation: Validation | None = None
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Continue from the checkpoint in the folder."""
-        skipped = self.state.skipped
-        command = self.state.command
+        skipped, began = self.state.skipped, self.state.began
         self.state, self.best = checkpoint.restore(self.accelerator, self.folder, self.state.config)
-        skipped.update(self.state.skipped)
-        self.state.skipped = skipped  # which the stepper adds to
-        self.state.command = self.state.command or command
+        self.state.skipped |= skipped
+        self.state.began = self.state.began or began
 
     def to_the_end(
         self, on_start: Callable[[int], None], on_step: Callable[[StepReport], None]
@@ -216,11 +205,11 @@ class _Run:
         batches = load_batches(
             self.data,
             plan.batches(accelerator.process_index, start=state.step),
-            collate=self.data.collate,
+            collate=collate,
             workers=settings.workers,
             pin_memory=accelerator.device.type == "cuda",
         )
-        with stop_request() as request:
+        with stop_request() as asked_to_stop:
             if state.step == 0:
                 self.validate(epoch=0)
                 self.save()
@@ -228,19 +217,19 @@ class _Run:
                 on_start(plan.samples)
             for step in range(state.step, plan.steps):
                 old = time.monotonic() - self._saved_at > _SAVE_SECONDS
-                asked = request.signal is not None
-                report, stop, save = self.stepper.run(step, batches, stop=asked, save=old)
+                report, stop, save = self.stepper.run(step, batches, stop=asked_to_stop(), save=old)
                 state.step = step + 1
                 if self.log is not None:
                     if state.step % settings.log_every == 0 or state.step == plan.steps:
-                        self.log.write_report(report)
+                        values = report._asdict()
+                        del values["step"], values["steps"]
+                        self.log.write(state.step, values)
                     on_step(report)
                 epoch, within = divmod(state.step, plan.steps_per_epoch)
                 if within == 0:
                     self.validate(epoch=epoch)
                 # A signal that came after the processes agreed counts at once if there is one.
-                alone = accelerator.num_processes == 1
-                stop = stop or (alone and request.signal is not None)
+                stop = stop or (accelerator.num_processes == 1 and asked_to_stop())
                 due = settings.save_every is not None and state.step % settings.save_every == 0
                 if within == 0 or due or save or stop:
                     self.save()
@@ -252,8 +241,8 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint; all processes call it."""
-        for skipped in gather(self.accelerator, self.state.skipped):
-            self.state.skipped.update(skipped)
+        for skipped in gather(self.accelerator, self.stepper.skipped):
+            self.state.skipped |= skipped
         checkpoint.save(self.accelerator, self.folder, self.state, self.best)
         self._saved_at = time.monotonic()
 
@@ -286,10 +275,8 @@ class _Run:
             if state.best is None or score > state.best["figures"][CRITERION]:
                 state.best = {"step": state.step, "figures": figures}
                 self.best = self._tensors()
-            lines = {"validation": figures}
-            if state.step == 0:
-                lines = {"raw": state.figures["raw"], **lines}
-            for prefix, values in lines.items():
+            raw = {"raw": state.figures["raw"]} if state.step == 0 else {}
+            for prefix, values in {**raw, "validation": figures}.items():
                 named = {f"{prefix}/{name}": value for name, value in values.items()}
                 self.log.write(state.step, {"epoch": epoch} | named)
 
@@ -297,21 +284,19 @@ class _Run:
 
     def finish(self, about_data: str) -> Trained:
         """Write the result, in the main process; all processes get the projection."""
-        accelerator = self.accelerator
-        state, best = from_main(accelerator, (self.state, self.best))
+        state, best = from_main(self.accelerator, (self.state, self.best))
         chosen, figures = state.step, dict(state.figures)
         if state.best is not None:
             chosen, figures["chosen"] = state.best["step"], state.best["figures"]
-        record = on_main(accelerator, lambda: self._record(chosen, figures, about_data)) or {}
         config = dataclasses.replace(
-            self.head.projection.config, fit=from_main(accelerator, record)
+            self.head.projection.config, fit=self._record(chosen, figures, about_data)
         )
         with torch.random.fork_rng(devices=[]):
             projection = Projection(config)
         projection.load_state_dict(self._tensors() if best is None else best)
         projection.requires_grad_(False).eval()
-        on_main(accelerator, lambda: checkpoint.write_result(self.folder, projection))
-        return Trained(projection, state.step, chosen, figures, dict(state.skipped))
+        on_main(self.accelerator, lambda: checkpoint.write_result(self.folder, projection))
+        return Trained(projection, state.step, chosen, figures, state.skipped)
 
     def _tensors(self) -> dict[str, Tensor]:
         state = self.head.projection.state_dict()
@@ -334,7 +319,7 @@ class _Run:
             "device": self.accelerator.device.type,
             "stride": self.backbone.stride,
             "settings": self.settings.record(),
-            "last_epoch": last_epoch_means(self.folder),
+            "last_epoch": _last_epoch_means(self.folder),
         }
         if figures:
             record["validation"] = {
@@ -343,10 +328,23 @@ class _Run:
             }
             record["chosen_by"] = f"{CRITERION} of propagated masks on rendered clips"
             record["chosen_step"] = chosen
-        packages = {name: importlib.metadata.version(name) for name in ("timm", "accelerate")}
-        record |= {"versions": {"torch": torch.__version__, **packages}}
+        packages = ("torch", "timm", "accelerate")
+        record["versions"] = {name: importlib.metadata.version(name) for name in packages}
         record["cosettle_adapter"] = __version__
-        if state.command:
-            words = checkpoint.shown_command(state.command)
+        if state.began.get("command"):
+            words = [_without_folder(word) for word in state.began["command"]]
             record["command"] = shlex.join(["cosettle-adapter", *words])
         return record
+
+
+def _last_epoch_means(folder: Path) -> dict[str, float]:
+    """Return the means of what was logged over the last epoch."""
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    last = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
+    names = ("loss", "cycle", "kl", "accuracy") if last else ()
+    return {name: round(sum(line[name] for line in last) / len(last), 4) for name in names}
+
+
+def _without_folder(word: str) -> str:
+    """Leave out where a path lies on somebody's machine."""
+    return Path(word).name if Path(word).expanduser().is_absolute() else word

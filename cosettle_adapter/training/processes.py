@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# how long processes wait for the first one, which may be encoding a whole corpus
 _PATIENCE = datetime.timedelta(days=1)
-"""How long processes wait for the first one, which may be encoding a whole corpus."""
 
 
 def make_accelerator(device: str = "auto") -> Accelerator:
@@ -36,16 +36,16 @@ def make_accelerator(device: str = "auto") -> Accelerator:
         TrainingError: no such device here, or a launcher that shards the model.
     """
     accelerate = require("accelerate", extra="train", purpose="training")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = torch.device(device) if device != "auto" else None
     if wanted is not None and wanted.index is not None:
-        if several:
+        if processes > 1:
             raise TrainingError(
                 f"--device {device} would put all processes on one device; leave the number away"
             )
         if wanted.type == "cuda" and wanted.index < torch.cuda.device_count():
             torch.cuda.set_device(wanted)
-    on_gpu = torch.cuda.is_available() or (not several and torch.backends.mps.is_available())
+    on_gpu = torch.cuda.is_available() or (processes == 1 and torch.backends.mps.is_available())
     accelerator: Accelerator = accelerate.Accelerator(
         cpu=wanted.type == "cpu" if wanted is not None else not on_gpu,
         mixed_precision="no",
@@ -55,10 +55,10 @@ def make_accelerator(device: str = "auto") -> Accelerator:
         raise TrainingError(
             f"--device {device} was asked for, but there is only {accelerator.device} here"
         )
-    if several and accelerator.num_processes == 1:
+    if accelerator.num_processes != processes:
         raise TrainingError(
-            f"{os.environ['WORLD_SIZE']} processes were launched, but they do not train together "
-            f"on {accelerator.device}; give --device cpu, or launch one"
+            f"{processes} processes were launched, but they do not train together on "
+            f"{accelerator.device}; give --device cpu, or launch one"
         )
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
@@ -100,10 +100,9 @@ def everywhere(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """Do ``work`` in the main process while the others wait; all fail if it fails.
+    """Do ``work`` in the main process while the others, which get ``None``, wait.
 
-    Returns:
-        What ``work`` returned, in the main process; ``None`` elsewhere.
+    All fail if it fails.
     """
     return everywhere(accelerator, lambda: work() if accelerator.is_main_process else None)
 
