@@ -14,7 +14,7 @@ from rich.table import Table
 from cosettle_adapter.backbones import HubOptions, load_backbone
 from cosettle_adapter.cli.common import Output, console, frame_progress, rate
 from cosettle_adapter.cli.training_progress import print_skipped
-from cosettle_adapter.training.fit import FitSettings, find_clips, fit_projection
+from cosettle_adapter.training.fit import FitSettings, fit_projection
 from cosettle_adapter.training.model_selection import labels
 from cosettle_adapter.training.statistics import Layers
 
@@ -77,7 +77,6 @@ def fit(
         offline: never touch the network.
     """
     out = console()
-    clips = [clip for folder in data for clip in find_clips(folder)]
     with out.status(f"loading {backbone}"):
         hub = HubOptions(cache_dir=cache_dir, local_files_only=offline)
         loaded = load_backbone(backbone, weights=backbone_weights, device=device, options=hub)
@@ -85,14 +84,14 @@ def fit(
     settings = dataclasses.replace(settings, concatenations=sets, strengths=strengths)
     about = about_data or ", ".join(folder.name for folder in data)
     with frame_progress(out) as progress:
-        task = progress.add_task("clips", total=len(clips), rate="")
+        task = progress.add_task("clips", total=None, rate="")
 
         def advance(done: int, total: int) -> None:
             speed = rate(done, progress.tasks[task].elapsed, unit="clips")
             progress.update(task, completed=done, total=total, rate=speed)
 
         result = fit_projection(
-            loaded, clips, settings, licence=licence, data=about, workers=workers, on_clip=advance
+            loaded, data, settings, licence=licence, data=about, workers=workers, on_clip=advance
         )
     if candidates is not None:
         for candidate, projection in result.projections.items():

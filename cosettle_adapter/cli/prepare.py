@@ -38,9 +38,8 @@ def prepare(
             speed = rate(done - already, progress.tasks[task].elapsed, unit="videos")
             progress.update(task, completed=done, total=total, rate=speed)
 
-        skipped = extract(data, output, settings, workers=workers, on_video=advance)
+        count, skipped = extract(data, output, settings, workers=workers, on_video=advance)
     print_skipped(out, skipped, output / SKIPPED_NAME)
-    count = int(progress.tasks[task].completed) - len(skipped)
     told = f"{output}: the frames of {count} videos"
     out.print(told + (f", {already} of them from before" if already else ""), markup=False)
     shown = output if output.is_absolute() else f"./{output}"

@@ -60,11 +60,7 @@ class CachedViews(Dataset[Sample]):
     View ``k`` of a clip is encoded from what :class:`TrainingPairs` draws at that clip's ``k``-th
     turn, so that the two give the same samples until the views are used up; then they repeat.
     Positions are perturbed at a place of its own for each view, whether ``pea`` is ``sample`` or
-    ``batch``. Videos that cannot be read are left out for good.
-
-    Attributes:
-        skipped: videos that could not be read, and why.
-        clips: number of the others.
+    ``batch``. Videos that cannot be read are left out for good; ``skipped`` says why.
     """
 
     def __init__(self, folder: Path, pairs: TrainingPairs, made_of: Mapping[str, Any]) -> None:
@@ -121,9 +117,7 @@ def open_data(
 
     Where views are kept on disk, the backbone moves to the accelerator's device, and the first
     process encodes what is missing while the others wait; the folder must be on a disk that all of
-    them see. ``on_sample`` is called there with the views encoded and their number.
-
-    Raises: as :func:`build_views`.
+    them see. Arguments and errors are those of :func:`build_views`.
     """
     pairs = TrainingPairs(corpus, settings)
     if not settings.cache_views:
@@ -143,8 +137,8 @@ def build_views(
 ) -> CachedViews:
     """Encode views into a folder, or continue where an earlier call was stopped.
 
-    A complete folder is used as it is. One process at a time may build a folder; any number may
-    read a complete one.
+    One process at a time may build a folder; any number may read a complete one. ``on_sample`` is
+    called with the views encoded and their number.
 
     Raises:
         TrainingError: the folder holds other views (the message says what differs), another
@@ -251,7 +245,7 @@ def _encode_clip(backbone: Backbone, settings: TrainSettings, drawn: Batch) -> T
     if settings.pea == "batch":
         # a view outlives the step it is made in, so its offset cannot be the step's
         settings = dataclasses.replace(settings, pea="sample")
-    parts = zip(drawn.data.split(_AT_ONCE), drawn.seeds.split(_AT_ONCE), strict=True)
+    parts = zip(*(torch.split(each, _AT_ONCE) for each in drawn[:2]), strict=True)
     encoded = [encode(backbone, settings, *part, step=0).to("cpu", torch.float16) for part in parts]
     tokens = torch.cat(encoded)
     if not bool(tokens.isfinite().all()):

@@ -24,12 +24,7 @@ from cosettle_adapter.cards import model_card
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path, exclusive
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection
-from cosettle_adapter.training.errors import (
-    CheckpointError,
-    TrainingError,
-    differences,
-    disk_full,
-)
+from cosettle_adapter.training.errors import CheckpointError, TrainingError, differences, disk_full
 from cosettle_adapter.training.processes import everywhere, on_main
 
 if TYPE_CHECKING:
@@ -44,23 +39,15 @@ _RUN_FILE, _BEST_FILE = "run.json", "best.safetensors"
 
 @dataclasses.dataclass
 class RunState:
-    """A run between two steps, beside its weights; plain data.
+    """A run between two steps, beside its weights; plain data."""
 
-    Attributes:
-        config: what decides the result, and must be the same on resuming: settings, backbone, data.
-        step: steps done.
-        began: how the run was begun, for whoever resumes it.
-        skipped: videos that could not be read so far, and why.
-        figures: validation figures: of the backbone's own tokens, the first and the last head.
-        best: step and figures of the best projection so far by validation.
-    """
-
-    config: dict[str, Any]
-    step: int = 0
-    began: dict[str, Any] = dataclasses.field(default_factory=dict)
-    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any]  # what decides the result, and must be the same on resuming
+    step: int = 0  # steps done
+    began: dict[str, Any] = dataclasses.field(default_factory=dict)  # for whoever resumes it
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # videos, and why
+    # of the backbone's own tokens, the first and the last head
     figures: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
-    best: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None  # step and figures of the best projection by validation
 
 
 def latest(folder: Path) -> Path | None:
@@ -129,10 +116,7 @@ def save(
 def restore(
     accelerator: Accelerator, folder: Path, config: Mapping[str, Any]
 ) -> tuple[RunState, dict[str, Tensor] | None]:
-    """Load the latest checkpoint into what ``accelerator`` prepared.
-
-    Returns:
-        The run's state, and the best projection so far by validation.
+    """Load the latest checkpoint into what ``accelerator`` prepared; returns the rest of it.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it belongs to a run with other settings.
@@ -243,11 +227,7 @@ def write_result(folder: Path, projection: Projection) -> None:
 
 
 class StepReport(NamedTuple):
-    """How a run is doing after a step: means over its samples, and this step's speed.
-
-    ``kl`` is the separability part before its weight; ``accuracy`` the share of cycles that end
-    where they began.
-    """
+    """How a run is doing after a step: means over its samples, ``kl`` before its weight."""
 
     step: int
     steps: int

@@ -42,14 +42,9 @@ _LINES_TRIED = 1000
 
 
 class Video(NamedTuple):
-    """A video of a corpus.
+    """A video file, a folder of images, or a member of a shard."""
 
-    Attributes:
-        name: path below the corpus, with forward slashes; no two videos have the same.
-        source: a video file, a folder of images, or a member of a shard.
-    """
-
-    name: str
+    name: str  # path below the corpus, with forward slashes; no two videos have the same
     source: VideoSource
 
     def length(self) -> int:
@@ -156,17 +151,18 @@ class _Search:
         common = os.path.commonpath([base for base, _ in self._found])
         seen: set[tuple[str, int]] = set()
         for _, source in self._found:
-            is_member = isinstance(source, FileRange)
-            path = source.path if isinstance(source, FileRange) else source
-            place = (os.path.realpath(path), source.start if is_member else 0)
+            path, start, member = Path(str(source)), 0, ""
+            if isinstance(source, FileRange):
+                path, start, member = source.path, source.start, f"/{source.name}"
+            place = (os.path.realpath(path), start)
             if place in seen:
                 continue
             seen.add(place)
             name = os.path.relpath(path, common)
             if name.startswith(os.curdir):  # the place itself; a list may name paths anywhere
                 name = path.name if name == os.curdir else str(path).lstrip(os.sep)
-            if is_member:
-                name = f"{name.removesuffix(_SHARD)}/{source.name}"
+            if member:
+                name = f"{name.removesuffix(_SHARD)}{member}"
             yield Video(name.replace(os.sep, "/"), source)
 
     def add(self, text: str) -> None:

@@ -55,17 +55,10 @@ def generator_of(*parts: int | str) -> torch.Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the ``samples`` of an epoch become steps, each cut into forward passes of equal size.
-
-    ``batch_size`` is that of a process and forward pass, made smaller where there are too few
-    samples for one step.
-
-    Raises:
-        TrainingError: fewer samples than one each for all processes and forward passes.
-    """
+    """How the samples of an epoch become steps, each cut into forward passes of equal size."""
 
     samples: int
-    batch_size: int
+    batch_size: int  # of a process and forward pass; made smaller where there are too few samples
     processes: int
     accumulation: int
     epochs: int
@@ -113,18 +106,11 @@ class Plan:
 
 
 class Sample(NamedTuple):
-    """One cycle.
-
-    Attributes:
-        data: frames (T, 3, S, S) float32, RGB with 0 for black and 1 for white and bicubic
-            overshoot kept; or their tokens (I, N, C) float16.
-        seed: of whatever else is drawn for this sample.
-        skipped: names of videos that could not be read on the way to it, and why.
-    """
+    """One cycle: frames (T, 3, S, S) float32 in about [0, 1], or their tokens (I, N, C) float16."""
 
     data: Tensor
-    seed: int
-    skipped: tuple[tuple[str, str], ...] = ()
+    seed: int  # of whatever else is drawn for this sample
+    skipped: tuple[tuple[str, str], ...] = ()  # videos that could not be read, and why
 
 
 class Batch(NamedTuple):
@@ -230,22 +216,17 @@ def choose_frames(
     return tuple(start + step * place for place in range(frames))
 
 
-class Crop(NamedTuple):
-    """A rectangle of a frame in pixels, and whether it is mirrored."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool
-
-
-def draw_crop(height: int, width: int, *, generator: torch.Generator) -> Crop:
+def draw_crop(
+    height: int, width: int, *, generator: torch.Generator
+) -> tuple[int, int, int, int, bool]:
     """Draw a random-resized crop as the official code does: one draw, cut to the frame.
 
     The share of the frame's area is drawn uniformly from 0.5 to 1, the ratio of width to height
     from 3/4 to 4/3 uniformly in its logarithm, and a side that is longer than the frame's becomes
     the frame's. (torchvision draws again instead.)
+
+    Returns:
+        Top, left, height and width in pixels, and whether it is mirrored.
     """
     draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
     share, shape, down, across, flip = draws
@@ -256,23 +237,7 @@ def draw_crop(height: int, width: int, *, generator: torch.Generator) -> Crop:
     columns = min(width, max(1, round(math.sqrt(area * aspect))))
     # draws are below 1, so the largest place is the last that fits
     top, left = int(down * (height - rows + 1)), int(across * (width - columns + 1))
-    return Crop(top, left, rows, columns, flip < 0.5)
-
-
-def apply_crop(frames: Tensor, crop: Crop, size: int) -> Tensor:
-    """Cut, resize and perhaps mirror frames (T, 3, H, W) uint8 to (T, 3, size, size) float32.
-
-    Resizing is bicubic with antialiasing and is not clamped, so values overshoot [0, 1] a little
-    beside sharp edges, as they do in the official code.
-    """
-    rows = slice(crop.top, crop.top + crop.height)
-    columns = slice(crop.left, crop.left + crop.width)
-    pixels = frames[..., rows, columns].to(torch.float32) / 255
-    if (crop.height, crop.width) != (size, size):
-        pixels = F.interpolate(
-            pixels, size=(size, size), mode="bicubic", antialias=True, align_corners=False
-        )
-    return (pixels.flip(-1) if crop.flip else pixels).contiguous()
+    return top, left, rows, columns, flip < 0.5
 
 
 def squash(frames: Tensor, size: int) -> Tensor:
@@ -284,16 +249,23 @@ def squash(frames: Tensor, size: int) -> Tensor:
 
 
 def augment(frames: Tensor, settings: TrainSettings, *, generator: torch.Generator) -> Tensor:
-    """Give all frames (T, 3, H, W) of a cycle the same random-resized crop and the same flip.
+    """Give all frames (T, 3, H, W) uint8 of a cycle the same random-resized crop and flip.
 
     The official code squashes every frame to the square before it crops, so that what the encoder
     sees of a 16:9 video is narrowed by 1.3 to 2.4. Here the crop is cut from the frame as it is,
     which narrows by at most 1.54 (4/3 for frames up to 4:3) and keeps the pixels of the crop.
+    Resizing is bicubic with antialiasing and is not clamped, so values overshoot [0, 1] a little
+    beside sharp edges, as they do in the official code.
     """
-    if settings.squash:
-        frames = squash(frames, settings.size)
-    height, width = frames.shape[-2:]
-    return apply_crop(frames, draw_crop(height, width, generator=generator), settings.size)
+    frames = squash(frames, settings.size) if settings.squash else frames
+    sides = (settings.size, settings.size)
+    top, left, rows, columns, flip = draw_crop(*frames.shape[-2:], generator=generator)
+    pixels = frames[..., top : top + rows, left : left + columns].float() / 255
+    if (rows, columns) != sides:
+        pixels = F.interpolate(
+            pixels, size=sides, mode="bicubic", antialias=True, align_corners=False
+        )
+    return (pixels.flip(-1) if flip else pixels).contiguous()
 
 
 def load_batches(

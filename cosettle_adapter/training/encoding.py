@@ -39,9 +39,9 @@ def encode(
     Args:
         backbone: the frozen encoder.
         settings: the layers that are read, precision and perturbation.
-        frames: ``(B, T, 3, H, W)``, ``T`` at least 2, floating point, RGB with 0 for black and 1
-            for white; what bicubic resizing leaves outside [0, 1] is kept. Normalised here.
-        sample_seeds: ``(B,)``, and ``step``, as for :func:`draw_offsets`.
+        frames: ``(B, T, 3, H, W)`` floating point, RGB with 0 for black and 1 for white; what
+            bicubic resizing leaves outside [0, 1] is kept. Normalised here.
+        sample_seeds: ``(B,)``, of the offsets of positions.
         step: optimiser steps taken so far.
 
     Returns:

@@ -31,20 +31,12 @@ _HELD_OUT_EVERY = 5
 
 
 class Fit(NamedTuple):
-    """What :func:`fit_projection` returns.
-
-    Attributes:
-        projections: each candidate's; ``projection.config.fit`` tells how it was made.
-        chosen: what was chosen.
-        scores: each candidate's mean overlap on rendered clips, by which it was chosen; empty
-            if none were rendered.
-        skipped: clips that could not be read, and why.
-    """
+    """Projections of all candidates; ``projection.config.fit`` tells how each was made."""
 
     projections: dict[Candidate, Projection]
     chosen: Candidate
-    scores: dict[Candidate, float]
-    skipped: dict[Path, str]
+    scores: dict[Candidate, float]  # mean overlap on rendered clips, if there were any
+    skipped: dict[Path, str]  # clips that could not be read, and why
 
     @property
     def projection(self) -> Projection:
@@ -67,9 +59,9 @@ def fit(
 
     Args:
         backbone: a registered name, ``timm:...``, ``open_clip:...``, or a loaded backbone.
-        clips: a folder of video files, or video files.
+        clips: folders of video files, or video files.
         settings: see :class:`FitSettings`.
-        licence: licence to record; the backbone's by default.
+        licence: to record; the backbone's by default.
         data: description of the clips to record.
         workers: processes that decode; 0 decodes in this one.
         on_clip: called with the clips done and their number.
@@ -81,37 +73,35 @@ def fit(
     Raises:
         FrameError: a folder without videos.
         StatisticsError: no clip gave a pair of frames.
+        ValueError: settings that this backbone cannot have, or nothing to choose by.
     """
     if isinstance(backbone, str):
         backbone = load_backbone(backbone, **loading)
-    if isinstance(clips, str | os.PathLike):
-        files = find_clips(clips)
-    else:
-        files = [Path(clip).expanduser() for clip in clips]
     found = fit_projection(
-        backbone, files, settings, licence=licence, data=data, workers=workers, on_clip=on_clip
+        backbone, clips, settings, licence=licence, data=data, workers=workers, on_clip=on_clip
     )
     return CoSettleAdapter(backbone, found.projection.to(backbone.device))
 
 
-def find_clips(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return every video file below a folder.
+def find_clips(places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Return every video file below folders, and the video files that are given themselves.
 
     Raises:
-        FrameError: no such folder, or no video in it.
+        FrameError: no such file or folder, or no video in a folder.
     """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise FrameError(f"{root} is not a folder; clips are read from a folder of video files")
-    clips = find_videos(root, recursive=True)
-    if not clips:
-        raise FrameError(f"no video files below {root} ({', '.join(VIDEO_SUFFIXES)})")
+    clips: list[Path] = []
+    for place in [places] if isinstance(places, str | os.PathLike) else places:
+        path = Path(place).expanduser()
+        found = find_videos(path, recursive=True) if path.is_dir() else [path]
+        if not found or not found[0].exists():
+            raise FrameError(f"no video files in {path} ({', '.join(VIDEO_SUFFIXES)})")
+        clips += found
     return clips
 
 
 def fit_projection(
     backbone: Backbone,
-    clips: Sequence[Path],
+    places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     settings: FitSettings | None = None,
     *,
     licence: str | None = None,
@@ -119,21 +109,15 @@ def fit_projection(
     workers: int = 0,
     on_clip: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fit:
-    """Fit a projection for a backbone on unlabelled clips.
+    """Fit a projection, and tell what else was tried; arguments and errors are :func:`fit`'s.
 
     Statistics of every candidate's layers come from one encoder pass over pairs of neighbouring
     frames. The candidate is then chosen without labels: on clips rendered from frames of held-out
-    videos, in which a cut-out moves over a background, by how well propagating its known mask
-    keeps to it.
-
-    The arguments are those of :func:`fit`; of ten clips or more every fifth is held out.
-
-    Raises:
-        StatisticsError: no clip gave a pair of frames.
-        ValueError: settings that this backbone cannot have, or nothing to choose by.
+    videos (every fifth of ten clips or more), in which a cut-out moves over a background, by how
+    well propagating its known mask keeps to it.
     """
     settings = settings or FitSettings()
-    every = candidates(backbone, settings)
+    clips, every = find_clips(places), candidates(backbone, settings)
     if len(every) > 1 and settings.rendered < 1:
         raise ValueError(
             f"{len(every)} projections to choose from and no rendered clips to choose by; render "
@@ -181,9 +165,9 @@ def split(clips: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Return the clips to fit on and those held out, which are the same where there are few."""
     if len(clips) < 2 * _HELD_OUT_EVERY:
         return list(clips), list(clips)
-    held_out = list(clips[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
-    apart = set(held_out)
-    return [clip for clip in clips if clip not in apart] or list(clips), held_out
+    fitted_on, held_out = list(clips), list(clips[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
+    del fitted_on[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
+    return fitted_on, held_out
 
 
 def _solve(

@@ -86,7 +86,7 @@ def cycle_consistency_loss(
         backward: ``(B, T - 1, N, C)`` unit vectors of perturbed views of all frames but the last.
         grid: ``(h, w)``. Rows and columns that do not fill a window are left out, at the bottom
             and on the right.
-        temperature: ``t`` of the softmaxes.
+        temperature: ``t``.
         pool: patches averaged along each side.
 
     Returns:

@@ -45,9 +45,6 @@ class Candidate(NamedTuple):
 def candidates(backbone: Backbone, settings: FitSettings) -> list[Candidate]:
     """Return every combination of sets of layers, solvers and strengths.
 
-    Without ``strengths`` each solver has its own default, with empty ones all that the table lists
-    for it.
-
     Raises:
         ValueError: no layers, no such layer, or no such solver.
     """
@@ -110,9 +107,9 @@ def mask_overlap(features: Tensor, clip: RenderedClip) -> float:
     Returns:
         Mean intersection over union in pixels, frame 0 excluded; in [0, 1].
     """
-    if clip.object_mask is None:
-        raise ValueError("the clip has no moving object; render it with a cutout")
     masks = clip.object_mask
+    if masks is None:
+        raise ValueError("the clip has no moving object; render it with a cutout")
     first = torch.stack([~masks[0], masks[0]]).float()
     grid = (features.shape[-2], features.shape[-1])
     given = F.interpolate(first[None], grid, mode="bilinear", align_corners=False)[0]

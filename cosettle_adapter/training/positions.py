@@ -28,16 +28,11 @@ _CLOSE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedPositions(Positions):
-    """Positions that may differ from image to image.
+    """Positions that may differ from image to image: ``S`` variants along a leading dimension.
 
-    Variants, along a leading dimension ``S``, are one an image in order, unless there is an index.
-
-    Attributes:
-        absolute: ``(S, prefix + h * w, C)``.
-        rotary: ``(S, h * w, 2 D)``, or ``(S, depth, heads, h * w, 2 D)`` where blocks differ.
-        shift: ``(S, 2)`` int64, rows and columns of patches by which the picture is moved down and
-            right, round the edges, before it is encoded; the map is moved back.
-        index: ``(B,)`` int64, the variant that each image takes.
+    They are one an image in order, unless there is an ``index`` ``(B,)``. ``shift`` ``(S, 2)`` are
+    rows and columns of patches by which the picture is moved down and right, round the edges,
+    before it is encoded; the map is moved back.
     """
 
     shift: Tensor | None = None
@@ -47,11 +42,11 @@ class PerturbedPositions(Positions):
         """Nothing to check: they are made below, for the backbone and grid at hand."""
 
     def added(self) -> Tensor | None:
-        """What is added to the tokens of each image, ``(1 or B, prefix + h * w, C)``."""
+        """``(1 or B, prefix + h * w, C)``."""
         return None if self.absolute is None else self._of_images(self.absolute)
 
     def rotations(self) -> Any:
-        """What each block rotates by: ``(1 or B, 1 or heads, h * w, 2 D)``."""
+        """``(1 or B, 1 or heads, h * w, 2 D)`` of each block."""
         if self.rotary is None:
             return None
         if self.rotary.ndim == 3:
@@ -64,7 +59,7 @@ class PerturbedPositions(Positions):
             return images
         if backbone.stride != backbone.patch:
             raise GeometryError(
-                f"pictures cannot be moved by whole patches where these overlap (patch "
+                "pictures cannot be moved by whole patches where these overlap (patch "
                 f"{backbone.patch}, stride {backbone.stride}); leave the stride out"
             )
         return _roll(images, self._of_images(self.shift) * backbone.patch)
@@ -93,7 +88,7 @@ class _ByBlock:
 def perturbed_positions(
     backbone: Backbone, grid: Grid, offsets: Tensor, *, ratio: float = 10.0
 ) -> PerturbedPositions:
-    """Return positions that do not tell patches where they are.
+    """Return ``S`` variants of positions that do not tell patches where they are.
 
     A transformer without positions does not know where its patches are, and is left as it is. For
     feature maps, whose zero padding and windows tell patches where they are all the same, the
@@ -103,11 +98,9 @@ def perturbed_positions(
     Args:
         backbone: the encoder.
         grid: ``(h, w)`` of the images.
-        offsets: ``(S, 2)`` in [0, 1), (row, column): one for all images, or one for each.
+        offsets: ``(S, 2)`` in [0, 1), where in the zoomed grid to crop, (row, column) as a share
+            of the places there are: one for all images, or one for each.
         ratio: by how much more than once the grid is zoomed; 0 changes nothing.
-
-    Returns:
-        ``S`` variants, on the device of the backbone.
 
     Raises:
         ValueError: rotary positions of a kind that is not known.
@@ -128,18 +121,17 @@ def perturbed_positions(
 
 
 def join_positions(own: Positions, others: PerturbedPositions, index: Tensor) -> PerturbedPositions:
-    """Put a backbone's own positions (variant 0) before others (variants 1 to S).
+    """Put a backbone's own positions (variant 0) before others (variants 1 to S)."""
 
-    ``index`` ``(B,)`` int64 says which variant each image takes.
-    """
+    def together(first: Tensor | None, rest: Tensor | None) -> Tensor | None:
+        return None if first is None or rest is None else torch.cat([first.to(rest.device), rest])
+
     rotary = None if own.rotary is None else rearrange(own.rotary, "... -> 1 ...")
     unmoved = None if others.shift is None else torch.zeros_like(others.shift[:1])
-    pairs = ((own.absolute, others.absolute), (rotary, others.rotary), (unmoved, others.shift))
     return PerturbedPositions(
-        *(
-            None if first is None or rest is None else torch.cat([first.to(rest.device), rest])
-            for first, rest in pairs
-        ),
+        together(own.absolute, others.absolute),
+        together(rotary, others.rotary),
+        together(unmoved, others.shift),
         index,
     )
 
@@ -152,15 +144,12 @@ def perturb_positions(
     ``interpolate_and_crop_pos_embed`` in each model of the official code. The grid in use is
     resized to ``int((1 + ratio) * side)`` patches a side, bicubic without antialiasing, and as
     many patches as it had are cropped at a random place. At the paper's ratio of 10 a crop spans
-    little more than one patch. Positions of class and register tokens stay as they are.
+    little more than one patch. The ``prefix`` positions of class and register tokens stay.
 
     Args:
         positions: ``(1, prefix + h * w, C)``, resized to the grid in use.
-        offsets: ``(S, 2)`` in [0, 1): where in the zoomed grid to crop, (row, column) as a share
-            of the places there are; ``S`` variants come back.
-        grid: ``(h, w)``.
-        prefix: number of leading class and register positions.
-        ratio: by how much more than once to zoom; 0 changes nothing.
+        offsets, grid, ratio: as in :func:`perturbed_positions`.
+        prefix: number of leading positions.
 
     Returns:
         ``(S, prefix + h * w, C)`` on the device of ``positions``; float32, or float64 if they are.
@@ -197,10 +186,6 @@ def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
     Sines and cosines tell angles apart only within one turn. So they are taken of an embedding
     whose frequencies are a million times lower, where every angle is small.
 
-    Args:
-        rope: ``RotaryEmbeddingCat``, ``...DinoV3``, ``...Mixed`` or ``...MRope``, on the CPU.
-        grid: ``(h, w)``.
-
     Returns:
         ``(h * w, D)`` float64 radians, ``(depth, heads, h * w, D)`` where blocks differ.
 
@@ -229,8 +214,8 @@ def perturb_rotary(
     offsets: Tensor,
     *,
     grid: Grid,
-    ratio: float = 10.0,
-    device: torch.device | None = None,
+    ratio: float,
+    device: torch.device,
 ) -> Tensor:
     """Perturb rotary positions: rotate by the coordinates of a crop of the zoomed grid.
 
@@ -240,10 +225,8 @@ def perturb_rotary(
 
     Args:
         angles: ``(..., h * w, D)`` of the grid in use, as :func:`rotary_angles` returns them.
-        offsets: ``(S, 2)`` in [0, 1), (row, column): places of ``S`` crops.
-        grid: ``(h, w)``.
-        ratio: by how much more than once to zoom; 0 changes nothing.
-        device: where the result is wanted; that of ``angles`` by default.
+        offsets, grid, ratio: as in :func:`perturbed_positions`.
+        device: where the result is wanted.
 
     Returns:
         ``(S, ..., h * w, 2 D)`` float32, sines then cosines.
@@ -256,7 +239,7 @@ def perturb_rotary(
     across = rearrange(across, "s ... w d -> s ... 1 w d")
     # Angles of a sum: only rows and columns need float64, and only they travel to the device.
     sin_y, cos_y, sin_x, cos_x = (
-        table.to(device or angles.device, torch.float32)
+        table.to(device, torch.float32)
         for table in (down.sin(), down.cos(), across.sin(), across.cos())
     )
     rotary = torch.cat([sin_y * cos_x + cos_y * sin_x, cos_y * cos_x - sin_y * sin_x], dim=-1)
@@ -271,9 +254,7 @@ def _along(angles: Tensor, first: Tensor, side: int, ratio: float) -> Tensor:
     # One row has no slope; that shifts all patches alike.
     slope = (angles[..., -1, :] - angles[..., 0, :]) / max(side - 1, 1)
     places = rearrange(places, f"s side -> s {'1 ' * (angles.ndim - 2)}side 1")
-    return rearrange(angles[..., 0, :], "... d -> ... 1 d") + places * rearrange(
-        slope, "... d -> ... 1 d"
-    )
+    return angles[..., :1, :] + places * rearrange(slope, "... d -> ... 1 d")
 
 
 def crop_corners(offsets: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor]:

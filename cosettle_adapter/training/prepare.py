@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 import shutil
@@ -35,19 +34,17 @@ class PrepareSettings:
     """Which frames are kept, and how.
 
     The paper's pairs are a share of the clip apart, so thinning a clip evenly leaves them at the
-    same distance in time. Only one of every, fps and max_frames may be given.
+    same distance in time. Only one of every and max_frames may be given.
 
     Attributes:
         size: shorter side in pixels; smaller frames are not enlarged.
         every: keep every n-th frame.
-        fps: keep so many frames per second.
         max_frames: keep at most so many, spread evenly over the video.
         quality: of the JPEG files, 1 to 95.
     """
 
     size: int = 256
     every: int = 1
-    fps: float | None = None
     max_frames: int | None = None
     quality: int = 90
 
@@ -57,10 +54,8 @@ class PrepareSettings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.quality > 95:
             raise ValueError(f"quality must be at most 95, got {self.quality}")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise ValueError(f"fps must be positive, got {self.fps}")
-        if (self.every > 1) + (self.fps is not None) + (self.max_frames is not None) > 1:
-            raise ValueError("give only one of every, fps and max_frames")
+        if self.every > 1 and self.max_frames is not None:
+            raise ValueError("give only one of every and max_frames")
 
 
 def prepare(
@@ -70,7 +65,7 @@ def prepare(
     *,
     workers: int = 0,
     on_video: Callable[[int, int], None] = lambda done, total: None,
-) -> list[tuple[str, str]]:
+) -> tuple[int, list[tuple[str, str]]]:
     """Extract the frames of a corpus, in the layout that it has: ``<class>/<video>/000000.jpg``.
 
     A folder appears under its name once all its frames are there, so a run that was stopped is
@@ -84,7 +79,8 @@ def prepare(
         on_video: called with the videos done and their number.
 
     Returns:
-        The videos and shards that could not be read, and why; ``skipped.txt`` lists them as well.
+        The number of videos whose frames are there, and the videos and shards that could not be
+        read, with the reason; ``skipped.txt`` lists these as well.
 
     Raises:
         FrameError: there are no videos, or none can be read.
@@ -94,8 +90,7 @@ def prepare(
     settings = settings or PrepareSettings()
     folder = Path(output).expanduser()
     for place in [data] if isinstance(data, (str, os.PathLike)) else data:
-        below = Path(place).expanduser()
-        if below.is_dir() and folder.resolve().is_relative_to(below.resolve()):
+        if Path(place).expanduser().resolve() in [folder.resolve(), *folder.resolve().parents]:
             raise TrainingError(
                 f"{folder} lies in {place}, whose videos are read, so its images would be taken "
                 "for videos; choose a folder outside"
@@ -114,20 +109,28 @@ def prepare(
         f"no room is left in {folder}; the videos that are complete are kept. Make room and run "
         "the same again to continue"
     ):
-        for job, problem in run_jobs(missing, workers=workers):
-            skipped += [(job.video.name, problem)] if problem else []
-            done += 1
-            on_video(done, len(jobs))
+        extracted = load_batches(_Extraction(), [[job] for job in missing], workers=workers)
+        try:
+            for job, (problem,) in zip(missing, extracted, strict=True):
+                skipped += [(job.video.name, problem)] if problem else []
+                done += 1
+                on_video(done, len(jobs))
+        except RuntimeError as error:  # of the loader: one of its processes ended
+            begun = [job.video.name for job in missing if job.temporary.is_dir()]
+            raise TrainingError(
+                f"a decoder crashed on {' or '.join(begun)}; move it away and run the same again"
+            ) from error
         skipped.sort()
         with atomic_path(folder / SKIPPED_NAME) as path:
             lines = (f"{name}\t{' '.join(problem.split())}\n" for name, problem in skipped)
             path.write_text("".join(lines), "utf-8")
-    if not any(job.target.is_dir() for job in jobs):
+    count = sum(job.target.is_dir() for job in jobs)
+    if not count:
         name, problem = skipped[0]
         raise FrameError(
             f"none of the {len(jobs)} videos can be read; the first of them: {name} ({problem})"
         )
-    return skipped
+    return count, skipped
 
 
 def folder_names(videos: Sequence[str]) -> list[str]:
@@ -174,23 +177,12 @@ class Job(NamedTuple):
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _wanted(self) -> Iterator[PendingFrame]:
-        settings, chosen = self.settings, set[int]()
-        if settings.max_frames is not None:
-            length = self.video.length()
-            kept = min(length, settings.max_frames)
-            chosen = {int((place + 0.5) * length / kept) for place in range(kept)}
-        if settings.fps is not None and isinstance(self.video.source, Path):
-            if self.video.source.is_dir():
-                raise FrameError(f"{self.video.name} is a folder of images, which have no times")
-        latest = -1
-        for index, frame in enumerate(self.video.frames()):
-            if settings.fps is not None:
-                tick = math.floor((frame.time + 1e-3) * settings.fps)  # containers round times
-                if tick == latest:
-                    continue
-                latest = tick
-            if index in chosen if chosen else index % settings.every == 0:
-                yield frame
+        length, chosen = self.video.length(), slice(0, None, self.settings.every)
+        indices = set(range(length)[chosen])
+        if self.settings.max_frames is not None:
+            kept = min(length, self.settings.max_frames)
+            indices = {int((place + 0.5) * length / kept) for place in range(kept)}
+        return (frame for index, frame in enumerate(self.video.frames()) if index in indices)
 
     def _write(self, frame: PendingFrame, number: int) -> None:
         purpose = "writing image files"
@@ -207,23 +199,3 @@ class Job(NamedTuple):
 class _Extraction(Dataset[str]):
     def __getitem__(self, job: Job) -> str:
         return job.extract()
-
-
-def run_jobs(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, str]]:
-    """Extract frames, several videos at a time; a decoder that crashes costs its video alone."""
-    left = list(jobs)
-    while left:
-        try:
-            for (problem,) in load_batches(_Extraction(), [[j] for j in left], workers=workers):
-                yield left.pop(0), problem
-        except RuntimeError:  # a process of the loader ended
-            if not workers:
-                raise
-            if len(jobs) == 1:
-                shutil.rmtree(jobs[0].temporary, ignore_errors=True)
-                yield jobs[0], _CRASHED
-                return
-            begun = [job for job in left if job.temporary.is_dir()] or left[:1]
-            for job in begun:  # each alone shows which it was
-                yield from run_jobs([job], workers=1)
-                left.remove(job)

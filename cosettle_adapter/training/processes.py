@@ -22,17 +22,16 @@ _PATIENCE = datetime.timedelta(days=1)
 
 
 def make_accelerator(device: str = "auto") -> Accelerator:
-    """Return the Accelerator of this process, whoever launched it.
+    """Return the Accelerator of this process, launched by accelerate, torchrun or plain python.
 
-    ``accelerate launch``, ``torchrun`` and a plain ``python`` all lead here. Mixed precision is
-    left to the loop, which applies it to the encoder alone, whatever the launcher says.
+    Mixed precision is left to the loop, which applies it to the encoder alone, whatever the
+    launcher says.
 
     Args:
         device: ``auto`` for a GPU where there is one, ``cpu``, or a torch device; with several
             processes without a number, since each takes its own.
 
     Raises:
-        MissingExtraError: Accelerate is not installed.
         TrainingError: no such device here, or a launcher that shards the model.
     """
     accelerate = require("accelerate", extra="train", purpose="training")
@@ -79,31 +78,20 @@ def gather(accelerator: Accelerator, value: Any) -> list[Any]:
 
 
 def everywhere(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Do ``work`` in all processes, and fail in all of them if it fails in one.
-
-    Raises:
-        Exception: what ``work`` raised here.
-        TrainingError: the same message, where another process failed.
-    """
+    """Do ``work`` in all processes, and fail with the same message in all if it fails in one."""
     result, failure = None, None
     try:
         result = work()
     except Exception as error:
         failure = error
-    messages = gather(accelerator, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for message in messages:
-        if message is not None:
-            raise TrainingError(message)
+    messages = gather(accelerator, failure and str(failure))
+    if any(message is not None for message in messages):
+        raise failure or TrainingError(next(each for each in messages if each is not None))
     return result  # type: ignore[return-value]  # without a failure there is one
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """Do ``work`` in the main process while the others, which get ``None``, wait.
-
-    All fail if it fails.
-    """
+    """Do ``work`` in the main process while the others wait for ``None``; all fail if it fails."""
     return everywhere(accelerator, lambda: work() if accelerator.is_main_process else None)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cosettle_adapter.backbones import Backbone
@@ -31,7 +30,6 @@ _CHOICES: dict[str, Any] = {
     "pea": Perturbation, "head": HeadKind, "activation": Activation, "precision": Precision,
 }  # fmt: skip
 _NOT_THE_RESULT = ("workers", "log_every", "save_every", "batch_size", "accumulation")
-_IN_THE_CONFIG = ("layers", "norm", "head", "activation", "pairs_per_clip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +150,6 @@ class TrainSettings:
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in plain.items() if name not in _NOT_THE_RESULT}
 
-    def record(self) -> dict[str, Any]:
-        """Return what is recorded beside a projection: the settings that its config lacks."""
-        told = self.decisive() | {"warmup_epochs": self.warmup, "init": Path(self.init).name}
-        return {name: value for name, value in told.items() if name not in _IN_THE_CONFIG}
-
     def head_config(self, backbone: Backbone) -> ProjectionConfig:
         """Return the config of the projection that is to be trained on ``backbone``.
 
@@ -186,11 +179,8 @@ class TrainSettings:
 
         Where ``base_lr`` is not given it is the paper's 1e-4. That belongs to a corpus of 240,000
         clips: on a few thousand samples the head would end about where it began. So a run of fewer
-        steps gets a higher rate, by which steps times rate is what it is in the paper, up to 1e-3.
-
-        Args:
-            samples: samples per step, over all processes and accumulated batches.
-            steps: of the whole run.
+        ``steps`` gets a higher rate, by which steps times rate is what it is in the paper, up to
+        1e-3. ``samples`` are those of a step, over all processes and accumulated batches.
         """
         if self.base_lr is not None:
             return self.base_lr * samples / LR_SAMPLES

@@ -92,16 +92,8 @@ def collect_statistics(
 ) -> tuple[dict[Layers, TokenStatistics], dict[Path, str]]:
     """Collect statistics in one encoder pass over pairs of neighbouring frames.
 
-    Args:
-        backbone: the frozen encoder.
-        clips: video files.
-        sets: of layers.
-        settings: size, pairs, gaps, correspondences and nuisance count here, and the seed.
-        workers: processes that decode; 0 decodes in this one.
-        on_clip: called after each clip.
-
     Returns:
-        The statistics of each set, and the clips that could not be read, with the reason.
+        The statistics of each set of layers, and the clips that could not be read, and why.
     """
     widths = {layers: [backbone.widths[layer] for layer in layers] for layers in sets}
     found = {layers: TokenStatistics(sum(width)) for layers, width in widths.items()}

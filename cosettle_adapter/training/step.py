@@ -97,10 +97,10 @@ class Stepper:
             step, steps=plan.steps, warmup=self._settings.warmup * plan.steps_per_epoch
         )
         norm = self._update(step, parts, lr)
-        means = (value / accelerator.num_processes for value in agreed[:4])
+        loss, cycle, kl, accuracy = (value / accelerator.num_processes for value in agreed[:4])
         speed = plan.samples_per_step / max(time.monotonic() - began, 1e-9)
         epoch = step // plan.steps_per_epoch + 1
-        report = StepReport(step + 1, plan.steps, epoch, *means, lr, norm, speed)
+        report = StepReport(step + 1, plan.steps, epoch, loss, cycle, kl, accuracy, lr, norm, speed)
         return report, bool(agreed[5]), bool(agreed[6])
 
     def _losses(self, step: int, keys: Sequence[Key], batch: Batch) -> Losses:

@@ -35,9 +35,8 @@ _PERCENTILE = 95.0
 class Validation:
     """Clips whose tokens are computed once; then only the head runs.
 
-    At most 32 clips are used, spread evenly over the corpus, and 8 frames of each, spread evenly
-    over the clip and resized to the square of ``size`` pixels that is trained on. ``skipped`` says
-    which clips could not be read, and why.
+    At most 32 clips are used, spread evenly over the corpus, and 8 frames of each, resized to the
+    square that is trained on. ``skipped`` says which could not be read, and why.
 
     Raises:
         TrainingError: no clip could be read.
@@ -116,12 +115,7 @@ class Validation:
 
 
 def read_evenly(video: Video, count: int) -> Tensor:
-    """Return ``count`` frames ``(T, 3, H, W)`` uint8 spread over a video; fewer of a short one.
-
-    Raises:
-        TrainingError: a video of one frame, in which nothing can be followed.
-        FrameError: the video cannot be read.
-    """
+    """Return ``count`` frames ``(T, 3, H, W)`` uint8 spread over a video; fewer of a short one."""
     length = video.length()
     if length < 2:
         raise TrainingError(f"{video.name} has {length} frame, and nothing to follow")
