@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cosettle_adapter.backbones import HubOptions, load_backbone
 from cosettle_adapter.cli.common import Output, console, frame_progress, rate
-from cosettle_adapter.cli.training_progress import print_skipped
+from cosettle_adapter.cli.train import print_next, print_skipped
 from cosettle_adapter.training.fit import FitSettings, fit_projection
 from cosettle_adapter.training.model_selection import labels
 from cosettle_adapter.training.statistics import Layers
@@ -64,10 +64,9 @@ def fit(
         data: folders of videos.
         output: folder to write.
         concatenate: sets of layers to be read together, such as 7+11, to choose from as well; none
-            if empty. By default the last beside each earlier one, and none beside --layers.
+            if empty.
         strengths: of the solvers, to choose from; all that are listed for a solver if empty.
-        candidates: write each projection that it chooses from into this folder, to compare them
-            with evaluate.
+        candidates: folder to write each projection into that it chooses from.
         workers: processes that decode videos; 0 decodes between encoder passes.
         licence: licence to record; the backbone's by default.
         about_data: what the clips are, to record.
@@ -105,5 +104,4 @@ def fit(
         out.print(table)
     out.print(f"layers {names[result.chosen]}", markup=False)
     print_skipped(out, [(clip.name, reason) for clip, reason in result.skipped.items()])
-    name = output if output.is_absolute() else f"./{output}"
-    out.print(f"load it with CoSettleAdapter.from_pretrained('{name}')", markup=False)
+    print_next(out, "load it with CoSettleAdapter.from_pretrained('{}')", output)

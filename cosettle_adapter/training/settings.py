@@ -40,7 +40,7 @@ class TrainSettings:
     step in one process where the paper has 512 in four, and on small corpora ``pairs_per_clip``
     and ``base_lr``. ``pea="sample"`` estimates the same loss as ``"batch"`` at the same cost, and
     its gradient varies less from step to step: by 9 to 13 % at 32 clips and by half at 256
-    (DINOv2-S on rendered clips: ``pytest tests/training/test_pea_modes.py --run-slow -s``).
+    (DINOv2-S on rendered clips).
 
     Only the encoder runs in half precision, and no gradient passes through it.
 

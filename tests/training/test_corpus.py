@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cosettle_adapter.training.discovery import INDEX_NAME, write_index
 from numbered import encode_numbered, numbered, numbers
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError, MissingExtraError
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.discovery import INDEX_NAME, write_index
 
 LENGTH = 12
 

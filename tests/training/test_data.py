@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cosettle_adapter.training.batches import Plan
+from cosettle_adapter.training.discovery import Found
+from cosettle_adapter.training.seeds import generator_of, seed_of
 from hypothesis import given
 from hypothesis import strategies as st
 from numbered import encode_numbered
@@ -17,7 +20,6 @@ from PIL import Image
 from training_fakes import FakeData
 
 from cosettle_adapter.errors import FrameError, MissingExtraError
-from cosettle_adapter.training.batches import Plan
 from cosettle_adapter.training.corpus import Corpus, Video
 from cosettle_adapter.training.data import (
     Crop,
@@ -30,8 +32,6 @@ from cosettle_adapter.training.data import (
     load_batches,
     squash,
 )
-from cosettle_adapter.training.discovery import Found
-from cosettle_adapter.training.seeds import generator_of, seed_of
 
 # Seeds ----------------------------------------------------------------------------------------
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.training.distribution import make_accelerator
+from cosettle_adapter.training.metrics import read_metrics
 from einops import rearrange
 from torch import Tensor
 from training_fakes import QUICK, FakeData, small_backbone
 
 from cosettle_adapter.backbones import Backbone, VisionTransformerBackbone, build_backbone, lookup
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.encoding import Views, compile_encoder, draw_offsets, encode_views
-from cosettle_adapter.training.metrics import read_metrics
 from cosettle_adapter.training.positions import perturbed_positions
 from cosettle_adapter.training.settings import ObjectiveSettings
 from cosettle_adapter.training.train import train

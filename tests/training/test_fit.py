@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.training.clips import find_clips, neighbouring_frames
 
 import cosettle_adapter
 from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.training.clips import find_clips, neighbouring_frames
 from cosettle_adapter.training.fit import FitSettings, fit_projection, split
 from cosettle_adapter.training.statistics import collect_statistics
 from cosettle_adapter.video import FrameSelection, open_frames, probe

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from cosettle_adapter.training.discovery import INDEX_NAME, Found
 from numbered import encode_numbered, numbers
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training import prepare as module
 from cosettle_adapter.training.corpus import Corpus, Video
-from cosettle_adapter.training.discovery import INDEX_NAME, Found
 from cosettle_adapter.training.errors import DiskFullError, TrainingError
 from cosettle_adapter.training.prepare import PrepareSettings, folder_names, prepare
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.training.distribution import make_accelerator
+from cosettle_adapter.training.metrics import read_metrics
 from training_fakes import QUICK, FakeData, small_backbone
 
 from cosettle_adapter import Projection
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.metrics import read_metrics
 from cosettle_adapter.training.train import train
 from cosettle_adapter.training.validation import Validation, evenly, read_evenly
 
