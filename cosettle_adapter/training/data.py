@@ -168,7 +168,7 @@ class TrainingPairs(Dataset[Sample]):
                 skipped.append((self.corpus.videos[candidate].name, str(error)))
         name, problem = skipped[0]
         raise FrameError(
-            f"none of {len(skipped)} of the {self.clips} videos can be read; the first of them: "
+            f"none of the {len(skipped)} videos that were tried can be read; the first of them: "
             f"{name} ({problem})"
         )
 

@@ -28,7 +28,6 @@ from cosettle_adapter.training.positions import (
     crop_corners,
     join_positions,
     perturb_positions,
-    perturb_rotary,
     perturbed_positions,
     rotary_angles,
     zoomed_side,
@@ -102,12 +101,6 @@ def test_pea_equals_zooming_with_torch_and_cropping() -> None:
             torch.testing.assert_close(variant[1:], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_no_zoom_changes_nothing() -> None:
-    positions = torch.randn(1, 1 + 5 * 7, 4)
-    same = perturb_positions(positions, OFFSETS, grid=(5, 7), prefix=1, ratio=0.0)
-    torch.testing.assert_close(same, positions.expand(3, -1, -1), atol=1e-6, rtol=0)
-
-
 def test_autocast_leaves_pea_exact() -> None:
     positions = torch.randn(1, 14 * 14, 8)
     plain = perturb_positions(positions, OFFSETS, grid=(14, 14), prefix=0)
@@ -129,33 +122,6 @@ def test_crops_lie_inside_the_zoomed_grid(
     offsets = torch.tensor([[row, column]], dtype=torch.float64)
     for first, side in zip(crop_corners(offsets, (h, w), ratio), (h, w), strict=True):
         assert 0 <= int(first) <= zoomed_side(side, ratio) - side
-
-
-def test_every_crop_is_as_likely() -> None:
-    shares = (torch.arange(141 * 8, dtype=torch.float64) + 0.5) / (141 * 8)
-    first, _ = crop_corners(torch.stack([shares, shares], dim=1), (14, 14), 10.0)
-    assert torch.equal(first.bincount(), torch.full((141,), 8))
-
-
-@pytest.mark.parametrize(
-    ("offsets", "ratio", "message"),
-    [
-        (torch.rand(2), 10.0, r"offsets \(S, 2\).* got \(2,\)"),
-        (torch.zeros(1, 2, dtype=torch.int64), 10.0, "floating point, .* torch.int64"),
-        (torch.tensor([[0.0, 1.0]]), 10.0, r"in \[0, 1\), got 0.0 to 1.0"),
-        (torch.tensor([[0.0, math.nan]]), 10.0, r"in \[0, 1\), got nan"),
-        (torch.rand(1, 2), -1.0, "must be 0 or more, got -1.0"),
-        (torch.rand(1, 2), math.inf, "must be 0 or more, got inf"),
-    ],
-)
-def test_offsets_and_ratios_that_make_no_sense(offsets: Tensor, ratio: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        perturb_positions(torch.zeros(1, 4, 3), offsets, grid=(2, 2), prefix=0, ratio=ratio)
-
-
-def test_positions_of_another_grid() -> None:
-    with pytest.raises(ValueError, match=r"\(1, 5, C\) for 1 tokens and a grid of 2 x 2, got"):
-        perturb_positions(torch.zeros(1, 4, 3), OFFSETS, grid=(2, 2), prefix=1)
 
 
 # Rotary positions -----------------------------------------------------------------------------
@@ -248,21 +214,6 @@ def test_rotary_pea_without_zoom_is_timms_own(kind: str, grid: tuple[int, int]) 
         torch.testing.assert_close(variant, own.rotary, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ROTARY)
-def test_rotary_pea_passes_through_the_cells_of_the_grid(kind: str) -> None:
-    """Zoomed three times, every third cell lies on a cell of the grid."""
-    grid = (6, 9)
-    backbone = small(kind)
-    offsets = (torch.tensor([[4, 7]]) + 0.5).double() / torch.tensor([13.0, 19.0])
-    own, found = backbone.positions(grid), perturbed_positions(backbone, grid, offsets, ratio=2.0)
-    assert own.rotary is not None
-    assert found.rotary is not None
-    own_cells = rearrange(own.rotary, "... (h w) d -> h w ... d", h=6)
-    cells = rearrange(found.rotary[0], "... (h w) d -> h w ... d", h=6)
-    # cell k of the crop is cell 4 + k of the zoomed column, at (4 + k - 1) / 3 of the grid's
-    torch.testing.assert_close(cells[0::3, 0::3], own_cells[1:3, 2:5], atol=1e-5, rtol=0)
-
-
 def test_an_embedding_that_is_not_known_is_refused() -> None:
     class Other(nn.Module):
         def get_embed(self, shape: list[int]) -> Tensor:
@@ -273,28 +224,7 @@ def test_an_embedding_that_is_not_known_is_refused() -> None:
         rotary_angles(Other(), (3, 3))
 
 
-def test_perturbed_angles_are_affine() -> None:
-    angles = torch.randn(4 * 5, 6)
-    once = perturb_rotary(angles, OFFSETS, grid=(4, 5))
-    assert once.shape == (3, 20, 12)
-    sines, cosines = once.chunk(2, dim=-1)
-    torch.testing.assert_close(sines.square() + cosines.square(), torch.ones_like(sines))
-
-
 # Positions of each image ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_image_gets_its_own_positions(kind: str) -> None:
-    backbone = small(kind)
-    images = images_for(backbone, 4, 6, batch=3)
-    together = backbone.patch_tokens(
-        images, positions=perturbed_positions(backbone, (4, 6), OFFSETS)
-    )
-    for image, offset, tokens in zip(images, OFFSETS, together, strict=True):
-        one = perturbed_positions(backbone, (4, 6), offset[None])
-        alone = backbone.patch_tokens(image[None], positions=one)[0]
-        torch.testing.assert_close(tokens, alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -332,36 +262,6 @@ def test_perturbed_positions_reach_half_precision(kind: str) -> None:
         images, positions=perturbed_positions(small(kind), (4, 4), OFFSETS)
     )
     assert float(F.cosine_similarity(tokens.float(), exact, dim=1).min()) > 0.98
-
-
-def test_positions_that_do_not_go_with_the_images() -> None:
-    backbone = small("absolute+rotary")
-    images = images_for(backbone, 2, 3, batch=2)
-    perturbed = perturbed_positions(backbone, (2, 3), OFFSETS)
-    assert perturbed.absolute is not None
-    assert perturbed.rotary is not None
-
-    def refused(message: str, **changes: Any) -> None:
-        with pytest.raises(ValueError, match=message):
-            backbone.patch_tokens(images, positions=dataclasses.replace(perturbed, **changes))
-
-    refused("3 variants of absolute positions were given for 2 images: give 1, or one for each")
-    refused(
-        "3 variants of rotary positions were given for 2 images", absolute=perturbed.absolute[:2]
-    )
-    refused(r"expected an index \(2,\) int64, .* got \(3,\)", index=torch.tensor([0, 1, 2]))
-    refused("expected an index .* torch.float32", index=torch.zeros(2))
-    refused("names variants 1 to 3, but there are 0 to 2", index=torch.tensor([1, 3]))
-    refused("names variants -1 to 0, but", index=torch.tensor([0, -1]))
-    refused(
-        r"expected rotary positions \(6, 128\) for grid 2 x 3, or one for each image "
-        r"\(B, 6, 128\), got \(3, 5, 128\)",
-        rotary=perturbed.rotary[:, 1:],
-    )
-    refused(r"expected a shift \(1 or B, 2\) .* got \(2, 2\) torch.float32", shift=torch.rand(2, 2))
-    index = torch.tensor([2, 0])
-    tokens = backbone.patch_tokens(images, positions=dataclasses.replace(perturbed, index=index))
-    assert bool(torch.isfinite(tokens).all())
 
 
 # Backbones without positions to replace -------------------------------------------------------
