@@ -84,10 +84,6 @@ def save(
     final = folder / CHECKPOINTS / f"step_{state.step:08d}"
     part = final.with_name(f".{final.name}")
 
-    def begin() -> None:
-        _remove_unfinished(folder)
-        part.mkdir(parents=True)
-
     def end() -> None:
         if best is not None:
             save_file(dict(best), part / _BEST_FILE)
@@ -104,7 +100,7 @@ def save(
 
     with _whole_model(accelerator), room_for_run(folder):
         try:
-            on_main(accelerator, begin)
+            on_main(accelerator, lambda: part.mkdir(parents=True))
             everywhere(accelerator, lambda: accelerator.save_state(str(part)))
             on_main(accelerator, end)
         except BaseException:
@@ -160,12 +156,6 @@ def _damaged(checkpoint: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left of a checkpoint that it was writing."""
-    for part in (folder / CHECKPOINTS).glob(".step_*"):
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def room_for_run(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Raise :class:`DiskFullError` where a block runs out of space below a run's folder."""
     return disk_full(
@@ -175,12 +165,7 @@ def room_for_run(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, unless the caller said what to do with it.
-
-    Raises:
-        TrainingError: it holds a run that did a step, or a projection, and neither ``resume`` nor
-            ``overwrite`` was asked for; or both were; or it is a file.
-    """
+    """Refuse a folder that holds a run that did a step, or a projection, unless told what to do."""
     if resume and overwrite:
         raise TrainingError("--resume continues a run and --overwrite removes it: give one")
     if folder.exists() and not folder.is_dir():
@@ -190,19 +175,13 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if not (resume or overwrite) and (resumable or (folder / WEIGHTS_FILE).exists()):
         held = "checkpoint" if resumable else WEIGHTS_FILE
         remedy = f"continue with --resume {folder}, or " if resumable else ""
-        raise TrainingError(
-            f"{folder} already holds a {held}: {remedy}begin again with --overwrite, which "
-            "removes it"
-        )
+        told = f"{remedy}begin again with --overwrite, which removes it"
+        raise TrainingError(f"{folder} already holds a {held}: {told}")
 
 
 @contextlib.contextmanager
 def claimed_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Make the output folder ready for a run, and keep others out of it while the block runs.
-
-    Raises:
-        TrainingError: as :func:`check_folder`, or another process is writing into it.
-    """
+    """Make the output folder ready for a run, and keep others out of it while the block runs."""
     check_folder(folder, resume=resume, overwrite=overwrite)
     with room_for_run(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +193,8 @@ def claimed_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[N
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             for name in (METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
                 (folder / name).unlink(missing_ok=True)
-        _remove_unfinished(folder)
+        for part in (folder / CHECKPOINTS).glob(".step_*"):  # of a process that was killed
+            shutil.rmtree(part, ignore_errors=True)
         yield
 
 

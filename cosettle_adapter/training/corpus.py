@@ -10,7 +10,6 @@ import contextlib
 import functools
 import glob
 import hashlib
-import itertools
 import os
 import re
 import tarfile
@@ -35,8 +34,7 @@ _EXPECTED = (
     "a folder of videos or of folders of images, a list of paths (.txt or .csv), a pattern such as "
     "'clips/*.mp4', or shards such as 'shards-{000..009}.tar', not compressed"
 )
-# what may follow a path in a list: nothing, columns after a comma or tab, or numbers
-_COLUMNS = (r"$", r"[,\t].*$", r"(\s+\d+)+$")
+_COLUMNS = re.compile(r"[,\t]|(?:\s+\d+)+$")  # what a path in a list may be followed by
 _COLUMN_NAMES = {"file", "filename", "name", "path", "video", "video_path"}
 _LINES_TRIED = 1000
 
@@ -272,34 +270,27 @@ def read_list(path: Path) -> list[Path]:
     """Read which videos a file lists; returns absolute paths in the order of the file.
 
     A line is a path, alone or followed by other columns: after a comma or a tab, or numbers after
-    spaces. Paths are relative to the file's folder, or else to the working folder. The first path
-    that exists decides for all lines. Empty lines, lines that begin with ``#``, and a line of
-    column names at the top are left out.
+    spaces. Paths are relative to the file's folder, or else to the working folder. Empty lines,
+    lines that begin with ``#``, and a line of column names at the top are left out.
 
     Raises:
         FrameError: the file cannot be read, or none of its first paths exists.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise FrameError(f"{path} cannot be read as a list of videos: {error}") from error
-    lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
-
-    def absolute(base: Path, columns: str, line: str) -> Path:
-        name = re.sub(columns, "", line).strip("\"' ")
-        return Path(os.path.normpath(base / Path(name).expanduser()))
-
-    bases = dict.fromkeys([path.parent.absolute(), Path.cwd()])
-    for line, base, columns in itertools.product(lines[:_LINES_TRIED], bases, _COLUMNS):
-        listed = absolute(base, columns, line)
-        if listed != base and listed.exists():
-            paths = [absolute(base, columns, each) for each in lines]
-            return paths[paths[0].name.lower() in _COLUMN_NAMES :]
+    names = [_COLUMNS.split(line)[0].strip("\"' ") for line in lines]
+    names = names[bool(names) and names[0].lower() in _COLUMN_NAMES :]
+    found: dict[int, list[Path]] = {}
+    for base in (Path.cwd(), path.parent.absolute()):
+        paths = [Path(os.path.normpath(base / Path(name).expanduser())) for name in names]
+        found[sum(listed.exists() for listed in paths[:_LINES_TRIED])] = paths
+    if max(found):
+        return found[max(found)]
     raise FrameError(
-        f"{path} lists {len(lines)} videos, but none of its first lines names a file or folder "
-        f"below {' or '.join(map(str, bases))}; expected on each line a path, perhaps with other "
-        f"columns after a comma, or numbers, got {lines[-1][:80]!r}"
-        if lines
-        else f"{path} lists no videos: it has no line with a path"
+        f"{path} lists {len(names)} videos, but none of the first names a file or folder; expected "
+        "on each line a path, from the list's folder or the working folder, perhaps with other "
+        f"columns after a comma, or numbers, got {lines[-1:]}"
     )

@@ -6,7 +6,6 @@ run and another number of processes or workers see the same samples.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -53,49 +52,34 @@ def generator_of(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the samples of an epoch become steps, each cut into forward passes of equal size."""
+    """How the samples of an epoch become steps, each cut into forward passes of equal size.
 
-    samples: int
-    batch_size: int  # of a process and forward pass; made smaller where there are too few samples
-    processes: int
-    accumulation: int
-    epochs: int
-    seed: int
+    ``batch_size`` is the settings', made smaller where there are too few samples for one step. What
+    is left over of an epoch is dropped, other samples every time.
+    """
 
-    def __post_init__(self) -> None:
-        parts = self.processes * self.accumulation
-        if self.samples < parts:
+    def __init__(self, samples: int, processes: int, settings: TrainSettings) -> None:
+        parts = processes * settings.accumulation
+        if samples < parts:
             raise TrainingError(
-                f"{self.samples} samples are too few for {self.processes} processes and "
-                f"{self.accumulation} forward passes per step: use fewer of either, more clips, or "
-                "--pairs-per-clip"
+                f"{samples} samples are too few for {processes} processes and "
+                f"{settings.accumulation} forward passes per step: use fewer of either, more "
+                "clips, or --pairs-per-clip"
             )
-        object.__setattr__(self, "batch_size", min(self.batch_size, self.samples // parts))
-
-    @property
-    def samples_per_step(self) -> int:
-        """Samples that one step sees, over all processes."""
-        return self.batch_size * self.processes * self.accumulation
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole steps of an epoch; what is left over is dropped, other samples every epoch."""
-        return self.samples // self.samples_per_step
-
-    @property
-    def steps(self) -> int:
-        """Steps of the run."""
-        return self.epochs * self.steps_per_epoch
+        self.samples, self.settings = samples, settings
+        self.batch_size = min(settings.batch_size, samples // parts)
+        self.samples_per_step = self.batch_size * parts
+        self.steps_per_epoch = samples // self.samples_per_step
+        self.steps = settings.epochs * self.steps_per_epoch
 
     def keys(self, step: int, rank: int) -> list[list[Key]]:
         """Return what one process sees in a step: a list of keys for each forward pass."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = torch.randperm(self.samples, generator=generator_of(self.seed, "order", epoch))
-        first = within * self.samples_per_step + rank * self.batch_size
-        apart = self.batch_size * self.processes
-        starts = [first + part * apart for part in range(self.accumulation)]
+        generator = generator_of(self.settings.seed, "order", epoch)
+        order = torch.randperm(self.samples, generator=generator)[within * self.samples_per_step :]
+        apart = self.samples_per_step // self.settings.accumulation
+        starts = range(rank * self.batch_size, self.samples_per_step, apart)
         chunks = [order[at : at + self.batch_size].tolist() for at in starts]
         return [[(epoch, index) for index in chunk] for chunk in chunks]
 

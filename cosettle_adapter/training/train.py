@@ -41,18 +41,13 @@ _SKIPPED_NAMED = 20
 
 
 class Trained(NamedTuple):
-    """What training returns.
+    """What training returns."""
 
-    ``figures`` are the validation figures of the backbone's own tokens (``raw``), of the ``first``,
-    the ``last`` and the ``chosen`` projection, if there was validation; the chosen one, which is
-    ``projection``, is that after ``chosen_step``. ``skipped`` says which videos could not be read.
-    """
-
-    projection: Projection
+    projection: Projection  # as it was written: the last one, or the best by validation
     steps: int
     chosen_step: int
-    figures: dict[str, dict[str, float | None]]
-    skipped: dict[str, str]
+    figures: dict[str, dict[str, float | None]]  # by validation: raw, first, last, chosen
+    skipped: dict[str, str]  # videos that could not be read, and why
 
 
 def train(
@@ -91,7 +86,7 @@ def train(
         validation: clips to measure before the first step and after each epoch; the projection
             that is best by them is the result.
         tensorboard: write TensorBoard's files beside ``metrics.jsonl``.
-        licence: licence to record; the backbone's by default.
+        licence: to record; the backbone's by default.
         about_data: what the clips are, to record.
         began: how the run was begun, kept in its checkpoints; ``command``, its words, is recorded.
         on_start: called in the main process with the samples of an epoch, before the first step.
@@ -101,8 +96,7 @@ def train(
         TrainingError: it cannot begin: the folder holds a run, another process is writing into it,
             or there are too few samples.
         CheckpointError: there is nothing to resume, or it is another run.
-        NonFiniteLossError: naming the clips; the last checkpoint is kept.
-        DiskFullError: no space left; the last checkpoint is kept.
+        NonFiniteLossError, DiskFullError: the last checkpoint is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving.
         CosettleError: samples that cannot be read, or frames that do not fit the backbone.
     """
@@ -146,15 +140,13 @@ class _Run:
     ) -> None:
         self.accelerator, self.backbone, self.data = accelerator, backbone, data
         self.settings, self.folder = settings, folder
-        samples, size, processes = len(data), settings.batch_size, accelerator.num_processes
-        epochs, seed = settings.epochs, settings.seed
-        self.plan = Plan(samples, size, processes, settings.accumulation, epochs, seed)
-        if self.plan.batch_size < size and accelerator.is_main_process:
+        self.plan = Plan(len(data), accelerator.num_processes, settings)
+        if self.plan.batch_size < settings.batch_size and accelerator.is_main_process:
             told = "batches of %d in place of %d: an epoch has %d samples"
-            logger.warning(told, self.plan.batch_size, size, samples)
+            logger.warning(told, self.plan.batch_size, settings.batch_size, len(data))
         init = settings.init if new else "random"
         config = settings.head_config(backbone)
-        self.head = Head(new_head(config, init=init, seed=seed)).to(accelerator.device)
+        self.head = Head(new_head(config, init=init, seed=settings.seed)).to(accelerator.device)
         backbone.to(accelerator.device)
         self.stepper = Stepper(accelerator, backbone, data, self.plan, settings, self.head)
         self.state = RunState(

@@ -26,7 +26,6 @@ from cosettle_adapter.training.model_selection import (
     labels,
     layer_sets,
     mask_overlap,
-    pairs_with_last,
 )
 from cosettle_adapter.training.statistics import collect_statistics, pair_starts
 from cosettle_adapter.video import read_frames, render_clip
@@ -256,15 +255,6 @@ def test_every_combination_is_a_candidate(tiny_backbone: VisionTransformerBackbo
     assert listed == list(SOLVERS["surrogate"].strengths)
     assert len(set(every)) == len(every)
     assert labels(every)[Candidate((3,), "whiten", 0.1)] == "3 whiten 0.1"
-
-
-@given(depth=st.integers(1, 48))
-def test_few_layers_are_paired_with_the_last(depth: int) -> None:
-    pairs = pairs_with_last(depth)
-    lower = depth - 1 - depth // 3
-    assert min(lower, 4) <= len(set(pairs)) == len(pairs) <= min(lower, 8)
-    for earlier, last in pairs:
-        assert depth // 3 <= earlier < last == depth - 1
 
 
 @given(seed=st.integers(0, 100))

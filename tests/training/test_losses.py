@@ -211,18 +211,6 @@ def test_the_total_is_the_papers(length: int) -> None:
     assert off == on, "without perturbation, the way back sees the same tokens"
 
 
-def test_several_temperatures_are_averaged() -> None:
-    tokens, head, temperatures = tokens_for(), nn.Linear(8, 8), (0.03, 0.1, 0.5)
-    apart = [
-        objective(head, tokens, GRID, dataclasses.replace(PAPER, temperatures=(temperature,)))
-        for temperature in temperatures
-    ]
-    both = objective(head, tokens, GRID, dataclasses.replace(PAPER, temperatures=temperatures))
-    torch.testing.assert_close(both.cycle, torch.stack([each.cycle for each in apart]).mean())
-    torch.testing.assert_close(both.accuracy, torch.stack([each.accuracy for each in apart]).mean())
-    torch.testing.assert_close(both.separability, apart[0].separability)
-
-
 def test_the_head_is_called_once_and_without_waiting_for_the_device() -> None:
     calls: list[tuple[int, ...]] = []
 
@@ -261,19 +249,6 @@ def test_gradients_reach_only_the_head(inference: bool) -> None:
         assert float(parameter.grad.abs().sum()) > 0
     assert frames.grad is None
     assert all(parameter.grad is None for parameter in backbone.parameters())
-
-
-def test_two_halves_average_to_the_whole() -> None:
-    tokens, head = tokens_for(4), nn.Linear(8, 8)
-
-    def gradient(*parts: Tensor) -> Tensor:
-        head.zero_grad()
-        for part in parts:
-            (objective(head, part, GRID, PAPER).total / len(parts)).backward()
-        assert head.weight.grad is not None
-        return head.weight.grad.clone()
-
-    torch.testing.assert_close(gradient(*tokens.split(2)), gradient(tokens), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

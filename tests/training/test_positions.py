@@ -9,10 +9,7 @@ import pytest
 import timm
 import torch
 from einops import rearrange
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cosettle_adapter.backbones import (
     BackboneRow,
@@ -25,12 +22,10 @@ from cosettle_adapter.backbones.timm_features import own_tensors
 from cosettle_adapter.errors import GeometryError
 from cosettle_adapter.training.positions import (
     PerturbedPositions,
-    crop_corners,
     join_positions,
     perturb_positions,
     perturbed_positions,
     rotary_angles,
-    zoomed_side,
 )
 
 from helpers import TINY, tiny_state
@@ -84,44 +79,6 @@ def test_pea_equals_its_definition(grid: tuple[int, int], ratio: float, prefix: 
         torch.testing.assert_close(variant[prefix:], expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(rounded[prefix:].double(), expected, atol=1e-5, rtol=0)
         assert torch.equal(variant[:prefix], positions[0, :prefix])
-
-
-def test_pea_equals_zooming_with_torch_and_cropping() -> None:
-    """What the official code computes, with its sides (14 to 154; 16 to 176 for patches of 14)."""
-    for side, zoomed in ((14, 154), (16, 176)):
-        assert zoomed_side(side, 10.0) == zoomed
-        positions = torch.randn(1, 1 + side * side, 8)
-        cells = rearrange(positions[:, 1:], "1 (h w) c -> 1 c h w", h=side)
-        large = F.interpolate(cells, size=(zoomed, zoomed), mode="bicubic", align_corners=False)
-        offsets = (torch.tensor([[31, 140], [0, 7]]) + 0.5).double() / (zoomed - side + 1)
-        found = perturb_positions(positions, offsets, grid=(side, side), prefix=1)
-        for variant, (top, left) in zip(found, ((31, 140), (0, 7)), strict=True):
-            crop = large[0, :, top : top + side, left : left + side]
-            expected = rearrange(crop, "c h w -> (h w) c")
-            torch.testing.assert_close(variant[1:], expected, atol=1e-6, rtol=1e-6)
-
-
-def test_autocast_leaves_pea_exact() -> None:
-    positions = torch.randn(1, 14 * 14, 8)
-    plain = perturb_positions(positions, OFFSETS, grid=(14, 14), prefix=0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = perturb_positions(positions, OFFSETS, grid=(14, 14), prefix=0)
-    assert torch.equal(plain, cast)
-
-
-@given(
-    row=st.floats(0, 1, exclude_max=True),
-    column=st.floats(0, 1, exclude_max=True),
-    h=st.integers(1, 40),
-    w=st.integers(1, 40),
-    ratio=st.floats(0, 20),
-)
-def test_crops_lie_inside_the_zoomed_grid(
-    row: float, column: float, h: int, w: int, ratio: float
-) -> None:
-    offsets = torch.tensor([[row, column]], dtype=torch.float64)
-    for first, side in zip(crop_corners(offsets, (h, w), ratio), (h, w), strict=True):
-        assert 0 <= int(first) <= zoomed_side(side, ratio) - side
 
 
 # Rotary positions -----------------------------------------------------------------------------
@@ -250,20 +207,6 @@ def test_an_index_says_which_positions_are_whose(kind: str) -> None:
         assert float((apart[1] - own).abs().mean()) > 0.01 * float(own.abs().mean())
 
 
-@pytest.mark.parametrize("kind", ["absolute", "rotary", "rotary, each block its own"])
-def test_perturbed_positions_reach_half_precision(kind: str) -> None:
-    row = dataclasses.replace(small(kind).row)
-    tensors = small(kind).vit.state_dict()
-    half = build_backbone(row, tensors, fingerprint="sha256:0").to(torch.bfloat16)
-    images = images_for(half, 4, 4, batch=3)
-    tokens = half.patch_tokens(images, positions=perturbed_positions(half, (4, 4), OFFSETS))
-    assert tokens.dtype == torch.bfloat16
-    exact = small(kind).patch_tokens(
-        images, positions=perturbed_positions(small(kind), (4, 4), OFFSETS)
-    )
-    assert float(F.cosine_similarity(tokens.float(), exact, dim=1).min()) > 0.98
-
-
 # Backbones without positions to replace -------------------------------------------------------
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -310,43 +253,6 @@ def test_a_moved_picture_has_its_cells_in_their_places() -> None:
     torch.testing.assert_close(
         backbone.patch_tokens(images, positions=moved), own, atol=1e-5, rtol=1e-5
     )
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_moved_picture_is_the_picture_moved(architecture: str) -> None:
-    backbone = feature_maps(architecture)
-    images = images_for(backbone, 4, 6, batch=2)
-    shift = torch.tensor([[1, 4], [0, 0]])
-    tokens = backbone.patch_tokens(images, positions=PerturbedPositions(shift=shift))
-    rolled = images[:1].roll((16, 4 * 16), dims=(2, 3))
-    expected = backbone.patch_tokens(rolled).roll((-1, -4), dims=(2, 3))
-    torch.testing.assert_close(tokens[:1], expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(tokens[1:], backbone.patch_tokens(images[1:]), atol=1e-4, rtol=1e-4)
-    own = backbone.patch_tokens(images)
-    cells = F.normalize(
-        rearrange(tokens[0] - own.mean((0, 2, 3))[:, None, None], "c h w -> (h w) c")
-    )
-    others = F.normalize(rearrange(own[0] - own.mean((0, 2, 3))[:, None, None], "c h w -> (h w) c"))
-    likeness = cells @ others.T
-    away = ~torch.eye(24, dtype=torch.bool)
-    assert float(likeness.diagonal().mean()) > float(likeness[away].mean()) + 0.3
-
-
-@settings(max_examples=30)
-@given(h=st.integers(1, 30), w=st.integers(1, 30), ratio=st.floats(0, 20), seed=st.integers(0, 99))
-def test_pictures_move_as_far_as_crops_do(h: int, w: int, ratio: float, seed: int) -> None:
-    offsets = torch.rand(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    shift = perturbed_positions(feature_map_backbone(), (h, w), offsets, ratio=ratio).shift
-    assert shift is not None
-    assert shift.dtype == torch.int64
-    for moved, side in zip(shift.unbind(1), (h, w), strict=True):
-        assert int(moved.min()) >= 0
-        assert int(moved.max()) <= side * ratio / (1 + ratio)
-
-
-@functools.cache
-def feature_map_backbone() -> FeatureMapBackbone:
-    return feature_maps("convnext_atto")
 
 
 def test_on_blank_pictures_only_the_place_moves() -> None:
