@@ -92,7 +92,7 @@ def find_clips(places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     clips: list[Path] = []
     for place in [places] if isinstance(places, str | os.PathLike) else places:
         path = Path(place).expanduser()
-        found = find_videos(path, recursive=True) if path.is_dir() else [path]
+        found = sorted(find_videos(path, recursive=True)) if path.is_dir() else [path]
         if not found or not found[0].exists():
             raise FrameError(f"no video files in {path} ({', '.join(VIDEO_SUFFIXES)})")
         clips += found
