@@ -17,7 +17,7 @@ from numbered import encode_numbered
 from torch import nn
 
 from cosettle_adapter.backbones import VisionTransformerBackbone
-from cosettle_adapter.errors import FrameError, MissingExtraError
+from cosettle_adapter.errors import FrameError
 from cosettle_adapter.io import exclusive
 from cosettle_adapter.training import cached_views
 from cosettle_adapter.training.cached_views import CachedViews, build_views
@@ -198,19 +198,6 @@ def test_other_videos_damage_and_another_run_are_refused(
     (tmp_path / "copy" / "0000000.safetensors").write_bytes(b"1234")
     with pytest.raises(TrainingError, match=r"0000000\.safetensors cannot be read .*; delete it"):
         build(tmp_path / "copy", corpus, tiny_backbone)[0, 0]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_missing_library_is_named(
-    workers: int, tmp_path: Path, corpus: Corpus,
-    tiny_backbone: VisionTransformerBackbone, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    def fail(*_: Any) -> None:
-        raise MissingExtraError("reading video files needs av")
-
-    monkeypatch.setattr(TrainingPairs, "draw", fail)
-    with pytest.raises(MissingExtraError, match=r"^reading video files needs av$"):
-        build(tmp_path, corpus, tiny_backbone, workers=workers)
 
 
 def test_no_readable_video(tmp_path: Path, tiny_backbone: VisionTransformerBackbone) -> None:

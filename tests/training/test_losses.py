@@ -114,32 +114,6 @@ def test_cycles_over_several_frames_equal_their_definition(frames: int) -> None:
     assert [float(each) for each in found] == pytest.approx(expected, abs=1e-9)
 
 
-def test_odd_sides_leave_the_last_row_and_column_out() -> None:
-    cells = [unit(2, 5, 7, 4, seed=seed) for seed in range(3)]
-    flat = [each.flatten(1, 2) for each in cells]
-    whole = [each[:, :4, :6].flatten(1, 2) for each in cells]
-    assert cycle(*flat, (5, 7)) == cycle(*whole, (4, 6))  # type: ignore[arg-type]
-
-
-def test_distinct_places_that_stay_come_back() -> None:
-    places = torch.eye(16, dtype=torch.float64)[None]
-    loss, accuracy = cycle(places, places, places, (4, 4), pool=1)
-    assert float(accuracy) == 1
-    assert float(loss) == pytest.approx(0, abs=1e-4)
-    turned = places.roll(1, dims=1)
-    loss, accuracy = cycle(places, places, turned, (4, 4), pool=1)
-    assert float(accuracy) == 0
-    assert float(loss) == pytest.approx(-math.log(1e-6), rel=0.01)
-    # any order of the frame in between is fine
-    assert float(cycle(places, turned, places, (4, 4), pool=1)[1]) == 1
-
-
-def test_the_cycle_losses_gradients() -> None:
-    vectors = [0.9 * unit(1, 16, 3, seed=seed) for seed in range(3)]
-    inputs = [each.requires_grad_() for each in vectors]
-    assert torch.autograd.gradcheck(lambda *given: cycle(*given, (4, 4), 0.3)[0], inputs)
-
-
 def separability_by_hand(original: Tensor, projected: Tensor) -> float:
     total = 0.0
     for one, other in zip(original.flatten(0, -2), projected.flatten(0, -2), strict=True):
