@@ -210,10 +210,7 @@ class _Draws(Dataset[Any]):
 
 
 def _encode_missing(
-    folder: Path,
-    pairs: TrainingPairs,
-    backbone: Backbone,
-    on_sample: Callable[[int, int], None],
+    folder: Path, pairs: TrainingPairs, backbone: Backbone, on_sample: Callable[[int, int], None]
 ) -> None:
     views, done = pairs.settings.cache_views, _encoded(folder)  # another may just have continued
     keys, count = [[clip] for clip in range(pairs.clips) if clip not in done], len(done)

@@ -210,12 +210,7 @@ def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
 
 
 def perturb_rotary(
-    angles: Tensor,
-    offsets: Tensor,
-    *,
-    grid: Grid,
-    ratio: float,
-    device: torch.device,
+    angles: Tensor, offsets: Tensor, *, grid: Grid, ratio: float, device: torch.device
 ) -> Tensor:
     """Perturb rotary positions: rotate by the coordinates of a crop of the zoomed grid.
 
