@@ -14,7 +14,7 @@ from rich.table import Table
 from cosettle_adapter.backbones import HubOptions, load_backbone
 from cosettle_adapter.cli.common import Output, console, frame_progress, rate
 from cosettle_adapter.cli.train import print_next, print_skipped
-from cosettle_adapter.training.fit import FitSettings, fit_projection
+from cosettle_adapter.training.fit import FitSettings, find_clips, fit_projection
 from cosettle_adapter.training.model_selection import labels
 from cosettle_adapter.training.statistics import Layers
 
@@ -75,7 +75,7 @@ def fit(
         cache_dir: cache in place of HF_HOME.
         offline: never touch the network.
     """
-    out = console()
+    out, clips = console(), find_clips(data)
     with out.status(f"loading {backbone}"):
         hub = HubOptions(cache_dir=cache_dir, local_files_only=offline)
         loaded = load_backbone(backbone, weights=backbone_weights, device=device, options=hub)
@@ -90,7 +90,7 @@ def fit(
             progress.update(task, completed=done, total=total, rate=speed)
 
         result = fit_projection(
-            loaded, data, settings, licence=licence, data=about, workers=workers, on_clip=advance
+            loaded, clips, settings, licence=licence, data=about, workers=workers, on_clip=advance
         )
     if candidates is not None:
         for candidate, projection in result.projections.items():

@@ -71,19 +71,19 @@ class TrainOptions:
         offline: never touch the network.
     """
 
-    backbone: str = ""
+    backbone: str | None = None
     backbone_weights: str | None = None
-    data: tuple[str, ...] = ()
-    output: Annotated[str, Parameter(name=("--output", "-o"))] = ""
+    data: tuple[str, ...] | None = None
+    output: Annotated[str | None, Parameter(name=("--output", "-o"))] = None
     resume: Annotated[str | None, Parameter(converter=_folder_or_nothing, n_tokens=-1)] = None
     overwrite: bool = False
-    validation: tuple[str, ...] = ()
+    validation: tuple[str, ...] | None = None
     stride: int | None = None
     device: str = "auto"
     views_folder: str | None = None
     tensorboard: bool = False
-    licence: str = ""
-    about_data: str = ""
+    licence: str | None = None
+    about_data: str | None = None
     cache_dir: str | None = None
     offline: bool = False
 
@@ -110,22 +110,24 @@ def train(
     """
     if options.resume is not None:
         folder = options.resume or options.output
-        if not folder or options.output not in ("", folder):
+        if not folder or options.output not in (None, folder):
             raise TrainingError("give --resume the folder of the run, and no other to -o")
         began = read_run(Path(folder)).began
         options = _continued(options, began.get("options", {}))
         options = dataclasses.replace(options, output=folder, resume=folder)
         settings = _continued(settings, began.get("settings", {}))
-    needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
-    if missing := ", ".join(name for name, value in needed.items() if not value):
+    if not (options.backbone and options.data and options.output):
+        needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
+        missing = ", ".join(name for name, value in needed.items() if not value)
         raise TrainingError(f"missing {missing}: a new run needs all three")
+    parts = options.backbone, options.data, Path(options.output)
     accelerator, output = make_accelerator(options.device), console()
     if not accelerator.is_main_process:
         # The first process reports what happens; the others fail with it in silence.
         logging.getLogger("cosettle_adapter").setLevel(logging.CRITICAL)
         output.quiet = True
     try:
-        _train(options, settings, accelerator, output)
+        _train(*parts, options, settings, accelerator, output)
     except (OSError, ValueError, KeyboardInterrupt) as error:
         if accelerator.is_main_process:
             raise
@@ -136,15 +138,21 @@ def train(
 
 
 def _train(
-    options: TrainOptions, settings: TrainSettings, accelerator: Accelerator, console: Console
+    name: str,
+    data: tuple[str, ...],
+    folder: Path,
+    options: TrainOptions,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    console: Console,
 ) -> None:
-    folder, resume = Path(options.output), options.resume is not None
+    resume = options.resume is not None
     check_folder(folder, resume=resume, overwrite=options.overwrite)
-    corpus = Corpus.open(options.data)
+    corpus = Corpus.open(data)
     validation = Corpus.open(options.validation) if options.validation else None
-    with console.status(f"loading {options.backbone}"), accelerator.local_main_process_first():
+    with console.status(f"loading {name}"), accelerator.local_main_process_first():
         backbone = load_backbone(
-            options.backbone,
+            name,
             weights=options.backbone_weights,
             stride=options.stride,
             options=HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline),
@@ -176,8 +184,8 @@ def _train(
             overwrite=options.overwrite,
             validation=validation,
             tensorboard=options.tensorboard,
-            licence=options.licence,
-            about_data=options.about_data or ", ".join(Path(each).name for each in options.data),
+            licence=options.licence or "",
+            about_data=options.about_data or ", ".join(Path(each).name for each in data),
             began=began,
             on_start=progress.begin,
             on_step=progress.stepped,

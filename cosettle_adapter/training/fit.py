@@ -92,9 +92,11 @@ def find_clips(places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     clips: list[Path] = []
     for place in [places] if isinstance(places, str | os.PathLike) else places:
         path = Path(place).expanduser()
+        if not path.exists():
+            raise FrameError(f"{path} is not a folder of video files, nor a video file")
         found = sorted(find_videos(path, recursive=True)) if path.is_dir() else [path]
-        if not found or not found[0].exists():
-            raise FrameError(f"no video files in {path} ({', '.join(VIDEO_SUFFIXES)})")
+        if not found:
+            raise FrameError(f"no video files below {path} ({', '.join(VIDEO_SUFFIXES)})")
         clips += found
     return clips
 
