@@ -205,7 +205,7 @@ def _train(
 
 def _continued(given: T, began: Mapping[str, Any]) -> T:
     """Return what a run began with, and what was given anew, which counts more."""
-    saved = {name: tuple(v) if isinstance(v, list) else v for name, v in began.items()}
+    saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in began.items()}
     for field in dataclasses.fields(given):
         if (value := getattr(given, field.name)) != field.default:
             saved[field.name] = value
