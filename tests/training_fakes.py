@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
+from cosettle_adapter import Projection
 from cosettle_adapter.backbones import REGISTRY, Backbone, BackboneRow, build_backbone
 from cosettle_adapter.backbones.weights import fingerprint
-from cosettle_adapter.training.data import Batch
-from cosettle_adapter.training.seeds import generator_of
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.training.data import Sample, generator_of
 from cosettle_adapter.training.settings import TrainSettings
 
 from helpers import tiny_state
@@ -38,14 +38,7 @@ SMALL_CLIP = dataclasses.replace(
 )
 
 # 24 samples in batches of 4: six steps an epoch, 24 in all
-QUICK = TrainSettings(
-    epochs=4,
-    batch_size=4,
-    size=SIZE,
-    base_lr=0.05,
-    seed=3,
-    pea="batch",
-)
+QUICK = TrainSettings(epochs=4, batch_size=4, size=SIZE, base_lr=0.05, seed=3, pea="batch")
 
 
 def small_backbone(row: BackboneRow = SMALL_VIT) -> Backbone:
@@ -54,24 +47,22 @@ def small_backbone(row: BackboneRow = SMALL_VIT) -> Backbone:
     return build_backbone(row, state, fingerprint=fingerprint(state), origin="random")
 
 
+def distance(first: Projection, second: Projection) -> float:
+    """The largest difference between two projections' weights."""
+    state = second.state_dict()
+    return max(float((t - state[name]).abs().max()) for name, t in first.state_dict().items())
+
+
 @dataclasses.dataclass
-class FakeData:
-    """Blurred noise that moves by a few pixels from frame to frame.
+class FakeData(Dataset[Sample]):
+    """Blurred noise that moves by a few pixels from frame to frame."""
 
-    Attributes:
-        samples: of an epoch.
-        broken: indices of samples that are not finite.
-        missing: indices of samples that cannot be read.
-        skips: indices of samples that were drawn in place of a broken video.
-    """
-
-    samples: int = 24
+    samples: int = 24  # of an epoch
     frames: int = 2
-    size: int = SIZE
     seed: int = 0
-    broken: tuple[int, ...] = ()
-    missing: tuple[int, ...] = ()
-    skips: tuple[int, ...] = ()
+    broken: tuple[int, ...] = ()  # samples that are not finite
+    missing: tuple[int, ...] = ()  # samples that cannot be read
+    skips: tuple[int, ...] = ()  # samples that were drawn in place of a broken video
     seen: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
@@ -88,32 +79,16 @@ class FakeData:
     def name(self, index: int) -> str:
         return f"clip{index:02d}.mp4"
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        from cosettle_adapter.errors import FrameError
-
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         self.seen.append(key)
         if index in self.missing:
             raise FrameError(f"{self.name(index)} cannot be read")
         generator = generator_of(self.seed, epoch, index)
-        scene = torch.rand(3, 10, 10, generator=generator)
-        wide = torch.nn.functional.interpolate(
-            scene[None], size=(2 * self.size, 2 * self.size), mode="bicubic"
-        )[0]
+        scene = torch.rand(1, 3, 10, 10, generator=generator)
+        wide = torch.nn.functional.interpolate(scene, size=(2 * SIZE, 2 * SIZE), mode="bicubic")[0]
         shift = int(torch.randint(4, 12, (), generator=generator))
-        views = [
-            wide[:, t * shift : t * shift + self.size, : self.size] for t in range(self.frames)
-        ]
-        frames = torch.stack(views)
-        if index in self.broken:
-            frames = frames * float("nan")
+        views = [wide[:, t * shift : t * shift + SIZE, :SIZE] for t in range(self.frames)]
+        frames = torch.stack(views) * (float("nan") if index in self.broken else 1)
         skipped = ((f"gone{index:02d}.mp4", "not a video"),) if index in self.skips else ()
-        return {"frames": frames, "seed": 1000 * epoch + index, "skipped": skipped}
-
-    @staticmethod
-    def collate(samples: Sequence[dict[str, Any]]) -> Batch:
-        return Batch(
-            torch.tensor([sample["seed"] for sample in samples]),
-            frames=torch.stack([sample["frames"] for sample in samples]),
-            skipped=tuple(skipped for sample in samples for skipped in sample["skipped"]),
-        )
+        return Sample(frames, 1000 * epoch + index, skipped)

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from training_fakes import QUICK, SMALL_CLIP, SMALL_VIT, FakeData, small_backbone
 
-from cosettle_adapter.training.distribution import make_accelerator
+from cosettle_adapter.training.data import Sample
 from cosettle_adapter.training.errors import TrainingError, TrainingInterrupted
+from cosettle_adapter.training.processes import make_accelerator
 from cosettle_adapter.training.train import StepReport, train
 
 # two processes with half of QUICK's batch
@@ -35,7 +36,7 @@ def run(folder: Path) -> None:
     class Interrupting(FakeData):
         """Ask the second process alone to stop, in the middle of a step."""
 
-        def __getitem__(self, key: tuple[int, int]) -> object:  # type: ignore[override]
+        def __getitem__(self, key: tuple[int, int]) -> Sample:
             if rank == 1 and len(self.seen) == 9:
                 signal.raise_signal(signal.SIGTERM)
             return super().__getitem__(key)

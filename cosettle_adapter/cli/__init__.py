@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate:app", "Measure a model on a benchmark."),
     "fit": ("fit:fit", "Fit a projection on a folder of videos."),
     "train": ("train:train", "Train a projection on a folder of videos."),
-    "prepare": ("prepare:prepare", "Extract the frames of a corpus for training."),
+    "prepare": ("train:prepare", "Extract the frames of a corpus for training."),
     "export": ("export:export", "Write a model as an ONNX or torch.export file."),
     "view": ("view:view", "Click a patch and see what it is similar to, in a local page."),
     "convert": ("models:convert", "Convert a checkpoint of the official code."),

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from cosettle_adapter.backbones import HubOptions, load_backbone
 from cosettle_adapter.cli.common import Output, console, frame_progress, rate
-from cosettle_adapter.training.clips import find_clips
-from cosettle_adapter.training.fit import FitSettings, fit_projection
-from cosettle_adapter.training.model_selection import Layers, labels
+from cosettle_adapter.cli.train import print_next, print_skipped
+from cosettle_adapter.training.fit import FitSettings, find_clips, fit_projection
+from cosettle_adapter.training.model_selection import labels
+from cosettle_adapter.training.statistics import Layers
 
 _NAMES = {"solvers": "solver", "gaps": "gap"}
 
@@ -48,7 +49,7 @@ def fit(
         tuple[float, ...] | None, Parameter(name=("--strengths", "--ridge"))
     ] = None,
     candidates: Path | None = None,
-    workers: int = 1,
+    workers: int = 0,
     licence: str | None = None,
     about_data: str = "",
     backbone_weights: Path | None = None,
@@ -63,11 +64,10 @@ def fit(
         data: folders of videos.
         output: folder to write.
         concatenate: sets of layers to be read together, such as 7+11, to choose from as well; none
-            if empty. By default the last beside each earlier one, and none beside --layers.
+            if empty.
         strengths: of the solvers, to choose from; all that are listed for a solver if empty.
-        candidates: write each projection that it chooses from into this folder, to compare them
-            with evaluate.
-        workers: processes that share the clips, on the CPU.
+        candidates: folder to write each projection into that it chooses from.
+        workers: processes that decode videos; 0 decodes between encoder passes.
         licence: licence to record; the backbone's by default.
         about_data: what the clips are, to record.
         backbone_weights: your own file of the backbone: safetensors or a PyTorch checkpoint.
@@ -75,45 +75,33 @@ def fit(
         cache_dir: cache in place of HF_HOME.
         offline: never touch the network.
     """
-    out = console()
-    clips = [clip for folder in data for clip in find_clips(folder)]
+    out, clips = console(), find_clips(data)
     with out.status(f"loading {backbone}"):
-        loaded = load_backbone(
-            backbone,
-            weights=backbone_weights,
-            device=device,
-            options=HubOptions(cache_dir=cache_dir, local_files_only=offline),
-        )
+        hub = HubOptions(cache_dir=cache_dir, local_files_only=offline)
+        loaded = load_backbone(backbone, weights=backbone_weights, device=device, options=hub)
     sets = None if concatenate is None else tuple(concatenate)
     settings = dataclasses.replace(settings, concatenations=sets, strengths=strengths)
+    about = about_data or ", ".join(folder.name for folder in data)
     with frame_progress(out) as progress:
-        task = progress.add_task("clips", total=len(clips), rate="")
+        task = progress.add_task("clips", total=None, rate="")
 
         def advance(done: int, total: int) -> None:
             speed = rate(done, progress.tasks[task].elapsed, unit="clips")
             progress.update(task, completed=done, total=total, rate=speed)
 
         result = fit_projection(
-            loaded,
-            clips,
-            settings,
-            licence=licence or loaded.row.licence,
-            data=about_data or ", ".join(folder.name for folder in data),
-            workers=workers,
-            on_clip=advance,
+            loaded, clips, settings, licence=licence, data=about, workers=workers, on_clip=advance
         )
     if candidates is not None:
         for candidate, projection in result.projections.items():
             projection.save(candidates / str(candidate))
     result.projection.save(output)
-    names = labels([result.chosen, *result.scores])
+    names = labels(result.projections)
     if result.scores:
         table = Table("layers", "overlap", title="Overlap on rendered clips", title_justify="left")
         for each, score in result.scores.items():
             table.add_row(names[each], f"{score:.3f}")
         out.print(table)
     out.print(f"layers {names[result.chosen]}", markup=False)
-    for clip, reason in result.skipped.items():
-        out.print(f"skipped {clip.name}: {reason}", markup=False)
-    name = output if output.is_absolute() else f"./{output}"
-    out.print(f"load it with CoSettleAdapter.from_pretrained('{name}')", markup=False)
+    print_skipped(out, [(clip.name, reason) for clip, reason in result.skipped.items()])
+    print_next(out, "load it with CoSettleAdapter.from_pretrained('{}')", output)

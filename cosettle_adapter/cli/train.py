@@ -1,32 +1,36 @@
-"""Train a projection for a backbone on a folder of videos; the paper's method."""
+"""Train a projection for a backbone on a folder of videos, and prepare the videos for that."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
-import re
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import Parameter, Token, default_name_transform
+from rich.table import Table
 
 from cosettle_adapter.backbones import HubOptions, load_backbone
-from cosettle_adapter.cli.common import command_line, console
-from cosettle_adapter.cli.training_progress import TrainingProgress, print_result
+from cosettle_adapter.cli.common import Output, command_line, console, frame_progress, rate
 from cosettle_adapter.training import train as training
-from cosettle_adapter.training.batches import open_data
-from cosettle_adapter.training.checkpoint import check_folder, read_run
+from cosettle_adapter.training.cached_views import open_data
+from cosettle_adapter.training.checkpoint import StepReport, check_folder, read_run
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import TrainingError
+from cosettle_adapter.training.prepare import SKIPPED_NAME, PrepareSettings
+from cosettle_adapter.training.prepare import prepare as extract
+from cosettle_adapter.training.processes import make_accelerator
 from cosettle_adapter.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
+    from rich.progress import TaskID
+
+T = TypeVar("T", "TrainOptions", TrainSettings)
 
 _NAMES = {
     "layers": "layer",
@@ -34,7 +38,10 @@ _NAMES = {
     "separability_weight": "kl-weight",
     "warmup_epochs": "warmup",
 }
-_PATHS = ("data", "validation", "init", "backbone-weights", "views-folder", "output")
+_PATHS = ("data", "validation", "backbone_weights", "views_folder", "cache_dir")
+_SECONDS_PER_LINE = 30.0
+_LISTED = 20
+_SMOOTHING = 0.1
 
 
 def _folder_or_nothing(_: Any, tokens: Sequence[Token]) -> str:
@@ -65,19 +72,19 @@ class TrainOptions:
     """
 
     backbone: str | None = None
-    backbone_weights: Path | None = None
+    backbone_weights: str | None = None
     data: tuple[str, ...] | None = None
-    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None
+    output: Annotated[str | None, Parameter(name=("--output", "-o"))] = None
     resume: Annotated[str | None, Parameter(converter=_folder_or_nothing, n_tokens=-1)] = None
     overwrite: bool = False
     validation: tuple[str, ...] | None = None
     stride: int | None = None
     device: str = "auto"
-    views_folder: Path | None = None
+    views_folder: str | None = None
     tensorboard: bool = False
     licence: str | None = None
     about_data: str | None = None
-    cache_dir: Path | None = None
+    cache_dir: str | None = None
     offline: bool = False
 
 
@@ -101,27 +108,33 @@ def train(
     torchrun, which are given -m cosettle_adapter.cli train ... An interrupted run continues with
     --resume DIR alone.
     """
-    words = list(command_line.get())
     if options.resume is not None:
-        options, settings, words = _resumed(options, words)
+        folder = options.resume or options.output
+        if not folder or options.output not in (None, folder):
+            raise TrainingError("give --resume the folder of the run, and no other to -o")
+        began = read_run(Path(folder)).began
+        options = _continued(options, began.get("options", {}))
+        options = dataclasses.replace(options, output=folder, resume=folder)
+        settings = _continued(settings, began.get("settings", {}))
     if not (options.backbone and options.data and options.output):
         needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
         missing = ", ".join(name for name, value in needed.items() if not value)
         raise TrainingError(f"missing {missing}: a new run needs all three")
-    run = functools.partial(_train, options.backbone, options.data, options.output)
+    parts = options.backbone, options.data, Path(options.output)
     accelerator, output = make_accelerator(options.device), console()
     if not accelerator.is_main_process:
         # The first process reports what happens; the others fail with it in silence.
         logging.getLogger("cosettle_adapter").setLevel(logging.CRITICAL)
         output.quiet = True
     try:
-        return run(options, settings, words, accelerator, output)
+        _train(*parts, options, settings, accelerator, output)
     except (OSError, ValueError, KeyboardInterrupt) as error:
         if accelerator.is_main_process:
             raise
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     finally:
         accelerator.end_training()
+    return 0
 
 
 def _train(
@@ -130,10 +143,9 @@ def _train(
     folder: Path,
     options: TrainOptions,
     settings: TrainSettings,
-    words: Sequence[str],
     accelerator: Accelerator,
     console: Console,
-) -> int:
+) -> None:
     resume = options.resume is not None
     check_folder(folder, resume=resume, overwrite=options.overwrite)
     corpus = Corpus.open(data)
@@ -145,13 +157,21 @@ def _train(
             stride=options.stride,
             options=HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline),
         )
+    begun_with = dataclasses.asdict(options) | {"overwrite": False, "resume": None}
+    began: dict[str, Any] = {
+        "command": list(command_line.get()),
+        "options": {k: _anywhere(v) if k in _PATHS else v for k, v in begun_with.items()},
+        "settings": dataclasses.asdict(settings),
+    }
+    if Path(settings.init).is_dir():
+        began["settings"]["init"] = _anywhere(settings.init)
     with TrainingProgress(console) as progress:
         samples = open_data(
             corpus,
             backbone,
             settings,
             accelerator=accelerator,
-            views_folder=options.views_folder or folder / "views",
+            views_folder=Path(options.views_folder or folder / "views"),
             on_sample=progress.encoded,
         )
         trained = training.train(
@@ -166,68 +186,137 @@ def _train(
             tensorboard=options.tensorboard,
             licence=options.licence or "",
             about_data=options.about_data or ", ".join(Path(each).name for each in data),
-            command=_absolute(words),
+            began=began,
             on_start=progress.begin,
             on_step=progress.stepped,
         )
-    for name, reason in corpus.problems:
-        console.print(f"left out {name}: {reason}", markup=False)
-    print_result(console, trained, folder)
-    return 0
+    if trained.figures:
+        columns = list(trained.figures["raw"])
+        titles = [column.replace("_", " ") for column in columns]
+        table = Table("projection", *titles, title="Validation", title_justify="left")
+        for name, figures in trained.figures.items():
+            cells = [figures[column] for column in columns]
+            table.add_row(name, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
+        console.print(table)
+        console.print(f"chosen by overlap: after step {trained.chosen_step} of {trained.steps}")
+    print_skipped(console, [*corpus.problems, *sorted(trained.skipped.items())])
+    print_next(console, "load it with CoSettleAdapter.from_pretrained('{}')", folder)
 
 
-# --- the words of a command line: what a run began with, to be resumed from anywhere ---
+def _continued(given: T, began: Mapping[str, Any]) -> T:
+    """Return what a run began with, and what was given anew, which counts more."""
+    saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in began.items()}
+    for field in dataclasses.fields(given):
+        if (value := getattr(given, field.name)) != field.default:
+            saved[field.name] = value
+    return dataclasses.replace(given, **saved)
 
 
-def _resumed(
-    options: TrainOptions, words: Sequence[str]
-) -> tuple[TrainOptions, TrainSettings, list[str]]:
-    """Add what a run began with to what it is resumed with, which counts more."""
-    from cosettle_adapter.cli import application
-
-    folder = Path(options.resume) if options.resume else options.output
-    if folder is None or options.output not in (None, folder):
-        raise TrainingError("give --resume the folder of the run, and no other to -o")
-    began = read_run(folder).command or list(words)
-    given = {name for name, _ in _grouped(words)}
-    kept = [word for name, group in _grouped(began) if name not in given for word in group]
-    _, bound, _ = application().parse_args(
-        ["train", *kept, *words[1:]], exit_on_error=False, print_error=True
-    )
-    bound.apply_defaults()
-    # a run that began by removing another does not do so again
-    overwrite = options.overwrite and "--overwrite" not in began
-    both: TrainOptions = bound.arguments["options"]
-    both = dataclasses.replace(both, output=folder, resume="", overwrite=overwrite)
-    return both, bound.arguments["settings"], began
-
-
-def _absolute(words: Sequence[str]) -> list[str]:
+def _anywhere(paths: Any) -> Any:
     """Make paths absolute, so that a run resumes from any folder."""
-    absolute = list(words[:1])
-    for name, (option, *values) in _grouped(words):
-        option, equals, value = option.partition("=")
-        if name in _PATHS:
-            value, *values = (_absolute_path(each, name) for each in (value, *values))
-        absolute += [f"{option}{equals}{value}", *values]
-    return absolute
+    if isinstance(paths, tuple):
+        return [_anywhere(path) for path in paths]
+    return paths and str(Path(paths).expanduser().absolute())
 
 
-def _absolute_path(text: str, option: str) -> str:
-    path = Path(text).expanduser()
-    if not text or (option == "init" and not path.is_dir()):
-        return text
-    return os.path.normpath(path.absolute())
+def prepare(
+    *,
+    data: list[str],
+    output: Output,
+    settings: Annotated[PrepareSettings, Parameter(name="*")] = PrepareSettings(),
+    workers: int = os.cpu_count() or 1,
+) -> None:
+    """Extract the frames of a corpus once, so that training reads small images.
+
+    Args:
+        data: folders of videos, lists of paths, patterns, or shards-{000..009}.tar.
+        output: folder to write.
+        workers: processes that decode.
+    """
+    out = console()
+    with frame_progress(out) as progress:
+        task = progress.add_task("videos", total=None, rate="")
+        already: list[int] = []
+
+        def advance(done: int, total: int) -> None:
+            already.append(done)
+            speed = rate(done - already[0], progress.tasks[task].elapsed, unit="videos")
+            progress.update(task, completed=done, total=total, rate=speed)
+
+        count, skipped = extract(data, output, settings, workers=workers, on_video=advance)
+    print_skipped(out, skipped, output / SKIPPED_NAME)
+    before = f", {already[0]} of them from before" if already[0] else ""
+    out.print(f"{output}: the frames of {count} videos{before}", markup=False)
+    print_next(out, "train on it with: cosettle-adapter train --data {}", output)
 
 
-def _grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return the options of a command line with their values, each by its plain name."""
-    groups: list[tuple[str, list[str]]] = []
-    for word in words[1:]:
-        if re.match("-[-a-z]", word):
-            name = word.partition("=")[0].lstrip("-")
-            name = {"o": "output"}.get(name, name.removeprefix("no-"))
-            groups.append((name, [word]))
-        elif groups:
-            groups[-1][1].append(word)
-    return groups
+class TrainingProgress:
+    """Shows views being encoded, then steps: a bar in a terminal, lines now and then in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = frame_progress(console)
+        self._bar.disable = not console.is_terminal
+        self._task: TaskID | None = None
+        self._line_at = 0.0
+        self._rate: float | None = None
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def encoded(self, done: int, total: int) -> None:
+        """Show how many views are on disk."""
+        if self._task is None:
+            self._task = self._bar.add_task("encoding", total=total, rate="")
+        speed = rate(done, self._bar.tasks[self._task].elapsed, unit="views")
+        self._bar.update(self._task, completed=done, rate=speed)
+        self._say(f"encoded {done} of {total} views", last=done == total)
+
+    def begin(self, samples: int) -> None:
+        """Show that the first step is under way; on a CPU it may take minutes."""
+        self._task = self._bar.add_task("first step", total=None, rate="")
+        self._say(f"{samples} samples an epoch; the first step is under way", last=True)
+
+    def stepped(self, report: StepReport) -> None:
+        """Show a step: loss, cycle accuracy, KL, clips a second."""
+        if self._task is not None and self._rate is None:
+            # what a resumed run did before does not predict how long the rest takes
+            self._bar.reset(self._task, completed=report.step - 1, total=report.steps)
+        before = report.clips_per_second if self._rate is None else self._rate
+        self._rate = before + _SMOOTHING * (report.clips_per_second - before)
+        figures = (
+            f"loss {report.loss:.3f}  accuracy {report.accuracy:.3f}  KL {report.kl:.3f}  "
+            f"{self._rate:.1f} clips/s"
+        )
+        if self._task is not None:
+            epoch = f"epoch {report.epoch}"
+            self._bar.update(self._task, description=epoch, completed=report.step, rate=figures)
+        line = f"step {report.step} of {report.steps}, epoch {report.epoch}: {figures}"
+        self._say(line, last=report.step == report.steps)
+
+    def _say(self, line: str, *, last: bool) -> None:
+        now = time.monotonic()
+        if not self._console.is_terminal and (last or now - self._line_at > _SECONDS_PER_LINE):
+            self._console.print(line, highlight=False)
+            self._line_at = now
+
+
+def print_skipped(
+    console: Console, skipped: Sequence[tuple[str, str]], listed_in: Path | None = None
+) -> None:
+    """Print which videos could not be read, and why."""
+    for name, reason in skipped[:_LISTED]:
+        console.print(f"skipped {name}: {reason}", style="yellow", markup=False, highlight=False)
+    if len(skipped) > _LISTED:
+        where = f"; all {len(skipped)} are in {listed_in}" if listed_in else ""
+        console.print(f"and {len(skipped) - _LISTED} more{where}", markup=False)
+
+
+def print_next(console: Console, what: str, folder: Path) -> None:
+    """Print what to do with a folder."""
+    shown = folder if folder.is_absolute() else f"./{folder}"
+    console.print(what.format(shown), markup=False)

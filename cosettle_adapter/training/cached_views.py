@@ -1,7 +1,7 @@
 """Views kept on disk: a few of each clip, encoded once, for any number of epochs.
 
 ``views.json`` says what the views were made of. A clip's views are one file, so that an
-interruption costs no more than the clips that were being encoded; of a clip that cannot be read, a
+interruption costs no more than the clip that was being encoded; of a clip that cannot be read, a
 text file says why.
 """
 
@@ -11,11 +11,10 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,166 +25,71 @@ from torch.utils.data import Dataset
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.io import atomic_path, exclusive
-from cosettle_adapter.training.data import Batch, Key, TrainingPairs, load_batches
-from cosettle_adapter.training.encoding import Views, draw_offsets, encode_views
+from cosettle_adapter.training.corpus import Corpus
+from cosettle_adapter.training.data import (
+    Batch,
+    Key,
+    Sample,
+    TrainingPairs,
+    collate,
+    load_batches,
+    seed_of,
+)
+from cosettle_adapter.training.encoding import compile_encoder, encode
 from cosettle_adapter.training.errors import (
     DiskFullError,
     TrainingError,
     TrainingInterrupted,
     disk_full,
+    keep_settings,
 )
-from cosettle_adapter.training.seeds import seed_of
-from cosettle_adapter.training.settings import ObjectiveSettings
+from cosettle_adapter.training.processes import on_main
+from cosettle_adapter.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 INDEX_NAME = "views.json"
 
-_FORMAT = {"format": "cosettle-views", "version": 2}
+_AT_ONCE = 16  # samples encoded at a time
 
 
-class CachedSample(NamedTuple):
-    """The encoded views of one cycle.
-
-    Attributes:
-        tokens: (I, N, C) float16: the T frames, then all but the last with perturbed positions.
-        seed: of whatever else is drawn for this sample.
-    """
-
-    tokens: Tensor
-    seed: int
-
-
-class CachedViews(Dataset[CachedSample]):
+class CachedViews(Dataset[Sample]):
     """Encoded views of a corpus, read from disk in place of decoding and encoding.
 
     View ``k`` of a clip is encoded from what :class:`TrainingPairs` draws at that clip's ``k``-th
     turn, so that the two give the same samples until the views are used up; then they repeat.
     Positions are perturbed at a place of its own for each view, whether ``pea`` is ``sample`` or
-    ``batch``. Videos that cannot be read are left out for good.
-
-    Attributes:
-        skipped: videos that could not be read, and why.
-        clips: number of the others.
+    ``batch``. Videos that cannot be read are left out for good; ``skipped`` says why.
     """
 
-    def __init__(
-        self, folder: Path, pairs: TrainingPairs, made_of: Mapping[str, Any], grid: tuple[int, int]
-    ) -> None:
-        self._folder, self._made_of, self._grid = folder, dict(made_of), grid
-        self._per_clip, self._seed = pairs.pairs_per_clip, pairs.seed
+    def __init__(self, folder: Path, pairs: TrainingPairs, made_of: Mapping[str, Any]) -> None:
+        self._folder, self._per_clip, self._settings = folder, pairs.pairs_per_clip, pairs.settings
         self._names = [video.name for video in pairs.corpus.videos]
-        there = _dealt_with(folder)
-        self._kept = [clip for clip in range(pairs.clips) if there.get(clip) is None]
-        self.skipped = tuple((self._names[c], why) for c, why in sorted(there.items()) if why)
+        done = _encoded(folder)
+        self._kept = [clip for clip, problem in sorted(done.items()) if not problem]
         self.clips = len(self._kept)
-        if not self.clips:
+        self.skipped = tuple((self._names[clip], why) for clip, why in done.items() if why)
+        described = json.dumps([made_of, self.skipped, self._per_clip])
+        self.digest = hashlib.sha256(described.encode()).hexdigest()
+        if not self._kept:
             name, problem = self.skipped[0]
             raise FrameError(
                 f"none of the {pairs.clips} videos can be read; the first of them: {name} "
                 f"({problem})"
             )
 
-    @classmethod
-    def build(
-        cls,
-        folder: str | os.PathLike[str],
-        pairs: TrainingPairs,
-        backbone: Backbone,
-        settings: ObjectiveSettings,
-        *,
-        layers: Sequence[int],
-        norm: bool | None,
-        views: int,
-        autocast: torch.dtype | None = None,
-        batch_size: int = 16,
-        workers: int = 0,
-        on_sample: Callable[[int, int], None] | None = None,
-    ) -> CachedViews:
-        """Encode views into a folder, or continue where an earlier call was stopped.
-
-        A complete folder is used as it is. One process at a time may build a folder; any number
-        may read a complete one.
-
-        Args:
-            folder: created if it does not exist.
-            pairs: what to encode.
-            backbone: the frozen encoder.
-            settings: only how positions are perturbed matters here.
-            layers: layers to read, concatenated along the channels.
-            norm: apply the final norm, as in :meth:`Backbone.patch_tokens`.
-            views: of each clip, at least 1.
-            autocast: dtype to encode in, if not the backbone's.
-            batch_size: samples encoded at a time.
-            workers: processes that decode.
-            on_sample: called with the views done and their number.
-
-        Raises:
-            TrainingError: the folder holds other views (the message says what differs), another
-                process is building it, or the tokens do not fit float16.
-            DiskFullError: there is not room for all views, which is checked before anything is
-                encoded, or there is no more; views that are complete are kept.
-            FrameError: no video can be read.
-            TrainingInterrupted: Ctrl-C; views that are complete are kept.
-        """
-        folder = Path(folder)
-        perturbed = settings.pea != "off"
-        # a view outlives the step it is made in, so its offset cannot be the step's
-        own = dataclasses.replace(settings, pea="sample") if perturbed else settings
-        encoder = _Encoder(
-            backbone, own, [backbone.block(layer) for layer in layers], norm, autocast, batch_size
-        )
-        made_of = {
-            "backbone": backbone.row.name,
-            "fingerprint": backbone.fingerprint,
-            "stride": backbone.stride,
-            "layers": encoder.layers,
-            "norm": norm,
-            "precision": str(autocast or backbone.dtype).removeprefix("torch."),
-            "size": pairs.size,
-            "frames": pairs.frames,
-            "squash": pairs.squash,
-            "views": views,
-            "pea": "on" if perturbed else "off",
-            "pea_ratio": settings.pea_ratio if perturbed else None,
-            "seed": pairs.seed,
-            "corpus": pairs.corpus.digest,
-        }
-        grid = backbone.grid(pairs.size, pairs.size)
-        _compare(folder, made_of)
-        missing = pairs.clips - len(_dealt_with(folder))
-        if missing:
-            images = 2 * pairs.frames - 1 if perturbed else pairs.frames
-            width = sum(backbone.widths[layer] for layer in encoder.layers)
-            _check_room(folder, missing * views * images * math.prod(grid) * width * 2, missing)
-            _encode_missing(folder, made_of, pairs, encoder, workers, on_sample)
-        return cls(folder, pairs, made_of, grid)
-
-    @property
-    def digest(self) -> str:
-        """sha256 over what the views were made of and what was left out."""
-        made = json.dumps([self._made_of, self.skipped, self._per_clip])
-        return hashlib.sha256(made.encode()).hexdigest()
-
     def __len__(self) -> int:
-        """Samples of an epoch."""
         return self.clips * self._per_clip
 
     def name(self, index: int) -> str:
         """Return the name of the video that sample ``index`` was drawn from."""
         return self._names[self._kept[index // self._per_clip]]
 
-    def __getitem__(self, key: Key) -> CachedSample:
-        """Return the views of ``(epoch, index)``, both 0-based.
-
-        Raises:
-            IndexError: no such sample.
-            TrainingError: its file is damaged.
-        """
-        epoch, index = key
-        if not 0 <= index < len(self) or epoch < 0:
-            raise IndexError(f"no sample {index} of epoch {epoch}; an epoch has {len(self)}")
-        place, turn = divmod(index, self._per_clip)
+    def __getitem__(self, key: Key) -> Sample:
+        place, turn = divmod(key[1], self._per_clip)
         clip = self._kept[place]
-        view = (epoch * self._per_clip + turn) % self._made_of["views"]
+        view = (key[0] * self._per_clip + turn) % self._settings.cache_views
         path = _tokens_of(self._folder, clip)
         try:
             with safe_open(path, "pt") as file:
@@ -194,185 +98,156 @@ class CachedViews(Dataset[CachedSample]):
             raise TrainingError(
                 f"{path} cannot be read ({error}); delete it and run the same again"
             ) from error
-        return CachedSample(tokens, seed_of(self._seed, clip, view))
+        return Sample(tokens, seed_of(self._settings.seed, clip, view))
 
-    def collate(self, samples: Sequence[CachedSample]) -> Batch:
-        """Stack samples into a batch of views."""
-        tokens = torch.stack([sample.tokens for sample in samples])
-        frames = self._made_of["frames"]
-        forward, perturbed = tokens[:, :frames], tokens[:, frames:]
-        backward = perturbed if self._made_of["pea"] == "on" else forward[:, :-1]
-        seeds = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
-        return Batch(seeds, views=Views(forward, backward, self._grid))
+
+TrainingData = TrainingPairs | CachedViews
+
+
+def open_data(
+    corpus: Corpus,
+    backbone: Backbone,
+    settings: TrainSettings,
+    *,
+    accelerator: Accelerator,
+    views_folder: Path,
+    on_sample: Callable[[int, int], None] = lambda done, total: None,
+) -> TrainingData:
+    """Return the samples that a run with ``settings`` is trained on.
+
+    Where views are kept on disk, the backbone moves to the accelerator's device, and the first
+    process encodes what is missing while the others wait; the folder must be on a disk that all of
+    them see. Arguments and errors are those of :func:`build_views`.
+    """
+    pairs = TrainingPairs(corpus, settings)
+    if not settings.cache_views:
+        return pairs
+    backbone.to(accelerator.device)
+    if settings.compile:
+        compile_encoder(backbone)
+    built = on_main(accelerator, lambda: build_views(views_folder, pairs, backbone, on_sample))
+    return built or build_views(views_folder, pairs, backbone)
+
+
+def build_views(
+    folder: Path,
+    pairs: TrainingPairs,
+    backbone: Backbone,
+    on_sample: Callable[[int, int], None] = lambda done, total: None,
+) -> CachedViews:
+    """Encode views into a folder, or continue where an earlier call was stopped.
+
+    One process at a time may build a folder; any number may read a complete one. ``on_sample`` is
+    called with the views encoded and their number.
+
+    Raises:
+        TrainingError: the folder holds other views (the message says what differs), another
+            process is building it, or the tokens do not fit float16.
+        DiskFullError: there is not room for all views, which is checked before anything is
+            encoded, or there is no more; views that are complete are kept.
+        FrameError: no video can be read.
+        TrainingInterrupted: Ctrl-C; views that are complete are kept.
+    """
+    settings = pairs.settings
+    config = settings.head_config(backbone)
+    grid = backbone.grid(settings.size, settings.size)
+    names = ("size", "frames", "squash", "cache_views", "pea_ratio", "precision", "seed")
+    made_of = {name: getattr(settings, name) for name in names} | {
+        "pea": settings.pea != "off",
+        "backbone": config.backbone,
+        "fingerprint": config.fingerprint,
+        "stride": backbone.stride,
+        "layers": list(config.layers),
+        "norm": config.norm,
+        "videos": pairs.corpus.digest,
+    }
+    refusal = TrainingError(
+        f"another run is encoding views into {folder}: wait until it is done with them, or use "
+        "another folder"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / INDEX_NAME).exists():
+        keep_settings(folder / INDEX_NAME, made_of)
+    missing = pairs.clips - len(_encoded(folder))
+    if missing:
+        images = settings.frames if settings.pea == "off" else 2 * settings.frames - 1
+        patches = missing * settings.cache_views * images * math.prod(grid)
+        needed = patches * config.in_width * torch.float16.itemsize
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise DiskFullError(
+                f"the views of {missing} clips take {needed / 1e9:.3f} GB, and {folder} has "
+                f"{free / 1e9:.3f} GB free; keep fewer views, use smaller frames, or another disk"
+            )
+        with exclusive(folder, refusal=refusal):
+            keep_settings(folder / INDEX_NAME, made_of)
+            _encode_missing(folder, pairs, backbone, on_sample)
+    return CachedViews(folder, pairs, made_of)
 
 
 def _tokens_of(folder: Path, clip: int) -> Path:
     return folder / f"{clip:07d}.safetensors"
 
 
-def _dealt_with(folder: Path) -> dict[int, str | None]:
-    """Return which clips are done: with ``None``, or why they cannot be read."""
-    if not folder.is_dir():
-        return {}
-    paths = [path for path in folder.iterdir() if path.stem.isdigit()]
-    return {
-        int(path.stem): path.read_text("utf-8") if path.suffix == ".txt" else None
-        for path in paths
-        if path.suffix in (".txt", ".safetensors")
-    }
+def _encoded(folder: Path) -> dict[int, str]:
+    """Return which clips are done, and why some of them cannot be read."""
+    done = {int(path.stem): "" for path in folder.glob("*.safetensors") if path.stem.isdigit()}
+    return done | {int(path.stem): path.read_text("utf-8") for path in folder.glob("*.txt")}
 
 
-def _compare(folder: Path, made_of: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds other views."""
-    path = folder / INDEX_NAME
-    if not path.exists():
-        return
-    remedy = f"use another folder, or delete {folder}"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if {name: content[name] for name in _FORMAT} != _FORMAT:
-            raise ValueError(f"another version's: {content['version']!r}")
-        before = dict(content["made_of"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path} cannot be read ({error!r}); {remedy}") from error
-    differing = [name for name in sorted(made_of) if before.get(name) != made_of[name]]
-    if differing == ["corpus"]:
-        raise TrainingError(
-            f"the views in {folder} were made from other videos: some were added, removed, "
-            f"renamed or changed since; {remedy}"
-        )
-    if differing:
-        told = ", ".join(
-            f"{name} {str(before.get(name))[:40]} (now {str(made_of[name])[:40]})"
-            for name in differing
-        )
-        raise TrainingError(f"the views in {folder} were made with {told}; {remedy}")
+class _Draws(Dataset[Any]):
+    """A clip's number with all its views, decoded and cropped, or why there are none."""
 
+    def __init__(self, pairs: TrainingPairs) -> None:
+        self._pairs = pairs
 
-def _check_room(folder: Path, needed: int, clips: int) -> None:
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DiskFullError(
-            f"the views of {clips} clips take {needed / 1e9:.3f} GB, and {existing} has "
-            f"{free / 1e9:.3f} GB free; keep fewer views, use smaller frames, or another disk"
-        )
-
-
-class _Clip(NamedTuple):
-    """All views of a clip to encode, or why there are none."""
-
-    number: int
-    batch: Batch | None = None
-    problem: str = ""
-
-
-class _Draws(Dataset[_Clip]):
-    """Clips with all their views, decoded and cropped."""
-
-    def __init__(self, pairs: TrainingPairs, views: int) -> None:
-        self._pairs, self._views = pairs, views
-
-    def __getitem__(self, clip: int) -> _Clip:
+    def __getitem__(self, clip: int) -> tuple[int, Batch | str]:
         try:
-            return _Clip(clip, self._pairs.collate(self._pairs.draw(clip, range(self._views))))
+            views = range(self._pairs.settings.cache_views)
+            return clip, collate(self._pairs.draw(clip, views))
         except FrameError as error:
-            return _Clip(clip, problem=str(error) or "unreadable")
-
-
-def _only(clips: Sequence[_Clip]) -> _Clip:
-    return clips[0]
-
-
-class _Encoder(NamedTuple):
-    backbone: Backbone
-    settings: ObjectiveSettings
-    layers: list[int]
-    norm: bool | None
-    autocast: torch.dtype | None
-    batch_size: int
-
-    def encode(self, clips: Sequence[_Clip]) -> Tensor:
-        """Encode what could be read: tokens (B, I, N, C) float16, on the CPU."""
-        batches = [clip.batch for clip in clips if clip.batch is not None]
-        frames = torch.cat([batch.frames for batch in batches if batch.frames is not None])
-        seeds = torch.cat([batch.seeds for batch in batches])
-        device, half = self.backbone.device.type, self.autocast is not None
-        encoded = []
-        with torch.inference_mode(), torch.autocast(device, self.autocast, enabled=half):
-            for first in range(0, len(frames), self.batch_size):
-                part = slice(first, first + self.batch_size)
-                views = encode_views(
-                    self.backbone,
-                    frames[part],
-                    layers=self.layers,
-                    norm=self.norm,
-                    settings=self.settings,
-                    offsets=draw_offsets(self.settings, seed=0, step=0, sample_seeds=seeds[part]),
-                )
-                both = [views.forward] if self.settings.pea == "off" else list(views[:2])
-                encoded.append(torch.cat(both, dim=1).to(torch.float16).cpu())
-        tokens = torch.cat(encoded)
-        if not bool(tokens.isfinite().all()):
-            raise TrainingError(
-                f"tokens of layers {self.layers} are not finite in float16; encode in float32, "
-                "read other layers, apply the final norm, or train without cached views"
-            )
-        return tokens
+            return clip, str(error)
 
 
 def _encode_missing(
-    folder: Path,
-    made_of: Mapping[str, Any],
-    pairs: TrainingPairs,
-    encoder: _Encoder,
-    workers: int,
-    on_sample: Callable[[int, int], None] | None,
+    folder: Path, pairs: TrainingPairs, backbone: Backbone, on_sample: Callable[[int, int], None]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    refusal = (
-        f"another run is encoding views into {folder}: wait until it is done with them, or use "
-        "another folder"
-    )
-    views = int(made_of["views"])
-    together = max(1, math.ceil(encoder.batch_size / views))
-    with exclusive(folder, refusal=TrainingError(refusal)):
-        there = _dealt_with(folder)  # another run may just have continued
-        missing = [clip for clip in range(pairs.clips) if clip not in there]
-        keys = [[clip] for clip in missing]
-        decoded = load_batches(_Draws(pairs, views), keys, collate=_only, workers=workers)
-        done = len(there)
-        try:
-            with disk_full(
-                f"no room is left in {folder} for the views; those that are complete are kept. "
-                "Make room and run the same again to continue"
-            ):
-                with atomic_path(folder / INDEX_NAME) as path:
-                    path.write_text(json.dumps({**_FORMAT, "made_of": made_of}, indent=1), "utf-8")
-                while done < pairs.clips:
-                    clips = [next(decoded) for _ in range(min(together, pairs.clips - done))]
-                    _write(folder, clips, encoder)
-                    done += len(clips)
-                    if on_sample is not None:
-                        on_sample(done * views, pairs.clips * views)
-        except KeyboardInterrupt as interruption:
-            raise TrainingInterrupted(
-                f"the views of {done} of {pairs.clips} clips are kept in {folder}; run the same "
-                "again to continue"
-            ) from interruption
+    views, done = pairs.settings.cache_views, _encoded(folder)  # another may just have continued
+    keys, count = [[clip] for clip in range(pairs.clips) if clip not in done], len(done)
+    try:
+        with disk_full(
+            f"no room is left in {folder} for the views; those that are complete are kept. Make "
+            "room and run the same again to continue"
+        ):
+            decoded = load_batches(_Draws(pairs), keys, workers=pairs.settings.workers)
+            for ((clip, drawn),) in decoded:
+                if isinstance(drawn, str):
+                    with atomic_path(folder / f"{clip:07d}.txt") as path:
+                        path.write_text(drawn, "utf-8")
+                else:
+                    tokens = _encode_clip(backbone, pairs.settings, drawn)
+                    with atomic_path(_tokens_of(folder, clip)) as path:
+                        save_file({"tokens": tokens}, path)
+                count += 1
+                on_sample(count * views, pairs.clips * views)
+    except KeyboardInterrupt as interruption:
+        raise TrainingInterrupted(
+            f"the views of {count} of {pairs.clips} clips are kept in {folder}; run the same "
+            "again to continue"
+        ) from interruption
 
 
-def _write(folder: Path, clips: Sequence[_Clip], encoder: _Encoder) -> None:
-    read = [clip for clip in clips if clip.batch is not None]
-    for clip in clips:
-        if clip.batch is None:
-            with atomic_path(folder / f"{clip.number:07d}.txt") as path:
-                path.write_text(clip.problem, "utf-8")
-    if not read:
-        return
-    tokens = encoder.encode(read)
-    for clip, own in zip(read, tokens.chunk(len(read)), strict=True):
-        with atomic_path(_tokens_of(folder, clip.number)) as path:
-            save_file({"tokens": own.contiguous()}, path)
+def _encode_clip(backbone: Backbone, settings: TrainSettings, drawn: Batch) -> Tensor:
+    """Encode the samples of a clip, a few at a time: tokens (B, I, N, C) float16, on the CPU."""
+    if settings.pea == "batch":
+        # a view outlives the step it is made in, so its offset cannot be the step's
+        settings = dataclasses.replace(settings, pea="sample")
+    parts = zip(*(torch.split(each, _AT_ONCE) for each in drawn[:2]), strict=True)
+    encoded = [encode(backbone, settings, *part, step=0).to("cpu", torch.float16) for part in parts]
+    tokens = torch.cat(encoded)
+    if not bool(tokens.isfinite().all()):
+        raise TrainingError(
+            "tokens are not finite in float16; encode in float32, read other layers, apply the "
+            "final norm, or train without cached views"
+        )
+    return tokens

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its checkpoints, its result.
+"""The folder of a run: its lock, its checkpoints, its metrics, its result.
 
 A checkpoint is what Accelerate's ``save_state`` writes (``model.safetensors``, ``optimizer.bin``,
 the random states of every process), with ``run.json`` and the best projection so far beside it. It
@@ -10,20 +10,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosettle_adapter.cards import model_card
+from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path, exclusive
 from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection
-from cosettle_adapter.training.distribution import everywhere, on_main
-from cosettle_adapter.training.errors import CheckpointError, TrainingError, disk_full
+from cosettle_adapter.training.errors import CheckpointError, TrainingError, differences, disk_full
+from cosettle_adapter.training.processes import everywhere, on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,30 +34,20 @@ CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 CARD_FILE = "README.md"
 
-_FORMAT_VERSION = 2
 _RUN_FILE, _BEST_FILE = "run.json", "best.safetensors"
-_OLD_CHECKPOINT = "checkpoint.pt"  # of version 0.1
 
 
 @dataclasses.dataclass
 class RunState:
-    """A run between two steps, beside its weights; plain data.
+    """A run between two steps, beside its weights; plain data."""
 
-    Attributes:
-        config: what decides the result, and must be the same on resuming: settings, backbone, data.
-        step: steps done.
-        command: words of the command line that began the run.
-        skipped: videos that could not be read so far, and why.
-        figures: validation figures: of the backbone's own tokens, the first and the last head.
-        best: step and figures of the best projection so far by validation.
-    """
-
-    config: dict[str, Any]
-    step: int = 0
-    command: list[str] = dataclasses.field(default_factory=list)
-    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any]  # what decides the result, and must be the same on resuming
+    step: int = 0  # steps done
+    began: dict[str, Any] = dataclasses.field(default_factory=dict)  # for whoever resumes it
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # videos, and why
+    # of the backbone's own tokens, the first and the last head
     figures: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
-    best: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None  # step and figures of the best projection by validation
 
 
 def latest(folder: Path) -> Path | None:
@@ -71,25 +63,14 @@ def read_run(folder: Path) -> RunState:
     """
     checkpoint = latest(folder)
     if checkpoint is None:
-        old = ""
-        if (folder / _OLD_CHECKPOINT).exists():
-            old = f" (its {_OLD_CHECKPOINT} is version 0.1's, which can finish it)"
         raise CheckpointError(
-            f"{folder} holds no checkpoint, so there is no run to resume{old}; "
-            "leave --resume away to begin one"
+            f"{folder} holds no checkpoint, so there is no run to resume; leave --resume away to "
+            "begin one"
         )
     try:
-        content = json.loads((checkpoint / _RUN_FILE).read_text("utf-8"))
-        version = content.pop("format_version")
-        state = RunState(**content) if version == _FORMAT_VERSION else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return RunState(**json.loads((checkpoint / _RUN_FILE).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise _damaged(checkpoint, error) from error
-    if state is None:
-        raise CheckpointError(
-            f"{checkpoint} has format_version {version!r}, and this version of cosettle-adapter "
-            f"reads {_FORMAT_VERSION}"
-        )
-    return state
 
 
 def save(
@@ -103,15 +84,10 @@ def save(
     final = folder / CHECKPOINTS / f"step_{state.step:08d}"
     part = final.with_name(f".{final.name}")
 
-    def begin() -> None:
-        remove_unfinished(folder)
-        part.mkdir(parents=True)
-
     def end() -> None:
         if best is not None:
             save_file(dict(best), part / _BEST_FILE)
-        content = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(state)}
-        (part / _RUN_FILE).write_text(json.dumps(content, indent=1), "utf-8")
+        (part / _RUN_FILE).write_text(json.dumps(dataclasses.asdict(state), indent=1), "utf-8")
         for path in part.iterdir():
             with path.open("rb") as written:
                 os.fsync(written.fileno())
@@ -124,7 +100,7 @@ def save(
 
     with _whole_model(accelerator), room_for_run(folder):
         try:
-            on_main(accelerator, begin)
+            on_main(accelerator, lambda: part.mkdir(parents=True))
             everywhere(accelerator, lambda: accelerator.save_state(str(part)))
             on_main(accelerator, end)
         except BaseException:
@@ -136,24 +112,18 @@ def save(
 def restore(
     accelerator: Accelerator, folder: Path, config: Mapping[str, Any]
 ) -> tuple[RunState, dict[str, Tensor] | None]:
-    """Load the latest checkpoint into what ``accelerator`` prepared.
-
-    Returns:
-        The run's state, and the best projection so far by validation.
+    """Load the latest checkpoint into what ``accelerator`` prepared; returns the rest of it.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it belongs to a run with other settings.
     """
     state = read_run(folder)
-    faults = differences(state.config, config)
-    if faults:
+    if differing := differences(state.config, config):
         raise CheckpointError(
-            f"{folder} holds another run: {'; '.join(faults)}. Resume it with the settings it "
-            "began with, or begin again with --overwrite"
+            f"{folder} holds another run: {differing}. Resume it with the settings it began with, "
+            "or begin again with --overwrite"
         )
-    checkpoint = latest(folder)
-    if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no checkpoint to resume from")
+    checkpoint = folder / CHECKPOINTS / f"step_{state.step:08d}"
     try:
         with _whole_model(accelerator):
             accelerator.load_state(str(checkpoint))
@@ -173,40 +143,17 @@ def _whole_model(accelerator: Accelerator) -> Iterator[None]:
     def unwrap(models: list[Any], folder: str) -> None:
         models[:] = [accelerator.unwrap_model(model) for model in models]
 
-    hooks = [
-        accelerator.register_save_state_pre_hook(unwrapped),
-        accelerator.register_load_state_pre_hook(unwrap),
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(accelerator.register_save_state_pre_hook(unwrapped).remove)
+        hooks.callback(accelerator.register_load_state_pre_hook(unwrap).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _damaged(checkpoint: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{checkpoint} is damaged or not a checkpoint ({type(error).__name__}); "
+        f"{checkpoint} is damaged or not a checkpoint of this version ({type(error).__name__}); "
         "--overwrite begins the run again"
     )
-
-
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name what differs between two configs, nested ones by their path."""
-    faults: list[str] = []
-    for name in sorted(saved.keys() | now.keys()):
-        before, after = saved.get(name), now.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            faults += [f"{name}.{fault}" for fault in differences(before, after)]
-        elif before != after:
-            faults.append(f"{name} was {before!r}, is {after!r}")
-    return faults
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left of a checkpoint that it was writing."""
-    for part in (folder / CHECKPOINTS).glob(".step_*"):
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def room_for_run(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -218,43 +165,23 @@ def room_for_run(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, unless the caller said what to do with it.
-
-    Raises:
-        TrainingError: it holds a run that did a step, or a projection, and neither ``resume`` nor
-            ``overwrite`` was asked for; or both were; or it is a file.
-    """
+    """Refuse a folder that holds a run that did a step, or a projection, unless told what to do."""
     if resume and overwrite:
         raise TrainingError("--resume continues a run and --overwrite removes it: give one")
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file; the output is a folder")
-    if resume or overwrite:
-        return
-    resumable = _did_a_step(folder)
-    if resumable or (folder / WEIGHTS_FILE).exists():
+    checkpoint = latest(folder)
+    resumable = checkpoint is not None and not checkpoint.name.endswith("_00000000")
+    if not (resume or overwrite) and (resumable or (folder / WEIGHTS_FILE).exists()):
         held = "checkpoint" if resumable else WEIGHTS_FILE
         remedy = f"continue with --resume {folder}, or " if resumable else ""
-        raise TrainingError(
-            f"{folder} already holds a {held}: {remedy}begin again with --overwrite, which "
-            "removes it"
-        )
-
-
-def _did_a_step(folder: Path) -> bool:
-    """Tell whether ``folder`` holds a run that did a step; without one there is nothing to lose."""
-    try:
-        return read_run(folder).step > 0
-    except CheckpointError:  # none, or of another version: not ours to throw away
-        return latest(folder) is not None or (folder / _OLD_CHECKPOINT).exists()
+        told = f"{remedy}begin again with --overwrite, which removes it"
+        raise TrainingError(f"{folder} already holds a {held}: {told}")
 
 
 @contextlib.contextmanager
 def claimed_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Make the output folder ready for a run, and keep others out of it while the block runs.
-
-    Raises:
-        TrainingError: as :func:`check_folder`, or another process is writing into it.
-    """
+    """Make the output folder ready for a run, and keep others out of it while the block runs."""
     check_folder(folder, resume=resume, overwrite=overwrite)
     with room_for_run(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -264,24 +191,77 @@ def claimed_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[N
         check_folder(folder, resume=resume, overwrite=overwrite)
         if overwrite:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            for name in (_OLD_CHECKPOINT, METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
+            for name in (METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
                 (folder / name).unlink(missing_ok=True)
-        remove_unfinished(folder)
+        for part in (folder / CHECKPOINTS).glob(".step_*"):  # of a process that was killed
+            shutil.rmtree(part, ignore_errors=True)
         yield
 
 
 def write_result(folder: Path, projection: Projection) -> None:
-    """Write the projection, its config and its card, each completely or not at all.
-
-    Raises:
-        DiskFullError: no space left.
-    """
+    """Write the projection, its config and its card, each completely or not at all."""
     with room_for_run(folder):
         projection.save(folder)
         with atomic_path(folder / CARD_FILE) as path:
             path.write_text(model_card(projection.config), encoding="utf-8")
 
 
-def shown_command(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line without where things lie on somebody's machine."""
-    return [Path(word).name if Path(word).expanduser().is_absolute() else word for word in words]
+class StepReport(NamedTuple):
+    """How a run is doing after a step: means over its samples, ``kl`` before its weight."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    cycle: float
+    kl: float
+    accuracy: float
+    lr: float
+    grad_norm: float
+    clips_per_second: float
+
+
+class MetricsLog:
+    """Appends a line per logged step to ``metrics.jsonl``, and the same to TensorBoard.
+
+    Lines that will come again are removed: those after ``step``, and at step 0, which is measured
+    anew, all of them.
+    """
+
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
+        self._folder = folder
+        first = step + 1 if step else 0
+        self._tracker: Any = None
+        if tensorboard:
+            purpose = "writing TensorBoard files"
+            require("torch.utils.tensorboard", extra="tensorboard", purpose=purpose)
+            tracking = require("accelerate.tracking", extra="train", purpose=purpose)
+            self._tracker = tracking.TensorBoardTracker("tensorboard", folder, purge_step=first)
+            self._tracker.start()
+        kept = [line for line in read_metrics(folder) if line["step"] < first]
+        with room_for_run(folder), atomic_path(folder / METRICS_FILE) as path:
+            path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a line; numbers that are not finite become null."""
+        line = {"step": step, **values}
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None
+        with room_for_run(self._folder):
+            with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(line)}\n")
+            if self._tracker is not None:
+                self._tracker.log({k: v for k, v in values.items() if k != "epoch"}, step=step)
+
+    def close(self) -> None:
+        """Finish TensorBoard's file."""
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's ``metrics.jsonl``, without one that was cut off."""
+    file = folder / METRICS_FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -1,125 +1,91 @@
-"""A corpus: the videos that training draws from, read a few frames at a time."""
+"""A corpus: the videos that training draws from, found by name and read a few frames at a time.
+
+WebDataset shards are read by the positions of their members, because training reads single frames
+of single videos in random order; the ``webdataset`` library reads shards front to back.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import glob
 import hashlib
 import os
-import stat
+import re
+import tarfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cosettle_adapter.errors import CosettleError, FrameError
-from cosettle_adapter.training.discovery import EXPECTED, Discovery, Found, discover
-from cosettle_adapter.video.decoder import FileRange, decode_video
-from cosettle_adapter.video.files import IMAGE_SUFFIXES, natural_key, read_image
+from cosettle_adapter.errors import CosettleError, FrameError, did_you_mean
+from cosettle_adapter.imports import require
+from cosettle_adapter.video.decoder import FileRange, VideoSource, decode_video
+from cosettle_adapter.video.files import is_image, is_video, natural_key, read_image
 from cosettle_adapter.video.random_access import count_frames, read_frames
+from cosettle_adapter.video.reader import pending_frames
 from cosettle_adapter.video.selection import PendingFrame
 
+_SHARD = ".tar"
+_LISTS = (".csv", ".lst", ".txt", ".tsv")
+_EXPECTED = (
+    "a folder of videos or of folders of images, a list of paths (.txt or .csv), a pattern such as "
+    "'clips/*.mp4', or shards such as 'shards-{000..009}.tar', not compressed"
+)
+_COLUMNS = re.compile(r"[,\t]|(?:\s+\d+)+$")  # what a path in a list may be followed by
+_COLUMN_NAMES = {"file", "filename", "name", "path", "video", "video_path"}
+_LINES_TRIED = 1000
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Video:
-    """A video of a corpus: a video file, a member of a shard, or a folder of images.
 
-    Attributes:
-        name: path below the corpus, with forward slashes; no two videos have the same.
-        where: the file or folder.
-    """
+class Video(NamedTuple):
+    """A video file, a folder of images, or a member of a shard."""
 
-    name: str
-    where: Found
+    name: str  # path below the corpus, with forward slashes; no two videos have the same
+    source: VideoSource
 
     def length(self) -> int:
-        """Count the frames.
-
-        Raises:
-            FrameError: it cannot be read, or is damaged or cut off as far as can be told without
-                decoding.
-        """
+        """Count the frames; raises :class:`FrameError` where that shows that they are damaged."""
         with self._named():
-            if self.where.frames is not None:
-                return self.where.frames
-            source = self._source()
-            return len(source) if isinstance(source, list) else count_frames(source)
+            images = self._images()
+            return count_frames(self.source) if images is None else len(images)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Decode given frames and as few others as possible.
-
-        Args:
-            indices: 0-based, in any order, repeated or not.
-
-        Returns:
-            (T, 3, H, W) uint8, in the order of ``indices``.
+        """Return the frames at 0-based ``indices`` in that order, ``(T, 3, H, W)`` uint8.
 
         Raises:
             FrameError: a frame that does not exist or cannot be read, or frames of several sizes.
         """
         with self._named():
-            source = self._source()
-            if not isinstance(source, list):
-                return read_frames(source, indices)
-            if self.where.frames not in (None, len(source)):
-                raise FrameError(
-                    f"{self.where.path} holds {len(source)} images, but the index of its corpus "
-                    f"says {self.where.frames}; run prepare again, or delete the index"
-                )
-            frames = {index: read_image(source[index]) for index in set(indices)}
+            images = self._images()
+            if images is None:
+                return read_frames(self.source, indices)
+            frames = {index: read_image(images[index]) for index in set(indices)}
             if len({frame.shape for frame in frames.values()}) > 1:
-                raise FrameError(f"the images in {self.where.path} are of several sizes")
+                raise FrameError(f"the images in {self.source} are of several sizes")
             return torch.stack([frames[index] for index in indices])
 
     def frames(self) -> Generator[PendingFrame, None, None]:
-        """Yield all frames in order, with their times in seconds (images: their positions).
-
-        Raises:
-            FrameError: it cannot be read.
-            TruncatedVideoError: it breaks off; all that is readable was yielded before.
-        """
+        """Yield all frames in order, with their times in seconds (images: their positions)."""
         with self._named():
-            source = self._source()
-            if not isinstance(source, list):
-                yield from decode_video(source)
-                return
-            for position, path in enumerate(source):
-                yield PendingFrame(float(position), str(path), partial(read_image, path))
+            images = self._images()
+            yield from decode_video(self.source) if images is None else pending_frames(images)
 
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder of images."""
-        return self.where.size is None and Path(self.where.path).is_dir()
+    def size(self) -> int:
+        """Return the bytes of a video file, or -1 for a folder and for a file that is gone."""
+        if isinstance(self.source, FileRange):
+            return self.source.size
+        return self.source.stat().st_size if self.source.is_file() else -1
 
-    def content_size(self) -> int:
-        """Return the bytes of a video file, the frames of an indexed folder, or -1."""
-        if self.where.frames is not None or self.where.size is not None:
-            return self.where.frames or self.where.size or 0
-        try:
-            status = Path(self.where.path).stat()
-        except OSError:
-            return -1
-        # the size of a folder is the file system's own affair
-        return -1 if stat.S_ISDIR(status.st_mode) else status.st_size
-
-    def _source(self) -> FileRange | Path | list[Path]:
-        where = self.where
-        path = Path(where.path)
-        if where.size is not None:
-            return FileRange(path, where.start, where.size, where.member)
-        if not path.is_dir():
-            return path
-        names = [
-            name
-            for name in os.listdir(path)  # noqa: PTH208  # by far the fastest way
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
-        if not names:
-            raise FrameError(f"{path} is a folder without images ({', '.join(IMAGE_SUFFIXES)})")
-        return [path / name for name in sorted(names, key=natural_key)]
+    def _images(self) -> list[Path] | None:
+        if isinstance(self.source, FileRange) or not self.source.is_dir():
+            return None
+        names = filter(is_image, os.listdir(self.source))  # noqa: PTH208  # by far the fastest way
+        images = [self.source / name for name in sorted(names, key=natural_key)]
+        if not images:
+            raise FrameError(f"{self.source} is a folder without images")
+        return images
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -129,46 +95,36 @@ class Video:
         except CosettleError:
             raise
         except Exception as error:
-            raise FrameError(
-                f"{self.name} cannot be read ({type(error).__name__}: {error})"
-            ) from error
+            problem = f"{self.name} cannot be read ({type(error).__name__}: {error})"
+            raise FrameError(problem) from error
 
 
 class Corpus:
-    """Videos in a fixed order, from one or several places.
-
-    Opening one is cheap: folders are listed and the headers of shards are read, and nothing is
-    decoded. Frames are counted when a video is first drawn.
-
-    Attributes:
-        videos: in order; a video that was found twice is there once.
-        problems: shards and folders that could not be read, and why.
-    """
+    """Videos in a fixed order; ``problems`` are shards and folders that could not be read."""
 
     def __init__(self, videos: Iterable[Video], problems: Iterable[tuple[str, str]] = ()) -> None:
-        self.videos = tuple(videos)
-        self.problems = tuple(problems)
+        self.videos, self.problems = tuple(videos), tuple(problems)
 
     @classmethod
     def open(cls, data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Corpus:
-        """Find videos.
+        """Find videos; folders are listed and headers of shards are read, nothing is decoded.
 
         Args:
             data: one or several of: a folder, searched with all folders in it for video files,
                 WebDataset shards and folders of images (each one video, in natural order); a
-                ``.txt`` or ``.csv`` file that lists paths (see
-                :func:`~cosettle_adapter.training.discovery.read_list`); a pattern, also with
-                braces, ``shards-{000..009}.tar``; a single video or shard.
+                ``.txt`` or ``.csv`` file that lists paths (see :func:`read_list`); a pattern,
+                also with braces, ``shards-{000..009}.tar``; a single video or shard.
 
         Raises:
             FrameError: one of them does not exist, or holds no videos.
         """
         places = [data] if isinstance(data, (str, os.PathLike)) else list(data)
         if not places:
-            raise FrameError(f"no data was given; expected {EXPECTED}")
-        found = [discover(place) for place in places]
-        problems = [problem for each in found for problem in each.problems]
-        return cls(_named_videos(found), problems)
+            raise FrameError(f"no data was given; expected {_EXPECTED}")
+        search = _Search()
+        for place in places:
+            search.add(os.fspath(place))
+        return cls(search.videos(), search.problems)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -176,29 +132,165 @@ class Corpus:
     @functools.cached_property
     def digest(self) -> str:
         """sha256 over names and byte sizes in order; the content of the files is not read."""
-        summed = hashlib.sha256()
-        for video in self.videos:
-            summed.update(f"{video.name}\0{video.content_size()}\n".encode())
-        return summed.hexdigest()
+        lines = (f"{video.name}\0{video.size()}\n" for video in self.videos)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _named_videos(found: Sequence[Discovery]) -> Iterator[Video]:
-    """Name videos by their paths below what all places have in common."""
-    bases = sorted({video.base for each in found for video in each.videos})
-    common = os.path.commonpath(bases) if bases else ""
-    real = {base: os.path.realpath(base) for base in bases}
-    seen: set[tuple[str, int]] = set()
-    for video in (video for each in found for video in each.videos):
-        below = os.path.relpath(video.path, video.base)
-        place = video.real or os.path.normpath(f"{real[video.base]}/{below}")
-        if (place, video.start) in seen:
-            continue
-        seen.add((place, video.start))
-        name = os.path.relpath(video.path, common)
-        if name.startswith(os.pardir):  # a list may name paths anywhere
-            name = video.path.lstrip(os.sep)
-        if video.path == common:
-            name = os.path.basename(video.path)  # noqa: PTH119
-        if video.member:
-            name = f"{os.path.splitext(name)[0]}/{video.member}"  # noqa: PTH122
-        yield Video(name.replace(os.sep, "/"), video)
+class _Search:
+    """Collects videos, each with the folder that its name is relative to."""
+
+    def __init__(self) -> None:
+        self.problems: list[tuple[str, str]] = []
+        self._found: list[tuple[Path, VideoSource]] = []
+        self._others: list[str] = []  # files that are no videos
+
+    def videos(self) -> Iterator[Video]:
+        """Name videos by their paths below what all places have in common, each once."""
+        common = os.path.commonpath([base for base, _ in self._found])
+        seen: set[tuple[str, int]] = set()
+        for _, source in self._found:
+            path, start, member = Path(str(source)), 0, ""
+            if isinstance(source, FileRange):
+                path, start, member = source.path, source.start, f"/{source.name}"
+            place = (os.path.realpath(path), start)
+            if place in seen:
+                continue
+            seen.add(place)
+            name = os.path.relpath(path, common)
+            if name.startswith(os.curdir):  # the place itself; a list may name paths anywhere
+                name = path.name if name == os.curdir else str(path).lstrip(os.sep)
+            if member:
+                name = f"{name.removesuffix(_SHARD)}{member}"
+            yield Video(name.replace(os.sep, "/"), source)
+
+    def add(self, text: str) -> None:
+        """Add the videos that something a user typed means."""
+        count = len(self._found)
+        paths = _paths_of(text)
+        for path in paths:
+            if path.is_dir():
+                self._add_folder(path)
+            elif path.suffix.lower() in _LISTS:
+                for listed in read_list(path):
+                    self._add_file(listed, path.parent, listed=True)
+            else:
+                self._add_file(path, path.parent)
+        if len(self._found) == count:
+            held = ", ".join(sorted(self._others)[:3])
+            told = f"{len(self._others)} other files, such as {held}" if held else "nothing"
+            told += "".join(f"; {name}: {problem}" for name, problem in self.problems[:1])
+            raise FrameError(f"no videos in {text}: found {told}. Expected {_EXPECTED}")
+
+    def _add_file(self, path: Path, base: Path, *, listed: bool = False) -> None:
+        if path.suffix.lower() == _SHARD:
+            self._add_shard(path, base)
+        elif listed or is_video(path):
+            self._found.append((base, path))
+        elif not path.name.startswith("."):
+            self._others.append(path.name)
+
+    def _add_folder(self, root: Path) -> None:
+        """Add what lies below a folder, in order of name.
+
+        A folder of images is a video, unless videos lie in it or below it: then they are previews.
+        """
+        count, pictures = len(self._found), list[Path]()
+        visited: set[str] = set()  # a link may lead to a folder above it
+
+        def unreadable(error: OSError) -> None:
+            problem = f"the folder cannot be read ({error.strerror or error})"
+            self.problems.append((str(error.filename), problem))
+
+        for folder, below, names in os.walk(root, followlinks=True, onerror=unreadable):
+            real = os.path.realpath(folder)
+            below[:] = sorted(n for n in below if real not in visited and not n.startswith("."))
+            if real in visited:
+                continue
+            visited.add(real)
+            if any(map(is_image, names)):
+                pictures.append(Path(folder))
+            for name in names:
+                if not is_image(name):
+                    self._add_file(Path(folder, name), root)
+        places = [*pictures, *(Path(str(source)) for _, source in self._found[count:])]
+        occupied = {parent for place in places for parent in place.parents}
+        self._found += [(root, folder) for folder in pictures if folder not in occupied]
+        self._found[count:] = sorted(self._found[count:], key=lambda found: str(found[1]))
+
+    def _add_shard(self, path: Path, base: Path) -> None:
+        """Add the videos of a shard, or what is wrong with it."""
+        count, others = len(self._found), list[str]()
+        try:
+            length = path.stat().st_size
+            # "r:" and not "r": members of a compressed archive have no position
+            with tarfile.open(path, "r:") as archive:
+                for member in filter(tarfile.TarInfo.isreg, archive):
+                    if member.offset_data + member.size > length:
+                        raise tarfile.ReadError(f"cut off within {member.name}")
+                    if is_video(member.name):
+                        place = FileRange(path, member.offset_data, member.size, member.name)
+                        self._found.append((base, place))
+                    else:
+                        others.append(member.name)
+            if len(self._found) == count:
+                held = ", ".join(others[:3]) or "nothing"
+                self.problems.append((str(path), f"it holds no video files, but {held}"))
+        except (tarfile.TarError, OSError) as error:
+            problem = f"it is damaged, or no uncompressed tar archive ({error})"
+            self.problems.append((str(path), problem))
+
+
+def _paths_of(text: str) -> list[Path]:
+    """Expand braces and wildcards."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return [path.absolute()]
+    if "://" in text:
+        raise FrameError(f"{text} is a URL; videos are read from disks, so download it first")
+    patterns = [text]
+    if "{" in text:
+        braces = require("braceexpand", extra="train", purpose="a pattern with braces")
+        with contextlib.suppress(braces.UnbalancedBracesError):
+            patterns = list(braces.braceexpand(text, escape=False))
+    names = [
+        name
+        for pattern in patterns
+        for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))  # noqa: PTH111, PTH207
+    ]
+    if not names and (patterns != [text] or glob.has_magic(text)):
+        raise FrameError(f"pattern {text} matches nothing; expected {_EXPECTED}")
+    if not names:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, [name for name in siblings if not name.startswith(".")])
+        raise FrameError(f"{path} does not exist.{hint} Expected {_EXPECTED}")
+    return [Path(name).absolute() for name in names]
+
+
+def read_list(path: Path) -> list[Path]:
+    """Read which videos a file lists; returns absolute paths in the order of the file.
+
+    A line is a path, alone or followed by other columns: after a comma or a tab, or numbers after
+    spaces. Paths are relative to the file's folder, or else to the working folder. Empty lines,
+    lines that begin with ``#``, and a line of column names at the top are left out.
+
+    Raises:
+        FrameError: the file cannot be read, or none of its first paths exists.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FrameError(f"{path} cannot be read as a list of videos: {error}") from error
+    lines = [line for line in lines if line and not line.startswith("#")]
+    names = [_COLUMNS.split(line)[0].strip("\"' ") for line in lines]
+    names = names[bool(names) and names[0].lower() in _COLUMN_NAMES :]
+    found: dict[int, list[Path]] = {}
+    for base in (Path.cwd(), path.parent.absolute()):
+        paths = [Path(os.path.normpath(base / Path(name).expanduser())) for name in names]
+        found[sum(listed.exists() for listed in paths[:_LINES_TRIED])] = paths
+    if max(found):
+        return found[max(found)]
+    raise FrameError(
+        f"{path} lists {len(names)} videos, but none of the first names a file or folder; expected "
+        "on each line a path, from the list's folder or the working folder, perhaps with other "
+        f"columns after a comma, or numbers, got {lines[-1:]}"
+    )

@@ -13,45 +13,30 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone, load_backbone
-from cosettle_adapter.closed_form import SOLVERS, AffineMap, TokenStatistics
+from cosettle_adapter.closed_form import SOLVERS, AffineMap, TokenStatistics, solve_layers
+from cosettle_adapter.errors import FrameError
 from cosettle_adapter.projection import Projection, ProjectionConfig
-from cosettle_adapter.training.clips import find_clips
-from cosettle_adapter.training.model_selection import (
-    Candidate,
-    candidates,
-    labels,
-    layer_sets,
-    overlaps,
-    rendered_clips,
-)
+from cosettle_adapter.training.model_selection import Candidate, candidates, labels, overlaps
 from cosettle_adapter.training.statistics import FitSettings, collect_statistics
 from cosettle_adapter.version import __version__
+from cosettle_adapter.video.files import VIDEO_SUFFIXES, find_videos
 
-__all__ = ["Fit", "FitSettings", "fit", "fit_projection"]
+__all__ = ["Fit", "FitSettings", "find_clips", "fit", "fit_projection"]
 
 _HELD_OUT_EVERY = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """What :func:`fit_projection` returns.
-
-    Attributes:
-        projections: each candidate's; ``projection.config.fit`` tells how it was made.
-        chosen: what was chosen.
-        scores: each candidate's mean overlap on rendered clips, by which it was chosen; empty
-            if none were rendered.
-        skipped: clips that could not be read, and why.
-    """
+class Fit(NamedTuple):
+    """Projections of all candidates; ``projection.config.fit`` tells how each was made."""
 
     projections: dict[Candidate, Projection]
     chosen: Candidate
-    scores: dict[Candidate, float]
-    skipped: dict[Path, str]
+    scores: dict[Candidate, float]  # mean overlap on rendered clips, if there were any
+    skipped: dict[Path, str]  # clips that could not be read, and why
 
     @property
     def projection(self) -> Projection:
@@ -66,7 +51,7 @@ def fit(
     *,
     licence: str | None = None,
     data: str = "",
-    workers: int = 1,
+    workers: int = 0,
     on_clip: Callable[[int, int], None] = lambda done, total: None,
     **loading: Any,
 ) -> CoSettleAdapter:
@@ -74,11 +59,11 @@ def fit(
 
     Args:
         backbone: a registered name, ``timm:...``, ``open_clip:...``, or a loaded backbone.
-        clips: a folder of video files, or video files.
+        clips: folders of video files, or video files.
         settings: see :class:`FitSettings`.
-        licence: licence to record; the backbone's by default.
+        licence: to record; the backbone's by default.
         data: description of the clips to record.
-        workers: processes that share the clips, on the CPU.
+        workers: processes that decode; 0 decodes in this one.
         on_clip: called with the clips done and their number.
         **loading: what :func:`~cosettle_adapter.load_backbone` takes, when ``backbone`` is a name.
 
@@ -88,51 +73,53 @@ def fit(
     Raises:
         FrameError: a folder without videos.
         StatisticsError: no clip gave a pair of frames.
+        ValueError: settings that this backbone cannot have, or nothing to choose by.
     """
     if isinstance(backbone, str):
         backbone = load_backbone(backbone, **loading)
-    if isinstance(clips, str | os.PathLike):
-        files = find_clips(clips)
-    else:
-        files = [Path(clip).expanduser() for clip in clips]
     found = fit_projection(
-        backbone,
-        files,
-        settings,
-        licence=backbone.row.licence if licence is None else licence,
-        data=data,
-        workers=workers,
-        on_clip=on_clip,
+        backbone, clips, settings, licence=licence, data=data, workers=workers, on_clip=on_clip
     )
     return CoSettleAdapter(backbone, found.projection.to(backbone.device))
 
 
+def find_clips(places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Return every video file below folders, and the video files that are given themselves.
+
+    Raises:
+        FrameError: no such file or folder, or no video in a folder.
+    """
+    clips: list[Path] = []
+    for place in [places] if isinstance(places, str | os.PathLike) else places:
+        path = Path(place).expanduser()
+        if not path.exists():
+            raise FrameError(f"{path} is not a folder of video files, nor a video file")
+        found = sorted(find_videos(path, recursive=True)) if path.is_dir() else [path]
+        if not found:
+            raise FrameError(f"no video files below {path} ({', '.join(VIDEO_SUFFIXES)})")
+        clips += found
+    return clips
+
+
 def fit_projection(
     backbone: Backbone,
-    clips: Sequence[Path],
+    places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     settings: FitSettings | None = None,
     *,
-    licence: str = "",
+    licence: str | None = None,
     data: str = "",
-    workers: int = 1,
+    workers: int = 0,
     on_clip: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fit:
-    """Fit a projection for a backbone on unlabelled clips.
+    """Fit a projection, and tell what else was tried; arguments and errors are :func:`fit`'s.
 
     Statistics of every candidate's layers come from one encoder pass over pairs of neighbouring
     frames. The candidate is then chosen without labels: on clips rendered from frames of held-out
-    videos, in which a cut-out moves over a background, by how well propagating its known mask
-    keeps to it.
-
-    The arguments are those of :func:`fit`; of ten clips or more every fifth is held out.
-
-    Raises:
-        StatisticsError: no clip gave a pair of frames.
-        ValueError: settings that this backbone cannot have, or nothing to choose by.
+    videos (every fifth of ten clips or more), in which a cut-out moves over a background, by how
+    well propagating its known mask keeps to it.
     """
     settings = settings or FitSettings()
-    sets = layer_sets(backbone, settings.layers, settings.concatenations)
-    every = candidates(sets, settings.solvers, settings.strengths)
+    clips, every = find_clips(places), candidates(backbone, settings)
     if len(every) > 1 and settings.rendered < 1:
         raise ValueError(
             f"{len(every)} projections to choose from and no rendered clips to choose by; render "
@@ -141,39 +128,38 @@ def fit_projection(
     fitted_on, held_out = split(clips)
     done, total = 0, len(fitted_on) + settings.rendered
 
-    def advance(count: int = 1) -> None:
+    def advance() -> None:
         nonlocal done
-        done += count
+        done += 1
         on_clip(done, total)
 
+    sets = list(dict.fromkeys(each.layers for each in every))
     statistics, skipped = collect_statistics(
-        backbone, fitted_on, sets, settings, workers=workers, on_clips=advance
+        backbone, fitted_on, sets, settings, workers=workers, on_clip=advance
     )
-    solutions = {
-        each: each.solve(backbone, statistics[each.layers], settings.nuisance) for each in every
-    }
+    solutions = {each: _solve(backbone, each, statistics[each.layers], settings) for each in every}
     scores: dict[Candidate, float] = {}
     if settings.rendered > 0:
-        rendered = rendered_clips(
-            held_out, patch=backbone.patch, count=settings.rendered, seed=settings.seed
-        )
-        scores = overlaps(backbone, solutions, rendered, on_clip=advance)
+        scores = overlaps(backbone, solutions, held_out, settings, on_clip=advance)
     chosen = max(scores, key=lambda each: scores[each]) if scores else every[0]
-    about = {
-        "data": data,
-        "clips": len(clips),
-        "skipped": sorted(path.name for path in skipped),
-    }
-    projections = {
-        each: _projection(
-            backbone,
-            each,
-            solution,
-            _record(settings, each, about, statistics[each.layers], scores),
-            licence,
+    about = {"data": data, "clips": len(clips), "skipped": sorted(path.name for path in skipped)}
+    projections = {}
+    for each, solution in solutions.items():
+        config = ProjectionConfig(
+            backbone=backbone.row.name,
+            fingerprint=backbone.fingerprint,
+            backbone_revision=backbone.revision,
+            layers=each.layers,
+            norm=False,
+            in_width=solution.weight.shape[1],
+            out_width=solution.weight.shape[0],
+            kind="affine",
+            licence=backbone.row.licence if licence is None else licence,
+            fit=_record(settings, each, about, statistics[each.layers], scores),
         )
-        for each, solution in solutions.items()
-    }
+        projection = projections[each] = Projection(config).requires_grad_(False).eval()
+        weights = {"weight": solution.weight.float(), "bias": solution.bias.float()}
+        projection.linears[0].load_state_dict(weights)
     return Fit(projections, chosen, scores, skipped)
 
 
@@ -181,35 +167,23 @@ def split(clips: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Return the clips to fit on and those held out, which are the same where there are few."""
     if len(clips) < 2 * _HELD_OUT_EVERY:
         return list(clips), list(clips)
-    held_out = list(clips[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
-    apart = set(held_out)
-    return [clip for clip in clips if clip not in apart] or list(clips), held_out
+    fitted_on, held_out = list(clips), list(clips[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
+    del fitted_on[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
+    return fitted_on, held_out
 
 
-def _projection(
-    backbone: Backbone,
-    candidate: Candidate,
-    solution: AffineMap,
-    record: Mapping[str, Any],
-    licence: str,
-) -> Projection:
-    config = ProjectionConfig(
-        backbone=backbone.row.name,
-        fingerprint=backbone.fingerprint,
-        backbone_revision=backbone.revision,
-        layers=candidate.layers,
-        norm=False,
-        in_width=solution.weight.shape[1],
-        out_width=solution.weight.shape[0],
-        kind="affine",
-        licence=licence,
-        fit=record,
+def _solve(
+    backbone: Backbone, candidate: Candidate, statistics: TokenStatistics, settings: FitSettings
+) -> AffineMap:
+    """Solve for a candidate's projection; several layers give no more channels than one."""
+    solver = SOLVERS[candidate.solver]
+    widths = [backbone.widths[layer] for layer in candidate.layers]
+    return solve_layers(
+        statistics,
+        widths,
+        lambda scaled: solver.solve(scaled, candidate.strength, settings.nuisance),
+        out_width=widths[0] if len(widths) == 1 else min(backbone.width, sum(widths)),
     )
-    projection = Projection(config)
-    projection.load_state_dict(
-        {"linears.0.weight": solution.weight.float(), "linears.0.bias": solution.bias.float()}
-    )
-    return projection.requires_grad_(False).eval()
 
 
 def _record(
@@ -227,20 +201,12 @@ def _record(
         "pairs": statistics.pairs,
     }
     if scores:
-        names = labels(list(scores))
         record["blocks_chosen_by"] = "overlap of the propagated mask of a cut-out on rendered clips"
-        record["overlap_by_block"] = {
-            names[each]: round(score, 4) for each, score in scores.items()
-        }
-    record["settings"] = {
-        "solver": candidate.solver,
-        "strength": None if math.isinf(candidate.strength) else candidate.strength,
-        "nuisance": settings.nuisance,
-        "size": settings.size,
-        "pairs": settings.pairs,
-        "gaps": list(settings.gaps),
-        "correspondences": settings.correspondences,
-        "rendered": settings.rendered,
-        "seed": settings.seed,
-    }
+        named = labels(scores)
+        record["overlap_by_block"] = {named[each]: round(s, 4) for each, s in scores.items()}
+    strength = None if math.isinf(candidate.strength) else candidate.strength
+    used = dataclasses.asdict(settings) | {"gaps": list(settings.gaps)}
+    for listed in ("layers", "concatenations", "solvers", "strengths"):
+        del used[listed]
+    record["settings"] = {"solver": candidate.solver, "strength": strength, **used}
     return {**record, "cosettle_adapter": __version__}

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from cosettle_adapter.projection import Projection, ProjectionConfig
-from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.seeds import seed_of
+from cosettle_adapter.training.data import seed_of
+from cosettle_adapter.training.errors import TrainingError, differences
 from cosettle_adapter.training.settings import TrainSettings
 
-_LINEAR_RANGE = 0.1
-"""Scale at which tanh is a straight line to 0.3 %; LayerNorm undoes it."""
+_LINEAR_RANGE = 0.1  # scale at which tanh is a straight line to 0.3 %; LayerNorm undoes it
 
 
 class Head(nn.Module):
@@ -25,7 +24,7 @@ class Head(nn.Module):
         self.projection = projection
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Project tokens ``(..., C)`` to ``(..., C')`` in float32."""
+        """Project tokens to ``(..., C')`` float32."""
         return self.projection.project(tokens)
 
 
@@ -42,17 +41,13 @@ def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Ad
 def new_head(config: ProjectionConfig, *, init: str, seed: int) -> Projection:
     """Make the projection that training starts from.
 
-    An affine map ``y = W x + b`` (the identity, or a closed-form projection) becomes a head with
-    Tanh and LayerNorm approximately: the first matrix is ``0.1 W``, further ones are identities,
-    so that Tanh stays where it is a straight line, and LayerNorm takes the 0.1 away again. What
-    comes out is ``y`` with each token's mean over channels removed and its variance set to 1,
-    for ``y`` of about unit variance, as ``cosettle-adapter fit`` scales it.
-
-    Args:
-        config: of the projection that is wanted.
-        init: ``random``, ``identity``, or a folder with a projection for the same backbone,
-            layers and norm: of the same kind and activation, or affine.
-        seed: of a random start.
+    ``init`` is ``random``, ``identity``, or a folder with a projection for the same backbone,
+    layers and norm: of the same kind and activation, or affine. An affine map ``y = W x + b`` (the
+    identity, or a closed-form projection) becomes a head with Tanh and LayerNorm approximately: the
+    first matrix is ``0.1 W``, further ones are identities, so that Tanh stays where it is a
+    straight line, and LayerNorm takes the 0.1 away again. What comes out is ``y`` with each token's
+    mean over channels removed and its variance set to 1, for ``y`` of about unit variance, as
+    ``cosettle-adapter fit`` scales it.
 
     Raises:
         TrainingError: the folder's projection is another's; everything that differs is named.
@@ -92,18 +87,16 @@ def _load_start(config: ProjectionConfig, init: str) -> Projection:
             f"{init!r} is no start: give 'random', 'identity', or a projection folder"
         )
     start = Projection.load(folder)
-    fields = ["fingerprint", "layers", "norm", "in_width", "out_width"]
+    names = {"fingerprint", "layers", "norm", "in_width", "out_width"}
     if start.config.kind not in ("affine", "identity"):
-        fields += ["kind", "activation"]
-    wanted, found = dataclasses.asdict(config), dataclasses.asdict(start.config)
-    differing = [
-        f"{field} {found[field]!r} in place of {wanted[field]!r}"
-        for field in fields
-        if found[field] != wanted[field]
-    ]
-    if differing:
+        names |= {"kind", "activation"}
+    found, wanted = (
+        {name: value for name, value in dataclasses.asdict(each).items() if name in names}
+        for each in (start.config, config)
+    )
+    if differing := differences(found, wanted):
         raise TrainingError(
-            f"{folder} cannot be what this head starts from: {'; '.join(differing)}. Only an "
-            "affine projection can start a head of another kind"
+            f"{folder} cannot be what this head starts from: {differing}. Only an affine "
+            "projection can start a head of another kind"
         )
     return start

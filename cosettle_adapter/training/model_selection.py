@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,23 +14,14 @@ from torch.nn import functional as F
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.closed_form import (
-    SOLVERS,
-    AffineMap,
-    Nuisance,
-    StatisticsError,
-    TokenStatistics,
-    apply_to_maps,
-    solve_layers,
-)
+from cosettle_adapter.closed_form import SOLVERS, AffineMap, StatisticsError, apply_to_maps
 from cosettle_adapter.correspondence import propagate_labels
 from cosettle_adapter.errors import CosettleError
-from cosettle_adapter.training.clips import neighbouring_frames
+from cosettle_adapter.training.statistics import FitSettings, Layers
+from cosettle_adapter.video.random_access import read_frames
 from cosettle_adapter.video.synthetic import RenderedClip, render_clip
 
 logger = logging.getLogger(__name__)
-
-Layers = tuple[int, ...]  # 0-based, ascending; several are concatenated
 
 _MOST_PAIRS = 8  # the statistics of one are three matrices of (2 C)^2 doubles
 _FRAMES = 8
@@ -39,15 +30,8 @@ _MOTION = 0.4
 _PHOTOMETRIC = 0.7
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A projection that may be chosen.
-
-    Attributes:
-        layers: which are read.
-        solver: a name of :data:`~cosettle_adapter.closed_form.SOLVERS`.
-        strength: in the solver's own units.
-    """
+class Candidate(NamedTuple):
+    """A projection that may be chosen; ``strength`` is in the solver's own units."""
 
     layers: Layers
     solver: str
@@ -57,87 +41,58 @@ class Candidate:
         """Name it in full, as in ``7-whiten-1``."""
         return f"{'+'.join(map(str, self.layers))}-{self.solver}-{self.strength:g}"
 
-    def solve(
-        self, backbone: Backbone, statistics: TokenStatistics, nuisance: Nuisance = "intra"
-    ) -> AffineMap:
-        """Solve for its projection; several layers give no more channels than one.
 
-        Raises:
-            StatisticsError: too little data.
-        """
-        row = SOLVERS[self.solver]
-        widths = [backbone.widths[layer] for layer in self.layers]
-        return solve_layers(
-            statistics,
-            widths,
-            lambda scaled: row.solve(scaled, self.strength, nuisance),
-            out_width=widths[0] if len(widths) == 1 else min(backbone.width, sum(widths)),
-        )
+def candidates(backbone: Backbone, settings: FitSettings) -> list[Candidate]:
+    """Return every combination of sets of layers, solvers and strengths.
 
-
-def layer_sets(
-    backbone: Backbone,
-    layers: Sequence[int] | None = None,
-    concatenations: Sequence[Sequence[int]] | None = None,
-) -> list[Layers]:
-    """Return the sets of layers to choose from.
-
-    Args:
-        backbone: the encoder.
-        layers: single layers, negative ones from the end; the upper two thirds by default.
-        concatenations: sets of layers to be read together; by default :func:`pairs_with_last`,
-            and none where ``layers`` are given.
+    Raises:
+        ValueError: no layers, no such layer, or no such solver.
     """
-    if concatenations is None:
-        concatenations = pairs_with_last(backbone.depth) if layers is None else ()
-    singles = range(backbone.depth // 3, backbone.depth) if layers is None else layers
+    unknown = [name for name in settings.solvers if name not in SOLVERS]
+    if unknown or not settings.solvers:
+        raise ValueError(
+            f"unknown solver {', '.join(unknown) or '(none)'}; expected {', '.join(SOLVERS)}"
+        )
+    found = []
+    for layers, name in itertools.product(layer_sets(backbone, settings), settings.solvers):
+        row, given = SOLVERS[name], settings.strengths
+        tried = (row.strength,) if given is None else tuple(given) or row.strengths
+        found += [Candidate(layers, name, strength) for strength in tried]
+    return list(dict.fromkeys(found))
+
+
+def layer_sets(backbone: Backbone, settings: FitSettings) -> list[Layers]:
+    """Return the sets of layers to choose from."""
+    joined, singles = settings.concatenations, settings.layers
+    if joined is None:
+        joined = pairs_with_last(backbone.depth) if singles is None else ()
+    if singles is None:
+        singles = tuple(range(backbone.depth // 3, backbone.depth))
     wanted = [(layer,) for layer in sorted({backbone.block(layer) for layer in singles})]
-    joined = [tuple(sorted({backbone.block(layer) for layer in one})) for one in concatenations]
-    found: list[Layers] = list(dict.fromkeys([*wanted, *joined]))
+    sets = [tuple(sorted({backbone.block(layer) for layer in one})) for one in joined]
+    found: list[Layers] = list(dict.fromkeys([*wanted, *sets]))
     if not found or not all(found):
         raise ValueError("no layers to choose from; name some layers or concatenations")
     return found
 
 
-def pairs_with_last(depth: int) -> list[Layers]:
+def pairs_with_last(depth: int) -> tuple[Layers, ...]:
     """Return the last layer beside each other one of the upper two thirds, eight at most.
 
     Middle layers tell places apart, the last one what they show (``weights_cards/FIT.md``).
     """
     lower = range(depth // 3, depth - 1)
-    return [(layer, depth - 1) for layer in lower[:: -(-len(lower) // _MOST_PAIRS) or 1]]
+    return tuple((layer, depth - 1) for layer in lower[:: -(-len(lower) // _MOST_PAIRS) or 1])
 
 
-def candidates(
-    sets: Sequence[Layers],
-    solvers: Sequence[str] = ("shrink",),
-    strengths: Sequence[float] | None = None,
-) -> list[Candidate]:
-    """Return every combination.
-
-    Without ``strengths`` each solver has its own default, with empty ones all that the table lists
-    for it.
-    """
-    unknown = [name for name in solvers if name not in SOLVERS]
-    if unknown or not solvers:
-        raise ValueError(
-            f"unknown solver {', '.join(unknown) or '(none)'}; expected {', '.join(SOLVERS)}"
-        )
-    found = []
-    for layers, name in itertools.product(sets, solvers):
-        row = SOLVERS[name]
-        tried = (row.strength,) if strengths is None else tuple(strengths) or row.strengths
-        found += [Candidate(layers, name, strength) for strength in tried]
-    return list(dict.fromkeys(found))
-
-
-def labels(chosen_from: Sequence[Candidate]) -> dict[Candidate, str]:
+def labels(chosen_from: Iterable[Candidate]) -> dict[Candidate, str]:
     """Return what tables call each candidate: its layers, and what else tells it apart."""
-    several = len({(each.solver, each.strength) for each in chosen_from}) > 1
+    every = list(chosen_from)
+    several = len({each[1:] for each in every}) > 1
     return {
         each: "+".join(map(str, each.layers))
         + (f" {each.solver} {each.strength:g}" if several else "")
-        for each in chosen_from
+        for each in every
     }
 
 
@@ -152,13 +107,13 @@ def mask_overlap(features: Tensor, clip: RenderedClip) -> float:
     Returns:
         Mean intersection over union in pixels, frame 0 excluded; in [0, 1].
     """
-    if clip.object_mask is None:
-        raise ValueError("the clip has no moving object; render it with a cutout")
     masks = clip.object_mask
+    if masks is None:
+        raise ValueError("the clip has no moving object; render it with a cutout")
     first = torch.stack([~masks[0], masks[0]]).float()
     grid = (features.shape[-2], features.shape[-1])
-    labels = F.interpolate(first[None], grid, mode="bilinear", align_corners=False)[0]
-    propagated = propagate_labels(features, labels)
+    given = F.interpolate(first[None], grid, mode="bilinear", align_corners=False)[0]
+    propagated = propagate_labels(features, given)
     size = (masks.shape[-2], masks.shape[-1])
     shares = F.interpolate(propagated, size, mode="bilinear", align_corners=False)
     found = shares[:, 1] > shares[:, 0]  # argmax over two, which PyTorch takes 20 times as long for
@@ -185,10 +140,15 @@ def render_from(
     ]
 
 
-def rendered_clips(
-    clips: Sequence[Path], *, patch: int, count: int, seed: int
-) -> list[RenderedClip]:
-    """Render clips from the first frames of videos.
+def overlaps(
+    backbone: Backbone,
+    solutions: Mapping[Candidate, AffineMap],
+    clips: Sequence[Path],
+    settings: FitSettings,
+    *,
+    on_clip: Callable[[], None] = lambda: None,
+) -> dict[Candidate, float]:
+    """Return every candidate's mean :func:`mask_overlap` on clips rendered from first frames.
 
     Raises:
         StatisticsError: none of the videos could be read.
@@ -196,36 +156,22 @@ def rendered_clips(
     photos: list[Tensor] = []
     for clip in clips:
         try:
-            photos.append(next(neighbouring_frames(clip, pairs=1, gap=1))[0])
-        except (CosettleError, OSError, StopIteration) as error:
+            photos.append(read_frames(clip, [0])[0])
+        except (CosettleError, OSError) as error:
             logger.warning("%s gives no frame to render from: %s", clip, error)
     if not photos:
         raise StatisticsError("no held-out clip could be read, so nothing can be chosen")
-    size = (_GRID[0] * patch, _GRID[1] * patch)
-    return render_from(photos, count=count, size=size, seed=seed)
-
-
-def overlaps(
-    backbone: Backbone,
-    solutions: Mapping[Candidate, AffineMap],
-    rendered: Sequence[RenderedClip],
-    *,
-    on_clip: Callable[[], None] = lambda: None,
-) -> dict[Candidate, float]:
-    """Return every candidate's mean :func:`mask_overlap`, from one pass over rendered clips."""
+    size = (_GRID[0] * backbone.patch, _GRID[1] * backbone.patch)
     adapter = CoSettleAdapter.raw(backbone)
     scores = dict.fromkeys(solutions, 0.0)
     layers = sorted({layer for candidate in solutions for layer in candidate.layers})
-    for clip in rendered:
-        images = adapter.preprocess(clip.frames)
+    for rendered in render_from(photos, count=settings.rendered, size=size, seed=settings.seed):
+        images = adapter.preprocess(rendered.frames)
         maps = backbone.intermediate_tokens(images, layers, norm=False)
         single = dict(zip(layers, (each.float().cpu() for each in maps), strict=True))
-        joined: dict[Layers, Tensor] = {}
         for candidate, solution in solutions.items():
-            if candidate.layers not in joined:
-                tokens = [single[layer] for layer in candidate.layers]
-                joined[candidate.layers] = torch.cat(tokens, dim=1)
-            features = apply_to_maps(solution, joined[candidate.layers])
-            scores[candidate] += mask_overlap(features, clip) / len(rendered)
+            joined = torch.cat([single[layer] for layer in candidate.layers], dim=1)
+            overlap = mask_overlap(apply_to_maps(solution, joined), rendered)
+            scores[candidate] += overlap / settings.rendered
         on_clip()
     return scores

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
@@ -19,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import Backbone, Positions, VisionTransformerBackbone
-from cosettle_adapter.backbones.backbone import Grid
 from cosettle_adapter.errors import GeometryError
+
+Grid = tuple[int, int]
 
 _SHRINK = 2.0**-20
 _FREQUENCIES = {"bands": _SHRINK, "inv_freq": _SHRINK, "freqs": _SHRINK, "periods": 1 / _SHRINK}
@@ -29,34 +28,30 @@ _CLOSE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedPositions(Positions):
-    """Positions that may differ from image to image.
+    """Positions that may differ from image to image: ``S`` variants along a leading dimension.
 
-    Variants, along a leading dimension ``S``, are one an image in order, unless there is an index.
-
-    Attributes:
-        absolute: ``(S, prefix + h * w, C)``.
-        rotary: ``(S, h * w, 2 D)``, or ``(S, depth, heads, h * w, 2 D)`` where blocks differ;
-            without the ``S``, one variant.
-        shift: ``(S, 2)`` int64, rows and columns of patches by which the picture is moved down and
-            right, round the edges, before it is encoded; the map is moved back.
-        index: ``(B,)`` int64, the variant that each image takes.
+    They are one an image in order, unless there is an ``index`` ``(B,)``. ``shift`` ``(S, 2)`` are
+    rows and columns of patches by which the picture is moved down and right, round the edges,
+    before it is encoded; the map is moved back.
     """
 
     shift: Tensor | None = None
     index: Tensor | None = None
 
+    def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
+        """Nothing to check: they are made below, for the backbone and grid at hand."""
+
     def added(self) -> Tensor | None:
-        """What is added to the tokens of each image, ``(1 or B, prefix + h * w, C)``."""
+        """``(1 or B, prefix + h * w, C)``."""
         return None if self.absolute is None else self._of_images(self.absolute)
 
     def rotations(self) -> Any:
-        """What each block rotates by: ``(h * w, 2 D)``, or ``(B, 1 or heads, h * w, 2 D)``."""
-        rotary = self.rotary
-        if rotary is None or rotary.ndim in (2, 4):  # one variant
-            return rotary
-        if rotary.ndim == 3:
-            return self._of_images(rearrange(rotary, "s n d -> s 1 n d"))
-        return _ByBlock(lambda block: self._of_images(rotary[:, block]))
+        """``(1 or B, 1 or heads, h * w, 2 D)`` of each block."""
+        if self.rotary is None:
+            return None
+        if self.rotary.ndim == 3:
+            return self._of_images(rearrange(self.rotary, "s n d -> s 1 n d"))
+        return _ByBlock(self.rotary, self._of_images)
 
     def before(self, images: Tensor, backbone: Backbone) -> Tensor:
         """Move the images by whole patches."""
@@ -64,7 +59,7 @@ class PerturbedPositions(Positions):
             return images
         if backbone.stride != backbone.patch:
             raise GeometryError(
-                f"pictures cannot be moved by whole patches where these overlap (patch "
+                "pictures cannot be moved by whole patches where these overlap (patch "
                 f"{backbone.patch}, stride {backbone.stride}); leave the stride out"
             )
         return _roll(images, self._of_images(self.shift) * backbone.patch)
@@ -75,79 +70,25 @@ class PerturbedPositions(Positions):
 
     def _of_images(self, variants: Tensor) -> Tensor:
         """Each image's variant ``(B, ...)`` of ``(S, ...)``; a single one stays alone."""
-        alone = self.index is None or len(variants) == 1
-        return variants if alone else variants[self.index.to(variants.device)]  # type: ignore[union-attr]
-
-    def _check_shape(
-        self, kind: str, given: Tensor, expected: Tensor, grid: Grid, images: int
-    ) -> None:
-        del images  # how many variants there are is checked once, for all kinds
-        shape, own = tuple(given.shape), tuple(expected.shape)
-        single = own[1:] if kind == "absolute" else own
-        several = shape[1:] == single and shape[0] > 0
-        if not several and (kind == "absolute" or shape != single):
-            sides = ", ".join(map(str, single))
-            spelled = f"({'1 or B, ' if kind == 'absolute' else ''}{sides})"
-            also = f" or one for each image (B, {sides})," if kind == "rotary" else ""
-            raise ValueError(
-                f"expected {kind} positions {spelled} for grid {grid[0]} x {grid[1]},{also} "
-                f"got {shape}"
-            )
-
-    def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
-        """Raise unless the variants, too, go with the images."""
-        super().check_like(own, grid, images=images)
-        variants: dict[str, int] = {}
-        if self.absolute is not None:
-            variants["absolute"] = len(self.absolute)
-        if self.rotary is not None and own.rotary is not None:
-            variants["rotary"] = len(self.rotary) if self.rotary.ndim > own.rotary.ndim else 1
-        if self.shift is not None:
-            shape = tuple(self.shift.shape)
-            if shape[1:] != (2,) or self.shift.dtype != torch.int64:
-                raise ValueError(
-                    "expected a shift (1 or B, 2) of whole rows and columns, int64, "
-                    f"got {shape} {self.shift.dtype}"
-                )
-            variants["shift"] = shape[0]
-        self._check_index(variants, images)
-
-    def _check_index(self, variants: dict[str, int], images: int) -> None:
-        if self.index is None:
-            for kind, count in variants.items():
-                if count not in (1, images):
-                    raise ValueError(
-                        f"{count} variants of {kind} positions were given for {images} images: "
-                        "give 1, or one for each, or an index (B,) that says which is whose"
-                    )
-            return
-        if tuple(self.index.shape) != (images,) or self.index.dtype != torch.int64:
-            raise ValueError(
-                f"expected an index ({images},) int64, a variant for each image, "
-                f"got {tuple(self.index.shape)} {self.index.dtype}"
-            )
-        fewest = min((count for count in variants.values() if count > 1), default=None)
-        lowest, highest = int(self.index.min()), int(self.index.max())
-        if fewest is not None and not 0 <= lowest <= highest < fewest:
-            raise ValueError(
-                f"the index names variants {lowest} to {highest}, but there are 0 to {fewest - 1}"
-            )
+        if self.index is None or len(variants) == 1:
+            return variants
+        return variants[self.index.to(variants.device)]
 
 
 class _ByBlock:
     """Rotations block by block: copies for every image and block at once would be large."""
 
-    def __init__(self, of_block: Callable[[int], Tensor]) -> None:
-        self._of_block = of_block
+    def __init__(self, rotary: Tensor, of_images: Callable[[Tensor], Tensor]) -> None:
+        self._rotary, self._of_images = rotary, of_images
 
     def __getitem__(self, block: int) -> Tensor:
-        return self._of_block(block)
+        return self._of_images(self._rotary[:, block])
 
 
 def perturbed_positions(
     backbone: Backbone, grid: Grid, offsets: Tensor, *, ratio: float = 10.0
 ) -> PerturbedPositions:
-    """Return positions that do not tell patches where they are.
+    """Return ``S`` variants of positions that do not tell patches where they are.
 
     A transformer without positions does not know where its patches are, and is left as it is. For
     feature maps, whose zero padding and windows tell patches where they are all the same, the
@@ -157,21 +98,16 @@ def perturbed_positions(
     Args:
         backbone: the encoder.
         grid: ``(h, w)`` of the images.
-        offsets: ``(S, 2)`` in [0, 1), (row, column): one for all images, or one for each.
+        offsets: ``(S, 2)`` in [0, 1), where in the zoomed grid to crop, (row, column) as a share
+            of the places there are: one for all images, or one for each.
         ratio: by how much more than once the grid is zoomed; 0 changes nothing.
 
-    Returns:
-        ``S`` variants, on the device of the backbone.
-
     Raises:
-        ValueError: offsets of another shape or range, or a negative ratio.
+        ValueError: rotary positions of a kind that is not known.
     """
     if not isinstance(backbone, VisionTransformerBackbone):
-        corners = crop_corners(offsets, grid, ratio)
-        moved = [
-            corner * side // zoomed_side(side, ratio)
-            for corner, side in zip(corners, grid, strict=True)
-        ]
+        corners = zip(crop_corners(offsets, grid, ratio), grid, strict=True)
+        moved = [corner * side // zoomed_side(side, ratio) for corner, side in corners]
         return PerturbedPositions(shift=torch.stack(moved, dim=1).to(backbone.device))
     absolute, rotary = backbone.positions(grid).absolute, None
     if absolute is not None:
@@ -179,21 +115,13 @@ def perturbed_positions(
             absolute, offsets, grid=grid, prefix=backbone.prefix_positions, ratio=ratio
         )
     if backbone.rope is not None:
-        known = _angles.get(backbone)
-        if known is None or known[0] != grid:  # one is enough: training has one grid
-            known = _angles[backbone] = (grid, rotary_angles(backbone.rope[0], grid))
-        rotary = perturb_rotary(known[1], offsets, grid=grid, ratio=ratio, device=backbone.device)
+        angles = rotary_angles(backbone.rope[0], grid)
+        rotary = perturb_rotary(angles, offsets, grid=grid, ratio=ratio, device=backbone.device)
     return PerturbedPositions(absolute, rotary)
 
 
-_angles: WeakKeyDictionary[nn.Module, tuple[Grid, Tensor]] = WeakKeyDictionary()
-
-
 def join_positions(own: Positions, others: PerturbedPositions, index: Tensor) -> PerturbedPositions:
-    """Put a backbone's own positions (variant 0) before others (variants 1 to S).
-
-    ``index`` ``(B,)`` int64 says which variant each image takes.
-    """
+    """Put a backbone's own positions (variant 0) before others (variants 1 to S)."""
 
     def together(first: Tensor | None, rest: Tensor | None) -> Tensor | None:
         return None if first is None or rest is None else torch.cat([first.to(rest.device), rest])
@@ -216,27 +144,16 @@ def perturb_positions(
     ``interpolate_and_crop_pos_embed`` in each model of the official code. The grid in use is
     resized to ``int((1 + ratio) * side)`` patches a side, bicubic without antialiasing, and as
     many patches as it had are cropped at a random place. At the paper's ratio of 10 a crop spans
-    little more than one patch. Positions of class and register tokens stay as they are.
+    little more than one patch. The ``prefix`` positions of class and register tokens stay.
 
     Args:
         positions: ``(1, prefix + h * w, C)``, resized to the grid in use.
-        offsets: ``(S, 2)`` in [0, 1): where in the zoomed grid to crop, (row, column) as a share
-            of the places there are; ``S`` variants come back.
-        grid: ``(h, w)``.
-        prefix: number of leading class and register positions.
-        ratio: by how much more than once to zoom; 0 changes nothing.
+        offsets, grid, ratio: as in :func:`perturbed_positions`.
+        prefix: number of leading positions.
 
     Returns:
         ``(S, prefix + h * w, C)`` on the device of ``positions``; float32, or float64 if they are.
-
-    Raises:
-        ValueError: as :func:`crop_corners`, or positions that do not fit the grid.
     """
-    if positions.ndim != 3 or len(positions) != 1 or positions.shape[1] != prefix + math.prod(grid):
-        raise ValueError(
-            f"expected positions (1, {prefix + math.prod(grid)}, C) for {prefix} tokens and a grid "
-            f"of {grid[0]} x {grid[1]}, got {tuple(positions.shape)}"
-        )
     precise = positions if positions.dtype == torch.float64 else positions.float()
     leading, patches = precise[:, :prefix], precise[0, prefix:]
     rows, columns = (
@@ -269,10 +186,6 @@ def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
     Sines and cosines tell angles apart only within one turn. So they are taken of an embedding
     whose frequencies are a million times lower, where every angle is small.
 
-    Args:
-        rope: ``RotaryEmbeddingCat``, ``...DinoV3``, ``...Mixed`` or ``...MRope``, on the CPU.
-        grid: ``(h, w)``.
-
     Returns:
         ``(h * w, D)`` float64 radians, ``(depth, heads, h * w, D)`` where blocks differ.
 
@@ -297,12 +210,7 @@ def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
 
 
 def perturb_rotary(
-    angles: Tensor,
-    offsets: Tensor,
-    *,
-    grid: Grid,
-    ratio: float = 10.0,
-    device: torch.device | None = None,
+    angles: Tensor, offsets: Tensor, *, grid: Grid, ratio: float, device: torch.device
 ) -> Tensor:
     """Perturb rotary positions: rotate by the coordinates of a crop of the zoomed grid.
 
@@ -312,28 +220,21 @@ def perturb_rotary(
 
     Args:
         angles: ``(..., h * w, D)`` of the grid in use, as :func:`rotary_angles` returns them.
-        offsets: ``(S, 2)`` in [0, 1), (row, column): places of ``S`` crops.
-        grid: ``(h, w)``.
-        ratio: by how much more than once to zoom; 0 changes nothing.
-        device: where the result is wanted; that of ``angles`` by default.
+        offsets, grid, ratio: as in :func:`perturbed_positions`.
+        device: where the result is wanted.
 
     Returns:
         ``(S, ..., h * w, 2 D)`` float32, sines then cosines.
-
-    Raises:
-        ValueError: as :func:`crop_corners`.
     """
     patches = rearrange(angles.double(), "... (h w) d -> ... h w d", h=grid[0])
-    first_row, first_column = crop_corners(offsets.cpu(), grid, ratio)
+    first_row, first_column = crop_corners(offsets, grid, ratio)
     down = _along(patches[..., :, 0, :], first_row, grid[0], ratio)
     across = _along(patches[..., 0, :, :], first_column, grid[1], ratio) - patches[..., 0, :1, :]
-    down, across = (
-        rearrange(down, "s ... h d -> s ... h 1 d"),
-        rearrange(across, "s ... w d -> s ... 1 w d"),
-    )
+    down = rearrange(down, "s ... h d -> s ... h 1 d")
+    across = rearrange(across, "s ... w d -> s ... 1 w d")
     # Angles of a sum: only rows and columns need float64, and only they travel to the device.
     sin_y, cos_y, sin_x, cos_x = (
-        table.to(device or angles.device, torch.float32)
+        table.to(device, torch.float32)
         for table in (down.sin(), down.cos(), across.sin(), across.cos())
     )
     rotary = torch.cat([sin_y * cos_x + cos_y * sin_x, cos_y * cos_x - sin_y * sin_x], dim=-1)
@@ -348,29 +249,12 @@ def _along(angles: Tensor, first: Tensor, side: int, ratio: float) -> Tensor:
     # One row has no slope; that shifts all patches alike.
     slope = (angles[..., -1, :] - angles[..., 0, :]) / max(side - 1, 1)
     places = rearrange(places, f"s side -> s {'1 ' * (angles.ndim - 2)}side 1")
-    return rearrange(angles[..., 0, :], "... d -> ... 1 d") + places * rearrange(
-        slope, "... d -> ... 1 d"
-    )
+    return angles[..., :1, :] + places * rearrange(slope, "... d -> ... 1 d")
 
 
 def crop_corners(offsets: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor]:
-    """First row and first column of each crop in the zoomed grid: two ``(S,)`` int64.
-
-    Raises:
-        ValueError: offsets of another shape or range, or a ratio that is negative or not finite.
-    """
-    if not (math.isfinite(ratio) and ratio >= 0):
-        raise ValueError(f"the ratio by which positions are zoomed must be 0 or more, got {ratio}")
-    if offsets.ndim != 2 or offsets.shape[1] != 2 or not offsets.is_floating_point():
-        raise ValueError(
-            "expected offsets (S, 2), floating point, a row and a column for each variant, "
-            f"got {tuple(offsets.shape)} {offsets.dtype}"
-        )
-    shares = offsets.detach().cpu().double()
-    if not bool(((shares >= 0) & (shares < 1)).all()):
-        raise ValueError(
-            f"offsets must be in [0, 1), got {float(shares.min())} to {float(shares.max())}"
-        )
+    """First row and first column of each crop in the zoomed grid: two ``(S,)`` int64."""
+    shares = offsets.cpu().double()
     first_row, first_column = (
         (share * (zoomed_side(side, ratio) - side + 1)).long()
         for share, side in zip(shares.unbind(1), grid, strict=True)
@@ -385,16 +269,5 @@ def zoomed_side(side: int, ratio: float) -> int:
 
 def _roll(images: Tensor, shift: Tensor) -> Tensor:
     """Move each of ``(B, C, H, W)`` down and right by its ``(B or 1, 2)``, round the edges."""
-    shift = shift.to(images.device)
-    rows, columns = (
-        (torch.arange(side, device=images.device) - rearrange(moved, "b -> b 1")) % side
-        for side, moved in zip(images.shape[-2:], shift.unbind(1), strict=True)
-    )
-    which = torch.arange(len(images), device=images.device)
-    rolled = images[
-        rearrange(which, "b -> b 1 1"),
-        :,
-        rearrange(rows, "b h -> b h 1"),
-        rearrange(columns, "b w -> b 1 w"),
-    ]
-    return rearrange(rolled, "b h w c -> b c h w")
+    moved = zip(images, shift.expand(len(images), 2).tolist(), strict=True)
+    return torch.stack([image.roll(by, dims=(1, 2)) for image, by in moved])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cosettle_adapter.backbones import Backbone
@@ -16,8 +15,7 @@ Perturbation = Literal["batch", "sample", "off"]
 HeadKind = Literal["linear", "mlp2", "mlp3", "affine"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
-LR_SAMPLES = 256
-"""Samples per step to which ``base_lr`` belongs; the learning rate grows in proportion."""
+LR_SAMPLES = 256  # samples per step to which ``base_lr`` belongs
 
 _PAPER_LR = 1e-4
 _PAPER_TRAVEL = 2344 * 2e-4  # steps (five epochs of 240,000 clips by 512) times highest rate
@@ -28,20 +26,23 @@ _AT_LEAST = {
     "pairs_per_clip": 1, "cache_views": 0, "workers": 0, "log_every": 1, "save_every": 1,
     "separability_weight": 0, "pea_ratio": 0, "weight_decay": 0,
 }  # fmt: skip
-_KNOWN: dict[str, Any] = {
+_CHOICES: dict[str, Any] = {
     "pea": Perturbation, "head": HeadKind, "activation": Activation, "precision": Precision,
 }  # fmt: skip
 _NOT_THE_RESULT = ("workers", "log_every", "save_every", "batch_size", "accumulation")
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveSettings:
-    """What is minimised: ``cycle + separability_weight * separability``.
+class TrainSettings:
+    """How a projection is trained, by ``cycle + separability_weight * separability``.
 
-    ``sample`` and ``batch`` estimate the same loss at the same cost. With one crop of the positions
-    for each sample the gradient varies less from step to step: by 9 to 13 % at 32 clips and by
-    half at 256 (DINOv2-S on rendered clips: ``pytest tests/training/test_pea_modes.py --run-slow
-    -s``). Hence the default.
+    The defaults are the paper's, with these differences: ``pea`` and ``squash``, 128 samples per
+    step in one process where the paper has 512 in four, and on small corpora ``pairs_per_clip``
+    and ``base_lr``. ``pea="sample"`` estimates the same loss as ``"batch"`` at the same cost, and
+    its gradient varies less from step to step: by 9 to 13 % at 32 clips and by half at 256
+    (DINOv2-S on rendered clips).
+
+    Only the encoder runs in half precision, and no gradient passes through it.
 
     Attributes:
         temperatures: of the softmaxes in the cycle; its loss and accuracy are means over them.
@@ -50,42 +51,6 @@ class ObjectiveSettings:
             at one place per step for the whole batch (as in the official code), or off.
         pea_ratio: the grid of positions is zoomed by one plus this.
         pool: patches averaged along each side before cycles are walked.
-    """
-
-    temperatures: tuple[float, ...] = (0.03,)
-    separability_weight: float = 3.0
-    pea: Perturbation = "sample"
-    pea_ratio: float = 10.0
-    pool: int = 2
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "temperatures", tuple(self.temperatures))
-        if not self.temperatures or not all(0 < each < math.inf for each in self.temperatures):
-            raise TrainingError(
-                f"temperatures must be one or more positive numbers, got {self.temperatures}"
-            )
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            least, known = _AT_LEAST.get(name), get_args(_KNOWN.get(name))
-            if least is not None and value is not None and not least <= value < math.inf:
-                raise TrainingError(f"{name} must be at least {least}, got {value}")
-            if known and value not in known:
-                raise TrainingError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings(ObjectiveSettings):
-    """How a projection is trained.
-
-    The defaults are the paper's, with these differences: ``pea`` (see
-    :class:`ObjectiveSettings`), ``squash`` (whole frames are cropped, which keeps their aspect
-    ratio), 128 samples per step in one process where the paper has 512 in four, and on small
-    corpora ``pairs_per_clip`` and ``base_lr``.
-
-    Only the encoder runs in half precision, and no gradient passes through it: the head, its
-    gradients and the losses are float32 throughout, so there is no loss to scale.
-
-    Attributes:
         epochs: passes over the samples.
         batch_size: samples per process and forward pass; lowered where there are fewer samples.
         accumulation: forward passes per step. A step sees batch_size x processes x accumulation
@@ -106,7 +71,8 @@ class TrainSettings(ObjectiveSettings):
             start from.
         frames: frames of a cycle; the paper's is 2.
         size: side of the square frames in pixels.
-        squash: squash frames to the square before cropping, as the official code does.
+        squash: squash frames to the square before cropping, as the official code does, instead of
+            keeping their aspect ratio.
         pairs_per_clip: samples drawn from each clip in an epoch; by default as many as make epochs
             of about 2,000 samples.
         cache_views: encoded views per clip that are kept on disk and used over and over; 0 decodes
@@ -120,6 +86,11 @@ class TrainSettings(ObjectiveSettings):
         log_every: steps between lines of metrics.jsonl.
     """
 
+    temperatures: tuple[float, ...] = (0.03,)
+    separability_weight: float = 3.0
+    pea: Perturbation = "sample"
+    pea_ratio: float = 10.0
+    pool: int = 2
     epochs: int = 5
     batch_size: int = 128
     accumulation: int = 1
@@ -145,7 +116,18 @@ class TrainSettings(ObjectiveSettings):
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise TrainingError(f"{name} must be at least {least}, got {value}")
+        for name, kind in _CHOICES.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise TrainingError(f"unknown {name} {value!r}; expected one of {known}")
+        if not self.temperatures or not all(0 < each < math.inf for each in self.temperatures):
+            raise TrainingError(
+                f"temperatures must be one or more positive numbers, got {self.temperatures}"
+            )
         if self.base_lr is not None and not self.base_lr > 0:
             raise TrainingError(f"base_lr must be a positive rate, got {self.base_lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -167,16 +149,6 @@ class TrainSettings(ObjectiveSettings):
         """Return the settings that decide the result, as JSON: they must not change on resuming."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in plain.items() if name not in _NOT_THE_RESULT}
-
-    def record(self) -> dict[str, Any]:
-        """Return what is recorded beside a projection: the settings that its config lacks."""
-        elsewhere = ("layers", "norm", "head", "activation", "pairs_per_clip")
-        told = {
-            **self.decisive(),
-            "warmup_epochs": self.warmup,
-            "init": Path(self.init).name,
-        }
-        return {name: value for name, value in told.items() if name not in elsewhere}
 
     def head_config(self, backbone: Backbone) -> ProjectionConfig:
         """Return the config of the projection that is to be trained on ``backbone``.
@@ -207,11 +179,8 @@ class TrainSettings(ObjectiveSettings):
 
         Where ``base_lr`` is not given it is the paper's 1e-4. That belongs to a corpus of 240,000
         clips: on a few thousand samples the head would end about where it began. So a run of fewer
-        steps gets a higher rate, by which steps times rate is what it is in the paper, up to 1e-3.
-
-        Args:
-            samples: samples per step, over all processes and accumulated batches.
-            steps: of the whole run.
+        ``steps`` gets a higher rate, by which steps times rate is what it is in the paper, up to
+        1e-3. ``samples`` are those of a step, over all processes and accumulated batches.
         """
         if self.base_lr is not None:
             return self.base_lr * samples / LR_SAMPLES
@@ -219,15 +188,10 @@ class TrainSettings(ObjectiveSettings):
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: float) -> float:
-    """Return the share of the highest learning rate that a step uses.
+    """Return the share of the highest learning rate that a 0-based step uses.
 
-    From 0 in a straight line over the warm-up, then half a cosine to 0 (``util/lr_sched.py`` of
-    the official code, in steps in place of fractions of an epoch).
-
-    Args:
-        step: 0-based.
-        steps: of the whole run.
-        warmup: steps of warm-up; need not be whole.
+    From 0 in a straight line over ``warmup`` steps, which need not be whole, then half a cosine to
+    0 (``util/lr_sched.py`` of the official code, in steps in place of fractions of an epoch).
     """
     if step < warmup:
         return step / warmup

@@ -8,9 +8,9 @@ import importlib.metadata
 import logging
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,25 +18,21 @@ from torch import Tensor
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.training import checkpoint
-from cosettle_adapter.training.batches import Plan, TrainingData
-from cosettle_adapter.training.checkpoint import RunState
+from cosettle_adapter.training.cached_views import TrainingData
+from cosettle_adapter.training.checkpoint import MetricsLog, RunState, StepReport, read_metrics
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.data import load_batches
-from cosettle_adapter.training.distribution import from_main, gather, make_accelerator, on_main
+from cosettle_adapter.training.data import Plan, collate, load_batches
 from cosettle_adapter.training.encoding import compile_encoder
-from cosettle_adapter.training.errors import TrainingInterrupted
-from cosettle_adapter.training.head import Head, make_optimizer, new_head
-from cosettle_adapter.training.metrics import MetricsLog, StepReport, last_epoch_means
+from cosettle_adapter.training.errors import TrainingInterrupted, stop_request
+from cosettle_adapter.training.head import Head, new_head
+from cosettle_adapter.training.processes import from_main, gather, make_accelerator, on_main
 from cosettle_adapter.training.settings import TrainSettings
 from cosettle_adapter.training.step import Stepper
-from cosettle_adapter.training.stopping import stop_request
 from cosettle_adapter.training.validation import CRITERION, Validation
 from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-__all__ = ["StepReport", "Trained", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +40,14 @@ _SAVE_SECONDS = 300.0
 _SKIPPED_NAMED = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What training returns.
+class Trained(NamedTuple):
+    """What training returns."""
 
-    Attributes:
-        projection: the result, as it was written: the last one, or the best by validation.
-        steps: of the whole run.
-        chosen_step: steps after which the projection was what it is.
-        figures: validation figures of the backbone's own tokens (``raw``), of the ``first``, the
-            ``last`` and the ``chosen`` projection; empty without validation.
-        skipped: videos that could not be read, and why.
-    """
-
-    projection: Projection
+    projection: Projection  # as it was written: the last one, or the best by validation
     steps: int
     chosen_step: int
-    figures: dict[str, dict[str, float | None]]
-    skipped: dict[str, str]
+    figures: dict[str, dict[str, float | None]]  # by validation: raw, first, last, chosen
+    skipped: dict[str, str]  # videos that could not be read, and why
 
 
 def train(
@@ -77,7 +63,7 @@ def train(
     tensorboard: bool = False,
     licence: str = "",
     about_data: str = "",
-    command: Sequence[str] = (),
+    began: Mapping[str, Any] | None = None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> Trained:
@@ -91,7 +77,7 @@ def train(
 
     Args:
         backbone: the frozen encoder.
-        data: from :func:`~cosettle_adapter.training.batches.open_data` with the same settings.
+        data: from :func:`~cosettle_adapter.training.cached_views.open_data`, same settings.
         output: folder to write.
         settings: see :class:`TrainSettings`.
         accelerator: of this process; by default one for the best device here.
@@ -100,67 +86,43 @@ def train(
         validation: clips to measure before the first step and after each epoch; the projection
             that is best by them is the result.
         tensorboard: write TensorBoard's files beside ``metrics.jsonl``.
-        licence: licence to record; the backbone's by default.
+        licence: to record; the backbone's by default.
         about_data: what the clips are, to record.
-        command: words of the command line, to record.
-        on_start: called in the main process before the first step that is to be done, with the
-            samples of an epoch.
+        began: how the run was begun, kept in its checkpoints; ``command``, its words, is recorded.
+        on_start: called in the main process with the samples of an epoch, before the first step.
         on_step: called in the main process after every step.
-
-    Returns:
-        The projection, and what was measured.
 
     Raises:
         TrainingError: it cannot begin: the folder holds a run, another process is writing into it,
             or there are too few samples.
         CheckpointError: there is nothing to resume, or it is another run.
-        NonFiniteLossError: naming the clips; the last checkpoint is kept.
-        DiskFullError: no space left; the last checkpoint is kept.
+        NonFiniteLossError, DiskFullError: the last checkpoint is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving.
         CosettleError: samples that cannot be read, or frames that do not fit the backbone.
     """
     settings = settings or TrainSettings()
     accelerator = accelerator or make_accelerator()
     folder = Path(output).expanduser()
-    backbone.grid(settings.size, settings.size)
-    plan = Plan(
-        len(data),
-        settings.batch_size,
-        accelerator.num_processes,
-        settings.accumulation,
-        settings.epochs,
-        settings.seed,
-    )
-    if plan.batch_size < settings.batch_size and accelerator.is_main_process:
-        logger.warning(
-            "batches of %d in place of %d: an epoch has %d samples",
-            plan.batch_size, settings.batch_size, plan.samples,
-        )  # fmt: skip
-    config = settings.head_config(backbone)
-    config = dataclasses.replace(config, licence=licence or backbone.row.licence)
-    start = "random" if resume else settings.init
-    head = Head(new_head(config, init=start, seed=settings.seed)).to(accelerator.device)
+    run = _Run(accelerator, backbone, data, settings, folder, new=not resume)
+    run.state.config["validation"] = validation and validation.digest
+    run.state.began = dict(began or {})
     with contextlib.ExitStack() as held:
         claimed = checkpoint.claimed_folder(folder, resume=resume, overwrite=overwrite)
         on_main(accelerator, lambda: held.enter_context(claimed))
         held.callback(accelerator.free_memory)  # it would save this head with the next one
-        run = _Run(accelerator, backbone, data, plan, settings, head, folder)
-        run.state.command = list(command)
-        run.state.config["validation"] = None if validation is None else validation.digest
         if resume:
             run.resume()
-        backbone.to(accelerator.device)
         if settings.compile:
             compile_encoder(backbone)
         if validation is not None:
-            run.begin_validation(validation)
+            run.validation = on_main(accelerator, lambda: run.begin_validation(validation))
         run.log = on_main(
             accelerator, lambda: MetricsLog(folder, step=run.state.step, tensorboard=tensorboard)
         )
         if run.log is not None:
             held.callback(run.log.close)
         run.to_the_end(on_start, on_step)
-        return run.finish(about_data)
+        return run.finish(licence or backbone.row.licence, about_data)
 
 
 class _Run:
@@ -171,13 +133,22 @@ class _Run:
         accelerator: Accelerator,
         backbone: Backbone,
         data: TrainingData,
-        plan: Plan,
         settings: TrainSettings,
-        head: Head,
         folder: Path,
+        *,
+        new: bool,
     ) -> None:
-        self.accelerator, self.backbone, self.data, self.plan = accelerator, backbone, data, plan
-        self.settings, self.head, self.folder = settings, head, folder
+        self.accelerator, self.backbone, self.data = accelerator, backbone, data
+        self.settings, self.folder = settings, folder
+        self.plan = Plan(len(data), accelerator.num_processes, settings)
+        if self.plan.batch_size < settings.batch_size and accelerator.is_main_process:
+            told = "batches of %d in place of %d: an epoch has %d samples"
+            logger.warning(told, self.plan.batch_size, settings.batch_size, len(data))
+        init = settings.init if new else "random"
+        config = settings.head_config(backbone)
+        self.head = Head(new_head(config, init=init, seed=settings.seed)).to(accelerator.device)
+        backbone.to(accelerator.device)
+        self.stepper = Stepper(accelerator, backbone, data, self.plan, settings, self.head)
         self.state = RunState(
             config={  # what decides the result, and so must be the same on resuming
                 "backbone": backbone.row.name,
@@ -185,28 +156,22 @@ class _Run:
                 "backbone_dtype": str(backbone.dtype),
                 "stride": backbone.stride,
                 "settings": settings.decisive(),
-                "samples_per_step": plan.samples_per_step,
+                "samples_per_step": self.plan.samples_per_step,
                 "data": data.digest,
             },
             skipped=dict(getattr(data, "skipped", ())),
         )
         self.best: dict[str, Tensor] | None = None
-        self.log: MetricsLog | None = None  # in the main process
-        self.stepper = Stepper(
-            accelerator, backbone, data, plan, settings, head,
-            make_optimizer(head, settings), self.state.skipped,
-        )  # fmt: skip
-        self._validation: Validation | None = None
+        self.log: MetricsLog | None = None  # in the main process, as is the next
+        self.validation: Validation | None = None
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Continue from the checkpoint in the folder."""
-        skipped = self.state.skipped
-        command = self.state.command
+        skipped, began = self.state.skipped, self.state.began
         self.state, self.best = checkpoint.restore(self.accelerator, self.folder, self.state.config)
-        skipped.update(self.state.skipped)
-        self.state.skipped = skipped  # which the stepper adds to
-        self.state.command = self.state.command or command
+        self.state.skipped |= skipped
+        self.state.began = self.state.began or began
 
     def to_the_end(
         self, on_start: Callable[[int], None], on_step: Callable[[StepReport], None]
@@ -216,33 +181,34 @@ class _Run:
         batches = load_batches(
             self.data,
             plan.batches(accelerator.process_index, start=state.step),
-            collate=self.data.collate,
+            collate=collate,
             workers=settings.workers,
             pin_memory=accelerator.device.type == "cuda",
         )
-        with stop_request() as request:
+        with stop_request() as asked_to_stop:
             if state.step == 0:
-                self.validate(epoch=0)
+                on_main(accelerator, self.validate)
                 self.save()
             if self.log is not None and state.step < plan.steps:
                 on_start(plan.samples)
             for step in range(state.step, plan.steps):
                 old = time.monotonic() - self._saved_at > _SAVE_SECONDS
-                asked = request.signal is not None
+                asked = asked_to_stop()
                 report, stop, save = self.stepper.run(step, batches, stop=asked, save=old)
                 state.step = step + 1
                 if self.log is not None:
                     if state.step % settings.log_every == 0 or state.step == plan.steps:
-                        self.log.write_report(report)
+                        step_values = report._asdict()
+                        del step_values["step"], step_values["steps"]
+                        self.log.write(state.step, step_values)
                     on_step(report)
-                epoch, within = divmod(state.step, plan.steps_per_epoch)
-                if within == 0:
-                    self.validate(epoch=epoch)
+                epoch_ends = state.step % plan.steps_per_epoch == 0
+                if epoch_ends:
+                    on_main(accelerator, self.validate)
                 # A signal that came after the processes agreed counts at once if there is one.
-                alone = accelerator.num_processes == 1
-                stop = stop or (alone and request.signal is not None)
+                stop = stop or (accelerator.num_processes == 1 and asked_to_stop())
                 due = settings.save_every is not None and state.step % settings.save_every == 0
-                if within == 0 or due or save or stop:
+                if epoch_ends or due or save or stop:
                     self.save()
                 if stop and state.step < plan.steps:
                     raise TrainingInterrupted(
@@ -252,66 +218,52 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint; all processes call it."""
-        for skipped in gather(self.accelerator, self.state.skipped):
-            self.state.skipped.update(skipped)
+        for skipped in gather(self.accelerator, self.stepper.skipped):
+            self.state.skipped |= skipped
         checkpoint.save(self.accelerator, self.folder, self.state, self.best)
         self._saved_at = time.monotonic()
 
-    def begin_validation(self, corpus: Corpus) -> None:
-        """Encode the validation clips, in the main process, and measure the backbone's tokens."""
+    def begin_validation(self, corpus: Corpus) -> Validation:
+        """Encode the validation clips, and measure the backbone's tokens."""
+        config, settings = self.head.projection.config, self.settings
+        found = Validation(self.backbone, corpus, config, size=settings.size, seed=settings.seed)
+        self.state.figures.setdefault("raw", found.measure(None))
+        for name, reason in found.skipped.items():
+            logger.warning("validation without %s: %s", name, reason)
+        return found
 
-        def begin() -> Validation:
-            config, settings = self.head.projection.config, self.settings
-            validation = Validation(
-                self.backbone, corpus, config, size=settings.size, seed=settings.seed
-            )
-            self.state.figures.setdefault("raw", validation.measure(None))
-            for name, reason in validation.skipped.items():
-                logger.warning("validation without %s: %s", name, reason)
-            return validation
-
-        self._validation = on_main(self.accelerator, begin)
-
-    def validate(self, *, epoch: int) -> None:
+    def validate(self) -> None:
         """Measure the projection as it is now, and keep it if it is the best so far."""
+        state = self.state
+        if self.validation is None or self.log is None:
+            return
+        figures = self.validation.measure(self.head.projection)
+        state.figures.setdefault("first", figures)
+        state.figures["last"] = figures
+        score = figures[CRITERION] or 0.0
+        if state.best is None or score > state.best["figures"][CRITERION]:
+            state.best = {"step": state.step, "figures": figures}
+            self.best = self._tensors()
+        raw = {"raw": state.figures["raw"]} if state.step == 0 else {}
+        line: dict[str, Any] = {"epoch": state.step // self.plan.steps_per_epoch}
+        for prefix, values in {**raw, "validation": figures}.items():
+            line |= {f"{prefix}/{name}": value for name, value in values.items()}
+        self.log.write(state.step, line)
 
-        def measure() -> None:
-            state = self.state
-            if self._validation is None or self.log is None:
-                return
-            figures = self._validation.measure(self.head.projection)
-            state.figures.setdefault("first", figures)
-            state.figures["last"] = figures
-            score = figures[CRITERION] or 0.0
-            if state.best is None or score > state.best["figures"][CRITERION]:
-                state.best = {"step": state.step, "figures": figures}
-                self.best = self._tensors()
-            lines = {"validation": figures}
-            if state.step == 0:
-                lines = {"raw": state.figures["raw"], **lines}
-            for prefix, values in lines.items():
-                named = {f"{prefix}/{name}": value for name, value in values.items()}
-                self.log.write(state.step, {"epoch": epoch} | named)
-
-        on_main(self.accelerator, measure)
-
-    def finish(self, about_data: str) -> Trained:
+    def finish(self, licence: str, about_data: str) -> Trained:
         """Write the result, in the main process; all processes get the projection."""
-        accelerator = self.accelerator
-        state, best = from_main(accelerator, (self.state, self.best))
+        state, best = from_main(self.accelerator, (self.state, self.best))
         chosen, figures = state.step, dict(state.figures)
         if state.best is not None:
             chosen, figures["chosen"] = state.best["step"], state.best["figures"]
-        record = on_main(accelerator, lambda: self._record(chosen, figures, about_data)) or {}
-        config = dataclasses.replace(
-            self.head.projection.config, fit=from_main(accelerator, record)
-        )
+        record = self._record(chosen, figures, about_data)
+        config = self.head.projection.config
         with torch.random.fork_rng(devices=[]):
-            projection = Projection(config)
+            projection = Projection(dataclasses.replace(config, fit=record, licence=licence))
         projection.load_state_dict(self._tensors() if best is None else best)
         projection.requires_grad_(False).eval()
-        on_main(accelerator, lambda: checkpoint.write_result(self.folder, projection))
-        return Trained(projection, state.step, chosen, figures, dict(state.skipped))
+        on_main(self.accelerator, lambda: checkpoint.write_result(self.folder, projection))
+        return Trained(projection, state.step, chosen, figures, state.skipped)
 
     def _tensors(self) -> dict[str, Tensor]:
         state = self.head.projection.state_dict()
@@ -321,11 +273,12 @@ class _Run:
         self, chosen: int, figures: dict[str, dict[str, float | None]], about_data: str
     ) -> dict[str, Any]:
         """Return ``config.fit``: how the projection was found."""
-        plan, state = self.plan, self.state
+        plan, skipped = self.plan, sorted(Path(name).name for name in self.state.skipped)
         record: dict[str, Any] = {"method": "train", "data": about_data, "clips": self.data.clips}
-        if state.skipped:
-            names = sorted(Path(name).name for name in state.skipped)
-            record |= {"skipped": len(names), "skipped_clips": names[:_SKIPPED_NAMED]}
+        if skipped:
+            record |= {"skipped": len(skipped), "skipped_clips": skipped[:_SKIPPED_NAMED]}
+        lines = [line for line in read_metrics(self.folder) if "loss" in line]
+        last = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
         record |= {
             "samples_per_epoch": plan.samples,
             "steps": plan.steps,
@@ -333,8 +286,11 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
             "stride": self.backbone.stride,
-            "settings": self.settings.record(),
-            "last_epoch": last_epoch_means(self.folder),
+            "settings": self.settings.decisive() | {"init": Path(self.settings.init).name},
+            "last_epoch": {
+                name: round(sum(line[name] for line in last) / len(last), 4)
+                for name in (("loss", "cycle", "kl", "accuracy") if last else ())
+            },
         }
         if figures:
             record["validation"] = {
@@ -343,10 +299,12 @@ class _Run:
             }
             record["chosen_by"] = f"{CRITERION} of propagated masks on rendered clips"
             record["chosen_step"] = chosen
-        packages = {name: importlib.metadata.version(name) for name in ("timm", "accelerate")}
-        record |= {"versions": {"torch": torch.__version__, **packages}}
+        packages = ("torch", "timm", "accelerate")
+        record["versions"] = {name: importlib.metadata.version(name) for name in packages}
         record["cosettle_adapter"] = __version__
-        if state.command:
-            words = checkpoint.shown_command(state.command)
-            record["command"] = shlex.join(["cosettle-adapter", *words])
+        if words := self.state.began.get("command"):
+            # where paths lie on somebody's machine is left out
+            whole = (Path(word).expanduser().is_absolute() for word in words)
+            shown = [Path(w).name if path else w for w, path in zip(words, whole, strict=True)]
+            record["command"] = shlex.join(["cosettle-adapter", *shown])
         return record

@@ -2,14 +2,12 @@
 
 The best projection so far is the one whose features keep a known mask best: the **overlap** of the
 propagated mask of a cut-out with where it truly is, on clips rendered from the validation videos'
-own frames. The motion is known because it was rendered, so nobody needs to have labelled
-anything; ``cosettle-adapter fit`` chooses its layer the same way.
+own frames, by which ``cosettle-adapter fit`` chooses its layers as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,18 +34,8 @@ _POINTS = 8  # a side
 class Validation:
     """Clips whose tokens are computed once; then only the head runs.
 
-    At most 32 clips are used, spread evenly over the corpus, and 8 frames of each, spread evenly
-    over the clip and resized to the square that is trained on.
-
-    Args:
-        backbone: the frozen encoder.
-        corpus: of the validation clips.
-        config: of the projection in training: which layers are read.
-        size: side of the square frames in pixels.
-        seed: of the rendered motion.
-
-    Attributes:
-        skipped: clips that could not be read, and why.
+    At most 32 clips are used, spread evenly over the corpus, and 8 frames of each, resized to the
+    square that is trained on. ``skipped`` says which could not be read, and why.
 
     Raises:
         TrainingError: no clip could be read.
@@ -61,7 +49,8 @@ class Validation:
         self.skipped: dict[str, str] = {}
         self._clips: dict[str, Tensor] = {}
         photos: list[Tensor] = []
-        for video in evenly(corpus.videos, _CLIPS):
+        count = min(_CLIPS, len(corpus))
+        for video in (corpus.videos[index * len(corpus) // count] for index in range(count)):
             try:
                 frames = read_evenly(video, _FRAMES)
             except (CosettleError, OSError) as error:
@@ -70,7 +59,7 @@ class Validation:
             photos.append(frames[0])
             self._clips[video.name] = self._encode(resize(frames, (size, size)) / 255)
         if not photos:
-            reason = next(iter(self.skipped.values()), "there is none")
+            reason = next(iter(self.skipped.values()))
             raise TrainingError(f"no validation clip could be read; the first: {reason}")
         rendered = render_from(photos, count=_RENDERED, size=(size, size), seed=seed)
         self._rendered = [(clip, self._encode(clip.frames.float() / 255)) for clip in rendered]
@@ -96,8 +85,7 @@ class Validation:
         for clip, tokens in self._rendered:
             features = self._project(projection, tokens)
             overlaps.append(mask_overlap(features, clip))
-            error = tracking_error(features, geometry, points, *clip.track(points))
-            errors.append(error["mean"])
+            errors.append(tracking_error(features, geometry, points, *clip.track(points))["mean"])
         found = metrics.result()
         figures = {
             CRITERION: sum(overlaps) / len(overlaps),
@@ -125,20 +113,8 @@ class Validation:
         return projected
 
 
-def evenly(videos: Sequence[Video], count: int) -> list[Video]:
-    """Return at most ``count`` videos, spread evenly."""
-    if len(videos) <= count:
-        return list(videos)
-    return [videos[index * len(videos) // count] for index in range(count)]
-
-
 def read_evenly(video: Video, count: int) -> Tensor:
-    """Return ``count`` frames ``(T, 3, H, W)`` uint8 spread over a video; fewer of a short one.
-
-    Raises:
-        TrainingError: a video of one frame, in which nothing can be followed.
-        FrameError: the video cannot be read.
-    """
+    """Return ``count`` frames ``(T, 3, H, W)`` uint8 spread over a video; fewer of a short one."""
     length = video.length()
     if length < 2:
         raise TrainingError(f"{video.name} has {length} frame, and nothing to follow")

@@ -65,11 +65,3 @@ def test_an_unknown_solver_is_an_error(
     assert "unknown solver pca" in " ".join(capsys.readouterr().err.split())
     assert main(f"{command} --concatenate 5,7".split()) == 2
     assert "expected layers such as 7+11" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize("task", ["representation", "retrieval"])
-def test_settling_is_for_clips(
-    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["evaluate", task, "--data", str(tmp_path), "--settle"]) == 2
-    assert "--settle" in " ".join(capsys.readouterr().err.split())

@@ -13,9 +13,9 @@ from training_fakes import SMALL_VIT
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone, registry
 from cosettle_adapter.cli import main
-from cosettle_adapter.cli.training_progress import TrainingProgress
-from cosettle_adapter.training.metrics import read_metrics
-from cosettle_adapter.training.train import StepReport
+from cosettle_adapter.cli.train import TrainingProgress
+from cosettle_adapter.training.checkpoint import StepReport, read_metrics
+from cosettle_adapter.training.corpus import Corpus
 
 from helpers import tiny_state, write_video
 
@@ -67,8 +67,7 @@ def test_a_folder_of_videos_becomes_an_adapter(
     assert "16 samples an epoch; the first step is under way" in printed
     assert "step 8 of 8, epoch 2: loss" in printed
     assert "clips/s" in printed
-    assert "skipped 1 videos" in printed
-    assert "broken.mp4: " in printed
+    assert "skipped broken.mp4: " in printed
     assert "from_pretrained('./out')" in printed
     adapter = CoSettleAdapter.from_pretrained("out", backbone_weights="weights.safetensors")
     assert adapter(torch.zeros(2, 3, 64, 64)).shape == (2, 32, 4, 4)
@@ -120,7 +119,10 @@ def test_a_run_is_not_resumed_with_other_settings(
     assert train() == 1
     assert "continue with --resume out" in capsys.readouterr().err
     assert train("--overwrite", "--kl-weight", "1") == 0
-    assert train("--resume", "--overwrite", "--kl-weight", "1") == 0, "the run did, this does not"
+    assert train("--resume", "--overwrite", "--kl-weight", "1") == 1
+    assert "continues a run and --overwrite removes it: give one" in capsys.readouterr().err
+    assert main(["train", "--backbone", "dino-vitb16"]) == 1
+    assert "missing --data, -o: a new run needs all three" in capsys.readouterr().err
 
 
 def test_validation_chooses_the_best(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,25 +142,8 @@ def test_validation_chooses_the_best(workplace: Path, capsys: pytest.CaptureFixt
     assert config["kind"] == "mlp2"
 
 
-def test_ctrl_c_while_views_are_encoded_keeps_them(
+def test_views_are_encoded_once_by_a_compiled_encoder(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pressed(self: TrainingProgress, done: int, total: int) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-    arguments = ["--cache-views", "16", "--views-folder", "views"]
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingProgress, "encoded", pressed)
-        assert train(*arguments) == 130
-    said = (
-        "interrupted; the views of 1 of 3 clips are kept in views; run the same again to continue"
-    )
-    assert said in capsys.readouterr().err
-    assert train(*arguments) == 0
-
-
-def test_an_encoder_is_compiled_before_views_are_encoded(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[torch.nn.Module] = []
     at_first: list[int] = []
@@ -172,16 +157,19 @@ def test_an_encoder_is_compiled_before_views_are_encoded(
         at_first.append(len(compiled))
         return tokens(self, *arguments, **options)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
-    monkeypatch.setattr(Backbone, "intermediate_tokens", encode)
-    assert train("--cache-views", "2", "--compile") == 0
-    assert at_first[0] == len(compiled) == SMALL_VIT.depth, "once"
+    def pressed(self: TrainingProgress, done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGINT)
 
-
-def test_views_are_encoded_once(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["--cache-views", "4", "--views-folder", "views"]
+    arguments = ["--cache-views", "4", "--views-folder", "views", "--compile"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", compile_module)
+        patch.setattr(Backbone, "intermediate_tokens", encode)
+        patch.setattr(TrainingProgress, "encoded", pressed)
+        assert train(*arguments) == 130
+    assert at_first[0] == len(compiled) == SMALL_VIT.depth
+    said = "the views of 1 of 3 clips are kept in views; run the same again to continue"
+    assert said in capsys.readouterr().err
+    arguments.remove("--compile")
     assert train(*arguments) == 0
     assert "encoded 12 of 12 views" in capsys.readouterr().out
     first = load_file("out/projection.safetensors")
@@ -200,7 +188,7 @@ def test_views_are_encoded_once(
     [
         (["--data", "nowhere"], "nowhere"),
         (["--data", "empty"], "empty"),
-        (["--data", "damaged"], "none of the 2 videos can be read; the first of them: "),
+        (["--data", "damaged"], "none of the 2 videos that were tried can be read; "),
         (["--validation", "damaged"], "no validation clip could be read"),
         (["--backbone", "dinov2-vitb41"], "Did you mean"),
         (["--init", "nowhere"], "'nowhere' is no start"),
@@ -227,6 +215,38 @@ def test_a_mistake_is_a_sentence(
     assert not (workplace / "out" / "projection.safetensors").exists()
 
 
-def test_a_new_run_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--backbone", "dino-vitb16"]) == 1
-    assert "missing --data, -o: a new run needs all three" in capsys.readouterr().err
+def test_a_corpus_is_prepared_and_trained_on(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(23):
+        (workplace / "clips" / f"bad{number:02d}.mp4").write_bytes(b"[bold]no video")
+    words = [
+        "prepare",
+        "--data",
+        "clips",
+        "-o",
+        "frames",
+        "--size",
+        "64",
+        "--every",
+        "2",
+        "--workers",
+        "1",
+    ]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("skipped bad") == 20
+    assert "and 3 more; all 23 are in frames/skipped.txt" in printed
+    assert "frames: the frames of 3 videos\n" in printed
+    assert "cosettle-adapter train --data ./frames" in printed
+    assert [video.length() for video in Corpus.open("frames").videos] == [5, 5, 5]
+    assert main(words) == 0
+    assert "the frames of 3 videos, 3 of them from before" in capsys.readouterr().out
+    assert train("--data", "frames", "--epochs", "1") == 0
+    for wrong, message in {
+        "--data .": "choose a folder outside",
+        "--data clips --quality 0": "quality must be at least 1",
+    }.items():
+        assert main(["prepare", "-o", "other", *wrong.split()]) in (1, 2)
+        assert message in " ".join(capsys.readouterr().err.split())
+        assert not Path("other").exists()

@@ -2,27 +2,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import cosettle_adapter
 from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS, StatisticsError
+from cosettle_adapter.correspondence import propagate_labels
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.training.clips import find_clips, neighbouring_frames
-from cosettle_adapter.training.fit import FitSettings, fit_projection, split
-from cosettle_adapter.training.statistics import collect_statistics
-from cosettle_adapter.video import FrameSelection, open_frames, probe
-from cosettle_adapter.video.decoder import SourceInfo
-from cosettle_adapter.video.selection import PendingFrame
+from cosettle_adapter.training.fit import FitSettings, find_clips, fit_projection, split
+from cosettle_adapter.training.model_selection import (
+    Candidate,
+    candidates,
+    labels,
+    layer_sets,
+    mask_overlap,
+)
+from cosettle_adapter.training.statistics import collect_statistics, pair_starts
+from cosettle_adapter.video import read_frames, render_clip
 
 from helpers import write_video
 
 QUICK = FitSettings(layers=(2, 5), size=64, pairs=2, rendered=1)
+ONE_LAYER = dataclasses.replace(QUICK, layers=(5,), rendered=0)
 
 
 @pytest.fixture
@@ -35,182 +46,137 @@ def clips(tmp_path: Path) -> Path:
     return folder
 
 
-def test_clips_are_found_below_a_folder(clips: Path, tmp_path: Path) -> None:
+def test_clips_are_found_below_folders_or_given(clips: Path, tmp_path: Path) -> None:
     assert [path.name for path in find_clips(clips)] == ["a.mp4", "b.mkv", "c.mp4"]
-    for hidden in ("._a.mp4", ".trash/d.mp4"):
-        (clips / hidden).parent.mkdir(exist_ok=True)
-        (clips / hidden).write_bytes(b"what a Mac leaves")
-    (clips / "folder.mp4").mkdir()
-    assert [path.name for path in find_clips(clips)] == ["a.mp4", "b.mkv", "c.mp4"]
-    with pytest.raises(FrameError, match="is not a folder"):
-        find_clips(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FrameError, match="no video files below"):
-        find_clips(tmp_path / "empty")
+    assert [path.name for path in find_clips([clips / "more", clips / "a.mp4"])] == [
+        "c.mp4", "a.mp4",
+    ]  # fmt: skip
+    for nothing in (tmp_path / "nowhere", tmp_path / "nowhere.mp4", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(
+            FrameError, match=r"no video files below|is not a folder of video files"
+        ):
+            find_clips(nothing)
 
 
-def test_pairs_are_a_gap_apart(clips: Path) -> None:
-    pairs = list(neighbouring_frames(clips / "a.mp4", pairs=3, gap=3))
-    assert [tuple(pair.shape) for pair in pairs] == [(2, 3, 64, 96)] * 3
-    bright = [
-        [int((frame[0] > 180)[12:20].float().mean(0).gt(0.9).sum()) for frame in p] for p in pairs
-    ]
-    assert all(count >= 10 for pair in bright for count in pair)
-    assert not torch.equal(pairs[0][0], pairs[0][1])
-
-
-@pytest.mark.parametrize("far", [0.0, 0.3, 10.0])  # a reading a pair, a few, one for all
-@pytest.mark.parametrize(("pairs", "gap"), [(1, 1), (4, 3), (9, 5), (40, 2)])
-def test_pairs_are_the_same_in_however_many_readings(
-    clips: Path, pairs: int, gap: int, far: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clip = clips / "a.mp4"
-    info = probe(clip)
-    assert info.frames is not None
-    assert info.fps is not None
-    last = (info.frames - gap - 1) / info.fps
-    expected = []
-    for index in range(pairs):
-        chunks = open_frames(
-            clip, FrameSelection(start=last * index / pairs, every=gap, max_frames=2)
-        )
-        expected.append(next(chunks).frames)
-    monkeypatch.setattr("cosettle_adapter.training.clips._FAR", far)
-    found = list(neighbouring_frames(clip, pairs=pairs, gap=gap))
-    torch.testing.assert_close(torch.stack(found), torch.stack(expected))
-
-
-def test_a_pair_is_of_two_frames(clips: Path) -> None:
-    with pytest.raises(FrameError, match="at least 1 frame apart, got 0"):
-        next(neighbouring_frames(clips / "a.mp4", pairs=2, gap=0))
-
-
-def test_a_pair_of_two_sizes_is_passed_over(monkeypatch: pytest.MonkeyPatch, clips: Path) -> None:
-    shapes = [(3, 8, 8)] * 10 + [(3, 4, 8)] * 10
-    frames = [
-        PendingFrame(t / 8, f"frame {t}", partial(torch.full, shape, t))
-        for t, shape in enumerate(shapes)
-    ]
-    monkeypatch.setattr(
-        "cosettle_adapter.training.clips.pending_frames", lambda *_: (each for each in frames)
-    )
-    monkeypatch.setattr(
-        "cosettle_adapter.training.clips.probe", lambda clip: SourceInfo(frames=20, fps=8.0)
-    )
-    found = list(neighbouring_frames(clips / "a.mp4", pairs=4, gap=3))
-    assert [pair[:, 0, 0, 0].tolist() for pair in found] == [[0, 3], [4, 7], [12, 15]]
-
-
-def test_pairs_before_the_end_of_a_broken_clip_are_used(
-    tiny_backbone: VisionTransformerBackbone, tmp_path: Path
-) -> None:
-    whole = write_video(tmp_path / "whole.mkv", frames=60, height=64, width=96, noisy=True)
-    broken = tmp_path / "broken.mkv"
-    broken.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
-    read = []
-    with pytest.raises(FrameError):
-        read.extend(neighbouring_frames(broken, pairs=6, gap=3))
-    assert 0 < len(read) < 6
-    plan = FitSettings(size=64, pairs=6)
-    found, skipped = collect_statistics(tiny_backbone, [broken], [(2,)], plan)
-    assert skipped.keys() == {broken}
-    assert found[2,].tokens == len(read) * 2 * (64 // 16) * (96 // 16)
-
-
-def test_a_fit_is_a_projection_that_loads(
-    tiny_backbone: VisionTransformerBackbone, clips: Path, tmp_path: Path
-) -> None:
-    done: list[tuple[int, int]] = []
-    result = fit_projection(
-        tiny_backbone, find_clips(clips), QUICK, licence="MIT", data="squares",
-        on_clip=lambda *progress: done.append(progress),
-    )  # fmt: skip
-    assert done[-1][0] == done[-1][1]
-    config = result.projection.config
-    assert {each.layers for each in result.scores} == {(2,), (5,)}
-    assert config.layers == result.chosen.layers
-    assert result.scores[result.chosen] == max(result.scores.values())
-    assert config.fit["overlap_by_block"].keys() == {"2", "5"}
-    assert (config.kind, config.licence, config.fit["data"]) == ("affine", "MIT", "squares")
-    result.projection.save(tmp_path / "fitted")
-    adapter = CoSettleAdapter(tiny_backbone, Projection.load(tmp_path / "fitted"))
-    features = adapter(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8))
-    assert bool(torch.isfinite(features).all())
+@given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 20))
+def test_pairs_are_spread_evenly_over_a_clip(length: int, pairs: int, gap: int) -> None:
+    starts = pair_starts(length, pairs, gap)
+    assert bool(starts) is (length > gap)
+    assert starts == sorted(set(starts))
+    assert len(starts) <= pairs
+    assert all(start >= 0 and start + gap < length for start in starts)
+    if length - gap > 2 * pairs > 2:
+        steps = [later - start for start, later in pairwise(starts)]
+        assert max(steps) - min(steps) <= 1
+        assert starts[0] == 0
 
 
 def test_every_fifth_of_many_clips_is_held_out() -> None:
-    """The number of comparisons grows with the number of clips, not with its square."""
-    compared = 0
-
-    class Counted(type(Path())):  # type: ignore[misc]
-        def __eq__(self, other: object) -> bool:
-            nonlocal compared
-            compared += 1
-            return super().__eq__(other)
-
-        __hash__ = type(Path()).__hash__
-
-    clips = [Counted(f"{number:04d}.mp4") for number in range(2000)]
-    fitted_on, held_out = split(clips)
-    assert held_out == clips[4::5]
-    assert len(fitted_on) == 1600
-    assert compared < 4 * len(clips)
-    assert split(clips[:9]) == (clips[:9], clips[:9])
+    paths = [Path(f"{number}.mp4") for number in range(12)]
+    fitted_on, held_out = split(paths)
+    assert held_out == [paths[4], paths[9]]
+    assert fitted_on == [path for path in paths if path not in held_out]
+    assert split(paths[:9]) == (paths[:9], paths[:9])
 
 
-def test_a_fit_is_the_same_twice(tiny_backbone: VisionTransformerBackbone, clips: Path) -> None:
-    first, second = (fit_projection(tiny_backbone, find_clips(clips), QUICK) for _ in range(2))
-    assert first.projection.config == second.projection.config
-    for name, tensor in first.projection.state_dict().items():
-        assert torch.equal(tensor, second.projection.state_dict()[name])
+def test_one_encoder_pass_serves_all_sets_of_layers(
+    tiny_backbone: VisionTransformerBackbone, clips: Path
+) -> None:
+    sets = ((1,), (3, 1), (1, 2, 3))
+    done: list[int] = []
+    found, _ = collect_statistics(
+        tiny_backbone, [clips / "a.mp4"], sets, FitSettings(size=48, pairs=6),
+        on_clip=lambda: done.append(1),
+    )  # fmt: skip
+    frames = read_frames(
+        clips / "a.mp4", [i for start in pair_starts(30, 6, 3) for i in (start, start + 3)]
+    )
+    images = CoSettleAdapter.raw(tiny_backbone).preprocess(frames, size=48)
+    maps = tiny_backbone.intermediate_tokens(images, [1, 2, 3], norm=False)
+    tokens = dict(zip((1, 2, 3), maps, strict=True))
+    for layers in sets:
+        joined = torch.cat([tokens[layer] for layer in layers], dim=1).double()
+        flat = rearrange(joined, "t c h w -> (t h w) c")
+        covariance = torch.cov(flat.T, correction=0)
+        torch.testing.assert_close(found[layers].mean, flat.mean(0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[layers].covariance, covariance, atol=1e-5, rtol=1e-4)
+        assert (found[layers].tokens, found[layers].clips) == (len(flat), 1)
+    assert done == [1]
 
 
-def test_a_broken_clip_is_skipped_and_listed(
+@pytest.mark.parametrize("how", ["hard", "soft"])
+def test_a_still_clip_has_tokens_but_no_pairs(
+    how: Any, tiny_backbone: VisionTransformerBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = torch.randint(0, 256, (1, 3, 48, 64), dtype=torch.uint8).expand(2, -1, -1, -1)
+    monkeypatch.setattr("cosettle_adapter.training.statistics.count_frames", lambda _: 5)
+    monkeypatch.setattr("cosettle_adapter.training.statistics.read_frames", lambda *_: still)
+    plan = FitSettings(size=48, pairs=1, correspondences=how)
+    found, _ = collect_statistics(tiny_backbone, [Path("still.mp4")], [(2,), (2, 3)], plan)
+    assert all((each.tokens, each.pairs) == (24, 0) for each in found.values())
+
+
+def test_a_fit_chooses_and_records_how(
     tiny_backbone: VisionTransformerBackbone, clips: Path
 ) -> None:
     (clips / "broken.mp4").write_bytes(b"not a video")
-    result = fit_projection(tiny_backbone, find_clips(clips), QUICK)
+    write_video(clips / "short.mp4", frames=3, height=64, width=96)
+    seen: list[tuple[int, int]] = []
+    on_clip = lambda done, total: seen.append((done, total))  # noqa: E731
+    result = fit_projection(tiny_backbone, clips, QUICK, data="noise", on_clip=on_clip)
+    assert seen == [(done, 6) for done in range(1, 7)]
     assert [path.name for path in result.skipped] == ["broken.mp4"]
-    assert result.projection.config.fit["skipped"] == ["broken.mp4"]
+    assert result.scores[result.chosen] == max(result.scores.values())
+    config = result.projection.config
+    assert (config.layers, config.norm, config.kind) == (result.chosen.layers, False, "affine")
+    record = config.fit
+    assert (record["data"], record["clips"], record["skipped"]) == ("noise", 5, ["broken.mp4"])
+    assert record["tokens"] == 3 * 2 * 2 * 24
+    assert record["overlap_by_block"].keys() == {"2", "5"}
+    again = fit_projection(tiny_backbone, clips, QUICK, data="noise", workers=2)
+    for name, tensor in result.projection.state_dict().items():
+        assert torch.equal(tensor, again.projection.state_dict()[name]), "workers change nothing"
 
 
-def test_no_readable_clip_is_an_error(
+def test_no_readable_clip_and_no_clip_to_render_from(
     tiny_backbone: VisionTransformerBackbone, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     with pytest.raises(StatisticsError, match="no corresponding pairs were gathered"):
-        fit_projection(tiny_backbone, [tmp_path / "broken.mp4"], QUICK)
+        fit_projection(tiny_backbone, tmp_path, QUICK)
+    write_video(tmp_path / "c.mp4", frames=30, height=64, width=96, noisy=True)
+    for name in range(9):  # the fifth and the tenth clip are held out
+        (tmp_path / f"{name}.mp4").write_bytes(b"not a video")
+    with pytest.raises(StatisticsError, match="no held-out clip could be read"):
+        fit_projection(tiny_backbone, tmp_path, QUICK)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_fits(
     tiny_backbone: VisionTransformerBackbone, clips: Path, solver: str, tmp_path: Path
 ) -> None:
-    settings = dataclasses.replace(QUICK, layers=(3,), solvers=(solver,), rendered=0, pairs=1)
-    result = fit_projection(tiny_backbone, find_clips(clips)[:1], settings)
+    plan = dataclasses.replace(ONE_LAYER, solvers=(solver,), pairs=1)
+    result = fit_projection(tiny_backbone, clips / "a.mp4", plan)
     assert result.scores == {}
     fit = result.projection.config.fit
     assert fit["method"] == SOLVERS[solver].formula
-    assert (fit["settings"]["solver"], fit["settings"]["strength"]) == (
-        solver,
-        SOLVERS[solver].strength,
-    )
+    assert fit["settings"]["solver"] == solver
+    assert fit["settings"]["strength"] == SOLVERS[solver].strength
     assert "overlap_by_block" not in fit
     result.projection.save(tmp_path / "fitted")
     json.loads((tmp_path / "fitted" / "config.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_blocks_read_together_cost_no_more_than_one(
+def test_layers_read_together_cost_no_more_than_one(
     tiny_backbone: VisionTransformerBackbone, clips: Path
 ) -> None:
-    settings = FitSettings(layers=(), concatenations=((5, 7, 9, -1),), size=64, pairs=2, rendered=0)
-    result = fit_projection(tiny_backbone, find_clips(clips), settings)
+    plan = dataclasses.replace(ONE_LAYER, layers=(), concatenations=((5, 7, 9, -1),))
+    result = fit_projection(tiny_backbone, clips, plan)
     config = result.projection.config
-    assert (config.layers, config.norm) == ((5, 7, 9, 11), False)
-    assert (config.in_width, config.out_width, config.kind) == (768, 192, "affine")
-    features = CoSettleAdapter(tiny_backbone, result.projection)(
-        torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
-    )
+    assert (config.layers, config.in_width, config.out_width) == ((5, 7, 9, 11), 768, 192)
+    frames = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    features = CoSettleAdapter(tiny_backbone, result.projection)(frames)
     assert features.shape == (2, 192, 4, 6)
     assert bool(torch.isfinite(features).all())
 
@@ -219,50 +185,98 @@ def test_options_change_the_statistics_and_are_recorded(
     tiny_backbone: VisionTransformerBackbone, clips: Path
 ) -> None:
     write_video(clips / "dark.mp4", frames=30, height=64, width=96)
-    plain = dataclasses.replace(QUICK, layers=(5,), rendered=0)
-    changes = {
-        "nothing": {},
-        "gaps": {"gaps": (3, 9)},
-        "correspondences": {"correspondences": "soft"},
-        "clips": {"nuisance": "intra+clips"},
-        "positions": {"nuisance": "intra+positions"},
-    }
-    weights = {}
-    for name, change in changes.items():
-        settings = dataclasses.replace(plain, **change)  # type: ignore[arg-type]
-        result = fit_projection(tiny_backbone, find_clips(clips), settings)
-        weights[name] = result.projection.linears[0].weight
-        for option, value in change.items():
-            recorded = result.projection.config.fit["settings"][option]
-            assert recorded == (list(value) if isinstance(value, tuple) else value)
-    for name, weight in weights.items():
-        assert bool(torch.isfinite(weight).all())
-        assert name == "nothing" or not torch.equal(weight, weights["nothing"])
+    weights = [fit_projection(tiny_backbone, clips, ONE_LAYER).projection.linears[0].weight]
+    for option, value in {
+        "gaps": (3, 9), "correspondences": "soft", "nuisance": "intra+clips",
+        "nuisance ": "intra+positions",
+    }.items():  # fmt: skip
+        plan = dataclasses.replace(ONE_LAYER, **{option.strip(): value})  # type: ignore[arg-type]
+        projection = fit_projection(tiny_backbone, clips, plan).projection
+        recorded = projection.config.fit["settings"][option.strip()]
+        assert recorded == (list(value) if isinstance(value, tuple) else value)
+        weights.append(projection.linears[0].weight)
+    assert all(bool(torch.isfinite(weight).all()) for weight in weights)
+    assert all(not torch.equal(weight, weights[0]) for weight in weights[1:])
 
 
 def test_solvers_and_strengths_are_chosen_from(
     tiny_backbone: VisionTransformerBackbone, clips: Path
 ) -> None:
-    settings = dataclasses.replace(
+    plan = dataclasses.replace(
         QUICK, layers=(5,), solvers=("whiten", "surrogate"), strengths=(0.5, 4.0)
     )
-    result = fit_projection(tiny_backbone, find_clips(clips), settings)
+    result = fit_projection(tiny_backbone, clips, plan)
     assert result.projection.config.fit["overlap_by_block"].keys() == {
         "5 whiten 0.5", "5 whiten 4", "5 surrogate 0.5", "5 surrogate 4",
     }  # fmt: skip
-    assert result.projection.config.fit["settings"]["solver"] == result.chosen.solver
     with pytest.raises(ValueError, match="4 projections to choose from and no rendered clips"):
-        fit_projection(tiny_backbone, find_clips(clips), dataclasses.replace(settings, rendered=0))
+        fit_projection(tiny_backbone, clips, dataclasses.replace(plan, rendered=0))
 
 
 def test_a_fit_in_one_call_is_an_adapter(
     tiny_backbone: VisionTransformerBackbone, clips: Path
 ) -> None:
-    settings = dataclasses.replace(QUICK, layers=(5,), rendered=0)
-    adapter = cosettle_adapter.fit(tiny_backbone, clips, settings, data="squares")
-    assert isinstance(adapter, CoSettleAdapter)
+    adapter = cosettle_adapter.fit(tiny_backbone, clips, ONE_LAYER, data="squares")
     assert adapter.backbone is tiny_backbone
     assert (adapter.config.licence, adapter.config.fit["data"]) == ("Apache-2.0", "squares")
-    again = cosettle_adapter.fit(tiny_backbone, [str(clip) for clip in find_clips(clips)], settings)
-    frames = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
-    assert torch.equal(adapter(frames), again(frames))
+    assert isinstance(adapter.projection, Projection)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solvers": ("whiten", "whitten")}, "unknown solver whitten; expected centre, shrink, "),
+        ({"solvers": ()}, r"unknown solver \(none\)"),
+        ({"layers": ()}, "no layers to choose from"),
+        ({"layers": (), "concatenations": ((7, 12),)}, "has blocks 0 to 11"),
+        ({"gaps": (3, 0)}, r"at least 1 apart, got pairs 4 and gaps \(3, 0\)"),
+    ],
+)
+def test_settings_that_make_no_sense(
+    changes: dict[str, Any], message: str, tiny_backbone: VisionTransformerBackbone
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        candidates(tiny_backbone, FitSettings(**changes))
+
+
+def test_every_combination_is_a_candidate(tiny_backbone: VisionTransformerBackbone) -> None:
+    singles = [(layer,) for layer in range(4, 12)]
+    for plan, sets in {
+        FitSettings(): singles + [(layer, 11) for layer in range(4, 11)],
+        FitSettings(concatenations=()): singles,
+        FitSettings(layers=(7,)): [(7,)],
+        FitSettings(layers=(-1, 3, 11), concatenations=((9, -5),)): [(3,), (11,), (7, 9)],
+    }.items():
+        assert layer_sets(tiny_backbone, plan) == sets
+    default = candidates(tiny_backbone, FitSettings(layers=(3,), concatenations=((7, 9),)))
+    assert default == [Candidate((3,), "shrink", 1.0), Candidate((7, 9), "shrink", 1.0)]
+    assert list(labels(default).values()) == ["3", "7+9"]
+    plan = FitSettings(layers=(3,), solvers=("whiten", "surrogate", "whiten"), strengths=())
+    every = candidates(tiny_backbone, plan)
+    listed = [each.strength for each in every if each.solver == "surrogate"]
+    assert listed == list(SOLVERS["surrogate"].strengths)
+    assert len(set(every)) == len(every)
+    assert labels(every)[Candidate((3,), "whiten", 0.1)] == "3 whiten 0.1"
+
+
+@given(seed=st.integers(0, 100))
+@settings(max_examples=5, deadline=None)
+def test_overlap_is_that_of_the_strongest_label(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    photos = torch.randint(0, 256, (2, 3, 60, 80), dtype=torch.uint8, generator=generator)
+    clip = render_clip(photos[0], cutout=photos[1], frames=4, size=(48, 64), seed=seed)
+    masks = clip.object_mask
+    assert masks is not None
+    # rounded, so that many cells tie
+    features = torch.randn(4, 2, 6, 8, generator=generator).round()
+    first = torch.stack([~masks[0], masks[0]]).float()
+    given_labels = F.interpolate(first[None], (6, 8), mode="bilinear", align_corners=False)[0]
+    propagated = propagate_labels(features, given_labels)
+    found = F.interpolate(propagated, (48, 64), mode="bilinear").argmax(1) == 1
+    expected = [
+        float((mine & true).sum() / (mine | true).sum().clamp_min(1))
+        for mine, true in zip(found[1:], masks[1:], strict=True)
+    ]
+    assert mask_overlap(features, clip) == pytest.approx(sum(expected) / len(expected))
+    with pytest.raises(ValueError, match="no moving object"):
+        mask_overlap(features, render_clip(photos[0], frames=4, size=(48, 64)))

@@ -9,10 +9,7 @@ import pytest
 import timm
 import torch
 from einops import rearrange
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cosettle_adapter.backbones import (
     BackboneRow,
@@ -25,13 +22,10 @@ from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.errors import GeometryError
 from cosettle_adapter.training.positions import (
     PerturbedPositions,
-    crop_corners,
     join_positions,
     perturb_positions,
-    perturb_rotary,
     perturbed_positions,
     rotary_angles,
-    zoomed_side,
 )
 
 from helpers import TINY, tiny_state
@@ -85,77 +79,6 @@ def test_pea_equals_its_definition(grid: tuple[int, int], ratio: float, prefix: 
         torch.testing.assert_close(variant[prefix:], expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(rounded[prefix:].double(), expected, atol=1e-5, rtol=0)
         assert torch.equal(variant[:prefix], positions[0, :prefix])
-
-
-def test_pea_equals_zooming_with_torch_and_cropping() -> None:
-    """What the official code computes, with its sides (14 to 154; 16 to 176 for patches of 14)."""
-    for side, zoomed in ((14, 154), (16, 176)):
-        assert zoomed_side(side, 10.0) == zoomed
-        positions = torch.randn(1, 1 + side * side, 8)
-        cells = rearrange(positions[:, 1:], "1 (h w) c -> 1 c h w", h=side)
-        large = F.interpolate(cells, size=(zoomed, zoomed), mode="bicubic", align_corners=False)
-        offsets = (torch.tensor([[31, 140], [0, 7]]) + 0.5).double() / (zoomed - side + 1)
-        found = perturb_positions(positions, offsets, grid=(side, side), prefix=1)
-        for variant, (top, left) in zip(found, ((31, 140), (0, 7)), strict=True):
-            crop = large[0, :, top : top + side, left : left + side]
-            expected = rearrange(crop, "c h w -> (h w) c")
-            torch.testing.assert_close(variant[1:], expected, atol=1e-6, rtol=1e-6)
-
-
-def test_no_zoom_changes_nothing() -> None:
-    positions = torch.randn(1, 1 + 5 * 7, 4)
-    same = perturb_positions(positions, OFFSETS, grid=(5, 7), prefix=1, ratio=0.0)
-    torch.testing.assert_close(same, positions.expand(3, -1, -1), atol=1e-6, rtol=0)
-
-
-def test_autocast_leaves_pea_exact() -> None:
-    positions = torch.randn(1, 14 * 14, 8)
-    plain = perturb_positions(positions, OFFSETS, grid=(14, 14), prefix=0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = perturb_positions(positions, OFFSETS, grid=(14, 14), prefix=0)
-    assert torch.equal(plain, cast)
-
-
-@given(
-    row=st.floats(0, 1, exclude_max=True),
-    column=st.floats(0, 1, exclude_max=True),
-    h=st.integers(1, 40),
-    w=st.integers(1, 40),
-    ratio=st.floats(0, 20),
-)
-def test_crops_lie_inside_the_zoomed_grid(
-    row: float, column: float, h: int, w: int, ratio: float
-) -> None:
-    offsets = torch.tensor([[row, column]], dtype=torch.float64)
-    for first, side in zip(crop_corners(offsets, (h, w), ratio), (h, w), strict=True):
-        assert 0 <= int(first) <= zoomed_side(side, ratio) - side
-
-
-def test_every_crop_is_as_likely() -> None:
-    shares = (torch.arange(141 * 8, dtype=torch.float64) + 0.5) / (141 * 8)
-    first, _ = crop_corners(torch.stack([shares, shares], dim=1), (14, 14), 10.0)
-    assert torch.equal(first.bincount(), torch.full((141,), 8))
-
-
-@pytest.mark.parametrize(
-    ("offsets", "ratio", "message"),
-    [
-        (torch.rand(2), 10.0, r"offsets \(S, 2\).* got \(2,\)"),
-        (torch.zeros(1, 2, dtype=torch.int64), 10.0, "floating point, .* torch.int64"),
-        (torch.tensor([[0.0, 1.0]]), 10.0, r"in \[0, 1\), got 0.0 to 1.0"),
-        (torch.tensor([[0.0, math.nan]]), 10.0, r"in \[0, 1\), got nan"),
-        (torch.rand(1, 2), -1.0, "must be 0 or more, got -1.0"),
-        (torch.rand(1, 2), math.inf, "must be 0 or more, got inf"),
-    ],
-)
-def test_offsets_and_ratios_that_make_no_sense(offsets: Tensor, ratio: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        perturb_positions(torch.zeros(1, 4, 3), offsets, grid=(2, 2), prefix=0, ratio=ratio)
-
-
-def test_positions_of_another_grid() -> None:
-    with pytest.raises(ValueError, match=r"\(1, 5, C\) for 1 tokens and a grid of 2 x 2, got"):
-        perturb_positions(torch.zeros(1, 4, 3), OFFSETS, grid=(2, 2), prefix=1)
 
 
 # Rotary positions -----------------------------------------------------------------------------
@@ -248,21 +171,6 @@ def test_rotary_pea_without_zoom_is_timms_own(kind: str, grid: tuple[int, int]) 
         torch.testing.assert_close(variant, own.rotary, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ROTARY)
-def test_rotary_pea_passes_through_the_cells_of_the_grid(kind: str) -> None:
-    """Zoomed three times, every third cell lies on a cell of the grid."""
-    grid = (6, 9)
-    backbone = small(kind)
-    offsets = (torch.tensor([[4, 7]]) + 0.5).double() / torch.tensor([13.0, 19.0])
-    own, found = backbone.positions(grid), perturbed_positions(backbone, grid, offsets, ratio=2.0)
-    assert own.rotary is not None
-    assert found.rotary is not None
-    own_cells = rearrange(own.rotary, "... (h w) d -> h w ... d", h=6)
-    cells = rearrange(found.rotary[0], "... (h w) d -> h w ... d", h=6)
-    # cell k of the crop is cell 4 + k of the zoomed column, at (4 + k - 1) / 3 of the grid's
-    torch.testing.assert_close(cells[0::3, 0::3], own_cells[1:3, 2:5], atol=1e-5, rtol=0)
-
-
 def test_an_embedding_that_is_not_known_is_refused() -> None:
     class Other(nn.Module):
         def get_embed(self, shape: list[int]) -> Tensor:
@@ -273,28 +181,7 @@ def test_an_embedding_that_is_not_known_is_refused() -> None:
         rotary_angles(Other(), (3, 3))
 
 
-def test_perturbed_angles_are_affine() -> None:
-    angles = torch.randn(4 * 5, 6)
-    once = perturb_rotary(angles, OFFSETS, grid=(4, 5))
-    assert once.shape == (3, 20, 12)
-    sines, cosines = once.chunk(2, dim=-1)
-    torch.testing.assert_close(sines.square() + cosines.square(), torch.ones_like(sines))
-
-
 # Positions of each image ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_image_gets_its_own_positions(kind: str) -> None:
-    backbone = small(kind)
-    images = images_for(backbone, 4, 6, batch=3)
-    together = backbone.patch_tokens(
-        images, positions=perturbed_positions(backbone, (4, 6), OFFSETS)
-    )
-    for image, offset, tokens in zip(images, OFFSETS, together, strict=True):
-        one = perturbed_positions(backbone, (4, 6), offset[None])
-        alone = backbone.patch_tokens(image[None], positions=one)[0]
-        torch.testing.assert_close(tokens, alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -320,60 +207,12 @@ def test_an_index_says_which_positions_are_whose(kind: str) -> None:
         assert float((apart[1] - own).abs().mean()) > 0.01 * float(own.abs().mean())
 
 
-@pytest.mark.parametrize("kind", ["absolute", "rotary", "rotary, each block its own"])
-def test_perturbed_positions_reach_half_precision(kind: str) -> None:
-    row = dataclasses.replace(small(kind).row)
-    tensors = small(kind).vit.state_dict()
-    half = build_backbone(row, tensors, fingerprint="sha256:0").to(torch.bfloat16)
-    images = images_for(half, 4, 4, batch=3)
-    tokens = half.patch_tokens(images, positions=perturbed_positions(half, (4, 4), OFFSETS))
-    assert tokens.dtype == torch.bfloat16
-    exact = small(kind).patch_tokens(
-        images, positions=perturbed_positions(small(kind), (4, 4), OFFSETS)
-    )
-    assert float(F.cosine_similarity(tokens.float(), exact, dim=1).min()) > 0.98
-
-
-def test_positions_that_do_not_go_with_the_images() -> None:
-    backbone = small("absolute+rotary")
-    images = images_for(backbone, 2, 3, batch=2)
-    perturbed = perturbed_positions(backbone, (2, 3), OFFSETS)
-    assert perturbed.absolute is not None
-    assert perturbed.rotary is not None
-
-    def refused(message: str, **changes: Any) -> None:
-        with pytest.raises(ValueError, match=message):
-            backbone.patch_tokens(images, positions=dataclasses.replace(perturbed, **changes))
-
-    refused("3 variants of absolute positions were given for 2 images: give 1, or one for each")
-    refused(
-        "3 variants of rotary positions were given for 2 images", absolute=perturbed.absolute[:2]
-    )
-    refused(r"expected an index \(2,\) int64, .* got \(3,\)", index=torch.tensor([0, 1, 2]))
-    refused("expected an index .* torch.float32", index=torch.zeros(2))
-    refused("names variants 1 to 3, but there are 0 to 2", index=torch.tensor([1, 3]))
-    refused("names variants -1 to 0, but", index=torch.tensor([0, -1]))
-    refused(
-        r"expected rotary positions \(6, 128\) for grid 2 x 3, or one for each image "
-        r"\(B, 6, 128\), got \(3, 5, 128\)",
-        rotary=perturbed.rotary[:, 1:],
-    )
-    refused(r"expected a shift \(1 or B, 2\) .* got \(2, 2\) torch.float32", shift=torch.rand(2, 2))
-    index = torch.tensor([2, 0])
-    tokens = backbone.patch_tokens(images, positions=dataclasses.replace(perturbed, index=index))
-    assert bool(torch.isfinite(tokens).all())
-
-
 # Backbones without positions to replace -------------------------------------------------------
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "convnext_atto": {"depths": (1, 1, 2, 1)},
     "resnet18": {},
-    "swin_tiny_patch4_window7_224": {
-        "embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)
-    },
-    "hiera_tiny_224": {"embed_dim": 32, "stages": (1, 1, 2, 1)},
-}  # fmt: skip
+}
 
 
 def feature_maps(architecture: str, *, pointwise: bool = False) -> FeatureMapBackbone:
@@ -410,43 +249,6 @@ def test_a_moved_picture_has_its_cells_in_their_places() -> None:
     torch.testing.assert_close(
         backbone.patch_tokens(images, positions=moved), own, atol=1e-5, rtol=1e-5
     )
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_moved_picture_is_the_picture_moved(architecture: str) -> None:
-    backbone = feature_maps(architecture)
-    images = images_for(backbone, 4, 6, batch=2)
-    shift = torch.tensor([[1, 4], [0, 0]])
-    tokens = backbone.patch_tokens(images, positions=PerturbedPositions(shift=shift))
-    rolled = images[:1].roll((16, 4 * 16), dims=(2, 3))
-    expected = backbone.patch_tokens(rolled).roll((-1, -4), dims=(2, 3))
-    torch.testing.assert_close(tokens[:1], expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(tokens[1:], backbone.patch_tokens(images[1:]), atol=1e-4, rtol=1e-4)
-    own = backbone.patch_tokens(images)
-    cells = F.normalize(
-        rearrange(tokens[0] - own.mean((0, 2, 3))[:, None, None], "c h w -> (h w) c")
-    )
-    others = F.normalize(rearrange(own[0] - own.mean((0, 2, 3))[:, None, None], "c h w -> (h w) c"))
-    likeness = cells @ others.T
-    away = ~torch.eye(24, dtype=torch.bool)
-    assert float(likeness.diagonal().mean()) > float(likeness[away].mean()) + 0.3
-
-
-@settings(max_examples=30)
-@given(h=st.integers(1, 30), w=st.integers(1, 30), ratio=st.floats(0, 20), seed=st.integers(0, 99))
-def test_pictures_move_as_far_as_crops_do(h: int, w: int, ratio: float, seed: int) -> None:
-    offsets = torch.rand(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    shift = perturbed_positions(feature_map_backbone(), (h, w), offsets, ratio=ratio).shift
-    assert shift is not None
-    assert shift.dtype == torch.int64
-    for moved, side in zip(shift.unbind(1), (h, w), strict=True):
-        assert int(moved.min()) >= 0
-        assert int(moved.max()) <= side * ratio / (1 + ratio)
-
-
-@functools.cache
-def feature_map_backbone() -> FeatureMapBackbone:
-    return feature_maps("convnext_atto")
 
 
 def test_on_blank_pictures_only_the_place_moves() -> None:

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_fakes import QUICK, SMALL_CLIP, SMALL_VIT, FakeData, small_backbone
+from training_fakes import QUICK, SMALL_CLIP, SMALL_VIT, FakeData, distance, small_backbone
 
 from cosettle_adapter import Projection
 from cosettle_adapter.backbones import BackboneRow
-from cosettle_adapter.training.checkpoint import latest, read_run
-from cosettle_adapter.training.distribution import from_main, gather, make_accelerator, on_main
+from cosettle_adapter.training.checkpoint import latest, read_metrics, read_run
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.metrics import read_metrics
+from cosettle_adapter.training.processes import make_accelerator
 from cosettle_adapter.training.train import train
 
 TESTS = Path(__file__).parents[1]
@@ -41,19 +40,13 @@ def notes(folder: Path, name: str) -> list[str]:
     return [(folder / f"{name}-{rank}.txt").read_text() for rank in range(2)]
 
 
-def distance(first: Projection, second: Projection) -> float:
-    state = second.state_dict()
-    return max(float((t - state[name]).abs().max()) for name, t in first.state_dict().items())
-
-
 @pytest.mark.parametrize(("name", "row"), [("vit", SMALL_VIT), ("clip", SMALL_CLIP)])
 def test_two_processes_are_one_with_twice_the_batch(
     name: str, row: BackboneRow, together: Path, tmp_path: Path
 ) -> None:
     assert notes(together, "processes") == ["2", "2"]
-    alone = train(
-        small_backbone(row), FakeData(), tmp_path, QUICK, accelerator=make_accelerator("cpu")
-    )
+    accelerator = make_accelerator("cpu")
+    alone = train(small_backbone(row), FakeData(), tmp_path, QUICK, accelerator=accelerator)
     found = Projection.load(together / name)
     assert distance(found, alone.projection) < 1e-5
     assert distance(found, Projection(found.config)) > 0.01, "it has been trained"
@@ -62,7 +55,7 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert (found.config.fit["processes"], found.config.fit["samples_per_step"]) == (2, 4)
 
 
-def test_one_that_is_told_to_stop_stops_both_after_a_step(together: Path, tmp_path: Path) -> None:
+def test_one_that_is_told_to_stop_stops_both_after_a_step(together: Path) -> None:
     said = notes(together, "stopped")
     assert said[0] == said[1]
     saved = read_run(together / "stopped")
@@ -82,17 +75,8 @@ def test_one_that_is_told_to_stop_stops_both_after_a_step(together: Path, tmp_pa
 def test_a_failure_of_one_is_told_by_both(together: Path) -> None:
     said = notes(together, "nan")
     assert said[0] == said[1]
-    assert "because of clip07.mp4, of 2 samples" in said[0]
+    assert "because of 1 of the 2 samples in a batch (clip07.mp4)" in said[0]
     assert notes(together, "missing") == ["clip07.mp4 cannot be read"] * 2
-
-
-def test_alone_there_is_nobody_to_agree_with() -> None:
-    accelerator = make_accelerator("cpu")
-    assert gather(accelerator, 1) == [1]
-    assert from_main(accelerator, "x") == "x"
-    assert on_main(accelerator, lambda: 5) == 5
-    with pytest.raises(KeyError):
-        on_main(accelerator, lambda: {}["nothing"])
 
 
 def test_devices_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from cosettle_adapter import Projection, ProjectionConfig
 from cosettle_adapter.backbones import Backbone, VisionTransformerBackbone
-from cosettle_adapter.training.encoding import Views, draw_offsets
+from cosettle_adapter.training.encoding import draw_offsets
 from cosettle_adapter.training.losses import objective
 from cosettle_adapter.training.positions import perturbed_positions
-from cosettle_adapter.training.settings import ObjectiveSettings
+from cosettle_adapter.training.settings import TrainSettings
 from cosettle_adapter.video.geometry import resize
 from cosettle_adapter.video.synthetic import photographs
 
 pytest.importorskip("skimage")
 
-PEA = ObjectiveSettings(pea="batch", separability_weight=0.0)
+PEA = TrainSettings(pea="batch", separability_weight=0.0)
 OFF = dataclasses.replace(PEA, pea="off")
 
 
@@ -52,11 +52,10 @@ class Pictures:
         first, second, third = torch.stack(rows).unbind(1)
         return first, second, first if home == "same" else third
 
-    def views(self, drawn: tuple[Tensor, Tensor, Tensor], perturbation: int | None) -> Views:
+    def views(self, drawn: tuple[Tensor, Tensor, Tensor], perturbation: int | None) -> Tensor:
         out, there, home = drawn
         back = self.plain if perturbation is None else self.perturbed[perturbation]
-        forward = torch.stack([self.plain[out], self.plain[there]], dim=1)
-        return Views(forward, back[home][:, None], self.grid)
+        return torch.stack([self.plain[out], self.plain[there], back[home]], dim=1)
 
 
 def encode_pictures(
@@ -85,7 +84,7 @@ def encode_pictures(
     images = (torch.cat(crops) - mean) / std
     tokens = []
     for step in range(-1, perturbations):
-        offsets = draw_offsets(PEA, seed=0, step=step, sample_seeds=photo)
+        offsets = draw_offsets(PEA, step=step, sample_seeds=photo)
         positions = None if step < 0 else perturbed_positions(backbone, grid, offsets)
         maps = backbone.patch_tokens(images, layer=layer, norm=True, positions=positions)
         tokens.append(rearrange(maps, "f c h w -> f (h w) c"))
@@ -93,7 +92,7 @@ def encode_pictures(
 
 
 def train_head(
-    pictures: Pictures, among: slice, settings: ObjectiveSettings, *, steps: int, lr: float
+    pictures: Pictures, among: slice, settings: TrainSettings, *, steps: int, lr: float
 ) -> Projection:
     width = pictures.plain.shape[-1]
     with torch.random.fork_rng():
@@ -107,7 +106,8 @@ def train_head(
         drawn = pictures.draw(12, among, generator, home="same")
         perturbation = None if settings.pea == "off" else step % len(pictures.perturbed)
         optimizer.zero_grad()
-        objective(head.project, pictures.views(drawn, perturbation), settings).total.backward()
+        views = pictures.views(drawn, perturbation)
+        objective(head.project, views, pictures.grid, PEA).total.backward()
         optimizer.step()
     return head
 
@@ -117,7 +117,8 @@ def accuracy(
 ) -> float:
     drawn = pictures.draw(64, among, torch.Generator().manual_seed(2), home=home)
     with torch.no_grad():
-        return float(objective(head.project, pictures.views(drawn, perturbation), PEA).accuracy)
+        views = pictures.views(drawn, perturbation)
+        return float(objective(head.project, views, pictures.grid, PEA).accuracy)
 
 
 def figures(

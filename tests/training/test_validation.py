@@ -9,12 +9,12 @@ from training_fakes import QUICK, FakeData, small_backbone
 
 from cosettle_adapter import Projection
 from cosettle_adapter.backbones import Backbone
+from cosettle_adapter.training.checkpoint import read_metrics
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.distribution import make_accelerator
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.metrics import read_metrics
+from cosettle_adapter.training.processes import make_accelerator
 from cosettle_adapter.training.train import train
-from cosettle_adapter.training.validation import Validation, evenly, read_evenly
+from cosettle_adapter.training.validation import Validation, read_evenly
 
 from helpers import write_video
 
@@ -65,10 +65,8 @@ def test_a_single_clip_has_no_others(backbone: Backbone, clips: Path) -> None:
     assert measured["overlap"] is not None
 
 
-def test_clips_and_frames_are_spread_evenly(clips: Path) -> None:
+def test_frames_are_spread_evenly(clips: Path) -> None:
     videos = Corpus.open(clips).videos
-    assert evenly(videos, 9) == list(videos)
-    assert evenly(videos * 10, 4) == [(videos * 10)[index] for index in (0, 10, 20, 30)]
     assert torch.equal(read_evenly(videos[0], 4), videos[0].read([0, 3, 7, 11]))
     assert len(read_evenly(videos[1], 8)) == 5
 

@@ -17,35 +17,34 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# how long processes wait for the first one, which may be encoding a whole corpus
 _PATIENCE = datetime.timedelta(days=1)
-"""How long processes wait for the first one, which may be encoding a whole corpus."""
 
 
 def make_accelerator(device: str = "auto") -> Accelerator:
-    """Return the Accelerator of this process, whoever launched it.
+    """Return the Accelerator of this process, launched by accelerate, torchrun or plain python.
 
-    ``accelerate launch``, ``torchrun`` and a plain ``python`` all lead here. Mixed precision is
-    left to the loop, which applies it to the encoder alone, whatever the launcher says.
+    Mixed precision is left to the loop, which applies it to the encoder alone, whatever the
+    launcher says.
 
     Args:
         device: ``auto`` for a GPU where there is one, ``cpu``, or a torch device; with several
             processes without a number, since each takes its own.
 
     Raises:
-        MissingExtraError: Accelerate is not installed.
         TrainingError: no such device here, or a launcher that shards the model.
     """
     accelerate = require("accelerate", extra="train", purpose="training")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = torch.device(device) if device != "auto" else None
     if wanted is not None and wanted.index is not None:
-        if several:
+        if processes > 1:
             raise TrainingError(
                 f"--device {device} would put all processes on one device; leave the number away"
             )
         if wanted.type == "cuda" and wanted.index < torch.cuda.device_count():
             torch.cuda.set_device(wanted)
-    on_gpu = torch.cuda.is_available() or (not several and torch.backends.mps.is_available())
+    on_gpu = torch.cuda.is_available() or (processes == 1 and torch.backends.mps.is_available())
     accelerator: Accelerator = accelerate.Accelerator(
         cpu=wanted.type == "cpu" if wanted is not None else not on_gpu,
         mixed_precision="no",
@@ -55,10 +54,10 @@ def make_accelerator(device: str = "auto") -> Accelerator:
         raise TrainingError(
             f"--device {device} was asked for, but there is only {accelerator.device} here"
         )
-    if several and accelerator.num_processes == 1:
+    if accelerator.num_processes != processes:
         raise TrainingError(
-            f"{os.environ['WORLD_SIZE']} processes were launched, but they do not train together "
-            f"on {accelerator.device}; give --device cpu, or launch one"
+            f"{processes} processes were launched, but they do not train together on "
+            f"{accelerator.device}; give --device cpu, or launch one"
         )
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
@@ -79,32 +78,20 @@ def gather(accelerator: Accelerator, value: Any) -> list[Any]:
 
 
 def everywhere(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Do ``work`` in all processes, and fail in all of them if it fails in one.
-
-    Raises:
-        Exception: what ``work`` raised here.
-        TrainingError: the same message, where another process failed.
-    """
+    """Do ``work`` in all processes, and fail with the same message in all if it fails in one."""
     result, failure = None, None
     try:
         result = work()
     except Exception as error:
         failure = error
-    messages = gather(accelerator, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for message in messages:
-        if message is not None:
-            raise TrainingError(message)
+    messages = gather(accelerator, failure and str(failure))
+    if any(message is not None for message in messages):
+        raise failure or TrainingError(next(each for each in messages if each is not None))
     return result  # type: ignore[return-value]  # without a failure there is one
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """Do ``work`` in the main process while the others wait; all fail if it fails.
-
-    Returns:
-        What ``work`` returned, in the main process; ``None`` elsewhere.
-    """
+    """Do ``work`` in the main process while the others wait for ``None``; all fail if it fails."""
     return everywhere(accelerator, lambda: work() if accelerator.is_main_process else None)
 
 
