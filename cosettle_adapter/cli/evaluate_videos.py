@@ -10,7 +10,13 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from cyclopts import Parameter
 
-from cosettle_adapter.cli.common import Size, console, frame_progress
+from cosettle_adapter.cli.common import (
+    Dtype,  # noqa: F401  (annotations of ModelOptions are resolved here, too)
+    Output,  # noqa: F401
+    Size,
+    console,
+    frame_progress,
+)
 from cosettle_adapter.cli.evaluate import FeatureOptions
 from cosettle_adapter.cli.tables import terminal_table
 from cosettle_adapter.evaluation.classification import classify
