@@ -32,7 +32,7 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import CosettleError, FrameError, GeometryError
 from cosettle_adapter.extraction import RunRecord, dino_tracker
 from cosettle_adapter.extraction.dino_tracker import CHANNELS, FRAME, PATCH
-from cosettle_adapter.extraction.errors import DinoTrackerError
+from cosettle_adapter.extraction.settings import DinoTrackerError
 from cosettle_adapter.video.arrays import image_to_frame
 
 CONFIGS = ("config/preprocessing.yaml", "config/train.yaml")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.imports import require
+from cosettle_adapter.video.arrays import image_to_frame
+from cosettle_adapter.visualization.drawing import check_frames
 from cosettle_adapter.visualization.films import write_film
 from cosettle_adapter.visualization.pca import fit_pca, pca_frames
-from cosettle_adapter.visualization.pixels import check_frames
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _BACKGROUND = (18, 20, 24)
 _TEXT = (236, 238, 241)
@@ -72,13 +70,10 @@ def pca_film(
         fps: frames per second.
         mode: ``"nearest"`` or ``"bilinear"``, as in :func:`pca_frames`.
 
-    Returns:
-        The path written.
-
     Raises:
         FrameError: frames of another kind, or not one for each feature map.
         GeometryError: features that :func:`fit_pca` cannot take, or on different grids.
-        MissingExtraError: Pillow, or PyAV for ``.mp4``, is not installed.
+        MissingExtraError: PyAV is not installed, for ``.mp4``.
 
     Example:
         >>> raw, features = adapter(frames, return_backbone=True)  # doctest: +SKIP
@@ -142,8 +137,8 @@ def comparison_picture(
     if moments < 1:
         raise ValueError(f"got moments={moments}, expected at least 1.")
     _check_panels(panels)
-    notes = notes or {}
-    lines = max((len(note.splitlines()) for note in notes.values()), default=0)
+    texts = {caption: (notes or {}).get(caption, "").splitlines() for caption in panels}
+    lines = max(map(len, texts.values()))
     columns = {}
     for caption, clip in panels.items():
         length, _, height, width = clip.shape
@@ -152,14 +147,14 @@ def comparison_picture(
         over_time = time_slice(clip.cpu(), row, height=stretched)
         stills = clip.cpu()[times]
         stills[:, :, row] = 255
-        gap = _plain(len(stills), _MARGIN, width)
+        stacked = torch.cat([stills, _plain(len(stills), _MARGIN, width)], dim=2)
         parts = [
-            rearrange(torch.cat([stills, gap], dim=2), "t c h w -> c (t h) w")[:, :-_MARGIN],
+            rearrange(stacked, "t c h w -> c (t h) w")[:, :-_MARGIN],
             _caption("the marked row over time, downwards", _NOTE, width),
             over_time,
         ]
-        text = notes.get(caption, "").splitlines()
-        parts += [_caption(line, _NOTE, width) for line in text + [""] * (lines - len(text))]
+        text = texts[caption] + [""] * (lines - len(texts[caption]))
+        parts += [_caption(line, _NOTE, width) for line in text]
         columns[caption] = rearrange(torch.cat(parts, dim=1), "c h w -> 1 c h w")
     return side_by_side(columns)[0]
 
@@ -176,14 +171,13 @@ def side_by_side(panels: Mapping[str, Tensor]) -> Tensor:
 
     Raises:
         FrameError: no panels, or panels of another kind, length or height.
-        MissingExtraError: Pillow is not installed.
     """
     _check_panels(panels)
     clips = [clip.cpu() for clip in panels.values()]
-    length, _, height, _ = clips[0].shape
-    strip = _caption_height(height, clips[0].shape[-1]) + 2 * _MARGIN
+    length, _, height, first_width = clips[0].shape
+    strip = max(10, min(28, min(height, first_width) // 10)) + 2 * _MARGIN
     width = sum(clip.shape[-1] for clip in clips) + _MARGIN * (len(clips) - 1)
-    canvas = _plain(length, _even(strip + height), _even(width))
+    canvas = _plain(length, strip + height + (strip + height) % 2, width + width % 2)
     left = 0
     for caption, clip in zip(panels, clips, strict=True):
         right = left + clip.shape[-1]
@@ -210,33 +204,18 @@ def _check_panels(panels: Mapping[str, Tensor]) -> None:
         )
 
 
-def _even(length: int) -> int:
-    return length + length % 2
-
-
 def _plain(length: int, height: int, width: int) -> Tensor:
     colour = rearrange(torch.tensor(_BACKGROUND, dtype=torch.uint8), "c -> c 1 1")
     return colour.expand(length, 3, height, width).clone()
 
 
-def _caption_height(height: int, width: int) -> int:
-    return max(10, min(28, min(height, width) // 10))
-
-
 def _caption(text: str, height: int, width: int) -> Tensor:
     """``(3, height, width)`` uint8 strip with the text left-aligned, shrunk until it fits."""
-    image_module = require("PIL.Image", extra="viz", purpose="writing captions")
-    draw_module = require("PIL.ImageDraw", extra="viz", purpose="writing captions")
-    numpy = require("numpy", extra="viz", purpose="writing captions")
-    strip = image_module.new("RGB", (width, height), _BACKGROUND)
-    draw = draw_module.Draw(strip)
+    strip = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(strip)
     size = height - 2 * _MARGIN
-    while size > 6 and draw.textlength(text, font=_font(size)) > width - 2 * _MARGIN:
+    while size > 6 and draw.textlength(text, font_size=size) > width - 2 * _MARGIN:
         size -= 1
-    draw.text((_MARGIN, height / 2), text, fill=_TEXT, font=_font(size), anchor="lm")
-    return rearrange(torch.from_numpy(numpy.array(strip)), "h w c -> c h w")
-
-
-def _font(size: int) -> Any:
-    fonts = require("PIL.ImageFont", extra="viz", purpose="writing captions")
-    return fonts.load_default(size)
+    font = ImageFont.load_default(size)
+    draw.text((_MARGIN, height / 2), text, fill=_TEXT, font=font, anchor="lm")
+    return image_to_frame(strip)

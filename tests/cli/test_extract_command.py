@@ -188,6 +188,6 @@ def test_ctrl_c_says_that_the_work_is_kept(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cosettle_adapter.extraction.work.Work.append", interrupt)
+    monkeypatch.setattr("cosettle_adapter.extraction.record.RunRecord.append", interrupt)
     assert main(["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.npy")]) == 130
     assert "the same command resumes from there" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import extract
 from cosettle_adapter.extraction.dino_tracker import arrange, cells
-from cosettle_adapter.extraction.errors import DinoTrackerError, FormatError
+from cosettle_adapter.extraction.settings import DinoTrackerError, FormatError
 
 GRIDS = {7: (67, 121), 14: (34, 61)}
 

@@ -28,7 +28,7 @@ from torchvision import transforms
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.extraction.errors import DinoTrackerError
+from cosettle_adapter.extraction.settings import DinoTrackerError
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "dino_tracker_features.py"
 FEATURES = Path("dino_embeddings", "dino_embed_video.pt")

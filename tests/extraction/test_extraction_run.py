@@ -13,7 +13,7 @@ import torch
 from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import ExtractSettings, extract, read_features
-from cosettle_adapter.extraction.errors import FormatError, OutputExistsError
+from cosettle_adapter.extraction.settings import FormatError, OutputExistsError
 from cosettle_adapter.extraction.stores import FlatStore
 from cosettle_adapter.projection import Projection
 

@@ -16,7 +16,7 @@ import torch
 from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.correspondence import fusion
 from cosettle_adapter.extraction import FORMATS, extract, read_features
-from cosettle_adapter.extraction.errors import OutputBusyError, OutputExistsError
+from cosettle_adapter.extraction.settings import OutputBusyError, OutputExistsError
 
 from helpers import write_video
 

@@ -22,7 +22,7 @@ from cosettle_adapter.extraction import (
     find_sources,
     plan_jobs,
 )
-from cosettle_adapter.extraction.errors import ExtractionError, FormatError
+from cosettle_adapter.extraction.settings import ExtractionError, FormatError
 from cosettle_adapter.extraction.sources import output_names
 
 from helpers import write_video
@@ -162,7 +162,7 @@ def test_what_may_succeed_another_time_is_told_and_a_full_disk_ends_the_run(
     def unlucky(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("cosettle_adapter.extraction.work.Work.append", unlucky)
+    monkeypatch.setattr("cosettle_adapter.extraction.record.RunRecord.append", unlucky)
     if transient is None:
         with pytest.raises(OSError, match="No space left"):
             list(extract_many(small_adapter, jobs))
