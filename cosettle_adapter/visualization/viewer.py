@@ -36,36 +36,23 @@ HOST = "127.0.0.1"
 
 _LONGEST = 960  # pixels of a picture's longer side; panels are hardly ever wider
 _OPACITY = 0.8
-_TRIES = 20  # ports after the wanted one
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
 }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ViewedClip:
-    """What the page shows of a clip.
-
-    Attributes:
-        name: of the clip.
-        facts: a few words on the model and how the clip was encoded.
-        pictures: a JPEG for every frame.
-        times: ``(T,)`` float64 seconds.
-        geometry: how the original frames became the grid of all features.
-        features: kind of features to ``(T, C, h, w)`` float16, in the order to offer them.
-        pca: kind of features to a PNG of their PCA colours, frames below one another.
-    """
+    """What the page shows of a clip."""
 
     name: str
-    facts: Sequence[str]
-    pictures: Sequence[bytes]
-    times: Tensor
-    geometry: Geometry
-    features: Mapping[str, Tensor]
-    pca: Mapping[str, bytes]
+    facts: Sequence[str]  # on the model and how the clip was encoded
+    pictures: Sequence[bytes]  # a JPEG for every frame
+    times: Tensor  # (T,) seconds
+    geometry: Geometry  # how the original frames became the grid of all features
+    features: Mapping[str, Tensor]  # by kind, in the order to offer them: (T, C, h, w) float16
+    pca: Mapping[str, bytes]  # by kind, a PNG of PCA colours, frames below one another
 
 
 @torch.inference_mode()
@@ -79,33 +66,28 @@ def view_clip(
     fusion: FusionMode | None = None,
     on_frames: Callable[[int], None] = lambda done: None,
 ) -> ViewedClip:
-    """Encode a clip for the page, all kinds of features from one pass of the backbone.
+    """Encode a clip for the page; of a video that breaks off, what could be read of it.
 
     Args:
         adapter: backbone and projection.
         source: a video file, or a folder or glob of images.
-        size: what frames are resized to, as in the adapter's ``forward``.
-        select: which frames; all by default.
-        batch_size: frames a forward pass.
-        fusion: show the adapter's own features fused over time as well.
+        size, select, batch_size: as in the adapter's ``stream``.
+        fusion: show the projection's features fused over time as well.
         on_frames: called with the number of frames done, after each pass.
-
-    Returns:
-        The clip; of a video that breaks off, what could be read of it.
 
     Raises:
         FrameError: nothing to read, or frames or features that cannot be used.
     """
     pictures: list[bytes] = []
     times: list[Tensor] = []
-    sizes: list[tuple[int, int]] = []
+    geometries: list[Geometry] = []
 
     def batches() -> Iterator[Tensor]:
         try:
             for chunk in prefetch(open_frames(source, select, chunk_size=batch_size)):
                 pictures.extend(map(_jpeg, chunk.frames))
                 times.append(chunk.timestamps)
-                sizes.append((chunk.frames.shape[-2], chunk.frames.shape[-1]))
+                geometries.append(adapter.geometry(*chunk.frames.shape[-2:], size=size))
                 yield chunk.frames
                 on_frames(len(pictures))
         except TruncatedVideoError as error:
@@ -124,7 +106,7 @@ def view_clip(
         reference = basis.scores(maps) if reference is None else reference
         painted = (255 * basis.colours(maps)).round().to(torch.uint8)
         pca[name] = _png(rearrange(painted, "t c h w -> (t h) w c"))
-    config, geometry = adapter.config, adapter.geometry(*sizes[0], size=size)
+    config, geometry = adapter.config, geometries[0]
     (height, width), (rows, columns) = geometry.padded, geometry.grid
     projection = "tokens" if config.kind == "identity" else f"{config.kind} projection"
     facts = (
@@ -132,17 +114,24 @@ def view_clip(
         f"{projection} of layers {', '.join(map(str, config.layers))}",
         f"encoded at {width} x {height} pixels, {columns} x {rows} patches",
     )
-    return ViewedClip(Path(source).name, facts, pictures, torch.cat(times), geometry, features, pca)
+    name = Path(source).name
+    return ViewedClip(name, facts, pictures, torch.cat(times), geometry, features, pca)
 
 
 class ViewerServer(ThreadingHTTPServer):
-    """Serves one clip to this machine alone, until it is shut down."""
+    """Serves one clip to this machine alone, on a wanted port, or any if it is taken."""
 
     daemon_threads = True  # an open connection does not hold up the end
 
-    def __init__(self, clip: ViewedClip, port: int) -> None:
+    def __init__(self, clip: ViewedClip, port: int = 0) -> None:
+        """Bind to the port and listen; 0 is any."""
         self.clip = clip
-        super().__init__((HOST, port), _Handler)
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            super().__init__((HOST, 0), _Handler)
 
     @property
     def url(self) -> str:
@@ -151,28 +140,8 @@ class ViewerServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log in place of printing; a reader who goes away in the middle is no news."""
-        gone = isinstance(sys.exc_info()[1], ConnectionError)
-        level = logging.DEBUG if gone else logging.ERROR
-        logger.log(level, "a request of %s failed", client_address, exc_info=True)
-
-
-def open_server(clip: ViewedClip, *, port: int = 0) -> ViewerServer:
-    """Bind to a port of 127.0.0.1 (0 for any), or to one of the next that are free.
-
-    Raises:
-        ValueError: no such port.
-        OSError: no port in reach is free.
-    """
-    if not 0 <= port <= 65535:
-        raise ValueError(f"got port {port}, expected 0 (any) to 65535")
-    last = min(port + _TRIES, 65535)
-    for candidate in range(port, last + 1):
-        try:
-            return ViewerServer(clip, candidate)
-        except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise
-    raise OSError(f"no port from {port} to {last} is free; give another one, or 0 for any")
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            logger.exception("a request of %s failed", client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -187,10 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         try:
             answer = self._answer(parts.path, dict(parse_qsl(parts.query)))
-        except KeyError as error:
-            answer = 400, "text/plain", f"The address lacks {error}, or its value.".encode()
-        except (CosettleError, ValueError) as error:
-            answer = 400, "text/plain; charset=utf-8", str(error).encode()
+        except (CosettleError, KeyError, ValueError) as error:
+            answer = 400, "text/plain", f"{self.path} makes no sense: {error}".encode()
         self._send(*answer)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -224,8 +191,9 @@ def _similarity(clip: ViewedClip, query: Mapping[str, str]) -> dict[str, Any]:
     point = float(query["x"]), float(query["y"])
     frame = _frame(query, len(clip.pictures))
     maps = similarity_maps(clip.features[query["kind"]], clip.geometry, point, frame=frame)
-    low, high = (maps.min(), maps.max()) if query.get("scale") == "own" else (0.0, 1.0)
-    values = rearrange((maps - low) / (high - low), "t h w -> (t h) w").clamp(0, 1)
+    own = query.get("scale") == "own"  # of the clip's cosines, instead of 0 to 1
+    low, high = (float(maps.min()), float(maps.max())) if own else (0.0, 1.0)
+    values = rearrange((maps - low) / max(high - low, 1e-3), "t h w -> (t h) w").clamp(0, 1)
     drawn = _png(rearrange(heat(values, _OPACITY), "c h w -> h w c"))
     peaks = torch.cat([similarity_peaks(maps, clip.geometry), maps.amax((1, 2))[:, None]], dim=1)
     return {"peaks": peaks.tolist(), "heat": base64.b64encode(drawn).decode()}
