@@ -112,15 +112,16 @@ def arrange(features: Tensor, geometry: Geometry, *, stride: int, first: int = 0
     return F.pad(features, (0, 0, 0, 0, 0, CHANNELS - features.shape[1]))
 
 
-def finish_tensor(numbers: Path, shape: tuple[int, ...], *, offset: int = 0) -> None:
-    """Turn a file of float32 numbers into what ``torch.save`` writes, at constant memory.
+def save_tensor(numbers: Path, path: Path, shape: tuple[int, ...], *, offset: int = 0) -> Path:
+    """Write what ``torch.save`` writes of a float32 tensor in a file, at constant memory.
 
     That is an uncompressed ZIP archive of the numbers and a pickle that says what they are.
 
     Args:
-        numbers: the file, which is replaced.
-        shape: shape of the tensor, which is loaded to the GPU unless ``map_location`` says
-            otherwise.
+        numbers: file of the tensor's numbers.
+        path: the file to write; ``torch.load`` puts the tensor onto the GPU unless
+            ``map_location`` says otherwise.
+        shape: shape of the tensor.
         offset: bytes before the numbers.
     """
     first = zipfile.ZipInfo("archive/data/0")
@@ -129,15 +130,14 @@ def finish_tensor(numbers: Path, shape: tuple[int, ...], *, offset: int = 0) -> 
     described = io.BytesIO()
     _TensorPickler(described, protocol=2).dump(torch.empty(shape, device="meta"))
     others = {"data.pkl": described.getvalue(), "byteorder": sys.byteorder.encode()}
-    whole = numbers.with_suffix(".whole")
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive, numbers.open("rb") as content:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive, numbers.open("rb") as content:
         content.seek(offset)
         with archive.open(first, "w", force_zip64=True) as entry:
             shutil.copyfileobj(content, entry, 1 << 20)
         for name, text in {**others, "version": b"3\n"}.items():
             # a name alone would put the time of day into the file
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), text)
-    whole.replace(numbers)
+    return path
 
 
 class _TensorPickler(pickle.Pickler):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cosettle_adapter.errors import CorruptFeatureFileError, did_you_mean
-from cosettle_adapter.extraction.dino_tracker import finish_tensor
+from cosettle_adapter.extraction.dino_tracker import save_tensor
 from cosettle_adapter.extraction.record import (
     RESERVED,
     RunRecord,
@@ -46,18 +46,18 @@ class Format:
         name: what ``--format`` calls it.
         suffix: of its files.
         dtypes: names of those it can store.
-        finish: makes the plain file of numbers a whole one, in place.
+        finish: makes a whole file of the plain one of numbers, in place or beside it.
         read: returns a range of frames of a whole file.
     """
 
     name: str
     suffix: str
     dtypes: tuple[str, ...]
-    finish: Callable[[Path, RunRecord], None]
+    finish: Callable[[Path, RunRecord], Path]
     read: Callable[[Path, slice], Found]
 
 
-def _finish_safetensors(path: Path, record: RunRecord) -> None:
+def _finish_safetensors(path: Path, record: RunRecord) -> Path:
     frames, end = len(record.timestamps), len(record.timestamps) * record.frame_bytes
     padding = -end % 8  # timestamps are aligned, and the format allows no holes
     tensors: dict[str, object] = {"__metadata__": {"description": json.dumps(record.description)}}
@@ -74,6 +74,7 @@ def _finish_safetensors(path: Path, record: RunRecord) -> None:
         file.write(struct.pack("<Q", RESERVED - 8) + header)
         file.seek(RESERVED + end)
         file.write(bytes(padding) + struct.pack(f"<{frames}d", *record.timestamps))
+    return path
 
 
 def _read_safetensors(path: Path, frames: slice) -> Found:
@@ -85,7 +86,7 @@ def _read_safetensors(path: Path, frames: slice) -> Found:
         return features, description | {"timestamps": file.get_tensor("timestamps").tolist()}
 
 
-def _finish_npy(path: Path, record: RunRecord) -> None:
+def _finish_npy(path: Path, record: RunRecord) -> Path:
     """Make it a plain array for ``np.load(path, mmap_mode="r")``; the sidecar holds the rest."""
     shape = (len(record.timestamps), *record.shape)
     descr = np.dtype(record.asked["storage"]).newbyteorder("<").str
@@ -95,6 +96,7 @@ def _finish_npy(path: Path, record: RunRecord) -> None:
     header = repr(fields).encode().ljust(length - 1) + b"\n"
     with path.open("r+b") as file:
         file.write(magic + struct.pack("<H", length) + header)
+    return path
 
 
 def _read_npy(path: Path, frames: slice) -> Found:
@@ -102,12 +104,12 @@ def _read_npy(path: Path, frames: slice) -> Found:
     return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)[frames]), None
 
 
-def _finish_zarr(path: Path, record: RunRecord) -> None:
-    """Move the numbers into a group of features and timestamps, in small chunks of frames."""
-    plain = path.rename(path.with_suffix(".plain"))
+def _finish_zarr(path: Path, record: RunRecord) -> Path:
+    """Copy the numbers into a group of features and timestamps, in small chunks of frames."""
+    whole = path.with_suffix(".whole")
     shape = (len(record.timestamps), *record.shape)
-    numbers = np.memmap(plain, dtype=record.asked["storage"], offset=RESERVED, shape=shape)
-    group = _open_zarr(path, "w")
+    numbers = np.memmap(path, dtype=record.asked["storage"], offset=RESERVED, shape=shape)
+    group = _open_zarr(whole, "w")
     group.attrs.update({"description": record.description})
     chunk = min(len(numbers), max(1, _CHUNK_BYTES // record.frame_bytes))
     for name, values in (("features", numbers), ("timestamps", np.array(record.timestamps))):
@@ -120,7 +122,7 @@ def _finish_zarr(path: Path, record: RunRecord) -> None:
             array = group.create_dataset(name, compressor=None, **options)
         for start in range(0, len(values), chunk):
             array[start : start + chunk] = values[start : start + chunk]
-    plain.unlink()
+    return whole
 
 
 def _read_zarr(path: Path, frames: slice) -> Found:
@@ -129,9 +131,9 @@ def _read_zarr(path: Path, frames: slice) -> Found:
     return torch.from_numpy(group["features"][frames]), description
 
 
-def _finish_tracker(path: Path, record: RunRecord) -> None:
+def _finish_tracker(path: Path, record: RunRecord) -> Path:
     shape = (len(record.timestamps), *record.shape)
-    finish_tensor(path, shape, offset=RESERVED)
+    return save_tensor(path, path.with_suffix(".whole"), shape, offset=RESERVED)
 
 
 def _read_tracker(path: Path, frames: slice) -> Found:

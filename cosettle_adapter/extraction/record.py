@@ -153,16 +153,15 @@ class RunRecord:
             file.write(f"{json.dumps([zlib.crc32(numbers), timestamps.tolist()])}\n")
         self.timestamps += timestamps.tolist()
 
-    def finish(self, make_whole: Callable[[Path, RunRecord], None], truncated: str | None) -> None:
+    def finish(self, make_whole: Callable[[Path, RunRecord], Path], truncated: str | None) -> None:
         """Make the output whole, and give it its name and its sidecar.
 
         Args:
-            make_whole: makes a file of a format of the plain file of numbers, in place.
+            make_whole: makes a file of a format of the plain file of numbers.
             truncated: why the source ended early, if it did.
         """
-        make_whole(self._numbers, self)
-        written = [path for path in self._numbers.rglob("*") if path.is_file()]
-        for path in written or [self._numbers]:
+        whole = make_whole(self._numbers, self)
+        for path in [whole] if whole.is_file() else filter(Path.is_file, whole.rglob("*")):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         fields = {
@@ -177,7 +176,7 @@ class RunRecord:
         _remove(self._output)  # the new one is whole
         with atomic_path(sidecar_path(self._output)) as temporary:
             temporary.write_text(f"{{\n{text}\n}}\n")
-        self._numbers.replace(self._output)
+        whole.replace(self._output)
         self.keep = False
 
     def _read_journal(self) -> list[Any]:
