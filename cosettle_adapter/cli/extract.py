@@ -90,7 +90,8 @@ def extract(
     found = find_sources(sources)
     jobs = share.of(_plan(found, output, settings.format))
     if len(found) > 1 or share.count > 1:
-        out.print(_understood(found, jobs, share), markup=False, highlight=False)
+        of = f" of shard {share.index}/{share.count} ({share.given_by})" if share.count > 1 else ""
+        out.print(f"{len(found)} sources, {len(jobs)} to do{of}", markup=False, highlight=False)
     options: dict[str, Any] = {"settings": settings, "select": select, "overwrite": overwrite}
     outcomes: list[Outcome] = []
     with frame_progress(out) as progress:
@@ -152,17 +153,6 @@ def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
             f"{by_suffix.name} file: give -o {output.with_suffix('')} --format {by_suffix.name}"
         )
     return [Job(sources[0].path, output)]
-
-
-def _understood(sources: list[Source], jobs: list[Job], share: Shard) -> str:
-    """Say what was found: ``3 videos and 1 sequence of images; 2 in shard 0/2 (--shard)``."""
-    videos = sum(source.kind == "video" for source in sources)
-    images = len(sources) - videos
-    counts = ((videos, "video{}"), (images, "sequence{} of images"))
-    told = " and ".join(f"{n} {name.format('s' * (n != 1))}" for n, name in counts if n)
-    if share.count > 1:
-        told += f"; {len(jobs)} in shard {share.index}/{share.count} ({share.given_by})"
-    return told
 
 
 def _expected(job: Job, select: FrameSelection) -> int | None:

@@ -7,7 +7,6 @@ from cosettle_adapter.export.program import (
     Exported,
     ExportError,
     Parity,
-    TensorSpec,
     to_torch_export,
 )
 
@@ -15,7 +14,6 @@ __all__ = [
     "ExportError",
     "Exported",
     "Parity",
-    "TensorSpec",
     "to_onnx",
     "to_torch_export",
 ]

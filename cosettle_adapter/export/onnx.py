@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +67,15 @@ def to_onnx(
             f"ONNX runtimes have few kernels for {adapter.dtype}; load the adapter with "
             "dtype=torch.float16 or torch.float32, or export a .pt2 file"
         )
-    with _quiet():
-        traced = Traced(adapter, size, preprocessing, normalize, static_batch, unfused=True)
-        onnx_program = _translate(traced, opset)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what the exporter says about its own work
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = Traced(adapter, size, preprocessing, normalize, static_batch, unfused=True)
+            onnx_program = _translate(traced, opset)
+    finally:
+        logging.disable(disabled)
     tensors = (*traced.program.state_dict.values(), *traced.program.constants.values())
     weights = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,8 +114,8 @@ def _translate(traced: Traced, opset: int) -> Any:
             traced.program,
             (),
             dynamo=True,
-            input_names=[traced.input.name],
-            output_names=[traced.output.name],
+            input_names=[traced.name],
+            output_names=["features"],
             dynamic_shapes=traced.dynamic_shapes,
             opset_version=opset,
             verbose=False,
@@ -135,22 +139,6 @@ def _translate(traced: Traced, opset: int) -> Any:
     return program
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back what the exporter says about its own work."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
-    levels = [each.level for each in loggers]
-    try:
-        for each in loggers:
-            each.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
-
-
 def _check(path: Path, traced: Traced, check_on: Any) -> Parity | None:
     try:
         runtime: Any = importlib.import_module("onnxruntime")
@@ -168,7 +156,7 @@ def _check(path: Path, traced: Traced, check_on: Any) -> Parity | None:
         ) from error
 
     def run(inputs: Tensor) -> Tensor:
-        (found,) = session.run(None, {traced.input.name: inputs.cpu().numpy()})
+        (found,) = session.run(None, {traced.name: inputs.cpu().numpy()})
         return torch.from_numpy(found)
 
     return traced.compare(run, version, check_on)

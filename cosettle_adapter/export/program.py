@@ -7,7 +7,7 @@ import copy
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,6 @@ class ExportError(CosettleError, ValueError):
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """One input or output: its name, dtype and shape, whose first side may be ``"batch"``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.dtype} ({', '.join(map(str, self.shape))})"
-
-
-@dataclass(frozen=True)
 class Parity:
     """A comparison of an exported file with the model in PyTorch."""
 
@@ -67,24 +55,16 @@ class Parity:
 
 @dataclass(frozen=True)
 class Exported:
-    """A model that was written, what it takes and returns, and what it says about itself.
-
-    Attributes:
-        path: the file.
-        size: bytes, of a ``.data`` file beside it too.
-        input: ``frames``, RGB uint8 in [0, 255]; or ``images``, float32 and normalised with the
-            ``mean`` and ``std`` of the metadata, where preprocessing was left out.
-        output: ``features`` ``(batch, C, h, w)``.
-        metadata: where the model comes from and what its patches are; JSON-ready values.
-        parity: ``None`` if it was not compared with PyTorch.
-    """
+    """A model that was written, what it takes and returns, and what it says about itself."""
 
     path: Path
-    size: int
-    input: TensorSpec
-    output: TensorSpec
-    metadata: dict[str, Any]
-    parity: Parity | None
+    size: int  # bytes, of a ``.data`` file beside it too
+    # "frames uint8 (batch, 3, H, W)", RGB in [0, 255]; where preprocessing was left out, "images
+    # float32", normalised with the ``mean`` and ``std`` of the metadata
+    input: str
+    output: str  # "features float32 (batch, C, h, w)"
+    metadata: Mapping[str, Any]  # where the model comes from and what its patches are
+    parity: Parity | None  # with PyTorch, if it was compared
 
 
 def to_torch_export(
@@ -173,11 +153,12 @@ class Traced:
         _check(adapter, size, static_batch)
         grid = adapter.geometry(*size).grid
         self.count = static_batch
-        count, dtype = static_batch or _BATCH, str(adapter.dtype).removeprefix("torch.")
-        taken = ("frames", "uint8") if preprocessing else ("images", "float32")
-        self.input = TensorSpec(*taken, (count, 3, *size))
-        self.output = TensorSpec("features", dtype, (count, adapter.width, *grid))
-        self.metadata = {
+        dtype = str(adapter.dtype).removeprefix("torch.")
+        self.name, kind = ("frames", "uint8") if preprocessing else ("images", "float32")
+        count = static_batch or _BATCH
+        self.input = f"{self.name} {kind} ({count}, 3, {size[0]}, {size[1]})"
+        self.output = f"features {dtype} ({count}, {adapter.width}, {grid[0]}, {grid[1]})"
+        self.metadata: dict[str, Any] = {
             "cosettle_adapter": __version__,
             "backbone": adapter.backbone.row.name,
             "fingerprint": adapter.backbone.fingerprint,
@@ -234,7 +215,7 @@ class Traced:
             )
         difference = float((found.double() - expected.double()).abs().max())
         parity = Parity(runtime, len(expected), difference, float(expected.abs().max()))
-        dtype = self.output.dtype
+        dtype = str(expected.dtype).removeprefix("torch.")
         if not difference <= _ALLOWED[dtype] * max(parity.largest, 1e-6):
             raise ExportError(
                 f"{runtime} differs from PyTorch by {difference:.3g} where features reach "

@@ -147,8 +147,9 @@ class _TensorPickler(pickle.Pickler):
         if not isinstance(item, Tensor):
             return NotImplemented
         storage = ("storage", torch.FloatStorage, "0", LOCATION, item.numel())
-        rebuilt = (storage, 0, tuple(item.shape), item.stride(), False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, rebuilt
+        hooks: OrderedDict[str, Any] = OrderedDict()
+        arguments = (storage, 0, tuple(item.shape), item.stride(), False, hooks)
+        return torch._utils._rebuild_tensor_v2, arguments
 
     def persistent_id(self, item: Any) -> Any:
         return item if isinstance(item, tuple) and item[:1] == ("storage",) else None

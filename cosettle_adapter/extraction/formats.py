@@ -40,20 +40,12 @@ Found = tuple[Tensor, Mapping[str, Any] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format of feature files.
-
-    Attributes:
-        name: what ``--format`` calls it.
-        suffix: of its files.
-        dtypes: names of those it can store.
-        finish: makes a whole file of the plain one of numbers, in place or beside it.
-        read: returns a range of frames of a whole file.
-    """
+    """A format of feature files."""
 
     name: str
     suffix: str
     dtypes: tuple[str, ...]
-    finish: Callable[[Path, RunRecord], Path]
+    finish: Callable[[Path, RunRecord], Path]  # makes a whole file of numbers, here or beside them
     read: Callable[[Path, slice], Found]
 
 
@@ -163,39 +155,26 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class FeatureFile:
-    """Features ``(T, C, h, w)``, their times and geometry, and how they were made.
+    """Features, when they were and where in the frames, and how they were made."""
 
-    Attributes:
-        features: ``(T, C, h, w)``.
-        timestamps: ``(T,)`` float64, seconds.
-        geometry: how patches map to pixels of the source's frames.
-        metadata: source, backbone, fingerprint, layers, settings and versions.
-    """
-
-    features: Tensor
-    timestamps: Tensor
-    geometry: Geometry
-    metadata: Mapping[str, Any]
+    features: Tensor  # (T, C, h, w)
+    timestamps: Tensor  # (T,) float64, seconds
+    geometry: Geometry  # how patches map to pixels of the source's frames
+    metadata: Mapping[str, Any]  # source, backbone, fingerprint, layers, settings and versions
 
 
 def read_features(
     path: str | os.PathLike[str], *, start: int | None = None, stop: int | None = None
 ) -> FeatureFile:
-    """Read a feature file of any format.
+    """Read a feature file of any format, or frames ``start`` to ``stop`` of it.
 
-    Safetensors and ``.npy`` files are mapped from disk, not copied, if all frames are read; zarr
-    is read into memory.
-
-    Args:
-        path: the file, or the folder of a zarr group; its sidecar lies beside it. Safetensors and
-            zarr can be read without one.
-        start: first frame.
-        stop: frame to stop before.
+    Whole files are mapped from disk, not copied, but for zarr. The sidecar lies beside the file;
+    safetensors and zarr can be read without it.
 
     Raises:
         FileNotFoundError: no such file.
         CorruptFeatureFileError: truncated, or not a feature file.
-        MissingExtraError: the format needs a package that is not installed.
+        MissingExtraError: zarr is not installed.
     """
     path = Path(path)
     if not path.exists():
@@ -228,11 +207,7 @@ def format_of(path: Path) -> Format | None:
 
 
 def choose_format(path: Path, name: str | None) -> Format:
-    """Return the format of a file to be written, by ``name`` or else by the file's suffix.
-
-    Raises:
-        FormatError: no such format, or neither tells one, or they disagree.
-    """
+    """Return the format of a file to be written, by ``name`` or else by its suffix, or raise."""
     if name not in (None, *FORMATS):
         known, close = ", ".join(FORMATS), did_you_mean(str(name), FORMATS)
         raise FormatError(f"unknown format {name!r}; there are {known}.{close}")
@@ -253,11 +228,7 @@ def choose_format(path: Path, name: str | None) -> Format:
 
 
 def storage_dtype(form: Format, wanted: str | torch.dtype) -> str:
-    """Return the name of the dtype in which features are stored.
-
-    Raises:
-        FormatError: the format cannot store it.
-    """
+    """Return the name of the dtype in which features are stored, or raise."""
     name = str(wanted).removeprefix("torch.")
     if name not in form.dtypes:
         default, known = form.dtypes[0], " or ".join(form.dtypes)

@@ -51,7 +51,7 @@ def extract_with_ray(
     on_retry: Callable[[Outcome], None] = lambda outcome: None,
     **options: Any,
 ) -> Iterator[Outcome]:
-    """Do jobs in the workers of a Ray cluster.
+    """Do jobs in the workers of a Ray cluster; yield an outcome each, as they come.
 
     A running cluster is used (``ray.init`` was called, or ``RAY_ADDRESS`` is set); otherwise one
     is started on this machine, and ended. Sources and outputs must lie where all its machines see
@@ -64,12 +64,8 @@ def extract_with_ray(
         on_retry: called with what failed before it is tried again.
         **options: arguments of :func:`extract`, other than callbacks.
 
-    Yields:
-        An outcome a job, as they come.
-
     Raises:
-        MissingExtraError: Ray is not installed.
-        EngineError: the cluster failed.
+        MissingExtraError, EngineError: Ray is not installed, or the cluster failed.
     """
     ray = require_ray()
     if not jobs:

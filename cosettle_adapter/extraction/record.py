@@ -52,24 +52,17 @@ class RunRecord:
 
     It lies in ``.NAME.partial`` beside the output, which one run at a time has: the numbers in one
     plain file behind :data:`RESERVED` bytes, and a journal, a line of JSON for the run and one with
-    checksum and timestamps for every batch. Both get the output's name once they are whole; what a
-    run leaves that ends early is resumed by the next one.
-
-    Attributes:
-        asked: what :func:`describe_run` returns; the metadata of the feature file.
-        folder: where it lies.
-        keep: whether the folder is kept in the end.
-        shape: ``(C, h, w)`` of one frame's features.
-        timestamps: seconds of the frames that are written.
+    checksum and timestamps for every batch. Both become the output and its sidecar once they are
+    whole; what a run leaves that ends early is resumed by the next one.
     """
 
     def __init__(self, output: Path, asked: Mapping[str, Any]) -> None:
-        """Name the output; nothing is touched."""
+        """Name the output and what :func:`describe_run` returned; nothing is touched."""
         self.asked = asked
         self.folder = output.with_name(f".{output.name}.partial")
-        self.keep = False
-        self.shape: tuple[int, ...] = ()
-        self.timestamps: list[float] = []
+        self.keep = False  # whether the folder is kept in the end
+        self.shape: tuple[int, ...] = ()  # (C, h, w) of a frame's features
+        self.timestamps: list[float] = []  # seconds of the frames that are written
         self._output = output
         self._geometry: Mapping[str, Any] = {}
         self._numbers, self._journal = self.folder / "features", self.folder / "journal"
@@ -87,11 +80,7 @@ class RunRecord:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other runs from this output while the block runs.
-
-        Raises:
-            OutputBusyError: another run is writing it.
-        """
+        """Keep other runs from this output while the block runs, or raise if one has it."""
         refusal = OutputBusyError(
             f"another run is writing {self._output}: wait until it ends, or use another name"
         )
@@ -154,12 +143,7 @@ class RunRecord:
         self.timestamps += timestamps.tolist()
 
     def finish(self, make_whole: Callable[[Path, RunRecord], Path], truncated: str | None) -> None:
-        """Make the output whole, and give it its name and its sidecar.
-
-        Args:
-            make_whole: makes a file of a format of the plain file of numbers.
-            truncated: why the source ended early, if it did.
-        """
+        """Have the output made whole, of the numbers, and give it its name and its sidecar."""
         whole = make_whole(self._numbers, self)
         for path in [whole] if whole.is_file() else filter(Path.is_file, whole.rglob("*")):
             with path.open("rb+") as file:
@@ -269,10 +253,7 @@ def differences(
 ) -> str:
     """Say how a run differs from an earlier one: ``size was 280 and is 476, ...``.
 
-    Args:
-        before: what the earlier one was asked for.
-        now: what this one is asked for.
-        numerical: whether differences count that change only the last bits.
+    ``numerical`` says whether differences count that change only the last bits.
     """
     was, found = dict(_flat(before)), []
     for name, value in _flat(now):
@@ -286,13 +267,9 @@ def differences(
 
 
 def identify(source: Any) -> str | None:
-    """Return a hash by which a file, or images in files, are recognised.
+    """Return a hash by which a file, or images in files, are recognised; no times, so copies agree.
 
-    It covers names, sizes and samples of the content but no times, so a copy is the same. Frames
-    in memory and iterators have none.
-
-    Raises:
-        FrameError: no such file.
+    Frames in memory and iterators have none.
     """
     if isinstance(source, (str, os.PathLike)):
         found = resolve(source)

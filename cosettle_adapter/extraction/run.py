@@ -40,21 +40,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """What :func:`extract` wrote.
+    """What :func:`extract` wrote."""
 
-    Attributes:
-        path: the feature file; its sidecar lies beside it, as ``PATH.json``.
-        frames: number of frames in it.
-        shape: ``(C, h, w)`` of one frame's features.
-        truncated: why the source ended early, or ``None`` if it was read to its end.
-        found: how many of the frames an earlier run had written; all, if it had finished.
-    """
-
-    path: Path
+    path: Path  # its sidecar lies beside it, as PATH.json
     frames: int
-    shape: tuple[int, int, int]
-    truncated: str | None = None
-    found: int = 0
+    shape: tuple[int, ...]  # (C, h, w) of one frame's features
+    truncated: str | None = None  # why the source ended early
+    found: int = 0  # frames that an earlier run had written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +59,12 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a job.
-
-    Attributes:
-        job: the job.
-        extraction: what was written, or found finished; ``None`` if it failed.
-        error: why it failed, in a sentence; ``None`` if it did not.
-        transient: whether another attempt may succeed: not where source or settings are at fault.
-    """
+    """What became of a job: an extraction, or why it failed."""
 
     job: Job
     extraction: Extraction | None = None
     error: str | None = None
-    transient: bool = False
+    transient: bool = False  # neither source nor settings are at fault, so try again
 
     @property
     def skipped(self) -> bool:
@@ -100,11 +85,9 @@ def extract(
 ) -> Extraction:
     """Write the features of a video of any length to a file, and a JSON sidecar beside it.
 
-    The file appears whole or not at all; until then the work lies in ``.NAME.partial`` beside it.
-    When a run is interrupted or killed, the same call resumes it after its last whole batch, and
-    the file is byte-identical to that of an uninterrupted run. Frames that later ones depend on
-    are encoded again: one or two batches for temporal fusion, all where features are settled.
-    Arrays and iterators start over. What is finished already is left as it is. When a video breaks
+    The file appears whole or not at all. When a run is interrupted or killed, the same call resumes
+    it after its last whole batch, and the file is byte-identical to that of an uninterrupted run;
+    arrays and iterators start over. What is finished already is left as it is. When a video breaks
     off, the features of its readable frames are kept and the result says so.
 
     Args:
@@ -120,11 +103,9 @@ def extract(
     Raises:
         FrameError: not a single frame could be read, or frames cannot be used.
         FormatError: no such format, or it cannot store that dtype.
-        OutputExistsError: the file exists, or was started, with other settings, and ``overwrite``
-            is not given; or the folder holds features by another recipe.
+        OutputExistsError: the file exists, or was started, with other settings; or the folder holds
+            features by another recipe.
         OutputBusyError: another run is writing this file.
-        ValueError: another ``temporal_fusion``.
-        OSError: the file could not be written; an earlier one of that name is left as it was.
     """
     path, select = Path(destination), select or FrameSelection()
     settings = dataclasses.replace(settings or ExtractSettings(), **options)
@@ -144,9 +125,7 @@ def extract(
         found = len(record.timestamps)
         truncated = _encode(adapter, source, record, settings, select, on_chunk)
         record.finish(form.finish, truncated)
-        channels, height, width = record.shape
-        frames = len(record.timestamps)
-        return Extraction(path, frames, (channels, height, width), truncated, found)
+        return Extraction(path, len(record.timestamps), record.shape, truncated, found)
 
 
 def plan_jobs(sources: Sequence[Source], folder: Path, form: Format) -> list[Job]:
@@ -161,35 +140,25 @@ def plan_jobs(sources: Sequence[Source], folder: Path, form: Format) -> list[Job
 def extract_many(
     adapter: CoSettleAdapter,
     jobs: Sequence[Job],
-    settings: ExtractSettings | None = None,
     *,
     on_job: Callable[[Job], None] = lambda job: None,
     **options: Any,
 ) -> Iterator[Outcome]:
-    """Do jobs one after the other; one that fails does not affect the others.
+    """Do jobs one after the other and yield their outcomes; one that fails affects no other.
 
-    Args:
-        adapter: what computes the features.
-        jobs: sources and outputs.
-        settings: as in :func:`extract`, like all others.
-        on_job: called before each.
-        **options: more arguments of :func:`extract`.
-
-    Yields:
-        An outcome a job, in order.
+    ``on_job`` is called before each; ``options`` are those of :func:`extract`.
 
     Raises:
-        OSError: the disk is full, so that the others would fail too.
-        FormatError: no such format, or it cannot hold what was asked for.
-        MissingExtraError: what reads such sources, or writes such files, is not installed.
+        OSError, FormatError, MissingExtraError: the disk is full, the format cannot hold what was
+            asked for, or a package is missing; so that the others would fail too.
     """
     for job in jobs:
         on_job(job)
-        yield attempt(adapter, job, settings=settings, **options)
+        yield attempt(adapter, job, **options)
 
 
 def attempt(adapter: CoSettleAdapter, job: Job, **options: Any) -> Outcome:
-    """Do one job, and turn what is wrong with it into its outcome; raises what would stop all."""
+    """Do one job; return what is wrong with it as its outcome, raise what would stop all."""
     try:
         return Outcome(job, extract(adapter, job.source, job.output, **options))
     except (FormatError, MissingExtraError):
@@ -214,21 +183,17 @@ def _finished(path: Path, asked: Mapping[str, Any]) -> Extraction | None:
         raise OutputExistsError(f"{path} exists; {REDO}")
     if different := differences(sidecar, asked, numerical=False):
         raise OutputExistsError(f"{path} exists: {different}; {REDO}")
-    frames, channels, height, width = sidecar["shape"]
-    return Extraction(path, frames, (channels, height, width), sidecar["truncated"], frames)
+    frames, *shape = sidecar["shape"]
+    return Extraction(path, frames, tuple(shape), sidecar["truncated"], frames)
 
 
 def _check_recipe(path: Path, asked: Mapping[str, Any]) -> None:
-    """Refuse features of a backbone by one recipe beside others by another recipe.
-
-    The first neighbour that has a recipe tells that of all.
-    """
+    """Refuse features by one recipe of a backbone beside others: a neighbour tells that of all."""
     recipe = asked["projection"]["recipe"]
     for sidecar in path.parent.glob("*.json") if recipe is not None else ():
-        beside = read_sidecar(sidecar.with_suffix(""))
-        if beside is None or beside["fingerprint"] != asked["fingerprint"]:
-            continue
-        other = beside["projection"]["recipe"]
+        beside = read_sidecar(sidecar.with_suffix("")) or {"fingerprint": None}
+        same = beside["fingerprint"] == asked["fingerprint"]
+        other = beside["projection"]["recipe"] if same else None
         if other not in (recipe, None):
             raise OutputExistsError(
                 f"{path.parent} holds features by recipe {other} ({sidecar.stem}), which cannot "

@@ -29,17 +29,11 @@ _LAUNCHERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One thing to extract features of.
+    """One thing to extract features of."""
 
-    Attributes:
-        path: a file, a folder of images, or a pattern of images.
-        kind: a video, or images.
-        name: what its output may be called after: relative to the folder it was found in.
-    """
-
-    path: str
+    path: str  # a file, a folder of images, or a pattern of images
     kind: Literal["video", "images"]
-    name: PurePosixPath
+    name: PurePosixPath  # relative to the folder it was found in: what its output is called after
 
     @property
     def location(self) -> Path:
@@ -81,22 +75,12 @@ def output_names(sources: Sequence[Source]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A share of the sources: every ``count``-th, from ``index`` (0-based) on.
-
-    Attributes:
-        index: which share.
-        count: number of shares.
-        local: index among the processes of this machine.
-        given_by: ``--shard`` or a variable of the launcher.
-
-    Raises:
-        ExtractionError: an index that is not below the count.
-    """
+    """A share of the sources: every ``count``-th, from ``index`` (0-based) on."""
 
     index: int = 0
     count: int = 1
-    local: int = 0
-    given_by: str = "--shard"
+    local: int = 0  # index among the processes of this machine
+    given_by: str = "--shard"  # or a variable of the launcher
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:

@@ -67,7 +67,7 @@ def overlay_masks(
         ids = rearrange(torch.arange(1, objects + 1, device=masks.device), "k -> k 1 1")
         masks = rearrange(masks, "t h w -> t 1 h w") == ids
     painted = []
-    for picture, mask in zip(frames.cpu().float(), masks.split(1), strict=True):
+    for picture, mask in zip(frames.cpu().float(), torch.split(masks, 1), strict=True):
         shares = mask.cpu().float().clamp(0, 1)
         shares = shares[0] if geometry is None else at_pixels(shares, geometry)[0]
         shares = shares / shares.sum(0).clamp_min(1)

@@ -21,6 +21,7 @@ _BACKGROUND = (18, 20, 24)
 _TEXT = (236, 238, 241)
 _MARGIN = 8  # pixels between panels and around captions
 _NOTE = 28  # pixels, height of a line of small text
+_MOMENTS = 3  # frames of a still picture
 
 
 def feature_panels(
@@ -63,21 +64,8 @@ def pca_film(
 ) -> Path:
     """Write a film of a clip beside the PCA colours of its features.
 
-    Args:
-        frames: ``(T, 3, H, W)`` uint8.
-        features: ``(T, C, h, w)`` floats, or several by caption, as in :func:`feature_panels`.
-        path: ``.mp4``, ``.gif``, ``.webp`` or ``.png``, as in :func:`write_film`.
-        fps: frames per second.
-        mode: ``"nearest"`` or ``"bilinear"``, as in :func:`pca_frames`.
-
-    Raises:
-        FrameError: frames of another kind, or not one for each feature map.
-        GeometryError: features that :func:`fit_pca` cannot take, or on different grids.
-        MissingExtraError: PyAV is not installed, for ``.mp4``.
-
-    Example:
-        >>> raw, features = adapter(frames, return_backbone=True)  # doctest: +SKIP
-        >>> pca_film(frames, {"raw": raw, "adapted": features}, "film.mp4")  # doctest: +SKIP
+    Args and errors are those of :func:`feature_panels` and :func:`write_film`; ``features`` are
+    ``(T, C, h, w)`` floats, or several by caption: ``{"raw": raw, "adapted": features}``.
     """
     check_frames(frames)
     named = {"features": features} if isinstance(features, Tensor) else features
@@ -99,50 +87,40 @@ def time_slice(clip: Tensor, row: int, *, height: int | None = None) -> Tensor:
 
     Raises:
         FrameError: a clip that is not ``(T, C, H, W)``.
-        ValueError: a row that there is not, or ``height`` below 1.
+        ValueError: a row that there is not.
     """
     if clip.ndim != 4:
         raise FrameError(f"got a clip of shape {tuple(clip.shape)}, expected (T, C, H, W).")
     if not 0 <= row < clip.shape[2]:
         raise ValueError(f"got row={row}, expected 0 to {clip.shape[2] - 1}.")
-    height = len(clip) if height is None else height
-    if height < 1:
-        raise ValueError(f"got height={height}, expected at least 1.")
+    height = height or len(clip)
     times = torch.arange(height) * len(clip) // height
     return rearrange(clip[times, :, row], "t c w -> c t w")
 
 
 def comparison_picture(
-    panels: Mapping[str, Tensor],
-    *,
-    row: int,
-    moments: int = 3,
-    notes: Mapping[str, str] | None = None,
+    panels: Mapping[str, Tensor], *, row: int, notes: Mapping[str, str]
 ) -> Tensor:
-    """Lay out clips as one picture: a column each, with moments above and a row over time below.
+    """Lay out clips as one picture: a column each, with three moments above a row over time.
 
     Args:
         panels: as in :func:`side_by_side`.
         row: row of pixels, marked in each moment, whose :func:`time_slice` is shown.
-        moments: evenly spaced ones; no more than there are frames are shown.
         notes: caption to lines of text below its column.
 
     Returns:
         ``(3, H', W')`` uint8.
 
     Raises:
-        FrameError: as in :func:`side_by_side`.
-        ValueError: ``moments`` below 1, or a row that there is not.
+        FrameError, ValueError: as in :func:`side_by_side` and :func:`time_slice`.
     """
-    if moments < 1:
-        raise ValueError(f"got moments={moments}, expected at least 1.")
     _check_panels(panels)
-    texts = {caption: (notes or {}).get(caption, "").splitlines() for caption in panels}
+    texts = {caption: notes.get(caption, "").splitlines() for caption in panels}
     lines = max(map(len, texts.values()))
     columns = {}
     for caption, clip in panels.items():
         length, _, height, width = clip.shape
-        times = torch.linspace(0, length - 1, min(moments, length)).round().long()
+        times = torch.linspace(0, length - 1, min(_MOMENTS, length)).round().long()
         stretched = length * max(1, round(1.5 * height / length))
         over_time = time_slice(clip.cpu(), row, height=stretched)
         stills = clip.cpu()[times]
@@ -163,8 +141,8 @@ def side_by_side(panels: Mapping[str, Tensor]) -> Tensor:
     """Place clips beside one another, each with its caption on a strip above.
 
     Args:
-        panels: caption to clip, each ``(T, 3, H, W)`` uint8 in [0, 255] with the same ``T`` and
-            ``H``; widths may differ.
+        panels: caption to clip, each ``(T, 3, H, W)`` uint8 with the same ``T`` and ``H``; widths
+            may differ.
 
     Returns:
         ``(T, 3, H', W')`` uint8, both sides even (video codecs want them so).

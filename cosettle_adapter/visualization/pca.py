@@ -16,29 +16,22 @@ from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError, GeometryError
 
-_PERCENTILES = (1.0, 99.0)
-_MODES = ("nearest", "bilinear")
+_COMPONENTS = 3
+_SAMPLES = 20_000  # patches that the covariance is estimated from
+_RANGE = (0.01, 0.99)  # shares of the scores below the ends of the colours
 
 
 @dataclass(frozen=True)
 class PCABasis:
-    """A linear map from features to colours, and the range that colours span.
+    """A linear map from features to three colours, and the range that colours span; float32."""
 
-    Attributes:
-        mean: ``(C,)`` float32, subtracted first.
-        components: ``(k, C)`` float32, one row a channel. Orthonormal rows, strongest first,
-            unless the basis was aligned to another one (see :func:`fit_pca`).
-        low: ``(k,)`` float32, the score shown as 0: the clip's 1st percentile.
-        high: ``(k,)`` float32, the score shown as 255: the clip's 99th percentile.
-    """
-
-    mean: Tensor
-    components: Tensor
-    low: Tensor
-    high: Tensor
+    mean: Tensor  # (C,), subtracted first
+    components: Tensor  # (3, C): orthonormal rows, strongest first, unless they were aligned
+    low: Tensor  # (3,), the scores shown as 0: the clip's 1st percentile
+    high: Tensor  # (3,), the scores shown as 255: the clip's 99th percentile
 
     def scores(self, features: Tensor) -> Tensor:
-        """Project ``(T, C, h, w)`` features onto the components: ``(T, k, h, w)`` float32.
+        """Project ``(T, C, h, w)`` features onto the components: ``(T, 3, h, w)`` float32.
 
         Raises:
             GeometryError: the features are not four-dimensional or have another width ``C``.
@@ -52,32 +45,23 @@ class PCABasis:
         return _project(features, self.mean, self.components)
 
     def colours(self, features: Tensor) -> Tensor:
-        """Scores of ``(T, C, h, w)`` features within the range: ``(T, k, h, w)`` in [0, 1]."""
+        """Scores of ``(T, C, h, w)`` features within the range: ``(T, 3, h, w)`` in [0, 1]."""
         scores = self.scores(features)
         low, high = (rearrange(end, "k -> k 1 1").to(scores) for end in (self.low, self.high))
         return ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0.0, 1.0)
 
 
-def fit_pca(
-    features: Tensor,
-    *,
-    components: int = 3,
-    samples: int = 20_000,
-    seed: int = 0,
-    align_to: Tensor | None = None,
-) -> PCABasis:
-    """Fit one PCA basis to all frames of a clip.
+def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
+    """Fit one PCA basis of three components to all frames of a clip.
 
-    The covariance is diagonalised in float64. Each component's sign makes its largest loading
-    positive, so the same features give the same colours on every run.
+    The covariance of 20,000 patches, drawn by a fixed seed, is diagonalised in float64. Each
+    component's sign makes its largest loading positive, so the same features give the same colours
+    on every run.
 
     Args:
         features: ``(T, C, h, w)`` floats.
-        components: number of components ``k``; 3 give a colour picture.
-        samples: patches the covariance is estimated from; the colour range always comes from all.
-        seed: seed of that choice.
         align_to: scores of another basis on the same patches, ``basis.scores(other)`` of shape
-            ``(T, k, h, w)``. The new components, each scaled to unit variance, are then rotated
+            ``(T, 3, h, w)``. The new components, each scaled to unit variance, are then rotated
             among themselves to agree with those scores as well as an orthogonal map can
             (Procrustes), so that two panels share their colours where the features share their
             structure. It is one rotation for the clip: it cannot hide flicker.
@@ -86,46 +70,47 @@ def fit_pca(
         The basis, on the CPU.
 
     Raises:
-        GeometryError: features that are not ``(T, C, h, w)``, fewer channels or patches than
-            components, or ``align_to`` that does not lie on the same patches.
+        GeometryError: features that are not ``(T, C, h, w)``, fewer than three channels or four
+            patches, or ``align_to`` that does not lie on the same patches.
         FrameError: features that are not finite.
     """
     _check_features(features)
     frames, width, rows, columns = features.shape
     patches = frames * rows * columns
-    if not 1 <= components <= min(width, patches - 1):
+    if width < _COMPONENTS or patches <= _COMPONENTS:
         raise GeometryError(
-            f"got components={components} for {patches} patches of {width} channels, expected "
-            f"1 to {min(width, patches - 1)}. Give more frames or ask for fewer components."
+            f"got {patches} patches of {width} channels, but a colour picture needs at least "
+            f"{_COMPONENTS + 1} patches of {_COMPONENTS} channels."
         )
     if not features.isfinite().all():
         raise FrameError(
             "got features with NaN or infinite values, which have no principal components. "
             "Look for the first frame where features.isfinite().all() is False."
         )
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(patches, generator=generator)[:samples].sort().values
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(patches, generator=generator)[:_SAMPLES].sort().values
     cells = chosen % (rows * columns)
     at = (chosen // (rows * columns), slice(None), cells // columns, cells % columns)
     sample = features.detach()[at].cpu().double()
     mean = sample.mean(dim=0)
     centred = sample - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred / len(sample))  # ascending
-    basis = vectors[:, -components:].flip(-1).T
+    basis = vectors[:, -_COMPONENTS:].flip(-1).T
     basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
 
-    scores = _tokens(_project(features.detach(), mean, basis).cpu())
+    scores = _tokens(_project(features, mean, basis))
     if align_to is not None:
-        expected = (frames, components, rows, columns)
-        if tuple(align_to.shape) != expected:
+        if align_to.shape != (frames, _COMPONENTS, rows, columns):
             raise GeometryError(
-                f"got align_to of shape {tuple(align_to.shape)}, expected {expected}: scores of as "
-                "many components on the same patches. Take them from basis.scores(other_features) "
-                "of the same frames."
+                f"got align_to of shape {tuple(align_to.shape)}, expected "
+                f"{(frames, _COMPONENTS, rows, columns)}: scores on the same patches. Take them "
+                "from basis.scores(other_features) of the same frames."
             )
-        rotation = _procrustes(scores, _tokens(align_to.detach().cpu()))
+        rotation = _procrustes(scores, _tokens(align_to))
         basis, scores = rotation.T @ basis, scores @ rotation.float()
-    low, high = (_percentile(scores, percent) for percent in _PERCENTILES)
+    # kthvalue, because torch.quantile refuses more than 16 million values
+    ranks = [round(share * (len(scores) - 1)) + 1 for share in _RANGE]
+    low, high = (scores.kthvalue(rank, dim=0).values for rank in ranks)
     return PCABasis(mean.float(), basis.float(), low, high)
 
 
@@ -136,7 +121,7 @@ def pca_frames(
 
     Args:
         features: ``(T, C, h, w)`` floats.
-        basis: a three-component basis from :func:`fit_pca`.
+        basis: from :func:`fit_pca`.
         size: ``(H, W)`` of the pictures in pixels; the grid is stretched over all of it.
         mode: ``"nearest"`` shows the patches as they are, ``"bilinear"`` smooths between them.
 
@@ -144,16 +129,8 @@ def pca_frames(
         ``(T, 3, H, W)`` uint8 on the CPU.
 
     Raises:
-        GeometryError: a basis that has not three components, or features of another width.
-        ValueError: an unknown mode.
+        GeometryError: features of another width than the basis.
     """
-    if mode not in _MODES:
-        raise ValueError(f"got mode={mode!r}, expected one of {', '.join(map(repr, _MODES))}.")
-    if len(basis.components) != 3:
-        raise GeometryError(
-            f"got a basis of {len(basis.components)} components; a colour picture needs 3. "
-            "Fit it with fit_pca(features, components=3)."
-        )
     painted = F.interpolate(basis.colours(features), size=size, mode=mode)
     return (painted * 255).round().to(torch.uint8).cpu()
 
@@ -177,11 +154,11 @@ def _project(features: Tensor, mean: Tensor, components: Tensor) -> Tensor:
 
 
 def _tokens(scores: Tensor) -> Tensor:
-    return rearrange(scores, "t k h w -> (t h w) k")
+    return rearrange(scores.detach().cpu(), "t k h w -> (t h w) k")
 
 
 def _procrustes(scores: Tensor, reference: Tensor) -> Tensor:
-    """``(k, k)`` map: unit variance, then the rotation that meets the reference best."""
+    """``(3, 3)`` map: unit variance, then the rotation that meets the reference best."""
     deviation = scores.double().std(dim=0).clamp_min(1e-12)
     standard = (scores.double() - scores.double().mean(dim=0)) / deviation
     target = reference.double() - reference.double().mean(dim=0)
@@ -189,9 +166,3 @@ def _procrustes(scores: Tensor, reference: Tensor) -> Tensor:
     left, _, right = torch.linalg.svd(standard.T @ target)
     rotation: Tensor = (left @ right) / rearrange(deviation, "k -> k 1")
     return rotation
-
-
-def _percentile(scores: Tensor, percent: float) -> Tensor:
-    # kthvalue, because torch.quantile refuses more than 16 million values
-    rank = round(percent / 100 * (len(scores) - 1)) + 1
-    return scores.kthvalue(rank, dim=0).values

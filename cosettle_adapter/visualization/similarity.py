@@ -21,6 +21,7 @@ from cosettle_adapter.visualization.drawing import (
 
 _LUMA = (0.299, 0.587, 0.114)
 _DIM = 0.7  # of the frame under the heat, so that the brightest thing is the heat
+_OPACITY = 0.8  # of the heat at its brightest
 _RING = 0.022  # radius of the ring around a peak, as a share of the short side
 
 
@@ -66,14 +67,9 @@ def similarity_maps(
 
 
 def similarity_peaks(maps: Tensor, geometry: Geometry) -> Tensor:
-    """Return the pixel (x, y) of the most similar patch's centre in every frame.
+    """Return the pixels (x, y) of the centres of the most similar patches: ``(T, 2)`` float64.
 
-    Args:
-        maps: ``(T, h, w)`` on the geometry's grid.
-        geometry: how the frames became that grid.
-
-    Returns:
-        ``(T, 2)`` float64 pixels of the original frame.
+    ``maps`` are ``(T, h, w)`` on the geometry's grid.
     """
     best = rearrange(maps, "t h w -> t (h w)").argmax(dim=1).cpu()
     return rearrange(geometry.cell_centers(), "h w xy -> (h w) xy")[best]
@@ -85,7 +81,6 @@ def similarity_frames(
     geometry: Geometry,
     *,
     limits: tuple[float, float] = (0.0, 1.0),
-    opacity: float = 0.8,
     mark_peaks: bool = True,
 ) -> Tensor:
     """Lay maps over dimmed grey frames as heat: the more similar, the brighter and denser.
@@ -94,9 +89,8 @@ def similarity_frames(
         frames: ``(T, 3, H, W)`` uint8.
         maps: ``(T, h, w)`` floats, as :func:`similarity_maps` returns them.
         geometry: how the frames became the maps' grid.
-        limits: values at the two ends of the colours; give several clips the same ones to
-            compare them.
-        opacity: of the heat at its brightest, in [0, 1].
+        limits: values at the two ends of the colours, ascending; give several clips the same ones
+            to compare them.
         mark_peaks: draw a ring around the most similar patch of every frame.
 
     Returns:
@@ -105,14 +99,9 @@ def similarity_frames(
     Raises:
         FrameError: frames of another kind, or another number of maps.
         GeometryError: frames or maps of another size than the geometry's.
-        ValueError: limits that are not ascending, or an opacity outside [0, 1].
     """
     length, height, width = check_frames(frames, geometry)
     low, high = limits
-    if not low < high:
-        raise ValueError(f"got limits={limits}, expected a lower and a higher value.")
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"got opacity={opacity}, expected a share in [0, 1].")
     if maps.ndim != 3 or len(maps) != length:
         raise FrameError(
             f"got maps of shape {tuple(maps.shape)} for {length} frames, expected ({length}, h, w)."
@@ -123,7 +112,7 @@ def similarity_frames(
         frames.cpu(), maps.float().cpu(), similarity_peaks(maps, geometry).tolist(), strict=True
     ):
         values = rearrange((each - low) / (high - low), "h w -> 1 1 h w").clamp(0, 1)
-        rgba = heat(at_pixels(values, geometry)[0, 0], opacity)
+        rgba = heat(at_pixels(values, geometry)[0, 0])
         grey = _DIM * einsum(frame.float(), luma, "c h w, c -> h w").expand(3, -1, -1)
         heated = torch.lerp(grey, rgba[:3].float(), rgba[3:] / 255).round().to(torch.uint8)
         if mark_peaks:
@@ -138,8 +127,8 @@ def similarity_frames(
     return torch.stack(drawn)
 
 
-def heat(values: Tensor, opacity: float) -> Tensor:
+def heat(values: Tensor) -> Tensor:
     """Return values ``(H, W)`` in [0, 1] as uint8 colours and opacity, ``(4, H, W)``."""
-    cover = opacity * values * (2 - values)  # rises at once: weak likeness is seen as well
+    cover = _OPACITY * values * (2 - values)  # rises at once: weak likeness is seen as well
     rgba = [colour_scale(values), (255 * cover).round().to(torch.uint8)[..., None]]
     return rearrange(torch.cat(rgba, dim=-1), "h w c -> c h w")

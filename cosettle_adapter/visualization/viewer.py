@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 
 _LONGEST = 960  # pixels of a picture's longer side; panels are hardly ever wider
-_OPACITY = 0.8
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
@@ -194,7 +193,7 @@ def _similarity(clip: ViewedClip, query: Mapping[str, str]) -> dict[str, Any]:
     own = query.get("scale") == "own"  # of the clip's cosines, instead of 0 to 1
     low, high = (float(maps.min()), float(maps.max())) if own else (0.0, 1.0)
     values = rearrange((maps - low) / max(high - low, 1e-3), "t h w -> (t h) w").clamp(0, 1)
-    drawn = _png(rearrange(heat(values, _OPACITY), "c h w -> h w c"))
+    drawn = _png(rearrange(heat(values), "c h w -> h w c"))
     peaks = torch.cat([similarity_peaks(maps, clip.geometry), maps.amax((1, 2))[:, None]], dim=1)
     return {"peaks": peaks.tolist(), "heat": base64.b64encode(drawn).decode()}
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosettle_adapter.extraction.stores import FlatStore
 
 from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import ExtractSettings, extract, read_features
 from cosettle_adapter.extraction.settings import FormatError, OutputExistsError
-from cosettle_adapter.extraction.stores import FlatStore
 from cosettle_adapter.projection import Projection
 
 FEW = FrameSelection(max_frames=2)

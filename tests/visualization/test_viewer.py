@@ -120,7 +120,7 @@ def test_similarities_are_those_of_the_library(
     torch.testing.assert_close(peaks[:, :2], similarity_peaks(maps, viewed.geometry))
     torch.testing.assert_close(peaks[:, 2].float(), maps.amax((1, 2)))
     values = maps if scale == "common" else (maps - maps.min()) / (maps.max() - maps.min())
-    expected = rearrange(heat(rearrange(values, "t h w -> (t h) w").clamp(0, 1), 0.8), "c h w -> h w c")
+    expected = rearrange(heat(rearrange(values, "t h w -> (t h) w").clamp(0, 1)), "c h w -> h w c")
     np.testing.assert_array_equal(decoded(base64.b64decode(answer["heat"])), expected)
 
 
