@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter
@@ -130,7 +131,8 @@ class RunRecord:
 
     def append(self, features: Tensor, geometry: Geometry, timestamps: Tensor) -> None:
         """Write ``(N, C, h, w)`` features of the dtype to store, so that they outlive the run."""
-        numbers = features.cpu().contiguous().view(torch.uint8).numpy().data
+        flat = rearrange(features.cpu(), "n c h w -> (n c h w)").contiguous()
+        numbers = flat.view(torch.uint8).numpy().data  # of any dtype, also of those NumPy lacks
         if not self.timestamps:
             self.shape, self._geometry = tuple(features.shape[1:]), geometry.to_dict()
             run = {"version": VERSION, "asked": self.asked, "shape": self.shape}
