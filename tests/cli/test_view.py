@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from cosettle_adapter.visualization.viewer_server import ViewerServer
+from cosettle_adapter.visualization.viewer import ViewerServer
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.cli import main
