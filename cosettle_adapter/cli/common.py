@@ -97,15 +97,9 @@ def frame_progress(output: Console) -> Progress:
     """Return a progress bar that shows frames, frames per second and the time left."""
     from rich import progress
 
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[rate]}"),
-        progress.TimeRemainingColumn(),
-        console=output,
-        transient=False,
-    )
+    done, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+    text = ["{task.description}", progress.BarColumn(), done, "{task.fields[rate]}", left]
+    return progress.Progress(*text, console=output)
 
 
 def frame_bar(bars: Progress, name: str, total: int | None) -> Callable[[int], None]:

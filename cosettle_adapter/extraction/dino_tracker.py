@@ -41,12 +41,7 @@ _PADDING_FIELD = 0x4246  # torch.save's own mark, "FB"; readers skip it
 def cells(stride: int, *, frame: tuple[int, int] = FRAME) -> Geometry:
     """Return DINO-Tracker's grid over a frame: 67 x 121 at stride 7, 34 x 61 at stride 14.
 
-    Args:
-        stride: 7 or 14.
-        frame: (H, W) before it is resized to 476 x 854.
-
-    Raises:
-        DinoTrackerError: another stride.
+    ``frame`` is (H, W) before it is resized to 476 x 854.
     """
     if stride not in STRIDES:
         raise DinoTrackerError(f"stride must be 7 or 14, got {stride}")
@@ -64,11 +59,7 @@ def check_adapter(adapter: CoSettleAdapter) -> None:
 
 
 def plan_settings(adapter: CoSettleAdapter, settings: ExtractSettings) -> ExtractSettings:
-    """Use frames of 476 x 854, or of the nearest sides that are whole patches.
-
-    Raises:
-        DinoTrackerError, FormatError: too many channels; a frame size or a fit was given.
-    """
+    """Use frames of 476 x 854, or of the nearest sides that are whole patches."""
     check_adapter(adapter)
     if settings.size is not None or settings.fit != "resize":
         raise FormatError("DINO-Tracker's frames are 476 x 854: leave --size and --fit out")

@@ -25,12 +25,7 @@ def distinct_colours(count: int) -> Tensor:
 
     Up to seven take the palette of Okabe and Ito, which readers with any kind of colour vision tell
     apart; more are spread over :func:`colour_scale` in their order, so that neighbours look alike.
-
-    Raises:
-        ValueError: a negative ``count``.
     """
-    if count < 0:
-        raise ValueError(f"got count={count}, expected 0 or more colours.")
     if count <= len(_DISTINCT):
         return torch.tensor(_DISTINCT, dtype=torch.uint8)[:count]
     return colour_scale(torch.linspace(_DARKEST, 1, count))
@@ -39,11 +34,7 @@ def distinct_colours(count: int) -> Tensor:
 def colour_scale(values: Tensor) -> Tensor:
     """Map values in [0, 1] to matplotlib's "inferno", whose lightness rises evenly.
 
-    Returns:
-        ``(..., 3)`` uint8 RGB on the CPU; what lies outside [0, 1] has the colour of that end.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
+    Returns ``(..., 3)`` uint8 RGB on the CPU; what lies outside has the colour of that end.
     """
     matplotlib = require("matplotlib", extra="viz", purpose="a scale of colours")
     rgba = matplotlib.colormaps["inferno"](values.float().clamp(0, 1).cpu().numpy(), bytes=True)
@@ -51,11 +42,7 @@ def colour_scale(values: Tensor) -> Tensor:
 
 
 def chosen_colours(colours: Tensor | None, count: int) -> Tensor:
-    """Return ``colours`` if they are ``(count, 3)`` uint8, and distinct ones for ``None``.
-
-    Raises:
-        FrameError: colours of another number or kind.
-    """
+    """Return ``colours`` if they are ``(count, 3)`` uint8, or raise; distinct ones for ``None``."""
     if colours is None:
         return distinct_colours(count)
     if tuple(colours.shape) != (count, 3) or colours.dtype != torch.uint8:
@@ -67,12 +54,7 @@ def chosen_colours(colours: Tensor | None, count: int) -> Tensor:
 
 
 def check_frames(frames: Tensor, geometry: Geometry | None = None) -> tuple[int, int, int]:
-    """Return (T, H, W) of ``(T, 3, H, W)`` uint8 frames, for which the geometry was planned.
-
-    Raises:
-        FrameError: anything else.
-        GeometryError: it was planned for another size.
-    """
+    """Return (T, H, W) of ``(T, 3, H, W)`` uint8 frames that the geometry fits, or raise."""
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8:
         raise FrameError(
             f"got frames of shape {tuple(frames.shape)} and dtype {frames.dtype}, expected "

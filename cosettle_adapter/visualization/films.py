@@ -46,8 +46,7 @@ def write_film(
             a third of the size.
 
     Raises:
-        ValueError: an unknown suffix, or a frame rate that is not positive.
-        FrameError: no frames, or a frame that is not uint8 ``(3, H, W)`` or changes size.
+        ValueError, FrameError: a suffix, frame rate or frame that no film can have, or no frames.
         MissingExtraError: PyAV is not installed.
     """
     path = Path(path)

@@ -52,9 +52,7 @@ def overlay_masks(
         ``(T, 3, H, W)`` uint8 on the CPU.
 
     Raises:
-        FrameError: frames, masks or colours of another kind or size.
-        GeometryError: a geometry of other frames or another grid.
-        ValueError: an opacity outside [0, 1] or a negative width.
+        FrameError, GeometryError, ValueError: what does not fit together, or is out of range.
     """
     length, height, width = check_frames(frames, geometry)
     if not 0 <= opacity <= 1:
@@ -108,8 +106,7 @@ def draw_tracks(
         ``(T, 3, H, W)`` uint8 on the CPU.
 
     Raises:
-        FrameError: frames, positions, visibility or colours that do not go together.
-        ValueError: a negative trail or a radius that is not positive.
+        FrameError, ValueError: what does not fit together, or is out of range.
     """
     length, height, width = check_frames(frames)
     if positions.ndim != 3 or len(positions) != length or positions.shape[-1] != 2:

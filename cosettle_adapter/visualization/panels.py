@@ -39,9 +39,6 @@ def feature_panels(
 
     Returns:
         ``(T, 3, H, W)`` uint8 for ``"frame"`` and each caption, in this order.
-
-    Raises:
-        GeometryError: features that :func:`fit_pca` cannot take, or on different grids.
     """
     height, width = frames.shape[-2:]
     panels = {"frame": frames}
@@ -110,9 +107,6 @@ def comparison_picture(
 
     Returns:
         ``(3, H', W')`` uint8.
-
-    Raises:
-        FrameError, ValueError: as in :func:`side_by_side` and :func:`time_slice`.
     """
     _check_panels(panels)
     texts = {caption: notes.get(caption, "").splitlines() for caption in panels}

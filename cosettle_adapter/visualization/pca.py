@@ -31,11 +31,7 @@ class PCABasis:
     high: Tensor  # (3,), the scores shown as 255: the clip's 99th percentile
 
     def scores(self, features: Tensor) -> Tensor:
-        """Project ``(T, C, h, w)`` features onto the components: ``(T, 3, h, w)`` float32.
-
-        Raises:
-            GeometryError: the features are not four-dimensional or have another width ``C``.
-        """
+        """Project ``(T, C, h, w)`` features onto the components: ``(T, 3, h, w)`` float32."""
         _check_features(features)
         if features.shape[1] != self.mean.shape[0]:
             raise GeometryError(
@@ -70,9 +66,7 @@ def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
         The basis, on the CPU.
 
     Raises:
-        GeometryError: features that are not ``(T, C, h, w)``, fewer than three channels or four
-            patches, or ``align_to`` that does not lie on the same patches.
-        FrameError: features that are not finite.
+        GeometryError, FrameError: features of another shape, too few of them, or not finite.
     """
     _check_features(features)
     frames, width, rows, columns = features.shape
@@ -127,9 +121,6 @@ def pca_frames(
 
     Returns:
         ``(T, 3, H, W)`` uint8 on the CPU.
-
-    Raises:
-        GeometryError: features of another width than the basis.
     """
     painted = F.interpolate(basis.colours(features), size=size, mode=mode)
     return (painted * 255).round().to(torch.uint8).cpu()

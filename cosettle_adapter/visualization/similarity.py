@@ -43,8 +43,7 @@ def similarity_maps(
         ``(T, h, w)`` float32 cosines in [-1, 1] on the CPU.
 
     Raises:
-        FrameError: no such frame.
-        GeometryError: a point outside the frame, or features on another grid.
+        FrameError, GeometryError: no such frame, a point outside it, or another grid.
     """
     if not -len(features) <= frame < len(features):
         raise FrameError(f"got frame={frame} of a clip of {len(features)}, counted from 0.")
@@ -97,8 +96,7 @@ def similarity_frames(
         ``(T, 3, H, W)`` uint8 on the CPU.
 
     Raises:
-        FrameError: frames of another kind, or another number of maps.
-        GeometryError: frames or maps of another size than the geometry's.
+        FrameError, GeometryError: frames, maps and geometry that do not fit together.
     """
     length, height, width = check_frames(frames, geometry)
     low, high = limits
