@@ -180,17 +180,6 @@ def test_commands_without_masks_and_direct_flow_and_links(
     assert not (made / "masks").exists()
 
 
-def test_flow_that_is_there_is_copied(
-    prepare: Prepare, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (clip / "of_trajectories").mkdir()
-    for half in ("fg", "bg"):
-        (clip / "of_trajectories" / f"{half}_trajectories.pt").write_text("flow")
-    made = prepare()
-    run_commands(capsys.readouterr().out, tmp_path)
-    assert (made / "of_trajectories" / "bg_trajectories.pt").read_text() == "flow"
-
-
 def test_lengths_follow_a_baseline(
     prepare: Prepare, clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
