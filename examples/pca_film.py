@@ -19,7 +19,7 @@ from torch import Tensor
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.evaluation.variants import RAW_LAST, compare_features, feature_variants
 from cosettle_adapter.starter import starter_photographs
-from cosettle_adapter.video import open_frames, render_clip
+from cosettle_adapter.video import FrameSelection, open_frames, render_clip
 from cosettle_adapter.visualization import pca_film
 
 
@@ -28,7 +28,9 @@ def main() -> None:
     if options.clip is None:
         frames = rendered(options.frames)
     else:
-        chunks = open_frames(options.clip, every=options.every, max_frames=options.frames)
+        chunks = open_frames(
+            options.clip, FrameSelection(every=options.every, max_frames=options.frames)
+        )
         frames = torch.cat([chunk.frames for chunk in chunks])
 
     adapter = CoSettleAdapter.from_pretrained(options.model)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.correspondence import propagate_labels
-from cosettle_adapter.video import open_frames, photographs, render_clip
+from cosettle_adapter.video import FrameSelection, open_frames, photographs, render_clip
 from cosettle_adapter.visualization import overlay_masks, side_by_side, write_film
 
 
@@ -76,7 +76,7 @@ def rendered(frames: int) -> tuple[Tensor, Tensor]:
 
 
 def read(clip: Path, frames: int, every: int) -> Tensor:
-    chunks = open_frames(clip, every=every, max_frames=frames)
+    chunks = open_frames(clip, FrameSelection(every=every, max_frames=frames))
     return torch.cat([chunk.frames for chunk in chunks])
 
 

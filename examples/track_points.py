@@ -20,7 +20,13 @@ from torch import Tensor
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.evaluation.variants import ADAPTED, RAW_LAST, compare_features
-from cosettle_adapter.video import RenderedClip, open_frames, photographs, render_clip
+from cosettle_adapter.video import (
+    FrameSelection,
+    RenderedClip,
+    open_frames,
+    photographs,
+    render_clip,
+)
 from cosettle_adapter.visualization import draw_tracks, side_by_side, write_film
 
 HOME = 1.5  # cells; a match that comes home farther off is probably a wrong one
@@ -33,7 +39,9 @@ def main() -> None:
         clip = rendered(options.frames)
         frames = clip.frames
     else:
-        chunks = open_frames(options.clip, every=options.every, max_frames=options.frames)
+        chunks = open_frames(
+            options.clip, FrameSelection(every=options.every, max_frames=options.frames)
+        )
         frames = torch.cat([chunk.frames for chunk in chunks])
 
     adapter = CoSettleAdapter.from_pretrained(options.model)
