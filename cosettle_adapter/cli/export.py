@@ -1,10 +1,10 @@
-"""Write a model as an ONNX or torch.export file for frames of one size."""
+"""The command that writes a model as an ONNX or torch.export file for frames of one size."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path  # noqa: F401  # cyclopts looks up inherited annotations here
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -15,9 +15,8 @@ from cosettle_adapter.cli.common import (
     Output,
     console,
 )
-
-if TYPE_CHECKING:
-    from cosettle_adapter.export import Exported
+from cosettle_adapter.export import onnx, to_onnx, to_torch_export
+from cosettle_adapter.video import FrameSelection, open_frames
 
 
 @Parameter(name="*")
@@ -64,54 +63,39 @@ def export(
         raise ValueError(
             f"the output's suffix says what to write, .onnx or .pt2 (torch.export); got {output}"
         )
-    if output.is_dir():
-        raise IsADirectoryError(f"-o {output} is a folder; give the file another name")
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} is there already; give --overwrite to replace it")
     if opset is not None and program:
         raise ValueError("--opset is for .onnx files; leave it out")
     if no_check and check_on is not None:
         raise ValueError("--check-on and --no-check contradict each other; leave one out")
-
-    from cosettle_adapter.export import onnx
-    from cosettle_adapter.export import program as torch_export
-    from cosettle_adapter.video import FrameSelection, open_frames
-
     if not program:
         onnx.check_exporter()
-    frames = None
+    options: dict[str, Any] = {} if program else {"opset": opset or onnx.OPSET}
     if check_on is not None:
-        count = torch_export.FRAMES
-        chunks = open_frames(check_on, FrameSelection(max_frames=count), chunk_size=count)
-        frames = next(chunks).frames
-    options: dict[str, Any] = {
-        "preprocessing": not no_preprocessing,
-        "normalize": normalize,
-        "static_batch": static_batch,
-        "check": not no_check,
-        "check_on": frames,
-    }
-    terminal = console()
-    with terminal.status(f"loading {model}"):
+        options["check_on"] = next(open_frames(check_on, FrameSelection(max_frames=3))).frames
+    out = console()
+    with out.status(f"loading {model}"):
         adapter = dataclasses.replace(loading, model=model).load(layer=layer)
-    with terminal.status(f"exporting {model} at {size[0]} x {size[1]}"):
-        if program:
-            exported = torch_export.to_torch_export(adapter, output, size, **options)
-        else:
-            exported = onnx.to_onnx(adapter, output, size, opset=opset or onnx.OPSET, **options)
-    for line in _described(exported, checked=not no_check):
-        terminal.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _described(exported: Exported, *, checked: bool) -> list[str]:
-    signature, parity = exported.signature, exported.parity
-    taken = "RGB, 0 to 255"
-    if not signature.metadata["preprocessing"]:
-        taken = f"RGB, (x - {signature.metadata['mean']}) / {signature.metadata['std']}"
-    unchecked = "not checked: pip install onnxruntime" if checked else "not checked"
-    return [
+    with out.status(f"exporting {model} at {size[0]} x {size[1]}"):
+        exported = (to_torch_export if program else to_onnx)(
+            adapter,
+            output,
+            size,
+            preprocessing=not no_preprocessing,
+            normalize=normalize,
+            static_batch=static_batch,
+            check=not no_check,
+            **options,
+        )
+    taken, parity = "RGB, 0 to 255", exported.parity
+    if no_preprocessing:
+        taken = f"RGB, (x - {exported.metadata['mean']}) / {exported.metadata['std']}"
+    unchecked = "not checked" if no_check else "not checked: pip install onnxruntime"
+    for line in (
         f"{exported.path}  {exported.size / 1e6:.1f} MB",
-        f"input   {signature.input}  {taken}",
-        f"output  {signature.output}",
-        f"parity  {unchecked if parity is None else parity}",
-    ]
+        f"input   {exported.input}  {taken}",
+        f"output  {exported.output}",
+        f"parity  {parity or unchecked}",
+    ):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.cli.common import ModelOptions, Output, Size, console, frame_progress, rate
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.extraction import (
+    FORMATS,
     ExtractSettings,
     Job,
     Outcome,
@@ -25,7 +26,7 @@ from cosettle_adapter.extraction import (
     find_sources,
     plan_jobs,
 )
-from cosettle_adapter.extraction.formats import FORMATS, format_of
+from cosettle_adapter.extraction.formats import format_of
 from cosettle_adapter.extraction.ray import RayOptions, extract_with_ray, require_ray
 from cosettle_adapter.extraction.settings import StorageName
 from cosettle_adapter.hub import is_published
@@ -89,33 +90,47 @@ def extract(
     found = find_sources(sources)
     jobs = share.of(_plan(found, output, settings.format))
     if len(found) > 1 or share.count > 1:
-        out.print(_understood(found, jobs, share), markup=False, highlight=False)
-    outcomes: list[Outcome] = []
+        of = f" of shard {share.index}/{share.count} ({share.given_by})" if share.count > 1 else ""
+        out.print(f"{len(found)} sources, {len(jobs)} to do{of}", markup=False, highlight=False)
     options: dict[str, Any] = {"settings": settings, "select": select, "overwrite": overwrite}
-    try:
-        with _Bars(out, jobs, settings, select, many=len(jobs) != 1 or engine == "ray") as bars:
-            if engine == "local":
-                done = extract_many(
-                    adapter, jobs, on_job=bars.started, on_chunk=bars.advanced, **options
-                )
-            else:
-                del adapter
-                if spread.gpus_per_worker is None and model.device.startswith("cuda"):
-                    spread = dataclasses.replace(spread, gpus_per_worker=1)
-                load = functools.partial(_load, model, raw=raw, layer=layer)
-                done = extract_with_ray(load, jobs, how=spread, on_retry=bars.retried, **options)
+    outcomes: list[Outcome] = []
+    with frame_progress(out) as progress:
+        several = len(jobs) != 1 or engine == "ray"
+        videos = progress.add_task("videos", total=len(jobs), rate="", visible=several)
+        frames = progress.add_task("", total=None, rate="", visible=False)
+
+        def started(job: Job) -> None:
+            name, total = Path(job.source).name, _expected(job, select)
+            progress.reset(frames, description=name, total=total, visible=True, rate="")
+
+        def advanced(done: int) -> None:
+            speed = progress.tasks[-1].speed or 0
+            progress.update(frames, completed=done, rate=rate(speed, 1))
+
+        def retried(outcome: Outcome) -> None:
+            out.print(f"{outcome.job.source} is tried again: {outcome.error}", markup=False)
+
+        if engine == "local":
+            callbacks: dict[str, Any] = {"on_job": started, "on_chunk": advanced}
+            done = extract_many(adapter, jobs, **callbacks, **options)
+        else:
+            del adapter
+            if spread.gpus_per_worker is None and model.device.startswith("cuda"):
+                spread = dataclasses.replace(spread, gpus_per_worker=1)
+            load = functools.partial(_load, model, raw=raw, layer=layer)
+            done = extract_with_ray(load, jobs, how=spread, on_retry=retried, **options)
+        try:
             for outcome in done:
                 outcomes.append(outcome)
-                bars.finished(outcome)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "what is written is kept: the same command resumes from there"
-        ) from None
-    status = _summarize(out, outcomes)
-    if status and share.ends_together:
+                progress.advance(videos)
+        except KeyboardInterrupt:
+            kept = "what is written is kept: the same command resumes from there"
+            raise KeyboardInterrupt(kept) from None
+    failed = _summarize(out, outcomes)
+    if failed and share.given_by == "RANK":
         out.print("exit status 0 all the same: torchrun would end the other shards")
         return 0
-    return status
+    return int(failed)
 
 
 def _load(model: ModelOptions, *, raw: bool, layer: int | None) -> CoSettleAdapter:
@@ -140,103 +155,39 @@ def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
     return [Job(sources[0].path, output)]
 
 
-def _understood(sources: list[Source], jobs: list[Job], share: Shard) -> str:
-    """Say what was found: ``3 videos and 1 sequence of images; 2 in shard 0/2 (--shard)``."""
-    videos = sum(source.kind == "video" for source in sources)
-    images = len(sources) - videos
-    found = [f"{videos} video{'s' * (videos != 1)}"] if videos else []
-    if images:
-        found.append(f"{images} sequence{'s' * (images != 1)} of images")
-    told = " and ".join(found)
-    if share.count > 1:
-        told += f"; {len(jobs)} in shard {share.index}/{share.count} ({share.given_by})"
-    return told
+def _expected(job: Job, select: FrameSelection) -> int | None:
+    """The number of frames, as far as it is known before reading them."""
+    total = None
+    if select.start is None and select.end is None and not job.output.exists():
+        with contextlib.suppress(CosettleError, OSError):
+            count = probe(job.source).frames
+            total = None if count is None else -(-count // select.every)
+    return min(filter(None, (total, select.max_frames)), default=None)
 
 
-class _Bars:
-    """Bars over the frames of the current video and, where there are several, over videos."""
-
-    def __init__(
-        self,
-        out: Console,
-        jobs: list[Job],
-        settings: ExtractSettings,
-        select: FrameSelection,
-        *,
-        many: bool,
-    ) -> None:
-        self._out, self._settings, self._select = out, settings, select
-        self._bars = frame_progress(out)
-        self._videos = self._bars.add_task("videos", total=len(jobs), rate="", visible=many)
-        self._frames = self._bars.add_task("", total=None, rate="", visible=False)
-        self._found: int | None = None
-
-    def __enter__(self) -> _Bars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def started(self, job: Job) -> None:
-        self._found = None
-        self._bars.reset(
-            self._frames, description=Path(job.source).name, total=None, visible=True, rate=""
-        )
-        self._bars.update(self._frames, total=self._expected(job))
-
-    def advanced(self, frames: int) -> None:
-        if self._found is None:  # frames of an earlier run say nothing of this one's rate
-            self._found = max(0, frames - self._settings.batch_size)
-        elapsed = self._bars.tasks[-1].elapsed
-        self._bars.update(self._frames, completed=frames, rate=rate(frames - self._found, elapsed))
-
-    def retried(self, failed: Sequence[Outcome]) -> None:
-        self._out.print(f"trying {len(failed)} that failed again", markup=False)
-
-    def finished(self, outcome: Outcome) -> None:
-        if outcome.extraction is not None:
-            frames = outcome.extraction.frames
-            self._bars.update(self._frames, total=frames, completed=frames)
-        self._bars.advance(self._videos)
-
-    def _expected(self, job: Job) -> int | None:
-        """The number of frames, as far as it is known before reading them."""
-        select, total = self._select, None
-        if select.start is None and select.end is None and not job.output.exists():
-            with contextlib.suppress(CosettleError, OSError):
-                count = probe(job.source).frames
-                total = None if count is None else -(-count // select.every)
-        if select.max_frames is not None:
-            total = select.max_frames if total is None else min(total, select.max_frames)
-        return total
-
-
-def _summarize(out: Console, outcomes: Sequence[Outcome]) -> int:
-    """Say what became of every source; return the exit status."""
+def _summarize(out: Console, outcomes: Sequence[Outcome]) -> bool:
+    """Say what became of every source; return whether anything is amiss."""
     say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
-    early = [each.extraction for each in outcomes if each.extraction and each.extraction.truncated]
-    result = outcomes[0].extraction if len(outcomes) == 1 else None
-    if result is not None:
+    written = [outcome.extraction for outcome in outcomes if outcome.extraction]
+    skipped = sum(outcome.skipped for outcome in outcomes)
+    if len(outcomes) == len(written) == 1:
+        (result,) = written
         shape = ", ".join(map(str, (result.frames, *result.shape)))
-        state = ": " if not outcomes[0].skipped else " exists already: "
-        found = (
-            f" (resumed after {result.found} frames)" if 0 < result.found < result.frames else ""
-        )
-        say(f"{result.path}{state}features ({shape}), timestamps{found}")
+        state = " exists already" if skipped else ""
+        found = f" (resumed after {result.found} frames)" if result.found and not skipped else ""
+        say(f"{result.path}{state}: features ({shape}), timestamps{found}")
     elif len(outcomes) != 1:
-        skipped = sum(outcome.skipped for outcome in outcomes)
-        written = len(outcomes) - skipped - len(failed)
-        counts = {"written": written, "there already": skipped, "failed": len(failed)}
+        new = len(written) - skipped
+        counts = {"written": new, "there already": skipped, "failed": len(failed)}
         told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         say(told or "nothing to do")
-    lines = [(f"the source ended early: {each.truncated}", "yellow") for each in early]
+    lines = [f"the source ended early: {each.truncated}" for each in written if each.truncated]
     for outcome in failed:
         source = "" if outcome.job.source in str(outcome.error) else f"{outcome.job.source}: "
-        lines.append((f"failed: {source}{outcome.error}", "red"))
-    for line, style in lines[:_LISTED]:
-        say(line, style=style)
+        lines.append(f"failed: {source}{outcome.error}")
+    for line in lines[:_LISTED]:
+        say(line, style="red")
     if len(lines) > _LISTED:
         say(f"and {len(lines) - _LISTED} more like these")
-    return 1 if lines else 0
+    return bool(lines)

@@ -7,8 +7,6 @@ from cosettle_adapter.export.program import (
     Exported,
     ExportError,
     Parity,
-    Signature,
-    TensorSpec,
     to_torch_export,
 )
 
@@ -16,8 +14,6 @@ __all__ = [
     "ExportError",
     "Exported",
     "Parity",
-    "Signature",
-    "TensorSpec",
     "to_onnx",
     "to_torch_export",
 ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from cosettle_adapter.export.program import (
     Exported,
     ExportError,
     Parity,
-    Signature,
     Traced,
     check_suffix,
     reason,
@@ -47,26 +44,20 @@ def to_onnx(
     check: bool = True,
     check_on: Any = None,
 ) -> Exported:
-    """Write an adapter at one frame size as an ONNX model.
+    """Write an adapter at one frame size as an ONNX model, with metadata inside it.
 
-    The model's metadata says which backbone, fingerprint and layers it is, and its patch, stride
-    and grid; :class:`~cosettle_adapter.export.Signature` lists them.
+    Arguments and errors are those of :func:`to_torch_export`, and:
 
     Args:
-        adapter: frozen backbone and projection, float32 or float16.
+        adapter: float32 or float16.
         path: an ``.onnx`` file. Weights of more than 2 GB, which ONNX files cannot hold, go into
             a second file, ``<name>.onnx.data``, which has to stay beside it.
-        size: ``(H, W)`` of the frames; resizing is not part of the model.
-        preprocessing: this and the others as for :func:`to_torch_export`.
-        normalize: likewise.
-        static_batch: likewise.
+        size, preprocessing, normalize, static_batch, check_on: as there.
         opset: version of ONNX's operators.
-        check: likewise, in ONNX Runtime where it is installed.
-        check_on: likewise.
+        check: as there, in ONNX Runtime where it is installed.
 
     Raises:
         MissingExtraError: the exporter's packages are not installed.
-        GeometryError, ExportError, OSError: as for :func:`to_torch_export`, or torch is too old.
     """
     path = Path(path)
     check_suffix(path, ".onnx")
@@ -76,16 +67,33 @@ def to_onnx(
             f"ONNX runtimes have few kernels for {adapter.dtype}; load the adapter with "
             "dtype=torch.float16 or torch.float32, or export a .pt2 file"
         )
-    with _quiet():
-        traced = Traced(adapter, size, preprocessing, normalize, static_batch, unfused=True)
-        onnx_program = _translate(traced, opset)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what the exporter says about its own work
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = Traced(adapter, size, preprocessing, normalize, static_batch, unfused=True)
+            onnx_program = _translate(traced, opset)
+    finally:
+        logging.disable(disabled)
     tensors = (*traced.program.state_dict.values(), *traced.program.constants.values())
     weights = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-    with _staged(path) as temporary:
-        onnx_program.save(temporary, external_data=weights > _LARGEST_FILE)
-        parity = _check(temporary, traced, check_on) if check else None
-        written = sum(file.stat().st_size for file in temporary.parent.iterdir())
-    return Exported(path, written, traced.signature, parity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # in a folder under their final names, since a model names its data file
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+        model = Path(folder) / path.name
+        onnx_program.save(model, external_data=weights > _LARGEST_FILE)
+        parity = _check(model, traced, check_on) if check else None
+        beside = [file for file in Path(folder).iterdir() if file != model]
+        written = sum(file.stat().st_size for file in (*beside, model))
+        for file in (*beside, model):
+            with file.open("rb") as content:
+                os.fsync(content.fileno())
+        if beside:  # an earlier model must not meet the weights of this one
+            path.unlink(missing_ok=True)
+        for file in (*beside, model):
+            file.replace(path.parent / file.name)
+    return traced.exported(path, written, parity)
 
 
 def check_exporter() -> None:
@@ -101,21 +109,20 @@ def check_exporter() -> None:
 
 
 def _translate(traced: Traced, opset: int) -> Any:
-    signature: Signature = traced.signature
     try:
         program: Any = torch.onnx.export(
             traced.program,
             (),
             dynamo=True,
-            input_names=[signature.input.name],
-            output_names=[signature.output.name],
+            input_names=[traced.name],
+            output_names=["features"],
             dynamic_shapes=traced.dynamic_shapes,
             opset_version=opset,
             verbose=False,
         )
     except Exception as error:  # torch raises errors of its exporter's many parts
         raise ExportError(
-            f"torch {torch.__version__} cannot export {signature.metadata['backbone']} to ONNX: "
+            f"torch {torch.__version__} cannot export {traced.metadata['backbone']} to ONNX: "
             f"{reason(error)}. A newer torch may, and so may a .pt2 file"
         ) from error
     reached = program.model.opset_imports.get("")
@@ -124,48 +131,12 @@ def _translate(traced: Traced, opset: int) -> Any:
             f"torch {torch.__version__} wrote operators of version {reached}, not {opset}; "
             f"{OPSET} is what its exporter is made for"
         )
-    for name, value in signature.metadata.items():  # strings as they are, all else as JSON
+    for name, value in traced.metadata.items():  # strings as they are, all else as JSON
         text = value if isinstance(value, str) else json.dumps(value)
         program.model.metadata_props[name] = text
     for node in program.model.graph:  # names of Python functions, several times the graph's size
         node.metadata_props.clear()
     return program
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back what the exporter says about its own work."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
-    levels = [each.level for each in loggers]
-    try:
-        for each in loggers:
-            each.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
-
-
-@contextlib.contextmanager
-def _staged(final: Path) -> Iterator[Path]:
-    """Yield a path of the final name in a temporary folder, since a model names its data file.
-
-    All files are moved into place when the block succeeds, the model last; none stays otherwise.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.stem}.") as folder:
-        model = Path(folder) / final.name
-        yield model
-        beside = [file for file in sorted(model.parent.iterdir()) if file != model]
-        for file in (*beside, model):
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        if beside:  # an earlier model must not meet the weights of this one
-            final.unlink(missing_ok=True)
-        for file in (*beside, model):
-            file.replace(final.parent / file.name)
 
 
 def _check(path: Path, traced: Traced, check_on: Any) -> Parity | None:
@@ -185,7 +156,7 @@ def _check(path: Path, traced: Traced, check_on: Any) -> Parity | None:
         ) from error
 
     def run(inputs: Tensor) -> Tensor:
-        (found,) = session.run(None, {traced.signature.input.name: inputs.cpu().numpy()})
+        (found,) = session.run(None, {traced.name: inputs.cpu().numpy()})
         return torch.from_numpy(found)
 
     return traced.compare(run, version, check_on)

@@ -7,7 +7,7 @@ import copy
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cosettle_adapter.adapter import CoSettleAdapter
-from cosettle_adapter.errors import CosettleError, GeometryError, MissingExtraError
+from cosettle_adapter.errors import CosettleError, GeometryError
 from cosettle_adapter.io import atomic_path
+from cosettle_adapter.starter import starter_photographs
 from cosettle_adapter.version import __version__
-from cosettle_adapter.video import as_frames, photographs, render_clip
+from cosettle_adapter.video import as_frames, render_clip
 from cosettle_adapter.video.geometry import resize
 
 METADATA_FILE = "cosettle_adapter.json"
-FRAMES = 3  # to compare on
+_FRAMES = 3  # to compare on
 _BATCH = "batch"
 _EXAMPLE_BATCH = 2  # a batch of one would be taken for a constant
 _LARGEST_BATCH = 2**20  # torch 2.6 asks for any bound below that of its integers
@@ -34,34 +35,6 @@ _ALLOWED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 class ExportError(CosettleError, ValueError):
     """A model that cannot be exported, or whose file computes something else than the model."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output: its name, dtype and shape, whose first side may be ``"batch"``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.dtype} ({', '.join(map(str, self.shape))})"
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What an exported model takes and returns, and what it says about itself.
-
-    Attributes:
-        input: ``frames``, RGB uint8 in [0, 255]; or ``images``, float32 and normalised with the
-            ``mean`` and ``std`` of the metadata, where preprocessing was left out.
-        output: ``features`` ``(batch, C, h, w)``.
-        metadata: where the model comes from and what its patches are; JSON-ready values.
-    """
-
-    input: TensorSpec
-    output: TensorSpec
-    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,12 +55,16 @@ class Parity:
 
 @dataclass(frozen=True)
 class Exported:
-    """A model that was written."""
+    """A model that was written, what it takes and returns, and what it says about itself."""
 
     path: Path
     size: int  # bytes, of a ``.data`` file beside it too
-    signature: Signature
-    parity: Parity | None  # ``None`` if it was not compared with PyTorch
+    # "frames uint8 (batch, 3, H, W)", RGB in [0, 255]; where preprocessing was left out, "images
+    # float32", normalised with the ``mean`` and ``std`` of the metadata
+    input: str
+    output: str  # "features float32 (batch, C, h, w)"
+    metadata: Mapping[str, Any]  # where the model comes from and what its patches are
+    parity: Parity | None  # with PyTorch, if it was compared
 
 
 def to_torch_export(
@@ -128,7 +105,7 @@ def to_torch_export(
     traced = Traced(adapter, size, preprocessing, normalize, static_batch)
     # Through memory: the format's own writer hides that it was the disk that is full.
     content = io.BytesIO()
-    metadata = {METADATA_FILE: json.dumps(traced.signature.metadata)}
+    metadata = {METADATA_FILE: json.dumps(traced.metadata)}
     torch.export.save(traced.program, content, extra_files=metadata)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.getbuffer())
@@ -136,7 +113,7 @@ def to_torch_export(
         if check:
             loaded = torch.export.load(temporary).module()
             parity = traced.compare(loaded, f"torch.export ({torch.__version__})", check_on)
-    return Exported(path, path.stat().st_size, traced.signature, parity)
+    return traced.exported(path, path.stat().st_size, parity)
 
 
 class _OneSize(nn.Module):
@@ -150,9 +127,8 @@ class _OneSize(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """``(N, 3, H, W)`` to ``(N, C, h, w)``, in one pass whatever ``N``."""
         adapter = self.adapter
-        height, width = inputs.shape[-2:]
         if self.preprocessing:
-            inputs = adapter._normalize(inputs, adapter.geometry(height, width))
+            inputs = adapter._normalize(inputs, adapter.geometry(*inputs.shape[-2:]))
         return adapter._finished(adapter._encode_images(inputs)[1], self.normalize)
 
 
@@ -174,7 +150,30 @@ class Traced:
         *,
         unfused: bool = False,
     ) -> None:
-        self.signature = _plan_signature(adapter, size, preprocessing, normalize, static_batch)
+        _check(adapter, size, static_batch)
+        grid = adapter.geometry(*size).grid
+        self.count = static_batch
+        dtype = str(adapter.dtype).removeprefix("torch.")
+        self.name, kind = ("frames", "uint8") if preprocessing else ("images", "float32")
+        count = static_batch or _BATCH
+        self.input = f"{self.name} {kind} ({count}, 3, {size[0]}, {size[1]})"
+        self.output = f"features {dtype} ({count}, {adapter.width}, {grid[0]}, {grid[1]})"
+        self.metadata: dict[str, Any] = {
+            "cosettle_adapter": __version__,
+            "backbone": adapter.backbone.row.name,
+            "fingerprint": adapter.backbone.fingerprint,
+            "licence": adapter.config.licence,
+            "layers": list(adapter.config.layers),
+            "projection": adapter.config.kind,
+            "patch": adapter.backbone.patch,
+            "stride": adapter.backbone.stride,
+            "size": list(size),
+            "grid": list(grid),
+            "preprocessing": preprocessing,
+            "mean": list(adapter.backbone.row.mean),
+            "std": list(adapter.backbone.row.std),
+            "normalized": normalize,
+        }
         self.model = _OneSize(adapter, preprocessing, normalize)
         self.dynamic_shapes: Any = None
         if static_batch is None:
@@ -204,9 +203,8 @@ class Traced:
         Raises:
             ExportError: the results differ by more than rounding, or in shape, or hold NaN.
         """
-        count, height, width = (self.signature.input.shape[axis] for axis in (0, -2, -1))
-        static = None if count == _BATCH else int(count)
-        frames = frames_to_compare(check_on, (int(height), int(width)), static)
+        height, width = self.metadata["size"]
+        frames = frames_to_compare(check_on, (height, width), self.count)
         inputs = frames if self.model.preprocessing else self.model.adapter.preprocess(frames)
         inputs = inputs.to(self.model.adapter.device)
         found, expected = (each(inputs).detach().cpu() for each in (run, self.model))
@@ -226,21 +224,20 @@ class Traced:
             )
         return parity
 
+    def exported(self, path: Path, size: int, parity: Parity | None) -> Exported:
+        """Return what is to be said of the file."""
+        return Exported(path, size, self.input, self.output, self.metadata, parity)
+
 
 def frames_to_compare(given: Any, size: tuple[int, int], count: int | None) -> Tensor:
     """Return ``(N, 3, H, W)`` uint8 frames on which file and model are compared.
 
-    They are the ``given`` ones, resized, or rendered: a camera that moves over a photograph, or
-    over noise where scikit-image is not installed. Given a ``count``, the last one is repeated
-    where there are too few.
+    They are the ``given`` ones, resized, or rendered: a camera that moves over a photograph. Given
+    a ``count``, the last one is repeated where there are too few.
     """
     if given is None:
-        try:
-            photo = photographs()["coffee"]
-        except MissingExtraError:
-            generator = torch.Generator().manual_seed(0)
-            photo = torch.randint(0, 256, (3, 24, 32), dtype=torch.uint8, generator=generator)
-        frames = render_clip(photo, frames=count or FRAMES, size=size).frames
+        photo = next(iter(starter_photographs().values()))
+        frames = render_clip(photo, frames=count or _FRAMES, size=size).frames
     else:
         frames = rearrange(as_frames(given), "... c h w -> (...) c h w")
         scale = 1 if frames.dtype == torch.uint8 else 255
@@ -264,13 +261,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}"
 
 
-def _plan_signature(
-    adapter: CoSettleAdapter,
-    size: tuple[int, int],
-    preprocessing: bool,
-    normalize: bool,
-    static_batch: int | None,
-) -> Signature:
+def _check(adapter: CoSettleAdapter, size: tuple[int, int], static_batch: int | None) -> None:
     if adapter.settles:
         raise ExportError(
             "this adapter settles on every clip anew, which one exported model cannot do. Export "
@@ -278,38 +269,13 @@ def _plan_signature(
         )
     if static_batch is not None and static_batch < 1:
         raise ExportError(f"static_batch must be at least 1, or None for any, got {static_batch}")
-    backbone, config = adapter.backbone, adapter.config
-    geometry = adapter.geometry(*size)
-    if geometry.padded != geometry.frame:
+    padded = adapter.geometry(*size).padded
+    if padded != tuple(size):
         raise GeometryError(
             f"an exported model takes frames of one exact size, and {size[0]} x {size[1]} (height "
-            f"x width) does not fit patch {backbone.patch} at stride {backbone.stride}; the "
-            f"nearest size that does is {geometry.padded[0]} x {geometry.padded[1]}"
+            f"x width) does not fit patch {adapter.backbone.patch} at stride "
+            f"{adapter.backbone.stride}; the nearest size that does is {padded[0]} x {padded[1]}"
         )
-    count: int | str = _BATCH if static_batch is None else static_batch
-    dtype = str(adapter.dtype).removeprefix("torch.")
-    metadata = {
-        "cosettle_adapter": __version__,
-        "backbone": backbone.row.name,
-        "fingerprint": backbone.fingerprint,
-        "licence": config.licence,
-        "layers": list(config.layers),
-        "projection": config.kind,
-        "patch": backbone.patch,
-        "stride": backbone.stride,
-        "size": list(geometry.frame),
-        "grid": list(geometry.grid),
-        "preprocessing": preprocessing,
-        "mean": list(backbone.row.mean),
-        "std": list(backbone.row.std),
-        "normalized": normalize,
-    }
-    taken = ("frames", "uint8") if preprocessing else ("images", "float32")
-    return Signature(
-        input=TensorSpec(*taken, (count, 3, *geometry.frame)),
-        output=TensorSpec("features", dtype, (count, adapter.width, *geometry.grid)),
-        metadata=metadata,
-    )
 
 
 @contextlib.contextmanager

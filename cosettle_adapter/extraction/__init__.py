@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from cosettle_adapter.extraction.formats import FORMATS, FeatureFile, read_features
-from cosettle_adapter.extraction.record import RunRecord
 from cosettle_adapter.extraction.run import (
     Extraction,
     Job,
@@ -22,7 +21,6 @@ __all__ = [
     "FeatureFile",
     "Job",
     "Outcome",
-    "RunRecord",
     "Shard",
     "Source",
     "extract",

@@ -1,140 +1,240 @@
-"""The table of formats, and reading a finished file of any of them."""
+"""The formats of feature files: how appended numbers become a whole file, and how it is read.
+
+While an extraction runs, the numbers of all formats are appended to one plain file, behind
+:data:`RESERVED` bytes. Most formats then need a header in that space, and perhaps an ending.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosettle_adapter.errors import did_you_mean
-from cosettle_adapter.extraction.dino_tracker import TrackerStore
-from cosettle_adapter.extraction.errors import DamagedFeatureFileError, FormatError
-from cosettle_adapter.extraction.record import read_sidecar, sidecar_path
-from cosettle_adapter.extraction.settings import dtype_name
-from cosettle_adapter.extraction.stores import NpyStore, SafetensorsStore, Store, ZarrStore
+from cosettle_adapter.errors import CorruptFeatureFileError, did_you_mean
+from cosettle_adapter.extraction.dino_tracker import save_tensor
+from cosettle_adapter.extraction.record import (
+    RESERVED,
+    RunRecord,
+    read_sidecar,
+    sidecar_path,
+)
+from cosettle_adapter.extraction.settings import FormatError
+from cosettle_adapter.imports import require
 from cosettle_adapter.video import Geometry
 
-FORMATS: dict[str, type[Store]] = {
-    store.name: store for store in (SafetensorsStore, ZarrStore, NpyStore, TrackerStore)
-}
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_CHUNK_BYTES = 16 << 20  # of zarr, at most
+
+# features, and what the file itself says: metadata with geometry and timestamps, if it does
+Found = tuple[Tensor, Mapping[str, Any] | None]
 
 
-def format_of(path: str | os.PathLike[str]) -> type[Store] | None:
-    """Return the format that a file's suffix tells, if any."""
-    suffix = Path(path).suffix.lower()
-    return next((store for store in FORMATS.values() if store.suffix == suffix), None)
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format of feature files."""
+
+    name: str
+    suffix: str
+    dtypes: tuple[str, ...]
+    finish: Callable[[Path, RunRecord], Path]  # makes a whole file of numbers, here or beside them
+    read: Callable[[Path, slice], Found]
 
 
-def choose_format(path: Path, name: str | None) -> type[Store]:
-    """Return the format of a file to be written.
+def _finish_safetensors(path: Path, record: RunRecord) -> Path:
+    frames, end = len(record.timestamps), len(record.timestamps) * record.frame_bytes
+    padding = -end % 8  # timestamps are aligned, and the format allows no holes
+    tensors: dict[str, object] = {"__metadata__": {"description": json.dumps(record.description)}}
 
-    Raises:
-        FormatError: no such format, or neither ``name`` nor the file's suffix tells one, or they
-            disagree.
-    """
-    if name not in (None, *FORMATS):
-        known, close = ", ".join(FORMATS), did_you_mean(str(name), FORMATS)
-        raise FormatError(f"unknown format {name!r}; there are {known}.{close}")
-    by_suffix = format_of(path)
-    store = by_suffix if name is None else FORMATS[name]
-    if store is None:
-        known = ", ".join(f"{each.suffix} ({each.name})" for each in FORMATS.values())
-        raise FormatError(
-            f"{path.name} does not tell its format by its suffix: end it in one of {known}, "
-            "or give --format (format=)"
-        )
-    if by_suffix not in (None, store):
-        raise FormatError(
-            f"{path.name} is to be {store.name}, but its suffix is not {store.suffix}: "
-            f"end it in {store.suffix}"
-        )
-    return store
+    def add(name: str, dtype: str, shape: list[int], start: int, stop: int) -> None:
+        tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+    add("features", _SAFETENSORS[record.asked["storage"]], [frames, *record.shape], 0, end)
+    if padding:
+        add("padding", "U8", [padding], end, end + padding)
+    add("timestamps", "F64", [frames], end + padding, end + padding + 8 * frames)
+    header = json.dumps(tensors).encode().ljust(RESERVED - 8)
+    with path.open("r+b") as file:
+        file.write(struct.pack("<Q", RESERVED - 8) + header)
+        file.seek(RESERVED + end)
+        file.write(bytes(padding) + struct.pack(f"<{frames}d", *record.timestamps))
+    return path
 
 
-def storage_dtype(
-    store: type[Store], wanted: str | torch.dtype | None, computed: torch.dtype
-) -> torch.dtype:
-    """Return the dtype in which features are stored: ``wanted``, or else the adapter's own.
+def _read_safetensors(path: Path, frames: slice) -> Found:
+    """Features are mapped from disk; a range of them is copied."""
+    with safe_open(path, framework="pt") as file:
+        every = frames == slice(None)
+        features = file.get_tensor("features") if every else file.get_slice("features")[frames]
+        description = json.loads((file.metadata() or {})["description"])
+        return features, description | {"timestamps": file.get_tensor("timestamps").tolist()}
 
-    Raises:
-        FormatError: the format cannot store it.
-    """
-    dtype = getattr(torch, wanted) if isinstance(wanted, str) else wanted or computed
-    if dtype in store.dtypes:
-        return dtype
-    name, default = dtype_name(dtype), dtype_name(store.dtypes[0])
-    able = [other.name for other in FORMATS.values() if dtype in other.dtypes]
-    how = f"; {name} goes into {' or '.join(able)}" if able else ""
-    raise FormatError(
-        f"{store.name} stores {' or '.join(map(dtype_name, store.dtypes))}, not {name}: "
-        f"give --storage {default} (storage=torch.{default}){how}"
+
+def _finish_npy(path: Path, record: RunRecord) -> Path:
+    """Make it a plain array for ``np.load(path, mmap_mode="r")``; the sidecar holds the rest."""
+    shape = (len(record.timestamps), *record.shape)
+    descr = np.dtype(record.asked["storage"]).newbyteorder("<").str
+    fields = {"descr": descr, "fortran_order": False, "shape": shape}
+    magic = np.lib.format.magic(1, 0)
+    length = RESERVED - len(magic) - 2
+    header = repr(fields).encode().ljust(length - 1) + b"\n"
+    with path.open("r+b") as file:
+        file.write(magic + struct.pack("<H", length) + header)
+    return path
+
+
+def _read_npy(path: Path, frames: slice) -> Found:
+    """Features are mapped from disk; writing to them changes no file."""
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)[frames]), None
+
+
+def _finish_zarr(path: Path, record: RunRecord) -> Path:
+    """Copy the numbers into a group of features and timestamps, in small chunks of frames."""
+    whole = path.with_suffix(".whole")
+    shape = (len(record.timestamps), *record.shape)
+    numbers = np.memmap(path, dtype=record.asked["storage"], offset=RESERVED, shape=shape)
+    group = _open_zarr(whole, "w")
+    group.attrs.update({"description": record.description})
+    chunk = min(len(numbers), max(1, _CHUNK_BYTES // record.frame_bytes))
+    for name, values in (("features", numbers), ("timestamps", np.array(record.timestamps))):
+        options: dict[str, Any] = {"shape": values.shape, "dtype": values.dtype, "fill_value": 0}
+        options["chunks"] = (chunk, *values.shape[1:])
+        # features hardly compress, and uncompressed bytes do not depend on a library's version
+        if hasattr(group, "create_array"):
+            array = group.create_array(name, compressors=None, **options)
+        else:  # zarr 2, the last one for Python 3.10
+            array = group.create_dataset(name, compressor=None, **options)
+        for start in range(0, len(values), chunk):
+            array[start : start + chunk] = values[start : start + chunk]
+    return whole
+
+
+def _read_zarr(path: Path, frames: slice) -> Found:
+    group = _open_zarr(path, "r")
+    description = group.attrs["description"] | {"timestamps": group["timestamps"][:].tolist()}
+    return torch.from_numpy(group["features"][frames]), description
+
+
+def _finish_tracker(path: Path, record: RunRecord) -> Path:
+    shape = (len(record.timestamps), *record.shape)
+    return save_tensor(path, path.with_suffix(".whole"), shape, offset=RESERVED)
+
+
+def _read_tracker(path: Path, frames: slice) -> Found:
+    features: Tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return features[frames], None
+
+
+def _open_zarr(path: Path, mode: str) -> Any:
+    zarr = require("zarr", extra="zarr", purpose="the zarr format")
+    return zarr.open_group(str(path), mode=mode)
+
+
+_NUMPY = ("float32", "float16")  # it has no bfloat16
+FORMATS = {
+    form.name: form
+    for form in (
+        Format(
+            "safetensors", ".safetensors", tuple(_SAFETENSORS), _finish_safetensors,
+            _read_safetensors,
+        ),
+        Format("zarr", ".zarr", _NUMPY, _finish_zarr, _read_zarr),
+        Format("npy-memmap", ".npy", _NUMPY, _finish_npy, _read_npy),
+        Format("dino-tracker", ".pt", ("float32",), _finish_tracker, _read_tracker),
     )
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureFile:
-    """What :func:`read_features` returns.
+    """Features, when they were and where in the frames, and how they were made."""
 
-    Attributes:
-        features: ``(T, C, h, w)``.
-        timestamps: ``(T,)`` float64, seconds.
-        geometry: how patches map to pixels of the source's frames.
-        metadata: source, backbone, fingerprint, layers, settings and versions.
-    """
-
-    features: Tensor
-    timestamps: Tensor
-    geometry: Geometry
-    metadata: Mapping[str, Any]
+    features: Tensor  # (T, C, h, w)
+    timestamps: Tensor  # (T,) float64, seconds
+    geometry: Geometry  # how patches map to pixels of the source's frames
+    metadata: Mapping[str, Any]  # source, backbone, fingerprint, layers, settings and versions
 
 
 def read_features(
     path: str | os.PathLike[str], *, start: int | None = None, stop: int | None = None
 ) -> FeatureFile:
-    """Read a feature file of any format.
+    """Read a feature file of any format, or frames ``start`` to ``stop`` of it.
 
-    Safetensors and ``.npy`` files are mapped from disk, not copied, if all frames are read; zarr
-    is read into memory.
-
-    Args:
-        path: the file, or the folder of a zarr group; its sidecar lies beside it. Without one,
-            safetensors and zarr are read by the description they hold themselves.
-        start: first frame.
-        stop: frame to stop before.
+    Whole files are mapped from disk, not copied, but for zarr. The sidecar lies beside the file;
+    safetensors and zarr can be read without it.
 
     Raises:
         FileNotFoundError: no such file.
         CorruptFeatureFileError: truncated, or not a feature file.
-        MissingExtraError: the format needs a package that is not installed.
+        MissingExtraError: zarr is not installed.
     """
     path = Path(path)
-    metadata: Mapping[str, Any]
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    sidecar = read_sidecar(path)
-    store = format_of(path) if sidecar is None else FORMATS.get(sidecar["format"])
-    if store is None:
+    sidecar, frames = read_sidecar(path), slice(start, stop)
+    form = format_of(path) if sidecar is None else FORMATS.get(sidecar["format"])
+    if form is None:
         known = ", ".join(each.suffix for each in FORMATS.values())
-        raise DamagedFeatureFileError(
+        raise CorruptFeatureFileError(
             f"{path} is not a feature file: its suffix is none of {known}"
         )
     try:
-        features = store.read(path, start, stop)
-        if sidecar is not None:
-            timestamps = torch.tensor(sidecar.pop("timestamps"), dtype=torch.float64)
-            geometry, metadata = Geometry.from_dict(sidecar.pop("geometry")), sidecar
-        elif (description := store.describe(path)) is not None:
-            timestamps, geometry, metadata = description
-        else:
+        features, description = form.read(path, frames)
+        metadata = dict(sidecar or description or {})
+        if not metadata:
             raise ValueError(f"its sidecar {sidecar_path(path).name} is missing")
+        timestamps = torch.tensor(metadata.pop("timestamps"), dtype=torch.float64)
+        geometry = Geometry.from_dict(metadata.pop("geometry"))
     except (SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
-        raise DamagedFeatureFileError(
+        raise CorruptFeatureFileError(
             f"{path} is truncated or not a file that `cosettle-adapter extract` wrote: {error}"
         ) from error
-    return FeatureFile(features, timestamps[start:stop], geometry, metadata)
+    return FeatureFile(features, timestamps[frames], geometry, metadata)
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format that a file's suffix tells, if any."""
+    suffix = path.suffix.lower()
+    return next((form for form in FORMATS.values() if form.suffix == suffix), None)
+
+
+def choose_format(path: Path, name: str | None) -> Format:
+    """Return the format of a file to be written, by ``name`` or else by its suffix, or raise."""
+    if name not in (None, *FORMATS):
+        known, close = ", ".join(FORMATS), did_you_mean(str(name), FORMATS)
+        raise FormatError(f"unknown format {name!r}; there are {known}.{close}")
+    by_suffix = format_of(path)
+    form = by_suffix if name is None else FORMATS[name]
+    if form is None:
+        known = ", ".join(f"{each.suffix} ({each.name})" for each in FORMATS.values())
+        raise FormatError(
+            f"{path.name} does not tell its format by its suffix: end it in one of {known}, "
+            "or give --format (format=)"
+        )
+    if by_suffix not in (None, form):
+        raise FormatError(
+            f"{path.name} is to be {form.name}, but its suffix is not {form.suffix}: "
+            f"end it in {form.suffix}"
+        )
+    return form
+
+
+def storage_dtype(form: Format, wanted: str | torch.dtype) -> str:
+    """Return the name of the dtype in which features are stored, or raise."""
+    name = str(wanted).removeprefix("torch.")
+    if name not in form.dtypes:
+        default, known = form.dtypes[0], " or ".join(form.dtypes)
+        able = " or ".join(other.name for other in FORMATS.values() if name in other.dtypes)
+        raise FormatError(
+            f"{form.name} stores {known}, not {name}: give --storage {default} "
+            f"(storage=torch.{default}){f'; {name} goes into {able}' if able else ''}"
+        )
+    return name

@@ -1,128 +1,197 @@
-"""What a run was asked for, of which source, and how far it came."""
+"""The record of a run: what it was asked for, of which source, and how far it came."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
+import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
+from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones.weights import fingerprint
-from cosettle_adapter.extraction.settings import ExtractSettings, dtype_name
+from cosettle_adapter.extraction.settings import (
+    ExtractSettings,
+    OutputBusyError,
+    OutputExistsError,
+)
+from cosettle_adapter.io import LOCK_FILE, atomic_path, exclusive
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import FrameSelection, Geometry
 from cosettle_adapter.video.files import resolve
 
-SIDECAR_VERSION = 1
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+RESERVED = 8192  # bytes before the numbers, for the header of any format
+REDO = "start over with --overwrite (overwrite=True), or give the output another name"
 
 # These may change the last bits of features. A finished file is accepted whatever they are, but
 # both parts of a resumed file must agree in them.
 _NUMERICAL = ("batch_size", "device", "versions")
 _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
+_CHANGED = {
+    "source_identity": "the source's content has changed",
+    "fingerprint": "the backbone's weights are others",
+    "projection.fingerprint": "the projection's weights are others",
+}
 
 
-@dataclasses.dataclass
 class RunRecord:
-    """A run: what it was asked for, what its features are like, and how far it came.
+    """An extraction on its way: what was asked for, and how far it came.
 
-    While the run lasts it is kept as a journal: a line for the header and one for every batch. In
-    the end it becomes the sidecar of the feature file.
-
-    Attributes:
-        asked: what :func:`describe_run` returns; the metadata of the feature file.
-        shape: ``(C, h, w)`` of one frame.
-        geometry: how patches map to pixels.
-        batches: CRC-32 and timestamps (seconds, one a frame) of every batch written.
+    It lies in ``.NAME.partial`` beside the output, which one run at a time has: the numbers in one
+    plain file behind :data:`RESERVED` bytes, and a journal, a line of JSON for the run and one with
+    checksum and timestamps for every batch. Both become the output and its sidecar once they are
+    whole; what a run leaves that ends early is resumed by the next one.
     """
 
-    asked: Mapping[str, Any]
-    shape: tuple[int, int, int]
-    geometry: Geometry
-    batches: list[tuple[int, list[float]]] = dataclasses.field(default_factory=list)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the stored features."""
-        dtype: torch.dtype = getattr(torch, self.asked["storage"])
-        return dtype
+    def __init__(self, output: Path, asked: Mapping[str, Any]) -> None:
+        """Name the output and what :func:`describe_run` returned; nothing is touched."""
+        self.asked = asked
+        self.folder = output.with_name(f".{output.name}.partial")
+        self.keep = False  # whether the folder is kept in the end
+        self.shape: tuple[int, ...] = ()  # (C, h, w) of a frame's features
+        self.timestamps: list[float] = []  # seconds of the frames that are written
+        self._output = output
+        self._geometry: Mapping[str, Any] = {}
+        self._numbers, self._journal = self.folder / "features", self.folder / "journal"
 
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame's features."""
-        channels, height, width = self.shape
-        return channels * height * width * self.dtype.itemsize
+        dtype: torch.dtype = getattr(torch, self.asked["storage"])
+        return math.prod(self.shape) * dtype.itemsize
 
     @property
-    def timestamps(self) -> list[float]:
-        """Seconds, one a frame."""
-        return [time for _, times in self.batches for time in times]
+    def description(self) -> dict[str, Any]:
+        """All but the timestamps: what a feature file says of itself."""
+        return {**self.asked, "geometry": self._geometry}
 
-    @classmethod
-    def read_journal(cls, path: Path) -> RunRecord | None:
-        """Read a journal; ``None`` if there is none that can be understood.
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other runs from this output while the block runs, or raise if one has it."""
+        refusal = OutputBusyError(
+            f"another run is writing {self._output}: wait until it ends, or use another name"
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with exclusive(self.folder, refusal=refusal):
+                self.keep = self._journal.exists()  # the work of another run, until it is resumed
+                try:
+                    yield
+                finally:
+                    if not self.keep:
+                        self._discard()
+        finally:
+            with contextlib.suppress(OSError):  # not empty, or locked by another run already
+                self.folder.rmdir()
 
-        A last line that was cut off does not count.
+    def resume(self, *, overwrite: bool) -> None:
+        """Continue what an earlier run left after its last undamaged batch, or discard it.
+
+        Raises:
+            OutputExistsError: it was asked for something else, and not to ``overwrite`` it.
         """
-        lines: list[Mapping[str, Any]] = []
-        try:
-            for line in path.read_text().splitlines():
-                lines.append(json.loads(line))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            pass  # the process was killed while it wrote this line
-        try:
-            header, *batches = lines
-            channels, height, width = header["shape"]
-            return cls(
-                header["metadata"],
-                (channels, height, width),
-                Geometry.from_dict(header["geometry"]),
-                [(batch["checksum"], batch["timestamps"]) for batch in batches],
+        self.keep, lines = self.asked["source_identity"] is not None, self._read_journal()
+        different = differences(lines[0]["asked"], self.asked) if lines and self.keep else ""
+        if different and not overwrite:
+            raise OutputExistsError(
+                f"{self._output} was started with other settings: {different}; use the same ones "
+                f"to resume it, or {REDO}"
             )
-        except (AttributeError, KeyError, TypeError, ValueError):
-            return None
+        if different or not lines or not self.keep or not self._numbers.is_file():
+            self._discard()
+            return
+        run, *batches = lines
+        self.shape, self._geometry = tuple(run["shape"]), run["geometry"]
+        whole: list[Any] = [run]
+        with self._numbers.open("r+b") as file:
+            file.seek(RESERVED)
+            for batch in batches:
+                checksum, times = batch
+                if zlib.crc32(file.read(len(times) * self.frame_bytes)) != checksum:
+                    break
+                self.timestamps += times
+                whole.append(batch)
+            file.truncate(RESERVED + len(self.timestamps) * self.frame_bytes)
+        self._write_journal(whole)
+        logger.info("resuming %s after %d frames", self._output, len(self.timestamps))
 
-    def write_journal(self, path: Path) -> None:
-        """Write the journal anew, at once."""
-        header = {
-            "shape": self.shape,
-            "geometry": self.geometry.to_dict(),
-            "metadata": self.asked,
-        }
-        lines = [json.dumps(header), *(_batch_line(*batch) for batch in self.batches)]
-        replacement = path.with_suffix(".new")
-        replacement.write_text("".join(f"{line}\n" for line in lines))
-        replacement.replace(path)
+    def append(self, features: Tensor, geometry: Geometry, timestamps: Tensor) -> None:
+        """Write ``(N, C, h, w)`` features of the dtype to store, so that they outlive the run."""
+        flat = rearrange(features.cpu(), "n c h w -> (n c h w)").contiguous()
+        numbers = flat.view(torch.uint8).numpy().data  # of any dtype, also of those NumPy lacks
+        if not self.timestamps:
+            self.shape, self._geometry = tuple(features.shape[1:]), geometry.to_dict()
+            run = {"version": VERSION, "asked": self.asked, "shape": self.shape}
+            self._write_journal([run | {"geometry": self._geometry}])
+            self._numbers.write_bytes(bytes(RESERVED))
+        with self._numbers.open("ab") as file:
+            file.write(numbers)
+        with self._journal.open("a") as file:
+            file.write(f"{json.dumps([zlib.crc32(numbers), timestamps.tolist()])}\n")
+        self.timestamps += timestamps.tolist()
 
-    def add_batch(self, path: Path, checksum: int, timestamps: list[float]) -> None:
-        """Add a batch, here and in the journal."""
-        with path.open("a") as file:
-            file.write(f"{_batch_line(checksum, timestamps)}\n")
-        self.batches.append((checksum, timestamps))
-
-    def sidecar(self, *, truncated: str | None) -> str:
-        """Return the text of the sidecar; ``truncated`` says why the source ended early."""
+    def finish(self, make_whole: Callable[[Path, RunRecord], Path], truncated: str | None) -> None:
+        """Have the output made whole, of the numbers, and give it its name and its sidecar."""
+        whole = make_whole(self._numbers, self)
+        for path in [whole] if whole.is_file() else filter(Path.is_file, whole.rglob("*")):
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
         fields = {
-            "cosettle_adapter_features": SIDECAR_VERSION,
+            "cosettle_adapter_features": VERSION,
             **self.asked,
             "truncated": truncated,
             "shape": [len(self.timestamps), *self.shape],
-            "geometry": self.geometry.to_dict(),
+            "geometry": self._geometry,
             "timestamps": self.timestamps,
         }
-        lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
-        return "{\n" + ",\n".join(lines) + "\n}\n"
+        text = ",\n".join(f" {json.dumps(name)}: {json.dumps(fields[name])}" for name in fields)
+        _remove(self._output)  # the new one is whole
+        with atomic_path(sidecar_path(self._output)) as temporary:
+            temporary.write_text(f"{{\n{text}\n}}\n")
+        whole.replace(self._output)
+        self.keep = False
+
+    def _read_journal(self) -> list[Any]:
+        lines: list[Any] = []
+        if self._journal.exists():
+            with contextlib.suppress(ValueError):  # of a process killed while it wrote a line
+                for line in self._journal.read_text().splitlines():
+                    lines.append(json.loads(line))
+        return lines if lines and lines[0].get("version") == VERSION else []
+
+    def _write_journal(self, lines: Sequence[Any]) -> None:
+        with atomic_path(self._journal) as temporary:
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def _discard(self) -> None:
+        for entry in self.folder.iterdir():
+            if entry.name != LOCK_FILE:
+                _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sidecar_path(output: Path) -> Path:
-    """Return where the sidecar of a feature file is: ``clip.zarr.json`` beside ``clip.zarr``."""
+    """Return where the sidecar of a feature file is."""
     return output.with_name(f"{output.name}.json")
 
 
@@ -132,7 +201,7 @@ def read_sidecar(output: Path) -> dict[str, Any] | None:
         fields = json.loads(sidecar_path(output).read_text())
     except (OSError, ValueError):
         return None
-    known = isinstance(fields, dict) and fields.get("cosettle_adapter_features") == SIDECAR_VERSION
+    known = isinstance(fields, dict) and fields.get("cosettle_adapter_features") == VERSION
     return fields if known else None
 
 
@@ -143,7 +212,7 @@ def describe_run(
     select: FrameSelection,
     *,
     format: str,
-    storage: torch.dtype,
+    storage: str,
 ) -> dict[str, Any]:
     """Describe a run, JSON-ready: source, model, settings, and what computes it."""
     config, projection = adapter.config, adapter.projection.state_dict()
@@ -165,9 +234,9 @@ def describe_run(
             "averaging": config.averaging,
             "recipe": config.recipe,
         },
-        "dtype": dtype_name(adapter.dtype),
+        "dtype": str(adapter.dtype).removeprefix("torch."),
         "format": format,
-        "storage": dtype_name(storage),
+        "storage": storage,
         "settings": {
             "size": list(size) if isinstance(size, tuple) else size,
             "fit": settings.fit,
@@ -184,41 +253,25 @@ def describe_run(
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, numerical: bool = True
 ) -> str:
-    """Say how two descriptions differ (``size was 280 and is 476, ...``); empty if they do not.
+    """Say how a run differs from an earlier one: ``size was 280 and is 476, ...``.
 
-    Args:
-        before: the one.
-        now: the other.
-        numerical: whether differences count that change only the last bits.
+    ``numerical`` says whether differences count that change only the last bits.
     """
-    contents = {
-        "source_identity": "the source's content has changed",
-        "fingerprint": "the backbone's weights are others",
-        "projection.fingerprint": "the projection's weights are others",
-    }
-    before, now = _flat(before), _flat(now)
-    found: list[str] = []
-    for name in {**before, **now}:
-        if before.get(name) == now.get(name) or name == "source":  # a renamed file is the same
+    was, found = dict(_flat(before)), []
+    for name, value in _flat(now):
+        if was.get(name) == value or name == "source":  # a renamed file is the same
             continue
-        if name.split(".")[0] in _NUMERICAL and not numerical:
-            continue
-        short = name.removeprefix("settings.").replace("_", "-").replace(".", " ")
-        was, is_now = _value_text(before.get(name)), _value_text(now.get(name))
-        found.append(contents.get(name, f"{short} was {was} and is {is_now}"))
+        if numerical or name.split(".")[0] not in _NUMERICAL:
+            short = name.removeprefix("settings.").replace("_", "-").replace(".", " ")
+            text = f"{short} was {_value_text(was.get(name))} and is {_value_text(value)}"
+            found.append(_CHANGED.get(name, text))
     return ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
 
 
 def identify(source: Any) -> str | None:
-    """Return a hash by which a file, or images in files, are recognised.
+    """Return a hash by which a file, or images in files, are recognised; no times, so copies agree.
 
-    It covers names, sizes and samples of the content but no times, so a copy is the same.
-
-    Returns:
-        ``sha256:...``; ``None`` for frames in memory and iterators.
-
-    Raises:
-        FrameError: no such file.
+    Frames in memory and iterators have none.
     """
     if isinstance(source, (str, os.PathLike)):
         found = resolve(source)
@@ -229,20 +282,25 @@ def identify(source: Any) -> str | None:
         files = [Path(item) for item in source]
     else:
         return None
-    return f"sha256:{_hash(files)}"
+    digest = hashlib.sha256()
+    for file in files:  # a single file may be renamed; the names of several are their order
+        name = file.name if len(files) > 1 else ""
+        digest.update(f"{name}\0{file.stat().st_size}\n".encode())
+    samples = max(1, _SAMPLES // len(files))
+    for index in sorted({len(files) * sample // _SAMPLES for sample in range(_SAMPLES)}):
+        with files[index].open("rb") as content:
+            last = max(0, files[index].stat().st_size - _SAMPLE_BYTES)
+            for sample in range(samples):
+                content.seek(last * sample // max(1, samples - 1))
+                digest.update(content.read(_SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()}"
 
 
-def _batch_line(checksum: int, timestamps: list[float]) -> str:
-    return json.dumps({"checksum": checksum, "timestamps": timestamps})
-
-
-def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(description: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
     for name, value in description.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
+        nested = isinstance(value, Mapping)
+        flat += _flat(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", value)]
     return flat
 
 
@@ -250,19 +308,3 @@ def _value_text(value: Any) -> str:
     if value is None:
         return "not given"
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _hash(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    sizes = [file.stat().st_size for file in files]
-    for file, size in zip(files, sizes, strict=True):
-        # a single file may be renamed; the names of several are their order
-        digest.update(f"{file.name if len(files) > 1 else ''}\0{size}\n".encode())
-    samples = max(1, _SAMPLES // len(files))
-    for index in sorted({len(files) * sample // _SAMPLES for sample in range(_SAMPLES)}):
-        with files[index].open("rb") as content:
-            for sample in range(samples):
-                last = max(0, sizes[index] - _SAMPLE_BYTES)
-                content.seek(last * sample // max(1, samples - 1))
-                digest.update(content.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.correspondence.fusion import WINDOW
@@ -22,43 +21,32 @@ from cosettle_adapter.errors import (
     MissingExtraError,
     TruncatedVideoError,
 )
-from cosettle_adapter.extraction.errors import FormatError, OutputExistsError
-from cosettle_adapter.extraction.formats import choose_format, storage_dtype
+from cosettle_adapter.extraction import dino_tracker
+from cosettle_adapter.extraction.formats import Format, choose_format, storage_dtype
 from cosettle_adapter.extraction.record import (
+    REDO,
     RunRecord,
     describe_run,
     differences,
     read_sidecar,
     sidecar_path,
 )
-from cosettle_adapter.extraction.settings import ExtractSettings
+from cosettle_adapter.extraction.settings import ExtractSettings, FormatError, OutputExistsError
 from cosettle_adapter.extraction.sources import Source, output_names
-from cosettle_adapter.extraction.stores import Store
-from cosettle_adapter.extraction.work import Work
 from cosettle_adapter.video import FrameSelection
 
 logger = logging.getLogger(__name__)
 
-_REDO = "start over with --overwrite (overwrite=True), or give the output another name"
-
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """What :func:`extract` wrote.
+    """What :func:`extract` wrote."""
 
-    Attributes:
-        path: the feature file; its sidecar lies beside it, as ``PATH.json``.
-        frames: number of frames in it.
-        shape: ``(C, h, w)`` of one frame's features.
-        truncated: why the source ended early, or ``None`` if it was read to its end.
-        found: how many of the frames an earlier run had written; all, if it had finished.
-    """
-
-    path: Path
+    path: Path  # its sidecar lies beside it, as PATH.json
     frames: int
-    shape: tuple[int, int, int]
-    truncated: str | None = None
-    found: int = 0
+    shape: tuple[int, ...]  # (C, h, w) of one frame's features
+    truncated: str | None = None  # why the source ended early
+    found: int = 0  # frames that an earlier run had written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +59,12 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a job.
-
-    Attributes:
-        job: the job.
-        extraction: what was written, or found finished; ``None`` if it failed.
-        error: why it failed, in a sentence; ``None`` if it did not.
-        transient: whether another attempt may succeed: not where source or settings are at fault.
-    """
+    """What became of a job: an extraction, or why it failed."""
 
     job: Job
     extraction: Extraction | None = None
     error: str | None = None
-    transient: bool = False
+    transient: bool = False  # neither source nor settings are at fault, so try again
 
     @property
     def skipped(self) -> bool:
@@ -104,11 +85,9 @@ def extract(
 ) -> Extraction:
     """Write the features of a video of any length to a file, and a JSON sidecar beside it.
 
-    The file appears whole or not at all; until then the work lies in ``.NAME.partial`` beside it.
-    When a run is interrupted or killed, the same call resumes it after its last whole batch, and
-    the file is byte-identical to that of an uninterrupted run. Frames that later ones depend on
-    are encoded again: one or two batches for temporal fusion, all where features are settled.
-    Arrays and iterators start over. What is finished already is left as it is. When a video breaks
+    The file appears whole or not at all. When a run is interrupted or killed, the same call resumes
+    it after its last whole batch, and the file is byte-identical to that of an uninterrupted run;
+    arrays and iterators start over. What is finished already is left as it is. When a video breaks
     off, the features of its readable frames are kept and the result says so.
 
     Args:
@@ -119,42 +98,37 @@ def extract(
         select: which frames; all by default.
         overwrite: replace what is there under that name, once the new file is whole.
         on_chunk: called with the number of frames done so far after every batch.
-        **options: fields of :class:`ExtractSettings`, instead of ``settings`` or to change it
-            (``batch_size=4``).
+        **options: fields of :class:`ExtractSettings`, instead of ``settings`` or to change it.
 
     Raises:
         FrameError: not a single frame could be read, or frames cannot be used.
         FormatError: no such format, or it cannot store that dtype.
-        OutputExistsError: the file exists, or was started, with other settings, and ``overwrite``
-            is not given; or the folder holds features by another recipe.
+        OutputExistsError: the file exists, or was started, with other settings; or the folder holds
+            features by another recipe.
         OutputBusyError: another run is writing this file.
-        ValueError: another ``temporal_fusion``.
-        OSError: the file could not be written; an earlier one of that name is left as it was.
     """
-    path = Path(destination)
-    select = select or FrameSelection()
+    path, select = Path(destination), select or FrameSelection()
     settings = dataclasses.replace(settings or ExtractSettings(), **options)
-    store = choose_format(path, settings.format)
-    settings = store.plan(adapter, settings)
-    dtype = storage_dtype(store, settings.storage, adapter.dtype)
-    asked = describe_run(adapter, source, settings, select, format=store.name, storage=dtype)
+    form = choose_format(path, settings.format)
+    if form.name == "dino-tracker":
+        settings = dino_tracker.plan_settings(adapter, settings)
+    storage = storage_dtype(form, settings.storage or adapter.dtype)
+    asked = describe_run(adapter, source, settings, select, format=form.name, storage=storage)
     _check_recipe(path, asked)
-    work = Work(path, store)
-    if not overwrite and not work.folder.exists() and (finished := _finished(path, asked)):
+    if not overwrite and (finished := _finished(path, asked)):
         return finished
-    with work.claimed():
-        completed = _resume(work, path, asked, overwrite=overwrite)
-        # by now there may be a file that was not there a moment ago
-        if (completed or not overwrite) and (finished := _finished(path, asked)):
+    record = RunRecord(path, asked)
+    with record.claimed():
+        if not overwrite and (finished := _finished(path, asked)):  # by another run, meanwhile
             return finished
-        work.kept = _is_resumable(asked)
-        found = work.frames
-        truncated = _encode(adapter, source, work, store, asked, settings, select, on_chunk)
-        record = work.finish(truncated=truncated)
-        return Extraction(path, work.frames, record.shape, truncated, found)
+        record.resume(overwrite=overwrite)
+        found = len(record.timestamps)
+        truncated = _encode(adapter, source, record, settings, select, on_chunk)
+        record.finish(form.finish, truncated)
+        return Extraction(path, len(record.timestamps), record.shape, truncated, found)
 
 
-def plan_jobs(sources: Sequence[Source], folder: Path, form: type[Store]) -> list[Job]:
+def plan_jobs(sources: Sequence[Source], folder: Path, form: Format) -> list[Job]:
     """Give every source an output in ``folder``, named after it."""
     names = output_names(sources)
     return [
@@ -166,35 +140,25 @@ def plan_jobs(sources: Sequence[Source], folder: Path, form: type[Store]) -> lis
 def extract_many(
     adapter: CoSettleAdapter,
     jobs: Sequence[Job],
-    settings: ExtractSettings | None = None,
     *,
     on_job: Callable[[Job], None] = lambda job: None,
     **options: Any,
 ) -> Iterator[Outcome]:
-    """Do jobs one after the other; one that fails does not affect the others.
+    """Do jobs one after the other and yield their outcomes; one that fails affects no other.
 
-    Args:
-        adapter: what computes the features.
-        jobs: sources and outputs.
-        settings: as in :func:`extract`, like all others.
-        on_job: called before each.
-        **options: more arguments of :func:`extract`.
-
-    Yields:
-        An outcome a job, in order.
+    ``on_job`` is called before each; ``options`` are those of :func:`extract`.
 
     Raises:
-        OSError: the disk is full, so that the others would fail too.
-        FormatError: no such format, or it cannot hold what was asked for.
-        MissingExtraError: what reads such sources, or writes such files, is not installed.
+        OSError, FormatError, MissingExtraError: the disk is full, the format cannot hold what was
+            asked for, or a package is missing; so that the others would fail too.
     """
     for job in jobs:
         on_job(job)
-        yield attempt(adapter, job, settings=settings, **options)
+        yield attempt(adapter, job, **options)
 
 
 def attempt(adapter: CoSettleAdapter, job: Job, **options: Any) -> Outcome:
-    """Do one job, and turn what is wrong with it into its outcome; raises what would stop all."""
+    """Do one job; return what is wrong with it as its outcome, raise what would stop all."""
     try:
         return Outcome(job, extract(adapter, job.source, job.output, **options))
     except (FormatError, MissingExtraError):
@@ -214,27 +178,22 @@ def _finished(path: Path, asked: Mapping[str, Any]) -> Extraction | None:
     sidecar = read_sidecar(path)
     if sidecar is None:
         name = sidecar_path(path).name
-        raise OutputExistsError(f"{path} exists, but not {name}, which says what it is; {_REDO}")
-    if not _is_resumable(asked):
-        raise OutputExistsError(f"{path} exists; {_REDO}")
-    different = differences({name: sidecar.get(name) for name in asked}, asked, numerical=False)
-    if different:
-        raise OutputExistsError(f"{path} exists: {different}; {_REDO}")
-    frames, channels, height, width = sidecar["shape"]
-    return Extraction(path, frames, (channels, height, width), sidecar["truncated"], frames)
+        raise OutputExistsError(f"{path} exists, but not {name}, which says what it is; {REDO}")
+    if asked["source_identity"] is None:
+        raise OutputExistsError(f"{path} exists; {REDO}")
+    if different := differences(sidecar, asked, numerical=False):
+        raise OutputExistsError(f"{path} exists: {different}; {REDO}")
+    frames, *shape = sidecar["shape"]
+    return Extraction(path, frames, tuple(shape), sidecar["truncated"], frames)
 
 
 def _check_recipe(path: Path, asked: Mapping[str, Any]) -> None:
-    """Refuse features of a backbone by one recipe beside others by another recipe.
-
-    The first neighbour that has a recipe tells that of all.
-    """
+    """Refuse features by one recipe of a backbone beside others: a neighbour tells that of all."""
     recipe = asked["projection"]["recipe"]
     for sidecar in path.parent.glob("*.json") if recipe is not None else ():
-        beside = read_sidecar(sidecar.with_suffix(""))
-        if beside is None or beside.get("fingerprint") != asked["fingerprint"]:
-            continue
-        other = beside["projection"].get("recipe")
+        beside = read_sidecar(sidecar.with_suffix("")) or {"fingerprint": None}
+        same = beside["fingerprint"] == asked["fingerprint"]
+        other = beside["projection"]["recipe"] if same else None
         if other not in (recipe, None):
             raise OutputExistsError(
                 f"{path.parent} holds features by recipe {other} ({sidecar.stem}), which cannot "
@@ -245,36 +204,10 @@ def _check_recipe(path: Path, asked: Mapping[str, Any]) -> None:
             return
 
 
-def _is_resumable(asked: Mapping[str, Any]) -> bool:
-    return asked["source_identity"] is not None
-
-
-def _resume(work: Work, path: Path, asked: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """Resume what an earlier run left, or discard it; tell whether that completed the output."""
-    started = work.started()
-    different = "" if started is None else differences(started, asked)
-    if not _is_resumable(asked) or (different and overwrite):
-        work.discard()
-        return False
-    if different:
-        raise OutputExistsError(
-            f"{path} was started with other settings: {different}; use the same ones to resume it, "
-            f"or {_REDO}"
-        )
-    if work.publish():
-        return True
-    work.resume()
-    if work.frames:
-        logger.info("resuming %s after %d frames", path, work.frames)
-    return False
-
-
 def _encode(
     adapter: CoSettleAdapter,
     source: Any,
-    work: Work,
-    store: type[Store],
-    asked: Mapping[str, Any],
+    record: RunRecord,
     settings: ExtractSettings,
     select: FrameSelection,
     on_chunk: Callable[[int], None],
@@ -283,9 +216,9 @@ def _encode(
 
     Decoding runs ahead in a thread, and a batch is written while the next one is encoded.
     """
-    done, batch_size = work.frames, settings.batch_size
+    done, batch_size = len(record.timestamps), settings.batch_size
     skip = done
-    if asked["settings"]["settle"]:
+    if record.asked["settings"]["settle"]:
         skip = 0
     elif settings.temporal_fusion is not None:  # whole batches on which no frame to come depends
         skip = max(0, done - WINDOW) // batch_size * batch_size
@@ -299,29 +232,29 @@ def _encode(
         settle=settings.settle,
         temporal_fusion=settings.temporal_fusion,
     )
-
-    def write(record: RunRecord, wait: Callable[[], Tensor], timestamps: Tensor) -> None:
-        work.append(record, wait(), timestamps)
-
+    dtype = getattr(torch, record.asked["storage"])
+    written: Future[None] | None = None
     try:
         with (
             contextlib.closing(chunks),  # type: ignore[type-var]
             ThreadPoolExecutor(1, "cosettle-writer") as writer,
         ):
-            written: Future[None] | None = None
             try:
                 for chunk in chunks:
                     if chunk.start < done:
                         continue  # encoded only for those that depend on it
-                    features, geometry = store.arrange(
-                        chunk.features, chunk.geometry, first=chunk.start
-                    )
-                    _, channels, height, width = features.shape
-                    record = RunRecord(asked, (channels, height, width), geometry)
-                    arriving = _to_cpu(features.to(record.dtype))
+                    features, geometry = chunk.features, chunk.geometry
+                    if record.asked["format"] == "dino-tracker":
+                        stride = 7 if geometry.stride == 7 else 14
+                        features = dino_tracker.arrange(
+                            features, geometry, stride=stride, first=chunk.start
+                        )
+                        geometry = dino_tracker.cells(stride, frame=geometry.frame)
                     if written is not None:
                         written.result()
-                    written = writer.submit(write, record, arriving, chunk.timestamps)
+                    written = writer.submit(
+                        record.append, features.to(dtype), geometry, chunk.timestamps
+                    )
                     done += len(chunk.timestamps)
                     on_chunk(done)
             except TruncatedVideoError as error:
@@ -331,31 +264,11 @@ def _encode(
             finally:
                 if written is not None:
                     written.result()
-    except FrameError:
-        work.kept = False  # the source is at fault, so there is nothing to resume
-        raise
-    except BaseException:
-        if work.kept and work.frames:
-            logger.warning(
-                "%d frames are kept in %s: the same call resumes after them",
-                work.frames,
-                work.folder,
-            )
+    except BaseException as error:
+        # nothing is to be resumed where the source is at fault
+        record.keep &= bool(record.timestamps) and not isinstance(error, FrameError)
+        if record.keep:
+            kept = "%d frames are kept in %s: the same call resumes after them"
+            logger.warning(kept, len(record.timestamps), record.folder)
         raise
     return None
-
-
-def _to_cpu(features: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy features to the CPU; return what waits for them, in another thread."""
-    if features.device.type != "cuda":
-        return features.cpu
-    target = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
-    target.copy_(features, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record(torch.cuda.current_stream(features.device))
-
-    def wait() -> Tensor:
-        arrived.synchronize()
-        return target
-
-    return wait

@@ -1,4 +1,4 @@
-"""How features are computed and stored: the options of an extraction.
+"""What can be asked of an extraction, and the errors that refuse it.
 
 Without ``from __future__ import annotations``, so that the command line can derive its options.
 """
@@ -10,10 +10,35 @@ import torch
 
 from cosettle_adapter.adapter import DEFAULT_BATCH_SIZE, Size
 from cosettle_adapter.correspondence.fusion import FusionMode
+from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.video import Fit
 
 FormatName = Literal["safetensors", "zarr", "npy-memmap", "dino-tracker"]
 StorageName = Literal["float32", "bfloat16", "float16"]
+
+
+class ExtractionError(CosettleError, RuntimeError):
+    """An extraction that cannot be done as it was asked for."""
+
+
+class FormatError(ExtractionError, ValueError):
+    """A format that does not exist, or that cannot hold the features."""
+
+
+class OutputExistsError(ExtractionError, FileExistsError):
+    """The output exists, or was started, with other settings."""
+
+
+class OutputBusyError(ExtractionError, BlockingIOError):
+    """Another run is writing this output."""
+
+
+class EngineError(ExtractionError):
+    """The Ray cluster failed."""
+
+
+class DinoTrackerError(CosettleError, ValueError):
+    """A backbone or features that DINO-Tracker cannot use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +64,3 @@ class ExtractSettings:
     settle: bool | None = None
     temporal_fusion: FusionMode | None = None
     storage: StorageName | torch.dtype | None = None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cosettle_adapter.visualization.colours import colour_scale, distinct_colours
+from cosettle_adapter.visualization.drawing import colour_scale, distinct_colours
 from cosettle_adapter.visualization.films import write_film
-from cosettle_adapter.visualization.masks import overlay_masks
+from cosettle_adapter.visualization.overlays import draw_tracks, overlay_masks
 from cosettle_adapter.visualization.panels import (
     comparison_picture,
     feature_panels,
@@ -18,7 +18,6 @@ from cosettle_adapter.visualization.similarity import (
     similarity_maps,
     similarity_peaks,
 )
-from cosettle_adapter.visualization.trails import draw_tracks
 
 __all__ = [
     "PCABasis",

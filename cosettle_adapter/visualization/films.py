@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
+from cosettle_adapter.visualization.drawing import to_image
 
 _SUFFIXES = (".mp4", ".gif", ".png", ".webp")
 _CRF = "18"  # visually lossless H.264
@@ -32,26 +33,21 @@ def write_film(
 ) -> Path:
     """Write frames as an H.264 film or an animated picture, by the suffix of ``path``.
 
-    The file is written under a temporary name beside ``path`` and renamed when it is complete: an
-    error or an interrupt leaves whatever stood there before.
+    An error or an interrupt leaves whatever stood there before.
 
     Args:
         frames: ``(T, 3, H, W)`` uint8, or an iterable of ``(3, H, W)`` uint8 frames, all of one
             size. For ``.mp4`` they are encoded one by one as they come; an odd last row or
             column is doubled, because H.264 wants even sides.
-        path: ``.mp4`` (H.264, needs PyAV), ``.gif``, ``.webp`` or ``.png`` (animated when there
-            is more than one frame; need Pillow). Missing folders are created.
+        path: ``.mp4`` (needs PyAV), ``.gif``, ``.webp`` or ``.png`` (animated when there is more
+            than one frame). Missing folders are created.
         fps: frames per second.
         palette: write a ``.png`` in the 256 colours that suit all frames, as every ``.gif`` is:
             a third of the size.
 
-    Returns:
-        The path written.
-
     Raises:
-        ValueError: an unknown suffix, or a frame rate that is not positive.
-        FrameError: no frames, or a frame that is not uint8 ``(3, H, W)`` or changes size.
-        MissingExtraError: PyAV or Pillow is not installed.
+        ValueError, FrameError: a suffix, frame rate or frame that no film can have, or no frames.
+        MissingExtraError: PyAV is not installed.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -62,42 +58,47 @@ def write_film(
         )
     if not fps > 0:
         raise ValueError(f"got fps={fps}, expected a positive number of frames per second.")
-    first, every = _checked(frames)
+    checked = _checked(frames)
     with atomic_path(path) as temporary:
         if suffix == ".mp4":
-            _write_h264(first, every, temporary, fps)
+            _write_h264(checked, temporary, fps)
         else:
-            _write_pillow(every, temporary, suffix, fps, palette)
+            images = [to_image(frame) for frame in checked]
+            if suffix == ".gif" or (palette and suffix == ".png"):
+                images = _in_one_palette(images)
+            options: dict[str, Any] = {"format": suffix[1:].upper()}
+            if len(images) > 1:
+                options |= {"save_all": True, "append_images": images[1:]}
+                options |= {"duration": round(1000 / fps), "loop": 0}
+            if suffix == ".webp":
+                options |= {"quality": 90, "method": 4}
+            images[0].save(temporary, **options)
     return path
 
 
-def _checked(frames: Tensor | Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
-    """Return the first frame, and all of them (the first again), each checked when it is taken."""
-    remaining = iter(frames)
-    try:
-        first = next(remaining)
-    except StopIteration:
-        raise FrameError("got no frames to write; a film needs at least one.") from None
-
-    def every() -> Iterator[Tensor]:
-        for index, frame in enumerate(chain([first], remaining)):
-            if frame.ndim != 3 or len(frame) != 3 or frame.dtype != torch.uint8:
-                raise FrameError(
-                    f"got frame {index} of shape {tuple(frame.shape)} and dtype {frame.dtype}, "
-                    "expected (3, H, W) uint8 in [0, 255]."
-                )
-            if frame.shape != first.shape:
-                raise FrameError(
-                    f"got frame {index} of shape {tuple(frame.shape)} after frames of shape "
-                    f"{tuple(first.shape)}; all frames of a film must have one size."
-                )
-            yield frame
-
-    return first, every()
+def _checked(frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the frames, each checked when it is taken."""
+    shape: torch.Size | None = None
+    for index, frame in enumerate(frames):
+        if frame.ndim != 3 or len(frame) != 3 or frame.dtype != torch.uint8:
+            raise FrameError(
+                f"got frame {index} of shape {tuple(frame.shape)} and dtype {frame.dtype}, "
+                "expected (3, H, W) uint8 in [0, 255]."
+            )
+        if frame.shape != (shape or frame.shape):
+            raise FrameError(
+                f"got frame {index} of shape {tuple(frame.shape)} after frames of shape "
+                f"{tuple(shape or ())}; all frames of a film must have one size."
+            )
+        shape = frame.shape
+        yield frame
+    if shape is None:
+        raise FrameError("got no frames to write; a film needs at least one.")
 
 
-def _write_h264(first: Tensor, frames: Iterator[Tensor], path: Path, fps: float) -> None:
+def _write_h264(frames: Iterator[Tensor], path: Path, fps: float) -> None:
     av = require("av", extra="viz", purpose="writing .mp4 films")
+    first = next(frames)
     height, width = first.shape[1:]
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         rate = Fraction(fps).limit_denominator(1001)
@@ -108,44 +109,21 @@ def _write_h264(first: Tensor, frames: Iterator[Tensor], path: Path, fps: float)
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
         codec.color_range = 1  # limited
-        for frame in frames:
+        for frame in chain([first], frames):
             even = F.pad(frame[None].float(), (0, width % 2, 0, height % 2), mode="replicate")[0]
-            picture = av.VideoFrame.from_ndarray(_array(even.to(torch.uint8)), format="rgb24")
+            picture = av.VideoFrame.from_image(to_image(even.to(torch.uint8)))
             converted = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
             container.mux(stream.encode(converted))
         container.mux(stream.encode())
 
 
-def _write_pillow(
-    frames: Iterator[Tensor], path: Path, suffix: str, fps: float, palette: bool
-) -> None:
-    image_module = require("PIL.Image", extra="viz", purpose=f"writing {suffix} pictures")
-    images = [image_module.fromarray(_array(frame)) for frame in frames]
-    options: dict[str, Any] = {"format": suffix[1:].upper()}
-    if len(images) > 1:
-        duration = round(1000 / fps)
-        options |= {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
-    if suffix == ".gif" or (palette and suffix == ".png"):
-        colours = _palette(images)
-        plain = image_module.Dither.NONE  # dithering noise would flicker
-        images = [image.quantize(palette=colours, dither=plain) for image in images]
-        options |= {"append_images": images[1:]} if len(images) > 1 else {}
-    if suffix == ".webp":
-        options |= {"quality": 90, "method": 4}
-    images[0].save(path, **options)
-
-
-def _palette(images: list[Any]) -> Any:
-    """One palette for all frames: one a frame would make still colours flicker."""
-    image_module = require("PIL.Image", extra="viz", purpose="writing pictures")
+def _in_one_palette(images: list[Image.Image]) -> list[Image.Image]:
+    """Reduce colours by one palette for all frames: one a frame would make still ones flicker."""
     chosen = images[:: max(1, len(images) // _PALETTE_FRAMES)]
     width, height = images[0].size
-    mosaic = image_module.new("RGB", (width, height * len(chosen)))
+    mosaic = Image.new("RGB", (width, height * len(chosen)))
     for index, image in enumerate(chosen):
         mosaic.paste(image, (0, index * height))
-    return mosaic.quantize(256, kmeans=1)  # median cut alone leaves gaps
-
-
-def _array(frame: Tensor) -> Any:
-    require("numpy", extra="viz", purpose="writing films")
-    return rearrange(frame, "c h w -> h w c").contiguous().cpu().numpy()
+    colours = mosaic.quantize(256, kmeans=1)  # median cut alone leaves gaps
+    plain = Image.Dither.NONE  # dithering noise would flicker
+    return [image.quantize(palette=colours, dither=plain) for image in images]

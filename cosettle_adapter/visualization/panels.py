@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.imports import require
+from cosettle_adapter.video.arrays import image_to_frame
+from cosettle_adapter.visualization.drawing import check_frames
 from cosettle_adapter.visualization.films import write_film
 from cosettle_adapter.visualization.pca import fit_pca, pca_frames
-from cosettle_adapter.visualization.pixels import check_frames
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _BACKGROUND = (18, 20, 24)
 _TEXT = (236, 238, 241)
 _MARGIN = 8  # pixels between panels and around captions
 _NOTE = 28  # pixels, height of a line of small text
+_MOMENTS = 3  # frames of a still picture
 
 
 def feature_panels(
@@ -40,9 +39,6 @@ def feature_panels(
 
     Returns:
         ``(T, 3, H, W)`` uint8 for ``"frame"`` and each caption, in this order.
-
-    Raises:
-        GeometryError: features that :func:`fit_pca` cannot take, or on different grids.
     """
     height, width = frames.shape[-2:]
     panels = {"frame": frames}
@@ -65,24 +61,8 @@ def pca_film(
 ) -> Path:
     """Write a film of a clip beside the PCA colours of its features.
 
-    Args:
-        frames: ``(T, 3, H, W)`` uint8.
-        features: ``(T, C, h, w)`` floats, or several by caption, as in :func:`feature_panels`.
-        path: ``.mp4``, ``.gif``, ``.webp`` or ``.png``, as in :func:`write_film`.
-        fps: frames per second.
-        mode: ``"nearest"`` or ``"bilinear"``, as in :func:`pca_frames`.
-
-    Returns:
-        The path written.
-
-    Raises:
-        FrameError: frames of another kind, or not one for each feature map.
-        GeometryError: features that :func:`fit_pca` cannot take, or on different grids.
-        MissingExtraError: Pillow, or PyAV for ``.mp4``, is not installed.
-
-    Example:
-        >>> raw, features = adapter(frames, return_backbone=True)  # doctest: +SKIP
-        >>> pca_film(frames, {"raw": raw, "adapted": features}, "film.mp4")  # doctest: +SKIP
+    Args and errors are those of :func:`feature_panels` and :func:`write_film`; ``features`` are
+    ``(T, C, h, w)`` floats, or several by caption: ``{"raw": raw, "adapted": features}``.
     """
     check_frames(frames)
     named = {"features": features} if isinstance(features, Tensor) else features
@@ -104,62 +84,49 @@ def time_slice(clip: Tensor, row: int, *, height: int | None = None) -> Tensor:
 
     Raises:
         FrameError: a clip that is not ``(T, C, H, W)``.
-        ValueError: a row that there is not, or ``height`` below 1.
+        ValueError: a row that there is not.
     """
     if clip.ndim != 4:
         raise FrameError(f"got a clip of shape {tuple(clip.shape)}, expected (T, C, H, W).")
     if not 0 <= row < clip.shape[2]:
         raise ValueError(f"got row={row}, expected 0 to {clip.shape[2] - 1}.")
-    height = len(clip) if height is None else height
-    if height < 1:
-        raise ValueError(f"got height={height}, expected at least 1.")
+    height = height or len(clip)
     times = torch.arange(height) * len(clip) // height
     return rearrange(clip[times, :, row], "t c w -> c t w")
 
 
 def comparison_picture(
-    panels: Mapping[str, Tensor],
-    *,
-    row: int,
-    moments: int = 3,
-    notes: Mapping[str, str] | None = None,
+    panels: Mapping[str, Tensor], *, row: int, notes: Mapping[str, str]
 ) -> Tensor:
-    """Lay out clips as one picture: a column each, with moments above and a row over time below.
+    """Lay out clips as one picture: a column each, with three moments above a row over time.
 
     Args:
         panels: as in :func:`side_by_side`.
         row: row of pixels, marked in each moment, whose :func:`time_slice` is shown.
-        moments: evenly spaced ones; no more than there are frames are shown.
         notes: caption to lines of text below its column.
 
     Returns:
         ``(3, H', W')`` uint8.
-
-    Raises:
-        FrameError: as in :func:`side_by_side`.
-        ValueError: ``moments`` below 1, or a row that there is not.
     """
-    if moments < 1:
-        raise ValueError(f"got moments={moments}, expected at least 1.")
     _check_panels(panels)
-    notes = notes or {}
-    lines = max((len(note.splitlines()) for note in notes.values()), default=0)
+    texts = {caption: notes.get(caption, "").splitlines() for caption in panels}
+    lines = max(map(len, texts.values()))
     columns = {}
     for caption, clip in panels.items():
         length, _, height, width = clip.shape
-        times = torch.linspace(0, length - 1, min(moments, length)).round().long()
+        times = torch.linspace(0, length - 1, min(_MOMENTS, length)).round().long()
         stretched = length * max(1, round(1.5 * height / length))
         over_time = time_slice(clip.cpu(), row, height=stretched)
         stills = clip.cpu()[times]
         stills[:, :, row] = 255
-        gap = _plain(len(stills), _MARGIN, width)
+        stacked = torch.cat([stills, _plain(len(stills), _MARGIN, width)], dim=2)
         parts = [
-            rearrange(torch.cat([stills, gap], dim=2), "t c h w -> c (t h) w")[:, :-_MARGIN],
+            rearrange(stacked, "t c h w -> c (t h) w")[:, :-_MARGIN],
             _caption("the marked row over time, downwards", _NOTE, width),
             over_time,
         ]
-        text = notes.get(caption, "").splitlines()
-        parts += [_caption(line, _NOTE, width) for line in text + [""] * (lines - len(text))]
+        text = texts[caption] + [""] * (lines - len(texts[caption]))
+        parts += [_caption(line, _NOTE, width) for line in text]
         columns[caption] = rearrange(torch.cat(parts, dim=1), "c h w -> 1 c h w")
     return side_by_side(columns)[0]
 
@@ -168,22 +135,21 @@ def side_by_side(panels: Mapping[str, Tensor]) -> Tensor:
     """Place clips beside one another, each with its caption on a strip above.
 
     Args:
-        panels: caption to clip, each ``(T, 3, H, W)`` uint8 in [0, 255] with the same ``T`` and
-            ``H``; widths may differ.
+        panels: caption to clip, each ``(T, 3, H, W)`` uint8 with the same ``T`` and ``H``; widths
+            may differ.
 
     Returns:
         ``(T, 3, H', W')`` uint8, both sides even (video codecs want them so).
 
     Raises:
         FrameError: no panels, or panels of another kind, length or height.
-        MissingExtraError: Pillow is not installed.
     """
     _check_panels(panels)
     clips = [clip.cpu() for clip in panels.values()]
-    length, _, height, _ = clips[0].shape
-    strip = _caption_height(height, clips[0].shape[-1]) + 2 * _MARGIN
+    length, _, height, first_width = clips[0].shape
+    strip = max(10, min(28, min(height, first_width) // 10)) + 2 * _MARGIN
     width = sum(clip.shape[-1] for clip in clips) + _MARGIN * (len(clips) - 1)
-    canvas = _plain(length, _even(strip + height), _even(width))
+    canvas = _plain(length, strip + height + (strip + height) % 2, width + width % 2)
     left = 0
     for caption, clip in zip(panels, clips, strict=True):
         right = left + clip.shape[-1]
@@ -210,33 +176,18 @@ def _check_panels(panels: Mapping[str, Tensor]) -> None:
         )
 
 
-def _even(length: int) -> int:
-    return length + length % 2
-
-
 def _plain(length: int, height: int, width: int) -> Tensor:
     colour = rearrange(torch.tensor(_BACKGROUND, dtype=torch.uint8), "c -> c 1 1")
     return colour.expand(length, 3, height, width).clone()
 
 
-def _caption_height(height: int, width: int) -> int:
-    return max(10, min(28, min(height, width) // 10))
-
-
 def _caption(text: str, height: int, width: int) -> Tensor:
     """``(3, height, width)`` uint8 strip with the text left-aligned, shrunk until it fits."""
-    image_module = require("PIL.Image", extra="viz", purpose="writing captions")
-    draw_module = require("PIL.ImageDraw", extra="viz", purpose="writing captions")
-    numpy = require("numpy", extra="viz", purpose="writing captions")
-    strip = image_module.new("RGB", (width, height), _BACKGROUND)
-    draw = draw_module.Draw(strip)
+    strip = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(strip)
     size = height - 2 * _MARGIN
-    while size > 6 and draw.textlength(text, font=_font(size)) > width - 2 * _MARGIN:
+    while size > 6 and draw.textlength(text, font_size=size) > width - 2 * _MARGIN:
         size -= 1
-    draw.text((_MARGIN, height / 2), text, fill=_TEXT, font=_font(size), anchor="lm")
-    return rearrange(torch.from_numpy(numpy.array(strip)), "h w c -> c h w")
-
-
-def _font(size: int) -> Any:
-    fonts = require("PIL.ImageFont", extra="viz", purpose="writing captions")
-    return fonts.load_default(size)
+    font = ImageFont.load_default(size)
+    draw.text((_MARGIN, height / 2), text, fill=_TEXT, font=font, anchor="lm")
+    return image_to_frame(strip)

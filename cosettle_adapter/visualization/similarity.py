@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import torch
 from einops import einsum, rearrange
+from PIL import ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.correspondence.matching import unit_map
 from cosettle_adapter.errors import FrameError, GeometryError
+from cosettle_adapter.video.arrays import image_to_frame
 from cosettle_adapter.video.geometry import Geometry, resample_to_points
-from cosettle_adapter.visualization.colours import colour_scale
-from cosettle_adapter.visualization.pixels import (
-    FRAMES_AT_ONCE,
+from cosettle_adapter.visualization.drawing import (
     at_pixels,
     check_frames,
-    check_geometry,
-    pixel_centres,
+    colour_scale,
+    to_image,
 )
 
 _LUMA = (0.299, 0.587, 0.114)
 _DIM = 0.7  # of the frame under the heat, so that the brightest thing is the heat
+_OPACITY = 0.8  # of the heat at its brightest
 _RING = 0.022  # radius of the ring around a peak, as a share of the short side
 
 
@@ -28,9 +29,9 @@ _RING = 0.022  # radius of the ring around a peak, as a share of the short side
 def similarity_maps(
     features: Tensor, geometry: Geometry, point: tuple[float, float], *, frame: int = 0
 ) -> Tensor:
-    """Compare every cell of a clip with the feature at one point of one frame.
+    """Compare every patch of a clip with the feature at one point of one frame.
 
-    The point's feature is read bilinearly between cells of unit length.
+    The point's feature is read bilinearly between patches of unit length.
 
     Args:
         features: ``(T, C, h, w)`` floats on the geometry's grid.
@@ -42,8 +43,7 @@ def similarity_maps(
         ``(T, h, w)`` float32 cosines in [-1, 1] on the CPU.
 
     Raises:
-        FrameError: no such frame.
-        GeometryError: a point outside the frame, or features on another grid.
+        FrameError, GeometryError: no such frame, a point outside it, or another grid.
     """
     if not -len(features) <= frame < len(features):
         raise FrameError(f"got frame={frame} of a clip of {len(features)}, counted from 0.")
@@ -57,19 +57,18 @@ def similarity_maps(
     unit = rearrange(unit_map(features[frame]), "c h w -> 1 c h w")
     where = torch.tensor([[x, y]], dtype=torch.float64)
     query = F.normalize(resample_to_points(unit, geometry, where), dim=1)
-    maps = [_cosine(each, rearrange(query, "1 c 1 -> c")) for each in features]
-    return torch.stack(maps).cpu()
+    query = rearrange(query, "1 c 1 -> c").to(features.device)
+    maps = []
+    for each in features:  # without a copy of unit length
+        along = einsum(each.to(query.dtype), query, "c h w, c -> h w")
+        maps.append((along / each.to(query.dtype).norm(dim=0).clamp_min(1e-12)).clamp(-1, 1))
+    return torch.stack(maps).float().cpu()
 
 
 def similarity_peaks(maps: Tensor, geometry: Geometry) -> Tensor:
-    """Return the pixel (x, y) of the most similar cell's centre in every frame.
+    """Return the pixels (x, y) of the centres of the most similar patches: ``(T, 2)`` float64.
 
-    Args:
-        maps: ``(T, h, w)`` on the geometry's grid.
-        geometry: how the frames became that grid.
-
-    Returns:
-        ``(T, 2)`` float64 pixels of the original frame.
+    ``maps`` are ``(T, h, w)`` on the geometry's grid.
     """
     best = rearrange(maps, "t h w -> t (h w)").argmax(dim=1).cpu()
     return rearrange(geometry.cell_centers(), "h w xy -> (h w) xy")[best]
@@ -81,7 +80,6 @@ def similarity_frames(
     geometry: Geometry,
     *,
     limits: tuple[float, float] = (0.0, 1.0),
-    opacity: float = 0.8,
     mark_peaks: bool = True,
 ) -> Tensor:
     """Lay maps over dimmed grey frames as heat: the more similar, the brighter and denser.
@@ -90,66 +88,45 @@ def similarity_frames(
         frames: ``(T, 3, H, W)`` uint8.
         maps: ``(T, h, w)`` floats, as :func:`similarity_maps` returns them.
         geometry: how the frames became the maps' grid.
-        limits: values at the two ends of the colours; give several clips the same ones to
-            compare them.
-        opacity: of the heat at its brightest, in [0, 1].
-        mark_peaks: draw a ring around the most similar cell of every frame.
+        limits: values at the two ends of the colours, ascending; give several clips the same ones
+            to compare them.
+        mark_peaks: draw a ring around the most similar patch of every frame.
 
     Returns:
         ``(T, 3, H, W)`` uint8 on the CPU.
 
     Raises:
-        FrameError: frames of another kind, or another number of maps.
-        GeometryError: frames or maps of another size than the geometry's.
-        ValueError: limits that are not ascending, or an opacity outside [0, 1].
+        FrameError, GeometryError: frames, maps and geometry that do not fit together.
     """
-    length, height, width = check_frames(frames)
-    check_geometry(frames, geometry)
+    length, height, width = check_frames(frames, geometry)
     low, high = limits
-    if not low < high:
-        raise ValueError(f"got limits={limits}, expected a lower and a higher value.")
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"got opacity={opacity}, expected a share in [0, 1].")
     if maps.ndim != 3 or len(maps) != length:
         raise FrameError(
             f"got maps of shape {tuple(maps.shape)} for {length} frames, expected ({length}, h, w)."
         )
-    values = rearrange((maps.float().cpu() - low) / (high - low), "t h w -> t 1 h w").clamp(0, 1)
-    painted = []
-    chunks = (torch.split(clip, FRAMES_AT_ONCE) for clip in (frames.cpu(), values))
-    for pictures, chunk in zip(*chunks, strict=True):
-        fine = rearrange(at_pixels(chunk, geometry), "t 1 h w -> t h w")
-        heated = [_heated(*each, opacity) for each in zip(pictures, fine, strict=True)]
-        painted.append(torch.stack(heated))
-    drawn = torch.cat(painted)
-    if mark_peaks:
-        centres = pixel_centres(height, width)
-        radius = max(3.0, _RING * min(height, width))
-        for picture, peak in zip(drawn, similarity_peaks(maps, geometry), strict=True):
-            _draw_ring(picture, (centres - peak).norm(dim=-1), radius)
-    return drawn
+    radius, luma = max(3.0, _RING * min(height, width)), torch.tensor(_LUMA)
+    drawn = []
+    for frame, each, peak in zip(
+        frames.cpu(), maps.float().cpu(), similarity_peaks(maps, geometry).tolist(), strict=True
+    ):
+        values = rearrange((each - low) / (high - low), "h w -> 1 1 h w").clamp(0, 1)
+        rgba = heat(at_pixels(values, geometry)[0, 0])
+        grey = _DIM * einsum(frame.float(), luma, "c h w, c -> h w").expand(3, -1, -1)
+        heated = torch.lerp(grey, rgba[:3].float(), rgba[3:] / 255).round().to(torch.uint8)
+        if mark_peaks:
+            image = to_image(heated)
+            draw = ImageDraw.Draw(image)
+            for thickness, colour in ((0.9, "black"), (0.4, "white")):
+                reach = radius * (1 + thickness / 2)
+                line = max(1, round(radius * thickness))
+                draw.circle(peak, reach, outline=colour, width=line)
+            heated = image_to_frame(image)
+        drawn.append(heated)
+    return torch.stack(drawn)
 
 
-def _heated(picture: Tensor, values: Tensor, opacity: float) -> Tensor:
-    """A frame ``(3, H, W)``, dimmed and grey, under the heat of ``(H, W)`` values in [0, 1]."""
-    grey = _DIM * einsum(picture.float(), torch.tensor(_LUMA), "c h w, c -> h w")
-    colours = rearrange(colour_scale(values), "h w c -> c h w").float()
-    cover = opacity * values * (2 - values)  # rises at once: weak likeness is seen as well
-    return torch.lerp(grey.expand_as(colours), colours, cover).round().to(torch.uint8)
-
-
-def _cosine(features: Tensor, query: Tensor) -> Tensor:
-    """Cosine of every cell ``(C, h, w)`` with a unit ``(C,)``, without a copy of unit length."""
-    features = features.to(query.dtype)
-    along = einsum(features, query.to(features.device), "c h w, c -> h w")
-    cosine: Tensor = along / features.norm(dim=0).clamp_min(1e-12)
-    return cosine.clamp(-1, 1).float()
-
-
-def _draw_ring(picture: Tensor, distance: Tensor, radius: float) -> None:
-    """Draw a white ring with dark rims into ``(3, H, W)`` uint8, with soft edges."""
-    near = distance < 2 * radius + 1
-    for width, value in ((radius / 2.2, 0.0), (radius / 5, 255.0)):
-        cover = (width + 0.5 - (distance[near] - radius).abs()).clamp(0, 1).float()
-        inked = torch.lerp(picture[:, near].float(), torch.tensor(value), cover)
-        picture[:, near] = inked.round().to(torch.uint8)
+def heat(values: Tensor) -> Tensor:
+    """Return values ``(H, W)`` in [0, 1] as uint8 colours and opacity, ``(4, H, W)``."""
+    cover = _OPACITY * values * (2 - values)  # rises at once: weak likeness is seen as well
+    rgba = [colour_scale(values), (255 * cover).round().to(torch.uint8)[..., None]]
+    return rearrange(torch.cat(rgba, dim=-1), "h w c -> c h w")

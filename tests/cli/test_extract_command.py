@@ -11,7 +11,7 @@ from training_fakes import small_backbone
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.cli import main
 from cosettle_adapter.cli.common import ModelOptions
-from cosettle_adapter.extraction import Job, extract_many, read_features
+from cosettle_adapter.extraction import Job, Outcome, extract_many, read_features
 from cosettle_adapter.extraction.ray import RayOptions
 
 from helpers import projection_for, write_video
@@ -56,7 +56,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_files(
     command = ["extract", str(videos), "-o", str(tmp_path / "out"), "--format", "npy-memmap"]
     assert main(command) == 1
     said = capsys.readouterr().out
-    assert "4 videos" in said
+    assert "4 sources, 4 to do" in said
     assert "3 written, 1 failed" in said
     assert f"failed: {videos / 'bad.mp4'} cannot be read as a video" in said
     assert names(tmp_path / "out") == [f"{n}.npy{s}" for n in "abc" for s in ("", ".json")]
@@ -94,13 +94,17 @@ def test_options_reach_the_extraction(videos: Path, tmp_path: Path) -> None:
 
 
 def test_ray_spreads_the_videos(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[dict[str, object]]
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loaded: list[dict[str, object]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     spread: list[RayOptions] = []
 
     def here(make: Any, jobs: list[Job], *, how: RayOptions, on_retry: Any, **options: Any) -> Any:
         spread.append(how)
-        on_retry([])
+        on_retry(Outcome(jobs[0], error="out of memory"))
         return extract_many(make(), jobs, **options)
 
     monkeypatch.setattr("cosettle_adapter.cli.extract.extract_with_ray", here)
@@ -111,6 +115,7 @@ def test_ray_spreads_the_videos(
     assert main([*command, "--workers", "2", "--retries", "0", "--device", "cuda"]) == 0
     assert spread == [RayOptions(workers=2, gpus_per_worker=1, retries=0)]
     assert [call["device"] for call in loaded] == ["cpu", "cuda"]
+    assert "a.mp4 is tried again: out of memory" in capsys.readouterr().out
     assert names(tmp_path / "out")[::2] == [f"{name}.safetensors" for name in "abc"]
 
 
@@ -122,12 +127,12 @@ def test_shards_share_the_videos(
 ) -> None:
     command = ["extract", str(videos), "-o", str(tmp_path / "out")]
     assert main([*command, "--shard", "0/2"]) == 0
-    assert "3 videos; 2 in shard 0/2 (--shard)" in capsys.readouterr().out
+    assert "3 sources, 2 to do of shard 0/2 (--shard)" in capsys.readouterr().out
     assert names(tmp_path / "out")[::2] == ["a.safetensors", "c.safetensors"]
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "2")
     assert main(command) == 0
-    assert "1 in shard 1/2 (SLURM_PROCID)" in capsys.readouterr().out
+    assert "1 to do of shard 1/2 (SLURM_PROCID)" in capsys.readouterr().out
     assert names(tmp_path / "out")[::2] == [f"{name}.safetensors" for name in "abc"]
     assert main([*command, "--shard", "3/2"]) == 1
 
@@ -188,6 +193,6 @@ def test_ctrl_c_says_that_the_work_is_kept(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cosettle_adapter.extraction.work.Work.append", interrupt)
+    monkeypatch.setattr("cosettle_adapter.extraction.record.RunRecord.append", interrupt)
     assert main(["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.npy")]) == 130
     assert "the same command resumes from there" in capsys.readouterr().err

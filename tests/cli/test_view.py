@@ -13,7 +13,7 @@ import pytest
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.cli import main
 from cosettle_adapter.cli.common import ModelOptions
-from cosettle_adapter.visualization.viewer_server import ViewerServer
+from cosettle_adapter.visualization.viewer import ViewerServer
 
 from helpers import write_video
 

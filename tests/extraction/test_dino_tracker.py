@@ -22,7 +22,7 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import extract
 from cosettle_adapter.extraction.dino_tracker import arrange, cells
-from cosettle_adapter.extraction.errors import DinoTrackerError, FormatError
+from cosettle_adapter.extraction.settings import DinoTrackerError, FormatError
 
 GRIDS = {7: (67, 121), 14: (34, 61)}
 
@@ -84,6 +84,10 @@ def test_frames_of_another_size_are_mapped_onto_the_same_patches() -> None:
     torch.testing.assert_close(arrange(grid, geometry, stride=14)[:, :48], grid, rtol=0, atol=0)
     enlarged = arrange(grid, geometry, stride=7)
     torch.testing.assert_close(enlarged[:, :48, ::2, ::2], grid, rtol=0, atol=1e-5)
+    for value, what in ((0.0, "zero"), (float("nan"), "not finite")):  # its losses would break
+        grid[1, :, 3, 4] = value
+        with pytest.raises(DinoTrackerError, match=f"frame 6 at row 3, column 4 is {what}"):
+            arrange(grid, geometry, stride=14, first=5)
 
 
 def test_best_buddies_follow_a_shift_and_the_residual_fits() -> None:
@@ -96,14 +100,6 @@ def test_best_buddies_follow_a_shift_and_the_residual_fits() -> None:
     moved = (target - source == torch.tensor([28.0, 0.0])).all(dim=1)
     assert moved.float().mean() > 0.95
     torch.testing.assert_close(refined(features, 14), features)
-
-
-@pytest.mark.parametrize(("value", "what"), [(0.0, "zero"), (float("nan"), "not finite")])
-def test_features_that_would_break_its_losses(value: float, what: str) -> None:
-    features = torch.ones(2, 8, 34, 61)
-    features[1, :, 3, 4] = value
-    with pytest.raises(DinoTrackerError, match=f"frame 6 at row 3, column 4 is {what}"):
-        arrange(features, cells(14), stride=14, first=5)
 
 
 def test_the_format_writes_what_the_tracker_reads_and_resumes(tmp_path: Path) -> None:

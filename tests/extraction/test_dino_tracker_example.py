@@ -28,7 +28,7 @@ from torchvision import transforms
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.extraction.errors import DinoTrackerError
+from cosettle_adapter.extraction.settings import DinoTrackerError
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "dino_tracker_features.py"
 FEATURES = Path("dino_embeddings", "dino_embed_video.pt")
@@ -112,7 +112,7 @@ def test_the_folder_it_makes(
         }
 
 
-def run_commands(text: str, tmp_path: Path) -> list[list[str]]:
+def run_commands(printed: str, tmp_path: Path) -> list[list[str]]:
     """What a python is called with, that only records where it is and what it was given."""
     (tmp_path / "bin").mkdir()
     fake, record = tmp_path / "bin" / "python", tmp_path / "record"
@@ -120,7 +120,8 @@ def run_commands(text: str, tmp_path: Path) -> list[list[str]]:
     fake.chmod(0o755)
     path = f"{fake.parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "RECORD": str(record)}
-    subprocess.run(["sh", "-eu", "-c", text], check=True, env=environment)
+    script = printed.partition("environment:\n")[2]
+    subprocess.run(["sh", "-eu", "-c", script], check=True, env=environment)
     return [call.strip().splitlines() for call in record.read_text().split("---\n") if call]
 
 
@@ -130,7 +131,7 @@ def test_the_commands_it_prints(
     made = prepare()
     printed = capsys.readouterr().out
     assert "out put: features (3, 1024, 34, 61), mean length" in printed
-    calls = run_commands(printed.partition("environment:\n")[2], tmp_path)
+    calls = run_commands(printed, tmp_path)
     assert all(call[:2] == [str(repo), str(repo)] for call in calls)
     assert [call[2] for call in calls] == [
         "preprocessing/extract_trajectories.py",
@@ -150,16 +151,25 @@ def test_the_commands_it_prints(
     assert str(made / "of_trajectories" / "fg_trajectories.pt") in calls[1]
 
 
-def test_commands_without_masks_and_direct_flow(
-    prepare: Prepare, repo: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_commands_without_masks_and_direct_flow_and_links(
+    prepare: Prepare,
+    repo: Path,
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("a privilege is not held")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
     config = repo / "config" / "preprocessing.yaml"
     config.write_text(PREPROCESSING.replace("direct_flow: true", "direct_flow: false"))
     shutil.rmtree(clip / "masks")
     made = prepare(stride=7)
-    masks, threshold, flow, *_ = run_commands(
-        capsys.readouterr().out.partition("environment:\n")[2], tmp_path
-    )
+    assert not (made / "video").is_symlink()
+    assert len(list((made / "video").iterdir())) == 3, "copies"
+    masks, threshold, flow, *_ = run_commands(capsys.readouterr().out, tmp_path)
     assert masks[2:] == [
         "preprocessing/save_dino_embed_video.py", "--config", str(config), "--data-path",
         str(made), "--for-mask",
@@ -170,28 +180,13 @@ def test_commands_without_masks_and_direct_flow(
     assert not (made / "masks").exists()
 
 
-def test_flow_that_is_there_is_copied(
-    prepare: Prepare, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (clip / "of_trajectories").mkdir()
-    for half in ("fg", "bg"):
-        (clip / "of_trajectories" / f"{half}_trajectories.pt").write_text("flow")
-    made = prepare()
-    run_commands(capsys.readouterr().out.partition("environment:\n")[2], tmp_path)
-    assert (made / "of_trajectories" / "bg_trajectories.pt").read_text() == "flow"
-
-
 def test_lengths_follow_a_baseline(
     prepare: Prepare, clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (clip / FEATURES).parent.mkdir()
-    for content in (b"not a tensor", torch.zeros(3)):
-        if isinstance(content, bytes):
-            (clip / FEATURES).write_bytes(content)
-        else:
-            torch.save(content, clip / FEATURES)
-        with pytest.raises(DinoTrackerError, match=r"does not hold features.*--no-rescale"):
-            prepare()
+    (clip / FEATURES).write_bytes(b"not a tensor")
+    with pytest.raises(DinoTrackerError, match=r"does not hold features.*--no-rescale"):
+        prepare()
     theirs = F.normalize(torch.randn(3, 1024, 4, 5), dim=1) * 53
     torch.save(theirs, clip / FEATURES)
     features = features_of(prepare())
@@ -202,52 +197,35 @@ def test_lengths_follow_a_baseline(
     assert float(left[0].norm(dim=0).mean()) < 31
 
 
-def test_refusals(prepare: Prepare, repo: Path, clip: Path, tmp_path: Path) -> None:
+def test_refusals_leave_nothing(
+    prepare: Prepare, repo: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = tree(tmp_path)
 
-    def refused(message: str, **options: object) -> None:
-        with pytest.raises(DinoTrackerError, match=message):
+    def refused(message: str, error: type[Exception] = DinoTrackerError, **options: object) -> None:
+        with pytest.raises(error, match=message):
             prepare(**options)
 
     refused(r"is no checkout of DINO-Tracker", repo=tmp_path)
     for taken in (clip, clip / "new", repo):
         refused("exists already, or lies in --data", output=taken)
     refused(r"video holds 0 \.jpg or \.png frames.*mp4_to_frames", data=repo)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 10**6))
+        refused(r"take 0\.03 GB, and .* has 0\.00 GB free")
     assert tree(tmp_path) == before
+    frame = (clip / "video" / "00002.png").read_bytes()
+    Image.new("RGBA", (20, 10)).save(clip / "video" / "00002.png")
+    refused(r"00002\.png is an image of mode RGBA.*RGB", FrameError)
+    (clip / "video" / "00002.png").write_bytes(b"broken")
+    refused(r"00002\.png cannot be read", FrameError)
+    (clip / "video" / "00002.png").write_bytes(frame)
     (clip / "masks" / "00002.png").unlink()
     refused("3 frames in video/ and 2 masks")
     shutil.rmtree(clip / "masks")
     (repo / "config" / "train.yaml").write_text(TRAIN.replace("\nstride:", "\nvit_stride:"))
     refused(r"has 0 lines 'stride: \.\.\.'")
-    assert not clip.with_name("out put").exists()
-
-
-def test_failures_leave_nothing(
-    prepare: Prepare, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 10**6))
-        with pytest.raises(DinoTrackerError, match=r"take 0\.03 GB, and .* has 0\.00 GB free"):
-            prepare()
-    Image.new("RGBA", (20, 10)).save(clip / "video" / "00002.png")
-    with pytest.raises(FrameError, match=r"00002\.png is an image of mode RGBA.*RGB"):
-        prepare()
-    (clip / "video" / "00002.png").write_bytes(b"broken")
-    with pytest.raises(FrameError, match=r"00002\.png cannot be read"):
-        prepare()
     assert [path.name for path in clip.parent.iterdir()] == ["a dot"]
-
-
-def test_links_that_cannot_be_made_are_copies(
-    prepare: Prepare, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("a privilege is not held")
-
-    monkeypatch.setattr(Path, "symlink_to", refuse)
-    made = prepare()
-    assert not (made / "video").is_symlink()
-    assert len(list((made / "video").iterdir())) == 3
 
 
 def test_frames_are_those_of_load_video(example: dict[str, Any], tmp_path: Path) -> None:

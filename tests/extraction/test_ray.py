@@ -19,7 +19,7 @@ from cosettle_adapter.extraction import (
     find_sources,
     plan_jobs,
 )
-from cosettle_adapter.extraction.ray import RayOptions, counted_deaths, extract_with_ray
+from cosettle_adapter.extraction.ray import RayOptions, extract_with_ray
 
 from helpers import write_video
 
@@ -28,49 +28,32 @@ TESTS = Path(__file__).parents[1]
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setitem(sys.modules, "ray.data", None)
     with pytest.raises(MissingExtraError, match=r"cosettle-adapter\[ray\]"):
         list(extract_with_ray(small_adapter, [Job("a.mp4", Path("a.npy"))], how=RayOptions()))
 
 
-def test_what_kills_workers_is_counted_within_a_run(tmp_path: Path) -> None:
-    output = tmp_path / "out" / "clip.npy"
-    note = output.with_name(".clip.npy.workers")
-    with counted_deaths(output, "run") as before:
-        assert before == 0
-        left_behind = note.read_text()
-    assert not note.exists()
-    note.write_text(left_behind)  # as a worker leaves it that is killed
-    with counted_deaths(output, "run") as before:
-        assert before == 1
-    note.write_text(left_behind)
-    with counted_deaths(output, "another run") as before:
-        assert before == 0
-
-
-def test_nothing_to_do_starts_nothing() -> None:
-    pytest.importorskip("ray.data", reason="ray is not installed")
-    assert list(extract_with_ray(small_adapter, [], how=RayOptions(workers=2))) == []
-
-
-def test_two_workers_do_everything_though_one_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("ray.data", reason="ray is not installed")
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # other work here is not its affair
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("workers")
+def test_two_workers_do_everything_though_one_is_killed(tmp_path: Path) -> None:
+    assert list(extract_with_ray(small_adapter, [], how=RayOptions(workers=2))) == []
     (tmp_path / "v").mkdir()
     for index in range(3):
         write_video(tmp_path / "v" / f"{index}.mp4", frames=60, height=48, width=64)
     (tmp_path / "v" / "bad.mp4").write_bytes(b"no video")
-    monkeypatch.chdir(tmp_path)
     sources = find_sources(["v"])
     jobs = plan_jobs(sources, Path("out"), FORMATS["npy-memmap"])
     retried: list[Outcome] = []
     outcomes = list(
         extract_with_ray(
             functools.partial(ill_fated_adapter, tmp_path), jobs, batch_size=4,
-            how=RayOptions(workers=2), on_retry=retried.extend,
+            how=RayOptions(workers=2), on_retry=retried.append,
         )
     )  # fmt: skip
     assert (tmp_path / "killed").exists()
@@ -89,5 +72,16 @@ def test_two_workers_do_everything_though_one_is_killed(
         if "bad" not in ours.source:
             assert ours.output.read_bytes() == theirs.output.read_bytes()
     assert not list(Path("out").glob(".*"))
-    again = extract_many(small_adapter(), jobs, batch_size=4)
-    assert [outcome.skipped for outcome in again if outcome.error is None] == [True] * 3
+
+
+def deadly_adapter() -> None:
+    os._exit(1)
+
+
+@pytest.mark.usefixtures("workers")
+def test_what_kills_every_worker_is_given_up(tmp_path: Path) -> None:
+    jobs = [Job("a.mp4", tmp_path / "a.npy"), Job("b.mp4", tmp_path / "b.npy")]
+    outcomes = list(extract_with_ray(deadly_adapter, jobs, how=RayOptions(retries=0)))  # type: ignore[arg-type]
+    assert [outcome.error is not None and "died" in outcome.error for outcome in outcomes] == [
+        True, True,
+    ]  # fmt: skip

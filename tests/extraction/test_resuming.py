@@ -16,7 +16,7 @@ import torch
 from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.correspondence import fusion
 from cosettle_adapter.extraction import FORMATS, extract, read_features
-from cosettle_adapter.extraction.errors import OutputBusyError, OutputExistsError
+from cosettle_adapter.extraction.settings import OutputBusyError, OutputExistsError
 
 from helpers import write_video
 
@@ -41,7 +41,7 @@ def in_a_process(*arguments: str) -> dict[str, dict[str, int]]:
 
 def content(output: Path) -> dict[str, bytes]:
     """All bytes of an output and its sidecar."""
-    files = [file for file in output.rglob("*") if file.is_file()] if output.is_dir() else [output]
+    files = [file for file in output.rglob("*") if file.is_file()] or [output]
     said = output.with_name(f"{output.name}.json").read_bytes()
     return {str(file.relative_to(output)): file.read_bytes() for file in files} | {"": said}
 
@@ -84,17 +84,24 @@ def interrupted(
     adapter: CoSettleAdapter,
     clip: Path,
     output: Path,
-    error: BaseException | None = None,
-    **options: object,
+    error: type = KeyboardInterrupt,
+    **how: object,
 ) -> None:
-    error = error or KeyboardInterrupt()
+    """Run an extraction that ends after 12 frames."""
 
     def on_chunk(frames: int) -> None:
         if frames >= 12:
             raise error
 
-    with pytest.raises(type(error)):
-        extract(adapter, clip, output, batch_size=4, on_chunk=on_chunk, **options)  # type: ignore[arg-type]
+    with pytest.raises(error):
+        extract(adapter, clip, output, batch_size=4, on_chunk=on_chunk, **how)  # type: ignore[arg-type]
+
+
+def assert_as_unbroken(adapter: CoSettleAdapter, clip: Path, output: Path, **how: object) -> None:
+    unbroken = output.with_name(f"unbroken{output.suffix}")
+    extract(adapter, clip, unbroken, batch_size=4, **how)  # type: ignore[arg-type]
+    assert output.read_bytes() == unbroken.read_bytes()
+    assert content(output)[""] == content(unbroken)[""]
 
 
 @pytest.mark.parametrize("name", ["f.safetensors", "f.zarr", "f.npy"])
@@ -134,54 +141,34 @@ def test_no_more_is_encoded_again_than_later_frames_depend_on(
 ) -> None:
     monkeypatch.setattr(fusion, "CUT", 0.0)  # features of random weights
     options = {**options, "select": FrameSelection(start=0.2, every=2, max_frames=15)}
-    output, unbroken = tmp_path / "f.safetensors", tmp_path / "u.safetensors"
-    interrupted(small_adapter, clip, output, RuntimeError("out of memory"), **options)
-    encoded: list[int] = []
+    output, encoded = tmp_path / "f.safetensors", []
+    interrupted(small_adapter, clip, output, RuntimeError, **options)
     handle = small_adapter.projection.register_forward_hook(
         lambda _module, inputs, _output: encoded.append(len(inputs[0]))
     )
     result = extract(small_adapter, clip, output, batch_size=4, **options)  # type: ignore[arg-type]
     handle.remove()
     assert (result.found, sum(encoded)) == (12, 15 - 12 + encoded_again)
-    extract(small_adapter, clip, unbroken, batch_size=4, **options)  # type: ignore[arg-type]
-    assert content(output)[""] == content(unbroken)[""]
-    assert output.read_bytes() == unbroken.read_bytes()
+    assert_as_unbroken(small_adapter, clip, output, **options)
 
 
-def damage_features(partial: Path) -> None:
-    features = partial / "features"
-    written = bytearray(features.read_bytes())
-    written[-5] ^= 1
-    features.write_bytes(written)
+def damage(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def harm(partial: Path) -> None:
+        (partial / name).write_bytes(change((partial / name).read_bytes()))
 
-
-def cut_features(partial: Path) -> None:
-    features = partial / "features"
-    features.write_bytes(features.read_bytes()[:-5])
-
-
-def tear_journal(partial: Path) -> None:
-    journal = partial / "journal"
-    journal.write_text(journal.read_text()[:-7])
-
-
-def replace_journal(partial: Path) -> None:
-    (partial / "journal").write_text('{"written_by": "another version"}\n')
-
-
-def lose_features(partial: Path) -> None:
-    (partial / "features").unlink()
+    return harm
 
 
 @pytest.mark.parametrize(
     ("harm", "found"),
     [
-        (damage_features, 8),
-        (cut_features, 8),
-        (tear_journal, 8),
-        (replace_journal, 0),
-        (lose_features, 0),
+        (damage("features", lambda numbers: numbers[:-5] + b"x" + numbers[-4:]), 8),
+        (damage("features", lambda numbers: numbers[:-5]), 8),
+        (damage("journal", lambda lines: lines[:-7]), 8),
+        (damage("journal", lambda lines: b'{"written_by": "another version"}\n'), 0),
+        (lambda partial: (partial / "features").unlink(), 0),
     ],
+    ids=["damaged", "cut", "torn journal", "another journal", "lost"],
 )
 def test_what_a_crash_damaged_is_written_again(
     small_adapter: CoSettleAdapter,
@@ -190,12 +177,11 @@ def test_what_a_crash_damaged_is_written_again(
     harm: Callable[[Path], None],
     found: int,
 ) -> None:
-    output, unbroken = tmp_path / "f.safetensors", tmp_path / "u.safetensors"
+    output = tmp_path / "f.safetensors"
     interrupted(small_adapter, clip, output)
     harm(tmp_path / ".f.safetensors.partial")
     assert extract(small_adapter, clip, output, batch_size=4).found == found
-    extract(small_adapter, clip, unbroken, batch_size=4)
-    assert output.read_bytes() == unbroken.read_bytes()
+    assert_as_unbroken(small_adapter, clip, output)
 
 
 @pytest.mark.parametrize(
@@ -239,11 +225,13 @@ def test_another_model_or_video_is_refused(
 
 
 @pytest.mark.parametrize("name", ["f.safetensors", "f.zarr"])
-def test_a_kill_between_the_last_two_steps_is_completed(
+@pytest.mark.parametrize("at", ["sidecar", "output"])
+def test_a_kill_in_the_last_steps_is_completed(
     small_adapter: CoSettleAdapter,
     clip: Path,
     tmp_path: Path,
     name: str,
+    at: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if name.endswith("zarr"):
@@ -253,7 +241,7 @@ def test_a_kill_between_the_last_two_steps_is_completed(
     replace = Path.replace
 
     def killed(path: Path, target: Path) -> Path:
-        if path.name == "sidecar.json":
+        if target == (output if at == "output" else output.with_name(f"{name}.json")):
             raise KeyboardInterrupt
         return replace(path, target)
 
@@ -270,60 +258,24 @@ def test_a_kill_between_the_last_two_steps_is_completed(
 def test_a_run_over_a_truncated_video_is_resumed(
     small_adapter: CoSettleAdapter, cut: Path, tmp_path: Path
 ) -> None:
-    output, unbroken = tmp_path / "f.npy", tmp_path / "u.npy"
+    output = tmp_path / "f.npy"
     interrupted(small_adapter, cut, output)
     result = extract(small_adapter, cut, output, batch_size=4)
     assert result.found == 12
     assert result.truncated is not None
-    extract(small_adapter, cut, unbroken, batch_size=4)
-    assert content(output)[""] == content(unbroken)[""]
-    assert output.read_bytes() == unbroken.read_bytes()
+    assert_as_unbroken(small_adapter, cut, output)
     assert extract(small_adapter, cut, output, batch_size=4).truncated == result.truncated
 
 
-@pytest.mark.parametrize("platform", [os.name, "nt"])
 def test_two_runs_do_not_write_one_file(
-    small_adapter: CoSettleAdapter,
-    clip: Path,
-    tmp_path: Path,
-    platform: str,
-    monkeypatch: pytest.MonkeyPatch,
+    small_adapter: CoSettleAdapter, clip: Path, tmp_path: Path
 ) -> None:
-    """Nothing asks for ``fcntl``, so it is the same on Windows."""
-    monkeypatch.setattr("cosettle_adapter.extraction.work._WINDOWS", platform == "nt")
-    monkeypatch.setitem(sys.modules, "cosettle_adapter.locking", None)
-    partial = tmp_path / ".f.npy.partial"
+    partial, few = tmp_path / ".f.npy.partial", FrameSelection(max_frames=2)
     partial.mkdir()
-    few = FrameSelection(max_frames=2)
     with (
         filelock.FileLock(partial / ".lock"),
         pytest.raises(OutputBusyError, match=r"another run is writing .*f\.npy"),
     ):
         extract(small_adapter, clip, tmp_path / "f.npy", select=few)
     assert extract(small_adapter, clip, tmp_path / "f.npy", select=few).frames == 2
-    assert (platform == "nt") == partial.exists()  # only Windows' own lock removes its file
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError(), OSError("no locks available")])
-def test_a_lost_folder_is_made_again_and_disks_may_have_no_locks(
-    small_adapter: CoSettleAdapter,
-    clip: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: OSError,
-) -> None:
-    acquire, calls = filelock.FileLock.acquire, []
-
-    def unlucky(lock: filelock.FileLock, **options: float) -> object:
-        calls.append(options)
-        if len(calls) == 1:
-            if isinstance(error, FileNotFoundError):  # whose run has just finished
-                (tmp_path / ".f.npy.partial").rmdir()
-            raise error
-        return acquire(lock, **options)
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", unlucky)
-    few = FrameSelection(max_frames=2)
-    assert extract(small_adapter, clip, tmp_path / "f.npy", select=few).frames == 2
-    assert len(calls) == (2 if isinstance(error, FileNotFoundError) else 1)
-    assert not list(tmp_path.glob(".*"))
+    assert not partial.exists()

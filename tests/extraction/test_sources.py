@@ -22,7 +22,8 @@ from cosettle_adapter.extraction import (
     find_sources,
     plan_jobs,
 )
-from cosettle_adapter.extraction.errors import ExtractionError, FormatError
+from cosettle_adapter.extraction.record import RunRecord
+from cosettle_adapter.extraction.settings import ExtractionError, FormatError
 from cosettle_adapter.extraction.sources import output_names
 
 from helpers import write_video
@@ -35,9 +36,9 @@ def touch(root: Path, *names: str) -> None:
 
 
 def test_what_folders_files_and_patterns_mean(tmp_path: Path) -> None:
-    touch(tmp_path, "images/1.jpg", "images/2.jpg", "clip.mp4")
+    touch(tmp_path, "images/1.jpg", "images/2.jpg", "clip.mp4", "both/a.mp4", "both/1.png")
     touch(tmp_path, "videos/a2.mp4", "videos/a10.mp4", "videos/b/c.MOV", "videos/.hidden.mp4")
-    touch(tmp_path, "videos/notes.txt", "videos/thumbs/c.jpg")
+    touch(tmp_path, "videos/notes.txt", "videos/thumbs/c.jpg", "empty/notes.txt")
     touch(tmp_path, "davis/bear/0.jpg", "davis/camel/0.jpg", "davis/camel/1.jpg")
 
     def found(*given: str) -> list[tuple[str, str]]:
@@ -52,20 +53,15 @@ def test_what_folders_files_and_patterns_mean(tmp_path: Path) -> None:
     assert found("videos/*.mp4") == videos[:2]
     assert found("davis") == [("images", "bear"), ("images", "camel")]
     assert found("vid*") == videos
-
-
-def test_what_cannot_be_understood_is_said(tmp_path: Path) -> None:
-    touch(tmp_path, "both/a.mp4", "both/1.png", "empty/notes.txt")
-    with pytest.raises(FrameError, match=r"one source or many\? Give .*/\*\.png' for the images"):
-        find_sources([tmp_path / "both"])
-    with pytest.raises(FrameError, match="holds neither videos"):
-        find_sources([tmp_path / "empty"])
-    with pytest.raises(FrameError, match="matches nothing"):
-        find_sources([tmp_path / "*.mp4"])
-    with pytest.raises(FrameError, match="does not exist"):
-        find_sources([tmp_path / "none.mp4"])
-    with pytest.raises(FrameError, match=r"matches .*notes\.txt, but neither videos"):
-        find_sources([tmp_path / "empty" / "*.txt"])
+    for given_, message in {
+        "both": r"one source or many\? Give .*/\*\.png' for the images",
+        "empty": "holds neither videos",
+        "*.mkv": "matches nothing",
+        "none.mp4": "does not exist",
+        "empty/*.txt": r"matches .*notes\.txt, but neither videos",
+    }.items():
+        with pytest.raises(FrameError, match=message):
+            found(given_)
 
 
 def video(path: str, root: str = "") -> Source:
@@ -97,7 +93,7 @@ def test_shards_share_everything_and_nothing_twice(count: int, shards: int) -> N
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_shards_are_told_by_hand_or_by_the_launcher() -> None:
+def test_shards_are_told_by_hand_or_by_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (Shard.parse("1/4").index, Shard.parse("1/4").count) == (1, 4)
     for text in ("4/4", "1", "a/b", "0/0"):
         with pytest.raises(ExtractionError, match="0/"):
@@ -107,9 +103,6 @@ def test_shards_are_told_by_hand_or_by_the_launcher() -> None:
     assert Shard.from_environment(torchrun) == Shard(5, 8, 1, "RANK")
     slurm = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_LOCALID": "0"}
     assert Shard.from_environment(slurm) == Shard(2, 3, 0, "SLURM_PROCID")
-
-
-def test_processes_of_a_machine_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [Shard(i, 4, i).device("cuda") for i in range(4)] == ["cuda:0", "cuda:1"] * 2
@@ -120,21 +113,16 @@ def test_processes_of_a_machine_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def jobs(tmp_path: Path) -> list[Job]:
+    (tmp_path / "v").mkdir()
     for name in ("a", "c"):
         write_video(tmp_path / "v" / f"{name}.mp4", frames=6, height=48, width=64)
+    (tmp_path / "v" / "b.mp4").write_bytes(b"no video")
     return plan_jobs(find_sources([tmp_path / "v"]), tmp_path / "out", FORMATS["safetensors"])
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path) -> None:
-    (tmp_path / "v").mkdir()
 
 
 def test_a_video_that_fails_harms_no_other(
     small_adapter: CoSettleAdapter, tmp_path: Path, jobs: list[Job]
 ) -> None:
-    (tmp_path / "v" / "b.mp4").write_bytes(b"no video")
-    jobs = plan_jobs(find_sources([tmp_path / "v"]), tmp_path / "out", FORMATS["safetensors"])
     outcomes = list(extract_many(small_adapter, jobs))
     assert [outcome.job.output.name[0] for outcome in outcomes] == ["a", "b", "c"]
     assert [outcome.error is None for outcome in outcomes] == [True, False, True]
@@ -148,33 +136,20 @@ def test_a_video_that_fails_harms_no_other(
     assert written == [f"{n}.safetensors{s}" for n in "ac" for s in ("", ".json")]
 
 
-@pytest.mark.parametrize(
-    ("error", "transient"),
-    [(RuntimeError("CUDA out of memory"), True), (OSError(errno.ENOSPC, "No space left"), None)],
-)
-def test_what_may_succeed_another_time_is_told_and_a_full_disk_ends_the_run(
-    small_adapter: CoSettleAdapter,
-    jobs: list[Job],
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    transient: bool | None,
+def test_what_may_succeed_another_time_is_told_and_what_stops_all_is_raised(
+    small_adapter: CoSettleAdapter, jobs: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def unlucky(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("cosettle_adapter.extraction.work.Work.append", unlucky)
-    if transient is None:
-        with pytest.raises(OSError, match="No space left"):
-            list(extract_many(small_adapter, jobs))
-    else:
-        outcomes = list(extract_many(small_adapter, jobs))
-        assert [outcome.transient for outcome in outcomes] == [transient] * 2
-
-
-def test_what_no_file_could_hold_ends_the_run(
-    small_adapter: CoSettleAdapter, jobs: list[Job], tmp_path: Path
-) -> None:
-    jobs = [Job(job.source, job.output.with_suffix(".npy")) for job in jobs]
+    unfit = [Job(job.source, job.output.with_suffix(".npy")) for job in jobs]
     with pytest.raises(FormatError, match="bfloat16 goes into safetensors"):
-        list(extract_many(small_adapter, jobs, storage=torch.bfloat16))
+        list(extract_many(small_adapter, unfit, storage=torch.bfloat16))
     assert not (tmp_path / "out").exists()
+    errors = iter([RuntimeError("CUDA out of memory"), OSError(errno.ENOSPC, "No space left")])
+
+    def unlucky(*_: object) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr(RunRecord, "append", unlucky)
+    done = extract_many(small_adapter, [jobs[0], jobs[2]])
+    assert next(done).transient
+    with pytest.raises(OSError, match="No space left"):
+        next(done)

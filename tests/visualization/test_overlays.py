@@ -1,11 +1,59 @@
+"""Masks and tracks drawn on frames, in colours that any reader can tell apart."""
+
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
+from einops import rearrange
 
 from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.video import plan_geometry
-from cosettle_adapter.visualization import distinct_colours, overlay_masks
+from cosettle_adapter.visualization import (
+    colour_scale,
+    distinct_colours,
+    draw_tracks,
+    overlay_masks,
+)
+
+WHITE = torch.full((1, 3), 255, dtype=torch.uint8)
+# Machado et al. 2009, severity 1, on linear RGB
+BLINDNESS = {
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "none": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
+}
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_objects_can_be_told_apart_without_seeing_red_or_green(kind: str) -> None:
+    linear = (distinct_colours(7) / 255).float() ** 2.2
+    seen = (linear @ torch.tensor(BLINDNESS[kind]).T).clamp(0, 1) ** (1 / 2.2)
+    closest = min(float((a - b).norm()) for a, b in itertools.combinations(seen, 2))
+    assert closest > 0.12
+
+
+def test_every_thing_has_a_colour_of_its_own_and_the_scale_becomes_lighter() -> None:
+    for count in (0, 1, 7, 8, 60):
+        colours = distinct_colours(count)
+        assert (colours.shape, colours.dtype) == ((count, 3), torch.uint8)
+        assert len({tuple(colour) for colour in colours.tolist()}) == count
+    values = torch.linspace(0, 1, 101)
+    lightness = colour_scale(values).float() @ torch.tensor([0.2126, 0.7152, 0.0722])
+    assert (lightness.diff() > 0).all()
+    assert lightness[0] < 2
+    assert lightness[-1] > 240
+    beyond = colour_scale(torch.tensor([[-3.0, 0.0], [1.0, 9.0]]))
+    assert torch.equal(beyond[:, 0], beyond[:, 1])
 
 
 def black(frames: int = 2, height: int = 40, width: int = 60) -> torch.Tensor:
@@ -32,6 +80,8 @@ def test_objects_are_tinted_and_lined_in_their_colours() -> None:
     assert int(line.sum()) == 20**2 - 16**2, "two pixels wide, inside"
     assert not painted[0, :, 2, 2].any()
     assert not painted[0, :, 9, 40].any(), "void is no object"
+    frames = torch.randint(0, 256, (2, 3, 40, 60), dtype=torch.uint8)
+    assert torch.equal(overlay_masks(frames, torch.full((2, 40, 60), 255)), frames)
 
 
 def test_ids_bools_and_one_mask_an_object_look_the_same() -> None:
@@ -53,12 +103,10 @@ def test_soft_masks_tint_softly_and_are_lined_where_they_win() -> None:
     lined = overlay_masks(black(1), soft, contour=1)[0]
     at_line = (lined == distinct_colours(1)[0][:, None, None]).all(dim=0).nonzero()
     assert set(at_line[:, 1].tolist()) == {40}, "where it passes a half"
-
-
-def test_masks_that_overlap_do_not_grow_brighter_than_one() -> None:
-    both = torch.ones(1, 2, 40, 60)
-    painted = overlay_masks(black(1), both, opacity=1.0, contour=0, colours=_white(2))
-    assert (painted == 255).all()
+    both = overlay_masks(
+        black(1), torch.ones(1, 2, 40, 60), opacity=1.0, contour=0, colours=WHITE.expand(2, 3)
+    )
+    assert (both == 255).all(), "what overlaps is no brighter"
 
 
 def test_masks_on_the_grid_follow_the_geometry() -> None:
@@ -72,31 +120,18 @@ def test_masks_on_the_grid_follow_the_geometry() -> None:
     torch.testing.assert_close(painted, painted.flip(1), atol=1, rtol=0)
 
 
-def test_chunks_of_frames_are_alike() -> None:
-    geometry = plan_geometry(40, 60, patch=10)
-    grid = torch.rand(1, 2, 4, 6).expand(19, 2, 4, 6) / 2
-    painted = overlay_masks(black(19), grid, geometry=geometry)
-    assert (painted == painted[:1]).all()
-
-
-def test_a_clip_without_objects_stays_as_it_is() -> None:
-    frames = torch.randint(0, 256, (2, 3, 40, 60), dtype=torch.uint8)
-    assert torch.equal(overlay_masks(frames, squares() * 0), frames)
-    assert torch.equal(overlay_masks(frames, torch.full((2, 40, 60), 255)), frames)
-
-
 def test_masks_that_do_not_fit_are_told() -> None:
     ids = squares()
-    with pytest.raises(FrameError, match=r"\(2, 4, 6\).*\(2, 40, 60\).*geometry="):
-        overlay_masks(black(), ids[:, :4, :6])
-    with pytest.raises(FrameError, match="floats in \\[0, 1\\]"):
-        overlay_masks(black(), ids.float())
-    with pytest.raises(FrameError, match="floats in \\[0, 1\\]"):
-        overlay_masks(black(), 3 * torch.ones(2, 1, 40, 60))
-    with pytest.raises(FrameError, match="mask id -1"):
-        overlay_masks(black(), ids.int() - 1)
+    for masks, message in (
+        (ids[:, :4, :6], r"\(2, 4, 6\).*\(2, 40, 60\).*geometry="),
+        (ids.float(), r"floats in \[0, 1\]"),
+        (3 * torch.ones(2, 1, 40, 60), r"floats in \[0, 1\]"),
+        (ids.int() - 1, "mask id -1"),
+    ):
+        with pytest.raises(FrameError, match=message):
+            overlay_masks(black(), masks)
     with pytest.raises(FrameError, match=r"expected \(2, 3\) uint8"):
-        overlay_masks(black(), ids, colours=_white(3))
+        overlay_masks(black(), ids, colours=WHITE)
     with pytest.raises(FrameError, match=r"frames of shape \(2, 40, 60\)"):
         overlay_masks(ids, ids)
     with pytest.raises(GeometryError, match="planned for"):
@@ -107,5 +142,66 @@ def test_masks_that_do_not_fit_are_told() -> None:
         overlay_masks(black(), ids, contour=-1)
 
 
-def _white(count: int) -> torch.Tensor:
-    return torch.full((count, 3), 255, dtype=torch.uint8)
+def rightwards(frames: int = 8) -> torch.Tensor:
+    """One point that goes right by ten pixels a frame, at y = 30."""
+    x = 15.0 + 10 * torch.arange(frames)
+    return rearrange([x, torch.full_like(x, 30.0)], "xy t -> t 1 xy")
+
+
+def test_points_lie_where_they_are_and_their_trails_where_they_were() -> None:
+    frames = black(8, 60, 100)
+    drawn = draw_tracks(frames, rightwards(), radius=3, colours=WHITE)
+    assert (drawn.shape, drawn.dtype) == (frames.shape, torch.uint8)
+    light = drawn.float().mean(dim=1)
+    for t in range(8):
+        centre = 15 + 10 * t
+        assert light[t, 30, centre - 1 : centre + 1].min() > 250
+        assert not light[t, :, centre + 8 :].any(), "nothing ahead of it"
+    row = light[7, 30]
+    assert 0 < row[20] < row[40] < row[60], "the trail fades"
+    assert not light[:, :20].any()
+    short = draw_tracks(frames, rightwards(), trail=2, radius=3)
+    assert not short[7, :, :, :60].any()
+    assert short[7, :, :, 66].any()
+    assert not draw_tracks(frames, rightwards(), trail=0, radius=3)[7, :, :, :78].any()
+    noisy = torch.randint(0, 256, (8, 3, 60, 100), dtype=torch.uint8)
+    assert torch.equal(draw_tracks(noisy, rightwards(), radius=3)[:, :, :20], noisy[:, :, :20])
+    assert torch.equal(draw_tracks(noisy, torch.zeros(8, 0, 2)), noisy)
+
+
+def test_hidden_points_are_rings_with_thin_trails() -> None:
+    frames, hidden = black(8, 60, 100), torch.zeros(8, 1, dtype=torch.bool)
+    ring, disc = (
+        draw_tracks(frames, rightwards(), seen, radius=5.0, colours=WHITE).float().mean(dim=1)
+        for seen in (hidden, ~hidden)
+    )
+    assert disc[0, 30, 15] > 250
+    assert ring[0, 30, 15] == 0
+    assert ring[0, 30, 10:20].max() > 200
+    column = slice(0, 60), 70  # across the trail of the last frame
+    assert 0 < (ring[7][column] > 0).sum() < (disc[7][column] > 0).sum()
+
+
+def test_points_that_nobody_knows_or_that_left_are_not_drawn() -> None:
+    positions = rightwards()
+    positions[3:5] = torch.nan
+    positions[6:] = 1e4
+    drawn = draw_tracks(black(8, 60, 100), positions, trail=0)
+    seen = [bool(frame.any()) for frame in drawn]
+    assert seen == [True, True, True, False, False, True, False, False]
+    with_trails = draw_tracks(black(8, 60, 100), positions)
+    assert with_trails[3].any(), "what was seen before stays as a trail"
+
+
+def test_tracks_that_do_not_fit_are_told() -> None:
+    frames = black(8, 60, 100)
+    with pytest.raises(FrameError, match=r"expected \(8, N, 2\)"):
+        draw_tracks(frames, rightwards(7))
+    with pytest.raises(FrameError, match=r"visible of shape \(8, 2\)"):
+        draw_tracks(frames, rightwards(), torch.ones(8, 2, dtype=torch.bool))
+    with pytest.raises(FrameError, match=r"expected \(1, 3\) uint8"):
+        draw_tracks(frames, rightwards(), colours=WHITE.float())
+    with pytest.raises(ValueError, match="trail=-1"):
+        draw_tracks(frames, rightwards(), trail=-1)
+    with pytest.raises(ValueError, match="radius=0"):
+        draw_tracks(frames, rightwards(), radius=0)

@@ -104,7 +104,3 @@ def test_what_does_not_fit_is_told() -> None:
         similarity_frames(frames, maps[:3], geometry)
     with pytest.raises(GeometryError, match=r"frames of \(30, 90\) pixels"):
         similarity_frames(frames[:, :, :30], maps, geometry)
-    with pytest.raises(ValueError, match=r"limits=\(1, 1\)"):
-        similarity_frames(frames, maps, geometry, limits=(1, 1))
-    with pytest.raises(ValueError, match="opacity=2"):
-        similarity_frames(frames, maps, geometry, opacity=2)

@@ -1,0 +1,81 @@
+"""What all pictures share: colours that readers can tell apart, frames to draw on, maps on them."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from PIL import Image  # comes with torchvision, which timm requires
+from torch import Tensor
+
+from cosettle_adapter.errors import FrameError, GeometryError
+from cosettle_adapter.imports import require
+from cosettle_adapter.video.geometry import Geometry, resample_to_points
+
+# Okabe and Ito, "Color Universal Design", without black: orange, sky blue, bluish green, yellow,
+# reddish purple, vermillion, blue
+_DISTINCT = (
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0),
+    (0, 114, 178),
+)  # fmt: skip
+_DARKEST = 0.35  # share of the scale too dark to be seen as a line
+
+
+def distinct_colours(count: int) -> Tensor:
+    """Return ``(count, 3)`` uint8 RGB for things that must not be mistaken for one another.
+
+    Up to seven take the palette of Okabe and Ito, which readers with any kind of colour vision tell
+    apart; more are spread over :func:`colour_scale` in their order, so that neighbours look alike.
+    """
+    if count <= len(_DISTINCT):
+        return torch.tensor(_DISTINCT, dtype=torch.uint8)[:count]
+    return colour_scale(torch.linspace(_DARKEST, 1, count))
+
+
+def colour_scale(values: Tensor) -> Tensor:
+    """Map values in [0, 1] to matplotlib's "inferno", whose lightness rises evenly.
+
+    Returns ``(..., 3)`` uint8 RGB on the CPU; what lies outside has the colour of that end.
+    """
+    matplotlib = require("matplotlib", extra="viz", purpose="a scale of colours")
+    rgba = matplotlib.colormaps["inferno"](values.float().clamp(0, 1).cpu().numpy(), bytes=True)
+    return torch.from_numpy(rgba)[..., :3]
+
+
+def chosen_colours(colours: Tensor | None, count: int) -> Tensor:
+    """Return ``colours`` if they are ``(count, 3)`` uint8, or raise; distinct ones for ``None``."""
+    if colours is None:
+        return distinct_colours(count)
+    if tuple(colours.shape) != (count, 3) or colours.dtype != torch.uint8:
+        raise FrameError(
+            f"got colours of shape {tuple(colours.shape)} and dtype {colours.dtype}, expected "
+            f"({count}, 3) uint8: one RGB colour for each."
+        )
+    return colours.cpu()
+
+
+def check_frames(frames: Tensor, geometry: Geometry | None = None) -> tuple[int, int, int]:
+    """Return (T, H, W) of ``(T, 3, H, W)`` uint8 frames that the geometry fits, or raise."""
+    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8:
+        raise FrameError(
+            f"got frames of shape {tuple(frames.shape)} and dtype {frames.dtype}, expected "
+            "(T, 3, H, W) uint8 in [0, 255]."
+        )
+    if geometry is not None and tuple(frames.shape[-2:]) != geometry.frame:
+        raise GeometryError(
+            f"got frames of {tuple(frames.shape[-2:])} pixels, but the geometry was planned for "
+            f"{geometry.frame}; draw on the frames that were encoded, or plan the geometry for "
+            "the frames to draw on."
+        )
+    return frames.shape[0], frames.shape[2], frames.shape[3]
+
+
+def at_pixels(maps: Tensor, geometry: Geometry) -> Tensor:
+    """Read maps ``(T, C, h, w)`` at every pixel of the original frame: ``(T, C, H, W)``."""
+    y, x = (torch.arange(side) + 0.5 for side in geometry.frame)
+    centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    return resample_to_points(maps, geometry, centres)
+
+
+def to_image(frame: Tensor) -> Image.Image:
+    """Return a frame ``(3, H, W)`` uint8 as an image."""
+    return Image.fromarray(rearrange(frame, "c h w -> h w c").contiguous().cpu().numpy())

@@ -1,0 +1,236 @@
+"""The local page of ``cosettle-adapter view``: click a patch, see its similarity in every frame."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import errno
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from cosettle_adapter.adapter import CoSettleAdapter, Size
+from cosettle_adapter.correspondence.fusion import FusionMode
+from cosettle_adapter.errors import CosettleError, FrameError, TruncatedVideoError
+from cosettle_adapter.evaluation.variants import encode_variants, feature_variants
+from cosettle_adapter.video import FrameSelection, Geometry, open_frames, prefetch
+from cosettle_adapter.visualization.drawing import colour_scale, to_image
+from cosettle_adapter.visualization.pca import fit_pca
+from cosettle_adapter.visualization.similarity import heat, similarity_maps, similarity_peaks
+
+logger = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+
+_LONGEST = 960  # pixels of a picture's longer side; panels are hardly ever wider
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ViewedClip:
+    """What the page shows of a clip."""
+
+    name: str
+    facts: Sequence[str]  # on the model and how the clip was encoded
+    pictures: Sequence[bytes]  # a JPEG for every frame
+    times: Tensor  # (T,) seconds
+    geometry: Geometry  # how the original frames became the grid of all features
+    features: Mapping[str, Tensor]  # by kind, in the order to offer them: (T, C, h, w) float16
+    pca: Mapping[str, bytes]  # by kind, a PNG of PCA colours, frames below one another
+
+
+@torch.inference_mode()
+def view_clip(
+    adapter: CoSettleAdapter,
+    source: str | os.PathLike[str],
+    *,
+    size: Size | None = None,
+    select: FrameSelection | None = None,
+    batch_size: int = 4,
+    fusion: FusionMode | None = None,
+    on_frames: Callable[[int], None] = lambda done: None,
+) -> ViewedClip:
+    """Encode a clip for the page; of a video that breaks off, what could be read of it.
+
+    Args:
+        adapter: backbone and projection.
+        source: a video file, or a folder or glob of images.
+        size, select, batch_size: as in the adapter's ``stream``.
+        fusion: show the projection's features fused over time as well.
+        on_frames: called with the number of frames done, after each pass.
+
+    Raises:
+        FrameError: nothing to read, or frames or features that cannot be used.
+    """
+    pictures: list[bytes] = []
+    times: list[Tensor] = []
+    geometries: list[Geometry] = []
+
+    def batches() -> Iterator[Tensor]:
+        try:
+            for chunk in prefetch(open_frames(source, select, chunk_size=batch_size)):
+                pictures.extend(map(_jpeg, chunk.frames))
+                times.append(chunk.timestamps)
+                geometries.append(adapter.geometry(*chunk.frames.shape[-2:], size=size))
+                yield chunk.frames
+                on_frames(len(pictures))
+        except TruncatedVideoError as error:
+            if not pictures:
+                raise
+            logger.warning("showing the readable part of the clip: %s", error)
+
+    kinds = feature_variants(adapter, fusion=fusion)
+    kinds = [kind for kind in kinds if kind.fusion is None or kind.projection is not None]
+    encoded = encode_variants(adapter, batches(), kinds, size=size)
+    features = {name: maps.half() for name, maps in encoded}
+    pca: dict[str, bytes] = {}
+    reference: Tensor | None = None
+    for name, maps in features.items():
+        basis = fit_pca(maps, align_to=reference)
+        reference = basis.scores(maps) if reference is None else reference
+        painted = (255 * basis.colours(maps)).round().to(torch.uint8)
+        pca[name] = _png(rearrange(painted, "t c h w -> (t h) w c"))
+    config, geometry = adapter.config, geometries[0]
+    (height, width), (rows, columns) = geometry.padded, geometry.grid
+    projection = "tokens" if config.kind == "identity" else f"{config.kind} projection"
+    facts = (
+        config.backbone,
+        f"{projection} of layers {', '.join(map(str, config.layers))}",
+        f"encoded at {width} x {height} pixels, {columns} x {rows} patches",
+    )
+    name = Path(source).name
+    return ViewedClip(name, facts, pictures, torch.cat(times), geometry, features, pca)
+
+
+class ViewerServer(ThreadingHTTPServer):
+    """Serves one clip to this machine alone, on a wanted port, or any if it is taken."""
+
+    daemon_threads = True  # an open connection does not hold up the end
+
+    def __init__(self, clip: ViewedClip, port: int = 0) -> None:
+        """Bind to the port and listen; 0 is any."""
+        self.clip = clip
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            super().__init__((HOST, 0), _Handler)
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{HOST}:{self.server_port}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log in place of printing; a reader who goes away in the middle is no news."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            logger.exception("a request of %s failed", client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ViewerServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        # a page of another site whose name was made to lead here would read the clip otherwise
+        if self.headers.get("Host", "").split(":")[0] not in (HOST, "localhost"):
+            self._send(403, "text/plain", f"This page is for {self.server.url} alone.".encode())
+            return
+        parts = urlsplit(self.path)
+        try:
+            answer = self._answer(parts.path, dict(parse_qsl(parts.query)))
+        except (CosettleError, KeyError, ValueError) as error:
+            answer = 400, "text/plain", f"{self.path} makes no sense: {error}".encode()
+        self._send(*answer)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)
+
+    def _answer(self, path: str, query: Mapping[str, str]) -> tuple[int, str, bytes]:
+        clip = self.server.clip
+        if path == "/":
+            return 200, "text/html; charset=utf-8", Path(__file__).with_suffix(".html").read_bytes()
+        if path == "/clip.json":
+            return 200, "application/json", json.dumps(_describe(clip)).encode()
+        if path == "/frame":
+            return 200, "image/jpeg", clip.pictures[_frame(query, len(clip.pictures))]
+        if path == "/pca":
+            return 200, "image/png", clip.pca[query["kind"]]
+        if path == "/similarity":
+            return 200, "application/json", json.dumps(_similarity(clip, query)).encode()
+        return 404, "text/plain", f"There is nothing at {path}.".encode()
+
+    def _send(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        length = str(len(body))
+        for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": length}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _similarity(clip: ViewedClip, query: Mapping[str, str]) -> dict[str, Any]:
+    """Compare all patches with a point (x, y) of a frame: heat as a PNG, peaks of all frames."""
+    point = float(query["x"]), float(query["y"])
+    frame = _frame(query, len(clip.pictures))
+    maps = similarity_maps(clip.features[query["kind"]], clip.geometry, point, frame=frame)
+    own = query.get("scale") == "own"  # of the clip's cosines, instead of 0 to 1
+    low, high = (float(maps.min()), float(maps.max())) if own else (0.0, 1.0)
+    values = rearrange((maps - low) / max(high - low, 1e-3), "t h w -> (t h) w").clamp(0, 1)
+    drawn = _png(rearrange(heat(values), "c h w -> h w c"))
+    peaks = torch.cat([similarity_peaks(maps, clip.geometry), maps.amax((1, 2))[:, None]], dim=1)
+    return {"peaks": peaks.tolist(), "heat": base64.b64encode(drawn).decode()}
+
+
+def _describe(clip: ViewedClip) -> dict[str, Any]:
+    """``/clip.json``; sizes are (width, height), as pages have them."""
+    h, w = clip.geometry.grid
+    corners = torch.tensor([[-0.5, -0.5], [h - 0.5, w - 0.5]], dtype=torch.float64)
+    return {
+        "name": clip.name,
+        "facts": clip.facts,
+        "times": clip.times.tolist(),
+        "size": clip.geometry.frame[::-1],
+        "grid": [w, h],
+        # left and top, right and bottom pixel of what the patches cover, each a stride wide
+        "covered": clip.geometry.cells_to_pixels(corners).tolist(),
+        "kinds": list(clip.features),
+        "colours": colour_scale(torch.linspace(0, 1, 16)).tolist(),
+    }
+
+
+def _frame(query: Mapping[str, str], count: int) -> int:
+    index = int(query["frame"])
+    if not 0 <= index < count:
+        raise FrameError(f"Got frame={index}, expected one from 0 to {count - 1}.")
+    return index
+
+
+def _jpeg(frame: Tensor) -> bytes:
+    image, file = to_image(frame), io.BytesIO()
+    image.thumbnail((_LONGEST, _LONGEST))
+    image.save(file, format="JPEG", quality=88)
+    return file.getvalue()
+
+
+def _png(pixels: Tensor) -> bytes:
+    """``(H, W, 3 or 4)`` uint8 as PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.contiguous().numpy()).save(file, format="PNG")
+    return file.getvalue()
