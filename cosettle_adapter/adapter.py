@@ -25,6 +25,7 @@ from cosettle_adapter.loading import RAW, identity_projection, load_named_backbo
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
+from cosettle_adapter.video.selection import selects_frames
 
 if TYPE_CHECKING:
     from cosettle_adapter.upload import Pushed
@@ -186,6 +187,7 @@ class CoSettleAdapter(FeatureModel):
                 f"cosettle-adapter fit --backbone {self.backbone.row.name} --data clips/"
             )
 
+    @selects_frames
     def stream(
         self,
         source: Any,
@@ -245,6 +247,7 @@ class CoSettleAdapter(FeatureModel):
             for chunk in found
         )
 
+    @selects_frames
     @torch.no_grad()
     def settle(
         self,

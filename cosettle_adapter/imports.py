@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,5 +35,20 @@ def load_on_use(package: str, **names: Sequence[str]) -> Callable[[str], Any]:
         value = getattr(importlib.import_module(modules[name]), name)
         setattr(sys.modules[package], name, value)
         return value
+
+    return load
+
+
+def moved_to(package: str, *places: str) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for a module whose names are in ``places`` now: each use warns."""
+
+    def load(name: str) -> Any:
+        for place in () if name.startswith("__") else places:
+            found = getattr(importlib.import_module(place), name, None)
+            if found is not None:
+                text = f"{package}.{name} moved to {place}; the old place goes in version 0.3"
+                warnings.warn(text, DeprecationWarning, stacklevel=2)
+                return found
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return load

@@ -19,7 +19,7 @@ from torch import Tensor
 from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.evaluation.variants import RAW_LAST, compare_features, feature_variants
 from cosettle_adapter.starter import starter_photographs
-from cosettle_adapter.video import FrameSelection, open_frames, render_clip
+from cosettle_adapter.video import open_frames, render_clip
 from cosettle_adapter.visualization import pca_film
 
 

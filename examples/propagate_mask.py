@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.correspondence import propagate_labels
-from cosettle_adapter.video import FrameSelection, open_frames, photographs, render_clip
+from cosettle_adapter.video import open_frames, photographs, render_clip
 from cosettle_adapter.visualization import overlay_masks, side_by_side, write_film
 
 

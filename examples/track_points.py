@@ -21,7 +21,6 @@ from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.correspondence import track_points
 from cosettle_adapter.evaluation.variants import ADAPTED, RAW_LAST, compare_features
 from cosettle_adapter.video import (
-    FrameSelection,
     RenderedClip,
     open_frames,
     photographs,

@@ -10,7 +10,7 @@ object have moved on. Encoders stay in eval mode and out of the optimizer whatev
 
 Expect little of the projection here: a head that is trained can learn an affine map by itself, and
 telling an object from the ground is what late blocks are good at. Where nothing is trained, adapted
-features track better than the last block's (`timm_style_features.py`, `track_points.py`); some
+features track better than the last layer's (`timm_style_features.py`, `track_points.py`); some
 earlier block may do as well by itself.
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
     frames, masks = moving_object(options.frames)
     adapter = CoSettleAdapter.from_pretrained(options.model, device=options.device)
     encoders = {
-        "last block, raw": CoSettleAdapter.raw(adapter.backbone),
+        "last layer, raw": CoSettleAdapter.raw(adapter.backbone),
         "its block, raw": adapter.without_projection(),
         "adapted": adapter,
     }

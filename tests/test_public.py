@@ -8,6 +8,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import cosettle_adapter
 from cosettle_adapter import errors
@@ -55,3 +56,34 @@ def test_every_model_is_listed_published_ones_first() -> None:
     assert ranks == sorted(ranks)
     assert ranks.count(1) == 8, "the paper's eight"
     assert {"dinov2-vitb14", "mae-vitl16"} <= {model.name for model in models}
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("analysis", "feature_variants"),
+        ("dino_tracker", "plan_settings"),
+        ("feature_file", "read_features"),
+        ("frames", "open_frames"),
+        ("evaluation", "DavisClip"),
+    ],
+)
+def test_names_of_version_0_1_warn(module: str, name: str) -> None:
+    old = importlib.import_module(f"cosettle_adapter.{module}")
+    with pytest.warns(DeprecationWarning, match=name):
+        assert getattr(old, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        old.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match="has davis_clips"):
+        importlib.import_module("cosettle_adapter.evaluation").davis_sequences  # noqa: B018
+
+
+def test_frame_keywords_of_version_0_1_make_a_selection() -> None:
+    frames = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
+    with pytest.warns(DeprecationWarning, match=r"select=FrameSelection\((every|max_frames)"):
+        (chunk,) = cosettle_adapter.video.open_frames(frames, every=2, max_frames=2)
+    assert chunk.timestamps.tolist() == [0, 2]
+    with pytest.raises(TypeError, match="put them into FrameSelection"):
+        cosettle_adapter.video.open_frames(
+            frames, select=cosettle_adapter.FrameSelection(), every=2
+        )

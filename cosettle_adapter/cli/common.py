@@ -97,9 +97,14 @@ def frame_progress(output: Console) -> Progress:
     """Return a progress bar that shows frames, frames per second and the time left."""
     from rich import progress
 
-    done, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
-    text = ["{task.description}", progress.BarColumn(), done, "{task.fields[rate]}", left]
-    return progress.Progress(*text, console=output)
+    return progress.Progress(
+        "{task.description}",
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        "{task.fields[rate]}",
+        progress.TimeRemainingColumn(),
+        console=output,
+    )
 
 
 def frame_bar(bars: Progress, name: str, total: int | None) -> Callable[[int], None]:

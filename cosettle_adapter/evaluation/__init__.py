@@ -6,6 +6,9 @@ features; measures and lists of clips serve on their own as well.
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from cosettle_adapter.evaluation.badja import BADJA_JOINTS, badja_clips, badja_protocol
 from cosettle_adapter.evaluation.clips import Clip
 from cosettle_adapter.evaluation.davis import davis_clips, davis_protocol
@@ -45,3 +48,17 @@ __all__ = [
     "queries_strided", "region_similarity", "rendered_clips", "rendered_protocol", "summarise",
     "tapvid_clips", "tapvid_metrics", "tapvid_protocol", "vip_clips", "vip_protocol",
 ]  # fmt: skip
+
+_CLIPS = ("Badja", "Davis", "Folder", "Jhmdb", "Mask", "TapVid", "Vip", "Joint")
+_REMOVED = {  # names of version 0.1, and what to use
+    "davis_sequences": "davis_clips", "j_and_f": "region_similarity and boundary_f",
+    "MaskScores": "evaluate_sequence", "mean_over_videos": "the mean of each figure",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> type[Clip[Any]]:
+    if name == "DavisSequence" or name.removesuffix("Clip") in _CLIPS:
+        warnings.warn(f"{name} is Clip, and goes in 0.3", DeprecationWarning, stacklevel=2)
+        return Clip
+    instead = f"; version 0.2 has {_REMOVED[name]}" if name in _REMOVED else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")

@@ -34,6 +34,7 @@ from cosettle_adapter.extraction.record import (
 from cosettle_adapter.extraction.settings import ExtractSettings, FormatError, OutputExistsError
 from cosettle_adapter.extraction.sources import Source, output_names
 from cosettle_adapter.video import FrameSelection
+from cosettle_adapter.video.selection import selects_frames
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Outcome:
         return self.extraction is not None and self.extraction.found == self.extraction.frames
 
 
+@selects_frames
 def extract(
     adapter: CoSettleAdapter,
     source: Any,

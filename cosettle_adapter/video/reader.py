@@ -18,7 +18,7 @@ from cosettle_adapter.errors import FrameError, TruncatedVideoError
 from cosettle_adapter.video import decoder, files
 from cosettle_adapter.video.arrays import as_frames, holds_pixels
 from cosettle_adapter.video.decoder import SourceInfo
-from cosettle_adapter.video.selection import FrameSelection, PendingFrame
+from cosettle_adapter.video.selection import FrameSelection, PendingFrame, selects_frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,7 @@ class FrameChunk:
     start: int  # number of frames delivered before this chunk
 
 
+@selects_frames
 def open_frames(
     source: Any, select: FrameSelection | None = None, *, skip: int = 0, chunk_size: int = 8
 ) -> Generator[FrameChunk, None, None]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import warnings
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,3 +90,21 @@ class FrameSelection:
                 f"{source} has no frame from {self.start or 0} s {until}; "
                 f"the frames met lie from {times[0]:g} s to {times[-1]:g} s"
             )
+
+
+def selects_frames(function: Callable[P, R]) -> Callable[P, R]:
+    """Let keywords of version 0.1 (``start=``, ``every=``, ...) make ``select``, with a warning."""
+    known = {field.name for field in fields(FrameSelection)}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        old: dict[str, Any] = {name: options.pop(name) for name in known & options.keys()}
+        if old and options.get("select") is not None:
+            raise TypeError(f"got select and {', '.join(old)}; put them into FrameSelection")
+        if old:
+            said = f"pass select=FrameSelection({', '.join(f'{name}=...' for name in old)})"
+            warnings.warn(f"{said}; the keywords go in 0.3", DeprecationWarning, stacklevel=2)
+            options["select"] = FrameSelection(**old)
+        return function(*args, **options)
+
+    return call

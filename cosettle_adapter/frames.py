@@ -1,0 +1,5 @@
+"""Moved: :mod:`cosettle_adapter.video`."""
+
+from cosettle_adapter.imports import moved_to
+
+__getattr__ = moved_to(__name__, "cosettle_adapter.video")
