@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 
 # Lowered as the package shrinks, never raised: the aim is 15,000, 12,000 and 5,800.
-PACKAGE_LINES = 29_000
-TEST_LINES = 24_500
+PACKAGE_LINES = 21_300
+TEST_LINES = 20_000
 MODULE_LINES = 400
 README_BYTES = 7_000
-INFERENCE_LINES = 9_000
+INFERENCE_LINES = 6_900
 
 ROOT = Path(__file__).parents[1]
 

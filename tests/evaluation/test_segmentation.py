@@ -80,5 +80,5 @@ def test_masks_that_cannot_be_scored(
 
 
 def test_maps_of_another_shape_are_refused() -> None:
-    with pytest.raises(GeometryError, match=r"expected \(C, h, w\)"):
+    with pytest.raises(GeometryError, match=r"expected floating point \(C, h, w\)"):
         evaluate_sequence([torch.rand(2, 3, 6, 10)] * 5, MASKS)
