@@ -6,12 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Lowered as the package shrinks, never raised: the aim is 15,000, 12,000 and 5,800.
+# Lowered as package and tests shrink, never raised: the aim is 15,000 and 12,000.
 PACKAGE_LINES = 21_300
 TEST_LINES = 20_000
 MODULE_LINES = 400
 README_BYTES = 7_000
-INFERENCE_LINES = 6_900
+INFERENCE_LINES = 5_800
 
 ROOT = Path(__file__).parents[1]
 
