@@ -213,7 +213,7 @@ def test_any_backbone_settles_without_a_projection(
         asked.update(options, name=name)
         return tiny_backbone
 
-    monkeypatch.setattr("cosettle_adapter.loading.load_backbone", load)
+    monkeypatch.setattr("cosettle_adapter.hub.load_backbone", load)
     adapter = CoSettleAdapter.from_pretrained(
         tiny_registered.name, projection="settle", stride=8, revision="abc"
     )

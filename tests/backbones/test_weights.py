@@ -26,9 +26,8 @@ from cosettle_adapter.backbones import (
     registry,
 )
 from cosettle_adapter.backbones.downloads import fetch_wheel_member, file_sha256, remembered
-from cosettle_adapter.backbones.weights import choose_checkpoint
 from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY, HubFile, WheelFile
-from cosettle_adapter.backbones.weights import fingerprint, load_weights
+from cosettle_adapter.backbones.weights import choose_checkpoint, fingerprint, load_weights
 from cosettle_adapter.cli import main
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 
