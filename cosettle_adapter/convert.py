@@ -109,10 +109,10 @@ def convert_checkpoint(
                 "source": origin or path.name,
                 "source_sha256": file_sha256(path),
                 "epoch": checkpoint.epoch,
-                "settings": {
+                "settings": {  # without folders of a machine
                     name: value
                     for name, value in checkpoint.arguments.items()
-                    if not isinstance(value, str) or "/" not in value  # no folders of a machine
+                    if not isinstance(value, str) or "/" not in value
                 },
                 "cosettle_adapter": __version__,
             },
