@@ -230,7 +230,10 @@ def test_architectures_without_published_weights() -> None:
     ("name", "message"),
     [
         ("convnext_bass_w/laion2b", r"no architecture 'convnext_bass_w'.*convnext_bas"),
-        ("ViT-M-16/openai", r"no tag 'openai'\. Its tags: none; write open_clip:ViT-M-16, with back"),
+        (
+            "ViT-M-16/openai",
+            r"no tag 'openai'\. Its tags: none; write open_clip:ViT-M-16, w",
+        ),
         ("ViT-L-14-336/openia", r"no tag 'openia'\. Did you mean 'openai'"),
         ("ViT-B-32", r"needs a tag\. Its tags: ([^,]+, ){9,}\.\.\.; write .*ViT-B-32/openai"),
         ("convnext_base_w/laion2b_s13b_b82k@7", "no stage with 7 pixels"),
