@@ -102,7 +102,8 @@ def fitted_projection(
             folder,
         )
         is_native = backbone.dtype == torch.float32 and backbone.stride == backbone.patch
-        source, start = backbone if is_native else native(), None
+        source = backbone if is_native else native()
+        start: TokenStatistics | None = None
         with contextlib.suppress(SafetensorError, StatisticsError, OSError):  # mostly none is left
             start = TokenStatistics.from_tensors(load_file(partial))
         bar: Any = tqdm  # untyped

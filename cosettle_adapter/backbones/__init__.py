@@ -70,5 +70,5 @@ def build_backbone(
         for name, tensor in tensors.items()
     }
     load_tensors(model, in_float32, f"{row.name}, from {origin}" if origin else row.name)
-    wrapper = VisionTransformerBackbone if row.kind == "vit" else FeatureMapBackbone
-    return wrapper(model, row, origin=origin, **wrapping)
+    wrapper: Any = VisionTransformerBackbone if row.kind == "vit" else FeatureMapBackbone
+    return wrapper(model, row, origin=origin, **wrapping)  # type: ignore[no-any-return]

@@ -53,15 +53,16 @@ class _ParametersStayEmpty(TorchFunctionMode):
 
 def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
     if row.kind == "features":
-        options = {**_ANY_SIZE.get(timm_module(row), {}), **row.options}
-        model: Any = timm.create_model(row.architecture, **options)
+        model: Any = timm.create_model(
+            row.architecture, **{**_ANY_SIZE.get(timm_module(row), {}), **row.options}
+        )
         if not whole:
             every = len(feature_info(model))
             model.prune_intermediate_layers(every, prune_norm=True, prune_head=True)
         return model  # type: ignore[no-any-return]
     # Pooling by mean would turn timm's norm into an identity. A rotary embedding built for dynamic
     # sizes computes any grid in place of a stored one.
-    options = {"num_classes": 0, "global_pool": "", **row.options}
+    options: dict[str, Any] = {"num_classes": 0, "global_pool": "", **row.options}
     if "rotary" in row.positions:
         options["dynamic_img_size"] = True
     return timm.create_model(row.architecture, **options)  # type: ignore[no-any-return]

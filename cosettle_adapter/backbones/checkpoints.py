@@ -116,7 +116,8 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
         tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).float()
         for tensor in graph.initializer
     }
-    named, positions = {}, {}
+    named: dict[str, Tensor] = {}
+    positions: dict[str, Tensor] = {}
     for name in [name for name in constants if name.startswith(_EXPORTED)]:
         named[name.removeprefix(_EXPORTED)] = constants.pop(name)
     for node in graph.node:

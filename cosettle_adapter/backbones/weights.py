@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -185,7 +185,7 @@ def released_checkpoint(row: BackboneRow, options: HubOptions) -> Release:
         listed = [sibling.rfilename for sibling in info.siblings or ()]
     except Exception as error:  # the client's transport, and so its errors, differ by version
         options = dataclasses.replace(options, local_files_only=True)
-        how = {"revision": options.revision, "cache_dir": options.hub_cache}
+        how: dict[str, Any] = {"revision": options.revision, "cache_dir": options.hub_cache}
         try:
             cached = Path(snapshot_download(OFFICIAL_REPOSITORY, local_files_only=True, **how))
         except OSError:

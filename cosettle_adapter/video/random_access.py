@@ -83,8 +83,8 @@ def read_frames(source: VideoSource, indices: Sequence[int]) -> Tensor:
 def _decode(video: Video, index: _Index, key: int | None, numbers: list[int]) -> dict[int, Tensor]:
     """Decode increasing numbers from a keyframe, or the file's start, else FrameError."""
     wanted = {index.places[number]: number for number in numbers}
-    last, found = index.places[numbers[-1]], {}
-    codec = video.stream.codec_context
+    found: dict[int, Tensor] = {}
+    last, codec = index.places[numbers[-1]], video.stream.codec_context
 
     def spare(packet: Packet[Any]) -> None:
         """Leave out frames that are not wanted and that no other frame refers to."""
