@@ -70,7 +70,8 @@ def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
 
 def timm_module(row: BackboneRow) -> str:
     """Name of the timm module that defines a row's architecture."""
-    return timm.model_entrypoint(row.architecture).__module__.rpartition(".")[2]
+    module: str = timm.model_entrypoint(row.architecture).__module__
+    return module.rpartition(".")[2]
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
