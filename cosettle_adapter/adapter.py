@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from cosettle_adapter.backbones import Backbone, HubOptions
+from cosettle_adapter.backbones import Backbone, HubOptions, load_backbone
 from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
 from cosettle_adapter.correspondence import FusionMode, TemporalFusion
 from cosettle_adapter.errors import ProjectionFormatError, TruncatedVideoError
 from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
+from cosettle_adapter.hub import RAW, identity_projection, load_parts
 from cosettle_adapter.io import atomic_path
-from cosettle_adapter.loading import RAW, identity_projection, load_named_backbone, load_parts
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
@@ -108,7 +108,7 @@ class CoSettleAdapter(FeatureModel):
             CorruptWeightsError, ProjectionFormatError: a file is damaged or of another format.
             BackboneMismatchError: the projection belongs to another backbone.
         """
-        parts = load_parts(
+        backbone, fitted, file = load_parts(
             name,
             projection,
             recipe=recipe,
@@ -119,10 +119,9 @@ class CoSettleAdapter(FeatureModel):
             stride=stride,
             requires_input_grad=requires_input_grad,
         )
-        fitted, accept = parts.projection.to(device), allow_mismatched_backbone
-        adapter = cls(parts.backbone, fitted, allow_mismatched_backbone=accept)
-        adapter._backbone_file = parts.backbone_file
-        adapter.settles = projection == "settle"
+        accept = allow_mismatched_backbone
+        adapter = cls(backbone, fitted.to(device), allow_mismatched_backbone=accept)
+        adapter._backbone_file, adapter.settles = file, projection == "settle"
         return adapter
 
     @classmethod
@@ -137,13 +136,15 @@ class CoSettleAdapter(FeatureModel):
         """Use a backbone's own tokens through the same interface: the baseline of a projection.
 
         Args:
-            backbone: a loaded one, or a name, with ``device`` and what follows in
-                :meth:`from_pretrained`.
+            backbone: a loaded one, or a name, with ``loading`` as in :meth:`from_pretrained`.
             layer: 0-based, negative from the end; by default the registered one.
             norm: apply the final norm; by default to the last layer, if the registry says so.
         """
         if isinstance(backbone, str):
-            backbone = load_named_backbone(backbone, **loading)
+            fields = {field.name for field in dataclasses.fields(HubOptions)} & loading.keys()
+            options = HubOptions(**{name: loading.pop(name) for name in fields})
+            weights = loading.pop("backbone_weights", None)
+            backbone = load_backbone(backbone, weights=weights, options=options, **loading)
         return cls(backbone, identity_projection(backbone, layer=layer, norm=norm))
 
     def without_projection(self) -> CoSettleAdapter:
@@ -156,8 +157,7 @@ class CoSettleAdapter(FeatureModel):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the projection and its config into ``folder``.
 
-        The backbone is left out, unless it came with the projection and has no public source. An
-        adapter that settles every clip anew has nothing to save: a ProjectionFormatError.
+        The backbone is left out, unless it came with the projection and has no public source.
         """
         self._check_stored()
         self.projection.save(folder)
@@ -264,16 +264,14 @@ class CoSettleAdapter(FeatureModel):
 
         Its mean token is subtracted, and directions in which corresponding patches of adjacent
         frames differ are damped. The new adapter shares the backbone of this one, which it has as
-        :attr:`unsettled`: settling again starts from there, not on top.
+        :attr:`unsettled`: settling again starts from there, not on top. A video that breaks off is
+        settled on as far as it goes.
 
         Args:
-            source, select: as in :meth:`stream`: the frames whose features are wanted.
-            size, fit, batch_size: as in :meth:`forward`; best as the features will be computed.
+            source, select, size, fit, batch_size: as in :meth:`stream`, for the same features.
             ridge: damping, in units of the mean temporal variance; infinity only centres.
             prior_pairs: number of corresponding patches at which the clip counts as much as the
                 projection it already has.
-
-        Errors are those of :meth:`stream`; a video that breaks off is settled on as far as it goes.
         """
         base = self.unsettled
         source = Path(source) if isinstance(source, str) else source
@@ -281,7 +279,7 @@ class CoSettleAdapter(FeatureModel):
         frames = open_frames(source, select, chunk_size=batch_size)
         try:
             for chunk in prefetch(frames):
-                settler.update(base._encode(chunk.frames, size=size, fit=fit).features)
+                settler.update(base._encode(chunk.frames, size=size, fit=fit)[1])
         except TruncatedVideoError as error:
             if not settler.frames:
                 raise

@@ -56,18 +56,14 @@ _CITATION = f"""```bibtex
 _PERMISSIVE = (
     *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT"),
 )
-_CC, _META = "https://creativecommons.org/licenses", "https://ai.meta.com/resources"
+_CC = "https://creativecommons.org/licenses"
+_DINOV3 = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
+_APPLE = "https://github.com/apple/ml-mobileclip/blob/main/LICENSE_weights_data"
 _RESTRICTED = {  # identifier: what it allows, its page
     "CC-BY-NC-4.0": ("non-commercial use only", f"{_CC}/by-nc/4.0/"),
     "CC-BY-NC-SA-4.0": ("non-commercial use only, share alike", f"{_CC}/by-nc-sa/4.0/"),
-    "LicenseRef-DINOv3": (
-        "use under Meta's conditions",
-        f"{_META}/models-and-libraries/dinov3-license",
-    ),
-    "LicenseRef-Apple-AMLR": (
-        "research use only",
-        "https://github.com/apple/ml-mobileclip/blob/main/LICENSE_weights_data",
-    ),
+    "LicenseRef-DINOv3": ("use under Meta's conditions", _DINOV3),
+    "LicenseRef-Apple-AMLR": ("research use only", _APPLE),
     "LicenseRef-Apple-ASCL": ("use under Apple's conditions", ""),
     "LicenseRef-FAIR-Noncommercial-Research": ("non-commercial research use only", ""),
 }
@@ -83,6 +79,16 @@ def model_card(config: ProjectionConfig, *, repository: str | None = None) -> st
     except CosettleError:  # fitted with a registry that had more rows
         row = None
     title = repository or f"A projection for {config.backbone}"
+    results = [
+        EvalResult(
+            _TASK, _slug(entry["title"], r"[^a-z0-9]+"), entry["title"], column, float(value)
+        )
+        for entry in config.figures.get("measured", ())
+        for title, cells in [(entry["title"], cells) for cells in entry["rows"]]
+        if cells[0] == entry.get("highlight")
+        for column, value in zip(entry["columns"], cells, strict=True)
+        if column in _METRICS and value is not None
+    ]
     data = ModelCardData(
         **_hub_licence(_binding_licences(config, row)),
         library_name="cosettle-adapter",
@@ -90,29 +96,15 @@ def model_card(config: ProjectionConfig, *, repository: str | None = None) -> st
         tags=["cosettle", "video", "temporal-consistency", _TASK],
         base_model=row.hub.repo if row is not None and row.hub is not None else None,
         datasets=list(config.fit.get("datasets") or ()) or None,
-        eval_results=_eval_results(config) or None,
+        eval_results=results or None,
         model_name=title,
     )
     text = card_text(config, row, title=title, name=repository or "./my-projection")
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
-def _eval_results(config: ProjectionConfig) -> list[EvalResult]:
-    """The numbers of highlighted rows that stand under the name of a metric."""
-    return [
-        EvalResult(
-            task_type=_TASK,
-            dataset_type=re.sub(r"[^a-z0-9]+", "-", entry["title"].lower()).strip("-"),
-            dataset_name=entry["title"],
-            metric_type=column,
-            metric_value=float(value),
-        )
-        for entry in config.figures.get("measured", ())
-        for row in entry["rows"]
-        if row[0] == entry.get("highlight")
-        for column, value in zip(entry["columns"], row, strict=True)
-        if column in _METRICS and value is not None
-    ]
+def _slug(text: str, kept: str = "a-z0-9") -> str:
+    return re.sub(f"[^{kept}]+", "-", text.lower()).strip("-")
 
 
 def card_text(config: ProjectionConfig, row: BackboneRow | None, *, title: str, name: str) -> str:
@@ -137,13 +129,21 @@ def card_text(config: ProjectionConfig, row: BackboneRow | None, *, title: str, 
         grid="h, w" if row is None else f"{_GRID[0]}, {_GRID[1]}",
         config=config,
     )
+    backbone = "It is not in this version's registry."
+    if row is not None:
+        commit = f" at {config.backbone_revision}" if config.backbone_revision else ""
+        backbone = (
+            f"{row.family}: `{row.architecture}`, {row.depth} layers, patches of {row.patch} "
+            f"pixels, {row.width} channels; weights from {weights_source(row)}{commit}"
+            f"{'; ' if row.note else ''}{row.note}."
+        )
     sections = [
         f"# {title}",
         f"Temporally consistent patch features ([Co-Settle]({PAPER})): the frozen encoder "
         f"`{config.backbone}` and a projection of kind `{config.kind}`.",
         *figures.get("about", ()),
         "## Backbone",
-        "It is not in this version's registry." if row is None else _backbone(row, config),
+        backbone,
         "## Licence",
         *(_terms(licence, row) for licence in licences),
         "## Config",
@@ -161,15 +161,6 @@ def card_text(config: ProjectionConfig, row: BackboneRow | None, *, title: str, 
     return "\n\n".join(sections) + "\n"
 
 
-def _backbone(row: BackboneRow, config: ProjectionConfig) -> str:
-    commit = f" at {config.backbone_revision}" if config.backbone_revision else ""
-    note = f"; {row.note}" if row.note else ""
-    return (
-        f"{row.family}: `{row.architecture}`, {row.depth} layers, patches of {row.patch} pixels, "
-        f"{row.width} channels; weights from {weights_source(row)}{commit}{note}."
-    )
-
-
 def _measured(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     sections = []
     for entry in entries:
@@ -185,13 +176,12 @@ def _measured(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _binding_licences(config: ProjectionConfig, row: BackboneRow | None) -> list[str]:
-    """The licences that restrict the user of a projection, or else its own.
+    """The licences that restrict the user of a projection, or else its own; ``""``: not stated.
 
-    A projection's licence never weakens its backbone's; ``""`` is one that is not stated.
+    A projection's licence never weakens its backbone's.
     """
-    licences = [_spdx(config.licence)] if _spdx(config.licence) else []
-    if row is not None:
-        licences.insert(0, _spdx(row.licence))
+    licences = [_spdx(row.licence)] if row is not None else []
+    licences += [_spdx(config.licence)] if _spdx(config.licence) else []
     restricted = [licence for licence in dict.fromkeys(licences) if licence not in _PERMISSIVE]
     return restricted or licences[-1:] or [""]
 
@@ -209,7 +199,7 @@ def _hub_licence(licences: Sequence[str]) -> dict[str, Any]:
     licence = " AND ".join(licences)
     if licence in _KNOWN.values() and not licence.startswith("LicenseRef-"):
         return {"license": licence.lower()}
-    name = re.sub(r"[^a-z0-9.]+", "-", licence.replace("LicenseRef-", "").lower()).strip("-")
+    name = _slug(licence.replace("LicenseRef-", ""), "a-z0-9.")
     _, page = _RESTRICTED.get(licence, ("", ""))
     return {"license": "other", "license_name": name} | ({"license_link": page} if page else {})
 

@@ -19,19 +19,17 @@ from torch import Tensor
 
 from cosettle_adapter.backbones import BackboneRow, HubOptions
 from cosettle_adapter.backbones.architectures import load_tensors, meta_model
-from cosettle_adapter.backbones.checkpoints import is_whole, read_checkpoint, save_tensors
+from cosettle_adapter.backbones.checkpoints import read_checkpoint, save_tensors
 from cosettle_adapter.backbones.downloads import file_sha256
 from cosettle_adapter.backbones.layouts import to_timm
-from cosettle_adapter.backbones.releases import converted_folder, released_checkpoint
-from cosettle_adapter.backbones.weights import BACKBONE_FILE, fingerprint, load_weights
-from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
-from cosettle_adapter.projection import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Kind,
-    Projection,
-    ProjectionConfig,
+from cosettle_adapter.backbones.weights import (
+    BACKBONE_FILE,
+    fingerprint,
+    load_weights,
+    released_checkpoint,
 )
+from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
+from cosettle_adapter.projection import CONFIG_FILE, Kind, Projection, ProjectionConfig
 from cosettle_adapter.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -78,9 +76,7 @@ def convert_checkpoint(
         origin: what the config calls the file; its name by default.
         revision: commit from which the row's source gives this very backbone again.
 
-    Raises:
-        WeightsUnavailableError: no such file.
-        CorruptWeightsError: not a checkpoint, without a head, or another model's.
+    A file that is missing is a WeightsUnavailableError, another model's a CorruptWeightsError.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
@@ -113,10 +109,10 @@ def convert_checkpoint(
                 "source": origin or path.name,
                 "source_sha256": file_sha256(path),
                 "epoch": checkpoint.epoch,
-                "settings": {
+                "settings": {  # without folders of a machine
                     name: value
                     for name, value in checkpoint.arguments.items()
-                    if not isinstance(value, str) or "/" not in value  # no folders of a machine
+                    if not isinstance(value, str) or "/" not in value
                 },
                 "cosettle_adapter": __version__,
             },
@@ -145,14 +141,11 @@ def convert_checkpoint(
 def released_projection(row: BackboneRow, options: HubOptions) -> Path:
     """Return the folder of a row's released projection, converted once into the cache.
 
-    The backbone in the checkpoint is what the head was trained on, so it is what is used. It is
-    compared with the public one if that is in the cache already; nothing is downloaded for it.
+    The backbone in the checkpoint is compared with the public one if that is in the cache already.
     """
     released = released_checkpoint(row, options)
-    folder = converted_folder(row, released.commit, options)
-    backbone = folder / BACKBONE_FILE
-    complete = (folder / CONFIG_FILE).is_file() and is_whole(folder / WEIGHTS_FILE)
-    if complete and (not backbone.is_file() or is_whole(backbone)):
+    folder = released.folder
+    if (folder / CONFIG_FILE).is_file():  # it is written last
         return folder
     conversion = convert_checkpoint(
         released.path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from einops import pack, rearrange, unpack
@@ -19,14 +19,6 @@ from cosettle_adapter.video import Fit, Geometry, apply_geometry, as_frames, pla
 Size = int | tuple[int, int]
 
 DEFAULT_BATCH_SIZE = 8
-
-
-class Encoded(NamedTuple):
-    """What a model makes of frames that fit in one pass."""
-
-    tokens: Tensor  # (N, C', h, w), what the projection read
-    features: Tensor  # (N, C, h, w)
-    geometry: Geometry  # how patches map to pixels of the frames
 
 
 class FeatureModel(nn.Module):
@@ -52,14 +44,11 @@ class FeatureModel(nn.Module):
                 f"layer(s) of {backbone.row.name} have {read}"
             )
         if config.fingerprint != backbone.fingerprint and not allow_mismatched_backbone:
-            fitted, here = (
-                each.removeprefix("sha256:")[:12]
-                for each in (config.fingerprint, backbone.fingerprint)
-            )
+            fitted, here = (each.fingerprint.removeprefix("sha256:") for each in (config, backbone))
             raise BackboneMismatchError(
-                f"this projection was fitted on {config.backbone} with fingerprint {fitted}, but "
-                f"the backbone here is {backbone.row.name} with fingerprint {here}. Load the one "
-                "it names, fit a projection for this one (projection='fit'), or pass "
+                f"this projection was fitted on {config.backbone} with fingerprint {fitted[:12]}, "
+                f"but the backbone here is {backbone.row.name} with fingerprint {here[:12]}. Load "
+                "the one it names, fit a projection for this one (projection='fit'), or pass "
                 "allow_mismatched_backbone=True if they are interchangeable"
             )
         self.backbone = backbone
@@ -94,12 +83,7 @@ class FeatureModel(nn.Module):
         return plan_geometry(height, width, patch=patch, stride=stride, size=size, fit=fit)
 
     def preprocess(self, frames: Any, *, size: Size | None = None, fit: Fit = "resize") -> Tensor:
-        """Resize and normalise frames, as :meth:`forward` takes them, into what the backbone takes.
-
-        Returns:
-            ``(T, 3, H', W')`` float32 on the adapter's device, normalised with the registry
-            row's mean and standard deviation.
-        """
+        """Resize and normalise frames into what the backbone takes: ``(T, 3, H', W')`` float32."""
         frames = as_frames(frames)
         frames = frames if frames.ndim == 4 else rearrange(frames, "c h w -> 1 c h w")
         return self._normalize(frames, self.geometry(*frames.shape[-2:], size=size, fit=fit))
@@ -178,10 +162,12 @@ class FeatureModel(nn.Module):
         layers = map(self.backbone.block, self.config.layers)
         return fusion_guide(tokens, [self.backbone.widths[layer] for layer in layers])
 
-    def _encode(self, frames: Tensor, *, size: Size | None, fit: Fit) -> Encoded:
-        """Encode frames that fit in one pass."""
+    def _encode(
+        self, frames: Tensor, *, size: Size | None, fit: Fit
+    ) -> tuple[Tensor, Tensor, Geometry]:
+        """Tokens, features and geometry of frames that fit in one pass."""
         geometry = self.geometry(*frames.shape[-2:], size=size, fit=fit)
-        return Encoded(*self._encode_images(self._normalize(frames, geometry)), geometry)
+        return *self._encode_images(self._normalize(frames, geometry)), geometry
 
     def _encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and features of what :meth:`preprocess` returns."""

@@ -34,9 +34,8 @@ def read_layers(backbone: Backbone, clips: Iterable[RenderedClip]) -> tuple[int,
     """Choose the layers to read, without labels: by how well they match patches of known motion.
 
     Of the layers that match best, within 3 %, the latest is read, which is the most semantic; with
-    it those a sixth of the depth before and after, if they match two thirds as well. On DINOv2
-    ViT-S/14 that is 5, 7 and 9 of 12. Late layers of transformers and the last stage of CNNs often
-    match badly, and are left out. Of each rendered clip, the first and the last frame are matched.
+    it those a sixth of the depth before and after, if they match two thirds as well. Of each
+    rendered clip, the first and the last frame are matched.
     """
     layers = range(backbone.depth)
     matched = torch.zeros(backbone.depth, dtype=torch.float64)
@@ -76,14 +75,10 @@ def fit_starter(
 
     Args:
         backbone: in float32 at its native stride.
-        start: statistics of the first clips, to resume from; float64 on the CPU.
+        start: statistics of the first clips, to resume from.
         on_clip: called with those so far after each of :data:`~cosettle_adapter.starter.CLIPS`.
 
-    Returns:
-        In eval mode, gradients off, on the CPU.
-
-    Raises:
-        StatisticsError: features that are all equal, or not finite.
+    Features that are all equal, or not finite, are a :class:`StatisticsError`.
     """
     row = backbone.row
     if backbone.dtype != torch.float32 or backbone.stride != backbone.patch:
@@ -97,7 +92,9 @@ def fit_starter(
     if start is None or start.width != sum(widths):  # of other layers
         start = TokenStatistics(sum(widths))
     for clip in starter_clips(size, skip=start.clips):
-        _collect(start, clip, backbone, layers)
+        maps = torch.cat(_encoded(clip.frames, backbone, layers), dim=1)
+        start.add_tokens(rearrange(maps, "t c h w -> (t h w) c"))
+        start.end_clip()
         if on_clip is not None:
             on_clip(start)
     variance = torch.split(start.covariance.diagonal(), widths)
@@ -159,11 +156,3 @@ def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[
     )
     images = ((frames / 255 - mean) / std).to(backbone.device)
     return [maps.cpu() for maps in backbone.intermediate_tokens(images, layers, norm=False)]
-
-
-def _collect(
-    statistics: TokenStatistics, clip: RenderedClip, backbone: Backbone, layers: Sequence[int]
-) -> None:
-    maps = torch.cat(_encoded(clip.frames, backbone, layers), dim=1)
-    statistics.add_tokens(rearrange(maps, "t c h w -> (t h w) c"))
-    statistics.end_clip()

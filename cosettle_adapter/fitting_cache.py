@@ -1,7 +1,4 @@
-"""Projections fitted on first use: fitted once and kept in the user's cache.
-
-The key is the backbone's fingerprint and the version of the recipe.
-"""
+"""Projections fitted on first use, kept in the user's cache by fingerprint and recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,9 +21,6 @@ from cosettle_adapter.backbones import Backbone, HubOptions
 from cosettle_adapter.errors import ProjectionFormatError, StatisticsError
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import CONFIG_FILE, RECIPE, WEIGHTS_FILE, Projection
-
-if TYPE_CHECKING:
-    from cosettle_adapter.closed_form import TokenStatistics
 
 _PARTIAL = "statistics.safetensors"
 _SAVE_EVERY = 10.0  # seconds
@@ -60,12 +54,38 @@ def fitted_projection(
     folder = cache_folder(name, backbone.fingerprint, options)
     if (found := _cached(folder, backbone.fingerprint)) is not None:
         return found
-    # brings solvers and the renderer, which only a first use needs
+    # these bring solvers and the renderer, which only a first use needs
     from cosettle_adapter import fitting, starter
+    from cosettle_adapter.closed_form import TokenStatistics
 
-    cache, lock = _Cache(folder), FileLock(f"{folder}.lock")
+    failed: list[OSError] = []
+    partial, lock, saved = folder / _PARTIAL, FileLock(f"{folder}.lock"), time.monotonic()
+
+    @contextlib.contextmanager
+    def writing() -> Iterator[None]:
+        """Do without a cache that cannot be written, after one warning."""
+        try:
+            yield
+        except OSError as error:
+            if not failed:
+                logger.warning(
+                    "the projection is fitted in memory, and again by the next process, because "
+                    "it cannot be kept in %s: %s",
+                    folder,
+                    error,
+                )
+            failed.append(error)
+
+    def on_clip(statistics: TokenStatistics) -> None:
+        nonlocal saved
+        shown.update()
+        if not failed and time.monotonic() - saved > _SAVE_EVERY:
+            with writing(), atomic_path(partial) as path:
+                path.write_bytes(to_safetensors(statistics.to_tensors()))
+            saved = time.monotonic()
+
     try:
-        with cache.writing():
+        with writing():
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
@@ -82,17 +102,15 @@ def fitted_projection(
             folder,
         )
         is_native = backbone.dtype == torch.float32 and backbone.stride == backbone.patch
-        source, start = backbone if is_native else native(), cache.statistics()
+        source = backbone if is_native else native()
+        start: TokenStatistics | None = None
+        with contextlib.suppress(SafetensorError, StatisticsError, OSError):  # mostly none is left
+            start = TokenStatistics.from_tensors(load_file(partial))
         bar: Any = tqdm  # untyped
         done = start.clips if start else 0
         with bar(total=starter.CLIPS, initial=done, desc=f"fitting {name}", unit="clip") as shown:
-
-            def on_clip(statistics: TokenStatistics) -> None:
-                shown.update()
-                cache.save(statistics)
-
             projection = fitting.fit_starter(source, start=start, on_clip=on_clip)
-        with cache.writing():
+        with writing():
             projection.save(folder)
             for path in folder.iterdir():
                 if path.name not in (CONFIG_FILE, WEIGHTS_FILE):
@@ -111,41 +129,3 @@ def _cached(folder: Path, fingerprint: str) -> Projection | None:
         logger.warning("%s cannot be used, so it is fitted anew: %s", folder, error)
         return None
     return found if found.config.fingerprint == fingerprint else None
-
-
-class _Cache:
-    """A folder for an unfinished fit; done without, after one warning, if it cannot be written."""
-
-    def __init__(self, folder: Path) -> None:
-        self._partial = folder / _PARTIAL
-        self._saved, self._usable = time.monotonic(), True
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if self._usable:
-                logger.warning(
-                    "the projection is fitted in memory, and again by the next process, because "
-                    "it cannot be kept in %s: %s",
-                    self._partial.parent,
-                    error,
-                )
-            self._usable = False
-
-    def statistics(self) -> TokenStatistics | None:
-        """Those that a killed fit left."""
-        from cosettle_adapter.closed_form import TokenStatistics
-
-        try:
-            return TokenStatistics.from_tensors(load_file(self._partial))
-        except (SafetensorError, StatisticsError, OSError):  # mostly there is none
-            return None
-
-    def save(self, statistics: TokenStatistics) -> None:
-        """Save the statistics so far from time to time."""
-        if self._usable and time.monotonic() - self._saved > _SAVE_EVERY:
-            with self.writing(), atomic_path(self._partial) as path:
-                path.write_bytes(to_safetensors(statistics.to_tensors()))
-            self._saved = time.monotonic()

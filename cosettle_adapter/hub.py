@@ -1,16 +1,24 @@
-"""Models by name: which there are, and where a projection comes from."""
+"""Models by name: which there are, and where a backbone and its projection come from."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cosettle_adapter.backbones import REGISTRY, BackboneRow, HubOptions, lookup
+from cosettle_adapter.backbones import (
+    REGISTRY,
+    Backbone,
+    BackboneRow,
+    HubOptions,
+    load_backbone,
+    lookup,
+)
 from cosettle_adapter.backbones.downloads import hub_file
 from cosettle_adapter.backbones.registry import is_backbone_name
 from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY
@@ -21,8 +29,10 @@ from cosettle_adapter.errors import (
     WeightsUnavailableError,
     did_you_mean,
 )
-from cosettle_adapter.fitting_cache import cache_folder
-from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, ProjectionConfig
+from cosettle_adapter.fitting_cache import cache_folder, check_recipe, fitted_projection
+from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection, ProjectionConfig
+
+RAW = "none: the backbone's own tokens"
 
 _BUNDLED = Path(__file__).parent / "projections"
 _STATUSES = ("in the package", "by the authors", "fitted, in your cache", "fitted on first use")
@@ -46,11 +56,7 @@ class ModelInfo:
     source: str  # of the backbone's weights
     projection: str  # one of the four statuses
     figures: Mapping[str, Any]  # measured ones, of the projection
-
-    @property
-    def has_projection(self) -> bool:
-        """Whether a projection was published for it."""
-        return self.projection in _STATUSES[:2]
+    has_projection: bool  # whether one was published
 
 
 def list_models() -> list[ModelInfo]:
@@ -62,10 +68,15 @@ def list_models() -> list[ModelInfo]:
         status = 2 if any(cached.parent.glob(f"{cached.name}/{CONFIG_FILE}")) else 3
         if is_published(row.name):
             status = 1 if config is None else 0
-        described: dict[str, Any] = {name: getattr(row, name) for name in _SHARED}
-        described["figures"] = {} if config is None else config.figures
-        described |= {"source": weights_source(row), "projection": _STATUSES[status]}
-        models.append(ModelInfo(**described))
+        models.append(
+            ModelInfo(
+                **{name: getattr(row, name) for name in _SHARED},
+                source=weights_source(row),
+                projection=_STATUSES[status],
+                figures={} if config is None else config.figures,
+                has_projection=status < 2,
+            )
+        )
     return sorted(models, key=lambda model: _STATUSES.index(model.projection))
 
 
@@ -109,23 +120,17 @@ def is_repository(name: str) -> bool:
 def find_projection(name: str | Path, options: HubOptions) -> Path:
     """Turn what a user typed into a folder with ``config.json`` and ``projection.safetensors``.
 
-    A registered name always means that model, even where a folder of the same name exists. A
-    folder is named by a path (``./name``, an absolute path, or anything that is not a registered
-    name and is a directory); ``owner/name`` is otherwise a Hub repository.
-
-    Raises:
-        UnknownModelError: none of the three, or a backbone without a published projection.
-        WeightsUnavailableError: the Hub could not deliver the repository's files.
-        ProjectionFormatError: a path that is not a folder, or a config that cannot be used.
+    A registered name always means that model, even where a folder of the same name exists
+    (``./name``); ``owner/name`` is a Hub repository unless it is a folder. Errors are those of
+    ``from_pretrained``.
     """
     if isinstance(name, str) and is_backbone_name(name):
-        row, folder = lookup(name), bundled_folder(name)
-        if folder is None and row.release is None:
+        if not is_published(name):
             raise UnknownModelError(
-                f"no projection has been published for {row.name}; "
-                f"from_pretrained({row.name!r}) fits one here"
+                f"no projection has been published for {lookup(name).name}; "
+                f"from_pretrained({name!r}) fits one here"
             )
-        return folder or _released(row, options)
+        return bundled_folder(name) or _released(lookup(name), options)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -178,3 +183,72 @@ def _download(repository: str, options: HubOptions) -> Path:
         with contextlib.suppress(WeightsUnavailableError):
             hub_file(repository, BACKBONE_FILE, options)
     return path.parent
+
+
+def load_parts(
+    name: str | Path,
+    projection: str | Path | None,
+    *,
+    recipe: int | None,
+    weights: str | Path | None,
+    options: HubOptions,
+    **loading: Any,
+) -> tuple[Backbone, Projection, Path | None]:
+    """Load what ``CoSettleAdapter.from_pretrained`` asks for, which documents the arguments.
+
+    The third is the file of a backbone that came with the projection and has no public source.
+    """
+    check_recipe(recipe)  # before anything is downloaded
+    load = functools.partial(load_backbone, str(name), weights=weights, options=options)
+    if projection == "settle":
+        backbone = load(**loading)
+        method = f"{RAW}, settled on each clip as it comes"
+        return backbone, identity_projection(backbone, method=method), None
+    if projection == "fit" or (projection is None and not is_published(name)):
+        backbone = load(**loading)
+        native = functools.partial(load, device=backbone.device)
+        return backbone, fitted_projection(backbone, options, native=native), None
+    own = projection in (None, "published")
+    folder = find_projection(name, options) if own else Path(str(projection)).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            "projection must be None, 'published', 'fit', 'settle' or a folder that "
+            f"save_pretrained wrote, got {str(projection)!r}"
+        )
+    stored = Projection.load(folder)
+    config, beside = stored.config, stored_backbone(folder)
+    if recipe not in (None, config.recipe):
+        raise ValueError(
+            f"the projection of {name} was not made by recipe {recipe} (but by "
+            f"{config.recipe}); projection='fit' fits one by it"
+        )
+    if own and folder != bundled_folder(config.backbone):  # else the revision is the backbone's
+        options = dataclasses.replace(options, revision=config.backbone_revision)
+    backbone = load_backbone(
+        config.backbone if own else str(name), weights=weights or beside, options=options, **loading
+    )
+    is_only_source = weights is None and config.backbone_revision is None
+    return backbone, stored, beside if is_only_source else None
+
+
+def identity_projection(
+    backbone: Backbone, *, layer: int | None = None, norm: bool | None = None, method: str = RAW
+) -> Projection:
+    """Return the projection that leaves a layer's tokens as they are, by default the last's."""
+    number = backbone.default_layer if layer is None else backbone.block(layer)
+    if norm is None:
+        norm = number == backbone.depth - 1 and backbone.row.final_norm
+    width = backbone.widths[number]
+    config = ProjectionConfig(
+        backbone=backbone.row.name,
+        fingerprint=backbone.fingerprint,
+        layers=(number,),
+        norm=norm,
+        backbone_revision=backbone.revision,
+        in_width=width,
+        out_width=width,
+        kind="identity",
+        fit={"method": method},
+        licence=backbone.row.licence,
+    )
+    return Projection(config)

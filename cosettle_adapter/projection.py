@@ -161,8 +161,7 @@ class Projection(nn.Module):
     def project(self, tokens: Tensor) -> Tensor:
         """Project tokens ``(..., C)`` to ``(..., C')``, without averaging and settling.
 
-        ``linear`` and ``affine`` apply the activation after their only matrix; ``mlp2`` and
-        ``mlp3`` apply it between matrices, as ``ST_adapter.py`` does.
+        The activation comes after the only matrix, or between several, as in ``ST_adapter.py``.
         """
         if not self.linears:
             return tokens
@@ -213,10 +212,9 @@ class Projection(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Projection:
-        """Read a projection that :meth:`save` wrote; in eval mode, gradients off.
+        """Read a projection that :meth:`save` wrote, else :class:`ProjectionFormatError`.
 
-        A file that is missing or unreadable, and tensors that are not exactly those of the config,
-        finite and in float32, are a ProjectionFormatError.
+        It comes in eval mode, gradients off.
         """
         folder = Path(folder)
         described, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
@@ -234,19 +232,16 @@ class Projection(nn.Module):
             raise ProjectionFormatError(message) from error
         with torch.device("meta"):
             projection = cls(config)
-        expected = projection.state_dict()
-        faults = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
-        faults += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
-        for name in sorted(expected.keys() & tensors.keys()):
-            found, shape = tensors[name], tuple(expected[name].shape)
-            if found.shape != shape:
-                faults.append(f"{name} is {tuple(found.shape)}, expected {shape}")
-            elif found.dtype != torch.float32:
-                faults.append(f"{name} is {found.dtype}, expected torch.float32")
-            elif not bool(torch.isfinite(found).all()):
-                faults.append(f"{name} holds values that are not finite")
-        if faults:
-            listed = "; ".join(faults)
-            raise ProjectionFormatError(f"{weights} does not fit its {CONFIG_FILE}: {listed}")
-        projection.load_state_dict(tensors, assign=True)
+        try:
+            projection.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:  # lists what is missing, unexpected or misshapen
+            raise ProjectionFormatError(
+                f"{weights} does not fit its {CONFIG_FILE}: {error}"
+            ) from error
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+                raise ProjectionFormatError(
+                    f"{weights} does not fit its {CONFIG_FILE}: {name} is {tensor.dtype} or holds "
+                    "values that are not finite; expected finite ones in torch.float32"
+                )
         return projection.requires_grad_(False).eval()

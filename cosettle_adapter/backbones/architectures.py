@@ -11,15 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cosettle_adapter.backbones.registry import feature_info
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import CorruptWeightsError
 
+# What timm's code raises for images and files that a model cannot take.
+TIMM_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+_DYNAMIC, _LENIENT = {"dynamic_img_size": True}, {"strict_img_size": False}
+_ANY_SIZE = {  # by timm's module: the option that makes its models take any size
+    **dict.fromkeys(("deit", "eva", "vision_transformer", "vision_transformer_hybrid"), _DYNAMIC),
+    **dict.fromkeys((f"swin_transformer{version}" for version in ("", "_v2", "_v2_cr")), _LENIENT),
+}
+
 
 def meta_model(row: BackboneRow, *, whole: bool = False) -> nn.Module:
-    """Create a row's architecture without memory: names, shapes and structure only.
-
-    ``whole`` keeps the classifier and final norm that feature maps do not go through.
-    """
+    """Create a row's architecture without memory; ``whole``: with what feature maps leave out."""
     with torch.device("meta"):
         return _create(row, whole=whole)
 
@@ -46,15 +53,25 @@ class _ParametersStayEmpty(TorchFunctionMode):
 
 def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
     if row.kind == "features":
-        from cosettle_adapter.backbones.feature_maps import create_feature_maps  # few are
-
-        return create_feature_maps(row, whole=whole)
+        model: Any = timm.create_model(
+            row.architecture, **{**_ANY_SIZE.get(timm_module(row), {}), **row.options}
+        )
+        if not whole:
+            every = len(feature_info(model))
+            model.prune_intermediate_layers(every, prune_norm=True, prune_head=True)
+        return model  # type: ignore[no-any-return]
     # Pooling by mean would turn timm's norm into an identity. A rotary embedding built for dynamic
     # sizes computes any grid in place of a stored one.
-    options: dict[str, Any] = {"dynamic_img_size": True} if "rotary" in row.positions else {}
-    options |= {"num_classes": 0, "global_pool": "", **row.options}
-    model: nn.Module = timm.create_model(row.architecture, **options)
-    return model
+    options: dict[str, Any] = {"num_classes": 0, "global_pool": "", **row.options}
+    if "rotary" in row.positions:
+        options["dynamic_img_size"] = True
+    return timm.create_model(row.architecture, **options)  # type: ignore[no-any-return]
+
+
+def timm_module(row: BackboneRow) -> str:
+    """Name of the timm module that defines a row's architecture."""
+    module: str = timm.model_entrypoint(row.architecture).__module__
+    return module.rpartition(".")[2]
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:

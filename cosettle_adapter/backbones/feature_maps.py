@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cosettle_adapter.backbones.architectures import TIMM_ERRORS, timm_module
 from cosettle_adapter.backbones.backbone import Backbone, Grid, Positions, Read
 from cosettle_adapter.backbones.registry import feature_info
 from cosettle_adapter.backbones.rows import BackboneRow
@@ -20,40 +21,10 @@ from cosettle_adapter.errors import GeometryError
 
 Size = tuple[int, int]
 
-# What timm's code raises for images and files that a model cannot take.
-TIMM_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
 _CACHED_SIZES = 4
-_DYNAMIC, _LENIENT = {"dynamic_img_size": True}, {"strict_img_size": False}
-_ANY_SIZE = {  # by timm's module: the option that makes its models take any size
-    "deit": _DYNAMIC,
-    "eva": _DYNAMIC,
-    "swin_transformer": _LENIENT,
-    "swin_transformer_v2": _LENIENT,
-    "swin_transformer_v2_cr": _LENIENT,
-    "vision_transformer": _DYNAMIC,
-    "vision_transformer_hybrid": _DYNAMIC,
-}
 _WHOLE_PATCHES = ("dla", "hiera", "hieradet_sam2", "hrnet", "maxxvit")  # of the coarsest stage
 _RESIZED = ("beit", "hiera", "maxxvit", "vision_transformer_relpos")  # a copy for every size
 _OWN_SIZE_ONLY = ("mvitv2",)  # reads its tables of relative positions off centre at others
-
-
-def create_feature_maps(row: BackboneRow, *, whole: bool) -> nn.Module:
-    """Create a row's timm model; ``whole`` keeps what no feature map goes through."""
-    options = {**_ANY_SIZE.get(_family(row), {}), **row.options}
-    model: Any = timm.create_model(row.architecture, **options)
-    if not whole:
-        every = len(feature_info(model))
-        model.prune_intermediate_layers(every, prune_norm=True, prune_head=True)
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def _family(row: BackboneRow) -> str:
-    """Name of the timm module that defines a row's architecture."""
-    module: str = timm.model_entrypoint(row.architecture).__module__
-    return module.rpartition(".")[2]
 
 
 class FeatureMapBackbone(Backbone):
@@ -78,14 +49,12 @@ class FeatureMapBackbone(Backbone):
         widths, pixels = zip(*feature_info(model), strict=True)
         if row.patch not in pixels:
             known = ", ".join(map(str, sorted(set(pixels))))
-            raise GeometryError(
-                f"{row.name} has no stage with {row.patch} pixels a patch; it has {known}"
-            )
+            raise GeometryError(f"{row.name} has no stage of {row.patch} pixels; it has {known}")
         default_layer = max(i for i, side in enumerate(pixels) if side == row.patch)
         super().__init__(row, widths=widths, default_layer=default_layer, **loaded)
         self.model: Any = model
         self._pixels = pixels
-        self._family = _family(row)
+        self._family = timm_module(row)
         self._resized: dict[tuple[Size, torch.dtype, torch.device], Any] = {}
         self.requires_grad_(False).train()
 
@@ -130,18 +99,12 @@ class FeatureMapBackbone(Backbone):
             raise GeometryError(misfit.format("its positions are for one size"))
         try:
             # Not features_only=True: that renames the tensors of a file, and drops layers.
+            how = {"indices": layers, "stop_early": True, "intermediates_only": True}
             maps: list[Tensor] = self._model_for(size).forward_intermediates(
-                images,
-                indices=layers,
-                norm=False,
-                stop_early=True,
-                output_fmt="NCHW",
-                intermediates_only=True,
+                images, norm=False, output_fmt="NCHW", **how
             )
-        except torch.OutOfMemoryError:
-            raise
         except TIMM_ERRORS as error:
-            if size == (own, own):
+            if size == (own, own) or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise GeometryError(misfit.format(f"{type(error).__name__}: {error}")) from error
         return maps

@@ -8,8 +8,8 @@ maps only.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import logging
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -17,13 +17,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from cosettle_adapter.backbones.architectures import meta_model
-from cosettle_adapter.backbones.feature_maps import TIMM_ERRORS
+from cosettle_adapter.backbones.architectures import TIMM_ERRORS, meta_model
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.backbones.vit import resize_positions
 from cosettle_adapter.errors import CorruptWeightsError
-
-logger = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
@@ -89,7 +86,7 @@ _LINEAR = re.compile(r"(.*)\.(attn\.qkv|attn\.q|mlp\.up)\.(weight|bias)")
 def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
     """Give a state dict of any known layout timm's names and the shapes of the row's architecture.
 
-    Dtypes stay. Whatever is left over, missing or misshapen shows up when the backbone is built.
+    Whatever is left over, missing or misshapen shows up when the backbone is built.
     """
     if row.kind == "features":
         return _of_feature_maps(tensors, row)
@@ -98,11 +95,12 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
     beside = {name for name in given if _BESIDE.match(name)}
     if "attn_pool.query" in beside:  # CoCa normalises what pooling makes of the patch tokens
         beside |= {"ln_post.weight", "ln_post.bias"}
-    found = {
-        name if name in expected else _renamed(name): tensor
-        for name, tensor in given.items()
-        if name not in beside
-    }
+    found: Tensors = {}
+    for name, tensor in given.items():
+        if name not in beside:
+            for pattern, new in _NAMES.items() if name not in expected else ():
+                name = re.sub(pattern, new, name)
+            found[name] = tensor
     for name in list(found):
         if match := _LINEAR.fullmatch(name):
             _join_linears(found, expected, *match.groups())
@@ -121,10 +119,9 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
 
 
 def _of_feature_maps(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
-    """Pick the tensors that feature maps come from, under current names.
+    """Pick the tensors that feature maps come from, without heads and final norms.
 
-    Heads and final norms are left out. Names of authors and of earlier timm versions are dealt
-    with by timm's own ``checkpoint_filter_fn`` where a family has one.
+    Names of authors and of earlier timm versions are known to timm's ``checkpoint_filter_fn``.
     """
     whole, own = meta_model(row, whole=True), meta_model(row).state_dict().keys()
     first = next(iter(own))
@@ -132,10 +129,8 @@ def _of_feature_maps(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors
     found = _below(min(prefixes, key=len, default=""), tensors)
     if not own <= found.keys():
         family = importlib.import_module(type(whole).__module__)
-        try:
+        with contextlib.suppress(*TIMM_ERRORS):  # not in a layout that timm knows either
             found = getattr(family, "checkpoint_filter_fn", lambda given, _: given)(found, whole)
-        except TIMM_ERRORS as error:
-            logger.debug("not in a layout that timm knows for %s: %r", row.architecture, error)
     heads = whole.state_dict().keys() - own
     return {name: tensor for name, tensor in found.items() if name not in heads}
 
@@ -161,12 +156,6 @@ def _select_encoder(tensors: Mapping[str, Tensor]) -> Tensors:
             "told; save one of them alone"
         )
     return _below(next(iter((*known, *found, ""))), tensors)
-
-
-def _renamed(name: str) -> str:
-    for pattern, new in _NAMES.items():
-        name = re.sub(pattern, new, name)
-    return name
 
 
 def _join_linears(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import posixpath
+import textwrap
 from typing import Any
 
 from cosettle_adapter.backbones.registry import OPEN_CLIP, timm_row
@@ -18,7 +19,6 @@ from cosettle_adapter.errors import UnknownModelError, did_you_mean
 
 # "owner/name/" in open_clip's table stands for these; older repositories have the second
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_TAGS_SHOWN = 10
 _LICENCES = {  # pattern of "<Hub repository>:<tag>", the first that fits
     "*:openai": "MIT",
     "*:metaclip*": "CC-BY-NC-4.0",
@@ -53,11 +53,10 @@ _WITHOUT_EFFECT = {  # on patch tokens at inference; sinusoidal positions are in
 
 
 def open_clip_row(rest: str) -> BackboneRow:
-    """Make the row of ``open_clip:<rest>``: ``<architecture>/<tag>``, as open_clip lists them.
+    """Make the row of ``open_clip:<rest>``.
 
-    The architecture alone is one without published weights; ``@<pixels>`` chooses a stage as for
-    timm's models. Weights trained with QuickGELU get it whether the architecture's name says so or
-    only the tag does; open_clip itself runs such a mismatched pair with GELU and warns.
+    The architecture alone is one without published weights. Weights trained with QuickGELU get it
+    also where only the tag says so; open_clip itself runs such a pair with GELU and warns.
     """
     import open_clip  # seconds, and only these names need it
 
@@ -108,16 +107,12 @@ def _known_tag(architecture: str, tag: str, tags: list[str]) -> str:
     clean = tag.lower().replace("-", "_")
     if clean in tags or (not tag and not tags):
         return clean
-    if not tags:
-        raise UnknownModelError(
-            f"open_clip publishes no weights of {architecture}, so it has no tag {tag!r}; "
-            f"{OPEN_CLIP}{architecture} alone takes yours, with backbone_weights=PATH"
-        )
-    shown = ", ".join(tags[:_TAGS_SHOWN]) + (", ..." if len(tags) > _TAGS_SHOWN else "")
     fault = f"has no tag {tag!r}" if tag else "needs a tag"
+    shown = textwrap.shorten(", ".join(tags), 300, placeholder=" ...") or "none"
+    example = f"/{tags[0]}" if tags else ", with backbone_weights=PATH"
     raise UnknownModelError(
-        f"open_clip's {architecture} {fault}.{did_you_mean(clean, tags) if tag else ''} "
-        f"Its tags: {shown}; write {OPEN_CLIP}{architecture}/{tags[0]}, for example"
+        f"open_clip's {architecture} {fault}.{did_you_mean(clean, tags)} "
+        f"Its tags: {shown}; write {OPEN_CLIP}{architecture}{example}"
     )
 
 

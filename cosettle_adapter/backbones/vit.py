@@ -27,9 +27,8 @@ class VisionTransformerBackbone(Backbone):
 
     def __init__(self, vit: Any, row: BackboneRow, **loaded: Any) -> None:
         """Wrap a timm model whose parameters are loaded; ``loaded`` goes to :class:`Backbone`."""
-        super().__init__(
-            row, widths=(row.width,) * row.depth, default_layer=row.depth - 1, **loaded
-        )
+        widths = (row.width,) * row.depth
+        super().__init__(row, widths=widths, default_layer=row.depth - 1, **loaded)
         self.vit = vit
         embed = vit.patch_embed
         embed.proj.stride = (self.stride, self.stride)
@@ -53,13 +52,7 @@ class VisionTransformerBackbone(Backbone):
         return 0 if self.vit.no_embed_class else int(self.vit.num_prefix_tokens)
 
     def positions(self, grid: Grid) -> Positions:
-        """Return the positions of a grid, computed once.
-
-        Returns:
-            ``absolute`` ``(1, prefix + h * w, C)`` and ``rotary`` ``(h * w, 2 D)``, sines then
-            cosines of ``D`` channels a head (``(depth, heads, h * w, 2 D)`` where they are
-            learned for each layer); float32, ``None`` for a kind the backbone does not have.
-        """
+        """Return the positions of a grid in float32; ``None`` for a kind there is not."""
         key = (grid, self.device)
         if key not in self._positions:
             if len(self._positions) >= _CACHED_GRIDS:
@@ -94,10 +87,8 @@ class VisionTransformerBackbone(Backbone):
             self._given = None
         found = dict(zip(layers, tokens, strict=True))
         return {
-            (layer, norm): rearrange(
-                self._normed(found[layer], layer, norm), "b (h w) c -> b c h w", h=h
-            )
-            for layer, norm in reads
+            read: rearrange(self._normed(found[read[0]], *read), "b (h w) c -> b c h w", h=h)
+            for read in reads
         }
 
     def _embed(self, patches: Tensor) -> Any:
@@ -107,11 +98,8 @@ class VisionTransformerBackbone(Backbone):
         absolute = used.added()
         added = 0.0 if absolute is None else absolute
         tokens = rearrange(patches, "b h w c -> b (h w) c")
-        prefix = [
-            token.expand(batch, -1, -1)
-            for token in (self.vit.cls_token, self.vit.reg_token)
-            if token is not None
-        ]
+        special = (self.vit.cls_token, self.vit.reg_token)
+        prefix = [token.expand(batch, -1, -1) for token in special if token is not None]
         if self.prefix_positions:
             tokens = torch.cat([*prefix, tokens], dim=1) + added
         else:

@@ -22,19 +22,16 @@ _ROUNDING = 1e-5  # a resize or a division in float32 may end this far outside [
 
 
 def as_frames(frames: Any) -> Tensor:
-    """Turn frames of any kind into one channel-first tensor.
+    """Turn frames of any kind into one channel-first tensor, else :class:`FrameError`.
 
-    A tensor comes back as it is once it is checked; a numpy array shares its memory with the
-    tensor where torch allows it. Values are never rescaled.
+    A tensor comes back as it is, an array shares its memory where torch allows it. Values are never
+    rescaled.
 
     Args:
         frames: a tensor (3, H, W), (T, 3, H, W) or (B, T, 3, H, W); a numpy array with channels
             last, (H, W, 3) or (T, H, W, 3), or first where only that reading gives 3 channels; a
             PIL image of any mode; or a list of such single images, all of one size. uint8 in
             [0, 255], or float in [0, 1].
-
-    Raises:
-        FrameError: the frames are of another kind, shape, dtype or range.
     """
     tensor = _to_tensor(frames)
     validate_frames(tensor)
@@ -42,10 +39,7 @@ def as_frames(frames: Any) -> Tensor:
 
 
 def validate_frames(frames: Tensor) -> None:
-    """Check that a tensor is what :func:`as_frames` returns; FrameErrors say what to call.
-
-    Under ``torch.compile`` the range of floats is not checked.
-    """
+    """Check that a tensor is what :func:`as_frames` returns; FrameErrors say what to call."""
     _check_shape(tuple(frames.shape))
     if frames.dtype == torch.uint8:
         return
@@ -63,7 +57,8 @@ def validate_frames(frames: Tensor) -> None:
 
 def holds_pixels(candidate: Any) -> bool:
     """Tell whether something is a tensor, a numpy array or a PIL image, importing neither."""
-    return isinstance(candidate, Tensor) or _is_array(candidate) or _is_pil(candidate)
+    others = _is_a(candidate, "numpy", "ndarray") or _is_a(candidate, "PIL.Image", "Image")
+    return isinstance(candidate, Tensor) or others
 
 
 def image_to_frame(image: Any) -> Tensor:
@@ -77,21 +72,17 @@ def image_to_frame(image: Any) -> Tensor:
     return rearrange(torch.from_numpy(numpy.array(image.convert("RGB"))), "h w c -> c h w")
 
 
-def _is_array(candidate: Any) -> bool:
+def _is_a(candidate: Any, module: str, kind: str) -> bool:
     # an object of a class exists only once its module is imported
-    return "numpy" in sys.modules and isinstance(candidate, sys.modules["numpy"].ndarray)
-
-
-def _is_pil(candidate: Any) -> bool:
-    return "PIL.Image" in sys.modules and isinstance(candidate, sys.modules["PIL.Image"].Image)
+    return module in sys.modules and isinstance(candidate, getattr(sys.modules[module], kind))
 
 
 def _to_tensor(frames: Any) -> Tensor:
     if isinstance(frames, Tensor):
         return frames
-    if _is_array(frames):
+    if _is_a(frames, "numpy", "ndarray"):
         return _array_to_tensor(frames)
-    if _is_pil(frames):
+    if _is_a(frames, "PIL.Image", "Image"):
         return image_to_frame(frames)
     if not isinstance(frames, (list, tuple)):
         kind = f"an object of type {type(frames).__name__}"

@@ -35,8 +35,6 @@ _SEEK_MARGINS = (0.0, 2.0, 16.0)
 _TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg takes any text for a film of characters
 _ATTACHED_PICTURE = 0x0400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a song
 
-Turn = tuple[int, int, int, int]  # (a, b, c, d) of a display matrix
-
 
 @dataclass(frozen=True)
 class FileRange:
@@ -65,16 +63,15 @@ class SourceInfo:
 
 
 class Video:
-    """An open video: the stream of its pictures, and how much was read of what it promises.
-
-    ``base`` is the seconds of a tick and ``step`` the average seconds of a frame, 0 if unknown.
-    """
+    """An open video: the stream of its pictures, and how much was read of what it promises."""
 
     def __init__(self, source: VideoSource, container: InputContainer, stream: VideoStream) -> None:
         self.source, self.container, self.stream = source, container, stream
+        # seconds of a tick, and the average seconds of a frame; 0 if unknown
         self.base = stream.time_base or Fraction(0)
         self.step = 1 / stream.average_rate if stream.average_rate else Fraction(0)
         self.seconds: float | None = None  # promised, as the times below from the stream's start
+        self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
         self._first = float((stream.start_time or 0) * self.base)
         self._reached = self._shown = self._latest = self._widest_gap = 0.0
         self._read, self._cut = 0, False
@@ -89,13 +86,12 @@ class Video:
         elif container.duration:
             self.seconds = container.duration / 1e6 - self._first
 
-    def seek(self, ticks: int) -> str | None:
-        """Go to the keyframe at or before a time; return why not, where it cannot be done."""
+    def seek(self, ticks: int) -> None:
+        """Go to the keyframe at or before a time, else :class:`FrameError`."""
         try:
             self.container.seek(ticks, stream=self.stream, backward=True)
         except (pyav().error.FFmpegError, OSError) as error:
-            return reason(error)
-        return None
+            raise FrameError(f"seeking fails ({reason(error)})") from error
 
     def packets(self) -> Iterator[Packet[Any]]:
         """Yield the stream's packets, an empty one last; one that is cut off is left out."""
@@ -128,14 +124,11 @@ class Video:
             yield from frames
 
     def timed_frames(self, *, from_start: bool) -> Generator[tuple[VideoFrame, float], None, None]:
-        """Decode to the end, with seconds from the stream's start; errors of :func:`decode_video`.
-
-        A frame without a time follows the one before it at the average rate.
-        """
+        """Decode to the end, with seconds from the stream's start."""
         count, damaged, origin, time = 0, False, self.stream.start_time, -self.step
         try:
             for frame in self.frames():
-                if frame.pts is None:
+                if frame.pts is None:  # it follows the one before it at the average rate
                     time += self.step
                 else:
                     origin = frame.pts if origin is None else origin
@@ -182,6 +175,26 @@ class Video:
         frames = f"{self._read}{promised} frames, " if from_start else ""
         length = "unknown length" if self.seconds is None else f"{self.seconds:.2f} s"
         return f"read {frames}{self._shown:.2f} s of {length}"
+
+    def pixels(self, frame: VideoFrame) -> Tensor:
+        """Convert a decoded frame to (3, H, W) uint8 RGB, turned and mirrored upright.
+
+        By the display matrix, x' = a x + c y and y' = b x + d y, to the nearest quarter turn.
+        """
+        if self._turn is None:
+            # a frame asked for its side data is kept alive, with its decoder, until garbage is
+            # collected, so ask a small copy, and once a file
+            thumbnail = frame.reformat(width=16, height=16, format="gray")
+            matrix: Any = thumbnail.side_data.get("DISPLAYMATRIX")
+            a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix else (1, 0, 0, 0, 1)
+            self._turn = (a, b, c, d)
+        pixels = rearrange(torch.from_numpy(frame.to_ndarray(format="rgb24")), "h w c -> c h w")
+        a, b, c, d = self._turn
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            pixels = rearrange(pixels, "c h w -> c w h")
+            a, d = c, b
+        mirrored = [axis for axis, factor in ((-1, a), (-2, d)) if factor < 0]
+        return pixels.flip(mirrored) if mirrored else pixels
 
 
 @contextlib.contextmanager
@@ -242,52 +255,24 @@ def decode_video(
     """
     start = start or 0.0
     for margin in (*(margin for margin in _SEEK_MARGINS if start > margin), None):
-        with open_video(source) as video, contextlib.ExitStack() as reading:
-            if margin is not None:
-                ticks = int((start - margin) / (video.base or 1)) + (video.stream.start_time or 0)
-                if video.seek(ticks) is not None:
-                    continue  # not every container can
-            timed = video.timed_frames(from_start=margin is None)
-            reading.enter_context(contextlib.closing(timed))
+        with (
+            open_video(source) as video,
+            contextlib.closing(video.timed_frames(from_start=margin is None)) as timed,
+        ):
             try:
+                if margin is not None:
+                    ticks = int((start - margin) / (video.base or 1))
+                    video.seek(ticks + (video.stream.start_time or 0))
                 first = next(timed)
             except FrameError:
                 if margin is None:
                     raise
-                continue
-            if margin is not None and (first[0].pts is None or first[1] > start):
-                continue
-            turn = display_matrix(first[0])
-            for frame, time in itertools.chain([first], timed):
-                load = partial(frame_pixels, frame, turn)
-                yield PendingFrame(time, f"the frame at {time:g} s", load)
-            return
-
-
-def frame_pixels(frame: VideoFrame, turn: Turn) -> Tensor:
-    """Convert a decoded frame to (3, H, W) uint8 RGB, turned and mirrored upright.
-
-    x' = a x + c y, y' = b x + d y, to the nearest quarter turn.
-    """
-    pixels = rearrange(torch.from_numpy(frame.to_ndarray(format="rgb24")), "h w c -> c h w")
-    a, b, c, d = turn
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        pixels = rearrange(pixels, "c h w -> c w h")
-        a, d = c, b
-    mirrored = [axis for axis, factor in ((-1, a), (-2, d)) if factor < 0]
-    return pixels.flip(mirrored) if mirrored else pixels
-
-
-def display_matrix(frame: VideoFrame) -> Turn:
-    """Return how a frame is to be turned, which is the same for all frames of a file."""
-    # a frame asked for its side data is kept alive, with its decoder, until garbage is collected,
-    # so ask a small copy, and once a file
-    thumbnail = frame.reformat(width=16, height=16, format="gray")
-    matrix: Any = thumbnail.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
-    return a, b, c, d
+                continue  # not every container can
+            if margin is None or (first[0].pts is not None and first[1] <= start):
+                for frame, time in itertools.chain([first], timed):
+                    load = partial(video.pixels, frame)
+                    yield PendingFrame(time, f"the frame at {time:g} s", load)
+                return
 
 
 def reason(error: BaseException) -> str:

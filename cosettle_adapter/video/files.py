@@ -35,10 +35,7 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 
 
 def find_videos(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
-    """Find the video files of a folder, and below it if ``recursive``, in natural order.
-
-    Hidden files and folders are left out; :class:`OSError` if the folder cannot be read.
-    """
+    """Find the video files of a folder, and below it if ``recursive``, in natural order."""
     return natural_order(path for path in _files(Path(folder), recursive) if is_video(path))
 
 
@@ -77,10 +74,7 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as (3, H, W) uint8, upright as its EXIF orientation says.
-
-    A file that is missing, damaged or not an image is a :class:`FrameError`.
-    """
+    """Read an image file as (3, H, W) uint8, upright as its EXIF orientation says."""
     operations = imports.require("PIL.ImageOps", extra="video", purpose="reading image files")
     pil = operations.Image
     try:
@@ -93,7 +87,6 @@ def read_image(path: Path) -> Tensor:
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Return a key that sorts names as people do: ``frame2`` before ``frame10``."""
-    # the pattern has one group, so texts and digits alternate and compare like with like
     pieces = re.split(r"([0-9]+)", name.casefold())
     return [int(p) if i % 2 else p for i, p in enumerate(pieces)], name
 
@@ -104,8 +97,7 @@ def natural_order(paths: Iterable[Path]) -> list[Path]:
 
 
 def _has_suffix(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> bool:
-    # hidden files are left out: macOS keeps attributes in ._name.jpg
-    name = os.path.basename(path)  # noqa: PTH119  # faster than Path, and folders may be large
+    name = Path(path).name  # hidden files are left out: macOS keeps attributes in ._name.jpg
     return name.lower().endswith(suffixes) and not name.startswith(".")
 
 

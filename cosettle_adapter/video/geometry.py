@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -101,26 +100,21 @@ def plan_geometry(
     An encoder takes sides of ``patch + k * stride`` pixels. With ``fit="resize"`` each side goes
     to the nearest such number (the larger of two equally near), which may change the aspect ratio
     by a few pixels. With ``fit="pad"`` the aspect ratio is kept and the bottom and right edge are
-    replicated up to the next such number.
+    replicated up to the next such number. Numbers that do not go together are a
+    :class:`GeometryError`, which names some that do.
 
     Args:
         height, width: of the frames in pixels.
-        patch: side of a patch.
-        stride: step between patches, at most ``patch``, which is the default.
+        patch, stride: side of a patch, and step between patches, by default the same.
         size: None for the frame's own size; an int for the length of the short side, aspect kept;
             (H, W) for exactly what the encoder shall see, both ``patch + k * stride``. With
             ``fit="pad"``, (H, W) is the box the frame is fitted into.
         fit: ``"resize"`` or ``"pad"``.
-
-    Numbers that do not go together are a :class:`GeometryError`, which names some that do.
     """
     patch = check_side("patch", patch)
     stride = patch if stride is None else check_side("stride", stride)
     if stride > patch:
-        raise GeometryError(
-            f"stride {stride} is larger than patch {patch} and would skip pixels; "
-            f"use a stride from 1 to {patch}"
-        )
+        raise GeometryError(f"stride {stride} would skip pixels; use one from 1 to patch {patch}")
     if fit not in get_args(Fit):
         raise GeometryError(f"got fit={fit!r}, expected 'resize' or 'pad'")
     frame = as_sides("frame", (height, width))
@@ -163,8 +157,7 @@ def apply_geometry(frames: Tensor, geometry: Geometry) -> Tensor:
     if frames.ndim != 4 or tuple(frames.shape[-2:]) != geometry.frame:
         raise GeometryError(
             f"got frames of shape {tuple(frames.shape)}, but the geometry was planned for "
-            f"(T, 3, {geometry.frame[0]}, {geometry.frame[1]}); "
-            "call plan_geometry for this frame size"
+            f"(T, 3, {geometry.frame[0]}, {geometry.frame[1]}): plan one for this frame size"
         )
     if geometry.resized != geometry.frame:
         frames = resize(frames, geometry.resized)
@@ -180,14 +173,9 @@ def apply_geometry(frames: Tensor, geometry: Geometry) -> Tensor:
 def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> Tensor:
     """Read a feature grid at pixels of the original frame, bilinearly between patch centres.
 
-    Args:
-        features: (T, C, h, w) on ``geometry.grid``.
-        geometry: how the frames became that grid.
-        points: (N, 2) or (hh, ww, 2) of (x, y) pixels of the original frame. Points beyond the
-            outermost patch centres take the value at the border.
-
-    Returns:
-        (T, C, N) or (T, C, hh, ww), in the dtype of ``features``.
+    From ``features`` (T, C, h, w) on ``geometry.grid`` and ``points`` (N, 2) or (hh, ww, 2) of
+    (x, y) pixels to (T, C, N) or (T, C, hh, ww). Points beyond the outermost patch centres take
+    the value at the border.
     """
     h, w = geometry.grid
     if features.ndim != 4 or tuple(features.shape[-2:]) != (h, w):
@@ -202,32 +190,28 @@ def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> 
     cells = geometry.pixels_to_cells(points)
     if not bool(torch.isfinite(cells).all()):
         raise GeometryError("points hold NaN or infinite values; leave those points out")
-    row, down = _between(cells[..., 0], h)
-    col, across = _between(cells[..., 1], w)
-    corners = [row[a] * w + col[b] for a in (0, 1) for b in (0, 1)]
-    shares = [y * x for y in (1 - down, down) for x in (1 - across, across)]
-    # a weighted sum of looked-up rows; grid_sample's float32 coordinates are off by 1e-5 of a patch
-    precise = torch.float64 if features.dtype == torch.float64 else torch.float32
-    table = rearrange(features, "t c h w -> (h w) (t c)").to(precise)
-    index = rearrange(corners, "k ... -> (...) k")
-    weights = rearrange(shares, "k ... -> (...) k").to(precise)
-
-    def weighted_rows(rows: Tensor) -> Tensor:
-        by = weights.to(rows.device)
-        return F.embedding_bag(index.to(rows.device), rows, per_sample_weights=by, mode="sum")
-
-    sampled = rearrange(_here_or_on_cpu(weighted_rows, table), "n (t c) -> t c n", t=len(features))
-    return sampled.reshape(*sampled.shape[:2], *points.shape[:-1]).to(features.dtype)
+    # in float64: the coordinates of grid_sample in float32 are off by 1e-5 of a patch
+    precise = torch.float32 if features.device.type == "mps" else torch.float64
+    x, y = ((2 * cell + 1) / side - 1 for cell, side in ((cells[..., 1], w), (cells[..., 0], h)))
+    grid = torch.stack((x, y), dim=-1).reshape(1, *([1] * (3 - points.ndim)), *points.shape)
+    sampled = F.grid_sample(
+        features.to(precise),
+        grid.to(features.device, precise).expand(len(features), -1, -1, -1),
+        padding_mode="border",
+        align_corners=False,
+    )
+    return sampled.reshape(*features.shape[:2], *points.shape[:-1]).to(features.dtype)
 
 
 def resize(frames: Tensor, sides: tuple[int, int]) -> Tensor:
     """Resize (T, C, H, W) frames to ``sides``: float32, bicubic, antialiased, range kept."""
-
-    def bicubic(pixels: Tensor) -> Tensor:
-        return F.interpolate(pixels, size=sides, mode="bicubic", antialias=True)
-
-    top = 255.0 if frames.dtype == torch.uint8 else 1.0
-    return _here_or_on_cpu(bicubic, frames.to(torch.float32)).clamp_(0.0, top)
+    top, pixels = 255.0 if frames.dtype == torch.uint8 else 1.0, frames.to(torch.float32)
+    try:
+        resized = F.interpolate(pixels, size=sides, mode="bicubic", antialias=True)
+    except NotImplementedError:  # the Metal backend may have no such kernel
+        pixels = F.interpolate(pixels.cpu(), size=sides, mode="bicubic", antialias=True)
+        resized = pixels.to(frames.device)
+    return resized.clamp_(0.0, top)
 
 
 def nearest_valid(length: float, patch: int, stride: int) -> int:
@@ -267,19 +251,3 @@ def _pairs(values: Tensor, name: str, meaning: str) -> tuple[Tensor, Tensor]:
         values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
     first, second = values.unbind(-1)
     return first, second
-
-
-def _between(position: Tensor, count: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Indices before and after a position among ``count`` patches, and the share of the latter."""
-    position = position.clamp(0, count - 1)
-    before = position.floor()
-    after = (before + 1).clamp(max=count - 1)
-    return (before.long(), after.long()), position - before
-
-
-def _here_or_on_cpu(operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Run an operation where a tensor lives, or on the CPU if that device has no kernel for it."""
-    try:
-        return operation(tensor)
-    except NotImplementedError:
-        return operation(tensor.cpu()).to(tensor.device)

@@ -18,10 +18,9 @@ _PATIENCE = 5.0
 def prefetch(iterable: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Iterate in a daemon thread that runs ahead by up to ``depth`` items, at least 1.
 
-    Order is kept. An exception of the producer is raised here, after the items before it. When
-    the consumer stops early, by closing this generator or dropping it, the producer stops after
-    the item it is at and closes ``iterable`` if that is a generator. The thread starts with the
-    first ``next``; only it touches ``iterable``.
+    An exception of the producer is raised here, after the items before it. When the consumer stops
+    early, by closing this generator or dropping it, the producer stops after the item it is at and
+    closes ``iterable`` if that is a generator. The thread starts with the first ``next``.
     """
     if depth < 1:
         raise FrameError(f"depth must be at least 1, got {depth}")

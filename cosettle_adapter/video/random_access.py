@@ -6,7 +6,7 @@ import bisect
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.video.decoder import (
-    Video,
-    VideoSource,
-    display_matrix,
-    frame_pixels,
-    open_video,
-    pyav,
-    reason,
-)
+from cosettle_adapter.video.decoder import Video, VideoSource, open_video, pyav, reason
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -40,12 +32,6 @@ class _Index(NamedTuple):
 
     places: Sequence[int]
     keys: Sequence[int] = ()
-
-    def key_before(self, number: int, back: int | None) -> int | None:
-        """Where decoding begins for a frame, ``back`` keyframes early; None for the start."""
-        if back is None:
-            return None
-        return self.keys[max(0, bisect.bisect_right(self.keys, self.places[number]) - 1 - back)]
 
 
 def count_frames(source: VideoSource) -> int:
@@ -73,40 +59,40 @@ def read_frames(source: VideoSource, indices: Sequence[int]) -> Tensor:
     outside = [number for number in indices if not 0 <= number <= last]
     if outside:
         raise FrameError(f"{source} has frames 0 to {last}, got index {outside[0]}")
-    numbers, problem = sorted(set(indices)), ""
+    problem = ""
     for back in _ATTEMPTS if index.keys else (None,):
-        begin = functools.partial(index.key_before, back=back)
+
+        def begin(number: int, back: int | None = back) -> int | None:
+            """The keyframe where decoding begins for a frame; None: the start of the file."""
+            if back is None:
+                return None
+            nearest = bisect.bisect_right(index.keys, index.places[number]) - 1
+            return index.keys[max(0, nearest - back)]
+
+        found: dict[int, Tensor] = {}
         try:
             with open_video(source, threads=False) as video:
-                found = {
-                    number: pixels
-                    for key, group in itertools.groupby(numbers, begin)
-                    for number, pixels in _decode(video, index, key, list(group))
-                }
+                for key, group in itertools.groupby(sorted(set(indices)), begin):
+                    found |= _decode(video, index, key, list(group))
             return torch.stack([found[number] for number in indices])
         except (FrameError, pyav().error.FFmpegError, OSError) as error:
             problem = reason(error)
     raise FrameError(f"{source} cannot be decoded where it should: {problem}")
 
 
-def _decode(
-    video: Video, index: _Index, key: int | None, numbers: list[int]
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield increasing numbers and pixels, decoded from a keyframe or the file's start.
-
-    :class:`FrameError` if they are not reached from there.
-    """
+def _decode(video: Video, index: _Index, key: int | None, numbers: list[int]) -> dict[int, Tensor]:
+    """Decode increasing numbers from a keyframe, or the file's start, else FrameError."""
     wanted = {index.places[number]: number for number in numbers}
-    last, turn = index.places[numbers[-1]], None
-    codec = video.stream.codec_context
+    found: dict[int, Tensor] = {}
+    last, codec = index.places[numbers[-1]], video.stream.codec_context
 
     def spare(packet: Packet[Any]) -> None:
         """Leave out frames that are not wanted and that no other frame refers to."""
         needless = index.keys and packet.pts is not None and packet.pts not in wanted
         codec.skip_frame = "NONREF" if needless else "DEFAULT"
 
-    if key is not None and (problem := video.seek(key)):
-        raise FrameError(f"seeking fails ({problem})")
+    if key is not None:
+        video.seek(key)
     with contextlib.closing(video.frames(spare)) as decoded:
         for position, frame in enumerate(decoded):
             place = frame.pts if index.keys else position
@@ -114,10 +100,9 @@ def _decode(
                 number = wanted.pop(place)
                 if frame.is_corrupt:
                     raise FrameError(f"frame {number} is damaged")
-                turn = turn or display_matrix(frame)
-                yield number, frame_pixels(frame, turn)
+                found[number] = video.pixels(frame)
             if not wanted:
-                return
+                return found
             if place is not None and place > last:
                 break
     raise FrameError(f"decoding does not lead to frame {min(wanted.values())}")
@@ -131,9 +116,8 @@ def _index(source: VideoSource) -> _Index:
     except OSError as error:
         raise FrameError(f"{source} cannot be read ({reason(error)})") from error
     if not isinstance(source, Path) and source.start + source.size > status.st_size:
-        raise TruncatedVideoError(
-            f"{source} ends early: {path.name} ends before it does", frames_read=0
-        )
+        message = f"{source} ends early: {path.name} ends before it does"
+        raise TruncatedVideoError(message, frames_read=0)
     return _read_index(source, status.st_mtime_ns, status.st_size)
 
 
@@ -148,9 +132,8 @@ def _read_index(source: VideoSource, modified: int, size: int) -> _Index:
                 if packet.size
             ]
         except (pyav().error.FFmpegError, OSError) as error:
-            raise TruncatedVideoError(
-                f"{source} breaks off ({reason(error)})", frames_read=0
-            ) from error
+            message = f"{source} breaks off ({reason(error)})"
+            raise TruncatedVideoError(message, frames_read=0) from error
         # a recording may begin between keyframes, and what an edit list cuts away is not shown
         begun = list(itertools.dropwhile(lambda packet: not packet[0], packets)) or packets
         shown = [packet for packet in begun if not packet[1]]
@@ -159,13 +142,12 @@ def _read_index(source: VideoSource, modified: int, size: int) -> _Index:
         times = [time for _, _, time, *_ in shown if time is not None]
         timed = len(times) == len(shown)
         lasting = [(packet[4] or 0) * video.base or video.step for packet in shown]
+        moments = [number * video.step for number in range(len(shown))]
         if timed:
             origin = min(times) if video.stream.start_time is None else video.stream.start_time
-            for time, lasts in sorted(zip(times, lasting, strict=True)):
-                video.saw_frame((time - origin) * video.base, lasts)
-        else:
-            for number, lasts in enumerate(lasting):
-                video.saw_frame(number * video.step, lasts)
+            moments = [(time - origin) * video.base for time in times]
+        for moment, lasts in sorted(zip(moments, lasting, strict=True)):
+            video.saw_frame(moment, lasts)
         video.check_complete(len(shown), from_start=True)
         # frames coded in another order than they are shown in, whose times do not say which
         reordered = getattr(video.stream.codec_context, "has_b_frames", False)

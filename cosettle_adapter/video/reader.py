@@ -42,25 +42,22 @@ def open_frames(
             :func:`as_frames` takes them; or an iterator of single frames, which is not closed.
             Float frames in [0, 1] are rounded to uint8.
         select: which frames; all by default.
-        skip: pass over the first ones of those kept, without making their pixels: for going on
-            where an earlier reading ended. ``start`` of the first chunk is this number.
+        skip: pass over the first ones of those kept, without making their pixels.
         chunk_size: frames in a chunk; the last one may hold fewer.
 
     Raises:
-        FrameError: at once for an argument out of range and a source that is missing, empty or
-            of an unknown kind; while reading, after the frames before it, for a damaged file, a
-            frame of another size than the first, and a range without frames.
-        TruncatedVideoError: while reading, after the last readable frame of a video that breaks
-            off or ends before the length its header promises.
+        FrameError: at once for arguments and sources that cannot be used; while reading, after the
+            frames before it, for a damaged file, another size, and a range without frames.
+        TruncatedVideoError: after the last readable frame of a video that breaks off or ends
+            before the length its header promises.
     """
     select = select or FrameSelection()
     if skip < 0:
         raise FrameError(f"skip must be at least 0, got {skip}")
     if chunk_size < 1:
         raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
-    name = f"the {type(source).__name__} of frames"
-    if isinstance(source, (str, os.PathLike)):
-        name = str(source)
+    is_path = isinstance(source, (str, os.PathLike))
+    name = str(source) if is_path else f"the {type(source).__name__} of frames"
     wanted = select.of(pending_frames(source, select.start, select.fps), name, skip=skip)
     return _chunks(wanted, chunk_size, name, skip)
 
@@ -72,7 +69,11 @@ def pending_frames(
     found = _find(source)
     if not isinstance(found, Path):
         return (
-            PendingFrame(index / (fps or 1.0), _name(item, index), partial(_load, item, index))
+            PendingFrame(
+                index / (fps or 1.0),
+                str(item) if isinstance(item, (str, os.PathLike)) else f"frame {index}",
+                partial(_load, item, index),
+            )
             for index, item in enumerate(found)
         )
     if fps is not None:
@@ -92,7 +93,7 @@ def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, N
 def probe(source: Any) -> SourceInfo:
     """Tell the number and size of the frames of what :func:`open_frames` takes.
 
-    They are not all read; an iterator is not advanced, and little is known of it.
+    They are not all read, and an iterator is not advanced.
     """
     found = _find(source)
     if isinstance(found, Path):
@@ -100,9 +101,7 @@ def probe(source: Any) -> SourceInfo:
             fps = float(1 / video.step) if video.step else None
             promised = round((video.seconds or 0) * (fps or 0)) or None
             with contextlib.closing(video.timed_frames(from_start=True)) as frames:
-                first, _ = next(frames)  # it knows how it is turned
-                turn = decoder.display_matrix(first)
-                height, width = decoder.frame_pixels(first, turn).shape[-2:]
+                height, width = video.pixels(next(frames)[0]).shape[-2:]
             return SourceInfo(video.stream.frames or promised, height, width, fps)
     if isinstance(found, (Tensor, list, tuple)):
         return SourceInfo(len(found), *_load(found[0], 0).shape[-2:])
@@ -130,10 +129,6 @@ def _find(source: Any) -> Path | Tensor | Iterable[Any]:
     if isinstance(source, (list, tuple)) and not source:
         raise FrameError("got zero frames: an empty list")
     return source
-
-
-def _name(item: Any, index: int) -> str:
-    return str(item) if isinstance(item, (str, os.PathLike)) else f"frame {index}"
 
 
 def _load(item: Any, index: int) -> Tensor:

@@ -29,35 +29,25 @@ class PendingFrame:
 
 @dataclass(frozen=True)
 class FrameSelection:
-    """Which frames of a source to read; values out of range are a :class:`FrameError`.
+    """Which frames of a source to read; values out of range are a :class:`FrameError`."""
 
-    Attributes:
-        start: first second to read, at least 0.
-        end: second to stop before.
-        every: keep every n-th frame of those in range.
-        max_frames: keep at most this many frames.
-        fps: frames per second of sources without timestamps (images, arrays); 1 by default, so
-            that times are positions.
-    """
-
-    start: float | None = None
-    end: float | None = None
-    every: int = 1
+    start: float | None = None  # first second to read
+    end: float | None = None  # second to stop before
+    every: int = 1  # keep every n-th frame of those in range
     max_frames: int | None = None
-    fps: float | None = None
+    fps: float | None = None  # of images and arrays; 1 by default, so that times are positions
 
     def __post_init__(self) -> None:
         first = self.start or 0
-        if not first >= 0:
-            raise FrameError(f"start must be at least 0 seconds, got {self.start}")
-        if self.end is not None and not self.end > first:
-            raise FrameError(f"end must come after start={first}, got end={self.end}")
-        if self.every < 1:
-            raise FrameError(f"every must be at least 1 (every frame), got {self.every}")
-        if self.max_frames is not None and self.max_frames < 1:
-            raise FrameError(f"max_frames must be at least 1, or None, got {self.max_frames}")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise FrameError(f"fps must be positive, got {self.fps}")
+        for name, in_range, expected in (
+            ("start", first >= 0, "at least 0 seconds"),
+            ("end", self.end is None or self.end > first, f"after start={first}"),
+            ("every", self.every >= 1, "at least 1 (every frame)"),
+            ("max_frames", self.max_frames is None or self.max_frames >= 1, "at least 1, or None"),
+            ("fps", self.fps is None or 0 < self.fps < math.inf, "positive"),
+        ):
+            if not in_range:
+                raise FrameError(f"{name} must be {expected}, got {getattr(self, name)}")
 
     def of(
         self, frames: Generator[PendingFrame, None, None], source: str, *, skip: int = 0

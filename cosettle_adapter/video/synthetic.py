@@ -99,9 +99,7 @@ def render_clip(
     """Render a clip by moving a camera smoothly over a photograph.
 
     The photograph is first scaled, with antialiasing, to the smallest size at which the camera's
-    whole path lies inside it, so there are no borders and no aliasing at any time. A photograph
-    that is small for ``size`` is enlarged, which blurs the frames and leaves the motion exact.
-    Equal arguments give equal clips.
+    whole path lies inside it, so there are no borders and no aliasing at any time.
 
     Args:
         photo: (3, h, w) uint8.

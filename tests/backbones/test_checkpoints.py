@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cosettle_adapter.backbones import VisionTransformerBackbone
-from cosettle_adapter.backbones.checkpoints import is_whole, read_checkpoint, save_tensors
+from cosettle_adapter.backbones.checkpoints import read_checkpoint, save_tensors
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
@@ -49,9 +49,6 @@ def test_safetensors_are_known_by_content(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"c{suffix}"
     save_tensors({name: tensor.half() for name, tensor in TENSORS.items()}, path)
     assert same(read_checkpoint(path).tensors)
-    assert is_whole(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    assert not is_whole(path)
 
 
 class Payload:

@@ -23,7 +23,7 @@ from cosettle_adapter.backbones import BackboneRow, Positions, build_backbone, l
 from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone, on_grid
 from cosettle_adapter.backbones.layouts import to_timm
-from cosettle_adapter.errors import CorruptWeightsError, GeometryError
+from cosettle_adapter.errors import GeometryError
 
 _WINDOWS = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
 _SMALL: dict[str, dict[str, Any]] = {  # timm architecture: options that make it smaller
@@ -257,15 +257,6 @@ def test_stages_after_the_deepest_asked_for_do_not_run(
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_every_tensor_of_the_model_is_used(architecture: str) -> None:
-    model = copy.deepcopy(built(architecture).model).requires_grad_(True)
-    images = own_images(architecture)
-    maps = model.forward_intermediates(images, norm=False, intermediates_only=True)
-    torch.cat([cells.flatten() for cells in maps]).sum().backward()
-    assert [name for name, tensor in model.named_parameters() if tensor.grad is None] == []
-
-
-@pytest.mark.parametrize("architecture", FAMILIES)
 def test_bfloat16(architecture: str) -> None:
     backbone = copy.deepcopy(built(architecture))
     images = images_for(backbone, 7, 6)
@@ -326,19 +317,6 @@ def test_a_file_that_timm_saved_classifier_and_all(
     torch.testing.assert_close(backbone.patch_tokens(images), expected)
 
 
-def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
-    tensors = dict(published("resnet18").state_dict())
-    tensors["layer1.0.surprise"] = torch.zeros(1)
-    tensors["bn1.bias"] = torch.zeros(3)
-    del tensors["layer2.0.conv1.weight"]
-    file = tmp_path / "model.safetensors"
-    save_file(tensors, file)
-    with pytest.raises(CorruptWeightsError) as caught:
-        load_backbone("timm:resnet18", weights=file)
-    for fault in ("layer2.0.conv1.weight", "layer1.0.surprise", "mismatch for bn1.bias"):
-        assert fault in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
@@ -390,7 +368,7 @@ def test_what_feature_maps_do_not_have_is_said() -> None:
     assert backbone.positions((2, 2)) == Positions()
     tokens = backbone.patch_tokens(images, norm=False, positions=Positions())
     assert torch.equal(tokens, backbone.patch_tokens(images))
-    with pytest.raises(ValueError, match=r"absolute positions were given, .* has none"):
+    with pytest.raises(ValueError, match=r"absolute positions of shape None"):
         backbone.patch_tokens(images, positions=Positions(torch.zeros(1, 4, 384)))
     with pytest.raises(ValueError, match="returns feature maps, which have no final norm"):
         backbone.patch_tokens(images, norm=True)
@@ -399,7 +377,7 @@ def test_what_feature_maps_do_not_have_is_said() -> None:
     for stride in (8, 32):
         with pytest.raises(GeometryError, match=f"choose, got {stride}.*@<pixels a patch>"):
             build("resnet18", stride=stride)
-    with pytest.raises(GeometryError, match="no stage with 14 pixels a patch; it has 2, 4, 8"):
+    with pytest.raises(GeometryError, match="no stage of 14 pixels; it has 2, 4, 8"):
         build("resnet18", changes={"patch": 14})
 
 
@@ -419,17 +397,3 @@ def test_a_swin_file_of_timms_early_years() -> None:
     picked = to_timm(early, row)
     assert picked.keys() == meta_model(row).state_dict().keys()
     assert all(tensor is tensors[name] for name, tensor in picked.items())
-
-
-def test_a_convnext_file_of_its_authors() -> None:
-    row, tensors = small_model("convnext_atto", depths=(1, 1, 1, 1))
-    authors = {}
-    for name, tensor in tensors.items():
-        for stage in (1, 2, 3):
-            name = name.replace(f"stages.{stage}.downsample", f"downsample_layers.{stage}")
-        name = name.replace("stem.", "downsample_layers.0.").replace(".blocks.", ".")
-        name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
-        authors[name.replace("head.norm", "norm").replace("head.fc", "head")] = tensor
-    picked = to_timm(authors, row)
-    assert picked.keys() == meta_model(row).state_dict().keys()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in picked.items())

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -230,9 +228,9 @@ def test_architectures_without_published_weights() -> None:
     ("name", "message"),
     [
         ("convnext_bass_w/laion2b", r"no architecture 'convnext_bass_w'.*convnext_bas"),
-        ("ViT-M-16/openai", r"no weights of ViT-M-16, .* open_clip:ViT-M-16 alone"),
+        ("ViT-M-16/openai", r"Its tags: none; write open_clip:ViT-M-16, with backbone_weights"),
         ("ViT-L-14-336/openia", r"no tag 'openia'\. Did you mean 'openai'"),
-        ("ViT-B-32", r"needs a tag\. Its tags: ([^,]+, ){10}\.\.\.; write .*ViT-B-32/openai, for"),
+        ("ViT-B-32", r"needs a tag\. Its tags: ([^,]+, ){9,}\.\.\.; write .*ViT-B-32/openai"),
         ("convnext_base_w/laion2b_s13b_b82k@7", "no stage with 7 pixels"),
         ("ViT-B-16/openai@8", r"ViT-B-16 has one resolution .* leave @8 away"),
     ],
@@ -246,10 +244,8 @@ def test_what_open_clip_does_not_have_is_said(name: str, message: str) -> None:
     ("changes", "named"),
     [
         ({"scaled_cosine_attn": True}, "scaled_cosine_attn=True"),
-        ({"block_type": "custom"}, "block_type='custom'"),
         ({"attentional_pool": "parallel"}, "attentional_pool='parallel'"),
         ({"image_size": [224, 448]}, r"image_size=\[224, 448\]"),
-        ({"act_kwargs": {"approximate": "tanh"}}, "act_kwargs="),
         ({"layers": [1, 1, 1, 1]}, r"layers=\[1, 1, 1, 1\]"),
     ],
 )
@@ -257,16 +253,3 @@ def test_towers_timm_cannot_express(small: Changes, changes: dict[str, Any], nam
     small(**changes)
     with pytest.raises(UnknownModelError, match=rf"ViT-B-16/openai: timm has no model .*{named}"):
         resolve("ViT-B-16/openai")
-
-
-def test_open_clip_is_imported_only_when_asked_for() -> None:
-    code = (
-        "import sys, cosettle_adapter.backbones.open_clip as rows;"
-        "before = 'open_clip' in sys.modules;"
-        "rows.open_clip_row('ViT-B-16/openai');"
-        "print(before, 'open_clip' in sys.modules)"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    assert printed.split() == ["False", "True"]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cosettle_adapter.backbones import REGISTRY, lookup
 from cosettle_adapter.backbones.architectures import meta_model
 from cosettle_adapter.backbones.registry import feature_info
-from cosettle_adapter.backbones.rows import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN
+from cosettle_adapter.backbones.rows import OPENAI_MEAN
 from cosettle_adapter.errors import UnknownModelError
 
 TRANSFORMERS = [name for name, row in REGISTRY.items() if row.kind == "vit"]
@@ -71,12 +71,6 @@ def test_a_hub_row_is_what_timm_publishes(name: str) -> None:
     assert stated == row.licence.lower() or row.family == "CLIP"
 
 
-def test_the_paper_normalises_all_eight_alike() -> None:
-    released = [row for row in REGISTRY.values() if row.release]
-    assert {(row.mean, row.std) for row in released} == {(IMAGENET_MEAN, IMAGENET_STD)}
-    assert len({row.release for row in released}) == 8
-
-
 def quick_gelu(values: torch.Tensor) -> torch.Tensor:
     return values * torch.sigmoid(1.702 * values)
 
@@ -112,11 +106,9 @@ def test_an_encoder_has_the_activation_it_was_trained_with(
         ("resnet50.a1_in1k", "features", 16, 1024, 5, "none"),
         ("resnet50.a1_in1k@8", "features", 8, 512, 5, "none"),
         ("convnextv2_base.fcmae@32", "features", 32, 1024, 4, "none"),
-        ("efficientnet_b0.ra_in1k", "features", 16, 112, 5, "none"),
         ("swin_base_patch4_window7_224.ms_in22k", "features", 16, 512, 4, "none"),
         ("hiera_base_224.mae", "features", 16, 384, 4, "none"),
         ("vit_tiny_r_s16_p8_224.augreg_in21k", "features", 32, 192, 12, "none"),
-        ("beit_base_patch16_224.in22k_ft_in22k", "features", 16, 768, 12, "none"),
         ("levit_128s.fb_dist_in1k@64", "features", 64, 384, 3, "none"),
         ("vit_small_patch16_224.dino", "vit", 16, 384, 12, "absolute"),
         ("vit_small_patch16_224.dino@16", "features", 16, 384, 12, "none"),

@@ -79,7 +79,7 @@ def test_a_run_leaves_a_folder_that_loads_and_says_how_it_came_about(
     assert sorted(path.name for path in output.iterdir()) == [
         "README.md", "checkpoints", "config.json", "metrics.jsonl", "projection.safetensors",
     ]  # fmt: skip
-    monkeypatch.setattr("cosettle_adapter.loading.load_backbone", lambda name, **_: backbone)
+    monkeypatch.setattr("cosettle_adapter.hub.load_backbone", lambda name, **_: backbone)
     adapter = CoSettleAdapter.from_pretrained(output)
     assert adapter(torch.zeros(2, 3, 64, 64)).shape == (2, 32, 4, 4)
     assert distance(adapter.projection, trained.projection) == 0

@@ -103,7 +103,7 @@ def test_coordinates_keep_their_dtype() -> None:
         ((64, 64, {"size": (224,)}), r"size must be \(height, width\), got \(224,\)"),
         ((64, 64, {"size": (225, 224)}), "size height 225 is not .*: 224 and 238"),
         ((64, 64, {"size": (224, 226), "stride": 7}), "size width 226 is not .*: 224 and 231"),
-        ((64, 64, {"stride": 15}), "stride 15 is larger than patch 14"),
+        ((64, 64, {"stride": 15}), "stride 15 would skip pixels; use one from 1 to patch 14"),
         ((64, 64, {"stride": 0}), "stride must be a whole number of at least 1, got 0"),
         ((64, 64, {"fit": "crop"}), "got fit='crop', expected 'resize' or 'pad'"),
     ],

@@ -119,8 +119,8 @@ def test_memory_holds_one_chunk() -> None:
     [
         ({"start": -0.5}, "start must be at least 0 seconds, got -0.5"),
         ({"start": float("nan")}, "start must be at least 0"),
-        ({"start": 2, "end": 2}, "end must come after start=2, got end=2"),
-        ({"end": 0}, "end must come after start=0, got end=0"),
+        ({"start": 2, "end": 2}, "end must be after start=2, got 2"),
+        ({"end": 0}, "end must be after start=0, got 0"),
         ({"every": 0}, "every must be at least 1"),
         ({"max_frames": 0}, "max_frames must be at least 1, or None, got 0"),
         ({"fps": 0}, "fps must be positive, got 0"),

@@ -136,44 +136,30 @@ def clip() -> RenderedClip:
     )
 
 
-class TestObject:
-    def test_layers(self, clip: RenderedClip) -> None:
-        assert clip.object_mask is not None
-        assert clip.object_homographies is not None
-        assert clip.object_mask.shape == (8, 120, 160)
-        assert clip.object_mask.dtype == torch.bool
-        areas = clip.object_mask.sum((1, 2)) / (120 * 160)
-        assert areas.min() > 0.03
-        assert areas.max() < 0.2
-        identity = torch.eye(3, dtype=torch.float64)
-        torch.testing.assert_close(clip.object_homographies[0], identity)
-        torch.testing.assert_close(clip.homographies[0], identity)
-        assert (clip.object_homographies[-1] - clip.homographies[-1])[:2, 2].norm() > 5
-
-    def test_points_ride_on_what_they_lie_on(self, clip: RenderedClip) -> None:
-        assert clip.object_mask is not None
-        points = points_in(120, 160, count=3000)
-        inner = ~_near_edge(clip.object_mask)
-        positions, visible = clip.track(points)
-        col, row = points.floor().long().unbind(-1)
-        on_object = clip.object_mask[0, row, col]
-        assert 0 < on_object.sum() < len(points)
-        seen = colours(clip.frames, positions)
-        for t in range(8):
-            col, row = positions[t].floor().long().unbind(-1)
-            col, row = col.clamp(0, 159), row.clamp(0, 119)
-            clear = (
-                visible[t] & inner[t, row, col] & inner[0][points[:, 1].long(), points[:, 0].long()]
-            )
-            assert (seen[t] - seen[0])[:, clear].abs().max() <= 3
-            # what is seen on the object came from the object, and nothing else is on it
-            assert torch.equal(clip.object_mask[t, row, col][clear], on_object[clear])
-        assert visible[:, on_object].all()
-        x, y = positions[-1].unbind(-1)
-        inside = (x >= 0) & (x < 160) & (y >= 0) & (y < 120)
-        covered = visible[0] & inside & ~visible[-1]  # the background, behind the object
-        assert covered.any()
-        assert clip.object_mask[-1, y[covered].long(), x[covered].long()].all()
+def test_points_ride_on_what_they_lie_on(clip: RenderedClip) -> None:
+    assert clip.object_mask is not None
+    assert clip.object_homographies is not None
+    assert (clip.object_homographies[-1] - clip.homographies[-1])[:2, 2].norm() > 5
+    points = points_in(120, 160, count=3000)
+    inner = ~_near_edge(clip.object_mask)
+    positions, visible = clip.track(points)
+    col, row = points.floor().long().unbind(-1)
+    on_object = clip.object_mask[0, row, col]
+    assert 0 < on_object.sum() < len(points)
+    seen = colours(clip.frames, positions)
+    for t in range(8):
+        col, row = positions[t].floor().long().unbind(-1)
+        col, row = col.clamp(0, 159), row.clamp(0, 119)
+        clear = visible[t] & inner[t, row, col] & inner[0][points[:, 1].long(), points[:, 0].long()]
+        assert (seen[t] - seen[0])[:, clear].abs().max() <= 3
+        # what is seen on the object came from the object, and nothing else is on it
+        assert torch.equal(clip.object_mask[t, row, col][clear], on_object[clear])
+    assert visible[:, on_object].all()
+    x, y = positions[-1].unbind(-1)
+    inside = (x >= 0) & (x < 160) & (y >= 0) & (y < 120)
+    covered = visible[0] & inside & ~visible[-1]  # the background, behind the object
+    assert covered.any()
+    assert clip.object_mask[-1, y[covered].long(), x[covered].long()].all()
 
 
 def _near_edge(mask: torch.Tensor) -> torch.Tensor:
