@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cosettle_adapter.evaluation.pickles import load_arrays
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.pickles import load_arrays
 
 
 class Call:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.retrieval import Retrieval, retrieve
+from cosettle_adapter.evaluation.classification import Retrieval, retrieve
 from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST
 from cosettle_adapter.evaluation.videos import LabelledVideo, PooledVideos
 
@@ -42,8 +42,9 @@ def test_figures_equal_their_definitions(labels: str, seed: int) -> None:
             ranks = [rank for rank, hit in enumerate(right, start=1) if hit]
             precisions.append(sum(sum(right[:rank]) / rank for rank in ranks) / len(ranks))
     count = len(precisions)
-    assert found.recall == pytest.approx({k: sum(row) / count for k, row in hits.items()})
-    assert found.mean_average_precision == pytest.approx(sum(precisions) / count)
+    assert found.figures["mAP"] == pytest.approx(sum(precisions) / count)
+    del found.figures["mAP"]
+    assert found.figures == pytest.approx({f"R@{k}": sum(row) / count for k, row in hits.items()})
     counted = [f"None/{i}.mp4" for i, label in enumerate(labels) if labels.count(label) > 1]
     assert list(found.queries) == counted, "those without another of their class do not count"
 
@@ -51,10 +52,10 @@ def test_figures_equal_their_definitions(labels: str, seed: int) -> None:
 def test_a_query_never_finds_itself_and_of_equally_near_videos_the_earlier_comes_first() -> None:
     features = torch.eye(4)
     features[1, 0] = 0.9  # of the other class than the first, but nearest
-    assert search(features, "abab").recall == {1: 0.25, 5: 1.0, 10: 1.0}
+    assert search(features, "abab").figures["R@1"] == 0.25
     # all equally near: each a finds b, b, a, a or its like, and each b finds a, b, a, a
     found = search(torch.ones(5, 2), "abbaa")
-    assert found.recall[1] == pytest.approx(2 / 5)
+    assert found.figures["R@1"] == pytest.approx(2 / 5)
     first, later = (1 / 3 + 2 / 4) / 2, (1 / 1 + 2 / 4) / 2
     assert found.per_class == pytest.approx({"a": (first + 2 * later) / 3, "b": 1 / 2})
 
@@ -68,7 +69,7 @@ def test_every_variant_is_searched_and_a_given_split_is_kept() -> None:
         found = results[variant]
         assert found.searched == 4
         assert found.queries == ("val/0.mp4", "val/1.mp4")
-        assert found.mean_average_precision == 1.0
+        assert found.figures["mAP"] == 1.0
         assert found.per_class == {"a": 1.0, "b": 1.0}
 
 

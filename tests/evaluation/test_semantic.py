@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.semantic import ConfusionMatrix
+from cosettle_adapter.evaluation.masks import ConfusionMatrix
 
 
 @given(seed=st.integers(0, 10_000), classes=st.sampled_from([1, 2, 5, 20]))
