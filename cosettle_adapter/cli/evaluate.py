@@ -5,84 +5,39 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
 from cosettle_adapter import evaluation
 from cosettle_adapter.cli.common import (
     Dtype,  # noqa: F401  (annotations of ModelOptions are resolved here, too)
-    ModelOptions,
-    Output,
+    Output,  # noqa: F401
     Size,
     console,
     frame_progress,
 )
+from cosettle_adapter.cli.evaluate_videos import (
+    FeatureOptions,
+    classification,
+    localisation,
+    representation,
+    retrieval,
+)
 from cosettle_adapter.cli.tables import terminal_table
-from cosettle_adapter.evaluation.protocols import PUBLISHED, Propagation, Protocol
+from cosettle_adapter.evaluation.mask_clips import PUBLISHED, Propagation
+from cosettle_adapter.evaluation.run import Protocol
 from cosettle_adapter.evaluation.tables import result_notes, result_tables
 from cosettle_adapter.evaluation.variants import feature_variants
 from cosettle_adapter.video import FrameSelection
-
-if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter
-    from cosettle_adapter.projection import Projection
 
 app = App(
     name="evaluate",
     help="Measure a model on a benchmark.",
     default_parameter=Parameter(negative=(), consume_multiple=True),
 )
-_VIDEOS = {
-    "representation": "What stays together within videos and apart between them.",
-    "classification": "KNN and a linear probe on videos in a folder per class.",
-    "retrieval": "Video-to-video retrieval on a folder per class.",
-    "localisation": "Frame-level action localisation by neighbouring segments of other videos.",
-}
-for _name, _help in _VIDEOS.items():
-    app.command(f"cosettle_adapter.cli.evaluate_videos:{_name}", name=_name, help=_help)
-
-
-@Parameter(name="*")
-@dataclasses.dataclass(frozen=True)
-class FeatureOptions(ModelOptions):
-    """Which features of which model are compared.
-
-    Attributes:
-        raw: score the backbone alone; no projection is needed.
-        layer: with --raw, the layer to read in place of the last one.
-        baselines: other projections of the same backbone (names or folders) to score as well.
-        batch_size: frames a forward pass.
-        output: JSON file of the results; an interrupted run on clips resumes from it.
-    """
-
-    raw: bool = False
-    layer: int | None = None
-    baselines: Sequence[str] = ()
-    batch_size: int = 8
-    output: Output | None = None
-
-    def adapter(self) -> CoSettleAdapter:
-        """Load the model, or the backbone alone."""
-        if self.layer is not None and not self.raw:
-            raise ValueError(
-                "--layer goes with --raw: a projection reads the layers it was fitted on"
-            )
-        with console().status(f"loading {self.model}"):
-            return self.load(raw=self.raw, layer=self.layer)
-
-    def projections(self) -> dict[str, Projection]:
-        """Load the baselines, by the name of their folder."""
-        from cosettle_adapter.backbones import HubOptions
-        from cosettle_adapter.hub import find_projection
-        from cosettle_adapter.projection import Projection
-
-        hub = HubOptions(cache_dir=self.cache_dir, local_files_only=self.offline)
-        given = {Path(name).name: name for name in self.baselines}
-        if len(given) < len(self.baselines):
-            raise ValueError("two baselines have one name; rename a folder")
-        found = {name: find_projection(place, hub) for name, place in given.items()}
-        return {name: Projection.load(folder).to(self.device) for name, folder in found.items()}
+for _command in (representation, classification, retrieval, localisation):
+    app.command(_command)
 
 
 @Parameter(name="*")

@@ -1,4 +1,4 @@
-"""The benchmarks of ``evaluate`` on whole videos."""
+"""The benchmarks of ``evaluate`` on whole videos, and which features of which model it compares."""
 
 from __future__ import annotations
 
@@ -6,29 +6,36 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from statistics import fmean
+from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
+from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.backbones import HubOptions
 from cosettle_adapter.cli.common import (
     Dtype,  # noqa: F401  (annotations of ModelOptions are resolved here, too)
-    Output,  # noqa: F401
+    ModelOptions,
+    Output,
     Size,
     console,
     frame_progress,
 )
-from cosettle_adapter.cli.evaluate import FeatureOptions
 from cosettle_adapter.cli.tables import terminal_table
-from cosettle_adapter.evaluation.classification import classify
+from cosettle_adapter.evaluation.classification import classify, retrieve
 from cosettle_adapter.evaluation.clips import data_folder, images_in, pick
-from cosettle_adapter.evaluation.figures import bar_section, representation_sections
 from cosettle_adapter.evaluation.localisation import localise, read_segments
-from cosettle_adapter.evaluation.report import Section, Table, write_page
+from cosettle_adapter.evaluation.report import (
+    Section,
+    Table,
+    bar_section,
+    representation_sections,
+    write_page,
+)
 from cosettle_adapter.evaluation.representation import (
     RepresentationSettings,
     evaluate_representation,
 )
-from cosettle_adapter.evaluation.retrieval import retrieve
 from cosettle_adapter.evaluation.run import model_settings, write_json
 from cosettle_adapter.evaluation.variants import RAW_LAST, feature_variants
 from cosettle_adapter.evaluation.videos import (
@@ -37,18 +44,87 @@ from cosettle_adapter.evaluation.videos import (
     labelled_videos,
     pool_videos,
 )
+from cosettle_adapter.hub import find_projection
+from cosettle_adapter.projection import Projection
 from cosettle_adapter.video import find_videos
 
 Found = TypeVar("Found")
 
 
-class Stored(NamedTuple):
-    """What a results file holds: totals by variant of features and measure, and details."""
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True)
+class FeatureOptions(ModelOptions):
+    """Which features of which model are compared.
 
-    settings: Mapping[str, Any]
-    total: Mapping[str, Mapping[str, float]]
-    skipped: Mapping[str, str]
-    details: Mapping[str, Any]
+    Attributes:
+        raw: score the backbone alone; no projection is needed.
+        layer: score this layer of the backbone alone, in place of the last one.
+        baselines: other projections of the same backbone (names or folders) to score as well.
+        batch_size: frames a forward pass.
+        output: JSON file of the results; an interrupted run on clips resumes from it.
+    """
+
+    raw: bool = False
+    layer: int | None = None
+    baselines: Sequence[str] = ()
+    batch_size: int = 8
+    output: Output | None = None
+
+    def adapter(self) -> CoSettleAdapter:
+        """Load the model, or the backbone alone."""
+        with console().status(f"loading {self.model}"):
+            return self.load(raw=self.raw, layer=self.layer)
+
+    def projections(self) -> dict[str, Projection]:
+        """Load the baselines, by the name of their folder."""
+        hub = HubOptions(cache_dir=self.cache_dir, local_files_only=self.offline)
+        given = {Path(name).name: name for name in self.baselines}
+        if len(given) < len(self.baselines):
+            raise ValueError("two baselines have one name; rename a folder")
+        found = {name: find_projection(place, hub) for name, place in given.items()}
+        return {name: Projection.load(folder).to(self.device) for name, folder in found.items()}
+
+    def measure(
+        self, measure: Callable[..., Found], *what: Any, **more: Any
+    ) -> tuple[Found, dict[str, Any]]:
+        """What ``measure(adapter, *what, ...)`` found; the settings of the model."""
+        adapter = self.adapter()
+        more |= {"variants": feature_variants(adapter, baselines=self.projections())}
+        with frame_progress(console()) as progress:
+            bar = progress.add_task("videos", total=None, rate="")
+
+            def advance(done: int, total: int) -> None:
+                progress.update(bar, completed=done, total=total)
+
+            found = measure(adapter, *what, batch_size=self.batch_size, on_video=advance, **more)
+        return found, {"model": self.model, **model_settings(adapter)}
+
+    def show(
+        self,
+        task: str,
+        notes: Sequence[str],
+        settings: Mapping[str, Any],
+        total: Mapping[str, Mapping[str, float]],
+        skipped: Mapping[str, str],
+        details: Mapping[str, Any],
+        form: str = "{:.1%}",
+    ) -> int:
+        """Print a row a measure, then notes and what was skipped; write the results."""
+        output = console()
+        rows = [
+            [measure, *(form.format(row[measure]).rstrip("%") for row in total.values())]
+            for measure in total[RAW_LAST]
+        ]
+        output.print(terminal_table(Table(f"{task}: {self.model}", ["", *total], rows)))
+        for note in notes:
+            output.print(note, markup=False)
+        for name, reason in skipped.items():
+            output.print(f"skipped {name}: {reason}", markup=False, style="red", soft_wrap=True)
+        if self.output:
+            found = {"settings": settings, "total": total, "skipped": skipped, "details": details}
+            write_json({"task": task, **found}, self.output)
+            output.print(f"results in {self.output}", markup=False)
+        return 1 if skipped else 0
 
 
 @Parameter(name="*")
@@ -67,7 +143,7 @@ class VideoOptions(FeatureOptions):
     def pooled(self, frames: int) -> tuple[PooledVideos, dict[str, Any]]:
         """Encode the labelled videos; also the model's settings."""
         videos = labelled_videos(self.data)
-        return _measure(pool_videos, videos, options=self, frames=frames, size=self.size)
+        return self.measure(pool_videos, videos, frames=frames, size=self.size)
 
 
 DEFAULTS = FeatureOptions()
@@ -92,7 +168,7 @@ def representation(
         results: JSON files of benchmarks on clips to show in the report.
     """
     charts, videos = [_chart(path) for path in results], _videos(data, clips)
-    found, model = _measure(evaluate_representation, videos, settings, options=options)
+    found, model = options.measure(evaluate_representation, videos, settings)
     notes = ["distances are shares of the diameter (95th percentile)"]
     if found.spectrum is not None:
         within, share = found.spectrum.correlations
@@ -100,6 +176,8 @@ def representation(
             f"the projection's gain against variance over time: Spearman {within:+.2f}; against "
             f"its share of all variance {share:+.2f} (the paper's theory predicts negative)"
         )
+    total = {variant: each.figures for variant, each in found.results.items()}
+    details = {variant: each.videos for variant, each in found.results.items()}
     used = dataclasses.asdict(settings)
     if report is not None:
         *measured, failures = representation_sections(found)
@@ -111,10 +189,9 @@ def representation(
             facts={name: str(value) for name, value in facts.items()},
         )
         notes.append(f"report: {report}")
-    total = {variant: each.figures for variant, each in found.results.items()}
-    details = {variant: each.videos for variant, each in found.results.items()}
-    stored = Stored(used | model, total, found.skipped, details)
-    return _show("representation", stored, notes, options, form="{:.4f}", unit=1)
+    return options.show(
+        "representation", notes, used | model, total, found.skipped, details, "{:.4f}"
+    )
 
 
 def classification(
@@ -132,14 +209,13 @@ def classification(
         seed: of the splits.
     """
     pooled, model = options.pooled(frames)
-    rows = classify(pooled, ks=ks, seed=seed).items()
-    total = {kind: {how: each.accuracy for how, each in row.items()} for kind, row in rows}
-    details = {kind: {how: each.counts for how, each in row.items()} for kind, row in rows}
-    judged = len(next(iter(dict(rows)[RAW_LAST].values())).labels)
-    learnt = len(pooled.videos) - judged
-    notes = [f"accuracy in percent on {judged} videos, learnt from {learnt}"]
+    found = classify(pooled, ks=ks, seed=seed)
+    judged = len(next(iter(found[RAW_LAST].values())).labels)
+    notes = [f"accuracy in percent on {judged} videos, learnt from {len(pooled.videos) - judged}"]
+    total = {kind: {how: p.accuracy for how, p in row.items()} for kind, row in found.items()}
+    details = {kind: {how: p.counts for how, p in row.items()} for kind, row in found.items()}
     used = {"ks": ks, "seed": seed, "frames": frames, **model}
-    return _show("classification", Stored(used, total, pooled.skipped, details), notes, options)
+    return options.show("classification", notes, used, total, pooled.skipped, details)
 
 
 def retrieval(*, frames: int = 16, ks: Sequence[int] = (1, 5, 10), options: VideoOptions) -> int:
@@ -155,7 +231,7 @@ def retrieval(*, frames: int = 16, ks: Sequence[int] = (1, 5, 10), options: Vide
     details = {kind: each.per_class for kind, each in found.items()}
     raw, used = found[RAW_LAST], {"ks": ks, "frames": frames, **model}
     notes = [f"in percent; {len(raw.queries)} queries over {raw.searched} videos"]
-    return _show("retrieval", Stored(used, total, pooled.skipped, details), notes, options)
+    return options.show("retrieval", notes, used, total, pooled.skipped, details)
 
 
 def localisation(
@@ -174,62 +250,20 @@ def localisation(
     """
     stretches = read_segments(segments or options.data / "segments.csv")
     paths = {stretch.video: options.data / stretch.video for stretch in stretches}
-    read = _measure(encode_videos, paths, options=options, rate=rate, size=options.size)
-    (videos, skipped), model = read
-    rows = localise(videos, stretches, ks=ks).items()
-    total: dict[str, dict[str, float]] = {kind: {} for kind, _ in rows}
-    for kind, row in rows:
+    read, model = options.measure(encode_videos, paths, rate=rate, size=options.size)
+    videos, skipped = read
+    total: dict[str, dict[str, float]] = {}
+    details: dict[str, dict[int, dict[str, float]]] = {}
+    for kind, row in localise(videos, stretches, ks=ks).items():
+        details[kind] = {k: each.per_class for k, each in row.items()}
+        total[kind] = {}
         for k, each in row.items():
             total[kind][f"frames, {k} neighbours"] = each.accuracy
-            total[kind][f"mean per class, {k} neighbours"] = each.mean_per_class
-    details = {kind: {k: each.per_class for k, each in row.items()} for kind, row in rows}
+            total[kind][f"mean per class, {k} neighbours"] = fmean(each.per_class.values())
     known = sum(stretch.video not in skipped for stretch in stretches)
     notes = [f"accuracy in percent; {known} segments of {len(videos)} videos"]
-    stored = Stored({"ks": ks, "rate": rate, **model}, total, skipped, details)
-    return _show("localisation", stored, notes, options)
-
-
-def _measure(
-    measure: Callable[..., Found], *what: Any, options: FeatureOptions, **more: Any
-) -> tuple[Found, dict[str, Any]]:
-    """What ``measure(adapter, *what, ...)`` found, with a progress bar; the model's settings."""
-    adapter = options.adapter()
-    more |= {"variants": feature_variants(adapter, baselines=options.projections())}
-    with frame_progress(console()) as progress:
-        bar = progress.add_task("videos", total=None, rate="")
-
-        def advance(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        found = measure(adapter, *what, batch_size=options.batch_size, on_video=advance, **more)
-    return found, {"model": options.model, **model_settings(adapter)}
-
-
-def _show(
-    task: str,
-    stored: Stored,
-    notes: Sequence[str],
-    options: FeatureOptions,
-    *,
-    form: str = "{:.1f}",
-    unit: float = 100,
-) -> int:
-    """Print a row a measure, then notes and what was skipped; write the results."""
-    output, total = console(), stored.total
-    measures = dict.fromkeys(measure for row in total.values() for measure in row)
-    rows = [
-        [measure, *(form.format(unit * row[measure]) for row in total.values())]
-        for measure in measures
-    ]
-    output.print(terminal_table(Table(f"{task}: {options.model}", ["", *total], rows)))
-    for note in notes:
-        output.print(note, markup=False)
-    for name, reason in stored.skipped.items():
-        output.print(f"skipped {name}: {reason}", markup=False, style="red", soft_wrap=True)
-    if options.output:
-        write_json({"task": task, **stored._asdict()}, options.output)
-        output.print(f"results in {options.output}", markup=False)
-    return 1 if stored.skipped else 0
+    used = {"ks": ks, "rate": rate, **model}
+    return options.show("localisation", notes, used, total, skipped, details)
 
 
 def _videos(data: Path, wanted: Sequence[str] | None) -> list[Path]:

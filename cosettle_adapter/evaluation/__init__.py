@@ -9,12 +9,37 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from cosettle_adapter.evaluation.badja import BADJA_JOINTS, badja_clips, badja_protocol
 from cosettle_adapter.evaluation.clips import Clip
-from cosettle_adapter.evaluation.davis import davis_clips, davis_protocol
-from cosettle_adapter.evaluation.folder import folder_clips, folder_protocol
-from cosettle_adapter.evaluation.jhmdb import JHMDB_JOINTS, Joints, jhmdb_clips, jhmdb_protocol
-from cosettle_adapter.evaluation.masks import Summary, boundary_f, region_similarity, summarise
+from cosettle_adapter.evaluation.joint_clips import (
+    BADJA_JOINTS,
+    JHMDB_JOINTS,
+    Joints,
+    badja_clips,
+    badja_protocol,
+    jhmdb_clips,
+    jhmdb_protocol,
+)
+from cosettle_adapter.evaluation.mask_clips import (
+    VIP_CLASSES,
+    Propagation,
+    davis_clips,
+    davis_protocol,
+    folder_clips,
+    folder_protocol,
+    vip_clips,
+    vip_protocol,
+)
+from cosettle_adapter.evaluation.masks import (
+    ConfusionMatrix,
+    SequenceScores,
+    Summary,
+    boundary_f,
+    evaluate_sequence,
+    mean_over_objects,
+    region_similarity,
+    summarise,
+)
+from cosettle_adapter.evaluation.point_clips import Tracks, tapvid_clips, tapvid_protocol
 from cosettle_adapter.evaluation.points import (
     BadjaAccuracy,
     Pck,
@@ -26,17 +51,8 @@ from cosettle_adapter.evaluation.points import (
     queries_strided,
     tapvid_metrics,
 )
-from cosettle_adapter.evaluation.protocols import ClipScores, Propagation, Protocol
 from cosettle_adapter.evaluation.rendered import rendered_clips, rendered_protocol
-from cosettle_adapter.evaluation.run import Evaluation, evaluate
-from cosettle_adapter.evaluation.segmentation import (
-    SequenceScores,
-    evaluate_sequence,
-    mean_over_objects,
-)
-from cosettle_adapter.evaluation.semantic import ConfusionMatrix
-from cosettle_adapter.evaluation.tapvid import Tracks, tapvid_clips, tapvid_protocol
-from cosettle_adapter.evaluation.vip import VIP_CLASSES, vip_clips, vip_protocol
+from cosettle_adapter.evaluation.run import ClipScores, Evaluation, Protocol, evaluate
 
 __all__ = [
     "BADJA_JOINTS", "JHMDB_JOINTS", "VIP_CLASSES", "BadjaAccuracy", "Clip", "ClipScores",

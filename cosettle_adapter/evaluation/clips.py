@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 
 from cosettle_adapter.errors import FrameError, did_you_mean
-from cosettle_adapter.evaluation.images import read_frame, read_labels
 from cosettle_adapter.imports import require
 from cosettle_adapter.video import find_images
+from cosettle_adapter.video.files import read_image
 
 A = TypeVar("A")
 Masks = NDArray[np.uint8]
@@ -44,16 +46,11 @@ class Clip(Generic[A]):
         self._check()
         frame = self.frames[index]
         if isinstance(frame, Path):
-            return read_frame(frame)
-        if not isinstance(frame, bytes):
-            return np.array(frame() if callable(frame) else frame)
-        pillow: Any = require("PIL.Image", extra="eval", purpose="reading frames")
-        try:
-            with pillow.open(io.BytesIO(frame)) as opened:
-                return np.asarray(opened.convert("RGB"))
-        except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
-            message = f"frame {index} of {self.name!r} cannot be read: {error}"
-            raise FrameError(message) from error
+            return rearrange(read_image(frame), "c h w -> h w c").contiguous().numpy()
+        if isinstance(frame, bytes):
+            with _opened(io.BytesIO(frame), f"frame {index} of {self.name!r}", "an image") as image:
+                return np.asarray(image.convert("RGB"))
+        return np.array(frame() if callable(frame) else frame)
 
     def read_annotations(self) -> A:
         """Read the annotations; their form is that of the data set."""
@@ -131,6 +128,31 @@ def read_masks(paths: Sequence[Path]) -> Masks:
                 f"{path} is {got}, but the clip's first mask is {first}; all must have one size"
             )
     return np.stack(masks)
+
+
+def read_labels(path: Path, *, colours: bool = False) -> NDArray[np.uint8]:
+    """Read a label map: ``(H, W)`` uint8, the palette index or grey value of every pixel.
+
+    With ``colours`` an RGB image is read as well, as 1 where any colour is above 0.
+    """
+    with _opened(path, path, "a mask") as image:
+        if image.mode in ("P", "L", "1"):
+            return np.asarray(image).astype(np.uint8)
+        if not colours:
+            raise FrameError(
+                f"{path} is a {image.mode} image, expected a palette (P) or grey (L) PNG whose "
+                "values are object ids; take the data set's own annotations, or save your masks "
+                "as one number a pixel"
+            )
+        bright: NDArray[np.bool_] = np.asarray(image.convert("RGB")).max(2) > 0
+        return bright.astype(np.uint8)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) from an image's header."""
+    with _opened(path, path, "an image") as image:
+        width, height = image.size
+        return height, width
 
 
 def read_list(lists: Sequence[Path]) -> list[str]:
@@ -239,3 +261,13 @@ def _nearby(root: Path, needed: Sequence[str]) -> str:
             return f" Did you mean {folder}?"
     first = root / needed[0]
     return did_you_mean(first.name, entries(first.parent))
+
+
+@contextlib.contextmanager
+def _opened(file: Any, name: object, kind: str) -> Iterator[Any]:
+    pillow: Any = require("PIL.Image", extra="eval", purpose="reading images")
+    try:
+        with pillow.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
+        raise FrameError(f"{name} cannot be read as {kind}: {error}") from error

@@ -84,9 +84,8 @@ def temporal_drift(features: Tensor, correspondences: Iterable[Correspondence]) 
     """Distance of patches that correspond, over the distance of any two patches.
 
     Distances are cosine distances after the clip's mean token is subtracted from its features
-    ``(T, C, h, w)``, so neither their scale nor a constant added to them matters. Where features
-    are a constant part and independent noise, it is the noise's share of the variance. "Any two":
-    each patch of a pair's first frame and one drawn at random (fixed seed) from its second.
+    ``(T, C, h, w)``, so neither their scale nor a constant added to them matters. "Any two": each
+    patch of a pair's first frame and one drawn at random (fixed seed) from its second.
 
     Returns:
         0 where features stay with things, about 1 where they have nothing to do with them; NaN
@@ -123,7 +122,7 @@ def match_accuracy(features: Tensor, correspondences: Iterable[Correspondence]) 
     hits = [torch.empty(0)]
     for (first, second), patches in correspondences:
         own, other = patches.to(frames.device).unbind(1)
-        found = _nearest(frames[first][own], frames[second])
+        found = nearest(frames[first][own], frames[second])
         rows = (found // width - other // width).abs()
         columns = (found % width - other % width).abs()
         hits.append((torch.maximum(rows, columns) <= 1).float().cpu())
@@ -142,15 +141,10 @@ def cycle_consistent(features: Tensor, *, gap: int = 1) -> Tensor:
     frames = F.normalize(token_frames(features, at_least=gap + 1), dim=-1)
     own = torch.arange(frames.shape[1], device=frames.device)
     maps = [
-        _nearest(there, here)[_nearest(here, there)] == own
+        nearest(there, here)[nearest(here, there)] == own
         for here, there in zip(frames, frames[gap:], strict=False)
     ]
     return rearrange(maps, "t (h w) -> t h w", w=features.shape[-1])
-
-
-def cycle_accuracy(features: Tensor, *, gap: int = 1) -> float:
-    """Share of patches, in [0, 1], that :func:`cycle_consistent` is true for."""
-    return float(cycle_consistent(features, gap=gap).float().mean())
 
 
 @torch.no_grad()
@@ -165,18 +159,13 @@ def tracking_error(
 ) -> dict[str, float]:
     """How far nearest-neighbour tracking of frame 0's points ends from where they truly are.
 
-    Frame 0 does not count, nor does a point while it is hidden.
-
-    Args:
-        features: ``(T, C, h, w)`` floats.
-        geometry: how the grid lies on the frame, ``adapter.geometry(H, W)``.
-        points: ``(N, 2)`` (x, y) in pixels of frame 0.
-        positions: ``(T, N, 2)`` (x, y) in pixels, where the points truly are.
-        visible: ``(T, N)`` bool.
-        thresholds: pixels ``t`` of the shares ``pck@t`` of points that are within.
+    Features are ``(T, C, h, w)``, ``geometry`` is how their grid lies on the frame, points are
+    ``(N, 2)`` (x, y) pixels of frame 0, ``positions`` ``(T, N, 2)`` where they truly are, while
+    ``visible``, ``(T, N)`` bool. Frame 0 does not count, nor does a point while it is hidden.
 
     Returns:
-        The shares, ``mean`` and ``median`` in pixels, and ``count`` of the points measured.
+        Shares of points ``pck@t`` within ``t`` pixels, by ``thresholds``; ``mean`` and ``median``
+        in pixels, and ``count`` of the points measured.
     """
     token_frames(features, at_least=2)
     expected = (len(features), len(points))
@@ -214,6 +203,7 @@ def token_frames(features: Tensor, *, at_least: int = 1) -> Tensor:
     return rearrange(wide, "t c h w -> t (h w) c").contiguous()
 
 
-def _nearest(queries: Tensor, keys: Tensor) -> Tensor:
-    """The index of the key with the largest inner product, for each query ``(N, C)``."""
-    return torch.cat([(part @ keys.T).argmax(dim=1) for part in torch.split(queries, _CHUNK)])
+def nearest(queries: Tensor, keys: Tensor, offsets: Tensor | float = 0.0) -> Tensor:
+    """Index of the key ``(M, C)`` with the largest inner product minus its offset, by query."""
+    parts = torch.split(queries, _CHUNK)
+    return torch.cat([(part @ keys.T - offsets).argmax(dim=1) for part in parts])

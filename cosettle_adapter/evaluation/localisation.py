@@ -10,22 +10,18 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation.classification import Predictions, nearest_votes
 from cosettle_adapter.evaluation.clips import few
-from cosettle_adapter.evaluation.videos import (
-    Predictions,
-    VideoFrames,
-    nearest_votes,
-    with_centred,
-)
+from cosettle_adapter.evaluation.videos import VideoFrames, with_centred
 
 BACKGROUND = "background"
 _COLUMNS = ("video", "start", "end", "label")
@@ -65,17 +61,15 @@ def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
         rows = [_segment(row, path, reader.line_num) for row in reader]
     if not rows:
         raise FrameError(f"{path} has a header and no segments")
-    order = {video: index for index, video in enumerate(dict.fromkeys(row.video for row in rows))}
-    rows.sort(key=lambda row: (order[row.video], row.start, row.end))
-    ends: dict[tuple[str, str], float] = {}  # of a video and label, so far
-    for row in rows:
-        for (video, label), end in ends.items():
-            if video == row.video and label != row.label and row.start < end:
+    order = list(dict.fromkeys(row.video for row in rows))
+    rows.sort(key=lambda row: (order.index(row.video), row.start, row.end))
+    for video, own in groupby(rows, key=lambda row: row.video):
+        for first, second in combinations(own, 2):
+            if first.label != second.label and second.start < first.end:
                 raise FrameError(
-                    f"{path}: {label!r} and {row.label!r} overlap in {video} at {row.start:g} s; a "
-                    "frame has one label, so cut one of them"
+                    f"{path}: {first.label!r} and {second.label!r} overlap in {video} at "
+                    f"{second.start:g} s; a frame has one label, so cut one of them"
                 )
-        ends[row.video, row.label] = max(row.end, ends.get((row.video, row.label), 0.0))
     return rows
 
 
@@ -120,28 +114,22 @@ def localise(
         name: torch.stack([videos[row].features[name][at].mean(0) for row, _, at in stretches])
         for name in videos[0].features
     }
-    columns: dict[str, dict[int, list[str]]] = {}
-    names: list[str] = []
-    truth: list[str] = []
+    columns: defaultdict[str, defaultdict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    shows: list[tuple[str, str]] = []  # video and label of each frame
     for row, video in enumerate(videos):
         mine = [(frame, label) for at, label, frames in stretches if at == row for frame in frames]
-        truth += [label for _, label in mine]
-        names += [video.video] * len(mine)
+        shows += [(video.video, label) for _, label in mine]
         judged = [frame for frame, _ in mine]
         own = {name: values[judged] for name, values in video.features.items()}
         bank = {name: values[rows != row] for name, values in means.items()}
-        queries = with_centred(own, bank)
+        queries, known = with_centred(own, bank), labels[rows != row]
         for name, keys in with_centred(bank, bank).items():
-            known = labels[rows != row]
             votes = nearest_votes(keys, known, queries[name], ks=ks, classes=len(classes))
             for k, tally in votes.items():
-                column = columns.setdefault(name, {}).setdefault(k, [])
-                column += [classes[best] for best in tally.argmax(dim=1).tolist()]
+                columns[name][k] += [classes[best] for best in tally.argmax(dim=1).tolist()]
+    names, truth = zip(*shows, strict=True)
     return {
-        variant: {
-            k: Predictions(tuple(names), tuple(truth), tuple(found), {"k": k})
-            for k, found in by_k.items()
-        }
+        variant: {k: Predictions(names, truth, tuple(found)) for k, found in by_k.items()}
         for variant, by_k in columns.items()
     }
 

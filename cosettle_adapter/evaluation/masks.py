@@ -1,24 +1,35 @@
-"""DAVIS measures of a mask against its annotation, region similarity J and boundary F; PNG files.
+"""Masks: DAVIS's J and F, VIP's mean IoU, PNG files; label propagation, scored as DAVIS scores it.
 
-Both equal the official evaluation's numbers (davis2017-evaluation) to rounding; F finds boundary
+J and F equal the official evaluation's numbers (davis2017-evaluation) to rounding; F finds boundary
 pixels near one another with a k-d tree over the boundaries, whose cost does not depend on the
-size of the frame, in place of dilating whole frames.
+size of the frame, in place of dilating whole frames. As in the official semi-supervised evaluation,
+every object of the first frame is one value a frame, first and last frame do not count, and a data
+set's figure is the mean over objects.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
+from einops import rearrange
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
+from cosettle_adapter.correspondence import LabelPropagator
 from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation.clips import Masks
+from cosettle_adapter.evaluation.run import mean
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
 
 Mask = NDArray[np.bool_]
+VOID = 255  # pixels that belong to no object and do not count
 
 
 class Summary(NamedTuple):
@@ -77,6 +88,50 @@ def summarise(values: ArrayLike) -> Summary:
     return Summary(_mean(series), float((series > 0.5).mean()), _mean(first) - _mean(last))
 
 
+class ConfusionMatrix:
+    """Counts of annotated (rows) and predicted classes over any number of frames.
+
+    ``counts`` is ``(K, K)`` int64 for K classes, of which the background is one.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.counts: NDArray[np.int64] = np.zeros((classes, classes), dtype=np.int64)
+
+    def add(self, gt: ArrayLike, pred: ArrayLike, ignore: int | None = 255) -> None:
+        """Count whole numbers of one shape; pixels annotated with ``ignore`` do not count.
+
+        Raises:
+            FrameError: shapes that differ, or a pixel that counts and is no class.
+        """
+        classes = len(self.counts)
+        truth, guess = np.asarray(gt), np.asarray(pred)
+        if truth.shape != guess.shape:
+            raise FrameError(
+                f"got pred of shape {guess.shape}, expected {truth.shape} like gt: bring the "
+                "prediction to the size of the annotation first (nearest)"
+            )
+        counted = np.full(truth.shape, True) if ignore is None else truth != ignore
+        for name, labels in (("gt", truth), ("pred", guess)):
+            wrong = labels[counted & ~np.isin(labels, np.arange(classes))]
+            if wrong.size:
+                raise FrameError(
+                    f"{name} has class {wrong.flat[0]}, expected 0 to {classes - 1}; make "
+                    "the matrix with more classes, or pass an annotated value as ignore"
+                )
+        pairs = truth[counted].astype(np.int64) * classes + guess[counted].astype(np.int64)
+        counts = np.bincount(pairs, minlength=classes**2)
+        self.counts += rearrange(counts, "(truth guess) -> truth guess", truth=classes)
+
+    def mean_iou(self) -> float:
+        """Return the mean IoU over classes annotated or predicted somewhere; NaN without any.
+
+        As in VIP's published evaluation, a class that is only predicted counts as 0.
+        """
+        correct = np.diag(self.counts)
+        union = self.counts.sum(0) + self.counts.sum(1) - correct
+        return _mean(correct[union > 0] / union[union > 0])
+
+
 def palette() -> bytes:
     """Return the palette of PASCAL VOC and DAVIS: 256 RGB colours."""
     # a label's bits, three at a time, set those of red, green and blue from the highest down
@@ -94,6 +149,150 @@ def save_labels(labels: NDArray[np.uint8], path: Path) -> None:
     picture.putpalette(palette())
     with atomic_path(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+class SequenceScores(NamedTuple):
+    """J and F in [0, 1] of a clip: of every object, a value for each frame that counts."""
+
+    objects: tuple[int, ...]  # their ids
+    j: tuple[tuple[float, ...], ...]
+    f: tuple[tuple[float, ...], ...]
+
+    @property
+    def per_object(self) -> list[float]:
+        """J&F of every object: the mean of its mean J and its mean F."""
+        return [(mean(j) + mean(f)) / 2 for j, f in zip(self.j, self.f, strict=True)]
+
+    @property
+    def j_and_f(self) -> float:
+        """J&F of the clip, the mean over its objects."""
+        return mean(self.per_object)
+
+
+def evaluate_sequence(
+    features: Tensor | Iterable[Tensor],
+    masks: Masks,
+    *,
+    annotated: Sequence[int] | None = None,
+    on_mask: Callable[[int, Masks], None] = lambda index, mask: None,
+    **options: Any,
+) -> SequenceScores:
+    """Propagate the first mask of a clip by features and score the others.
+
+    Features and options are those of :func:`propagate_masks`. Masks are ``(T, H, W)`` uint8 object
+    ids, 0 the background, 255 void. Where not every frame has one, ``annotated`` is the frame of
+    each, ascending from 0; the others are propagated through and not scored. ``on_mask`` is called
+    with the index of every frame and its propagated object ids ``(H, W)``.
+
+    Raises:
+        FrameError: masks that cannot be scored, or another number of feature maps than masks.
+        GeometryError: features that do not fit together.
+    """
+    masks = np.asarray(masks)
+    frames = list(range(len(masks))) if annotated is None else list(annotated)
+    objects = _checked_objects(masks, frames)
+    truths = dict(zip(frames, masks, strict=True))
+    scores: dict[int, list[tuple[float, float]]] = {}
+    count = 0
+    for index, ids in enumerate(propagate_masks(features, masks[0], (0, *objects), **options)):
+        count = index + 1
+        on_mask(index, ids)
+        if index and index in truths:
+            truth, void = truths[index], truths[index] == VOID
+            pairs = [(truth == label, ids == label) for label in objects]
+            scores[index] = [
+                (region_similarity(gt, pred, void=void), boundary_f(gt, pred, void=void))
+                for gt, pred in pairs
+            ]
+    if count <= frames[-1] or (annotated is None and count != len(masks)):
+        raise FrameError(
+            f"got masks up to frame {frames[-1]}, but {count} feature maps; give one map for every "
+            "frame, and a mask for every frame unless annotated says which have one"
+        )
+    scores.pop(count - 1, None)  # the last frame does not count
+    if not scores:
+        raise FrameError(
+            f"none of the masks of the frames {frames[:9]} counts: the first and the last frame "
+            f"of the clip's {count} do not; annotate one between them"
+        )
+    j, f = (
+        tuple(tuple(row[i][measure] for row in scores.values()) for i in range(len(objects)))
+        for measure in (0, 1)
+    )
+    return SequenceScores(objects, j, f)
+
+
+def mean_over_objects(scores: Iterable[SequenceScores]) -> float:
+    """Return the official figure of a data set: mean J&F over all objects of all clips."""
+    return mean([value for score in scores for value in score.per_object])
+
+
+def propagate_masks(
+    features: Tensor | Iterable[Tensor],
+    mask: Masks,
+    classes: Sequence[int],
+    *,
+    protocol: Literal["crw", "dino"] = "crw",
+    **options: Any,
+) -> Iterator[Masks]:
+    """Propagate a label map through a clip and yield that of every frame, at constant memory.
+
+    The first map is one-hot at its full size and brought to the grid: bilinear and soft for
+    ``crw``, nearest for ``dino``. Propagated labels are brought back bilinear to the size of the
+    map (for ``dino`` each then stretched to [0, 1]) and the strongest one wins.
+
+    Features are ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, the map
+    is ``(H, W)`` uint8. The first of the classes is the background, which takes whatever has no
+    other of these labels. Options are those of
+    :class:`~cosettle_adapter.correspondence.LabelPropagator`.
+    """
+    names = np.asarray(classes, dtype=np.uint8)
+    propagator: LabelPropagator | None = None
+    for feature in features:
+        if propagator is None:
+            first = _first_labels(mask, classes, feature.shape[-2:], protocol).to(feature.device)
+            propagator = LabelPropagator(first, protocol=protocol, **options)
+        yield names[_decode(propagator.step(feature), mask.shape, protocol)]
+
+
+def _checked_objects(masks: Masks, frames: Sequence[int]) -> tuple[int, ...]:
+    """Return the ids of the first mask's objects, of masks that can be scored."""
+    right = masks.ndim == 3 and masks.dtype == np.uint8
+    if not right or frames[:1] != [0] or len(frames) != len(masks):
+        raise FrameError(
+            f"got {masks.dtype} masks of shape {masks.shape} for the frames {frames[:9]}, expected "
+            "uint8 (T, H, W), one mask for each, the first of frame 0"
+        )
+    objects = tuple(int(label) for label in np.unique(masks[0]) if label not in (0, VOID))
+    if not objects:
+        raise FrameError(
+            "the first mask has no object (no value from 1 to 254), so there is nothing to "
+            "propagate; start the clip at a frame that shows one"
+        )
+    return objects
+
+
+def _first_labels(
+    mask: Masks, classes: Sequence[int], grid: Sequence[int], protocol: str
+) -> Tensor:
+    ids = torch.from_numpy(mask.astype("int64"))
+    masks = torch.stack([ids == label for label in classes[1:]])
+    one_hot = torch.cat([~masks.any(0, keepdim=True), masks])
+    mode = "nearest-exact" if protocol == "dino" else "bilinear"
+    resized = F.interpolate(rearrange(one_hot, "k h w -> 1 k h w").float(), tuple(grid), mode=mode)
+    return rearrange(resized, "1 k h w -> k h w")
+
+
+def _decode(labels: Tensor, size: Sequence[int], protocol: str) -> NDArray[np.int64]:
+    """Positions ``(H, W)`` of the strongest label among the classes."""
+    soft = F.interpolate(rearrange(labels, "k h w -> 1 k h w"), tuple(size), mode="bilinear")
+    soft = rearrange(soft, "1 k h w -> k h w")
+    if protocol == "dino":
+        low = soft.amin((1, 2), keepdim=True)
+        height = soft.amax((1, 2), keepdim=True) - low
+        soft = torch.where(height > 0, (soft - low) / height, soft)
+    ids: NDArray[np.int64] = soft.max(0).indices.cpu().numpy()
+    return ids
 
 
 def _mean(values: NDArray[np.float64]) -> float:

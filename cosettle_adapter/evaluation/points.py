@@ -64,15 +64,14 @@ def pck(
     This is the JHMDB measure of videowalk and all who follow it: the size is 0.6 * the diagonal of
     the box of a frame's visible joints (0 counts as missed), the first frame, which is given, does
     not count, every joint's share is pooled over all frames of all clips, and PCK is the mean of
-    the 15 shares. "Visible" in the published code is a property of the prediction, not of the
-    annotation: a joint whose propagated heat map is empty everywhere is left out, out of the box
-    and of the counts. Annotated joints outside the frame count.
+    the 15 shares. As in the published code, "visible" is a property of the prediction: a joint
+    whose propagated heat map is empty everywhere is left out of the box and of the counts.
 
     Positions are ``(T, J, 2)`` (x, y) pixels, ``visible`` is ``(T, J)`` boolean, by default all.
     Counts add up over clips: ``sum(rest, start=first).mean[0.1]``.
     """
     truth, guess = _positions("(T, J, 2)", gt=gt, pred=pred)
-    seen = _flags("visible", visible, truth)
+    seen = np.ones(truth.shape[:2], bool) if visible is None else _flags("visible", visible, truth)
     low = np.where(seen[..., None], truth, np.inf).min(1)
     high = np.where(seen[..., None], truth, -np.inf).max(1)
     # the published code divides, so that 0 / 0, which is not a number, is a miss
@@ -95,11 +94,10 @@ class BadjaAccuracy(NamedTuple):
 def badja_accuracy(
     gt: ArrayLike, pred: ArrayLike, visible: ArrayLike, areas: ArrayLike
 ) -> BadjaAccuracy:
-    """Share of an animal's joints that were tracked well.
+    """Share of an animal's joints that were tracked well, by the published rule.
 
-    The published rule: a position counts where the joint is annotated as visible, in every frame
-    but the first of the clip; distances are strictly below the threshold, and all positions of
-    the clip are pooled.
+    A position counts where the joint is annotated as visible, in every frame but the first of the
+    clip; distances are strictly below the threshold, and all positions of the clip are pooled.
 
     Positions are ``(T, J, 2)`` (x, y) pixels, ``areas`` ``(T,)`` those of the animal's mask, of
     all frames or the annotated ones; both are read where ``visible``, ``(T, J)`` boolean. Mark
@@ -187,10 +185,9 @@ def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
 
     ``occluded`` is ``(N, T)`` boolean, ``tracks`` ``(N, T, 2)`` (x, y) in any unit.
     """
-    (positions,) = _positions("(N, T, 2)", tracks=tracks)
-    hidden = _flags("occluded", occluded, positions)
-    index = (~hidden).any(1).nonzero()[0]
-    return _queries(hidden, positions, index, np.argmin(hidden[index], axis=1))
+    hidden, positions = _tracks(occluded, tracks)
+    index, frames = (~hidden & ((~hidden).cumsum(1) == 1)).nonzero()
+    return _queries(hidden, positions, index, frames)
 
 
 def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> Queries:
@@ -200,9 +197,8 @@ def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> 
     """
     if stride < 1:
         raise ValueError(f"stride must be at least 1 frame, got {stride}")
-    (positions,) = _positions("(N, T, 2)", tracks=tracks)
-    hidden = _flags("occluded", occluded, positions)
-    step, index = rearrange(~hidden[:, ::stride], "n t -> t n").nonzero()
+    hidden, positions = _tracks(occluded, tracks)
+    step, index = (~hidden[:, ::stride]).T.nonzero()
     return _queries(hidden, positions, index, step * stride)
 
 
@@ -234,10 +230,14 @@ def track_queries(
     return xy, error
 
 
+def _tracks(occluded: ArrayLike, tracks: ArrayLike) -> tuple[Flags, Floats]:
+    (positions,) = _positions("(N, T, 2)", tracks=tracks)
+    return _flags("occluded", occluded, positions), positions
+
+
 def _queries(hidden: Flags, positions: Floats, index: Any, frames: Any) -> Queries:
-    x, y = positions[index, frames, 0], positions[index, frames, 1]
-    points = np.stack([frames.astype(np.float64), y, x], axis=1)
-    return Queries(points, hidden[index], positions[index], index.astype(np.int64))
+    points = np.column_stack([frames, positions[index, frames][:, ::-1]])
+    return Queries(points, hidden[index], positions[index], index)
 
 
 def _positions(form: str, **given: ArrayLike) -> list[Floats]:
@@ -251,9 +251,9 @@ def _positions(form: str, **given: ArrayLike) -> list[Floats]:
     return found
 
 
-def _flags(name: str, value: ArrayLike | None, positions: Floats) -> Flags:
+def _flags(name: str, value: ArrayLike, positions: Floats) -> Flags:
     shape = positions.shape[:2]
-    found: Flags = np.ones(shape, dtype=bool) if value is None else np.asarray(value)
+    found: Flags = np.asarray(value)
     if found.shape != shape or found.dtype != np.bool_:
         raise FrameError(f"got {name} {found.dtype} {found.shape}, expected bool {shape}")
     return found

@@ -20,7 +20,7 @@ from cosettle_adapter.evaluation.drift import (
     match_accuracy,
     true_correspondences,
 )
-from cosettle_adapter.evaluation.protocols import ClipScores, Protocol
+from cosettle_adapter.evaluation.run import ClipScores, Protocol
 from cosettle_adapter.video import RenderedClip, files, photographs, render_clip
 from cosettle_adapter.video.geometry import Geometry
 from cosettle_adapter.video.synthetic import Motion

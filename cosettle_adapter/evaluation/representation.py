@@ -21,9 +21,9 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError, GeometryError
-from cosettle_adapter.evaluation.drift import cycle_consistent, token_frames
-from cosettle_adapter.evaluation.protocols import mean
-from cosettle_adapter.evaluation.spectra import Spectrum, SpectrumStatistics
+from cosettle_adapter.evaluation.drift import cycle_consistent, nearest, token_frames
+from cosettle_adapter.evaluation.run import mean
+from cosettle_adapter.evaluation.spectra import Spectrum, SpectrumStatistics, eigen
 from cosettle_adapter.evaluation.variants import (
     ADAPTED,
     CENTRED,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 _PERCENTILE = 95.0  # of the distance from the mean patch; twice that is a diameter
 _POSITIONS = 8  # patches of a frame that D_inter compares
 _SEED = 42  # of these positions; they are those of the released code
-_CHUNK = 1024  # patches compared at a time
 _THUMBNAIL = 256  # pixels of the longest side that is kept of a frame
 _CROP = 224 / 256  # side of the central square, as a share of the short side
 _FAILURES = 6  # worst moments that are kept
@@ -124,6 +123,18 @@ class RepresentationMetrics:
         self._shape: tuple[int, ...] = ()
         self._gram = torch.empty(0)
 
+    def check(self, features: Tensor) -> Tensor:
+        """Return features as ``(T, h w, C)``, unless they cannot be measured with those before."""
+        frames, shape = token_frames(features, at_least=self.at_least), tuple(features.shape[1:])
+        if self._shape not in ((), shape):
+            raise GeometryError(
+                f"got features (C, h, w) = {shape} after a video of {self._shape}; videos are "
+                "compared at equal positions, so resize all frames to one size=(height, width)"
+            )
+        if not bool(frames.isfinite().all()):
+            raise FrameError("the features hold values that are not finite")
+        return frames
+
     @torch.no_grad()
     def add(self, features: Tensor, *, name: str = "") -> Tensor:
         """Measure one video of features ``(T, C, h, w)``, the same ``(C, h, w)`` for all videos.
@@ -131,18 +142,11 @@ class RepresentationMetrics:
         Returns:
             Which patches return in a cycle, ``(T - gap, h, w)`` bool.
         """
-        frames = token_frames(features, at_least=self.at_least)
+        frames = self.check(features)
         length, patches, width = frames.shape
-        shape = tuple(features.shape[1:])
         if not self._shape:
-            self._shape, self._gram = shape, torch.zeros(width, width, dtype=torch.float64)
-        if self._shape != shape:
-            raise GeometryError(
-                f"got features (C, h, w) = {shape} after a video of {self._shape}; videos are "
-                "compared at equal positions, so resize all frames to one size=(height, width)"
-            )
-        if not bool(frames.isfinite().all()):
-            raise FrameError(f"the features of {name} hold values that are not finite")
+            self._shape = tuple(features.shape[1:])
+            self._gram = torch.zeros(width, width, dtype=torch.float64)
         centred = frames - frames.mean(dim=(0, 1))
         steps = _steps(centred[self.trim : length - self.trim])
         closest = steps.sort(dim=1).values[:, : max(1, patches // 2)].double()
@@ -166,25 +170,20 @@ class RepresentationMetrics:
         others = len(everyone) * (len(samples) - 1) or math.nan
         d_inter = (sums / others / _diameter(centred)).tolist()
         rows = [row._replace(d_inter=d) for row, d in zip(self._rows, d_inter, strict=True)]
-        return Representation(
-            tuple(rows),
-            mean(row.d_intra for row in rows),
-            mean(d_inter),
-            _effective_rank(self._gram, len(rows) * math.prod(self._shape[1:])),
-            mean(row.cycle_accuracy for row in rows),
-        )
+        most = min(len(rows) * math.prod(self._shape[1:]), len(self._gram))
+        singular = eigen(self._gram)[0][:most].sqrt()
+        rank = float(torch.special.entr(singular / singular.sum()).sum().exp()) / most
+        intra, cycles = mean(row.d_intra for row in rows), mean(row.cycle_accuracy for row in rows)
+        return Representation(tuple(rows), intra, mean(d_inter), rank, cycles)
 
 
 class WorstMoment(NamedTuple):
-    """The two frames of a video, made small, between which features lose most patches.
-
-    ``consistent`` ``(h, w)`` tells which patches of the first return in a cycle.
-    """
+    """The two frames of a video between which features lose most patches."""
 
     video: str
     when: str
-    frames: Tensor
-    consistent: Tensor
+    frames: Tensor  # made small
+    consistent: Tensor  # (h, w), which patches of the first return in a cycle
     cycle_accuracy: float
 
 
@@ -221,11 +220,8 @@ def evaluate_representation(
         FrameError: no video could be used.
     """
     settings = settings or RepresentationSettings()
-    variants = [
-        each
-        for each in variants or feature_variants(adapter)
-        if not each.needs_clip or each.name == CENTRED
-    ]
+    variants = variants or feature_variants(adapter)
+    variants = [each for each in variants if not each.needs_clip or each.name == CENTRED]
     options = {"gap": settings.gap, "trim": settings.trim}
     metrics = {each.name: RepresentationMetrics(**options) for each in variants}
     statistics = SpectrumStatistics()
@@ -235,51 +231,49 @@ def evaluate_representation(
     count = Counter(path.name for path in paths)
     by_name = {path.name if count[path.name] == 1 else str(path): path for path in paths}
 
-    def read(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Features, times and small frames, refused before anything of them is counted."""
-        select = frames_of(path, rate=settings.rate)
-        select = dataclasses.replace(select, max_frames=settings.frames)
-        times, frames = [], []
+    def measure(name: str) -> None:
+        path = by_name[name]
+        select = dataclasses.replace(
+            frames_of(path, rate=settings.rate), max_frames=settings.frames
+        )
+        times, small = [], []
 
         def batches() -> Iterator[Tensor]:
             for chunk in open_frames(path, select, chunk_size=batch_size):
                 square = _central_square(chunk.frames)
                 side = min(_THUMBNAIL, square.shape[-1])
-                frames.append(resize(square, (side, side)).round().to(torch.uint8))
-                times.append(chunk.timestamps)
+                small.append(resize(square, (side, side)).round().to(torch.uint8))
+                times.extend(chunk.timestamps.tolist())
                 yield square
 
         features = dict(encode_variants(adapter, batches(), variants, size=settings.size))
-        found, needed = sum(map(len, times)), metrics[variants[0].name].at_least
-        if found < needed:
+        needed = metrics[variants[0].name].at_least
+        if len(times) < needed:
             raise FrameError(
-                f"got {found} frames at {settings.rate:g} a second, expected at least {needed}; "
-                "take more a second (rate), or a smaller gap and trim"
+                f"got {len(times)} frames at {settings.rate:g} a second, expected at least "
+                f"{needed}; take more a second (rate), or a smaller gap and trim"
             )
-        for name, maps in features.items():
-            if not bool(maps.isfinite().all()):
-                raise FrameError(f"its features ({name}) hold values that are not finite")
-        return features, torch.cat(times), torch.cat(frames)
-
-    def measure(name: str) -> None:
-        features, times, frames = read(by_name[name])
+        for kind, maps in features.items():  # before anything of them is counted
+            metrics[kind].check(maps)
         returns = {kind: metrics[kind].add(maps, name=name) for kind, maps in features.items()}
         statistics.add(raw_same(features))
         consistent = returns[ADAPTED] if ADAPTED in returns else raw_same(returns)
         shares = reduce(consistent.double(), "t h w -> t", "mean")
         lost = int(shares.argmin())
         pair = [lost, lost + settings.gap]
-        first, second = times[pair].tolist()
+        first, second = (times[index] for index in pair)
         when = f"{first:.2f} s to {second:.2f} s"
-        if by_name[name].is_dir():  # images have positions, not times
+        if path.is_dir():  # images have positions, not times
             when = f"frame {first:g} to {second:g}"
-        worst.append(WorstMoment(name, when, frames[pair], consistent[lost], float(shares[lost])))
+        frames, share = torch.cat(small)[pair], float(shares[lost])
+        worst.append(WorstMoment(name, when, frames, consistent[lost], share))
         worst.sort(key=lambda moment: moment.cycle_accuracy)
         del worst[_FAILURES:]
 
     each_readable(list(by_name), measure, skipped, on_video)
-    enough = statistics.videos > 1 and statistics.pairs > 0 and ADAPTED in metrics
-    spectrum = statistics.spectrum(adapter.projection.project) if enough else None
+    spectrum = None
+    if statistics.enough and ADAPTED in metrics:
+        spectrum = statistics.spectrum(adapter.projection.project)
     results = {variant: gathered.result() for variant, gathered in metrics.items()}
     return RepresentationReport(results, spectrum, worst, skipped)
 
@@ -305,18 +299,7 @@ def _steps(frames: Tensor) -> Tensor:
     """
     distances = []
     for here, there in pairwise(frames):
-        offsets = there.square().sum(dim=-1) / 2
-        nearest = [(part @ there.T - offsets).argmax(dim=1) for part in torch.split(here, _CHUNK)]
+        closest = nearest(here, there, there.square().sum(dim=-1) / 2)
         # measured anew: a distance read off the matrix product is far from 0 for equal patches
-        distances.append((here - there[torch.cat(nearest)]).norm(dim=-1))
+        distances.append((here - there[closest]).norm(dim=-1))
     return torch.stack(distances)
-
-
-def _effective_rank(gram: Tensor, tokens: int) -> float:
-    """The effective rank of a matrix ``(tokens, C)`` of inner products ``(C, C)``."""
-    most = min(tokens, len(gram))
-    squared = torch.linalg.eigvalsh(gram)[-most:]
-    # rounding leaves something of singular values that are zero
-    noise = squared[-1].clamp_min(0) * len(gram) * torch.finfo(gram.dtype).eps
-    singular = torch.where(squared > noise, squared, 0).sqrt()
-    return float(torch.special.entr(singular / singular.sum()).sum().exp()) / most

@@ -1,4 +1,4 @@
-"""A benchmark on all its clips: every variant of features from one encoder pass, as JSON.
+"""A benchmark on clips and its run: every variant of features from one encoder pass, as JSON.
 
 A run that is repeated with the same output resumes: what the file holds is not computed again.
 """
@@ -9,17 +9,22 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
+from torch import Tensor
 
 from cosettle_adapter.backbones.weights import fingerprint
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
-from cosettle_adapter.evaluation.clips import Clip
-from cosettle_adapter.evaluation.drift import GAPS, drift_by_gap, mutual_correspondences
-from cosettle_adapter.evaluation.protocols import ClipScores, Protocol, mean
+from cosettle_adapter.evaluation.clips import A, Clip
+from cosettle_adapter.evaluation.drift import (
+    GAPS,
+    Correspondence,
+    drift_by_gap,
+    mutual_correspondences,
+)
 from cosettle_adapter.evaluation.variants import (
     FeatureVariant,
     encode_variants,
@@ -29,7 +34,7 @@ from cosettle_adapter.evaluation.variants import (
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import open_frames
-from cosettle_adapter.video.geometry import nearest_valid, plan_geometry
+from cosettle_adapter.video.geometry import Geometry, nearest_valid, plan_geometry
 
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter
@@ -38,6 +43,44 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRIFTS = tuple(f"drift@{gap}" for gap in GAPS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipScores:
+    """One clip's figures by measure, for one variant of features.
+
+    ``counts`` are what the data set's figures are made of, where they are no mean over clips.
+    """
+
+    values: Mapping[str, float]
+    counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol(Generic[A]):
+    """A benchmark on clips that frozen features alone can solve.
+
+    ``size`` is the ``(height, width)`` in pixels that frames of a clip are resized to. ``score``
+    solves the task on a clip with features ``(T, C, h, w)``, given the geometry from frames to the
+    grid, and scores it; it writes predictions to a folder, if there is one.
+    """
+
+    name: str
+    measures: tuple[str, ...]  # shares of 1, the one to compare by first
+    clips: Callable[[], Sequence[Clip[A]]]
+    size: Callable[[Clip[A]], tuple[int, int]]
+    score: Callable[[Clip[A], Tensor, Geometry, Path | None], ClipScores]
+    settings: Mapping[str, Any]  # all the figures depend on besides model, data and frame size
+    total: Callable[[Sequence[ClipScores]], dict[str, float]] | None = None  # if no mean over clips
+    correspondences: (  # by gap, the patches that truly correspond, where that is known
+        Callable[[Clip[A], Geometry], Mapping[int, Sequence[Correspondence]]] | None
+    ) = None
+
+    def totals(self, scores: Sequence[ClipScores]) -> dict[str, float]:
+        """Return the data set's figures."""
+        if self.total is not None:
+            return self.total(scores)
+        return {name: mean(clip.values[name] for clip in scores) for name in self.measures}
 
 
 @dataclasses.dataclass
@@ -54,19 +97,14 @@ class ClipResult:
 
 @dataclasses.dataclass
 class Evaluation:
-    """Figures of a model on a benchmark.
-
-    ``measures`` are named with the one to compare by first; scores and totals have :data:`DRIFTS`
-    as well. ``settings`` are everything the figures depend on, ``total`` the data set's figures by
-    variant of features and measure; clips that ``failed``, with the reason, do not count.
-    """
+    """Figures of a model on a benchmark, which scores and totals have :data:`DRIFTS` beside."""
 
     task: str
-    measures: tuple[str, ...]
-    settings: dict[str, Any]
+    measures: tuple[str, ...]  # the one to compare by first
+    settings: dict[str, Any]  # everything the figures depend on
     clips: dict[str, ClipResult] = dataclasses.field(default_factory=dict)
-    total: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    total: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by variant
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # clips, which do not count
 
     def first(self, variant: str) -> dict[str, float]:
         """Clip to the first measure of a variant of features, where it is a number."""
@@ -95,13 +133,14 @@ def evaluate(
     Args:
         protocol: the benchmark.
         adapter: the model; ``model`` is what to call it in the results.
-        variants: what to compare, see
+        variants: what to compare; by default
             :func:`~cosettle_adapter.evaluation.variants.feature_variants`.
         output: JSON file that is written after every clip. One of an earlier run with the same
             settings is continued: what it has is not computed again, unless a clip's files changed
             or predictions are wanted that are not there. Clips and variants not asked for stay.
         predictions: folder for predictions, ``<variant>/<clip>/...``.
         size: ``(height, width)`` in place of the protocol's; sides go to the nearest whole patch.
+        batch_size: frames a forward pass.
         on_clip: called with the number of clips done, their number and the name of the next.
 
     Raises:
@@ -127,9 +166,7 @@ def evaluate(
     def folder(variant: str, clip: Clip[Any]) -> Path | None:
         return predictions and predictions / variant.replace(" ", "-") / clip.name
 
-    def score(
-        clip: Clip[Any], missing: Sequence[FeatureVariant]
-    ) -> tuple[list[int], dict[str, ClipScores]]:
+    def score(clip: Clip[Any], missing: Sequence[FeatureVariant], held: ClipResult) -> None:
         height, width = clip.read_frame(0).shape[:2]
         patch, stride = adapter.backbone.patch, adapter.backbone.stride
         rows, columns = (nearest_valid(s, patch, stride) for s in size or protocol.size(clip))
@@ -147,7 +184,9 @@ def evaluate(
             scores = protocol.score(clip, features, geometry, folder(name, clip))
             values = {**scores.values, **drift_by_gap(features, matches)}
             found[name] = dataclasses.replace(scores, values=values)
-        return list(geometry.resized), found
+        held.size = list(geometry.resized)
+        held.scores |= found
+        result.clips[clip.name] = held
 
     for number, clip in enumerate(clips):
         on_clip(number, len(clips), clip.name)
@@ -163,9 +202,7 @@ def evaluate(
         if not missing:
             continue
         try:
-            held.size, scores = score(clip, missing)
-            held.scores |= scores
-            result.clips[clip.name] = held
+            score(clip, missing, held)
         except MissingExtraError:
             raise
         except (CosettleError, OSError) as error:
@@ -184,6 +221,18 @@ def evaluate(
     return result
 
 
+def mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are numbers; NaN without any."""
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else math.nan
+
+
+def save_positions(xy: Any, folder: Path | None) -> None:
+    """Write predicted (x, y) pixels of a clip's frames as ``positions.json``, given a folder."""
+    if folder is not None:
+        write_json({"xy": xy.tolist()}, folder / "positions.json")
+
+
 def write_json(value: Any, path: Path) -> None:
     """Write a value as a JSON file, whole or not at all; see :func:`plain`."""
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -196,10 +245,10 @@ def plain(value: Any) -> Any:
 
     Records become dictionaries, keys strings, and NaN and infinities None: JSON has neither.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return plain(value._asdict())
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -242,7 +291,7 @@ def _resume(result: Evaluation, output: Path) -> None:
     """Take over what an earlier run found; the variants that it had join the settings."""
     try:
         stored = json.loads(output.read_text(encoding="utf-8"))
-        scored = stored["settings"].pop("kinds")
+        before, scored = stored["settings"], stored["settings"].pop("kinds")
         for name, clip in stored["clips"].items():
             scores = {each: ClipScores(**_numbers(row)) for each, row in clip["scores"].items()}
             result.clips[name] = ClipResult(**clip | {"scores": scores})
@@ -250,8 +299,8 @@ def _resume(result: Evaluation, output: Path) -> None:
         raise ValueError(
             f"{output} is not a results file ({error}); move it away or choose another"
         ) from error
-    kinds, before = result.settings["kinds"], stored["settings"]
-    now = plain({key: value for key, value in result.settings.items() if key != "kinds"})
+    now = plain(result.settings)
+    kinds = now.pop("kinds")
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     changed += [name for name, made in kinds.items() if scored.get(name, made) != made]
     if changed:

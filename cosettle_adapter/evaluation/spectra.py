@@ -27,21 +27,15 @@ _ROWS = 4096  # pairs of token and direction that a projection sees at a time
 
 
 class Spectrum(NamedTuple):
-    """Variance by direction of features ``(..., C)``, and what the projection does to each.
-
-    ``intra`` and ``inter`` are the eigenvalues ``(C,)``, descending, of the covariance within and
-    between videos. ``directions`` ``(C, C)`` are the unit eigenvectors within, one a row;
-    ``inter_along`` is the variance between videos and ``gain`` the :func:`directional_gain` along
-    them. ``pairs`` is the number of corresponding patches.
-    """
+    """Variance by direction of features ``(..., C)``, and what the projection does to each."""
 
     videos: int
-    pairs: int
-    intra: Tensor
-    directions: Tensor
-    inter: Tensor
-    inter_along: Tensor
-    gain: Tensor
+    pairs: int  # of corresponding patches
+    intra: Tensor  # (C,) eigenvalues of the covariance within videos, descending
+    directions: Tensor  # (C, C) their unit eigenvectors, one a row
+    inter: Tensor  # (C,) eigenvalues of the covariance between videos, descending
+    inter_along: Tensor  # (C,) variance between videos along the directions
+    gain: Tensor  # (C,) directional_gain along them
 
     @property
     def relative_gain(self) -> Tensor:
@@ -63,31 +57,29 @@ class Spectrum(NamedTuple):
 class SpectrumStatistics:
     """Collects, video by video, what a :class:`Spectrum` is made from.
 
-    * **Covariance within videos**: of a patch around its own mean over time, half the mean outer
-      product of differences between corresponding patches of neighbouring frames. Those are
-      mutually nearest (cosine, centred); pairs of equal frames are left out.
+    * **Covariance within videos**: half the mean outer product of differences between mutually
+      nearest patches (cosine, centred) of neighbouring frames; pairs of equal frames are left out.
     * **Covariance between videos**: of the patch at one position of the grid over the middle
       frames of all videos (with the V - 1 denominator), mean over positions.
     """
 
     def __init__(self) -> None:
-        self.videos = 0
         self._generator = torch.Generator().manual_seed(0)
         self._intra = TokenStatistics(0)
         self._sums = self._outer = torch.empty(0)
         self._tokens: list[Tensor] = []
 
     @property
-    def pairs(self) -> int:
-        """Number of corresponding patches so far."""
-        return self._intra.pairs
+    def enough(self) -> bool:
+        """Whether there are two videos, and patches that correspond."""
+        return len(self._tokens) > 1 and self._intra.pairs > 0
 
     @torch.no_grad()
     def add(self, tokens: Tensor) -> None:
         """Add a video's ``(T, C, h, w)`` before the projection, one ``(C, h, w)`` for all."""
         frames = token_frames(tokens, at_least=2)
         middle = frames[len(frames) // 2].to("cpu", torch.float64)
-        if not self.videos:
+        if not self._tokens:
             width = frames.shape[2]
             self._intra = TokenStatistics(width)
             self._sums = torch.zeros_like(middle)
@@ -97,20 +89,19 @@ class SpectrumStatistics:
         self._sums += middle
         self._outer += middle.T @ middle
         self._tokens.append(middle[torch.randperm(len(middle), generator=self._generator)[:_KEPT]])
-        self.videos += 1
 
     @torch.no_grad()
     def spectrum(self, projection: Callable[[Tensor], Tensor]) -> Spectrum:
-        """Return the spectrum of at least two videos under a projection ``(N, C) -> (N, C')``."""
-        within = self._sums.T @ self._sums / self.videos
-        covariance = (self._outer - within) / (len(self._sums) * (self.videos - 1))
-        intra, directions = _eigen(self._intra.intra_covariance)
+        """Return the spectrum under a projection ``(N, C) -> (N, C')``, given enough videos."""
+        videos, tokens = len(self._tokens), torch.cat(self._tokens)
+        within = self._sums.T @ self._sums / videos
+        covariance = (self._outer - within) / (len(self._sums) * (videos - 1))
+        intra, directions = eigen(self._intra.intra_covariance)
         along = ((directions @ covariance) * directions).sum(1).clamp_min(0)
-        tokens = torch.cat(self._tokens)
         rows = torch.linspace(0, len(tokens) - 1, min(_SAMPLES, len(tokens))).long()
         gain = directional_gain(projection, tokens[rows], directions)
-        inter, _ = _eigen(covariance)
-        return Spectrum(self.videos, self.pairs, intra, directions, inter, along, gain)
+        inter, _ = eigen(covariance)
+        return Spectrum(videos, self._intra.pairs, intra, directions, inter, along, gain)
 
 
 def directional_gain(
@@ -146,7 +137,7 @@ def _spearman(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Descending eigenvalues, zeros exactly so, and unit eigenvectors as rows."""
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0), vectors.flip(1)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from cosettle_adapter.evaluation.drift import GAPS
-from cosettle_adapter.evaluation.protocols import mean
 from cosettle_adapter.evaluation.report import Table
-from cosettle_adapter.evaluation.run import DRIFTS
+from cosettle_adapter.evaluation.run import DRIFTS, Evaluation, mean
 from cosettle_adapter.evaluation.variants import CENTRED, RAW_LAST
-
-if TYPE_CHECKING:
-    from cosettle_adapter.evaluation.run import Evaluation
 
 _RESAMPLES = 10_000
 _SHOWN = ("protocol", "every", "max_frames", "mode", "layers", "patch", "stride")
@@ -75,8 +72,7 @@ def gain(result: Evaluation, variant: str, against: Mapping[str, str]) -> Gain:
         if clip in against and clip in scores[against[clip]]
     }
     if not differences:
-        nothing = float("nan")
-        return Gain(nothing, nothing, nothing, "", nothing)
+        return Gain(math.nan, math.nan, math.nan, "", math.nan)
     worst = min(differences, key=lambda clip: differences[clip])
     values = list(differences.values())
     return Gain(mean(values), *paired_interval(values), worst, differences[worst])

@@ -90,12 +90,9 @@ def feature_variants(
         baseline_layers: single layers to compare with, centred by the clip's mean token.
         fusion: also fuse over time what the adapter and each baseline return and the centred
             single layers.
-
-    Raises:
-        BackboneMismatchError: a baseline of another backbone.
-        ValueError: a layer that does not exist.
     """
     backbone, config, projection = adapter.backbone, adapter.config, adapter.projection
+    baselines = baselines or {}
     settle = adapter.settles if settle is None else settle
     last: Reads = ((backbone.default_layer,), backbone.row.final_norm)
     same = _reads(backbone, projection)
@@ -114,7 +111,7 @@ def feature_variants(
             variants.append(FeatureVariant(f"{ADAPTED}, centred", same, projection, centred))
     if settle:
         variants.append(FeatureVariant(SETTLED, same, projection, settle_clip))
-    for name, other in (baselines or {}).items():
+    for name, other in baselines.items():
         if other.config.fingerprint != config.fingerprint:
             raise BackboneMismatchError(
                 f"{name} was fitted on another backbone ({other.config.backbone}) than the model "
@@ -124,12 +121,15 @@ def feature_variants(
         variants.append(FeatureVariant(name, reads, other))
         if settle:
             variants.append(FeatureVariant(f"{name}, settled", reads, other, settle_clip))
-    for each in list(variants) if fusion is not None else ():
-        if each.name in {ADAPTED, *(baselines or {})} or each.name.startswith("centred layer"):
-            name = f"{each.name}, fused" + (" causally" if fusion == "causal" else "")
+    if fusion is None:
+        return variants
+    ending, fused = ", fused causally" if fusion == "causal" else ", fused", []
+    for each in variants:
+        if each.name in {ADAPTED, *baselines} or each.name.startswith("centred layer"):
             widths = tuple(backbone.widths[layer] for layer in each.reads[0])
-            variants.append(dataclasses.replace(each, name=name, fusion=fusion, widths=widths))
-    return variants
+            changes = {"name": each.name + ending, "fusion": fusion, "widths": widths}
+            fused.append(dataclasses.replace(each, **changes))
+    return variants + fused
 
 
 def _reads(backbone: Backbone, projection: Projection) -> Reads:
@@ -143,16 +143,14 @@ def guide_variant(adapter: CoSettleAdapter, variants: Sequence[FeatureVariant]) 
     Of those that no projection reads and no fusion matches by it is the nearest to two thirds of
     the depth, the later of two; of all layers where none is left.
     """
-    backbone = adapter.backbone
-    read = {backbone.block(layer) for layer in adapter.config.layers}
+    depth = adapter.backbone.depth
+    read = {adapter.backbone.block(layer) for layer in adapter.config.layers}
     for variant in variants:
         if variant.projection is not None or variant.fusion is not None:
             read.update(variant.reads[0])
-    depth = backbone.depth
     free = sorted({*range(depth)} - read, reverse=True) or range(depth)
     layer = min(free, key=lambda layer: abs(3 * (layer + 1) - 2 * depth))
-    name = f"matches of centred layer {layer}"
-    return FeatureVariant(name, ((layer,), False), finish=centred)
+    return FeatureVariant(f"matches of centred layer {layer}", ((layer,), False), finish=centred)
 
 
 def centred(features: Tensor) -> Tensor:
@@ -188,12 +186,10 @@ def encode_variants(
     *,
     size: Size | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Encode a clip in one pass of the backbone, then make one variant at a time.
-
-    Each of ``batches`` is of frames ``(N, 3, H, W)`` uint8, for one forward pass.
+    """Encode batches of a clip's frames ``(N, 3, H, W)`` uint8, in one pass of the backbone.
 
     Yields:
-        Name of a variant and its features ``(T, C, h, w)``, float32 on the CPU.
+        Name of a variant and its features ``(T, C, h, w)``, float32 on the CPU, one at a time.
     """
     parts: dict[Reads, list[Tensor]] = {variant.reads: [] for variant in variants}
     for frames in batches:

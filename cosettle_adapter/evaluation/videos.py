@@ -1,13 +1,9 @@
-"""Videos: listed by class and split, as features by variant, labelled by their neighbours."""
+"""Videos, listed by class and split, as features by variant."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import logging
-import math
 import os
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -15,11 +11,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from einops import reduce
 from torch import Tensor
-from torch.nn import functional as F
 
 from cosettle_adapter.adapter import CoSettleAdapter, Size
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
-from cosettle_adapter.evaluation.clips import data_folder, entries, few, images_in
+from cosettle_adapter.evaluation.clips import data_folder, entries, images_in
 from cosettle_adapter.evaluation.variants import (
     CENTRED,
     RAW_LAST,
@@ -34,26 +29,17 @@ from cosettle_adapter.video.files import VIDEO_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
 Found = TypeVar("Found")
 Part = Literal["train", "val"]
 
-TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO's kNN evaluation
-_CHUNK = 1024  # queries compared at a time
-_VALIDATION = 0.25  # of each class
 
-
-@dataclasses.dataclass(frozen=True)
-class LabelledVideo:
+class LabelledVideo(NamedTuple):
     """A video of a class."""
 
     path: Path  # a video file, or a folder of images
     label: str
     name: str  # path below the data folder, with forward slashes
     part: Part | None = None  # if the folder has these parts
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
@@ -69,50 +55,6 @@ def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
     if {folder.name for folder in _folders(root)} == {"train", "val"}:
         return _classes(root / "train", root, "train") + _classes(root / "val", root, "val")
     return _classes(root, root, None)
-
-
-def split_videos(videos: Sequence[LabelledVideo], *, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Split videos into rows to learn from and rows to be judged by.
-
-    A given split is kept. Otherwise a quarter of each class is judged, see :func:`held_out`.
-
-    Raises:
-        FrameError: a class that there is nothing to learn from, or nothing to be judged by.
-    """
-    labels = [video.label for video in videos]
-    given = any(video.part for video in videos)
-    if given:
-        val = [row for row, video in enumerate(videos) if video.part == "val"]
-    else:
-        val = held_out([video.name for video in videos], labels, share=_VALIDATION, seed=seed)
-    train = sorted(set(range(len(videos))) - set(val))
-    learnt, judged = ({labels[row] for row in rows} for rows in (train, val))
-    lacking = sorted(map(repr, judged - learnt if given else learnt - judged))
-    if not train or not val or lacking:
-        few_videos = "no readable video to learn from of" if given else "a single readable video of"
-        raise FrameError(
-            f"got {len(train)} videos to learn from and {len(val)} to be judged by"
-            + (f", and {few_videos} {few(lacking)}" if lacking else "")
-            + "; expected both of every class: add videos or leave the class out"
-        )
-    return train, val
-
-
-def held_out(names: Sequence[str], labels: Sequence[str], *, share: float, seed: int) -> list[int]:
-    """Choose rows of every class: the nearest to ``share`` of it, at least one, never all.
-
-    Classes of one row give none. Which rows depends on names and seed alone, not on order or
-    platform, and a video that is added or missing moves few others.
-    """
-    by_label: defaultdict[str, list[int]] = defaultdict(list)
-    for row, label in enumerate(labels):
-        by_label[label].append(row)
-    chosen: list[int] = []
-    for rows in by_label.values():
-        if len(rows) > 1:
-            rows.sort(key=lambda row: hashlib.sha256(f"{seed}/{names[row]}".encode()).digest())
-            chosen += rows[: min(max(1, math.floor(share * len(rows) + 0.5)), len(rows) - 1)]
-    return sorted(chosen)
 
 
 class VideoFrames(NamedTuple):
@@ -222,96 +164,33 @@ def frames_of(
 
 
 def each_readable(
-    items: Sequence[Item],
-    read: Callable[[Item], Found],
+    names: Sequence[str],
+    read: Callable[[str], Found],
     skipped: dict[str, str],
-    on_item: Callable[[int, int], None] = lambda done, total: None,
+    on_video: Callable[[int, int], None],
 ) -> list[Found]:
-    """Read items one by one; one that cannot be read is logged and gets its reason in ``skipped``.
+    """Read videos one by one; one that cannot be read is logged and gets its reason in ``skipped``.
 
     Raises:
-        MissingExtraError: what would fail for every item alike.
-        FrameError: not a single item could be read, or there is none.
+        MissingExtraError: what would fail for every video alike.
+        FrameError: not a single one could be read, or there is none.
     """
     found = []
-    for done, item in enumerate(items, start=1):
+    for done, name in enumerate(names, start=1):
         try:
-            found.append(read(item))
+            found.append(read(name))
         except MissingExtraError:
             raise
         except (CosettleError, OSError) as error:
-            logger.warning("skipped %s: %s", item, error)
-            skipped[str(item)] = str(error)
-        on_item(done, len(items))
-    if not items:
+            logger.warning("skipped %s: %s", name, error)
+            skipped[name] = str(error)
+        on_video(done, len(names))
+    if not names:
         raise FrameError("got no videos to read; expected at least one")
     if not found:
         name, why = next(iter(skipped.items()))
-        raise FrameError(f"none of {len(items)} videos could be read. The first, {name}: {why}")
+        raise FrameError(f"none of {len(names)} videos could be read. The first, {name}: {why}")
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Predictions:
-    """What videos, or frames of videos, show and what they were taken for."""
-
-    names: tuple[str, ...]  # of the videos, once for each label
-    labels: tuple[str, ...]
-    predicted: tuple[str, ...]
-    settings: Mapping[str, float | None] = dataclasses.field(default_factory=dict)  # of the method
-
-    @property
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Label to how many show it and how many of them were recognised, in order of name."""
-        pairs = Counter(zip(self.labels, self.predicted, strict=True))
-        count = Counter(self.labels)
-        return {label: (count[label], pairs[label, label]) for label in sorted(count)}
-
-    @property
-    def accuracy(self) -> float:
-        """Share that was recognised, in [0, 1]."""
-        return sum(correct for _, correct in self.counts.values()) / len(self.labels)
-
-    @property
-    def per_class(self) -> dict[str, float]:
-        """Label to the share that was recognised, in order of name."""
-        return {label: correct / count for label, (count, correct) in self.counts.items()}
-
-    @property
-    def mean_per_class(self) -> float:
-        """Mean over labels, in [0, 1]."""
-        return sum(self.per_class.values()) / len(self.per_class)
-
-
-def nearest_votes(
-    train: Tensor, labels: Tensor, queries: Tensor, *, ks: Sequence[int], classes: int
-) -> dict[int, Tensor]:
-    """Let the k nearest neighbours by cosine vote, as DINO's kNN evaluation does.
-
-    Each of ``train`` ``(N, C)``, labelled in [0, classes), votes for its class with the weight
-    exp(cosine / temperature) on each of ``queries`` ``(Q, C)``. Of equally near ones the earlier
-    counts; where k is larger than N, all vote.
-
-    Returns:
-        k to votes ``(Q, classes)``, float64, each row summing to 1.
-
-    Raises:
-        ValueError: nothing to compare with, or a k below 1.
-    """
-    if not len(train) or not ks or min(ks) < 1:
-        raise ValueError(
-            f"got {len(train)} training features and ks={tuple(ks)}, expected at least one "
-            "feature and ks of at least 1"
-        )
-    keys = F.normalize(train.double(), dim=1)
-    votes = {k: keys.new_zeros(len(queries), classes) for k in ks}
-    for start in range(0, len(queries), _CHUNK):
-        part = F.normalize(queries[start : start + _CHUNK].double(), dim=1)
-        cosine, order = (part @ keys.T).sort(dim=1, descending=True, stable=True)
-        for k in ks:
-            weights = torch.softmax(cosine[:, :k] / TEMPERATURE, dim=1)
-            votes[k][start : start + _CHUNK].scatter_add_(1, labels[order[:, :k]], weights)
-    return votes
 
 
 def _classes(folder: Path, root: Path, part: Part | None) -> list[LabelledVideo]:

@@ -25,8 +25,7 @@ from torch import Tensor
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence import average_neighbours, fusion, temporal_fusion
-from cosettle_adapter.evaluation.davis import davis_clips
-from cosettle_adapter.evaluation.segmentation import evaluate_sequence
+from cosettle_adapter.evaluation import davis_clips, evaluate_sequence
 from cosettle_adapter.evaluation.tables import paired_interval
 from cosettle_adapter.video import FrameSelection, open_frames
 

@@ -121,7 +121,6 @@ def test_a_clip_that_failed_is_named_and_is_the_status(
     ("arguments", "status", "message"),
     [
         *(([task, "--data", "nowhere"], 1, "nowhere") for task in TASKS),
-        (["rendered", "--layer", "3"], 1, "--layer goes with --raw"),
         (["rendered", "--size", "224"], 1, "write HEIGHTxWIDTH"),
         (["rendered", "--baselines", "a/x", "b/x"], 1, "two baselines have one name"),
         (["jhmdb", "--data", ".", "--year", "2017"], 2, "--year"),

@@ -1,14 +1,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from drawn import CELL, moving_squares
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
+from sklearn.metrics import jaccard_score
 
-from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation import boundary_f, region_similarity, summarise
+from cosettle_adapter.errors import FrameError, GeometryError
+from cosettle_adapter.evaluation import (
+    SequenceScores,
+    boundary_f,
+    evaluate_sequence,
+    mean_over_objects,
+    region_similarity,
+    summarise,
+)
+from cosettle_adapter.evaluation.masks import ConfusionMatrix
 
 Mask = NDArray[np.bool_]
 
@@ -123,3 +137,116 @@ def test_summary_of_gaps_and_of_long_clips() -> None:
     for wrong in (np.zeros(0), np.zeros((2, 3))):
         with pytest.raises(ValueError, match=r"got values of shape .*, expected \(T,\)"):
             summarise(wrong)
+
+
+FEATURES, SQUARES = moving_squares()
+
+
+@pytest.mark.parametrize("protocol", ["crw", "dino"])
+def test_features_that_know_the_motion_score_perfectly(protocol: str) -> None:
+    scores = evaluate_sequence(FEATURES, SQUARES, protocol=protocol, topk=1)
+    assert scores.objects == (1, 2)
+    assert [len(values) for values in scores.j] == [3, 3]
+    assert scores.j_and_f > 0.8  # corners are rounded on the way through the grid
+
+
+def test_still_features_score_what_the_first_mask_scores() -> None:
+    still = torch.randn(1, 8, 6, 10).expand(5, -1, -1, -1)
+    scores = evaluate_sequence(still, SQUARES, topk=1)
+    for found, measure in ((scores.j, region_similarity), (scores.f, boundary_f)):
+        for values, label in zip(found, scores.objects, strict=True):
+            expected = [measure(SQUARES[t] == label, SQUARES[0] == label) for t in (1, 2, 3)]
+            assert values == pytest.approx(expected, abs=0.1)
+
+
+def test_first_and_last_frame_do_not_count_and_maps_may_stream() -> None:
+    expected = evaluate_sequence(FEATURES, SQUARES)
+    masks = SQUARES.copy()
+    masks[-1] = 0
+    assert evaluate_sequence((frame[None] for frame in FEATURES), masks) == expected
+
+
+def test_void_pixels_do_not_count() -> None:
+    spoiled = SQUARES.copy()
+    spoiled[2, 3 * CELL : 4 * CELL] = 2  # a stripe that no prediction has
+    with_stripe = evaluate_sequence(FEATURES, spoiled)
+    spoiled[2, 3 * CELL : 4 * CELL] = 255
+    assert with_stripe.j[1][1] < 0.5
+    assert evaluate_sequence(FEATURES, spoiled).j == evaluate_sequence(FEATURES, SQUARES).j
+
+
+def test_the_mean_is_over_objects_not_over_clips() -> None:
+    one = SequenceScores((1,), j=((1.0,),), f=((1.0,),))
+    three = SequenceScores((1, 2, 5), j=((0.0,), (0.0,), (0.4,)), f=((0.0,), (0.0,), (0.0,)))
+    assert three.per_object == pytest.approx([0.0, 0.0, 0.2])
+    assert mean_over_objects([one, three]) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("features", "masks", "annotated", "message"),
+    [
+        (FEATURES[:4], SQUARES, None, "masks up to frame 4, but 4 feature maps"),
+        (FEATURES, SQUARES[:4], None, "masks up to frame 3, but 5 feature maps"),
+        (FEATURES[:4], SQUARES[[0, 2, 4]], [0, 2, 4], "masks up to frame 4, but 4 feature maps"),
+        (FEATURES[:2], SQUARES[:2], None, "first and the last frame of the clip's 2 do not"),
+        (FEATURES, SQUARES[[1, 3]], [1, 3], r"48, 80\) for the frames \[1, 3\].* of frame 0"),
+        (
+            FEATURES,
+            SQUARES[[0, 3]],
+            [0],
+            r"48, 80\) for the frames \[0\], .* one mask",
+        ),
+        (FEATURES, SQUARES[0], None, r"uint8 masks of shape \(48, 80\).* expected uint8 \(T, H, W"),
+        (FEATURES, SQUARES.astype(int), None, "int64 masks"),
+        (FEATURES, SQUARES * 0, None, "first mask has no object"),
+    ],
+)
+def test_masks_that_cannot_be_scored(
+    features: Any, masks: Any, annotated: list[int] | None, message: str
+) -> None:
+    with pytest.raises(FrameError, match=message):
+        evaluate_sequence(features, masks, annotated=annotated)
+
+
+def test_maps_of_another_shape_are_refused() -> None:
+    with pytest.raises(GeometryError, match=r"\(C, h, w\)"):
+        evaluate_sequence([torch.rand(2, 3, 6, 10)] * 5, SQUARES)
+
+
+@given(seed=st.integers(0, 10_000), classes=st.sampled_from([1, 2, 5, 20]))
+def test_mean_iou_equals_scikit_learn_over_all_frames_together(seed: int, classes: int) -> None:
+    rng = np.random.default_rng(seed)
+    matrix, frames = ConfusionMatrix(classes), []
+    for _ in range(rng.integers(1, 4)):
+        gt, pred = rng.integers(0, rng.integers(1, classes + 1), (2, *rng.integers(1, 7, 2)))
+        gt[rng.random(gt.shape) < 0.3] = 255
+        matrix.add(gt, pred)
+        frames.append((gt[gt != 255], pred[gt != 255]))
+    truth, guess = (np.concatenate(each) for each in zip(*frames, strict=True))
+    known = np.union1d(truth, guess)
+    expected = (
+        jaccard_score(truth, guess, labels=known, average="macro") if len(known) else math.nan
+    )
+    assert matrix.mean_iou() == pytest.approx(expected, nan_ok=True)
+
+
+def test_one_matrix_is_not_the_mean_of_frames_and_predicted_classes_count() -> None:
+    matrix = ConfusionMatrix(20)
+    matrix.add([[1, 1, 1, 1]], [[1, 1, 1, 1]])
+    matrix.add([[1, 0, 0, 0]], [[0, 0, 0, 7]])
+    assert matrix.counts[0, 7] == 1, "rows are annotated, columns predicted"
+    assert matrix.mean_iou() == pytest.approx((2 / 4 + 4 / 5 + 0) / 3)
+
+
+def test_wrong_labels_say_what_was_expected_and_leave_the_matrix() -> None:
+    matrix = ConfusionMatrix(3)
+    gt = np.array([[0, 1], [2, 255]])
+    for truth, guess, ignore, message in [
+        (gt, np.zeros((2, 3), dtype=int), 255, r"pred of shape \(2, 3\), expected \(2, 2\)"),
+        (gt, np.full((2, 2), 3), 255, "pred has class 3, expected 0 to 2; make .* more classes"),
+        (gt, gt * 0, None, "gt has class 255, expected 0 to 2; .* value as ignore"),
+        (gt - 1, gt * 0, 255, "gt has class -1"),
+    ]:
+        with pytest.raises(FrameError, match=message):
+            matrix.add(truth, guess, ignore=ignore)
+    assert matrix.counts.sum() == 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from cosettle_adapter import evaluation
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import Clip, Joints, Propagation, Protocol, Tracks
-from cosettle_adapter.evaluation.jhmdb import decode_joints, joint_heat_maps, propagate_joints
+from cosettle_adapter.evaluation.joint_clips import decode_joints, joint_heat_maps
 from cosettle_adapter.evaluation.masks import palette
 from cosettle_adapter.evaluation.points import track_queries
 from cosettle_adapter.video.geometry import plan_geometry
@@ -192,14 +192,6 @@ def test_heat_maps_are_gaussians_of_half_a_patch_and_may_be_empty() -> None:
     places, found = decode_joints(torch.zeros(2, 3, 4, 5))
     assert not found.any()
     assert torch.isfinite(places).all()
-
-
-def test_joints_are_carried_along() -> None:
-    start = torch.tensor([[2.0, 1.0], [5.0, 4.0]])
-    places, found = propagate_joints(drifting(), start, context=2, radius=3, topk=1)
-    assert found.all()
-    for t in range(5):
-        assert float((places[t] - start - torch.tensor([0.0, t])).abs().max()) < 0.35, t
 
 
 def test_queries_are_tracked_both_ways_in_pixels() -> None:

@@ -14,8 +14,15 @@ import torch
 from PIL import Image
 
 from cosettle_adapter.errors import MissingExtraError
-from cosettle_adapter.evaluation.figures import bar_section, representation_sections
-from cosettle_adapter.evaluation.report import Figure, Section, Table, film, write_page
+from cosettle_adapter.evaluation.report import (
+    Figure,
+    Section,
+    Table,
+    bar_section,
+    film,
+    representation_sections,
+    write_page,
+)
 from cosettle_adapter.evaluation.representation import (
     RepresentationMetrics,
     RepresentationReport,

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import moving_squares, write_davis
 from einops import rearrange
 from PIL import Image
-from test_davis import write_davis
-from test_segmentation import moving_squares
 from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError, MissingExtraError
 from cosettle_adapter.evaluation import videos as videos_module
-from cosettle_adapter.evaluation.classification import classify
-from cosettle_adapter.evaluation.retrieval import retrieve
+from cosettle_adapter.evaluation.classification import classify, retrieve, split_videos
 from cosettle_adapter.evaluation.variants import (
     ADAPTED,
     CENTRED,
@@ -28,7 +27,6 @@ from cosettle_adapter.evaluation.videos import (
     frames_of,
     labelled_videos,
     pool_videos,
-    split_videos,
     with_centred,
 )
 from cosettle_adapter.video import FrameSelection, SourceInfo, open_frames
@@ -148,7 +146,7 @@ def test_a_video_is_the_mean_of_its_patches_and_frames(
         for name, values in pooled.features.items():
             torch.testing.assert_close(values[row], maps[name].mean((0, 2, 3)))
     assert all(row["1-NN"].accuracy == 1.0 for row in classify(pooled, ks=(1,)).values())
-    assert all(found.recall[1] == 1.0 for found in retrieve(pooled).values())
+    assert all(found.figures["R@1"] == 1.0 for found in retrieve(pooled).values())
 
 
 def test_videos_are_encoded_at_a_rate_and_broken_ones_listed(
@@ -181,9 +179,9 @@ def test_what_fails_for_every_video_is_not_blamed_on_each() -> None:
         raise MissingExtraError(f"{item} needs the package 'av'")
 
     with pytest.raises(MissingExtraError, match="needs the package"):
-        each_readable(["a", "b"], read, {})
+        each_readable(["a", "b"], read, {}, lambda *_: None)
     with pytest.raises(FrameError, match="got no videos to read"):
-        each_readable([], read, {})
+        each_readable([], read, {}, lambda *_: None)
 
 
 def test_frames_are_spread_or_taken_at_a_rate(

@@ -1,7 +1,15 @@
-"""TAP-Vid: videos with tracked points, published as pickles, which are not executed."""
+"""TAP-Vid: videos with tracked points, published as pickles, which are not executed.
+
+A pickle is a program: it names functions, and unpickling calls them. Here only the names that NumPy
+writes for an array are known, none of them means NumPy's own function, and every other is refused
+before anything is called. What stands in for NumPy's functions only takes down shape, type and
+bytes; arrays are made of these afterwards.
+"""
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +21,6 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.evaluation.clips import Clip, entries, found_in, list_clips
-from cosettle_adapter.evaluation.pickles import load_arrays
 from cosettle_adapter.evaluation.points import (
     QueryMode,
     queries_first,
@@ -21,13 +28,15 @@ from cosettle_adapter.evaluation.points import (
     tapvid_metrics,
     track_queries,
 )
-from cosettle_adapter.evaluation.protocols import ClipScores, Protocol, save_positions
+from cosettle_adapter.evaluation.run import ClipScores, Protocol, save_positions
 from cosettle_adapter.video.geometry import Geometry
 
-WHAT = "a pickle of TAP-Vid (tapvid_davis.pkl, 0000_of_0010.pkl, ...) or a folder of such"
+TAPVID = "a pickle of TAP-Vid (tapvid_davis.pkl, 0000_of_0010.pkl, ...) or a folder of such"
 _RASTER = 256  # pixels of a square frame, which the measures' thresholds belong to
 _KEYS = ("video", "points", "occluded")
 _HIDDEN = 2.0  # patches by which a point that is still visible may miss itself on the way back
+# plain numbers, booleans, fixed-length byte and text strings, and objects, which must be bytes
+_TYPES = re.compile(r"b1|[iu][1248]|f[248]|[SU][0-9]{1,9}|O8?")
 
 
 class Tracks(NamedTuple):
@@ -43,17 +52,14 @@ def tapvid_clips(path: str | Path, *, clips: Sequence[str] | None = None) -> lis
     A file is a dict of videos by name or a list of videos, each with ``video`` (uint8 frames or
     JPEG files), ``points`` and ``occluded``. It is read without being executed: anything but
     arrays, strings and numbers is refused.
-
-    Raises:
-        FrameError: no such file, no pickle in the folder, or one that is refused or damaged.
     """
     path = Path(path).expanduser()
     if not path.exists():
         near = did_you_mean(path.name, entries(path.parent))
-        raise FrameError(f"{path} does not exist, expected {WHAT}.{near}")
+        raise FrameError(f"{path} does not exist, expected {TAPVID}.{near}")
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.pkl"))
     if not files:
-        raise FrameError(f"{path} holds no .pkl, expected {WHAT}; found {found_in(path)}")
+        raise FrameError(f"{path} holds no .pkl, expected {TAPVID}; found {found_in(path)}")
     found = {name: entry for file in files for name, entry in _videos(file).items()}
     return list_clips("TAP-Vid video", path, found, clips, lambda name: _clip(name, found[name]))
 
@@ -97,11 +103,11 @@ def tapvid_protocol(
 
 
 def _videos(path: Path) -> dict[str, Any]:
-    content = load_arrays(path)
+    content = _loaded(path)
     if isinstance(content, (list, tuple)):
         return {f"{path.stem}_{index:04d}": entry for index, entry in enumerate(content)}
     if not isinstance(content, Mapping):
-        raise FrameError(f"{path} holds a {type(content).__name__}, expected {WHAT}")
+        raise FrameError(f"{path} holds a {type(content).__name__}, expected {TAPVID}")
     if content.keys() >= set(_KEYS):
         raise FrameError(f"{path} holds one video's entries, expected a dict or list of videos")
     return {str(name): entry for name, entry in content.items()}
@@ -111,10 +117,20 @@ def _clip(name: str, entry: Any) -> Clip[Tracks]:
     if not isinstance(entry, Mapping) or not set(_KEYS) <= set(entry):
         held = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
         raise FrameError(f"got {held}, expected {', '.join(_KEYS)}")
-    frames = _frames(entry["video"])
+    try:
+        video, points, occluded = (_made(entry[key]) for key in _KEYS)
+    except (TypeError, ValueError) as error:
+        raise FrameError(f"an array that cannot be made: {error}") from error
+    points, occluded = np.asarray(points), np.asarray(occluded)
+    if isinstance(video, np.ndarray) and video.dtype.kind == "S":
+        video = video.tolist()
+    if isinstance(video, np.ndarray):
+        frames = list(video) if video.dtype == np.uint8 and video.shape[3:] == (3,) else []
+    else:
+        jpegs = isinstance(video, (list, tuple)) and all(isinstance(f, bytes) for f in video)
+        frames = list(video) if jpegs else []
     if not frames:
         raise FrameError("no frames; expected uint8 (T, H, W, 3) or T JPEG files")
-    points, occluded = np.asarray(entry["points"]), np.asarray(entry["occluded"])
     if (
         points.dtype.kind not in "fiu"
         or points.shape[1:] != (len(frames), 2)
@@ -129,10 +145,73 @@ def _clip(name: str, entry: Any) -> Clip[Tracks]:
     return Clip(name, frames, lambda: tracks, inputs=(*frames, *tracks))
 
 
-def _frames(video: Any) -> list[Any]:
-    """Frames as arrays or as JPEG files; none if the video is neither."""
-    if isinstance(video, np.ndarray) and video.dtype == np.uint8:
-        return list(video) if video.ndim == 4 and video.shape[3] == 3 else []
-    found = video.tolist() if isinstance(video, np.ndarray) else video
-    jpegs = isinstance(found, (list, tuple)) and all(isinstance(f, bytes) for f in found)
-    return list(found) if jpegs else []
+def _loaded(path: Path) -> Any:
+    """Read a pickle without running it; arrays in it are still to be made."""
+    try:
+        with path.open("rb") as file:
+            return _Unpickler(file).load()
+    except FrameError as error:
+        raise FrameError(
+            f"{path} was not loaded: it {error}, but a pickle of annotations holds only arrays, "
+            "strings and numbers; do not trust it, and download the data set again from its authors"
+        ) from error
+    except Exception as error:  # damaged bytes can fail in any way
+        raise FrameError(
+            f"{path} cannot be read as a pickle of arrays: {type(error).__name__}: {error}"
+        ) from error
+
+
+class _Type:
+    """What a pickle says of an array's type."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        if not isinstance(code, str) or not _TYPES.fullmatch(code):
+            raise FrameError(f"has an array of type {code!r}")
+        self.code: str = code
+        self.order: Any = "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """What a pickle says of an array; its state comes with the call or after it."""
+
+    def __init__(self, *content: Any) -> None:
+        self.content = content  # type, bytes, shape, order
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, data = state
+        self.content = (kind, data, shape, "F" if fortran else "C")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names that NumPy's arrays need."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # functions are made anew each time: a pickle can set attributes of one it was given
+        known = {
+            "numpy.ndarray": None,  # named in calls of _reconstruct, which take no notice
+            "numpy.dtype": lambda *args: _Type(*args),
+            "_codecs.encode": lambda text, _: str(text).encode("latin-1"),
+            "__builtin__.bytes": lambda: b"",  # how old protocols write no bytes
+            "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
+            "numpy._core.multiarray.scalar": lambda *_: None,  # no scalar is an annotation
+            "numpy._core.numeric._frombuffer": lambda data, *rest: _Array(rest[0], data, *rest[1:]),
+        }
+        full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")  # before NumPy 2
+        if full not in known:
+            raise FrameError(f"asks for {module}.{name}")
+        return known[full]
+
+
+def _made(value: Any) -> Any:
+    """An array of numbers as a view of the file's bytes; one of objects as the list of them."""
+    if not isinstance(value, _Array):
+        return value
+    kind, data, shape, order = value.content  # fails where there was no state
+    if not isinstance(kind, _Type):
+        raise ValueError("its type is none")
+    if kind.code.startswith("O"):
+        return data
+    return np.ndarray(shape, np.dtype(kind.code).newbyteorder(kind.order), data, order=order)

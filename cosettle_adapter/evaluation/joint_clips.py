@@ -1,0 +1,346 @@
+"""Clips with joints: JHMDB, whose 15 are propagated as heat maps, and BADJA, whose 20 are tracked.
+
+JHMDB is people in short clips; BADJA is animals in clips of DAVIS, about every fifth frame of which
+is annotated. Both may come as folders of clips with keypoint files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cosettle_adapter.correspondence import propagate_labels
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation import clips as folders
+from cosettle_adapter.evaluation.clips import Clip, images_named
+from cosettle_adapter.evaluation.mask_clips import PUBLISHED, Propagation
+from cosettle_adapter.evaluation.points import Pck, badja_accuracy, pck, track_queries
+from cosettle_adapter.evaluation.run import ClipScores, Protocol, save_positions
+from cosettle_adapter.imports import require
+from cosettle_adapter.video.geometry import Geometry
+
+JHMDB_JOINTS = (
+    *("neck", "belly", "face", "right_shoulder", "left_shoulder", "right_hip", "left_hip"),
+    *("right_elbow", "left_elbow", "right_knee", "left_knee", "right_wrist", "left_wrist"),
+    *("right_ankle", "left_ankle"),
+)
+# joints of the SMAL animal model that are annotated, by their place in BADJA's files
+_NAMES = """
+    upper_right_1 upper_right_2 upper_right_3 upper_left_1 upper_left_2 upper_left_3 neck_lower
+    lower_right_1 lower_right_2 lower_right_3 lower_left_1 lower_left_2 lower_left_3
+    tail_0 tail_3 tail_6 jaw nose right_ear left_ear
+"""
+_PLACES = (8, 9, 10, 12, 13, 14, 15, 18, 19, 20, 22, 23, 24, 25, 28, 31, 32, 33, 35, 36)
+BADJA_JOINTS = dict(zip(_NAMES.split(), _PLACES, strict=True))
+_IN_FILE = 37  # positions a frame in BADJA's files
+KEYPOINTS = "keypoints.json"
+JHMDB = "the folder of JHMDB that holds Rename_Images, joint_positions and splits"
+BADJA = "the folder of BADJA that holds joint_annotations, DAVIS and extra_videos"
+_JHMDB_PARTS = ("Rename_Images", "joint_positions", "splits")
+_THRESHOLDS = (0.1, 0.2)
+_SIGMA = 0.5  # patches
+_REACH = 2  # patches that are drawn around a joint: 3 sigma, in whole patches
+_BEST = 5  # patches whose centroid is a joint's position
+
+
+class Joints(NamedTuple):
+    """Annotated joints of a clip, one row for every annotated frame."""
+
+    names: tuple[str, ...]
+    xy: NDArray[np.float64]  # (A, J, 2) (x, y) pixels of the frames; any value where not visible
+    visible: NDArray[np.bool_]  # (A, J)
+    areas: NDArray[np.float64] | None = None  # (A,) pixels that show the whole animal
+
+
+def jhmdb_clips(
+    root: str | Path, *, split: int = 1, clips: Sequence[str] | None = None
+) -> list[Clip[Joints]]:
+    """List the test clips of a split (1, 2 or 3) with :class:`Joints` of every frame.
+
+    The official layout is ``Rename_Images/<class>/<clip>/*.png``,
+    ``joint_positions/<class>/<clip>/joint_positions.mat`` with ``pos_img`` of shape (2, 15, T),
+    and ``splits/<class>_test_split<n>.txt`` with ``<clip>.avi 1`` (train) or ``2`` (test) a line.
+    Frames beyond T, which some clips have, are left out. Published figures use the 268 clips of
+    split 1. A folder of clips with ``frames/`` and ``keypoints.json`` is taken as well, without
+    splits. Files count pixels from 1, so 0.5 is subtracted, for pixel (0, 0) has its centre at
+    (0.5, 0.5) here. (The published evaluation subtracts 1 and takes a pixel's centre as a whole
+    number.) Visible are joints inside the frame; the published measure counts joints outside too.
+    """
+    root = folders.data_folder(root, JHMDB)
+    official = any((root / part).is_dir() for part in _JHMDB_PARTS[:2])
+    if official:
+        folders.data_folder(root, JHMDB, _JHMDB_PARTS)
+        known = _listed(root / "splits", f"_test_split{split}.txt")
+    else:
+        known = folders.clip_folders(root, JHMDB, [KEYPOINTS], _JHMDB_PARTS[:2])
+
+    def make(name: str) -> Clip[Joints]:
+        if official:
+            images = root / "Rename_Images" / known[name]
+            path = root / "joint_positions" / known[name] / "joint_positions.mat"
+            xy = _read_mat(path)
+        else:
+            images, path = known[name] / "frames", known[name] / KEYPOINTS
+            (names, xy, *_), _, numbers = read_keypoints(path)
+            if names != JHMDB_JOINTS or numbers != list(range(len(numbers))):
+                raise FrameError(f"{path} must have JHMDB's 15 joints, for every frame from 0 on")
+        frames = folders.images_in(images)
+        if len(frames) < len(xy) or (len(frames) > len(xy) and not official):
+            raise FrameError(f"joints for {len(xy)} frames, but {images} holds {len(frames)}")
+        frames, xy = frames[: len(xy)], xy - 0.5
+
+        def read() -> Joints:
+            height, width = folders.image_size(frames[0])
+            inside = np.asarray(((xy >= 0) & (xy <= [width, height])).all(2))
+            return Joints(JHMDB_JOINTS, xy, inside)
+
+        return Clip(name, frames, read, tuple(range(len(frames))), (*frames, path))
+
+    return folders.list_clips("JHMDB clip", root, known, clips, make)
+
+
+def jhmdb_protocol(
+    data: Path, *, clips: Sequence[str] | None = None, propagation: Propagation = PUBLISHED
+) -> Protocol[Joints]:
+    """Return the benchmark on JHMDB: PCK, pooled over all frames of all clips but their first."""
+
+    def score(
+        clip: Clip[Joints], features: Tensor, geometry: Geometry, predictions: Path | None
+    ) -> ClipScores:
+        """Propagate a heat map for every joint; positions are those of the original frames."""
+        truth = clip.read_annotations().xy
+        start = geometry.pixels_to_cells(torch.from_numpy(truth[0]))
+        heat = joint_heat_maps(start, geometry.grid).to(features.device)
+        places, found = decode_joints(propagate_labels(features, heat, **propagation.options()))
+        guess = geometry.cells_to_pixels(places.double().cpu()).numpy()
+        save_positions(guess, predictions)
+        counted = pck(truth, guess, _THRESHOLDS, visible=found.cpu().numpy())
+        counts = {"correct": counted.correct.tolist(), "total": counted.total.tolist()}
+        return ClipScores(named(counted), counts)
+
+    def total(scores: Sequence[ClipScores]) -> dict[str, float]:
+        counts = [Pck(_THRESHOLDS, *map(np.array, each.counts.values())) for each in scores]
+        return named(sum(counts[1:], start=counts[0]))
+
+    def named(counted: Pck) -> dict[str, float]:
+        return {f"PCK@{threshold:g}": share for threshold, share in counted.mean.items()}
+
+    return Protocol(
+        name="jhmdb",
+        measures=tuple(f"PCK@{threshold:g}" for threshold in _THRESHOLDS),
+        clips=lambda: jhmdb_clips(data, clips=clips),
+        size=lambda _: (320, 320),
+        score=score,
+        settings=propagation.options(),
+        total=total,
+    )
+
+
+def badja_clips(
+    root: str | Path, *, clips: Sequence[str] | None = None, davis: str | Path | None = None
+) -> list[Clip[Joints]]:
+    """List clips with :class:`Joints`, each all frames from the first annotated to the last.
+
+    The official layout is ``joint_annotations/<clip>.json``, each a list of ``{"image_path",
+    "segmentation_path", "joints", "visibility"}`` with paths below the root, ``DAVIS/...`` at full
+    resolution and ``extra_videos/...``. A folder of ``<clip>/keypoints.json`` is taken as well;
+    its frame numbers are those of the clip of that name in DAVIS at 480p. DAVIS is the folder of
+    that name in the root, or ``davis``. ``cat_jump`` and ``tiger`` were never published in full.
+
+    Areas are a mask's share of its image times the frame's size; all values above 0 are the animal,
+    as in the published evaluations, so a rider counts too. (No file says whether a whole number is
+    a pixel's corner or its centre.)
+    """
+    root = folders.data_folder(root, BADJA)
+    images = root / "DAVIS" if davis is None else folders.data_folder(davis, "the folder of DAVIS")
+    known = {path.stem: path for path in sorted(root.glob("joint_annotations/*.json"))}
+    if not known:
+        found = folders.clip_folders(root, BADJA, [KEYPOINTS], ["joint_annotations"])
+        known = {name: path / KEYPOINTS for name, path in found.items()}
+
+    return folders.list_clips(
+        "BADJA clip", root, known, clips, lambda name: _badja_clip(name, known[name], root, images)
+    )
+
+
+def badja_protocol(
+    data: Path, *, clips: Sequence[str] | None = None, davis: Path | None = None
+) -> Protocol[Joints]:
+    """Return the benchmark on BADJA: every joint is tracked from where it is first seen."""
+
+    def score(
+        clip: Clip[Joints], features: Tensor, geometry: Geometry, predictions: Path | None
+    ) -> ClipScores:
+        """Frames up to a joint's first annotation do not count."""
+        joints, annotated = clip.read_annotations(), np.asarray(clip.annotated)
+        seen, first = joints.visible.any(0), joints.visible.argmax(0)
+        where = torch.from_numpy(joints.xy[first[seen], seen.nonzero()[0]])
+        tracks, _ = track_queries(features, annotated[first[seen]], where, geometry)
+        guess = np.zeros_like(joints.xy)
+        guess[:, seen] = rearrange(tracks, "q t two -> t q two").numpy()[annotated]
+        save_positions(guess, predictions)
+        later = joints.visible & (np.arange(len(annotated))[:, None] > first)
+        assert joints.areas is not None
+        found = badja_accuracy(joints.xy, guess, later, joints.areas)
+        return ClipScores({"delta_seg": found.delta_seg, "delta_3px": found.delta_3px})
+
+    return Protocol(
+        name="badja",
+        measures=("delta_seg", "delta_3px"),
+        clips=lambda: badja_clips(data, clips=clips, davis=davis),
+        size=lambda _: (480, 880),  # as for DAVIS, from which the clips are
+        score=score,
+        settings={"tracking": "nearest neighbour", "queries": "where a joint is first annotated"},
+    )
+
+
+def joint_heat_maps(places: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Draw a Gaussian, sigma half a patch, for joints ``(J, 2)`` at fractional (row, col).
+
+    Returns:
+        ``(J, h, w)`` float32, 1 where a joint lies on a patch's centre, 0 more than two patches
+        away: a joint well outside the frame leaves its map empty.
+    """
+    rows, columns = (torch.arange(side, dtype=torch.float32) for side in grid)
+    row, column = places.float().unbind(-1)
+    down = rearrange(rows, "h -> 1 h 1") - rearrange(row, "j -> j 1 1")
+    right = rearrange(columns, "w -> 1 1 w") - rearrange(column, "j -> j 1 1")
+    near = (down.abs() <= _REACH) & (right.abs() <= _REACH)
+    return torch.exp(-(down**2 + right**2) / (2 * _SIGMA**2)) * near
+
+
+def decode_joints(heat_maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Read positions out of maps ``(..., J, h, w)``: the centroid of the five strongest patches.
+
+    Returns:
+        ``(..., J, 2)`` fractional (row, col), and ``(..., J)`` whether a map is not all empty.
+    """
+    width = heat_maps.shape[-1]
+    flat = rearrange(heat_maps, "... h w -> ... (h w)")
+    weights, index = flat.topk(min(_BEST, flat.shape[-1]), dim=-1)
+    found = weights.sum(-1) > 0
+    share = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    places = torch.stack([index // width, index % width], dim=-1).to(share)
+    return reduce(share[..., None] * places, "... k two -> ... two", "sum"), found
+
+
+def read_keypoints(path: Path) -> tuple[Joints, tuple[int, int], list[int]]:
+    """Read the joints of a keypoint file, the (height, width) they are in, and their frames."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = tuple(str(name) for name in content["keypoint_names"])
+        size = int(content["height"]), int(content["width"])
+        rows = {int(row["frame"]): row for row in content["annotations"]}
+        frames = sorted(rows)
+        xy = np.array([rows[frame]["xy"] for frame in frames], dtype=np.float64)
+        visible = np.array([rows[frame]["visible"] for frame in frames])
+        if len(rows) < len(content["annotations"]):
+            raise ValueError("a frame that is there twice")
+        expected = (len(rows), len(names))
+        if xy.shape != (*expected, 2) or visible.shape != expected or visible.dtype != np.bool_:
+            raise ValueError(f"xy of shape {xy.shape}, visible {visible.dtype} {visible.shape}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise FrameError(
+            f"{path} is not a keypoint file ({type(error).__name__}: {error}); expected "
+            '{"keypoint_names", "width", "height", "annotations": [{"frame", "xy", "visible"}]}, '
+            "an [x, y] and a true or false for every name"
+        ) from error
+    return Joints(names, xy, visible), size, frames
+
+
+def _badja_clip(name: str, path: Path, root: Path, davis: Path) -> Clip[Joints]:
+    """The clip from its first annotated image to its last, whatever lies between."""
+    size = None
+    if path.name == KEYPOINTS:
+        joints, size, numbers = read_keypoints(path)
+        stems = [f"{number:05d}" for number in numbers]
+        images = images_named(davis / "JPEGImages" / "480p" / name, stems)
+        masks = images_named(davis / "Annotations" / "480p" / name, stems, lossless=True)
+    else:
+        joints, images, masks = _official(path, root, davis)
+    missing = [str(image) for image in (*images, *masks) if not image.is_file()]
+    if missing:
+        raise FrameError(
+            f"{len(missing)} of its files are missing: {folders.few(missing, 2)}; unpack "
+            "DAVIS-2017 trainval and BADJA's extra videos there, or pass davis="
+        )
+    frames = folders.images_in(images[0].parent)
+    if images != [frame for frame in frames if frame in images]:
+        raise FrameError(f"the frames of {path} are not in order or not all in one folder")
+    frames = frames[frames.index(images[0]) : frames.index(images[-1]) + 1]
+    height, width = folders.image_size(frames[0])
+    if size is not None:
+        joints = joints._replace(xy=joints.xy * [width / size[1], height / size[0]])
+
+    def read() -> Joints:
+        shares = [(folders.read_labels(mask, colours=True) > 0).mean() for mask in masks]
+        return joints._replace(areas=np.array(shares) * (height * width))
+
+    annotated = tuple(frames.index(image) for image in images)
+    return Clip(name, frames, read, annotated, (*frames, *masks, path))
+
+
+def _official(path: Path, root: Path, davis: Path) -> tuple[Joints, list[Path], list[Path]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        images = [_below(root, row["image_path"], davis) for row in rows]
+        masks = [_below(root, row["segmentation_path"], davis) for row in rows]
+        row_col = np.array([row["joints"] for row in rows], dtype=np.float64)
+        visible = np.array([row["visibility"] for row in rows], dtype=bool)
+        if row_col.shape != (len(rows), _IN_FILE, 2) or visible.shape != row_col.shape[:2]:
+            raise ValueError(f"joints of shape {row_col.shape}, visibility of {visible.shape}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise FrameError(
+            f"{path} is not a list of objects with image_path, segmentation_path, and joints and "
+            f"visibility of {_IN_FILE} joints ({type(error).__name__}: {error})"
+        ) from error
+    annotated = list(BADJA_JOINTS.values())
+    xy = row_col[:, annotated, ::-1].copy()
+    return Joints(tuple(BADJA_JOINTS), xy, visible[:, annotated]), images, masks
+
+
+def _below(root: Path, path: str, davis: Path) -> Path:
+    """A path of a file, which must stay below the root; ``DAVIS/`` may be elsewhere."""
+    relative = Path(path)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise FrameError(f"{path} leads out of the folder of BADJA; expected a path below it")
+    inside = relative.parts[:1] == ("DAVIS",)
+    return davis.joinpath(*relative.parts[1:]) if inside else root / relative
+
+
+def _listed(folder: Path, ending: str) -> dict[str, Path]:
+    """Name to class/name of the clips to test on."""
+    found = {
+        name: Path(path.name.removesuffix(ending), name)
+        for path in sorted(folder.glob(f"*{ending}"))
+        for name in re.findall(r"^(\S+?)(?:\.avi)? +2 *$", path.read_text(), re.M)
+    }
+    if not found:
+        raise FrameError(
+            f"no lists in {folder}: expected <class>{ending}, found {folders.found_in(folder)}; "
+            "unpack splits.zip there"
+        )
+    return found
+
+
+def _read_mat(path: Path) -> NDArray[np.float64]:
+    """``(T, 15, 2)`` (x, y), the first pixel's centre at 1."""
+    io: Any = require("scipy.io", extra="eval", purpose="reading .mat files")
+    if not path.is_file():
+        raise FrameError(f"no {path}; unpack joint_positions.zip")
+    try:
+        xy = np.asarray(io.loadmat(path)["pos_img"], dtype=np.float64)
+    except Exception as error:  # what SciPy raises for a damaged file is not documented
+        raise FrameError(f"{path} cannot be read as a MATLAB file: {error}") from error
+    if xy.ndim != 3 or xy.shape[:2] != (2, len(JHMDB_JOINTS)):
+        raise FrameError(f"{path} has pos_img of shape {xy.shape}, expected (2, 15, T)")
+    return rearrange(xy, "two j t -> t j two")

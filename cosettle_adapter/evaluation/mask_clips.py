@@ -1,0 +1,346 @@
+"""Clips with masks: DAVIS, VIP and one's own, and their benchmarks by label propagation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.evaluation import clips as folders
+from cosettle_adapter.evaluation.clips import Clip, Masks, images_in, images_named, pick
+from cosettle_adapter.evaluation.masks import (
+    VOID,
+    ConfusionMatrix,
+    evaluate_sequence,
+    propagate_masks,
+    save_labels,
+    summarise,
+)
+from cosettle_adapter.evaluation.run import ClipScores, Protocol, mean
+from cosettle_adapter.video import FrameSelection
+from cosettle_adapter.video.geometry import Geometry
+
+Year = Literal["2016", "2017"]
+LateLabels = Literal["error", "void"]
+
+ALL_FRAMES = FrameSelection()
+MASK_MEASURES = ("J&F", "J mean", "J recall", "J decay", "F mean", "F recall", "F decay")
+VIP_CLASSES = 20  # the background is 0
+DAVIS = "the folder of DAVIS that holds JPEGImages, Annotations and ImageSets"
+FOLDER = "a folder with frames/ and masks/, or of such folders"
+VIP = "the folder VIP_Fine, with Images, Annotations/Category_ids and lists"
+_FRAME_SIZE = (480, 880)  # DAVIS's published protocol resizes to it, whatever the aspect
+_LONG_SIDE, _STEP = 880, 64  # of VIP
+_MANY = 64  # more labels than this in one clip are not objects
+
+
+@dataclasses.dataclass(frozen=True)
+class Propagation:
+    """How labels are propagated through a clip.
+
+    Attributes:
+        protocol: the published settings to start from: crw or dino.
+        topk: matches that vote for a patch, in place of the protocol's.
+        context: preceding frames to match with, in place of the protocol's.
+        radius: patches within which matches are looked for, in place of the protocol's.
+    """
+
+    protocol: Literal["crw", "dino"] = "crw"
+    topk: int | None = None
+    context: int | None = None
+    radius: float | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the protocol and what differs from it, as keywords of ``LabelPropagator``."""
+        given = dataclasses.asdict(self)
+        return {name: value for name, value in given.items() if value is not None}
+
+
+PUBLISHED = Propagation()
+
+
+def mask_protocol(
+    name: str,
+    clips: Callable[[], Sequence[Clip[Masks]]],
+    propagation: Propagation,
+    settings: Mapping[str, Any],
+) -> Protocol[Masks]:
+    """Return the benchmark on a data set that is scored by J and F of propagated masks."""
+
+    def size(clip: Clip[Masks]) -> tuple[int, int]:
+        """``crw``: 480 x 880; ``dino``: the shorter side 480, the other a multiple of 64."""
+        if propagation.protocol == "crw":
+            return _FRAME_SIZE
+        height, width = clip.read_frame(0).shape[:2]
+        short = _FRAME_SIZE[0]
+        long = int(short * max(height, width) / min(height, width)) // 64 * 64
+        return (long, short) if height > width else (short, long)
+
+    def score(
+        clip: Clip[Masks], features: Tensor, _: Geometry, predictions: Path | None
+    ) -> ClipScores:
+        """Propagate the first mask and score the others; every object counts once."""
+
+        def save(index: int, labels: Masks) -> None:
+            if predictions is not None:
+                save_labels(labels, predictions / f"{clip.frames[index].stem}.png")
+
+        masks, options = clip.read_annotations(), propagation.options()
+        found = evaluate_sequence(
+            features, masks, annotated=clip.annotated, on_mask=save, **options
+        )
+        objects = [  # mean, recall and decay of each
+            dict(zip(MASK_MEASURES[1:], (*summarise(j), *summarise(f)), strict=True))
+            for j, f in zip(found.j, found.f, strict=True)
+        ]
+        return ClipScores(over(objects), counts={"objects": objects})
+
+    def over(objects: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        figures = {name: mean(each[name] for each in objects) for name in MASK_MEASURES[1:]}
+        return {"J&F": (figures["J mean"] + figures["F mean"]) / 2, **figures}
+
+    def total(scores: Sequence[ClipScores]) -> dict[str, float]:
+        """Mean over all objects of all clips, as the official evaluation has it."""
+        return over([each for clip in scores for each in clip.counts["objects"]])
+
+    settings = {**propagation.options(), **settings}
+    return Protocol(name, MASK_MEASURES, clips, size, score, settings, total)
+
+
+def davis_clips(
+    root: str | Path,
+    *,
+    year: Year | None = None,
+    subset: str | None = None,
+    resolution: str = "480p",
+    clips: Sequence[str] | None = None,
+    select: FrameSelection = ALL_FRAMES,
+) -> list[Clip[Masks]]:
+    """List clips with masks ``(T, H, W)`` uint8 of object ids, 0 the background, 255 void.
+
+    The layout is ``JPEGImages/<resolution>/<clip>/*.jpg``,
+    ``Annotations/<resolution>/<clip>/*.png`` and ``ImageSets/<year>/<subset>.txt``. The year, by
+    default the newest there is, decides whether objects are merged into one (2016). The subset is
+    by default val, or train where there is no list of val. Seconds of ``select`` are positions
+    over ``fps`` (1).
+    """
+    kinds = [f"JPEGImages/{resolution}", f"Annotations/{resolution}"]
+    root = folders.data_folder(root, DAVIS, [*kinds, "ImageSets"])
+    year = year or newest_year(root)
+    lists = [
+        root / "ImageSets" / folder / f"{part}.txt"
+        for part in ([subset] if subset else ["val", "train"])
+        for folder in ([year] if year == "2017" else [year, "480p"])
+    ]
+
+    def make(name: str) -> Clip[Masks]:
+        images, labels = (root / kind / name for kind in kinds)
+        start, end, fps = select.start or 0, select.end or math.inf, select.fps or 1
+        frames = [path for i, path in enumerate(images_in(images)) if start <= i / fps < end]
+        frames = frames[:: select.every][: select.max_frames]
+        masks = images_named(labels, [frame.stem for frame in frames], lossless=True)
+        missing = [path for path in masks if not path.is_file()] if frames else [images / "*.jpg"]
+        if missing:
+            raise FrameError(
+                f"no {missing[0]}; unpack the {resolution} archive of DAVIS again, or leave the "
+                "clip out"
+            )
+
+        def read() -> Masks:
+            found = folders.read_masks(masks)
+            return (found > 0).astype(np.uint8) if year == "2016" else found
+
+        return Clip(name, frames, read, tuple(range(len(frames))), (*frames, *masks))
+
+    return folders.list_clips(f"DAVIS-{year} clip", root, folders.read_list(lists), clips, make)
+
+
+def davis_protocol(
+    *data: Path,
+    clips: Sequence[str] | None = None,
+    select: FrameSelection | Sequence[FrameSelection] = ALL_FRAMES,
+    year: Year | None = None,
+    propagation: Propagation = PUBLISHED,
+) -> Protocol[Masks]:
+    """Return the benchmark on DAVIS; several folders are parts of one evaluation.
+
+    Clips of several are called ``<folder>/<clip>``, and ``clips`` may name them without the
+    folder. ``select`` is one selection of frames for all folders or one for each.
+    """
+    selections = [select] if isinstance(select, FrameSelection) else list(select)
+    selections = selections * len(data) if len(selections) == 1 else selections
+    parts = [] if len(data) == 1 else [folder.resolve().name for folder in data]
+    if len(selections) != len(data) or len(set(parts)) != len(parts):
+        raise ValueError(
+            f"got {len(data)} folders of DAVIS and {len(selections)} selections of frames; "
+            "expected one for all or one for each, and folders of different names"
+        )
+
+    def listed() -> list[Clip[Masks]]:
+        if not parts:
+            return davis_clips(data[0], year=year, clips=clips, select=selections[0])
+        found = [
+            (f"{part}/{clip.name}", clip)
+            for part, root, chosen in zip(parts, data, selections, strict=True)
+            for clip in davis_clips(root, year=year, select=chosen)
+        ]
+        known = [name for full, clip in found for name in (full, clip.name)]
+        wanted = set(pick(clips, known, f"clip {{}} in {', '.join(map(str, data))}"))
+        return [dataclasses.replace(c, name=full) for full, c in found if wanted & {full, c.name}]
+
+    settings: dict[str, Any] = {"year": year or newest_year(data[0])}
+    for field in ("every", "max_frames", "start", "end", "fps"):
+        values = [getattr(chosen, field) for chosen in selections]
+        settings[field] = values[0] if len(set(values)) == 1 else values
+    settings |= {"parts": parts} if parts else {}
+    return mask_protocol("davis", listed, propagation, settings)
+
+
+def newest_year(root: str | Path) -> Year:
+    """Return the newest release that a folder of DAVIS has lists of."""
+    return "2017" if (Path(root) / "ImageSets" / "2017").is_dir() else "2016"
+
+
+def folder_clips(
+    root: str | Path, *, clips: Sequence[str] | None = None, late_labels: LateLabels = "error"
+) -> list[Clip[Masks]]:
+    """List the clips of a folder, each with ``frames/*.jpg`` and ``masks/*.png`` in it.
+
+    Other images serve as well. A mask, palette or grey, belongs to the frame of the same name; the
+    first frame needs one, the others may have one and are scored where they do. Names go in natural
+    order, ``2`` before ``10``. ``root`` may be a single clip. ``late_labels``, which appear after
+    the first frame and cannot be propagated, are an error when masks are read or do not count.
+
+    Returns:
+        Clips with masks ``(A, H, W)`` uint8 of object ids, 0 the background, 255 void. Where masks
+        have no values but 0 and 255, 255 is not void but their one object, id 1.
+    """
+    if late_labels not in ("error", "void"):
+        raise ValueError(f"got late_labels={late_labels!r}, expected 'error' or 'void'")
+    root = folders.data_folder(root, FOLDER)
+    found = folders.clip_folders(root, FOLDER, ["frames", "masks"])
+
+    def make(name: str) -> Clip[Masks]:
+        clip = folders.mask_clip(name, found[name] / "frames", found[name] / "masks")
+        return dataclasses.replace(clip, read=lambda: _labels(clip, late_labels))
+
+    return folders.list_clips("clip", root, found, clips, make)
+
+
+def folder_protocol(
+    data: Path,
+    *,
+    clips: Sequence[str] | None = None,
+    late_labels: LateLabels = "error",
+    propagation: Propagation = PUBLISHED,
+) -> Protocol[Masks]:
+    """Return the benchmark on clips of one's own; see :func:`folder_clips`."""
+    return mask_protocol(
+        "folder",
+        lambda: folder_clips(data, clips=clips, late_labels=late_labels),
+        propagation,
+        {"late_labels": late_labels},
+    )
+
+
+def vip_clips(
+    root: str | Path, *, subset: str = "val", clips: Sequence[str] | None = None
+) -> list[Clip[Masks]]:
+    """List clips in the layout of the archive VIP_Fine, whose frames are 25 apart.
+
+    That is ``Images/<video>/*.jpg``, ``Annotations/Category_ids/<video>/*.png`` (or
+    ``Category_ids/<video>/*.png``) and ``lists/<subset>_videos.txt`` with a video a line, or
+    ``lists/<subset>_id.txt`` with a frame a line. Given ``clips``, no list is needed.
+    Annotations are label maps ``(A, H, W)`` uint8 of classes, 0 the background.
+    """
+    root = folders.data_folder(root, VIP, ["Images"])
+    images, labels = root / "Images", root / "Category_ids"
+    if not labels.is_dir():
+        labels = root / "Annotations" / "Category_ids"
+        folders.data_folder(root, VIP, ["Annotations/Category_ids"])
+    known = folders.entries(images)
+    if clips is None:
+        files = [f"{subset}_videos.txt", f"{subset}_id.txt"]
+        known = folders.read_list([top / name for name in files for top in (root / "lists", root)])
+
+    def make(name: str) -> Clip[Masks]:
+        return folders.mask_clip(name, images / name, labels / name)
+
+    return folders.list_clips("VIP video", root, known, clips, make)
+
+
+def vip_protocol(
+    data: Path, *, clips: Sequence[str] | None = None, propagation: Propagation = PUBLISHED
+) -> Protocol[Masks]:
+    """Return the benchmark on VIP: mIoU from one confusion matrix over all frames of all clips."""
+    # VIP takes the top 10
+    options = dataclasses.replace(propagation, topk=propagation.topk or 10).options()
+
+    def size(clip: Clip[Masks]) -> tuple[int, int]:
+        """The longer side 880, the other floored to a multiple of 64."""
+        height, width = clip.read_frame(0).shape[:2]
+        other = int(_LONG_SIDE * min(height, width) / max(height, width))
+        other = max(_STEP, other // _STEP * _STEP)
+        return (other, _LONG_SIDE) if width >= height else (_LONG_SIDE, other)
+
+    def score(
+        clip: Clip[Masks], features: Tensor, _: Geometry, predictions: Path | None
+    ) -> ClipScores:
+        """Propagate the classes of the first frame; it counts as the others do."""
+        masks = dict(zip(clip.annotated, clip.read_annotations(), strict=True))
+        if 0 not in masks:
+            raise FrameError(f"{clip.name!r} has no labels for its first frame")
+        matrix = ConfusionMatrix(VIP_CLASSES)
+        maps = propagate_masks(features, masks[0], range(VIP_CLASSES), **options)
+        for index, labels in enumerate(maps):
+            if index in masks:
+                matrix.add(masks[index], labels)
+            if predictions is not None:
+                save_labels(labels, predictions / f"{clip.frames[index].stem}.png")
+        return ClipScores({"mIoU": matrix.mean_iou()}, counts={"matrix": matrix.counts.tolist()})
+
+    def total(scores: Sequence[ClipScores]) -> dict[str, float]:
+        matrix = ConfusionMatrix(VIP_CLASSES)
+        for clip in scores:
+            matrix.counts += np.array(clip.counts["matrix"], dtype=np.int64)
+        return {"mIoU": matrix.mean_iou()}
+
+    return Protocol(
+        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), size, score, options, total
+    )
+
+
+def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
+    """Object ids as they are scored, or why they cannot be."""
+    masks, size = clip.read_annotations(), clip.read_frame(0).shape[:2]
+    if masks.shape[1:] != size:
+        raise FrameError(
+            f"the masks of {clip.name!r} are {masks.shape[1]} x {masks.shape[2]}, but its "
+            f"frames are {size[0]} x {size[1]}; draw the masks at the size of the frames"
+        )
+    labels = set(np.unique(masks).tolist())
+    if labels <= {0, VOID}:
+        masks = (masks == VOID).astype(np.uint8)
+    elif len(labels) > _MANY:
+        raise FrameError(
+            f"the masks of {clip.name!r} have {len(labels)} different values, more than the "
+            f"{_MANY} expected of labels; soft edges are no labels: save the masks as PNG, "
+            "without anti-aliasing, with one whole number for every object"
+        )
+    late = ~np.isin(masks, [*np.unique(masks[0]), 0, VOID])
+    if late_labels == "error" and late.any():
+        path = clip.inputs[len(clip) + int(late.any((1, 2)).argmax())]
+        names = ", ".join(map(str, np.unique(masks[late]).tolist()))
+        raise FrameError(
+            f"{path} of {clip.name!r} has label(s) {names}, which the first mask does not have, so "
+            "they cannot be propagated; start the clip at a frame that shows all objects, or pass "
+            'late_labels="void" (--late-labels void) to leave them out of the scores'
+        )
+    masks[late] = VOID
+    return masks
