@@ -1,6 +1,6 @@
 """Views kept on disk: a few of each clip, encoded once, for any number of epochs.
 
-``views.json`` says what the views were made of. A clip's views are one file, so that an
+``views.json`` says what the views were made of. A clip's views are one safetensors file, so that an
 interruption costs no more than the clip that was being encoded; of a clip that cannot be read, a
 text file says why.
 """
@@ -8,6 +8,7 @@ text file says why.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -32,8 +33,8 @@ from cosettle_adapter.training.data import (
     Sample,
     TrainingPairs,
     collate,
-    load_batches,
     seed_of,
+    work_on,
 )
 from cosettle_adapter.training.encoding import compile_encoder, encode
 from cosettle_adapter.training.errors import (
@@ -57,10 +58,9 @@ _AT_ONCE = 16  # samples encoded at a time
 class CachedViews(Dataset[Sample]):
     """Encoded views of a corpus, read from disk in place of decoding and encoding.
 
-    View ``k`` of a clip is encoded from what :class:`TrainingPairs` draws at that clip's ``k``-th
-    turn, so that the two give the same samples until the views are used up; then they repeat.
-    Positions are perturbed at a place of its own for each view, whether ``pea`` is ``sample`` or
-    ``batch``. Videos that cannot be read are left out for good; ``skipped`` says why.
+    View ``k`` of a clip is what :class:`TrainingPairs` draws at that clip's ``k``-th turn, with
+    positions perturbed at a place of its own whether ``pea`` is ``sample`` or ``batch``; when all
+    were used they repeat. Videos that cannot be read are left out; ``skipped`` says why.
     """
 
     def __init__(self, folder: Path, pairs: TrainingPairs, made_of: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ class CachedViews(Dataset[Sample]):
         place, turn = divmod(key[1], self._per_clip)
         clip = self._kept[place]
         view = (key[0] * self._per_clip + turn) % self._settings.cache_views
-        path = _tokens_of(self._folder, clip)
+        path = self._folder / f"{clip:07d}.safetensors"
         try:
             with safe_open(path, "pt") as file:
                 tokens = file.get_slice("tokens")[view]
@@ -144,12 +144,11 @@ def build_views(
         TrainingError: the folder holds other views (the message says what differs), another
             process is building it, or the tokens do not fit float16.
         DiskFullError: there is not room for all views, which is checked before anything is
-            encoded, or there is no more; views that are complete are kept.
+            encoded, or there is no more.
         FrameError: no video can be read.
-        TrainingInterrupted: Ctrl-C; views that are complete are kept.
+        TrainingInterrupted: Ctrl-C.
     """
-    settings = pairs.settings
-    config = settings.head_config(backbone)
+    settings, config = pairs.settings, pairs.settings.head_config(backbone)
     grid = backbone.grid(settings.size, settings.size)
     names = ("size", "frames", "squash", "cache_views", "pea_ratio", "precision", "seed")
     made_of = {name: getattr(settings, name) for name in names} | {
@@ -185,48 +184,35 @@ def build_views(
     return CachedViews(folder, pairs, made_of)
 
 
-def _tokens_of(folder: Path, clip: int) -> Path:
-    return folder / f"{clip:07d}.safetensors"
-
-
 def _encoded(folder: Path) -> dict[int, str]:
     """Return which clips are done, and why some of them cannot be read."""
     done = {int(path.stem): "" for path in folder.glob("*.safetensors") if path.stem.isdigit()}
     return done | {int(path.stem): path.read_text("utf-8") for path in folder.glob("*.txt")}
 
 
-class _Draws(Dataset[Any]):
-    """A clip's number with all its views, decoded and cropped, or why there are none."""
-
-    def __init__(self, pairs: TrainingPairs) -> None:
-        self._pairs = pairs
-
-    def __getitem__(self, clip: int) -> tuple[int, Batch | str]:
-        try:
-            views = range(self._pairs.settings.cache_views)
-            return clip, collate(self._pairs.draw(clip, views))
-        except FrameError as error:
-            return clip, str(error)
+def _draw_views(pairs: TrainingPairs, clip: int) -> Batch:
+    return collate(pairs.draw(clip, range(pairs.settings.cache_views)))
 
 
 def _encode_missing(
     folder: Path, pairs: TrainingPairs, backbone: Backbone, on_sample: Callable[[int, int], None]
 ) -> None:
     views, done = pairs.settings.cache_views, _encoded(folder)  # another may just have continued
-    keys, count = [[clip] for clip in range(pairs.clips) if clip not in done], len(done)
+    clips, count = [clip for clip in range(pairs.clips) if clip not in done], len(done)
     try:
         with disk_full(
             f"no room is left in {folder} for the views; those that are complete are kept. Make "
             "room and run the same again to continue"
         ):
-            decoded = load_batches(_Draws(pairs), keys, workers=pairs.settings.workers)
-            for ((clip, drawn),) in decoded:
-                if isinstance(drawn, str):
+            draw = functools.partial(_draw_views, pairs)
+            drawn = work_on(draw, clips, workers=pairs.settings.workers)
+            for clip, batch in zip(clips, drawn, strict=True):
+                if isinstance(batch, FrameError):
                     with atomic_path(folder / f"{clip:07d}.txt") as path:
-                        path.write_text(drawn, "utf-8")
+                        path.write_text(str(batch), "utf-8")
                 else:
-                    tokens = _encode_clip(backbone, pairs.settings, drawn)
-                    with atomic_path(_tokens_of(folder, clip)) as path:
+                    tokens = _encode_clip(backbone, pairs.settings, batch)
+                    with atomic_path(folder / f"{clip:07d}.safetensors") as path:
                         save_file({"tokens": tokens}, path)
                 count += 1
                 on_sample(count * views, pairs.clips * views)
@@ -242,7 +228,7 @@ def _encode_clip(backbone: Backbone, settings: TrainSettings, drawn: Batch) -> T
     if settings.pea == "batch":
         # a view outlives the step it is made in, so its offset cannot be the step's
         settings = dataclasses.replace(settings, pea="sample")
-    parts = zip(*(torch.split(each, _AT_ONCE) for each in drawn[:2]), strict=True)
+    parts = zip(drawn.data.split(_AT_ONCE), drawn.seeds.split(_AT_ONCE), strict=True)
     encoded = [encode(backbone, settings, *part, step=0).to("cpu", torch.float16) for part in parts]
     tokens = torch.cat(encoded)
     if not bool(tokens.isfinite().all()):

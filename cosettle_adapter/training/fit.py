@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import PurePath
+from typing import Any, NamedTuple, TypeVar
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone, load_backbone
 from cosettle_adapter.closed_form import SOLVERS, AffineMap, TokenStatistics, solve_layers
-from cosettle_adapter.errors import FrameError
 from cosettle_adapter.projection import Projection, ProjectionConfig
+from cosettle_adapter.training.corpus import Corpus, Places
 from cosettle_adapter.training.model_selection import Candidate, candidates, labels, overlaps
 from cosettle_adapter.training.statistics import FitSettings, collect_statistics
 from cosettle_adapter.version import __version__
-from cosettle_adapter.video.files import VIDEO_SUFFIXES, find_videos
 
-__all__ = ["Fit", "FitSettings", "find_clips", "fit", "fit_projection"]
+__all__ = ["Fit", "FitSettings", "fit", "fit_projection"]
+
+T = TypeVar("T")
 
 _HELD_OUT_EVERY = 5
 
@@ -36,7 +36,7 @@ class Fit(NamedTuple):
     projections: dict[Candidate, Projection]
     chosen: Candidate
     scores: dict[Candidate, float]  # mean overlap on rendered clips, if there were any
-    skipped: dict[Path, str]  # clips that could not be read, and why
+    skipped: dict[str, str]  # clips that could not be read, and why
 
     @property
     def projection(self) -> Projection:
@@ -46,7 +46,7 @@ class Fit(NamedTuple):
 
 def fit(
     backbone: str | Backbone,
-    clips: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    clips: Places | Corpus,
     settings: FitSettings | None = None,
     *,
     licence: str | None = None,
@@ -59,7 +59,7 @@ def fit(
 
     Args:
         backbone: a registered name, ``timm:...``, ``open_clip:...``, or a loaded backbone.
-        clips: folders of video files, or video files.
+        clips: folders of videos, or anything else that :meth:`Corpus.open` takes.
         settings: see :class:`FitSettings`.
         licence: to record; the backbone's by default.
         data: description of the clips to record.
@@ -83,27 +83,9 @@ def fit(
     return CoSettleAdapter(backbone, found.projection.to(backbone.device))
 
 
-def find_clips(places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Return every video file below folders, and the video files that are given themselves.
-
-    Raises:
-        FrameError: no such file or folder, or no video in a folder.
-    """
-    clips: list[Path] = []
-    for place in [places] if isinstance(places, str | os.PathLike) else places:
-        path = Path(place).expanduser()
-        if not path.exists():
-            raise FrameError(f"{path} is not a folder of video files, nor a video file")
-        found = sorted(find_videos(path, recursive=True)) if path.is_dir() else [path]
-        if not found:
-            raise FrameError(f"no video files below {path} ({', '.join(VIDEO_SUFFIXES)})")
-        clips += found
-    return clips
-
-
 def fit_projection(
     backbone: Backbone,
-    places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    clips: Places | Corpus,
     settings: FitSettings | None = None,
     *,
     licence: str | None = None,
@@ -119,13 +101,14 @@ def fit_projection(
     well propagating its known mask keeps to it.
     """
     settings = settings or FitSettings()
-    clips, every = find_clips(places), candidates(backbone, settings)
+    corpus = clips if isinstance(clips, Corpus) else Corpus.open(clips)
+    every = candidates(backbone, settings)
     if len(every) > 1 and settings.rendered < 1:
         raise ValueError(
             f"{len(every)} projections to choose from and no rendered clips to choose by; render "
             "some, or leave one layer, solver and strength"
         )
-    fitted_on, held_out = split(clips)
+    fitted_on, held_out = split(corpus.videos)
     done, total = 0, len(fitted_on) + settings.rendered
 
     def advance() -> None:
@@ -142,7 +125,8 @@ def fit_projection(
     if settings.rendered > 0:
         scores = overlaps(backbone, solutions, held_out, settings, on_clip=advance)
     chosen = max(scores, key=lambda each: scores[each]) if scores else every[0]
-    about = {"data": data, "clips": len(clips), "skipped": sorted(path.name for path in skipped)}
+    names = sorted(PurePath(name).name for name in skipped)
+    about = {"data": data, "clips": len(corpus), "skipped": names}
     projections = {}
     for each, solution in solutions.items():
         config = ProjectionConfig(
@@ -160,16 +144,17 @@ def fit_projection(
         projection = projections[each] = Projection(config).requires_grad_(False).eval()
         weights = {"weight": solution.weight.float(), "bias": solution.bias.float()}
         projection.linears[0].load_state_dict(weights)
-    return Fit(projections, chosen, scores, skipped)
+    return Fit(projections, chosen, scores, skipped | dict(corpus.problems))
 
 
-def split(clips: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+def split(clips: Sequence[T]) -> tuple[list[T], list[T]]:
     """Return the clips to fit on and those held out, which are the same where there are few."""
     if len(clips) < 2 * _HELD_OUT_EVERY:
         return list(clips), list(clips)
-    fitted_on, held_out = list(clips), list(clips[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY])
-    del fitted_on[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
-    return fitted_on, held_out
+    held_out = slice(_HELD_OUT_EVERY - 1, None, _HELD_OUT_EVERY)
+    fitted_on = list(clips)
+    del fitted_on[held_out]
+    return fitted_on, list(clips[held_out])
 
 
 def _solve(
@@ -194,12 +179,8 @@ def _record(
     scores: Mapping[Candidate, float],
 ) -> dict[str, Any]:
     """Return ``config.fit``: how a candidate's projection was made."""
-    record: dict[str, Any] = {
-        "method": SOLVERS[candidate.solver].formula,
-        **about,
-        "tokens": statistics.tokens,
-        "pairs": statistics.pairs,
-    }
+    record: dict[str, Any] = {"method": SOLVERS[candidate.solver].formula, **about}
+    record |= {"tokens": statistics.tokens, "pairs": statistics.pairs}
     if scores:
         record["blocks_chosen_by"] = "overlap of the propagated mask of a cut-out on rendered clips"
         named = labels(scores)

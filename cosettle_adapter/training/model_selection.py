@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,9 @@ from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.closed_form import SOLVERS, AffineMap, StatisticsError, apply_to_maps
 from cosettle_adapter.correspondence import propagate_labels
-from cosettle_adapter.errors import CosettleError
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.training.corpus import Video
 from cosettle_adapter.training.statistics import FitSettings, Layers
-from cosettle_adapter.video.random_access import read_frames
 from cosettle_adapter.video.synthetic import RenderedClip, render_clip
 
 logger = logging.getLogger(__name__)
@@ -56,33 +55,29 @@ def candidates(backbone: Backbone, settings: FitSettings) -> list[Candidate]:
     found = []
     for layers, name in itertools.product(layer_sets(backbone, settings), settings.solvers):
         row, given = SOLVERS[name], settings.strengths
-        tried = (row.strength,) if given is None else tuple(given) or row.strengths
+        tried = (row.strength,) if given is None else given or row.strengths
         found += [Candidate(layers, name, strength) for strength in tried]
     return list(dict.fromkeys(found))
 
 
 def layer_sets(backbone: Backbone, settings: FitSettings) -> list[Layers]:
-    """Return the sets of layers to choose from."""
-    joined, singles = settings.concatenations, settings.layers
+    """Return the sets of layers to choose from.
+
+    By default these are the upper two thirds, each alone and, of at most eight, beside the last:
+    middle layers tell places apart, the last one what they show (``weights_cards/FIT.md``).
+    """
+    depth, joined, singles = backbone.depth, settings.concatenations, settings.layers
     if joined is None:
-        joined = pairs_with_last(backbone.depth) if singles is None else ()
+        lower = range(depth // 3, depth - 1) if singles is None else range(0)
+        joined = tuple((layer, depth - 1) for layer in lower[:: -(-len(lower) // _MOST_PAIRS) or 1])
     if singles is None:
-        singles = tuple(range(backbone.depth // 3, backbone.depth))
+        singles = tuple(range(depth // 3, depth))
     wanted = [(layer,) for layer in sorted({backbone.block(layer) for layer in singles})]
     sets = [tuple(sorted({backbone.block(layer) for layer in one})) for one in joined]
     found: list[Layers] = list(dict.fromkeys([*wanted, *sets]))
     if not found or not all(found):
         raise ValueError("no layers to choose from; name some layers or concatenations")
     return found
-
-
-def pairs_with_last(depth: int) -> tuple[Layers, ...]:
-    """Return the last layer beside each other one of the upper two thirds, eight at most.
-
-    Middle layers tell places apart, the last one what they show (``weights_cards/FIT.md``).
-    """
-    lower = range(depth // 3, depth - 1)
-    return tuple((layer, depth - 1) for layer in lower[:: -(-len(lower) // _MOST_PAIRS) or 1])
 
 
 def labels(chosen_from: Iterable[Candidate]) -> dict[Candidate, str]:
@@ -143,7 +138,7 @@ def render_from(
 def overlaps(
     backbone: Backbone,
     solutions: Mapping[Candidate, AffineMap],
-    clips: Sequence[Path],
+    clips: Sequence[Video],
     settings: FitSettings,
     *,
     on_clip: Callable[[], None] = lambda: None,
@@ -156,9 +151,9 @@ def overlaps(
     photos: list[Tensor] = []
     for clip in clips:
         try:
-            photos.append(read_frames(clip, [0])[0])
-        except (CosettleError, OSError) as error:
-            logger.warning("%s gives no frame to render from: %s", clip, error)
+            photos.append(clip.read([0])[0])
+        except FrameError as error:
+            logger.warning("%s gives no frame to render from: %s", clip.name, error)
     if not photos:
         raise StatisticsError("no held-out clip could be read, so nothing can be chosen")
     size = (_GRID[0] * backbone.patch, _GRID[1] * backbone.patch)

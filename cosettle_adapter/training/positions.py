@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,30 +27,24 @@ _CLOSE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedPositions(Positions):
-    """Positions that may differ from image to image: ``S`` variants along a leading dimension.
+    """Positions of their own for each image, or the same for all: a leading dimension of B or 1.
 
-    They are one an image in order, unless there is an ``index`` ``(B,)``. ``shift`` ``(S, 2)`` are
-    rows and columns of patches by which the picture is moved down and right, round the edges,
-    before it is encoded; the map is moved back.
+    ``shift`` ``(1 or B, 2)`` are rows and columns of patches by which the picture is moved down and
+    right, round the edges, before it is encoded; the map is moved back.
     """
 
     shift: Tensor | None = None
-    index: Tensor | None = None
 
     def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
         """Nothing to check: they are made below, for the backbone and grid at hand."""
 
-    def added(self) -> Tensor | None:
-        """``(1 or B, prefix + h * w, C)``."""
-        return None if self.absolute is None else self._of_images(self.absolute)
-
     def rotations(self) -> Any:
-        """``(1 or B, 1 or heads, h * w, 2 D)`` of each block."""
+        """``(1 or B, 1, h * w, 2 D)``, or ``(depth, 1 or B, heads, h * w, 2 D)``."""
         if self.rotary is None:
             return None
         if self.rotary.ndim == 3:
-            return self._of_images(rearrange(self.rotary, "s n d -> s 1 n d"))
-        return _ByBlock(self.rotary, self._of_images)
+            return rearrange(self.rotary, "b n d -> b 1 n d")
+        return rearrange(self.rotary, "b depth heads n d -> depth b heads n d")
 
     def before(self, images: Tensor, backbone: Backbone) -> Tensor:
         """Move the images by whole patches."""
@@ -62,44 +55,28 @@ class PerturbedPositions(Positions):
                 "pictures cannot be moved by whole patches where these overlap (patch "
                 f"{backbone.patch}, stride {backbone.stride}); leave the stride out"
             )
-        return _roll(images, self._of_images(self.shift) * backbone.patch)
+        return _roll(images, self.shift * backbone.patch)
 
     def after(self, tokens: Tensor) -> Tensor:
         """Move maps back."""
-        return tokens if self.shift is None else _roll(tokens, -self._of_images(self.shift))
-
-    def _of_images(self, variants: Tensor) -> Tensor:
-        """Each image's variant ``(B, ...)`` of ``(S, ...)``; a single one stays alone."""
-        if self.index is None or len(variants) == 1:
-            return variants
-        return variants[self.index.to(variants.device)]
-
-
-class _ByBlock:
-    """Rotations block by block: copies for every image and block at once would be large."""
-
-    def __init__(self, rotary: Tensor, of_images: Callable[[Tensor], Tensor]) -> None:
-        self._rotary, self._of_images = rotary, of_images
-
-    def __getitem__(self, block: int) -> Tensor:
-        return self._of_images(self._rotary[:, block])
+        return tokens if self.shift is None else _roll(tokens, -self.shift)
 
 
 def perturbed_positions(
     backbone: Backbone, grid: Grid, offsets: Tensor, *, ratio: float = 10.0
 ) -> PerturbedPositions:
-    """Return ``S`` variants of positions that do not tell patches where they are.
+    """Return positions that do not tell patches where they are.
 
-    A transformer without positions does not know where its patches are, and is left as it is. For
-    feature maps, whose zero padding and windows tell patches where they are all the same, the
-    picture is moved on a canvas that is the picture repeated in both directions, and maps are
-    moved back: by up to ``ratio / (1 + ratio)`` of a side, as a crop of the zoomed grid would be.
+    A transformer without positions is left as it is. For feature maps, whose zero padding and
+    windows tell patches where they are all the same, the picture is moved on a canvas that is the
+    picture repeated in both directions, by up to ``ratio / (1 + ratio)`` of a side, as a crop of
+    the zoomed grid would be, and maps are moved back.
 
     Args:
         backbone: the encoder.
         grid: ``(h, w)`` of the images.
-        offsets: ``(S, 2)`` in [0, 1), where in the zoomed grid to crop, (row, column) as a share
-            of the places there are: one for all images, or one for each.
+        offsets: ``(1 or B, 2)`` in [0, 1), where in the zoomed grid to crop: (row, column) as a
+            share of the places there are, for all images or for each.
         ratio: by how much more than once the grid is zoomed; 0 changes nothing.
 
     Raises:
@@ -120,39 +97,15 @@ def perturbed_positions(
     return PerturbedPositions(absolute, rotary)
 
 
-def join_positions(own: Positions, others: PerturbedPositions, index: Tensor) -> PerturbedPositions:
-    """Put a backbone's own positions (variant 0) before others (variants 1 to S)."""
-
-    def together(first: Tensor | None, rest: Tensor | None) -> Tensor | None:
-        return None if first is None or rest is None else torch.cat([first.to(rest.device), rest])
-
-    rotary = None if own.rotary is None else rearrange(own.rotary, "... -> 1 ...")
-    unmoved = None if others.shift is None else torch.zeros_like(others.shift[:1])
-    return PerturbedPositions(
-        together(own.absolute, others.absolute),
-        together(rotary, others.rotary),
-        together(unmoved, others.shift),
-        index,
-    )
-
-
 def perturb_positions(
     positions: Tensor, offsets: Tensor, *, grid: Grid, prefix: int, ratio: float = 10.0
 ) -> Tensor:
     """Perturb absolute positions: zoom into the grid, crop a grid out of that.
 
-    ``interpolate_and_crop_pos_embed`` in each model of the official code. The grid in use is
-    resized to ``int((1 + ratio) * side)`` patches a side, bicubic without antialiasing, and as
-    many patches as it had are cropped at a random place. At the paper's ratio of 10 a crop spans
-    little more than one patch. The ``prefix`` positions of class and register tokens stay.
-
-    Args:
-        positions: ``(1, prefix + h * w, C)``, resized to the grid in use.
-        offsets, grid, ratio: as in :func:`perturbed_positions`.
-        prefix: number of leading positions.
-
-    Returns:
-        ``(S, prefix + h * w, C)`` on the device of ``positions``; float32, or float64 if they are.
+    ``interpolate_and_crop_pos_embed`` in each model of the official code: the grid is resized to
+    ``int((1 + ratio) * side)`` patches a side, bicubic without antialiasing. ``positions``
+    ``(1, prefix + h * w, C)`` become ``(B, prefix + h * w, C)`` of at least float32; those of class
+    and register tokens, the first ``prefix``, stay.
     """
     precise = positions if positions.dtype == torch.float64 else positions.float()
     leading, patches = precise[:, :prefix], precise[0, prefix:]
@@ -166,9 +119,9 @@ def perturb_positions(
     with torch.autocast(precise.device.type, enabled=False):
         patches = rearrange(patches, "(h w) c -> h w c", h=grid[0])
         cropped = torch.einsum(
-            "sih,shjc->sijc", rows, torch.einsum("sjw,hwc->shjc", columns, patches)
+            "bih,bhjc->bijc", rows, torch.einsum("bjw,hwc->bhjc", columns, patches)
         )
-    cropped = rearrange(cropped, "s h w c -> s (h w) c")
+    cropped = rearrange(cropped, "b h w c -> b (h w) c")
     return torch.cat([leading.expand(len(cropped), -1, -1), cropped], dim=1)
 
 
@@ -212,53 +165,45 @@ def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
 def perturb_rotary(
     angles: Tensor, offsets: Tensor, *, grid: Grid, ratio: float, device: torch.device
 ) -> Tensor:
-    """Perturb rotary positions: rotate by the coordinates of a crop of the zoomed grid.
+    """Rotate by the coordinates of a crop of the zoomed grid, as :func:`perturb_positions` does.
 
-    What :func:`perturb_positions` does to a learned embedding, done to coordinates: patch ``k``
-    of the zoomed grid lies at ``(k + 0.5) / zoom - 0.5`` of the grid in use, and angles are linear
-    between (and beyond) patches, so nothing is interpolated.
-
-    Args:
-        angles: ``(..., h * w, D)`` of the grid in use, as :func:`rotary_angles` returns them.
-        offsets, grid, ratio: as in :func:`perturbed_positions`.
-        device: where the result is wanted.
+    Patch ``k`` of the zoomed grid lies at ``(k + 0.5) / zoom - 0.5`` of the grid in use, and angles
+    ``(..., h * w, D)`` are linear between (and beyond) patches, so nothing is interpolated.
 
     Returns:
-        ``(S, ..., h * w, 2 D)`` float32, sines then cosines.
+        ``(B, ..., h * w, 2 D)`` float32 on ``device``, sines then cosines.
     """
     patches = rearrange(angles.double(), "... (h w) d -> ... h w d", h=grid[0])
     first_row, first_column = crop_corners(offsets, grid, ratio)
     down = _along(patches[..., :, 0, :], first_row, grid[0], ratio)
     across = _along(patches[..., 0, :, :], first_column, grid[1], ratio) - patches[..., 0, :1, :]
-    down = rearrange(down, "s ... h d -> s ... h 1 d")
-    across = rearrange(across, "s ... w d -> s ... 1 w d")
+    down = rearrange(down, "b ... h d -> b ... h 1 d")
+    across = rearrange(across, "b ... w d -> b ... 1 w d")
     # Angles of a sum: only rows and columns need float64, and only they travel to the device.
     sin_y, cos_y, sin_x, cos_x = (
         table.to(device, torch.float32)
         for table in (down.sin(), down.cos(), across.sin(), across.cos())
     )
     rotary = torch.cat([sin_y * cos_x + cos_y * sin_x, cos_y * cos_x - sin_y * sin_x], dim=-1)
-    return rearrange(rotary, "s ... h w d -> s ... (h w) d")
+    return rearrange(rotary, "b ... h w d -> b ... (h w) d")
 
 
 def _along(angles: Tensor, first: Tensor, side: int, ratio: float) -> Tensor:
-    """Angles ``(..., side, D)`` of a row or column at places of crops: ``(S, ..., side, D)``."""
+    """Angles ``(..., side, D)`` of a row or column at places of crops: ``(B, ..., side, D)``."""
     zoom = side / zoomed_side(side, ratio)
-    patches = rearrange(first.double(), "s -> s 1") + torch.arange(side) + 0.5
+    patches = rearrange(first.double(), "b -> b 1") + torch.arange(side) + 0.5
     places = (patches * zoom - 0.5).to(angles.device)
     # One row has no slope; that shifts all patches alike.
     slope = (angles[..., -1, :] - angles[..., 0, :]) / max(side - 1, 1)
-    places = rearrange(places, f"s side -> s {'1 ' * (angles.ndim - 2)}side 1")
+    places = rearrange(places, f"b side -> b {'1 ' * (angles.ndim - 2)}side 1")
     return angles[..., :1, :] + places * rearrange(slope, "... d -> ... 1 d")
 
 
 def crop_corners(offsets: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor]:
-    """First row and first column of each crop in the zoomed grid: two ``(S,)`` int64."""
-    shares = offsets.cpu().double()
-    first_row, first_column = (
-        (share * (zoomed_side(side, ratio) - side + 1)).long()
-        for share, side in zip(shares.unbind(1), grid, strict=True)
-    )
+    """First row and first column of each crop in the zoomed grid: two ``(B,)`` int64."""
+    sides = torch.tensor(grid)
+    zoomed = torch.tensor([zoomed_side(side, ratio) for side in grid])
+    first_row, first_column = (offsets.cpu().double() * (zoomed - sides + 1)).long().unbind(1)
     return first_row, first_column
 
 
