@@ -15,8 +15,7 @@ from cosettle_adapter.backbones import HubOptions, load_backbone
 from cosettle_adapter.cli.common import Output, console, frame_progress, rate
 from cosettle_adapter.cli.train import print_next, print_skipped
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.fit import FitSettings, fit_projection
-from cosettle_adapter.training.model_selection import labels
+from cosettle_adapter.training.fit import FitSettings, fit_projection, labels
 from cosettle_adapter.training.statistics import Layers
 
 _NAMES = {"solvers": "solver", "gaps": "gap"}

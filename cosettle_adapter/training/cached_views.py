@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import FrameError
@@ -55,7 +54,7 @@ INDEX_NAME = "views.json"
 _AT_ONCE = 16  # samples encoded at a time
 
 
-class CachedViews(Dataset[Sample]):
+class CachedViews(TrainingPairs):
     """Encoded views of a corpus, read from disk in place of decoding and encoding.
 
     View ``k`` of a clip is what :class:`TrainingPairs` draws at that clip's ``k``-th turn, with
@@ -64,32 +63,29 @@ class CachedViews(Dataset[Sample]):
     """
 
     def __init__(self, folder: Path, pairs: TrainingPairs, made_of: Mapping[str, Any]) -> None:
-        self._folder, self._per_clip, self._settings = folder, pairs.pairs_per_clip, pairs.settings
-        self._names = [video.name for video in pairs.corpus.videos]
-        done = _encoded(folder)
-        self._kept = [clip for clip, problem in sorted(done.items()) if not problem]
-        self.clips = len(self._kept)
-        self.skipped = tuple((self._names[clip], why) for clip, why in done.items() if why)
-        described = json.dumps([made_of, self.skipped, self._per_clip])
-        self.digest = hashlib.sha256(described.encode()).hexdigest()
-        if not self._kept:
+        videos, done = pairs.corpus.videos, _encoded(folder)
+        kept = [clip for clip, problem in sorted(done.items()) if not problem]
+        self.skipped = tuple((videos[clip].name, why) for clip, why in done.items() if why)
+        if not kept:
             name, problem = self.skipped[0]
             raise FrameError(
                 f"none of the {pairs.clips} videos can be read; the first of them: {name} "
                 f"({problem})"
             )
+        super().__init__(Corpus(videos[clip] for clip in kept), pairs.settings)
+        self.pairs_per_clip = pairs.pairs_per_clip
+        self._folder, self._numbers, self._made_of = folder, kept, made_of
 
-    def __len__(self) -> int:
-        return self.clips * self._per_clip
-
-    def name(self, index: int) -> str:
-        """Return the name of the video that sample ``index`` was drawn from."""
-        return self._names[self._kept[index // self._per_clip]]
+    @property
+    def digest(self) -> str:
+        """sha256 over what the views were made of, and the samples drawn from each video."""
+        described = json.dumps([self._made_of, self.skipped, self.pairs_per_clip])
+        return hashlib.sha256(described.encode()).hexdigest()
 
     def __getitem__(self, key: Key) -> Sample:
-        place, turn = divmod(key[1], self._per_clip)
-        clip = self._kept[place]
-        view = (key[0] * self._per_clip + turn) % self._settings.cache_views
+        place, turn = divmod(key[1], self.pairs_per_clip)
+        clip = self._numbers[place]
+        view = (key[0] * self.pairs_per_clip + turn) % self.settings.cache_views
         path = self._folder / f"{clip:07d}.safetensors"
         try:
             with safe_open(path, "pt") as file:
@@ -98,10 +94,7 @@ class CachedViews(Dataset[Sample]):
             raise TrainingError(
                 f"{path} cannot be read ({error}); delete it and run the same again"
             ) from error
-        return Sample(tokens, seed_of(self._settings.seed, clip, view))
-
-
-TrainingData = TrainingPairs | CachedViews
+        return Sample(tokens, seed_of(self.settings.seed, clip, view))
 
 
 def open_data(
@@ -112,12 +105,11 @@ def open_data(
     accelerator: Accelerator,
     views_folder: Path,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
-) -> TrainingData:
+) -> TrainingPairs:
     """Return the samples that a run with ``settings`` is trained on.
 
     Where views are kept on disk, the backbone moves to the accelerator's device, and the first
-    process encodes what is missing while the others wait; the folder must be on a disk that all of
-    them see. Arguments and errors are those of :func:`build_views`.
+    process encodes what is missing while the others wait, into a folder that all of them see.
     """
     pairs = TrainingPairs(corpus, settings)
     if not settings.cache_views:
@@ -141,10 +133,9 @@ def build_views(
     called with the views encoded and their number.
 
     Raises:
-        TrainingError: the folder holds other views (the message says what differs), another
-            process is building it, or the tokens do not fit float16.
-        DiskFullError: there is not room for all views, which is checked before anything is
-            encoded, or there is no more.
+        TrainingError: the folder holds other views, another process is building it, or the tokens
+            do not fit float16.
+        DiskFullError: there is not room for all views, which is checked first, or no more.
         FrameError: no video can be read.
         TrainingInterrupted: Ctrl-C.
     """
@@ -160,7 +151,7 @@ def build_views(
         "norm": config.norm,
         "videos": pairs.corpus.digest,
     }
-    refusal = TrainingError(
+    refusal = (
         f"another run is encoding views into {folder}: wait until it is done with them, or use "
         "another folder"
     )
@@ -178,7 +169,7 @@ def build_views(
                 f"the views of {missing} clips take {needed / 1e9:.3f} GB, and {folder} has "
                 f"{free / 1e9:.3f} GB free; keep fewer views, use smaller frames, or another disk"
             )
-        with exclusive(folder, refusal=refusal):
+        with exclusive(folder, refusal=TrainingError(refusal)):
             keep_settings(folder / INDEX_NAME, made_of)
             _encode_missing(folder, pairs, backbone, on_sample)
     return CachedViews(folder, pairs, made_of)
@@ -228,7 +219,7 @@ def _encode_clip(backbone: Backbone, settings: TrainSettings, drawn: Batch) -> T
     if settings.pea == "batch":
         # a view outlives the step it is made in, so its offset cannot be the step's
         settings = dataclasses.replace(settings, pea="sample")
-    parts = zip(drawn.data.split(_AT_ONCE), drawn.seeds.split(_AT_ONCE), strict=True)
+    parts = zip(*(torch.split(each, _AT_ONCE) for each in drawn[:2]), strict=True)
     encoded = [encode(backbone, settings, *part, step=0).to("cpu", torch.float16) for part in parts]
     tokens = torch.cat(encoded)
     if not bool(tokens.isfinite().all()):

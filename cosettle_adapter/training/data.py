@@ -271,7 +271,7 @@ def work_on(
     loader: DataLoader[Any] = DataLoader(
         _Work(work),
         batch_size=None,
-        sampler=items,  # type: ignore[arg-type]  # any iterable will do
+        sampler=items,
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,

@@ -22,7 +22,7 @@ from cosettle_adapter.correspondence import corresponding_patches, soft_correspo
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training.corpus import Video
 from cosettle_adapter.training.data import work_on
-from cosettle_adapter.training.positions import PerturbedPositions, perturbed_positions
+from cosettle_adapter.training.encoding import PerturbedPositions, perturbed_positions
 
 logger = logging.getLogger(__name__)
 

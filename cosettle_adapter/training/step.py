@@ -13,9 +13,9 @@ from torch import nn
 
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import CosettleError
-from cosettle_adapter.training.cached_views import CachedViews, TrainingData
+from cosettle_adapter.training.cached_views import CachedViews
 from cosettle_adapter.training.checkpoint import StepReport
-from cosettle_adapter.training.data import Batch, Key, Plan
+from cosettle_adapter.training.data import Batch, Key, Plan, TrainingPairs
 from cosettle_adapter.training.encoding import encode
 from cosettle_adapter.training.errors import NonFiniteLossError, TrainingError
 from cosettle_adapter.training.head import Head, make_optimizer
@@ -39,7 +39,7 @@ class Stepper:
         self,
         accelerator: Accelerator,
         backbone: Backbone,
-        data: TrainingData,
+        data: TrainingPairs,
         plan: Plan,
         settings: TrainSettings,
         head: Head,

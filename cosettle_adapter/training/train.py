@@ -18,10 +18,9 @@ from torch import Tensor
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.training import checkpoint
-from cosettle_adapter.training.cached_views import TrainingData
 from cosettle_adapter.training.checkpoint import MetricsLog, RunState, StepReport, read_metrics
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.data import Plan, load_batches
+from cosettle_adapter.training.data import Plan, TrainingPairs, load_batches
 from cosettle_adapter.training.encoding import compile_encoder
 from cosettle_adapter.training.errors import TrainingInterrupted, stop_request
 from cosettle_adapter.training.head import Head, new_head
@@ -52,7 +51,7 @@ class Trained(NamedTuple):
 
 def train(
     backbone: Backbone,
-    data: TrainingData,
+    data: TrainingPairs,
     output: str | Path,
     settings: TrainSettings | None = None,
     *,
@@ -132,7 +131,7 @@ class _Run:
         self,
         accelerator: Accelerator,
         backbone: Backbone,
-        data: TrainingData,
+        data: TrainingPairs,
         settings: TrainSettings,
         folder: Path,
         *,

@@ -20,7 +20,7 @@ from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.correspondence import propagate_labels
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training.fit import FitSettings, find_clips, fit_projection, split
-from cosettle_adapter.training.model_selection import (
+from cosettle_adapter.training.fit import (
     Candidate,
     candidates,
     labels,

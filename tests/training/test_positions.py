@@ -20,7 +20,7 @@ from cosettle_adapter.backbones import (
 from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone
 from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.training.positions import (
+from cosettle_adapter.training.encoding import (
     PerturbedPositions,
     join_positions,
     perturb_positions,
