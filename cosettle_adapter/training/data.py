@@ -297,7 +297,7 @@ class _Work(Dataset[Any]):
         except FrameError as error:
             return FrameError(str(error))  # which any process can unpickle
         except (CosettleError, OSError) as error:
-            return error
+            return error.with_traceback(None)  # it would keep decoders open
 
 
 def _as_it_is(result: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -154,9 +155,10 @@ def _extract(settings: PrepareSettings, job: tuple[Video, Path]) -> None:
         if settings.max_frames is not None:
             kept = min(length, settings.max_frames)
             indices = {int((place + 0.5) * length / kept) for place in range(kept)}
-        wanted = (frame for index, frame in enumerate(video.frames()) if index in indices)
-        for number, frame in enumerate(wanted):
-            write_image(frame, part / f"{number:06d}.jpg", settings)
+        number = itertools.count()
+        for index, frame in enumerate(video.frames()):
+            if index in indices:
+                write_image(frame, part / f"{next(number):06d}.jpg", settings)
         if not any(part.iterdir()):
             raise FrameError(f"{video.name} has no frames")
         part.replace(target)
