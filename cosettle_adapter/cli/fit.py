@@ -14,8 +14,8 @@ from rich.table import Table
 from cosettle_adapter.backbones import HubOptions, load_backbone
 from cosettle_adapter.cli.common import Output, console, frame_progress, rate
 from cosettle_adapter.cli.train import print_next, print_skipped
-from cosettle_adapter.training.fit import FitSettings, find_clips, fit_projection
-from cosettle_adapter.training.model_selection import labels
+from cosettle_adapter.training.corpus import Corpus
+from cosettle_adapter.training.fit import FitSettings, fit_projection, labels
 from cosettle_adapter.training.statistics import Layers
 
 _NAMES = {"solvers": "solver", "gaps": "gap"}
@@ -32,7 +32,7 @@ def parse_sets(_: Any, tokens: Sequence[Token]) -> list[Layers]:
 def fit(
     *,
     backbone: str,
-    data: list[Path],
+    data: list[str],
     output: Output,
     settings: Annotated[
         FitSettings,
@@ -61,7 +61,7 @@ def fit(
 
     Args:
         backbone: registered name, timm:TAG or open_clip:ARCHITECTURE/TAG.
-        data: folders of videos.
+        data: folders, lists, patterns or WebDataset shards of videos.
         output: folder to write.
         concatenate: sets of layers to be read together, such as 7+11, to choose from as well; none
             if empty.
@@ -75,13 +75,13 @@ def fit(
         cache_dir: cache in place of HF_HOME.
         offline: never touch the network.
     """
-    out, clips = console(), find_clips(data)
+    out, corpus = console(), Corpus.open(data)
     with out.status(f"loading {backbone}"):
         hub = HubOptions(cache_dir=cache_dir, local_files_only=offline)
         loaded = load_backbone(backbone, weights=backbone_weights, device=device, options=hub)
     sets = None if concatenate is None else tuple(concatenate)
     settings = dataclasses.replace(settings, concatenations=sets, strengths=strengths)
-    about = about_data or ", ".join(folder.name for folder in data)
+    about = about_data or ", ".join(Path(place).name for place in data)
     with frame_progress(out) as progress:
         task = progress.add_task("clips", total=None, rate="")
 
@@ -90,7 +90,7 @@ def fit(
             progress.update(task, completed=done, total=total, rate=speed)
 
         result = fit_projection(
-            loaded, clips, settings, licence=licence, data=about, workers=workers, on_clip=advance
+            loaded, corpus, settings, licence=licence, data=about, workers=workers, on_clip=advance
         )
     if candidates is not None:
         for candidate, projection in result.projections.items():
@@ -103,5 +103,5 @@ def fit(
             table.add_row(names[each], f"{score:.3f}")
         out.print(table)
     out.print(f"layers {names[result.chosen]}", markup=False)
-    print_skipped(out, [(clip.name, reason) for clip, reason in result.skipped.items()])
+    print_skipped(out, list(result.skipped.items()))
     print_next(out, "load it with CoSettleAdapter.from_pretrained('{}')", output)

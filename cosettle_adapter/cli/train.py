@@ -116,18 +116,16 @@ def train(
         options = _continued(options, began.get("options", {}))
         options = dataclasses.replace(options, output=folder, resume=folder)
         settings = _continued(settings, began.get("settings", {}))
-    if not (options.backbone and options.data and options.output):
-        needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
-        missing = ", ".join(name for name, value in needed.items() if not value)
+    needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
+    if missing := ", ".join(name for name, value in needed.items() if not value):
         raise TrainingError(f"missing {missing}: a new run needs all three")
-    parts = options.backbone, options.data, Path(options.output)
     accelerator, output = make_accelerator(options.device), console()
     if not accelerator.is_main_process:
         # The first process reports what happens; the others fail with it in silence.
         logging.getLogger("cosettle_adapter").setLevel(logging.CRITICAL)
         output.quiet = True
     try:
-        _train(*parts, options, settings, accelerator, output)
+        _train(options, settings, accelerator, output)
     except (OSError, ValueError, KeyboardInterrupt) as error:
         if accelerator.is_main_process:
             raise
@@ -138,24 +136,17 @@ def train(
 
 
 def _train(
-    name: str,
-    data: tuple[str, ...],
-    folder: Path,
-    options: TrainOptions,
-    settings: TrainSettings,
-    accelerator: Accelerator,
-    console: Console,
+    options: TrainOptions, settings: TrainSettings, accelerator: Accelerator, console: Console
 ) -> None:
+    name, data, folder = options.backbone or "", options.data or (), Path(options.output or "")
     resume = options.resume is not None
     check_folder(folder, resume=resume, overwrite=options.overwrite)
     corpus = Corpus.open(data)
     validation = Corpus.open(options.validation) if options.validation else None
+    hub = HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline)
     with console.status(f"loading {name}"), accelerator.local_main_process_first():
         backbone = load_backbone(
-            name,
-            weights=options.backbone_weights,
-            stride=options.stride,
-            options=HubOptions(cache_dir=options.cache_dir, local_files_only=options.offline),
+            name, weights=options.backbone_weights, stride=options.stride, options=hub
         )
     begun_with = dataclasses.asdict(options) | {"overwrite": False, "resume": None}
     began: dict[str, Any] = {
@@ -194,9 +185,9 @@ def _train(
         columns = list(trained.figures["raw"])
         titles = [column.replace("_", " ") for column in columns]
         table = Table("projection", *titles, title="Validation", title_justify="left")
-        for name, figures in trained.figures.items():
+        for row, figures in trained.figures.items():
             cells = [figures[column] for column in columns]
-            table.add_row(name, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
+            table.add_row(row, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
         console.print(table)
         console.print(f"chosen by overlap: after step {trained.chosen_step} of {trained.steps}")
     print_skipped(console, [*corpus.problems, *sorted(trained.skipped.items())])
@@ -257,7 +248,7 @@ class TrainingProgress:
         self._console = console
         self._bar = frame_progress(console)
         self._bar.disable = not console.is_terminal
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._line_at = 0.0
         self._rate: float | None = None
 
@@ -270,33 +261,37 @@ class TrainingProgress:
 
     def encoded(self, done: int, total: int) -> None:
         """Show how many views are on disk."""
-        if self._task is None:
-            self._task = self._bar.add_task("encoding", total=total, rate="")
-        speed = rate(done, self._bar.tasks[self._task].elapsed, unit="views")
-        self._bar.update(self._task, completed=done, rate=speed)
+        task = self._task("encoding", total)
+        speed = rate(done, self._bar.tasks[task].elapsed, unit="views")
+        self._bar.update(task, completed=done, rate=speed)
         self._say(f"encoded {done} of {total} views", last=done == total)
 
     def begin(self, samples: int) -> None:
         """Show that the first step is under way; on a CPU it may take minutes."""
-        self._task = self._bar.add_task("first step", total=None, rate="")
+        self._task("first step")
         self._say(f"{samples} samples an epoch; the first step is under way", last=True)
 
     def stepped(self, report: StepReport) -> None:
         """Show a step: loss, cycle accuracy, KL, clips a second."""
-        if self._task is not None and self._rate is None:
+        task = self._task("first step")
+        if self._rate is None:
             # what a resumed run did before does not predict how long the rest takes
-            self._bar.reset(self._task, completed=report.step - 1, total=report.steps)
-        before = report.clips_per_second if self._rate is None else self._rate
-        self._rate = before + _SMOOTHING * (report.clips_per_second - before)
+            self._bar.reset(task, completed=report.step - 1, total=report.steps)
+            self._rate = report.clips_per_second
+        self._rate += _SMOOTHING * (report.clips_per_second - self._rate)
         figures = (
             f"loss {report.loss:.3f}  accuracy {report.accuracy:.3f}  KL {report.kl:.3f}  "
             f"{self._rate:.1f} clips/s"
         )
-        if self._task is not None:
-            epoch = f"epoch {report.epoch}"
-            self._bar.update(self._task, description=epoch, completed=report.step, rate=figures)
-        line = f"step {report.step} of {report.steps}, epoch {report.epoch}: {figures}"
+        epoch = f"epoch {report.epoch}"
+        self._bar.update(task, description=epoch, completed=report.step, rate=figures)
+        line = f"step {report.step} of {report.steps}, {epoch}: {figures}"
         self._say(line, last=report.step == report.steps)
+
+    def _task(self, name: str, total: int | None = None) -> TaskID:
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=total, rate="")
+        return self._tasks[name]
 
     def _say(self, line: str, *, last: bool) -> None:
         now = time.monotonic()

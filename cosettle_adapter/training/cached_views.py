@@ -1,6 +1,6 @@
 """Views kept on disk: a few of each clip, encoded once, for any number of epochs.
 
-``views.json`` says what the views were made of. A clip's views are one file, so that an
+``views.json`` says what the views were made of. A clip's views are one safetensors file, so that an
 interruption costs no more than the clip that was being encoded; of a clip that cannot be read, a
 text file says why.
 """
@@ -8,6 +8,7 @@ text file says why.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -20,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import FrameError
@@ -32,8 +32,8 @@ from cosettle_adapter.training.data import (
     Sample,
     TrainingPairs,
     collate,
-    load_batches,
     seed_of,
+    work_on,
 )
 from cosettle_adapter.training.encoding import compile_encoder, encode
 from cosettle_adapter.training.errors import (
@@ -54,43 +54,39 @@ INDEX_NAME = "views.json"
 _AT_ONCE = 16  # samples encoded at a time
 
 
-class CachedViews(Dataset[Sample]):
+class CachedViews(TrainingPairs):
     """Encoded views of a corpus, read from disk in place of decoding and encoding.
 
-    View ``k`` of a clip is encoded from what :class:`TrainingPairs` draws at that clip's ``k``-th
-    turn, so that the two give the same samples until the views are used up; then they repeat.
-    Positions are perturbed at a place of its own for each view, whether ``pea`` is ``sample`` or
-    ``batch``. Videos that cannot be read are left out for good; ``skipped`` says why.
+    View ``k`` of a clip is what :class:`TrainingPairs` draws at that clip's ``k``-th turn, with
+    positions perturbed at a place of its own whether ``pea`` is ``sample`` or ``batch``; when all
+    were used they repeat. Videos that cannot be read are left out; ``skipped`` says why.
     """
 
     def __init__(self, folder: Path, pairs: TrainingPairs, made_of: Mapping[str, Any]) -> None:
-        self._folder, self._per_clip, self._settings = folder, pairs.pairs_per_clip, pairs.settings
-        self._names = [video.name for video in pairs.corpus.videos]
-        done = _encoded(folder)
-        self._kept = [clip for clip, problem in sorted(done.items()) if not problem]
-        self.clips = len(self._kept)
-        self.skipped = tuple((self._names[clip], why) for clip, why in done.items() if why)
-        described = json.dumps([made_of, self.skipped, self._per_clip])
-        self.digest = hashlib.sha256(described.encode()).hexdigest()
-        if not self._kept:
+        videos, done = pairs.corpus.videos, _encoded(folder)
+        kept = [clip for clip, problem in sorted(done.items()) if not problem]
+        self.skipped = tuple((videos[clip].name, why) for clip, why in done.items() if why)
+        if not kept:
             name, problem = self.skipped[0]
             raise FrameError(
                 f"none of the {pairs.clips} videos can be read; the first of them: {name} "
                 f"({problem})"
             )
+        super().__init__(Corpus(videos[clip] for clip in kept), pairs.settings)
+        self.pairs_per_clip = pairs.pairs_per_clip
+        self._folder, self._numbers, self._made_of = folder, kept, made_of
 
-    def __len__(self) -> int:
-        return self.clips * self._per_clip
-
-    def name(self, index: int) -> str:
-        """Return the name of the video that sample ``index`` was drawn from."""
-        return self._names[self._kept[index // self._per_clip]]
+    @property
+    def digest(self) -> str:
+        """sha256 over what the views were made of, and the samples drawn from each video."""
+        described = json.dumps([self._made_of, self.skipped, self.pairs_per_clip])
+        return hashlib.sha256(described.encode()).hexdigest()
 
     def __getitem__(self, key: Key) -> Sample:
-        place, turn = divmod(key[1], self._per_clip)
-        clip = self._kept[place]
-        view = (key[0] * self._per_clip + turn) % self._settings.cache_views
-        path = _tokens_of(self._folder, clip)
+        place, turn = divmod(key[1], self.pairs_per_clip)
+        clip = self._numbers[place]
+        view = (key[0] * self.pairs_per_clip + turn) % self.settings.cache_views
+        path = self._folder / f"{clip:07d}.safetensors"
         try:
             with safe_open(path, "pt") as file:
                 tokens = file.get_slice("tokens")[view]
@@ -98,10 +94,7 @@ class CachedViews(Dataset[Sample]):
             raise TrainingError(
                 f"{path} cannot be read ({error}); delete it and run the same again"
             ) from error
-        return Sample(tokens, seed_of(self._settings.seed, clip, view))
-
-
-TrainingData = TrainingPairs | CachedViews
+        return Sample(tokens, seed_of(self.settings.seed, clip, view))
 
 
 def open_data(
@@ -112,12 +105,11 @@ def open_data(
     accelerator: Accelerator,
     views_folder: Path,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
-) -> TrainingData:
+) -> TrainingPairs:
     """Return the samples that a run with ``settings`` is trained on.
 
     Where views are kept on disk, the backbone moves to the accelerator's device, and the first
-    process encodes what is missing while the others wait; the folder must be on a disk that all of
-    them see. Arguments and errors are those of :func:`build_views`.
+    process encodes what is missing while the others wait, into a folder that all of them see.
     """
     pairs = TrainingPairs(corpus, settings)
     if not settings.cache_views:
@@ -141,15 +133,13 @@ def build_views(
     called with the views encoded and their number.
 
     Raises:
-        TrainingError: the folder holds other views (the message says what differs), another
-            process is building it, or the tokens do not fit float16.
-        DiskFullError: there is not room for all views, which is checked before anything is
-            encoded, or there is no more; views that are complete are kept.
+        TrainingError: the folder holds other views, another process is building it, or the tokens
+            do not fit float16.
+        DiskFullError: there is not room for all views, which is checked first, or no more.
         FrameError: no video can be read.
-        TrainingInterrupted: Ctrl-C; views that are complete are kept.
+        TrainingInterrupted: Ctrl-C.
     """
-    settings = pairs.settings
-    config = settings.head_config(backbone)
+    settings, config = pairs.settings, pairs.settings.head_config(backbone)
     grid = backbone.grid(settings.size, settings.size)
     names = ("size", "frames", "squash", "cache_views", "pea_ratio", "precision", "seed")
     made_of = {name: getattr(settings, name) for name in names} | {
@@ -161,7 +151,7 @@ def build_views(
         "norm": config.norm,
         "videos": pairs.corpus.digest,
     }
-    refusal = TrainingError(
+    refusal = (
         f"another run is encoding views into {folder}: wait until it is done with them, or use "
         "another folder"
     )
@@ -179,14 +169,10 @@ def build_views(
                 f"the views of {missing} clips take {needed / 1e9:.3f} GB, and {folder} has "
                 f"{free / 1e9:.3f} GB free; keep fewer views, use smaller frames, or another disk"
             )
-        with exclusive(folder, refusal=refusal):
+        with exclusive(folder, refusal=TrainingError(refusal)):
             keep_settings(folder / INDEX_NAME, made_of)
             _encode_missing(folder, pairs, backbone, on_sample)
     return CachedViews(folder, pairs, made_of)
-
-
-def _tokens_of(folder: Path, clip: int) -> Path:
-    return folder / f"{clip:07d}.safetensors"
 
 
 def _encoded(folder: Path) -> dict[int, str]:
@@ -195,38 +181,29 @@ def _encoded(folder: Path) -> dict[int, str]:
     return done | {int(path.stem): path.read_text("utf-8") for path in folder.glob("*.txt")}
 
 
-class _Draws(Dataset[Any]):
-    """A clip's number with all its views, decoded and cropped, or why there are none."""
-
-    def __init__(self, pairs: TrainingPairs) -> None:
-        self._pairs = pairs
-
-    def __getitem__(self, clip: int) -> tuple[int, Batch | str]:
-        try:
-            views = range(self._pairs.settings.cache_views)
-            return clip, collate(self._pairs.draw(clip, views))
-        except FrameError as error:
-            return clip, str(error)
+def _draw_views(pairs: TrainingPairs, clip: int) -> Batch:
+    return collate(pairs.draw(clip, range(pairs.settings.cache_views)))
 
 
 def _encode_missing(
     folder: Path, pairs: TrainingPairs, backbone: Backbone, on_sample: Callable[[int, int], None]
 ) -> None:
     views, done = pairs.settings.cache_views, _encoded(folder)  # another may just have continued
-    keys, count = [[clip] for clip in range(pairs.clips) if clip not in done], len(done)
+    clips, count = [clip for clip in range(pairs.clips) if clip not in done], len(done)
     try:
         with disk_full(
             f"no room is left in {folder} for the views; those that are complete are kept. Make "
             "room and run the same again to continue"
         ):
-            decoded = load_batches(_Draws(pairs), keys, workers=pairs.settings.workers)
-            for ((clip, drawn),) in decoded:
-                if isinstance(drawn, str):
+            draw = functools.partial(_draw_views, pairs)
+            drawn = work_on(draw, clips, workers=pairs.settings.workers)
+            for clip, batch in zip(clips, drawn, strict=True):
+                if isinstance(batch, FrameError):
                     with atomic_path(folder / f"{clip:07d}.txt") as path:
-                        path.write_text(drawn, "utf-8")
+                        path.write_text(str(batch), "utf-8")
                 else:
-                    tokens = _encode_clip(backbone, pairs.settings, drawn)
-                    with atomic_path(_tokens_of(folder, clip)) as path:
+                    tokens = _encode_clip(backbone, pairs.settings, batch)
+                    with atomic_path(folder / f"{clip:07d}.safetensors") as path:
                         save_file({"tokens": tokens}, path)
                 count += 1
                 on_sample(count * views, pairs.clips * views)

@@ -1,8 +1,8 @@
 """The folder of a run: its lock, its checkpoints, its metrics, its result.
 
-A checkpoint is what Accelerate's ``save_state`` writes (``model.safetensors``, ``optimizer.bin``,
-the random states of every process), with ``run.json`` and the best projection so far beside it. It
-is written under a hidden name and renamed once it is complete; then the one before it is removed.
+A checkpoint is what Accelerate's ``save_state`` writes, with ``run.json`` and the best projection
+so far beside it. It is written under a hidden name and renamed once it is complete; then the one
+before it is removed.
 """
 
 from __future__ import annotations
@@ -56,11 +56,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_run(folder: Path) -> RunState:
-    """Read the latest checkpoint of a run, its weights aside.
-
-    Raises:
-        CheckpointError: there is none, or it is not one that this version reads.
-    """
+    """Read the latest checkpoint of a run, its weights aside; :class:`CheckpointError` if none."""
     checkpoint = latest(folder)
     if checkpoint is None:
         raise CheckpointError(
@@ -76,11 +72,7 @@ def read_run(folder: Path) -> RunState:
 def save(
     accelerator: Accelerator, folder: Path, state: RunState, best: Mapping[str, Tensor] | None
 ) -> None:
-    """Write a checkpoint of what ``accelerator`` prepared; all processes call it.
-
-    Raises:
-        DiskFullError: it could not be written; the checkpoint that was there is still complete.
-    """
+    """Write a checkpoint of what ``accelerator`` prepared; all processes call it."""
     final = folder / CHECKPOINTS / f"step_{state.step:08d}"
     part = final.with_name(f".{final.name}")
 
@@ -112,11 +104,7 @@ def save(
 def restore(
     accelerator: Accelerator, folder: Path, config: Mapping[str, Any]
 ) -> tuple[RunState, dict[str, Tensor] | None]:
-    """Load the latest checkpoint into what ``accelerator`` prepared; returns the rest of it.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it belongs to a run with other settings.
-    """
+    """Load the latest checkpoint into what ``accelerator`` prepared; returns the rest of it."""
     state = read_run(folder)
     if differing := differences(state.config, config):
         raise CheckpointError(
@@ -222,10 +210,9 @@ class StepReport(NamedTuple):
 
 
 class MetricsLog:
-    """Appends a line per logged step to ``metrics.jsonl``, and the same to TensorBoard.
+    """Appends lines to ``metrics.jsonl``, and the same to TensorBoard.
 
-    Lines that will come again are removed: those after ``step``, and at step 0, which is measured
-    anew, all of them.
+    Lines after ``step`` are removed, and all at step 0: they will come again.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
@@ -241,6 +228,12 @@ class MetricsLog:
         kept = [line for line in read_metrics(folder) if line["step"] < first]
         with room_for_run(folder), atomic_path(folder / METRICS_FILE) as path:
             path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+
+    def write_step(self, report: StepReport) -> None:
+        """Add a line about a step."""
+        values = report._asdict()
+        del values["steps"]
+        self.write(values.pop("step"), values)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a line; numbers that are not finite become null."""

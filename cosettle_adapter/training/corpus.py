@@ -28,6 +28,8 @@ from cosettle_adapter.video.random_access import count_frames, read_frames
 from cosettle_adapter.video.reader import pending_frames
 from cosettle_adapter.video.selection import PendingFrame
 
+Places = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
 _SHARD = ".tar"
 _LISTS = (".csv", ".lst", ".txt", ".tsv")
 _EXPECTED = (
@@ -40,23 +42,19 @@ _LINES_TRIED = 1000
 
 
 class Video(NamedTuple):
-    """A video file, a folder of images, or a member of a shard."""
+    """A video file, a folder of images, or a member of a shard; all errors are FrameErrors."""
 
     name: str  # path below the corpus, with forward slashes; no two videos have the same
     source: VideoSource
 
     def length(self) -> int:
-        """Count the frames; raises :class:`FrameError` where that shows that they are damaged."""
+        """Count the frames, without decoding them."""
         with self._named():
             images = self._images()
             return count_frames(self.source) if images is None else len(images)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Return the frames at 0-based ``indices`` in that order, ``(T, 3, H, W)`` uint8.
-
-        Raises:
-            FrameError: a frame that does not exist or cannot be read, or frames of several sizes.
-        """
+        """Return the frames at 0-based ``indices`` in that order, ``(T, 3, H, W)`` uint8."""
         with self._named():
             images = self._images()
             if images is None:
@@ -106,7 +104,7 @@ class Corpus:
         self.videos, self.problems = tuple(videos), tuple(problems)
 
     @classmethod
-    def open(cls, data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Corpus:
+    def open(cls, data: Places) -> Corpus:
         """Find videos; folders are listed and headers of shards are read, nothing is decoded.
 
         Args:
@@ -118,12 +116,11 @@ class Corpus:
         Raises:
             FrameError: one of them does not exist, or holds no videos.
         """
-        places = [data] if isinstance(data, (str, os.PathLike)) else list(data)
-        if not places:
-            raise FrameError(f"no data was given; expected {_EXPECTED}")
-        search = _Search()
+        search, places = _Search(), [data] if isinstance(data, (str, os.PathLike)) else data
         for place in places:
             search.add(os.fspath(place))
+        if not search.found:
+            raise FrameError(f"no data was given; expected {_EXPECTED}")
         return cls(search.videos(), search.problems)
 
     def __len__(self) -> int:
@@ -141,14 +138,14 @@ class _Search:
 
     def __init__(self) -> None:
         self.problems: list[tuple[str, str]] = []
-        self._found: list[tuple[Path, VideoSource]] = []
+        self.found: list[tuple[Path, VideoSource]] = []
         self._others: list[str] = []  # files that are no videos
 
     def videos(self) -> Iterator[Video]:
         """Name videos by their paths below what all places have in common, each once."""
-        common = os.path.commonpath([base for base, _ in self._found])
+        common = os.path.commonpath([base for base, _ in self.found])
         seen: set[tuple[str, int]] = set()
-        for _, source in self._found:
+        for _, source in self.found:
             path, start, member = Path(str(source)), 0, ""
             if isinstance(source, FileRange):
                 path, start, member = source.path, source.start, f"/{source.name}"
@@ -165,9 +162,8 @@ class _Search:
 
     def add(self, text: str) -> None:
         """Add the videos that something a user typed means."""
-        count = len(self._found)
-        paths = _paths_of(text)
-        for path in paths:
+        count = len(self.found)
+        for path in _paths_of(text):
             if path.is_dir():
                 self._add_folder(path)
             elif path.suffix.lower() in _LISTS:
@@ -175,7 +171,7 @@ class _Search:
                     self._add_file(listed, path.parent, listed=True)
             else:
                 self._add_file(path, path.parent)
-        if len(self._found) == count:
+        if len(self.found) == count:
             held = ", ".join(sorted(self._others)[:3])
             told = f"{len(self._others)} other files, such as {held}" if held else "nothing"
             told += "".join(f"; {name}: {problem}" for name, problem in self.problems[:1])
@@ -185,7 +181,7 @@ class _Search:
         if path.suffix.lower() == _SHARD:
             self._add_shard(path, base)
         elif listed or is_video(path):
-            self._found.append((base, path))
+            self.found.append((base, path))
         elif not path.name.startswith("."):
             self._others.append(path.name)
 
@@ -194,7 +190,7 @@ class _Search:
 
         A folder of images is a video, unless videos lie in it or below it: then they are previews.
         """
-        count, pictures = len(self._found), list[Path]()
+        count, pictures = len(self.found), list[Path]()
         visited: set[str] = set()  # a link may lead to a folder above it
 
         def unreadable(error: OSError) -> None:
@@ -212,14 +208,14 @@ class _Search:
             for name in names:
                 if not is_image(name):
                     self._add_file(Path(folder, name), root)
-        places = [*pictures, *(Path(str(source)) for _, source in self._found[count:])]
+        places = [*pictures, *(Path(str(source)) for _, source in self.found[count:])]
         occupied = {parent for place in places for parent in place.parents}
-        self._found += [(root, folder) for folder in pictures if folder not in occupied]
-        self._found[count:] = sorted(self._found[count:], key=lambda found: str(found[1]))
+        self.found += [(root, folder) for folder in pictures if folder not in occupied]
+        self.found[count:] = sorted(self.found[count:], key=lambda found: str(found[1]))
 
     def _add_shard(self, path: Path, base: Path) -> None:
         """Add the videos of a shard, or what is wrong with it."""
-        count, others = len(self._found), list[str]()
+        count, others = len(self.found), list[str]()
         try:
             length = path.stat().st_size
             # "r:" and not "r": members of a compressed archive have no position
@@ -229,10 +225,10 @@ class _Search:
                         raise tarfile.ReadError(f"cut off within {member.name}")
                     if is_video(member.name):
                         place = FileRange(path, member.offset_data, member.size, member.name)
-                        self._found.append((base, place))
+                        self.found.append((base, place))
                     else:
                         others.append(member.name)
-            if len(self._found) == count:
+            if len(self.found) == count:
                 held = ", ".join(others[:3]) or "nothing"
                 self.problems.append((str(path), f"it holds no video files, but {held}"))
         except (tarfile.TarError, OSError) as error:
@@ -252,18 +248,15 @@ def _paths_of(text: str) -> list[Path]:
         braces = require("braceexpand", extra="train", purpose="a pattern with braces")
         with contextlib.suppress(braces.UnbalancedBracesError):
             patterns = list(braces.braceexpand(text, escape=False))
-    names = [
-        name
-        for pattern in patterns
-        for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))  # noqa: PTH111, PTH207
-    ]
-    if not names and (patterns != [text] or glob.has_magic(text)):
+    expanded = map(os.path.expanduser, patterns)
+    names = [name for p in expanded for name in sorted(glob.glob(p, recursive=True))]  # noqa: PTH207
+    if names:
+        return [Path(name).absolute() for name in names]
+    if patterns != [text] or glob.has_magic(text):
         raise FrameError(f"pattern {text} matches nothing; expected {_EXPECTED}")
-    if not names:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, [name for name in siblings if not name.startswith(".")])
-        raise FrameError(f"{path} does not exist.{hint} Expected {_EXPECTED}")
-    return [Path(name).absolute() for name in names]
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, [name for name in siblings if not name.startswith(".")])
+    raise FrameError(f"{path} does not exist.{hint} Expected {_EXPECTED}")
 
 
 def read_list(path: Path) -> list[Path]:

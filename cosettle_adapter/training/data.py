@@ -108,15 +108,14 @@ class Batch(NamedTuple):
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a batch."""
     data, seeds, skipped = zip(*samples, strict=True)
-    return Batch(torch.stack(data), torch.tensor(seeds), tuple(each for s in skipped for each in s))
+    return Batch(torch.stack(data), torch.tensor(seeds), sum(skipped, ()))
 
 
 class TrainingPairs(Dataset[Sample]):
-    """Cycles of frames, several per clip and epoch, each a pure function of its key.
+    """Cycles of frames, several per clip and epoch.
 
-    The sample of ``(epoch, index)`` depends on the seed, the clip and how many samples were drawn
-    from that clip before, on nothing else. A video that cannot be read gives way to another one,
-    which the key decides; ``Sample.skipped`` says so.
+    A sample is a function of the seed, the clip and how many samples were drawn from that clip
+    before. A video that cannot be read gives way to another one, which the key decides.
     """
 
     def __init__(self, corpus: Corpus, settings: TrainSettings) -> None:
@@ -181,10 +180,9 @@ def choose_frames(
 ) -> tuple[int, ...]:
     """Draw the 0-based frames of a cycle as the official code does.
 
-    The distance is always ``g = int(gap * length)``; only the place is drawn, uniformly from 1 on
-    (the very first frame is never used). Clips of up to 4 frames, or too short for a distance of
-    one frame, give frames drawn independently of each other. More than two frames follow at that
-    distance, or at the largest equal distance at which they fit.
+    The distance is always ``int(gap * length)``, or the largest at which more than two frames fit;
+    only the place is drawn, uniformly from 1 on (frame 0 is never used). Clips of up to 4 frames,
+    or too short for a distance of one frame, give frames drawn independently of each other.
     """
     if length < 1:
         raise FrameError("the clip has no frames")
@@ -205,12 +203,10 @@ def draw_crop(
 ) -> tuple[int, int, int, int, bool]:
     """Draw a random-resized crop as the official code does: one draw, cut to the frame.
 
-    The share of the frame's area is drawn uniformly from 0.5 to 1, the ratio of width to height
-    from 3/4 to 4/3 uniformly in its logarithm, and a side that is longer than the frame's becomes
-    the frame's. (torchvision draws again instead.)
+    The share of the area is uniform from 0.5 to 1, the logarithm of the ratio of width to height
+    uniform between those of 3/4 and 4/3. (torchvision draws again where a side is too long.)
 
-    Returns:
-        Top, left, height and width in pixels, and whether it is mirrored.
+    Returns top, left, height and width in pixels, and whether it is mirrored.
     """
     draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
     share, shape, down, across, flip = draws
@@ -235,11 +231,9 @@ def squash(frames: Tensor, size: int) -> Tensor:
 def augment(frames: Tensor, settings: TrainSettings, *, generator: torch.Generator) -> Tensor:
     """Give all frames (T, 3, H, W) uint8 of a cycle the same random-resized crop and flip.
 
-    The official code squashes every frame to the square before it crops, so that what the encoder
-    sees of a 16:9 video is narrowed by 1.3 to 2.4. Here the crop is cut from the frame as it is,
-    which narrows by at most 1.54 (4/3 for frames up to 4:3) and keeps the pixels of the crop.
-    Resizing is bicubic with antialiasing and is not clamped, so values overshoot [0, 1] a little
-    beside sharp edges, as they do in the official code.
+    Unlike the official code, which squashes every frame to the square before it crops, the crop is
+    cut from the frame as it is: a 16:9 video is narrowed by at most 1.54 in place of 1.3 to 2.4.
+    Bicubic resizing is not clamped, so values overshoot [0, 1] a little, as in the official code.
     """
     frames = squash(frames, settings.size) if settings.squash else frames
     sides = (settings.size, settings.size)
@@ -253,49 +247,61 @@ def augment(frames: Tensor, settings: TrainSettings, *, generator: torch.Generat
 
 
 def load_batches(
-    data: Dataset[T],
-    keys: Iterable[Sequence[Any]],
-    *,
-    workers: int,
-    collate: Callable[[list[Any]], Any] = list,
-    pin_memory: bool = False,
-) -> Iterator[Any]:
-    """Yield what ``collate`` makes of the samples of each group of keys, in order.
+    data: Dataset[Sample], keys: Iterable[list[Key]], *, workers: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Yield the samples of each list of keys, stacked, in order; an error of one is raised."""
+    work = functools.partial(_batch, data)
+    for batch in work_on(work, keys, workers=workers, pin_memory=pin_memory):
+        if isinstance(batch, FrameError):
+            raise batch
+        yield batch
 
-    An error of a sample is the same whether it was raised here or in a worker.
+
+def _batch(data: Dataset[Sample], keys: list[Key]) -> Batch:
+    return collate([data[key] for key in keys])
+
+
+def work_on(
+    work: Callable[[Any], T], items: Iterable[Any], *, workers: int, pin_memory: bool = False
+) -> Iterator[T | FrameError]:
+    """Yield what ``work`` makes of each item, in order, or the FrameError that it raises.
+
+    Other errors are raised, the same whether they come from here or from a worker process.
     """
     loader: DataLoader[Any] = DataLoader(
-        _ErrorsAsValues(data),
-        batch_sampler=keys,  # type: ignore[arg-type]  # any iterable will do
+        _Work(work),
+        batch_size=None,
+        sampler=items,
         num_workers=workers,
-        collate_fn=functools.partial(_collate_unless_failed, collate),
+        collate_fn=_as_it_is,
         pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts,
         # the loader's own draw stays out of the global state, which checkpoints hold
         generator=torch.Generator().manual_seed(0),
     )
-    for fetched in loader:
-        if isinstance(fetched, Exception):
-            raise fetched
-        yield fetched
+    for result in loader:
+        if isinstance(result, Exception) and not isinstance(result, FrameError):
+            raise result
+        yield result
 
 
-class _ErrorsAsValues(Dataset[Any]):
-    """An error as a value: raised, the loader would make a printed traceback of it."""
+class _Work(Dataset[Any]):
+    """Errors are values: of a raised one the loader would make a printed traceback."""
 
-    def __init__(self, data: Dataset[Any]) -> None:
-        self._data = data
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self._work = work
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, item: Any) -> Any:
         try:
-            return self._data[key]
+            return self._work(item)
+        except FrameError as error:
+            return FrameError(str(error))  # which any process can unpickle
         except (CosettleError, OSError) as error:
-            return error
+            return error.with_traceback(None)  # it would keep decoders open
 
 
-def _collate_unless_failed(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
-    failed = next((sample for sample in samples if isinstance(sample, Exception)), None)
-    return collate(samples) if failed is None else failed
+def _as_it_is(result: Any) -> Any:
+    return result
 
 
 def _leave_interrupts(worker: int) -> None:

@@ -1,26 +1,37 @@
-"""Views of clips through a frozen backbone: plain ones, then ones with perturbed positions."""
+"""Views of clips through a frozen backbone: plain ones, and ones under the paper's PEA.
+
+Positions under PEA (section 3.2) do not tell patches where they are. Absolute ones are those of a
+crop of the zoomed grid, rotary ones the angles at the places of that crop; an encoder without
+positions to replace sees the picture moved instead.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cosettle_adapter.backbones import Backbone
+from cosettle_adapter.backbones import Backbone, Positions, VisionTransformerBackbone
+from cosettle_adapter.errors import GeometryError
 from cosettle_adapter.training.data import generator_of
-from cosettle_adapter.training.positions import join_positions, perturbed_positions
 from cosettle_adapter.training.settings import TrainSettings
+
+Grid = tuple[int, int]
+
+_SHRINK = 2.0**-20
+_FREQUENCIES = {"bands": _SHRINK, "inv_freq": _SHRINK, "freqs": _SHRINK, "periods": 1 / _SHRINK}
+_CLOSE = 1e-3
 
 
 def draw_offsets(settings: TrainSettings, *, step: int, sample_seeds: Tensor) -> Tensor:
-    """Draw where the zoomed grid of positions is cropped.
+    """Draw where the zoomed grid of positions is cropped: ``(1 or B, 2)`` float64 in [0, 1).
 
-    One place per step is a function of the run's seed and ``step``; one per sample is a function
-    of that sample's own seed ``(B,)``. So neither depends on how samples are spread over processes,
-    accumulated or resumed.
-
-    Returns:
-        ``(1, 2)``, or ``(B, 2)`` for ``sample``: float64 in [0, 1), on the CPU.
+    One place per step is a function of the run's seed and ``step``, one per sample of its seed.
     """
     generators = [generator_of("pea", settings.seed, step)]
     if settings.pea == "sample":
@@ -34,49 +45,33 @@ def encode(
 ) -> Tensor:
     """Encode frames as they are, and all but the last once more with perturbed positions.
 
-    All views go through the backbone in one pass. With ``pea`` off there are only the first.
-
-    Args:
-        backbone: the frozen encoder.
-        settings: the layers that are read, precision and perturbation.
-        frames: ``(B, T, 3, H, W)`` floating point, RGB with 0 for black and 1 for white; what
-            bicubic resizing leaves outside [0, 1] is kept. Normalised here.
-        sample_seeds: ``(B,)``, of the offsets of positions.
-        step: optimiser steps taken so far.
+    ``frames`` are ``(B, T, 3, H, W)`` floating point RGB, about in [0, 1]; normalised here.
 
     Returns:
         Tokens ``(B, I, N, C)`` on the backbone's device: of the T frames, then of the T - 1
-        perturbed ones; ``N = h * w``, row by row.
-
-    Raises:
-        GeometryError: sides that do not fit the backbone.
+        perturbed ones, unless ``pea`` is off; ``N = h * w``, row by row.
     """
-    clips, length = frames.shape[:2]
+    config, dtype = settings.head_config(backbone), getattr(torch, settings.precision)
     frames = frames.to(backbone.device, non_blocking=True).float()
     mean, std = (frames.new_tensor(each) for each in (backbone.row.mean, backbone.row.std))
     frames = (frames - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
     grid = backbone.grid(frames.shape[-2], frames.shape[-1])
-    images = rearrange(frames, "b t c h w -> (b t) c h w")
-    positions = None
-    if settings.pea != "off":
-        offsets = draw_offsets(settings, step=step, sample_seeds=sample_seeds)
-        perturbed = perturbed_positions(backbone, grid, offsets, ratio=settings.pea_ratio)
-        variant = torch.arange(1, len(offsets) + 1).expand(clips)  # 0 is the backbone's own
-        own = torch.zeros(len(images), dtype=torch.int64)
-        index = torch.cat([own, repeat(variant, "b -> (b t)", t=length - 1)])
-        again = rearrange(frames[:, :-1], "b t c h w -> (b t) c h w")
-        images = torch.cat([images, again])
-        positions = join_positions(backbone.positions(grid), perturbed, index)
-    config = settings.head_config(backbone)
-    dtype = getattr(torch, settings.precision)
-    with torch.autocast(backbone.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        maps = backbone.intermediate_tokens(
-            images, config.layers, norm=config.norm, positions=positions
-        )
-    tokens = rearrange(torch.cat(maps, dim=1), "b c h w -> b (h w) c")
-    forward = rearrange(tokens[: clips * length], "(b t) n c -> b t n c", b=clips)
-    backward = rearrange(tokens[clips * length :], "(b t) n c -> b t n c", b=clips)
-    return torch.cat([forward, backward], dim=1)
+
+    def tokens(frames: Tensor, positions: PerturbedPositions | None = None) -> Tensor:
+        images = rearrange(frames, "b t c h w -> (b t) c h w")
+        with torch.autocast(backbone.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            maps = backbone.intermediate_tokens(
+                images, config.layers, norm=config.norm, positions=positions
+            )
+        return rearrange(torch.cat(maps, dim=1), "(b t) c h w -> b t (h w) c", b=len(frames))
+
+    if settings.pea == "off":
+        return tokens(frames)
+    offsets = draw_offsets(settings, step=step, sample_seeds=sample_seeds)
+    if len(offsets) > 1:
+        offsets = repeat(offsets, "b yx -> (b t) yx", t=frames.shape[1] - 1)
+    perturbed = perturbed_positions(backbone, grid, offsets, ratio=settings.pea_ratio)
+    return torch.cat([tokens(frames), tokens(frames[:, :-1], perturbed)], dim=1)
 
 
 def compile_encoder(backbone: Backbone, *, backend: str = "inductor") -> None:
@@ -84,13 +79,190 @@ def compile_encoder(backbone: Backbone, *, backend: str = "inductor") -> None:
 
     An encoder without blocks is compiled whole. What is compiled already stays as it is.
     """
-    blocks = [
-        block
-        for module in backbone.modules()
-        for name, group in module.named_children()
-        if name == "blocks"
-        for block in group.children()
-    ]
+    groups = [m for name, m in backbone.named_modules() if name.split(".")[-1] == "blocks"]
+    blocks = [block for group in groups for block in group.children()]
     for module in blocks or backbone.children():
         if module._compiled_call_impl is None:
             module.compile(backend=backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerturbedPositions(Positions):
+    """Positions of their own for each image, or the same for all: a leading dimension of B or 1.
+
+    ``shift`` ``(1 or B, 2)`` are rows and columns of patches by which the picture is moved down and
+    right, round the edges, before it is encoded; the map is moved back.
+    """
+
+    shift: Tensor | None = None
+
+    def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
+        """Nothing to check: they are made below, for the backbone and grid at hand."""
+
+    def rotations(self) -> Any:
+        """``(1 or B, 1, h * w, 2 D)``, or ``(depth, 1 or B, heads, h * w, 2 D)``."""
+        if self.rotary is None:
+            return None
+        if self.rotary.ndim == 3:
+            return rearrange(self.rotary, "b n d -> b 1 n d")
+        return rearrange(self.rotary, "b depth heads n d -> depth b heads n d")
+
+    def before(self, images: Tensor, backbone: Backbone) -> Tensor:
+        """Move the images by whole patches."""
+        if self.shift is None:
+            return images
+        if backbone.stride != backbone.patch:
+            raise GeometryError(
+                "pictures cannot be moved by whole patches where these overlap (patch "
+                f"{backbone.patch}, stride {backbone.stride}); leave the stride out"
+            )
+        return _roll(images, self.shift * backbone.patch)
+
+    def after(self, tokens: Tensor) -> Tensor:
+        """Move maps back."""
+        return tokens if self.shift is None else _roll(tokens, -self.shift)
+
+
+def perturbed_positions(
+    backbone: Backbone, grid: Grid, offsets: Tensor, *, ratio: float = 10.0
+) -> PerturbedPositions:
+    """Return positions that do not tell patches where they are.
+
+    A transformer without positions is left as it is. Feature maps know places by zero padding and
+    windows, so the picture is moved, round the edges, by up to ``ratio / (1 + ratio)`` of a side,
+    as a crop of the zoomed grid would be, and maps are moved back.
+
+    Args:
+        backbone: the encoder.
+        grid: ``(h, w)`` of the images.
+        offsets: ``(1 or B, 2)`` in [0, 1), where in the zoomed grid to crop: (row, column) as a
+            share of the places there are.
+        ratio: by how much more than once the grid is zoomed; 0 changes nothing.
+    """
+    if not isinstance(backbone, VisionTransformerBackbone):
+        corners = zip(crop_corners(offsets, grid, ratio), grid, strict=True)
+        moved = [corner * side // zoomed_side(side, ratio) for corner, side in corners]
+        return PerturbedPositions(shift=torch.stack(moved, dim=1).to(backbone.device))
+    absolute, rotary = backbone.positions(grid).absolute, None
+    if absolute is not None:
+        absolute = perturb_positions(
+            absolute, offsets, grid=grid, prefix=backbone.prefix_positions, ratio=ratio
+        )
+    if backbone.rope is not None:
+        angles = rotary_angles(backbone.rope[0], grid)
+        rotary = perturb_rotary(angles, offsets, grid=grid, ratio=ratio, device=backbone.device)
+    return PerturbedPositions(absolute, rotary)
+
+
+def perturb_positions(
+    positions: Tensor, offsets: Tensor, *, grid: Grid, prefix: int, ratio: float = 10.0
+) -> Tensor:
+    """Perturb absolute positions: zoom into the grid, crop a grid out of that.
+
+    ``interpolate_and_crop_pos_embed`` in each model of the official code: the grid is resized to
+    ``int((1 + ratio) * side)`` patches a side, bicubic without antialiasing. ``positions``
+    ``(1, prefix + h * w, C)`` become ``(B, prefix + h * w, C)`` of at least float32; those of class
+    and register tokens, the first ``prefix``, stay.
+    """
+    precise = positions if positions.dtype == torch.float64 else positions.float()
+    leading, patches = precise[:, :prefix], precise[0, prefix:]
+    rows, columns = (
+        _zoom_weights(side, ratio, precise.dtype)[first[:, None] + torch.arange(side)].to(
+            precise.device
+        )
+        for side, first in zip(grid, crop_corners(offsets, grid, ratio), strict=True)
+    )
+    # Bicubic resizing is separable, so only what the crops need is computed.
+    with torch.autocast(precise.device.type, enabled=False):
+        patches = rearrange(patches, "(h w) c -> h w c", h=grid[0])
+        cropped = torch.einsum(
+            "bih,bhjc->bijc", rows, torch.einsum("bjw,hwc->bhjc", columns, patches)
+        )
+    cropped = rearrange(cropped, "b h w c -> b (h w) c")
+    return torch.cat([leading.expand(len(cropped), -1, -1), cropped], dim=1)
+
+
+def _zoom_weights(side: int, ratio: float, dtype: torch.dtype) -> Tensor:
+    """``(zoomed, side)``: what torch's bicubic zoom takes of each patch, on the CPU."""
+    patches = rearrange(torch.eye(side, dtype=dtype), "c side -> 1 c side 1")
+    size = (zoomed_side(side, ratio), 1)
+    zoomed = F.interpolate(patches, size=size, mode="bicubic", align_corners=False)
+    return rearrange(zoomed, "1 c zoomed 1 -> zoomed c")
+
+
+def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
+    """Return the angles by which a timm embedding rotates, which its sines and cosines hide.
+
+    Sines and cosines tell angles apart only within one turn. So they are taken of an embedding
+    whose frequencies are a million times lower, where every angle is small. Returns float64 radians
+    ``(h * w, D)``, or ``(depth, heads, h * w, D)`` where blocks differ.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        slow: Any = copy.deepcopy(rope)
+        for name, tensor in (*slow.named_parameters(), *slow.named_buffers()):
+            if name in _FREQUENCIES:
+                tensor.mul_(_FREQUENCIES[name])
+        sines, cosines = slow.get_embed(shape=list(grid)).double().chunk(2, dim=-1)
+        angles = torch.atan2(sines, cosines) / _SHRINK
+        true: Any = rope
+        embedded = true.get_embed(shape=list(grid)).double()
+    if not torch.allclose(torch.cat([angles.sin(), angles.cos()], -1), embedded, atol=_CLOSE):
+        raise ValueError(
+            f"rotary positions of {type(rope).__name__} cannot be perturbed: this version of timm "
+            "stores their frequencies in a way that is not known here"
+        )
+    return angles
+
+
+def perturb_rotary(
+    angles: Tensor, offsets: Tensor, *, grid: Grid, ratio: float, device: torch.device
+) -> Tensor:
+    """Rotate by the coordinates of a crop of the zoomed grid, as :func:`perturb_positions` does.
+
+    Patch ``k`` of the zoomed grid lies at ``(k + 0.5) / zoom - 0.5`` of the grid in use, and angles
+    ``(..., h * w, D)`` are linear between (and beyond) patches, so nothing is interpolated. Returns
+    ``(B, ..., h * w, 2 D)`` float32 on ``device``, sines then cosines.
+    """
+    patches = rearrange(angles.double(), "... (h w) d -> ... h w d", h=grid[0])
+    first_row, first_column = crop_corners(offsets, grid, ratio)
+    down = _along(patches[..., :, 0, :], first_row, grid[0], ratio)
+    across = _along(patches[..., 0, :, :], first_column, grid[1], ratio) - patches[..., 0, :1, :]
+    down = rearrange(down, "b ... h d -> b ... h 1 d")
+    across = rearrange(across, "b ... w d -> b ... 1 w d")
+    # Angles of a sum: only rows and columns need float64, and only they travel to the device.
+    sin_y, cos_y, sin_x, cos_x = (
+        table.to(device, torch.float32)
+        for table in (down.sin(), down.cos(), across.sin(), across.cos())
+    )
+    rotary = torch.cat([sin_y * cos_x + cos_y * sin_x, cos_y * cos_x - sin_y * sin_x], dim=-1)
+    return rearrange(rotary, "b ... h w d -> b ... (h w) d")
+
+
+def _along(angles: Tensor, first: Tensor, side: int, ratio: float) -> Tensor:
+    """Angles ``(..., side, D)`` of a row or column at places of crops: ``(B, ..., side, D)``."""
+    zoom = side / zoomed_side(side, ratio)
+    patches = rearrange(first.double(), "b -> b 1") + torch.arange(side) + 0.5
+    places = (patches * zoom - 0.5).to(angles.device)
+    # One row has no slope; that shifts all patches alike.
+    slope = (angles[..., -1, :] - angles[..., 0, :]) / max(side - 1, 1)
+    places = rearrange(places, f"b side -> b {'1 ' * (angles.ndim - 2)}side 1")
+    return angles[..., :1, :] + places * rearrange(slope, "... d -> ... 1 d")
+
+
+def crop_corners(offsets: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor]:
+    """First row and first column of each crop in the zoomed grid: two ``(B,)`` int64."""
+    sides = torch.tensor(grid)
+    zoomed = torch.tensor([zoomed_side(side, ratio) for side in grid])
+    first_row, first_column = (offsets.cpu().double() * (zoomed - sides + 1)).long().unbind(1)
+    return first_row, first_column
+
+
+def zoomed_side(side: int, ratio: float) -> int:
+    """Patches a side after zooming: 14 become 154 at the paper's ratio of 10."""
+    return int((1 + ratio) * side)
+
+
+def _roll(images: Tensor, shift: Tensor) -> Tensor:
+    """Move each of ``(B, C, H, W)`` down and right by its ``(B or 1, 2)``, round the edges."""
+    moved = zip(images, shift.expand(len(images), 2).tolist(), strict=True)
+    return torch.stack([image.roll(by, dims=(1, 2)) for image, by in moved])

@@ -27,7 +27,7 @@ _IMPATIENT_AFTER = 1.0  # seconds after which another Ctrl-C is meant; launchers
 
 
 class TrainingError(CosettleError, ValueError):
-    """Training that cannot begin, or cannot continue."""
+    """Training that cannot begin or continue."""
 
 
 class NonFiniteLossError(TrainingError):
@@ -91,10 +91,7 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[Callable[[], bool]]:
-    """Catch SIGINT and SIGTERM; yields a function that tells whether one came.
-
-    A second Ctrl-C raises ``KeyboardInterrupt`` at once. Only the main thread gets signals.
-    """
+    """Catch SIGINT and SIGTERM, but a second Ctrl-C; yields what tells whether one came."""
     first: list[float] = []
 
     def receive(number: int, frame: FrameType | None) -> None:

@@ -42,16 +42,10 @@ def new_head(config: ProjectionConfig, *, init: str, seed: int) -> Projection:
     """Make the projection that training starts from.
 
     ``init`` is ``random``, ``identity``, or a folder with a projection for the same backbone,
-    layers and norm: of the same kind and activation, or affine. An affine map ``y = W x + b`` (the
-    identity, or a closed-form projection) becomes a head with Tanh and LayerNorm approximately: the
-    first matrix is ``0.1 W``, further ones are identities, so that Tanh stays where it is a
-    straight line, and LayerNorm takes the 0.1 away again. What comes out is ``y`` with each token's
-    mean over channels removed and its variance set to 1, for ``y`` of about unit variance, as
-    ``cosettle-adapter fit`` scales it.
-
-    Raises:
-        TrainingError: the folder's projection is another's; everything that differs is named.
-        ProjectionFormatError: the folder holds no projection.
+    layers and norm: of the same kind and activation, or affine. Of an affine map ``y = W x + b`` a
+    head with Tanh and LayerNorm computes about the LayerNorm of ``y``, if that has about unit
+    variance: its first matrix is ``0.1 W``, further ones are identities, so that Tanh stays where
+    it is a straight line, and LayerNorm takes the 0.1 away again.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "head"))

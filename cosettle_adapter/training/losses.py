@@ -34,18 +34,10 @@ def objective(
     grid: tuple[int, int],
     settings: TrainSettings,
 ) -> Losses:
-    """Compute the losses of a head on a batch of views.
+    """Compute the losses of a head on views ``(B, I, N, C)``, as ``encode`` returns them.
 
-    All views are projected in one call (so that a module wrapped for data-parallel training is
-    called once per pass), scaled to unit length and compared in float32, under autocast as well.
-    Gradients reach what ``project`` is made of, never the tokens.
-
-    Args:
-        project: the head: tokens ``(..., C)`` to ``(..., C)``.
-        tokens: ``(B, I, N, C)`` of the frames of cycles, then of all but the last with perturbed
-            positions; without these, which are then the plain ones, if ``pea`` is off.
-        grid: ``(h, w)`` of the N tokens.
-        settings: frames, temperatures, weight, pool and pea.
+    All views are projected in one call, which a module wrapped for data-parallel training needs,
+    and compared in float32, under autocast as well. Gradients never reach the tokens.
     """
     with torch.autocast(tokens.device.type, enabled=False):
         if settings.pea == "off":
@@ -81,19 +73,14 @@ def cycle_consistency_loss(
     loss and accuracy are means over ``k`` from 2 to ``T``.
 
     Args:
-        forward: ``(B, T, N, C)`` unit vectors of the frames' plain views, ``T`` at least 2 and
-            ``N = h * w``, row by row.
+        forward: ``(B, T, N, C)`` unit vectors of the frames' plain views.
         backward: ``(B, T - 1, N, C)`` unit vectors of perturbed views of all frames but the last.
-        grid: ``(h, w)``. Rows and columns that do not fill a window are left out, at the bottom
-            and on the right.
+        grid: ``(h, w)``; rows and columns at its end that do not fill a window are left out.
         temperature: ``t``.
-        pool: patches averaged along each side.
+        pool: patches averaged along each side, at most the grid's shorter one.
 
     Returns:
         The loss, and the share of places from which the likeliest walk returns, in [0, 1].
-
-    Raises:
-        TrainingError: a window larger than the grid.
     """
     if pool > min(grid):
         raise TrainingError(
@@ -126,9 +113,7 @@ def semantic_separability_loss(original: Tensor, projected: Tensor) -> Tensor:
     The paper's semantic separability regularisation (section 3.3; ``forward_kl_loss`` in the
     official code): ``KL(softmax(original) || softmax(projected))`` of unit vectors ``(B, ..., C)``,
     summed over all tokens of all views and divided by ``B``. Softmaxes of unit vectors are nearly
-    uniform, so for vectors near each other each token adds ``(1 - cos) / C``: at 3 views of 196
-    tokens and width 768, ``0.766 (1 - cos)``. Longer clips and larger grids weigh more, narrower
-    backbones too.
+    uniform, so each token adds about ``(1 - cos) / C``.
     """
     return F.kl_div(
         F.log_softmax(projected, dim=-1), F.softmax(original, dim=-1), reduction="batchmean"

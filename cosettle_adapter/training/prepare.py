@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from einops import rearrange
-from torch.utils.data import Dataset
 
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.io import atomic_path
-from cosettle_adapter.training.corpus import Corpus, Video
-from cosettle_adapter.training.data import load_batches
+from cosettle_adapter.training.corpus import Corpus, Places, Video
+from cosettle_adapter.training.data import work_on
 from cosettle_adapter.training.errors import TrainingError, disk_full, keep_settings
 from cosettle_adapter.video.files import is_video
 from cosettle_adapter.video.selection import PendingFrame
 
 SKIPPED_NAME = "skipped.txt"
 SETTINGS_NAME = "prepared.json"
-
-_CRASHED = "its decoder crashed the process that read it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ class PrepareSettings:
 
 
 def prepare(
-    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    data: Places,
     output: str | os.PathLike[str],
     settings: PrepareSettings | None = None,
     *,
@@ -69,14 +67,9 @@ def prepare(
     """Extract the frames of a corpus, in the layout that it has: ``<class>/<video>/000000.jpg``.
 
     A folder appears under its name once all its frames are there, so a run that was stopped is
-    resumed by the same call.
-
-    Args:
-        data: as for :meth:`Corpus.open`.
-        output: a new or empty folder, or one that the same settings were used on before.
-        settings: see :class:`PrepareSettings`.
-        workers: processes that decode; 0 decodes in this one.
-        on_video: called with the videos done and their number.
+    resumed by the same call. ``data`` is what :meth:`Corpus.open` takes, ``output`` a new or empty
+    folder, or one that the same settings were used on; ``on_video`` is called with the videos done
+    and their number.
 
     Returns:
         The number of videos whose frames are there, and the videos and shards that could not be
@@ -101,22 +94,22 @@ def prepare(
         raise TrainingError(f"{folder} is not empty (it holds {held.name}); choose another folder")
     keep_settings(folder / SETTINGS_NAME, dataclasses.asdict(settings))
     names = folder_names([video.name for video in corpus.videos])
-    jobs = [Job(v, folder / n, settings) for v, n in zip(corpus.videos, names, strict=True)]
-    missing = [job for job in jobs if not job.target.is_dir()]
-    done, skipped = len(jobs) - len(missing), list(corpus.problems)
-    on_video(done, len(jobs))
+    targets = [folder / name for name in names]
+    jobs = [job for job in zip(corpus.videos, targets, strict=True) if not job[1].is_dir()]
+    done, skipped = len(corpus) - len(jobs), list(corpus.problems)
+    on_video(done, len(corpus))
     with disk_full(
         f"no room is left in {folder}; the videos that are complete are kept. Make room and run "
         "the same again to continue"
     ):
-        extracted = load_batches(_Extraction(), [[job] for job in missing], workers=workers)
+        extracted = work_on(functools.partial(_extract, settings), jobs, workers=workers)
         try:
-            for job, (problem,) in zip(missing, extracted, strict=True):
-                skipped += [(job.video.name, problem)] if problem else []
+            for (video, _), problem in zip(jobs, extracted, strict=True):
+                skipped += [(video.name, str(problem))] if problem else []
                 done += 1
-                on_video(done, len(jobs))
+                on_video(done, len(corpus))
         except RuntimeError as error:  # of the loader: one of its processes ended
-            begun = [job.video.name for job in missing if job.temporary.is_dir()]
+            begun = [video.name for video, target in jobs if _unfinished(target).is_dir()]
             raise TrainingError(
                 f"a decoder crashed on {' or '.join(begun)}; move it away and run the same again"
             ) from error
@@ -124,11 +117,11 @@ def prepare(
         with atomic_path(folder / SKIPPED_NAME) as path:
             lines = (f"{name}\t{' '.join(problem.split())}\n" for name, problem in skipped)
             path.write_text("".join(lines), "utf-8")
-    count = sum(job.target.is_dir() for job in jobs)
+    count = sum(target.is_dir() for target in targets)
     if not count:
-        name, problem = skipped[0]
+        name, why = skipped[0]
         raise FrameError(
-            f"none of the {len(jobs)} videos can be read; the first of them: {name} ({problem})"
+            f"none of the {len(corpus)} videos can be read; the first of them: {name} ({why})"
         )
     return count, skipped
 
@@ -146,56 +139,40 @@ def folder_names(videos: Sequence[str]) -> list[str]:
     return [re.sub(r"(^|/)\.", r"\1_", name.as_posix()) for name in names]
 
 
-class Job(NamedTuple):
-    """A video and the folder that its images go to."""
+def _unfinished(target: Path) -> Path:
+    return target.with_name(f".{target.name}.part")
 
-    video: Video
-    target: Path
-    settings: PrepareSettings
 
-    @property
-    def temporary(self) -> Path:
-        """Where the images lie until they are complete."""
-        return self.target.with_name(f".{self.target.name}.part")
-
-    def extract(self) -> str:
-        """Write the frames; return why there are none, or nothing."""
-        if self.target.is_dir():
-            return ""
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        try:
-            self.temporary.mkdir(parents=True)
-            for number, frame in enumerate(self._wanted()):
-                self._write(frame, number)
-            if not any(self.temporary.iterdir()):
-                return f"{self.video.name} has no frames"
-            self.temporary.replace(self.target)
-            return ""
-        except FrameError as error:
-            return str(error)
-        finally:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def _wanted(self) -> Iterator[PendingFrame]:
-        length, chosen = self.video.length(), slice(0, None, self.settings.every)
-        indices = set(range(length)[chosen])
-        if self.settings.max_frames is not None:
-            kept = min(length, self.settings.max_frames)
+def _extract(settings: PrepareSettings, job: tuple[Video, Path]) -> None:
+    """Write the frames of a video into a folder that appears once it is complete."""
+    video, target = job
+    part = _unfinished(target)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        length = video.length()
+        indices = set(range(0, length, settings.every))
+        if settings.max_frames is not None:
+            kept = min(length, settings.max_frames)
             indices = {int((place + 0.5) * length / kept) for place in range(kept)}
-        return (frame for index, frame in enumerate(self.video.frames()) if index in indices)
-
-    def _write(self, frame: PendingFrame, number: int) -> None:
-        purpose = "writing image files"
-        image_module = imports.require("PIL.Image", extra="train", purpose=purpose)
-        pixels = rearrange(frame.load(), "c h w -> h w c").contiguous().numpy()
-        image = image_module.fromarray(pixels)
-        scale = self.settings.size / min(image.size)
-        if scale < 1:
-            sides = [max(1, round(side * scale)) for side in image.size]
-            image = image.resize(sides, image_module.Resampling.BICUBIC)
-        image.save(self.temporary / f"{number:06d}.jpg", quality=self.settings.quality)
+        number = itertools.count()
+        for index, frame in enumerate(video.frames()):
+            if index in indices:
+                write_image(frame, part / f"{next(number):06d}.jpg", settings)
+        if not any(part.iterdir()):
+            raise FrameError(f"{video.name} has no frames")
+        part.replace(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-class _Extraction(Dataset[str]):
-    def __getitem__(self, job: Job) -> str:
-        return job.extract()
+def write_image(frame: PendingFrame, path: Path, settings: PrepareSettings) -> None:
+    """Write a frame as a JPEG file, made smaller if it is larger than the settings want."""
+    image_module = imports.require("PIL.Image", extra="train", purpose="writing image files")
+    pixels = rearrange(frame.load(), "c h w -> h w c").contiguous().numpy()
+    image = image_module.fromarray(pixels)
+    scale = settings.size / min(image.size)
+    if scale < 1:
+        sides = [max(1, round(side * scale)) for side in image.size]
+        image = image.resize(sides, image_module.Resampling.BICUBIC)
+    image.save(path, quality=settings.quality)

@@ -24,9 +24,6 @@ _PATIENCE = datetime.timedelta(days=1)
 def make_accelerator(device: str = "auto") -> Accelerator:
     """Return the Accelerator of this process, launched by accelerate, torchrun or plain python.
 
-    Mixed precision is left to the loop, which applies it to the encoder alone, whatever the
-    launcher says.
-
     Args:
         device: ``auto`` for a GPU where there is one, ``cpu``, or a torch device; with several
             processes without a number, since each takes its own.
@@ -70,10 +67,9 @@ def make_accelerator(device: str = "auto") -> Accelerator:
 
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:
     """Return every process's ``value``, in order of rank."""
-    if accelerator.num_processes == 1:
-        return [value]
-    values: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(values, value)
+    values: list[Any] = [value] * accelerator.num_processes
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
     return values
 
 

@@ -38,11 +38,8 @@ class TrainSettings:
 
     The defaults are the paper's, with these differences: ``pea`` and ``squash``, 128 samples per
     step in one process where the paper has 512 in four, and on small corpora ``pairs_per_clip``
-    and ``base_lr``. ``pea="sample"`` estimates the same loss as ``"batch"`` at the same cost, and
-    its gradient varies less from step to step: by 9 to 13 % at 32 clips and by half at 256
-    (DINOv2-S on rendered clips).
-
-    Only the encoder runs in half precision, and no gradient passes through it.
+    and ``base_lr``. ``pea="sample"`` estimates the same loss as ``"batch"`` with a gradient that
+    varies less. Only the encoder runs in half precision.
 
     Attributes:
         temperatures: of the softmaxes in the cycle; its loss and accuracy are means over them.
@@ -61,28 +58,22 @@ class TrainSettings:
         betas: AdamW's.
         warmup_epochs: linear warm-up from 0, in epochs, followed by a half cosine to 0; by default
             one epoch, or a fifth of a run of fewer than five.
-        layers: 0-based layers to read, negative from the end, concatenated along the channels; by
-            default the backbone's own.
-        norm: apply the final norm; by default as the backbone's row says for the last layer, and
-            not for earlier ones.
+        layers: 0-based layers to read together, negative from the end; the backbone's by default.
+        norm: apply the final norm; by default to the last layer, where the backbone's row says so.
         head: kind of the projection.
         activation: its nonlinearity.
-        init: random (an affine head starts as the identity), identity, or a projection folder to
-            start from.
+        init: random (of an affine head the identity), identity, or a projection folder.
         frames: frames of a cycle; the paper's is 2.
         size: side of the square frames in pixels.
-        squash: squash frames to the square before cropping, as the official code does, instead of
-            keeping their aspect ratio.
+        squash: squash frames to the square before cropping, as the official code does.
         pairs_per_clip: samples drawn from each clip in an epoch; by default as many as make epochs
             of about 2,000 samples.
-        cache_views: encoded views per clip that are kept on disk and used over and over; 0 decodes
-            and encodes new ones all the time.
+        cache_views: encoded views per clip that are kept on disk and repeat; 0 keeps none.
         precision: of the encoder's arithmetic.
         compile: run the encoder through torch.compile.
         seed: of everything that is drawn at random.
         workers: processes that decode videos; 0 decodes between steps. Does not change a result.
-        save_every: steps between checkpoints; there is one at least every five minutes and at
-            the end of each epoch in any case.
+        save_every: steps between checkpoints; every five minutes and epoch there is one anyway.
         log_every: steps between lines of metrics.jsonl.
     """
 
@@ -151,11 +142,7 @@ class TrainSettings:
         return {name: value for name, value in plain.items() if name not in _NOT_THE_RESULT}
 
     def head_config(self, backbone: Backbone) -> ProjectionConfig:
-        """Return the config of the projection that is to be trained on ``backbone``.
-
-        Raises:
-            ValueError: no such layer.
-        """
+        """Return the config of the projection that is to be trained on ``backbone``."""
         layers = (backbone.default_layer,) if self.layers is None else self.layers
         layers = tuple(backbone.block(layer) for layer in layers)
         norm = self.norm
@@ -175,12 +162,10 @@ class TrainSettings:
         )
 
     def highest_lr(self, samples: int, steps: int) -> float:
-        """Return the highest learning rate of a run: ``base_lr * samples / 256``.
+        """Return the highest learning rate of a run: ``base_lr`` times the step's samples / 256.
 
-        Where ``base_lr`` is not given it is the paper's 1e-4. That belongs to a corpus of 240,000
-        clips: on a few thousand samples the head would end about where it began. So a run of fewer
-        ``steps`` gets a higher rate, by which steps times rate is what it is in the paper, up to
-        1e-3. ``samples`` are those of a step, over all processes and accumulated batches.
+        With the paper's 1e-4, for 240,000 clips, a head would hardly move in a short run. So by
+        default steps times rate is at least what it is in the paper, up to a rate of 1e-3.
         """
         if self.base_lr is not None:
             return self.base_lr * samples / LR_SAMPLES
@@ -191,7 +176,7 @@ def learning_rate_factor(step: int, *, steps: int, warmup: float) -> float:
     """Return the share of the highest learning rate that a 0-based step uses.
 
     From 0 in a straight line over ``warmup`` steps, which need not be whole, then half a cosine to
-    0 (``util/lr_sched.py`` of the official code, in steps in place of fractions of an epoch).
+    0 (``util/lr_sched.py`` of the official code).
     """
     if step < warmup:
         return step / warmup

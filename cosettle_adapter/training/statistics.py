@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import PurePath
+from typing import Literal
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import Backbone
-from cosettle_adapter.closed_form import (
-    Nuisance,
-    TokenStatistics,
-    layer_scale,
-)
+from cosettle_adapter.closed_form import Nuisance, TokenStatistics, layer_scale
 from cosettle_adapter.closed_form.affine import exact
 from cosettle_adapter.correspondence import corresponding_patches, soft_correspondences
-from cosettle_adapter.errors import CosettleError
-from cosettle_adapter.training.data import load_batches
-from cosettle_adapter.training.positions import perturbed_positions
-from cosettle_adapter.video.random_access import count_frames, read_frames
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.training.corpus import Video
+from cosettle_adapter.training.data import work_on
+from cosettle_adapter.training.encoding import PerturbedPositions, perturbed_positions
 
 logger = logging.getLogger(__name__)
 
@@ -82,53 +78,46 @@ class FitSettings:
 
 def collect_statistics(
     backbone: Backbone,
-    clips: Sequence[Path],
+    clips: Sequence[Video],
     sets: Sequence[Layers],
     settings: FitSettings,
     *,
     workers: int = 0,
     on_clip: Callable[[], None] = lambda: None,
-) -> tuple[dict[Layers, TokenStatistics], dict[Path, str]]:
+) -> tuple[dict[Layers, TokenStatistics], dict[str, str]]:
     """Collect statistics in one encoder pass over pairs of neighbouring frames.
 
     Returns:
         The statistics of each set of layers, and the clips that could not be read, and why.
     """
-    widths = {layers: [backbone.widths[layer] for layer in layers] for layers in sets}
-    found = {layers: TokenStatistics(sum(width)) for layers, width in widths.items()}
-    skipped: dict[Path, str] = {}
+    found = {one: TokenStatistics(sum(backbone.widths[layer] for layer in one)) for one in sets}
+    skipped: dict[str, str] = {}
     firsts = range(0, settings.pairs, _PAIRS_AT_ONCE)
-    turns = [(gap, first) for gap in settings.gaps for first in firsts]
-    keys = [[(clip, *turn)] for clip in clips for turn in turns]
-    pairs = load_batches(_Pairs(settings.pairs), keys, workers=workers)
-    for number, ((clip, frames),) in enumerate(pairs, start=1):
-        if isinstance(frames, str):
-            if clip not in skipped:
-                logger.warning("skipped %s: %s", clip, frames)
-            skipped[clip] = frames
+    turns = [(clip, gap, first) for clip in clips for gap in settings.gaps for first in firsts]
+    read = functools.partial(_read_pairs, settings.pairs)
+    for number, (turn, frames) in enumerate(
+        zip(turns, work_on(read, turns, workers=workers), strict=True), start=1
+    ):
+        name = turn[0].name
+        if isinstance(frames, FrameError):
+            if name not in skipped:
+                logger.warning("skipped %s: %s", name, frames)
+            skipped[name] = str(frames)
         elif len(frames):
-            _add(found, widths, backbone, frames, settings, clip.name)
-        if number % len(turns) == 0:
+            _add(found, backbone, frames, settings, PurePath(name).name)
+        if number % (len(turns) // len(clips)) == 0:
             for statistics in found.values():
                 statistics.end_clip()
             on_clip()
     return found, skipped
 
 
-class _Pairs(Dataset[Any]):
-    """A clip and a few of its pairs ``(2 P, 3, H, W)`` uint8, or why there are none."""
-
-    def __init__(self, pairs: int) -> None:
-        self._pairs = pairs
-
-    def __getitem__(self, key: tuple[Path, int, int]) -> tuple[Path, Tensor | str]:
-        clip, gap, first = key
-        try:
-            starts = pair_starts(count_frames(clip), self._pairs, gap)[first:][:_PAIRS_AT_ONCE]
-            indices = [index for start in starts for index in (start, start + gap)]
-            return clip, read_frames(clip, indices) if indices else torch.empty(0)
-        except (CosettleError, OSError) as error:
-            return clip, str(error)
+def _read_pairs(pairs: int, turn: tuple[Video, int, int]) -> Tensor:
+    """Read a few pairs of a clip, ``(2 P, 3, H, W)`` uint8; none of a short one."""
+    clip, gap, first = turn
+    starts = pair_starts(clip.length(), pairs, gap)[first:][:_PAIRS_AT_ONCE]
+    indices = [index for start in starts for index in (start, start + gap)]
+    return clip.read(indices) if indices else torch.empty(0)
 
 
 def pair_starts(length: int, pairs: int, gap: int) -> list[int]:
@@ -140,7 +129,6 @@ def pair_starts(length: int, pairs: int, gap: int) -> list[int]:
 
 def _add(
     found: Mapping[Layers, TokenStatistics],
-    widths: Mapping[Layers, list[int]],
     backbone: Backbone,
     frames: Tensor,
     settings: FitSettings,
@@ -149,17 +137,18 @@ def _add(
     """Encode pairs of frames once, for all sets of layers."""
     images = CoSettleAdapter.raw(backbone).preprocess(frames, size=settings.size)
     layers = sorted({layer for one in found for layer in one})
-    maps = backbone.intermediate_tokens(images, layers, norm=False)
-    tokens = dict(zip(layers, (each.float() for each in maps), strict=True))
-    hidden: dict[int, Tensor] = {}
+
+    def encoded(positions: PerturbedPositions | None = None) -> dict[int, Tensor]:
+        maps = backbone.intermediate_tokens(images, layers, norm=False, positions=positions)
+        return dict(zip(layers, (each.float() for each in maps), strict=True))
+
+    tokens, hidden = encoded(), dict[int, Tensor]()
     if settings.nuisance == "intra+positions":
-        grid = (maps[0].shape[-2], maps[0].shape[-1])
         seed = zlib.crc32(f"{settings.seed} {name}".encode())
         offsets = torch.rand(2, 2, generator=torch.Generator().manual_seed(seed))
         offsets = repeat(offsets, "two yx -> (pairs two) yx", pairs=len(frames) // 2)
-        positions = perturbed_positions(backbone, grid, offsets)
-        maps = backbone.intermediate_tokens(images, layers, norm=False, positions=positions)
-        hidden = dict(zip(layers, (each.float() for each in maps), strict=True))
+        grid = backbone.grid(images.shape[-2], images.shape[-1])
+        hidden = encoded(perturbed_positions(backbone, grid, offsets))
     flat = {layer: exact(rearrange(t, "t c h w -> (t h w) c")) for layer, t in tokens.items()}
     products: dict[tuple[int, int], Tensor] = {}  # shared by the sets that a layer is in
     for one, statistics in found.items():
@@ -171,9 +160,10 @@ def _add(
         rows = [torch.cat([products[first, second] for second in one], dim=1) for first in one]
         sums = torch.cat([flat[layer].sum(0) for layer in one])
         statistics.add_moments(len(flat[one[0]]), sums, torch.cat(rows))
+        widths = [backbone.widths[layer] for layer in one]
         joined = torch.cat([tokens[layer] for layer in one], dim=1)
         for pair in rearrange(joined, "(pairs two) c h w -> pairs two c h w", two=2):
-            _add_pair(statistics, pair, widths[one], settings.correspondences)
+            _add_pair(statistics, pair, widths, settings.correspondences)
         if hidden:
             other = torch.cat([hidden[layer] for layer in one], dim=1)
             views = (rearrange(each, "t c h w -> (t h w) c") for each in (joined, other))
@@ -191,9 +181,7 @@ def _add_pair(
     here, there = maps * rearrange(scale, "c -> c 1 1")
     if how == "soft":
         rows, columns, weights = soft_correspondences(here, there)
-        if bool(weights.any()):
-            statistics.add_soft_pairs(rows / scale, columns / scale, weights)
-        return
-    rows, columns = corresponding_patches(here, there)
-    if len(rows):
+        statistics.add_soft_pairs(rows / scale, columns / scale, weights)
+    else:
+        rows, columns = corresponding_patches(here, there)
         statistics.add_pairs(rows / scale, columns / scale)

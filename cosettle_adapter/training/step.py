@@ -13,9 +13,9 @@ from torch import nn
 
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.errors import CosettleError
-from cosettle_adapter.training.cached_views import CachedViews, TrainingData
+from cosettle_adapter.training.cached_views import CachedViews
 from cosettle_adapter.training.checkpoint import StepReport
-from cosettle_adapter.training.data import Batch, Key, Plan
+from cosettle_adapter.training.data import Batch, Key, Plan, TrainingPairs
 from cosettle_adapter.training.encoding import encode
 from cosettle_adapter.training.errors import NonFiniteLossError, TrainingError
 from cosettle_adapter.training.head import Head, make_optimizer
@@ -32,15 +32,14 @@ _NAMED = 8  # clips that an error names before it counts the rest
 class Stepper:
     """Runs steps; notes in ``skipped`` which videos could not be read.
 
-    The backbone and the head are on the accelerator's device; the head is wrapped here for the
-    processes there are.
+    The backbone and the head are on the accelerator's device.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         backbone: Backbone,
-        data: TrainingData,
+        data: TrainingPairs,
         plan: Plan,
         settings: TrainSettings,
         head: Head,
@@ -58,16 +57,8 @@ class Stepper:
         """Do step ``step`` (0-based) on the next batches.
 
         All processes agree before the weights change: if one could not read its samples, or has a
-        loss that is not finite, all raise the same message. ``stop`` and ``save`` are what this
-        process was asked.
-
-        Returns:
-            How the step went, the same in every process; whether some process was asked to stop,
-            and whether the main process wants a checkpoint.
-
-        Raises:
-            NonFiniteLossError: naming the step, the epoch and the clips.
-            CosettleError: samples that cannot be read.
+        loss that is not finite, all raise the same message. Returns how the step went, and whether
+        some process was asked to ``stop`` and to ``save``, the same in every process.
         """
         accelerator, plan, began = self._accelerator, self._plan, time.monotonic()
         parts = plan.keys(step, accelerator.process_index)

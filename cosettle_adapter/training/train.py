@@ -18,10 +18,9 @@ from torch import Tensor
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.training import checkpoint
-from cosettle_adapter.training.cached_views import TrainingData
 from cosettle_adapter.training.checkpoint import MetricsLog, RunState, StepReport, read_metrics
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.data import Plan, collate, load_batches
+from cosettle_adapter.training.data import Plan, TrainingPairs, load_batches
 from cosettle_adapter.training.encoding import compile_encoder
 from cosettle_adapter.training.errors import TrainingInterrupted, stop_request
 from cosettle_adapter.training.head import Head, new_head
@@ -52,7 +51,7 @@ class Trained(NamedTuple):
 
 def train(
     backbone: Backbone,
-    data: TrainingData,
+    data: TrainingPairs,
     output: str | Path,
     settings: TrainSettings | None = None,
     *,
@@ -132,7 +131,7 @@ class _Run:
         self,
         accelerator: Accelerator,
         backbone: Backbone,
-        data: TrainingData,
+        data: TrainingPairs,
         settings: TrainSettings,
         folder: Path,
         *,
@@ -167,7 +166,6 @@ class _Run:
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
-        """Continue from the checkpoint in the folder."""
         skipped, began = self.state.skipped, self.state.began
         self.state, self.best = checkpoint.restore(self.accelerator, self.folder, self.state.config)
         self.state.skipped |= skipped
@@ -181,7 +179,6 @@ class _Run:
         batches = load_batches(
             self.data,
             plan.batches(accelerator.process_index, start=state.step),
-            collate=collate,
             workers=settings.workers,
             pin_memory=accelerator.device.type == "cuda",
         )
@@ -198,9 +195,7 @@ class _Run:
                 state.step = step + 1
                 if self.log is not None:
                     if state.step % settings.log_every == 0 or state.step == plan.steps:
-                        step_values = report._asdict()
-                        del step_values["step"], step_values["steps"]
-                        self.log.write(state.step, step_values)
+                        self.log.write_step(report)
                     on_step(report)
                 epoch_ends = state.step % plan.steps_per_epoch == 0
                 if epoch_ends:

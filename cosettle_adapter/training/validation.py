@@ -1,13 +1,9 @@
-"""Is the projection getting better? Figures without labels, on clips that are not trained on.
-
-The best projection so far is the one whose features keep a known mask best: the **overlap** of the
-propagated mask of a cut-out with where it truly is, on clips rendered from the validation videos'
-own frames, by which ``cosettle-adapter fit`` chooses its layers as well.
-"""
+"""Is the projection getting better? Figures without labels, on clips that are not trained on."""
 
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -20,7 +16,7 @@ from cosettle_adapter.evaluation.representation import RepresentationMetrics
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.training.corpus import Corpus, Video
 from cosettle_adapter.training.errors import TrainingError
-from cosettle_adapter.training.model_selection import mask_overlap, render_from
+from cosettle_adapter.training.fit import mask_overlap, render_from
 from cosettle_adapter.video.geometry import resize
 
 CRITERION = "overlap"
@@ -32,13 +28,10 @@ _POINTS = 8  # a side
 
 
 class Validation:
-    """Clips whose tokens are computed once; then only the head runs.
+    """At most 32 clips, spread evenly over the corpus, whose tokens are computed once.
 
-    At most 32 clips are used, spread evenly over the corpus, and 8 frames of each, resized to the
-    square that is trained on. ``skipped`` says which could not be read, and why.
-
-    Raises:
-        TrainingError: no clip could be read.
+    Of each 8 frames are resized to the square that is trained on; ``skipped`` says which clips
+    could not be read, and why. :class:`TrainingError` if none could.
     """
 
     def __init__(
@@ -68,12 +61,11 @@ class Validation:
         """Measure a projection, or with ``None`` the backbone's own tokens.
 
         Returns:
-            ``overlap``: intersection over union of propagated masks on rendered clips, in [0, 1];
-            more is better, and the best projection is chosen by it. ``tracking_error``: mean
-            distance of tracked points from the truth on rendered clips, pixels.
-            ``cycle_accuracy``: share of patches with consistent cycles in real clips, in [0, 1].
-            ``d_intra``: distance to the nearest patch of the next frame, in diameters of the clip.
-            ``d_inter``: distance to other clips, in diameters; ``None`` for a single clip.
+            On clips rendered from the videos' frames ``overlap``, that of propagated masks with the
+            truth, in [0, 1], by which the best projection is chosen, and ``tracking_error``, the
+            distance of tracked points from the truth in pixels; on the videos ``cycle_accuracy``
+            in [0, 1], and ``d_intra`` and ``d_inter``, distances to the next frame and to other
+            clips in diameters of the clip; ``None`` where there is no such figure.
         """
         metrics = RepresentationMetrics()
         for name, tokens in self._clips.items():
@@ -86,31 +78,23 @@ class Validation:
             features = self._project(projection, tokens)
             overlaps.append(mask_overlap(features, clip))
             errors.append(tracking_error(features, geometry, points, *clip.track(points))["mean"])
+        figures = {CRITERION: fmean(overlaps), "tracking_error": fmean(errors)}
         found = metrics.result()
-        figures = {
-            CRITERION: sum(overlaps) / len(overlaps),
-            "tracking_error": sum(errors) / len(errors),
-            "cycle_accuracy": found.cycle_accuracy,
-            "d_intra": found.d_intra,
-            "d_inter": found.d_inter,
-        }
+        for name in ("cycle_accuracy", "d_intra", "d_inter"):
+            figures[name] = getattr(found, name)
         return {name: None if math.isnan(value) else value for name, value in figures.items()}
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:
         """Tokens ``(T, C, h, w)`` on the CPU, of frames ``(T, 3, S, S)`` in [0, 1]."""
         images = self._adapter.preprocess(frames.clamp(0, 1))
-        maps = self._adapter.backbone.intermediate_tokens(
-            images, self._config.layers, norm=self._config.norm
-        )
+        backbone, config = self._adapter.backbone, self._config
+        maps = backbone.intermediate_tokens(images, config.layers, norm=config.norm)
         return torch.cat(maps, dim=1).float().cpu()
 
     @torch.no_grad()
     def _project(self, projection: Projection | None, tokens: Tensor) -> Tensor:
-        if projection is None:
-            return tokens
-        projected: Tensor = projection(tokens.to(self._adapter.device)).cpu()
-        return projected
+        return tokens if projection is None else projection(tokens.to(self._adapter.device)).cpu()
 
 
 def read_evenly(video: Video, count: int) -> Tensor:

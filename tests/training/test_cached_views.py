@@ -95,7 +95,7 @@ def test_batches_are_what_the_objective_takes(
         tmp_path, corpus, tiny_backbone, frames=3, layers=(0, 2), cache_views=1, workers=1
     )
     keys = [[(0, index) for index in range(4)]] * 2
-    for batch in load_batches(views, keys, collate=collate, workers=2):
+    for batch in load_batches(views, keys, workers=2):
         assert batch.data.shape == (4, 5, 4, 384)
         assert torch.equal(batch.data[3], views[0, 3].data)
         settings = dataclasses.replace(SETTINGS, frames=3)

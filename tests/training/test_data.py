@@ -24,7 +24,6 @@ from cosettle_adapter.training.data import (
     TrainingPairs,
     augment,
     choose_frames,
-    collate,
     draw_crop,
     generator_of,
     load_batches,
@@ -298,7 +297,7 @@ def test_any_readable_video_is_found_and_the_search_ends() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(pairs: TrainingPairs, workers: int) -> None:
     keys = [[(epoch, index) for index in (0, 3, 4, 14)] for epoch in (0, 1)]
-    batches = load_batches(pairs, keys, collate=collate, workers=workers)
+    batches = load_batches(pairs, keys, workers=workers)
     for batch, group in zip(batches, keys, strict=True):
         samples = [pairs[key] for key in group]
         assert torch.equal(batch.data, torch.stack([sample.data for sample in samples]))

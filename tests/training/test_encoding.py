@@ -12,8 +12,12 @@ from training_fakes import QUICK, FakeData, small_backbone
 
 from cosettle_adapter.backbones import Backbone, build_backbone, lookup
 from cosettle_adapter.training.checkpoint import read_metrics
-from cosettle_adapter.training.encoding import compile_encoder, draw_offsets, encode
-from cosettle_adapter.training.positions import perturbed_positions
+from cosettle_adapter.training.encoding import (
+    compile_encoder,
+    draw_offsets,
+    encode,
+    perturbed_positions,
+)
 from cosettle_adapter.training.processes import make_accelerator
 from cosettle_adapter.training.settings import TrainSettings
 from cosettle_adapter.training.train import train

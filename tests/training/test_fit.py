@@ -18,14 +18,16 @@ from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import SOLVERS, StatisticsError
 from cosettle_adapter.correspondence import propagate_labels
-from cosettle_adapter.errors import FrameError
-from cosettle_adapter.training.fit import FitSettings, find_clips, fit_projection, split
-from cosettle_adapter.training.model_selection import (
+from cosettle_adapter.training.corpus import Corpus, Video
+from cosettle_adapter.training.fit import (
     Candidate,
+    FitSettings,
     candidates,
+    fit_projection,
     labels,
     layer_sets,
     mask_overlap,
+    split,
 )
 from cosettle_adapter.training.statistics import collect_statistics, pair_starts
 from cosettle_adapter.video import read_frames, render_clip
@@ -46,19 +48,6 @@ def clips(tmp_path: Path) -> Path:
     return folder
 
 
-def test_clips_are_found_below_folders_or_given(clips: Path, tmp_path: Path) -> None:
-    assert [path.name for path in find_clips(clips)] == ["a.mp4", "b.mkv", "c.mp4"]
-    assert [path.name for path in find_clips([clips / "more", clips / "a.mp4"])] == [
-        "c.mp4", "a.mp4",
-    ]  # fmt: skip
-    for nothing in (tmp_path / "nowhere", tmp_path / "nowhere.mp4", tmp_path / "empty"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(
-            FrameError, match=r"no video files below|is not a folder of video files"
-        ):
-            find_clips(nothing)
-
-
 @given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 20))
 def test_pairs_are_spread_evenly_over_a_clip(length: int, pairs: int, gap: int) -> None:
     starts = pair_starts(length, pairs, gap)
@@ -73,7 +62,7 @@ def test_pairs_are_spread_evenly_over_a_clip(length: int, pairs: int, gap: int) 
 
 
 def test_every_fifth_of_many_clips_is_held_out() -> None:
-    paths = [Path(f"{number}.mp4") for number in range(12)]
+    paths = [f"{number}.mp4" for number in range(12)]
     fitted_on, held_out = split(paths)
     assert held_out == [paths[4], paths[9]]
     assert fitted_on == [path for path in paths if path not in held_out]
@@ -86,7 +75,7 @@ def test_one_encoder_pass_serves_all_sets_of_layers(
     sets = ((1,), (3, 1), (1, 2, 3))
     done: list[int] = []
     found, _ = collect_statistics(
-        tiny_backbone, [clips / "a.mp4"], sets, FitSettings(size=48, pairs=6),
+        tiny_backbone, Corpus.open(clips / "a.mp4").videos, sets, FitSettings(size=48, pairs=6),
         on_clip=lambda: done.append(1),
     )  # fmt: skip
     frames = read_frames(
@@ -110,10 +99,10 @@ def test_a_still_clip_has_tokens_but_no_pairs(
     how: Any, tiny_backbone: VisionTransformerBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     still = torch.randint(0, 256, (1, 3, 48, 64), dtype=torch.uint8).expand(2, -1, -1, -1)
-    monkeypatch.setattr("cosettle_adapter.training.statistics.count_frames", lambda _: 5)
-    monkeypatch.setattr("cosettle_adapter.training.statistics.read_frames", lambda *_: still)
-    plan = FitSettings(size=48, pairs=1, correspondences=how)
-    found, _ = collect_statistics(tiny_backbone, [Path("still.mp4")], [(2,), (2, 3)], plan)
+    monkeypatch.setattr(Video, "length", lambda _: 5)
+    monkeypatch.setattr(Video, "read", lambda *_: still)
+    plan, clip = FitSettings(size=48, pairs=1, correspondences=how), Video("still", Path("still"))
+    found, _ = collect_statistics(tiny_backbone, [clip], [(2,), (2, 3)], plan)
     assert all((each.tokens, each.pairs) == (24, 0) for each in found.values())
 
 
@@ -126,7 +115,7 @@ def test_a_fit_chooses_and_records_how(
     on_clip = lambda done, total: seen.append((done, total))  # noqa: E731
     result = fit_projection(tiny_backbone, clips, QUICK, data="noise", on_clip=on_clip)
     assert seen == [(done, 6) for done in range(1, 7)]
-    assert [path.name for path in result.skipped] == ["broken.mp4"]
+    assert result.skipped.keys() == {"broken.mp4"}
     assert result.scores[result.chosen] == max(result.scores.values())
     config = result.projection.config
     assert (config.layers, config.norm, config.kind) == (result.chosen.layers, False, "affine")

@@ -20,9 +20,8 @@ from cosettle_adapter.backbones import (
 from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone
 from cosettle_adapter.backbones.layouts import to_timm
 from cosettle_adapter.errors import GeometryError
-from cosettle_adapter.training.positions import (
+from cosettle_adapter.training.encoding import (
     PerturbedPositions,
-    join_positions,
     perturb_positions,
     perturbed_positions,
     rotary_angles,
@@ -185,26 +184,19 @@ def test_an_embedding_that_is_not_known_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_index_says_which_positions_are_whose(kind: str) -> None:
+def test_each_image_has_its_own_positions(kind: str) -> None:
     backbone = small(kind)
-    images = images_for(backbone, 4, 6).expand(4, -1, -1, -1)
-    perturbed = perturbed_positions(backbone, (4, 6), OFFSETS)
-    index = torch.tensor([3, 0, 1, 0])
-    joined = join_positions(backbone.positions((4, 6)), perturbed, index)
-    found = backbone.patch_tokens(images, positions=joined)
+    images = images_for(backbone, 4, 6).expand(3, -1, -1, -1)
     own = backbone.patch_tokens(images[:1])
-    apart = [own] + [
-        backbone.patch_tokens(
-            images[:1], positions=perturbed_positions(backbone, (4, 6), offset[None])
-        )
-        for offset in OFFSETS
-    ]
-    for tokens, variant in zip(found, index.tolist(), strict=True):
-        torch.testing.assert_close(tokens, apart[variant][0], atol=1e-5, rtol=1e-5)
+    found = backbone.patch_tokens(images, positions=perturbed_positions(backbone, (4, 6), OFFSETS))
+    for tokens, offset in zip(found, OFFSETS, strict=True):
+        alone = perturbed_positions(backbone, (4, 6), offset[None])
+        expected = backbone.patch_tokens(images[:1], positions=alone)[0]
+        torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
     if kind == "none":
-        assert torch.equal(apart[1], own)
+        assert torch.equal(found[:1], own)
     else:
-        assert float((apart[1] - own).abs().mean()) > 0.01 * float(own.abs().mean())
+        assert float((found[0] - own[0]).abs().mean()) > 0.01 * float(own.abs().mean())
 
 
 # Backbones without positions to replace -------------------------------------------------------

@@ -11,9 +11,10 @@ from numbered import encode_numbered, numbers
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError
+from cosettle_adapter.training import prepare as module
 from cosettle_adapter.training.corpus import Corpus, Video
 from cosettle_adapter.training.errors import DiskFullError, TrainingError
-from cosettle_adapter.training.prepare import Job, PrepareSettings, folder_names, prepare
+from cosettle_adapter.training.prepare import PrepareSettings, folder_names, prepare
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,13 @@ def test_the_layout_is_kept_and_training_reads_the_same_frames(
     original = Corpus.open(videos / "run" / "a.mp4").videos[0].read([17, 4])
     assert float((frames.float() - original.float()).abs().mean()) < 6
     # again: what is there is not done again, and other videos join
-    before, tried, extract = tree(tmp_path), list[str](), Job.extract
+    before, tried, length = tree(tmp_path), list[str](), Video.length
 
-    def watch(job: Job) -> str:
-        tried.append(job.video.name)
-        return extract(job)
+    def watch(video: Video) -> int:
+        tried.append(video.name)
+        return length(video)
 
-    monkeypatch.setattr(Job, "extract", watch)
+    monkeypatch.setattr(Video, "length", watch)
     assert prepare(videos, tmp_path) == (count, skipped)
     assert tried == ["cut.mkv", "run/broken.mp4"]
     assert tree(tmp_path) == before
@@ -120,7 +121,7 @@ def test_a_decoder_that_crashes_its_process_is_named(
 def test_stopping_leaves_nothing_half_written(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = Job._write, list[int]()
+    write, written = module.write_image, list[int]()
 
     def interrupt(*arguments: Any) -> None:
         written.append(1)
@@ -129,7 +130,7 @@ def test_stopping_leaves_nothing_half_written(
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "_write", interrupt)
+        patch.setattr(module, "write_image", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(videos, tmp_path / "out")
     assert {path.parent.name for path in tmp_path.rglob("*.jpg")} == {"c"}

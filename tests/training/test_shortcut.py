@@ -16,9 +16,8 @@ from torch import Tensor
 
 from cosettle_adapter import Projection, ProjectionConfig
 from cosettle_adapter.backbones import Backbone, VisionTransformerBackbone
-from cosettle_adapter.training.encoding import draw_offsets
+from cosettle_adapter.training.encoding import draw_offsets, perturbed_positions
 from cosettle_adapter.training.losses import objective
-from cosettle_adapter.training.positions import perturbed_positions
 from cosettle_adapter.training.settings import TrainSettings
 from cosettle_adapter.video.geometry import resize
 from cosettle_adapter.video.synthetic import photographs
