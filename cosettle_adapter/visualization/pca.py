@@ -7,6 +7,7 @@ the clip; whatever still flickers is in the features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,9 +84,8 @@ def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
         )
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(patches, generator=generator)[:_SAMPLES].sort().values
-    cells = chosen % (rows * columns)
-    at = (chosen // (rows * columns), slice(None), cells // columns, cells % columns)
-    sample = features.detach()[at].cpu().double()
+    frame, row, column = torch.unravel_index(chosen, (frames, rows, columns))
+    sample = features.detach()[frame, :, row, column].cpu().double()
     mean = sample.mean(dim=0)
     centred = sample - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred / len(sample))  # ascending
@@ -106,6 +106,16 @@ def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
     ranks = [round(share * (len(scores) - 1)) + 1 for share in _RANGE]
     low, high = (scores.kthvalue(rank, dim=0).values for rank in ranks)
     return PCABasis(mean.float(), basis.float(), low, high)
+
+
+def fit_alike(features: Mapping[str, Tensor]) -> dict[str, PCABasis]:
+    """Fit a basis to each of several features of one clip, all aligned to the first one's."""
+    bases: dict[str, PCABasis] = {}
+    reference: Tensor | None = None
+    for name, maps in features.items():
+        bases[name] = fit_pca(maps, align_to=reference)
+        reference = bases[name].scores(maps) if reference is None else reference
+    return bases
 
 
 def pca_frames(
@@ -150,10 +160,12 @@ def _tokens(scores: Tensor) -> Tensor:
 
 def _procrustes(scores: Tensor, reference: Tensor) -> Tensor:
     """``(3, 3)`` map: unit variance, then the rotation that meets the reference best."""
-    deviation = scores.double().std(dim=0).clamp_min(1e-12)
-    standard = (scores.double() - scores.double().mean(dim=0)) / deviation
-    target = reference.double() - reference.double().mean(dim=0)
-    target = target / target.std(dim=0).clamp_min(1e-12)
+    (standard, deviation), (target, _) = map(_standardised, (scores.double(), reference.double()))
     left, _, right = torch.linalg.svd(standard.T @ target)
     rotation: Tensor = (left @ right) / rearrange(deviation, "k -> k 1")
     return rotation
+
+
+def _standardised(values: Tensor) -> tuple[Tensor, Tensor]:
+    deviation = values.std(dim=0).clamp_min(1e-12)
+    return (values - values.mean(dim=0)) / deviation, deviation

@@ -126,7 +126,7 @@ def test_masks_that_do_not_fit_are_told() -> None:
         (ids[:, :4, :6], r"\(2, 4, 6\).*\(2, 40, 60\).*geometry="),
         (ids.float(), r"floats in \[0, 1\]"),
         (3 * torch.ones(2, 1, 40, 60), r"floats in \[0, 1\]"),
-        (ids.int() - 1, "mask id -1"),
+        (ids.int() - 1, "from -1 to"),
     ):
         with pytest.raises(FrameError, match=message):
             overlay_masks(black(), masks)

@@ -25,7 +25,7 @@ from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.video import plan_geometry
 from cosettle_adapter.visualization import fit_pca, similarity_maps, similarity_peaks
-from cosettle_adapter.visualization.similarity import heat
+from cosettle_adapter.visualization.overlays import heat
 from cosettle_adapter.visualization.viewer import ViewedClip, ViewerServer, view_clip
 
 from helpers import write_video
