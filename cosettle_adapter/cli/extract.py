@@ -104,9 +104,7 @@ def extract(
     options: dict[str, Any] = {"settings": settings, "select": select, "overwrite": overwrite}
     outcomes: list[Outcome] = []
     with frame_progress(out) as progress:
-        several = len(jobs) != 1 or not local
-        videos = progress.add_task("videos", total=len(jobs), rate="", visible=several)
-        frames = progress.add_task("", total=None, rate="", visible=False)
+        bar = progress.add_task("videos", total=len(jobs), rate="")
 
         def started(job: Job) -> None:
             count = None
@@ -115,11 +113,12 @@ def extract(
                     count = frames_in(job.source, select)
             total = min(filter(None, (count, select.max_frames)), default=None)
             name = Path(job.source).name
-            progress.reset(frames, description=name, total=total, visible=True, rate="")
+            if len(jobs) > 1:
+                name += f" ({len(outcomes) + 1} of {len(jobs)})"
+            progress.reset(bar, description=name, total=total, rate="")
 
         def advanced(done: int) -> None:
-            speed = progress.tasks[-1].speed or 0
-            progress.update(frames, completed=done, rate=rate(speed, 1))
+            progress.update(bar, completed=done, rate=rate(progress.tasks[bar].speed or 0, 1))
 
         if local:
             done = extract_many(adapter, jobs, on_job=started, on_chunk=advanced, **options)
@@ -132,7 +131,7 @@ def extract(
         try:
             for outcome in done:
                 outcomes.append(outcome)
-                progress.advance(videos)
+                progress.advance(bar, 0 if local else 1)
         except KeyboardInterrupt:
             kept = "what is written is kept: the same command resumes from there"
             raise KeyboardInterrupt(kept) from None

@@ -184,9 +184,7 @@ def _similarity(clip: ViewedClip, frame: int, query: Mapping[str, str]) -> dict[
     """Compare all patches with a point (x, y) of a frame: heat as a PNG, peaks of all frames."""
     point = float(query["x"]), float(query["y"])
     maps = similarity_maps(clip.features[query["kind"]], clip.geometry, point, frame=frame)
-    own = query.get("scale") == "own"  # of the clip's cosines, instead of 0 to 1
-    low, high = (float(maps.min()), float(maps.max())) if own else (0.0, 1.0)
-    values = rearrange((maps - low) / max(high - low, 1e-3), "t h w -> (t h) w").clamp(0, 1)
+    values = rearrange(maps, "t h w -> (t h) w").clamp(0, 1)
     drawn = _png(rearrange(heat(values), "c h w -> h w c"))
     peaks = torch.cat([similarity_peaks(maps, clip.geometry), maps.amax((1, 2))[:, None]], dim=1)
     return {"peaks": peaks.tolist(), "heat": base64.b64encode(drawn).decode()}
