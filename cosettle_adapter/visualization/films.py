@@ -107,13 +107,8 @@ def feature_panels(
     Every panel has its own basis for the whole clip. The colours of the first features are their
     principal components; those of the others are turned to agree with the first.
 
-    Args:
-        frames: ``(T, 3, H, W)`` uint8.
-        features: caption to ``(T, C, h, w)`` floats; all on one grid, widths ``C`` may differ.
-        mode: ``"nearest"`` or ``"bilinear"``, as in :func:`pca_frames`.
-
-    Returns:
-        ``(T, 3, H, W)`` uint8 for ``"frame"`` and each caption, in this order.
+    ``frames`` are ``(T, 3, H, W)`` uint8, and so is what is returned for ``"frame"`` and each
+    caption; ``features`` are ``(T, C, h, w)`` floats by caption, all on one grid.
     """
     height, width = frames.shape[-2:]
     return {"frame": frames} | {
@@ -163,10 +158,6 @@ def time_slice(clip: Tensor, row: int, *, height: int | None = None) -> Tensor:
 
     Returns:
         ``(C, height, W)`` in the dtype of ``clip``.
-
-    Raises:
-        FrameError: a clip that is not ``(T, C, H, W)``.
-        ValueError: a row that there is not.
     """
     if clip.ndim != 4:
         raise FrameError(f"got a clip of shape {tuple(clip.shape)}, expected (T, C, H, W)")
@@ -182,13 +173,8 @@ def comparison_picture(
 ) -> Tensor:
     """Lay out clips as one picture: a column each, with three moments above a row over time.
 
-    Args:
-        panels: as in :func:`side_by_side`.
-        row: row of pixels, marked in each moment, whose :func:`time_slice` is shown.
-        notes: caption to lines of text below its column.
-
-    Returns:
-        ``(3, H', W')`` uint8.
+    ``panels`` are those of :func:`side_by_side`; ``row`` is marked in each moment; ``notes`` are
+    lines of text below the column of a caption. Returns ``(3, H', W')`` uint8.
     """
     texts = {caption: notes.get(caption, "").splitlines() for caption in panels}
     lines = max(map(len, texts.values()))

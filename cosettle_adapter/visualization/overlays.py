@@ -1,4 +1,8 @@
-"""Drawn on the frames they belong to: masks, tracked points, and similarity to a point."""
+"""Drawn on the frames they belong to: masks, tracked points, and similarity to a point.
+
+Frames are ``(T, 3, H, W)`` uint8, and so is what is drawn, on the CPU. What does not fit together
+is a :class:`FrameError` or :class:`GeometryError`, a number out of range a :class:`ValueError`.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,6 @@ def overlay_masks(
     """Tint objects and draw a line along the inside of their edges.
 
     Args:
-        frames: ``(T, 3, H, W)`` uint8.
         masks: either ids ``(T, H, W)``, integer (0 the background, 255 nothing) or bool; or one
             mask an object, ``(T, K, H, W)``, bool or floats in [0, 1], without the background.
             Soft masks tint by their value; the line follows the most likely object, the
@@ -53,12 +56,6 @@ def overlay_masks(
         opacity: of the tint of a full mask, in [0, 1].
         contour: width of the line in pixels; 0 draws none.
         colours: ``(K, 3)`` uint8 RGB; by default :func:`distinct_colours`.
-
-    Returns:
-        ``(T, 3, H, W)`` uint8 on the CPU.
-
-    Raises:
-        FrameError, GeometryError, ValueError: what does not fit together, or is out of range.
     """
     check_frames(frames, geometry)
     if not 0 <= opacity <= 1 or contour < 0:
@@ -104,18 +101,11 @@ def draw_tracks(
     then not drawn.
 
     Args:
-        frames: ``(T, 3, H, W)`` uint8.
         positions: ``(T, N, 2)`` of (x, y) pixels.
         visible: ``(T, N)`` bool; everything can be seen by default.
         trail: number of past frames a trail reaches back to; 0 for none.
         radius: of a point in pixels; by default about a hundredth of the short side.
         colours: ``(N, 3)`` uint8 RGB; by default :func:`distinct_colours`, in the points' order.
-
-    Returns:
-        ``(T, 3, H, W)`` uint8 on the CPU.
-
-    Raises:
-        FrameError, ValueError: what does not fit together, or is out of range.
     """
     check_frames(frames)
     length, _, height, width = frames.shape
@@ -178,9 +168,6 @@ def similarity_maps(
 
     Returns:
         ``(T, h, w)`` float32 cosines in [-1, 1] on the CPU.
-
-    Raises:
-        FrameError, GeometryError: no such frame, a point outside it, or another grid.
     """
     if not -len(features) <= frame < len(features):
         raise FrameError(f"got frame={frame} of a clip of {len(features)}, counted from 0")
@@ -220,18 +207,11 @@ def similarity_frames(
     """Lay maps over dimmed grey frames as heat: the more similar, the brighter and denser.
 
     Args:
-        frames: ``(T, 3, H, W)`` uint8.
         maps: ``(T, h, w)`` floats, as :func:`similarity_maps` returns them.
         geometry: how the frames became the maps' grid.
         limits: values at the two ends of the colours, ascending; give several clips the same ones
             to compare them.
         mark_peaks: draw a ring around the most similar patch of every frame.
-
-    Returns:
-        ``(T, 3, H, W)`` uint8 on the CPU.
-
-    Raises:
-        FrameError, GeometryError: frames, maps and geometry that do not fit together.
     """
     check_frames(frames, geometry)
     low, high = limits

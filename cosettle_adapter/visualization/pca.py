@@ -63,11 +63,7 @@ def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
             (Procrustes), so that two panels share their colours where the features share their
             structure. It is one rotation for the clip: it cannot hide flicker.
 
-    Returns:
-        The basis, on the CPU.
-
-    Raises:
-        GeometryError, FrameError: features of another shape, too few of them, or not finite.
+    Features of another shape, too few or not finite are a GeometryError or FrameError.
     """
     _check_features(features)
     frames, width, rows, columns = features.shape
@@ -123,14 +119,8 @@ def pca_frames(
 ) -> Tensor:
     """Paint features in the colours of a basis.
 
-    Args:
-        features: ``(T, C, h, w)`` floats.
-        basis: from :func:`fit_pca`.
-        size: ``(H, W)`` of the pictures in pixels; the grid is stretched over all of it.
-        mode: ``"nearest"`` shows the patches as they are, ``"bilinear"`` smooths between them.
-
-    Returns:
-        ``(T, 3, H, W)`` uint8 on the CPU.
+    The grid of ``(T, C, h, w)`` features is stretched over ``size``, ``(H, W)`` pixels; the mode
+    ``"bilinear"`` smooths between patches. Returns ``(T, 3, H, W)`` uint8 on the CPU.
     """
     painted = F.interpolate(basis.colours(features), size=size, mode=mode)
     return (painted * 255).round().to(torch.uint8).cpu()

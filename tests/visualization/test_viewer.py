@@ -22,26 +22,13 @@ from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.video import plan_geometry
-from cosettle_adapter.visualization import fit_pca, similarity_maps, similarity_peaks
+from cosettle_adapter.visualization import similarity_maps, similarity_peaks
 from cosettle_adapter.visualization.overlays import heat
 from cosettle_adapter.visualization.viewer import ViewedClip, ViewerServer, view_clip
 
-from helpers import write_video
+from helpers import noise, write_video
 
 FRAMES = 5
-
-
-def shifting(seed: int) -> torch.Tensor:
-    """Random features on 9 x 6 patches that move right by one patch a frame."""
-    row = torch.randn((16, 6, 9 + FRAMES), generator=torch.Generator().manual_seed(seed))
-    clip = [row[:, :, FRAMES - t : FRAMES - t + 9] for t in range(FRAMES)]
-    return torch.stack(clip).half()
-
-
-def encoded(pixels: np.ndarray, form: str) -> bytes:
-    written = io.BytesIO()
-    Image.fromarray(pixels).save(written, format=form)
-    return written.getvalue()
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -51,20 +38,9 @@ def decoded(content: bytes) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def viewed() -> ViewedClip:
-    """Adapted features that move with the picture, and raw ones that stay where they are."""
-    pictures = []
-    for t in range(FRAMES):
-        pixels = np.full((60, 90, 3), 120, dtype=np.uint8)
-        pixels[20:30, 30 + 10 * t : 40 + 10 * t] = (250, 180, 20)
-        pictures.append(encoded(pixels, "JPEG"))
-    features = {
-        "raw last layer": shifting(1)[:1].expand(FRAMES, -1, -1, -1),
-        "adapted": shifting(2),
-    }
-    pca = {}
-    for kind, maps in features.items():
-        colours = rearrange(fit_pca(maps).colours(maps), "t c h w -> (t h) w c")
-        pca[kind] = encoded((255 * colours).to(torch.uint8).numpy(), "PNG")
+    features = {"raw last layer": noise(FRAMES, 16, 6, 9).half()}
+    features["adapted"] = noise(FRAMES, 16, 6, 9, seed=1).half()
+    pictures, pca = [b"picture %d" % t for t in range(FRAMES)], dict.fromkeys(features, b"colours")
     times = torch.arange(FRAMES, dtype=torch.float64) / 10
     geometry = plan_geometry(60, 90, patch=10)
     return ViewedClip("a & <b>.mp4", ["tiny"], pictures, times, geometry, features, pca)
