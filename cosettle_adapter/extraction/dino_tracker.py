@@ -64,15 +64,9 @@ def arrange(features: Tensor, geometry: Geometry, *, stride: int, first: int = 0
     Where the adapter's own patches lie there (patch 14, at that stride), features stay as they are;
     otherwise they are interpolated between the centres of patches.
 
-    Args:
-        features: ``(N, C, h, w)`` on ``geometry.grid``, C at most 1024.
-        geometry: how frames, of whatever size, became that grid.
-        stride: 7 or 14.
-        first: number of the first frame, for errors.
-
-    Returns:
-        ``(N, 1024, h, w)`` float32; channels that they do not have are zero. A
-        :class:`DinoTrackerError` tells of features that are zero or not finite.
+    From ``(N, C, h, w)`` on ``geometry.grid`` to ``(N, 1024, h, w)`` float32; channels that they do
+    not have are zero. Features that are zero or not finite are a :class:`DinoTrackerError`, which
+    counts frames from ``first``.
     """
     points = cells(stride, frame=geometry.frame).cell_centers()
     features = features.float()

@@ -196,11 +196,8 @@ def extract_with_ray(
     is started on this machine, and ended. Sources and outputs must lie where all its machines see
     them. A worker that dies is replaced, and what it was doing is resumed, once.
 
-    Args:
-        make_adapter: makes the model, in every worker; it is pickled.
-        jobs: sources and outputs.
-        how: number of workers, what each is given, and retries.
-        **options: arguments of :func:`extract`, other than callbacks.
+    ``make_adapter`` is pickled and makes the model in every worker; ``options`` are those of
+    :func:`extract`, other than callbacks.
 
     Raises:
         MissingExtraError, EngineError: Ray is not installed, or the cluster failed.

@@ -71,8 +71,7 @@ def extract(
         FrameError: not a single frame could be read, or frames cannot be used.
         FormatError: no such format, or it cannot store that dtype.
         OutputExistsError: the file exists, or was started, with other settings; or the folder holds
-            features by another recipe.
-        OutputBusyError: another run is writing this file.
+            features by another recipe. OutputBusyError: another run is writing this file.
     """
     path, select = Path(destination), select or FrameSelection()
     settings = dataclasses.replace(settings or ExtractSettings(), **options)
