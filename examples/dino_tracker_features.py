@@ -12,7 +12,6 @@ projection reads of the frozen backbone in the same way, to compare with.
 
 from __future__ import annotations
 
-import pickle
 import re
 import shlex
 import shutil
@@ -37,7 +36,7 @@ from cosettle_adapter.video.arrays import image_to_frame
 
 CONFIGS = ("config/preprocessing.yaml", "config/train.yaml")
 FEATURES = "dino_embeddings/dino_embed_video.pt"
-USUAL_LENGTH = 32.0  # of a token of 1024 channels behind a layer norm
+USUAL_LENGTH = 32.0  # of a token of 1024 channels behind a layer norm, as of its own features
 
 MASKS = """\
 # foreground masks, made of its own DINOv2 features
@@ -95,7 +94,7 @@ def main(
         temporal_fusion: average patches with their matches in neighbouring frames.
         device: torch device; by default the GPU where there is one.
         batch_size: frames a forward pass.
-        rescale: give features the length of DINO-Tracker's own, or a usual one.
+        rescale: give features a usual length: the residual that it adds would swamp short ones.
     """
     repo, data = repo.expanduser().resolve(), data.expanduser().resolve()
     kind = "raw" if raw or layer is not None else "cosettle"
@@ -114,12 +113,6 @@ def main(
     dino_tracker.check_adapter(adapter)
     h, w = dino_tracker.cells(stride).grid
     copy.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = 4 * len(frames) * CHANNELS * h * w, shutil.disk_usage(copy.parent).free
-    if free < needed:
-        raise DinoTrackerError(
-            f"the features take {needed / 1e9:.2f} GB, and {copy.parent} has {free / 1e9:.2f} GB "
-            "free; --stride 14 takes a quarter of stride 7"
-        )
     with tempfile.TemporaryDirectory(dir=copy.parent, prefix=f".{copy.name}.") as temporary:
         folder = Path(temporary, "folder")  # gets its name when it is whole
         (folder / FEATURES).parent.mkdir(parents=True)
@@ -132,7 +125,7 @@ def main(
         chunks = adapter.stream(
             read_frames(frames), batch_size=batch_size, temporal_fusion=temporal_fusion
         )
-        factor, told = 1.0, "left as long as they are"
+        factor = 1.0
         numbers = Path(temporary, "numbers")
         with numbers.open("wb") as file:
             for chunk in chunks:
@@ -140,11 +133,11 @@ def main(
                     chunk.features, chunk.geometry, stride=stride, first=chunk.start
                 )
                 if rescale and not chunk.start:
-                    factor, told = choose_scale(features[:1], data / FEATURES)
+                    factor = USUAL_LENGTH / float(features[0].norm(dim=0).mean())
                 file.write((factor * features).cpu().numpy().tobytes())
         save_tensor(numbers, folder / FEATURES, (len(frames), CHANNELS, h, w))
         folder.rename(copy)
-    print(f"{copy}: features ({len(frames)}, {CHANNELS}, {h}, {w}), {told}")
+    print(f"{copy}: features ({len(frames)}, {CHANNELS}, {h}, {w}), scaled by {factor:.3g}")
     print("\n# To run in DINO-Tracker's environment:\n")
     print(commands(repo, data, copy, configs, bool(masks)), end="")
 
@@ -225,31 +218,6 @@ def read_frames(paths: list[Path]) -> Iterator[Tensor]:
             raise FrameError(f"{path} cannot be read as an image: {error}") from error
         print(f"\r{number} of {len(paths)} frames", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-
-
-def choose_scale(features: Tensor, baseline: Path) -> tuple[float, str]:
-    """A factor that gives features the mean length of DINO-Tracker's own, or a usual one.
-
-    The residual that it adds would swamp short ones, and what is compared should be as long.
-    """
-    wanted, why = USUAL_LENGTH, "as of tokens behind a layer norm"
-    if baseline.is_file():
-        try:
-            theirs = torch.load(baseline, map_location="cpu", mmap=True, weights_only=True)
-            wanted, why = mean_length(theirs[:: max(1, len(theirs) // 8)]), f"that of {baseline}"
-        except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise DinoTrackerError(
-                f"{baseline} does not hold features (T, C, h, w): delete it, or leave the "
-                "features as long as they are (--no-rescale)"
-            ) from error
-    own = mean_length(features)
-    return wanted / own, f"mean length {own:.2f}, scaled to {wanted:.2f}, {why}"
-
-
-def mean_length(features: Tensor) -> float:
-    """Of the features of a patch, over `(T, C, h, w)`."""
-    frames, _channels, _height, _width = features.shape
-    return float(sum(each.float().norm(dim=0).mean() for each in features)) / frames
 
 
 def commands(repo: Path, data: Path, copy: Path, configs: dict[str, str], has_masks: bool) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from helpers import noise
 
 
 def uneven(frames: int = 3, h: int = 6, w: int = 7, channels: int = 8) -> torch.Tensor:

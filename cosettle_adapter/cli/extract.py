@@ -13,26 +13,35 @@ from cyclopts import Group, Parameter, validators
 from rich.console import Console
 
 from cosettle_adapter.adapter import CoSettleAdapter
-from cosettle_adapter.cli.common import ModelOptions, Output, Size, console, frame_progress, rate
+from cosettle_adapter.cli.common import (
+    ModelOptions,
+    Output,
+    Size,
+    console,
+    frame_progress,
+    frames_in,
+    rate,
+)
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.extraction import (
     FORMATS,
     ExtractSettings,
     Job,
     Outcome,
+    RayOptions,
     Shard,
     Source,
     extract_many,
+    extract_with_ray,
     find_sources,
     plan_jobs,
 )
 from cosettle_adapter.extraction.formats import format_of
-from cosettle_adapter.extraction.ray import RayOptions, extract_with_ray, require_ray
+from cosettle_adapter.extraction.many import require_ray
 from cosettle_adapter.extraction.settings import StorageName
 from cosettle_adapter.hub import is_published
-from cosettle_adapter.video import FrameSelection, probe
+from cosettle_adapter.video import FrameSelection
 
-_LISTED = 50
 _TOKENS = Group("Features without the projection", validator=validators.LimitedChoice())
 _SPREAD = Group("Many videos on many machines")
 
@@ -75,60 +84,60 @@ def extract(
         shard: I/N: do the I-th of N shares, from 0; by default as torchrun or srun say.
         engine: ray spreads videos over a Ray cluster, or the processors of this machine.
     """
-    out = console()
-    if engine == "ray":
+    out, local = console(), engine == "local"
+    say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
+    if not local:
         require_ray()
-    if shard is not None:
-        share = Shard.parse(shard)
-    else:  # Ray spreads the work by itself
-        share = Shard() if engine == "ray" else Shard.from_environment()
+    share = Shard.parse(shard) if shard is not None else Shard()
+    if shard is None and local:  # Ray spreads the work by itself
+        share = Shard.from_environment()
     model = dataclasses.replace(model, device=share.device(model.device))
     with out.status(f"loading {model.model}"):
         # workers load it for themselves; here, to fill the cache once and to fail at once
-        here = model if engine == "local" else dataclasses.replace(model, device="cpu")
+        here = model if local else dataclasses.replace(model, device="cpu")
         adapter = _load(here, raw=raw, layer=layer)
     found = find_sources(sources)
     jobs = share.of(_plan(found, output, settings.format))
     if len(found) > 1 or share.count > 1:
         of = f" of shard {share.index}/{share.count} ({share.given_by})" if share.count > 1 else ""
-        out.print(f"{len(found)} sources, {len(jobs)} to do{of}", markup=False, highlight=False)
+        say(f"{len(found)} sources, {len(jobs)} to do{of}")
     options: dict[str, Any] = {"settings": settings, "select": select, "overwrite": overwrite}
     outcomes: list[Outcome] = []
     with frame_progress(out) as progress:
-        several = len(jobs) != 1 or engine == "ray"
-        videos = progress.add_task("videos", total=len(jobs), rate="", visible=several)
-        frames = progress.add_task("", total=None, rate="", visible=False)
+        bar = progress.add_task("videos", total=len(jobs), rate="")
 
         def started(job: Job) -> None:
-            name, total = Path(job.source).name, _expected(job, select)
-            progress.reset(frames, description=name, total=total, visible=True, rate="")
+            count = None
+            if not job.output.exists():
+                with contextlib.suppress(CosettleError, OSError):
+                    count = frames_in(job.source, select)
+            total = min(filter(None, (count, select.max_frames)), default=None)
+            name = Path(job.source).name
+            if len(jobs) > 1:
+                name += f" ({len(outcomes) + 1} of {len(jobs)})"
+            progress.reset(bar, description=name, total=total, rate="")
 
         def advanced(done: int) -> None:
-            speed = progress.tasks[-1].speed or 0
-            progress.update(frames, completed=done, rate=rate(speed, 1))
+            progress.update(bar, completed=done, rate=rate(progress.tasks[bar].speed or 0, 1))
 
-        def retried(outcome: Outcome) -> None:
-            out.print(f"{outcome.job.source} is tried again: {outcome.error}", markup=False)
-
-        if engine == "local":
-            callbacks: dict[str, Any] = {"on_job": started, "on_chunk": advanced}
-            done = extract_many(adapter, jobs, **callbacks, **options)
+        if local:
+            done = extract_many(adapter, jobs, on_job=started, on_chunk=advanced, **options)
         else:
             del adapter
             if spread.gpus_per_worker is None and model.device.startswith("cuda"):
                 spread = dataclasses.replace(spread, gpus_per_worker=1)
             load = functools.partial(_load, model, raw=raw, layer=layer)
-            done = extract_with_ray(load, jobs, how=spread, on_retry=retried, **options)
+            done = extract_with_ray(load, jobs, how=spread, **options)
         try:
             for outcome in done:
                 outcomes.append(outcome)
-                progress.advance(videos)
+                progress.advance(bar, 0 if local else 1)
         except KeyboardInterrupt:
             kept = "what is written is kept: the same command resumes from there"
             raise KeyboardInterrupt(kept) from None
     failed = _summarize(out, outcomes)
     if failed and share.given_by == "RANK":
-        out.print("exit status 0 all the same: torchrun would end the other shards")
+        say("exit status 0 all the same: torchrun would end the other shards")
         return 0
     return int(failed)
 
@@ -155,20 +164,9 @@ def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
     return [Job(sources[0].path, output)]
 
 
-def _expected(job: Job, select: FrameSelection) -> int | None:
-    """The number of frames, as far as it is known before reading them."""
-    total = None
-    if select.start is None and select.end is None and not job.output.exists():
-        with contextlib.suppress(CosettleError, OSError):
-            count = probe(job.source).frames
-            total = None if count is None else -(-count // select.every)
-    return min(filter(None, (total, select.max_frames)), default=None)
-
-
 def _summarize(out: Console, outcomes: Sequence[Outcome]) -> bool:
     """Say what became of every source; return whether anything is amiss."""
     say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
     written = [outcome.extraction for outcome in outcomes if outcome.extraction]
     skipped = sum(outcome.skipped for outcome in outcomes)
     if len(outcomes) == len(written) == 1:
@@ -178,16 +176,15 @@ def _summarize(out: Console, outcomes: Sequence[Outcome]) -> bool:
         found = f" (resumed after {result.found} frames)" if result.found and not skipped else ""
         say(f"{result.path}{state}: features ({shape}), timestamps{found}")
     elif len(outcomes) != 1:
-        new = len(written) - skipped
-        counts = {"written": new, "there already": skipped, "failed": len(failed)}
+        counts = {"written": len(written) - skipped, "there already": skipped}
+        counts["failed"] = len(outcomes) - len(written)
         told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         say(told or "nothing to do")
     lines = [f"the source ended early: {each.truncated}" for each in written if each.truncated]
-    for outcome in failed:
-        source = "" if outcome.job.source in str(outcome.error) else f"{outcome.job.source}: "
-        lines.append(f"failed: {source}{outcome.error}")
-    for line in lines[:_LISTED]:
+    for outcome in outcomes:
+        if outcome.error is not None:
+            source = "" if outcome.job.source in outcome.error else f"{outcome.job.source}: "
+            lines.append(f"failed: {source}{outcome.error}")
+    for line in lines:
         say(line, style="red")
-    if len(lines) > _LISTED:
-        say(f"and {len(lines) - _LISTED} more like these")
     return bool(lines)

@@ -30,28 +30,26 @@ def list_models(
     if as_json:
         output.print_json(json.dumps([dataclasses.asdict(model) for model in models]))
         return
-    names = "name licence projection"
-    if backbones and output.width >= WIDE:
-        names = "name family positions patch width image_size licence source projection"
-    elif backbones:
-        names = "name positions patch licence projection"
-    columns = names.split()
-    table = Table(*columns, title="Backbones" if backbones else "Models", title_justify="left")
-    table.add_column("" if backbones else "measured")
+    columns = ["name", "licence", "projection"]
+    if backbones:
+        wide = "name family positions patch width image_size licence source projection"
+        narrow = "name positions patch licence projection"
+        columns = (wide if output.width >= WIDE else narrow).split()
+    table = Table(*columns, *([] if backbones else ["measured"]))
     for model in models:
         cells = [str(getattr(model, name)).removeprefix("LicenseRef-") for name in columns]
-        if backbones or model.has_projection:
-            table.add_row(*cells, "" if backbones else str(model.figures.get("summary", "")))
+        if backbones:
+            table.add_row(*cells)
+        elif model.has_projection:
+            table.add_row(*cells, str(model.figures.get("summary", "")))
     output.print(table)
-    if backbones:
-        output.print(
-            "Any other encoder: timm:<tag>, timm:<tag>@<pixels a patch>, open_clip:<arch>/<tag>"
-        )
-    else:
-        output.print(
+    more = "Any other encoder: timm:<tag>, timm:<tag>@<pixels a patch>, open_clip:<arch>/<tag>"
+    if not backbones:
+        more = (
             f"{len(models) - table.row_count} more backbones (cosettle-adapter list --backbones), "
             "and any of timm's and open_clip's: a projection is fitted on first use"
         )
+    output.print(more)
 
 
 def download(

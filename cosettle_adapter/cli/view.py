@@ -11,9 +11,16 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from cosettle_adapter.cli.common import ModelOptions, Size, console, frame_bar, frame_progress
+from cosettle_adapter.cli.common import (
+    ModelOptions,
+    Size,
+    console,
+    frame_bar,
+    frame_progress,
+    frames_in,
+)
 from cosettle_adapter.correspondence.fusion import FusionMode
-from cosettle_adapter.video import FrameSelection, probe
+from cosettle_adapter.video import FrameSelection
 from cosettle_adapter.visualization.viewer import ViewerServer, view_clip
 
 _FRAMES = 64
@@ -46,10 +53,7 @@ def view(
     out = console()
     most = select.max_frames or _FRAMES
     select = dataclasses.replace(select, max_frames=most)
-    count = probe(source).frames  # a source that cannot be read is told before a model is loaded
-    ranged = count is None or select.start is not None or select.end is not None
-    there = None if count is None or ranged else -(-count // select.every)
-    shown = None if there is None else min(there, most)
+    there = frames_in(source, select)  # what cannot be read is told before a model is loaded
     with out.status(f"loading {model.model}"):
         adapter = model.load(raw=raw)
     with frame_progress(out) as progress:
@@ -60,7 +64,7 @@ def view(
             size=size,
             batch_size=batch_size,
             fusion=temporal_fusion,
-            on_frames=frame_bar(progress, Path(source).name, shown),
+            on_frames=frame_bar(progress, Path(source).name, min(there or most, most)),
         )
     if there is not None and there > len(clip.pictures) == most:
         out.print(

@@ -26,9 +26,6 @@ from cosettle_adapter.video.geometry import resize
 
 METADATA_FILE = "cosettle_adapter.json"
 _FRAMES = 3  # to compare on
-_BATCH = "batch"
-_EXAMPLE_BATCH = 2  # a batch of one would be taken for a constant
-_LARGEST_BATCH = 2**20  # torch 2.6 asks for any bound below that of its integers
 # Of the largest feature. Kernels differ by far less than what a wrong graph does.
 _ALLOWED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -98,10 +95,8 @@ def to_torch_export(
     Raises:
         GeometryError: ``size`` is not made of whole patches.
         ExportError: torch cannot trace this model, or the file computes something else.
-        OSError: the file cannot be written.
     """
-    path = Path(path)
-    check_suffix(path, ".pt2")
+    path = check_suffix(path, ".pt2")
     traced = Traced(adapter, size, preprocessing, normalize, static_batch)
     # Through memory: the format's own writer hides that it was the disk that is full.
     content = io.BytesIO()
@@ -151,38 +146,35 @@ class Traced:
         unfused: bool = False,
     ) -> None:
         _check(adapter, size, static_batch)
-        grid = adapter.geometry(*size).grid
-        self.count = static_batch
+        backbone, config = adapter.backbone, adapter.config
+        grid, count = adapter.geometry(*size).grid, static_batch or "batch"
         dtype = str(adapter.dtype).removeprefix("torch.")
         self.name, kind = ("frames", "uint8") if preprocessing else ("images", "float32")
-        count = static_batch or _BATCH
         self.input = f"{self.name} {kind} ({count}, 3, {size[0]}, {size[1]})"
         self.output = f"features {dtype} ({count}, {adapter.width}, {grid[0]}, {grid[1]})"
         self.metadata: dict[str, Any] = {
             "cosettle_adapter": __version__,
-            "backbone": adapter.backbone.row.name,
-            "fingerprint": adapter.backbone.fingerprint,
-            "licence": adapter.config.licence,
-            "layers": list(adapter.config.layers),
-            "projection": adapter.config.kind,
-            "patch": adapter.backbone.patch,
-            "stride": adapter.backbone.stride,
+            "backbone": backbone.row.name,
+            "fingerprint": backbone.fingerprint,
+            "licence": config.licence,
+            "layers": list(config.layers),
+            "projection": config.kind,
+            "patch": backbone.patch,
+            "stride": backbone.stride,
             "size": list(size),
             "grid": list(grid),
             "preprocessing": preprocessing,
-            "mean": list(adapter.backbone.row.mean),
-            "std": list(adapter.backbone.row.std),
+            "mean": list(backbone.row.mean),
+            "std": list(backbone.row.std),
             "normalized": normalize,
         }
-        self.model = _OneSize(adapter, preprocessing, normalize)
-        self.dynamic_shapes: Any = None
-        if static_batch is None:
-            batch = torch.export.Dim(_BATCH, max=_LARGEST_BATCH)
-            self.dynamic_shapes = {"inputs": {0: batch}}
+        self.count, self.model = static_batch, _OneSize(adapter, preprocessing, normalize)
+        # torch 2.6 asks for any bound below that of its integers
+        batch = None if static_batch else torch.export.Dim("batch", max=2**20)
+        self.dynamic_shapes: Any = batch and {"inputs": {0: batch}}
+        # a batch of one would be taken for a constant
         example = torch.zeros(
-            (static_batch or _EXAMPLE_BATCH, 3, *size),
-            dtype=torch.uint8 if preprocessing else torch.float32,
-            device=adapter.device,
+            (static_batch or 2, 3, *size), dtype=getattr(torch, kind), device=adapter.device
         )
         self.model(example)  # positions of this size are computed now, and stored as constants
         with _plain_attention(self.model) if unfused else contextlib.nullcontext():
@@ -198,11 +190,7 @@ class Traced:
 
     @torch.no_grad()
     def compare(self, run: Callable[[Tensor], Tensor], runtime: str, check_on: Any) -> Parity:
-        """Compare the model with a file made of it, which ``run`` runs, on the same frames.
-
-        Raises:
-            ExportError: the results differ by more than rounding, or in shape, or hold NaN.
-        """
+        """Compare the model with a file made of it, which ``run`` runs; raise if they differ."""
         height, width = self.metadata["size"]
         frames = frames_to_compare(check_on, (height, width), self.count)
         inputs = frames if self.model.preprocessing else self.model.adapter.preprocess(frames)
@@ -230,10 +218,9 @@ class Traced:
 
 
 def frames_to_compare(given: Any, size: tuple[int, int], count: int | None) -> Tensor:
-    """Return ``(N, 3, H, W)`` uint8 frames on which file and model are compared.
+    """Return ``(N, 3, H, W)`` uint8 frames to compare on: the ``given`` ones, resized, or rendered.
 
-    They are the ``given`` ones, resized, or rendered: a camera that moves over a photograph. Given
-    a ``count``, the last one is repeated where there are too few.
+    Given a ``count``, the last one is repeated where there are too few.
     """
     if given is None:
         photo = next(iter(starter_photographs().values()))
@@ -247,10 +234,11 @@ def frames_to_compare(given: Any, size: tuple[int, int], count: int | None) -> T
     return frames if count is None else frames[torch.arange(count).clamp(max=len(frames) - 1)]
 
 
-def check_suffix(path: Path, suffix: str) -> None:
-    """Raise unless a file is named as what it will be."""
-    if path.suffix != suffix:
+def check_suffix(path: str | Path, suffix: str) -> Path:
+    """Return the path of a file that is named as what it will be, or raise."""
+    if Path(path).suffix != suffix:
         raise ExportError(f"expected a file name that ends in {suffix}, got {path}")
+    return Path(path)
 
 
 def reason(error: BaseException) -> str:

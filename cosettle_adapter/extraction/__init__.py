@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from cosettle_adapter.extraction.formats import FORMATS, FeatureFile, read_features
-from cosettle_adapter.extraction.run import (
-    Extraction,
+from cosettle_adapter.extraction.many import (
     Job,
     Outcome,
-    extract,
+    RayOptions,
+    Shard,
+    Source,
     extract_many,
+    extract_with_ray,
+    find_sources,
     plan_jobs,
 )
+from cosettle_adapter.extraction.run import Extraction, extract
 from cosettle_adapter.extraction.settings import ExtractSettings
-from cosettle_adapter.extraction.sources import Shard, Source, find_sources
 
 __all__ = [
-    "FORMATS",
-    "ExtractSettings",
-    "Extraction",
-    "FeatureFile",
-    "Job",
-    "Outcome",
-    "Shard",
-    "Source",
-    "extract",
-    "extract_many",
-    "find_sources",
-    "plan_jobs",
+    "FORMATS", "ExtractSettings", "Extraction", "FeatureFile", "Job", "Outcome", "RayOptions",
+    "Shard", "Source", "extract", "extract_many", "extract_with_ray", "find_sources", "plan_jobs",
     "read_features",
-]
+]  # fmt: skip

@@ -11,14 +11,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
-import shutil
-import struct
 import sys
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,17 +30,11 @@ FRAME = (476, 854)
 PATCH = 14
 STRIDES = (7, 14)
 CHANNELS = 1024  # of the residual that its DeltaDINO network adds to the features
-LOCATION = "cuda:0"  # where torch.load puts the tensor: its code runs on nothing but a GPU
-
-_LOCAL_HEADER, _ZIP64_FIELD, _ALIGNED = 30, 20, 128  # bytes; torch.save aligns to 64
-_PADDING_FIELD = 0x4246  # torch.save's own mark, "FB"; readers skip it
+LOCATION = "cuda:0"  # where torch.load puts it: its code indexes the tensor by others on the GPU
 
 
 def cells(stride: int, *, frame: tuple[int, int] = FRAME) -> Geometry:
-    """Return DINO-Tracker's grid over a frame: 67 x 121 at stride 7, 34 x 61 at stride 14.
-
-    ``frame`` is (H, W) before it is resized to 476 x 854.
-    """
+    """Return its grid over frames of any size: 67 x 121 at stride 7, 34 x 61 at stride 14."""
     if stride not in STRIDES:
         raise DinoTrackerError(f"stride must be 7 or 14, got {stride}")
     return plan_geometry(*frame, patch=PATCH, stride=stride, size=FRAME)
@@ -63,8 +55,7 @@ def plan_settings(adapter: CoSettleAdapter, settings: ExtractSettings) -> Extrac
     check_adapter(adapter)
     if settings.size is not None or settings.fit != "resize":
         raise FormatError("DINO-Tracker's frames are 476 x 854: leave --size and --fit out")
-    size = adapter.geometry(*FRAME).padded
-    return dataclasses.replace(settings, size=size, storage=settings.storage or torch.float32)
+    return dataclasses.replace(settings, size=adapter.geometry(*FRAME).padded)
 
 
 def arrange(features: Tensor, geometry: Geometry, *, stride: int, first: int = 0) -> Tensor:
@@ -73,17 +64,9 @@ def arrange(features: Tensor, geometry: Geometry, *, stride: int, first: int = 0
     Where the adapter's own patches lie there (patch 14, at that stride), features stay as they are;
     otherwise they are interpolated between the centres of patches.
 
-    Args:
-        features: ``(N, C, h, w)`` on ``geometry.grid``, C at most 1024.
-        geometry: how frames, of whatever size, became that grid.
-        stride: 7 or 14.
-        first: number of the first frame, for errors.
-
-    Returns:
-        ``(N, 1024, h, w)`` float32 on their device; channels that they do not have are zero.
-
-    Raises:
-        DinoTrackerError: a feature is zero or not finite.
+    From ``(N, C, h, w)`` on ``geometry.grid`` to ``(N, 1024, h, w)`` float32; channels that they do
+    not have are zero. Features that are zero or not finite are a :class:`DinoTrackerError`, which
+    counts frames from ``first``.
     """
     points = cells(stride, frame=geometry.frame).cell_centers()
     features = features.float()
@@ -104,35 +87,22 @@ def arrange(features: Tensor, geometry: Geometry, *, stride: int, first: int = 0
 
 
 def save_tensor(numbers: Path, path: Path, shape: tuple[int, ...], *, offset: int = 0) -> Path:
-    """Write what ``torch.save`` writes of a float32 tensor in a file, at constant memory.
+    """Write what ``torch.save`` writes of a float32 tensor on a GPU, at constant memory.
 
-    That is an uncompressed ZIP archive of the numbers and a pickle that says what they are.
-
-    Args:
-        numbers: file of the tensor's numbers.
-        path: the file to write; ``torch.load`` puts the tensor onto the GPU unless
-            ``map_location`` says otherwise.
-        shape: shape of the tensor.
-        offset: bytes before the numbers.
+    Its numbers are those of a file from ``offset`` bytes on.
     """
-    first = zipfile.ZipInfo("archive/data/0")
-    padding = _ALIGNED - _LOCAL_HEADER - len(first.filename) - _ZIP64_FIELD - 4
-    first.extra = struct.pack("<HH", _PADDING_FIELD, padding) + b"Z" * padding
+    tensor = torch.from_numpy(np.memmap(numbers, np.float32, "c", offset, shape))
     described = io.BytesIO()
-    _TensorPickler(described, protocol=2).dump(torch.empty(shape, device="meta"))
-    others = {"data.pkl": described.getvalue(), "byteorder": sys.byteorder.encode()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive, numbers.open("rb") as content:
-        content.seek(offset)
-        with archive.open(first, "w", force_zip64=True) as entry:
-            shutil.copyfileobj(content, entry, 1 << 20)
-        for name, text in {**others, "version": b"3\n"}.items():
-            # a name alone would put the time of day into the file
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), text)
+    _TensorPickler(described, protocol=2).dump(tensor)
+    with torch.serialization._open_zipfile_writer(str(path)) as archive:
+        for name, text in (("data.pkl", described.getvalue()), ("byteorder", sys.byteorder)):
+            archive.write_record(name, text, len(text))
+        archive.write_record("data/0", tensor.untyped_storage(), tensor.nbytes)
     return path
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickles a tensor without numbers as ``torch.save`` pickles one with them."""
+    """Pickles a tensor as ``torch.save`` does, its numbers being stored elsewhere."""
 
     def reducer_override(self, item: Any) -> Any:
         if not isinstance(item, Tensor):

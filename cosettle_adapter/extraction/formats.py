@@ -21,12 +21,7 @@ from torch import Tensor
 
 from cosettle_adapter.errors import CorruptFeatureFileError, did_you_mean
 from cosettle_adapter.extraction.dino_tracker import save_tensor
-from cosettle_adapter.extraction.record import (
-    RESERVED,
-    RunRecord,
-    read_sidecar,
-    sidecar_path,
-)
+from cosettle_adapter.extraction.record import RESERVED, RunRecord, read_sidecar, sidecar_path
 from cosettle_adapter.extraction.settings import FormatError
 from cosettle_adapter.imports import require
 from cosettle_adapter.video import Geometry
@@ -50,22 +45,28 @@ class Format:
 
 
 def _finish_safetensors(path: Path, record: RunRecord) -> Path:
-    frames, end = len(record.timestamps), len(record.timestamps) * record.frame_bytes
-    padding = -end % 8  # timestamps are aligned, and the format allows no holes
-    tensors: dict[str, object] = {"__metadata__": {"description": json.dumps(record.description)}}
-
-    def add(name: str, dtype: str, shape: list[int], start: int, stop: int) -> None:
-        tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
-
-    add("features", _SAFETENSORS[record.asked["storage"]], [frames, *record.shape], 0, end)
-    if padding:
-        add("padding", "U8", [padding], end, end + padding)
-    add("timestamps", "F64", [frames], end + padding, end + padding + 8 * frames)
-    header = json.dumps(tensors).encode().ljust(RESERVED - 8)
+    frames, *_ = shape = record.shape
+    end = frames * record.frame_bytes
+    times = end + -end % 8  # timestamps are aligned, and the format allows no holes
+    dtype = _SAFETENSORS[record.asked["storage"]]
+    header = {
+        "__metadata__": {"description": json.dumps(record.description)},
+        "features": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]},
+        "padding": {"dtype": "U8", "shape": [times - end], "data_offsets": [end, times]},
+        "timestamps": {
+            "dtype": "F64",
+            "shape": [frames],
+            "data_offsets": [times, times + 8 * frames],
+        },
+    }
+    if times == end:
+        del header["padding"]
     with path.open("r+b") as file:
-        file.write(struct.pack("<Q", RESERVED - 8) + header)
+        file.write(
+            struct.pack("<Q", RESERVED - 8) + json.dumps(header).encode().ljust(RESERVED - 8)
+        )
         file.seek(RESERVED + end)
-        file.write(bytes(padding) + struct.pack(f"<{frames}d", *record.timestamps))
+        file.write(bytes(times - end) + struct.pack(f"<{frames}d", *record.timestamps))
     return path
 
 
@@ -80,14 +81,13 @@ def _read_safetensors(path: Path, frames: slice) -> Found:
 
 def _finish_npy(path: Path, record: RunRecord) -> Path:
     """Make it a plain array for ``np.load(path, mmap_mode="r")``; the sidecar holds the rest."""
-    shape = (len(record.timestamps), *record.shape)
     descr = np.dtype(record.asked["storage"]).newbyteorder("<").str
-    fields = {"descr": descr, "fortran_order": False, "shape": shape}
-    magic = np.lib.format.magic(1, 0)
-    length = RESERVED - len(magic) - 2
-    header = repr(fields).encode().ljust(length - 1) + b"\n"
+    fields = {"descr": descr, "fortran_order": False, "shape": tuple(record.shape)}
+    start = np.lib.format.magic(1, 0)
+    length = RESERVED - len(start) - 2
     with path.open("r+b") as file:
-        file.write(magic + struct.pack("<H", length) + header)
+        file.write(start + struct.pack("<H", length) + repr(fields).encode().ljust(length - 1))
+        file.write(b"\n")
     return path
 
 
@@ -98,9 +98,8 @@ def _read_npy(path: Path, frames: slice) -> Found:
 
 def _finish_zarr(path: Path, record: RunRecord) -> Path:
     """Copy the numbers into a group of features and timestamps, in small chunks of frames."""
-    whole = path.with_suffix(".whole")
-    shape = (len(record.timestamps), *record.shape)
-    numbers = np.memmap(path, dtype=record.asked["storage"], offset=RESERVED, shape=shape)
+    whole, dtype = path.with_suffix(".whole"), record.asked["storage"]
+    numbers = np.memmap(path, dtype=dtype, offset=RESERVED, shape=tuple(record.shape))
     group = _open_zarr(whole, "w")
     group.attrs.update({"description": record.description})
     chunk = min(len(numbers), max(1, _CHUNK_BYTES // record.frame_bytes))
@@ -124,13 +123,11 @@ def _read_zarr(path: Path, frames: slice) -> Found:
 
 
 def _finish_tracker(path: Path, record: RunRecord) -> Path:
-    shape = (len(record.timestamps), *record.shape)
-    return save_tensor(path, path.with_suffix(".whole"), shape, offset=RESERVED)
+    return save_tensor(path, path.with_suffix(".whole"), tuple(record.shape), offset=RESERVED)
 
 
 def _read_tracker(path: Path, frames: slice) -> Found:
-    features: Tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return features[frames], None
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)[frames], None
 
 
 def _open_zarr(path: Path, mode: str) -> Any:
@@ -138,19 +135,17 @@ def _open_zarr(path: Path, mode: str) -> Any:
     return zarr.open_group(str(path), mode=mode)
 
 
-_NUMPY = ("float32", "float16")  # it has no bfloat16
+_NUMPY, _ALL = ("float32", "float16"), tuple(_SAFETENSORS)  # NumPy has no bfloat16
 FORMATS = {
     form.name: form
     for form in (
-        Format(
-            "safetensors", ".safetensors", tuple(_SAFETENSORS), _finish_safetensors,
-            _read_safetensors,
-        ),
+        Format("safetensors", ".safetensors", _ALL, _finish_safetensors, _read_safetensors),
         Format("zarr", ".zarr", _NUMPY, _finish_zarr, _read_zarr),
         Format("npy-memmap", ".npy", _NUMPY, _finish_npy, _read_npy),
         Format("dino-tracker", ".pt", ("float32",), _finish_tracker, _read_tracker),
     )
-}  # fmt: skip
+}
+_SUFFIXES = ", ".join(f"{form.suffix} ({form.name})" for form in FORMATS.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +177,8 @@ def read_features(
     sidecar, frames = read_sidecar(path), slice(start, stop)
     form = format_of(path) if sidecar is None else FORMATS.get(sidecar["format"])
     if form is None:
-        known = ", ".join(each.suffix for each in FORMATS.values())
         raise CorruptFeatureFileError(
-            f"{path} is not a feature file: its suffix is none of {known}"
+            f"{path} is not a feature file: its suffix is none of {_SUFFIXES}"
         )
     try:
         features, description = form.read(path, frames)
@@ -208,15 +202,14 @@ def format_of(path: Path) -> Format | None:
 
 def choose_format(path: Path, name: str | None) -> Format:
     """Return the format of a file to be written, by ``name`` or else by its suffix, or raise."""
-    if name not in (None, *FORMATS):
-        known, close = ", ".join(FORMATS), did_you_mean(str(name), FORMATS)
-        raise FormatError(f"unknown format {name!r}; there are {known}.{close}")
     by_suffix = format_of(path)
-    form = by_suffix if name is None else FORMATS[name]
+    form = by_suffix if name is None else FORMATS.get(name)
+    if form is None and name is not None:
+        close = did_you_mean(name, FORMATS)
+        raise FormatError(f"unknown format {name!r}; there are {', '.join(FORMATS)}.{close}")
     if form is None:
-        known = ", ".join(f"{each.suffix} ({each.name})" for each in FORMATS.values())
         raise FormatError(
-            f"{path.name} does not tell its format by its suffix: end it in one of {known}, "
+            f"{path.name} does not tell its format by its suffix: end it in one of {_SUFFIXES}, "
             "or give --format (format=)"
         )
     if by_suffix not in (None, form):
@@ -227,14 +220,13 @@ def choose_format(path: Path, name: str | None) -> Format:
     return form
 
 
-def storage_dtype(form: Format, wanted: str | torch.dtype) -> str:
-    """Return the name of the dtype in which features are stored, or raise."""
-    name = str(wanted).removeprefix("torch.")
-    if name not in form.dtypes:
-        default, known = form.dtypes[0], " or ".join(form.dtypes)
+def storage_dtype(form: Format, wanted: str | torch.dtype | None, own: torch.dtype) -> str:
+    """Name the dtype that features are stored in: by default their own, or float32 for it."""
+    name, (default, *_) = str(wanted or own).removeprefix("torch."), form.dtypes
+    if name not in form.dtypes and wanted is not None:
         able = " or ".join(other.name for other in FORMATS.values() if name in other.dtypes)
         raise FormatError(
-            f"{form.name} stores {known}, not {name}: give --storage {default} "
+            f"{form.name} stores {' or '.join(form.dtypes)}, not {name}: give --storage {default} "
             f"(storage=torch.{default}){f'; {name} goes into {able}' if able else ''}"
         )
-    return name
+    return name if name in form.dtypes else default

@@ -21,11 +21,7 @@ from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones.weights import fingerprint
-from cosettle_adapter.extraction.settings import (
-    ExtractSettings,
-    OutputBusyError,
-    OutputExistsError,
-)
+from cosettle_adapter.extraction.settings import ExtractSettings, OutputBusyError, OutputExistsError
 from cosettle_adapter.io import LOCK_FILE, atomic_path, exclusive
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import FrameSelection, Geometry
@@ -62,17 +58,22 @@ class RunRecord:
         self.asked = asked
         self.folder = output.with_name(f".{output.name}.partial")
         self.keep = False  # whether the folder is kept in the end
-        self.shape: tuple[int, ...] = ()  # (C, h, w) of a frame's features
         self.timestamps: list[float] = []  # seconds of the frames that are written
         self._output = output
+        self._frame: list[int] = []  # (C, h, w) of a frame's features
         self._geometry: Mapping[str, Any] = {}
         self._numbers, self._journal = self.folder / "features", self.folder / "journal"
+
+    @property
+    def shape(self) -> list[int]:
+        """(T, C, h, w) of what is written."""
+        return [len(self.timestamps), *self._frame]
 
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame's features."""
         dtype: torch.dtype = getattr(torch, self.asked["storage"])
-        return math.prod(self.shape) * dtype.itemsize
+        return math.prod(self._frame) * dtype.itemsize
 
     @property
     def description(self) -> dict[str, Any]:
@@ -114,17 +115,15 @@ class RunRecord:
         if different or not lines or not self.keep or not self._numbers.is_file():
             self._discard()
             return
-        run, *batches = lines
-        self.shape, self._geometry = tuple(run["shape"]), run["geometry"]
-        whole: list[Any] = [run]
+        whole = lines[:1]
+        self._frame, self._geometry = whole[0]["shape"], whole[0]["geometry"]
         with self._numbers.open("r+b") as file:
             file.seek(RESERVED)
-            for batch in batches:
-                checksum, times = batch
+            for checksum, times in lines[1:]:
                 if zlib.crc32(file.read(len(times) * self.frame_bytes)) != checksum:
                     break
                 self.timestamps += times
-                whole.append(batch)
+                whole.append([checksum, times])
             file.truncate(RESERVED + len(self.timestamps) * self.frame_bytes)
         self._write_journal(whole)
         logger.info("resuming %s after %d frames", self._output, len(self.timestamps))
@@ -134,8 +133,8 @@ class RunRecord:
         flat = rearrange(features.cpu(), "n c h w -> (n c h w)").contiguous()
         numbers = flat.view(torch.uint8).numpy().data  # of any dtype, also of those NumPy lacks
         if not self.timestamps:
-            self.shape, self._geometry = tuple(features.shape[1:]), geometry.to_dict()
-            run = {"version": VERSION, "asked": self.asked, "shape": self.shape}
+            self._frame, self._geometry = list(features.shape[1:]), geometry.to_dict()
+            run = {"version": VERSION, "asked": self.asked, "shape": self._frame}
             self._write_journal([run | {"geometry": self._geometry}])
             self._numbers.write_bytes(bytes(RESERVED))
         with self._numbers.open("ab") as file:
@@ -152,10 +151,9 @@ class RunRecord:
                 os.fsync(file.fileno())
         fields = {
             "cosettle_adapter_features": VERSION,
-            **self.asked,
+            **self.description,
             "truncated": truncated,
-            "shape": [len(self.timestamps), *self.shape],
-            "geometry": self._geometry,
+            "shape": self.shape,
             "timestamps": self.timestamps,
         }
         text = ",\n".join(f" {json.dumps(name)}: {json.dumps(fields[name])}" for name in fields)
@@ -167,10 +165,10 @@ class RunRecord:
 
     def _read_journal(self) -> list[Any]:
         lines: list[Any] = []
-        if self._journal.exists():
-            with contextlib.suppress(ValueError):  # of a process killed while it wrote a line
-                for line in self._journal.read_text().splitlines():
-                    lines.append(json.loads(line))
+        # none yet, or of a process killed while it wrote a line
+        with contextlib.suppress(FileNotFoundError, ValueError), self._journal.open() as file:
+            for line in file:
+                lines.append(json.loads(line))
         return lines if lines and lines[0].get("version") == VERSION else []
 
     def _write_journal(self, lines: Sequence[Any]) -> None:
@@ -215,22 +213,22 @@ def describe_run(
     storage: str,
 ) -> dict[str, Any]:
     """Describe a run, JSON-ready: source, model, settings, and what computes it."""
-    config, projection = adapter.config, adapter.projection.state_dict()
-    size = settings.size
+    config, backbone = adapter.config, adapter.backbone
+    weights = adapter.projection.state_dict()
     is_path = isinstance(source, (str, os.PathLike))
     return {
         "source": Path(source).name if is_path else type(source).__name__,
         "source_identity": identify(source),
-        "backbone": adapter.backbone.row.name,
-        "fingerprint": adapter.backbone.fingerprint,
+        "backbone": backbone.row.name,
+        "fingerprint": backbone.fingerprint,
         "layers": list(config.layers),
         "norm": config.norm,
-        "patch": adapter.backbone.patch,
-        "stride": adapter.backbone.stride,
+        "patch": backbone.patch,
+        "stride": backbone.stride,
         "projection": {
             "kind": config.kind,
             "method": str(config.fit.get("method", "")),
-            "fingerprint": fingerprint(projection) if projection else None,
+            "fingerprint": fingerprint(weights) if weights else None,
             "averaging": config.averaging,
             "recipe": config.recipe,
         },
@@ -238,7 +236,7 @@ def describe_run(
         "format": format,
         "storage": storage,
         "settings": {
-            "size": list(size) if isinstance(size, tuple) else size,
+            "size": list(settings.size) if isinstance(settings.size, tuple) else settings.size,
             "fit": settings.fit,
             **dataclasses.asdict(select),
             "settle": adapter.settles if settings.settle is None else settings.settle,
@@ -257,14 +255,14 @@ def differences(
 
     ``numerical`` says whether differences count that change only the last bits.
     """
-    was, found = dict(_flat(before)), []
-    for name, value in _flat(now):
+    was, found = _flat(before), []
+    for name, value in _flat(now).items():
         if was.get(name) == value or name == "source":  # a renamed file is the same
             continue
-        if numerical or name.split(".")[0] not in _NUMERICAL:
+        if numerical or not name.startswith(_NUMERICAL):
             short = name.removeprefix("settings.").replace("_", "-").replace(".", " ")
-            text = f"{short} was {_value_text(was.get(name))} and is {_value_text(value)}"
-            found.append(_CHANGED.get(name, text))
+            old, new = ("not given" if v is None else v for v in (was.get(name), value))
+            found.append(_CHANGED.get(name, f"{short} was {old} and is {new}"))
     return ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
 
 
@@ -276,9 +274,9 @@ def identify(source: Any) -> str | None:
     if isinstance(source, (str, os.PathLike)):
         found = resolve(source)
         files = [found] if isinstance(found, Path) else found
-    elif isinstance(source, (list, tuple)) and source:
-        if not all(isinstance(item, (str, os.PathLike)) for item in source):
-            return None
+    elif isinstance(source, (list, tuple)) and all(
+        isinstance(item, (str, os.PathLike)) for item in source
+    ):
         files = [Path(item) for item in source]
     else:
         return None
@@ -286,25 +284,18 @@ def identify(source: Any) -> str | None:
     for file in files:  # a single file may be renamed; the names of several are their order
         name = file.name if len(files) > 1 else ""
         digest.update(f"{name}\0{file.stat().st_size}\n".encode())
-    samples = max(1, _SAMPLES // len(files))
-    for index in sorted({len(files) * sample // _SAMPLES for sample in range(_SAMPLES)}):
-        with files[index].open("rb") as content:
-            last = max(0, files[index].stat().st_size - _SAMPLE_BYTES)
-            for sample in range(samples):
-                content.seek(last * sample // max(1, samples - 1))
+    for file in files[:: 1 + len(files) // _SAMPLES]:
+        step = 1 + file.stat().st_size // _SAMPLES
+        with file.open("rb") as content:
+            for sample in range(_SAMPLES):
+                content.seek(sample * step)
                 digest.update(content.read(_SAMPLE_BYTES))
     return f"sha256:{digest.hexdigest()}"
 
 
-def _flat(description: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
+def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in description.items():
         nested = isinstance(value, Mapping)
-        flat += _flat(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", value)]
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat
-
-
-def _value_text(value: Any) -> str:
-    if value is None:
-        return "not given"
-    return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -41,32 +41,19 @@ def colour_scale(values: Tensor) -> Tensor:
     return torch.from_numpy(rgba)[..., :3]
 
 
-def chosen_colours(colours: Tensor | None, count: int) -> Tensor:
-    """Return ``colours`` if they are ``(count, 3)`` uint8, or raise; distinct ones for ``None``."""
-    if colours is None:
-        return distinct_colours(count)
-    if tuple(colours.shape) != (count, 3) or colours.dtype != torch.uint8:
-        raise FrameError(
-            f"got colours of shape {tuple(colours.shape)} and dtype {colours.dtype}, expected "
-            f"({count}, 3) uint8: one RGB colour for each."
-        )
-    return colours.cpu()
-
-
-def check_frames(frames: Tensor, geometry: Geometry | None = None) -> tuple[int, int, int]:
-    """Return (T, H, W) of ``(T, 3, H, W)`` uint8 frames that the geometry fits, or raise."""
+def check_frames(frames: Tensor, geometry: Geometry | None = None, *, name: str = "frames") -> None:
+    """Raise unless they are ``(T, 3, H, W)`` uint8, and of the size a geometry is planned for."""
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8:
         raise FrameError(
-            f"got frames of shape {tuple(frames.shape)} and dtype {frames.dtype}, expected "
-            "(T, 3, H, W) uint8 in [0, 255]."
+            f"got {name} of shape {tuple(frames.shape)} and dtype {frames.dtype}, expected "
+            "(T, 3, H, W) uint8 in [0, 255]"
         )
     if geometry is not None and tuple(frames.shape[-2:]) != geometry.frame:
         raise GeometryError(
-            f"got frames of {tuple(frames.shape[-2:])} pixels, but the geometry was planned for "
+            f"got {name} of {tuple(frames.shape[-2:])} pixels, but the geometry was planned for "
             f"{geometry.frame}; draw on the frames that were encoded, or plan the geometry for "
-            "the frames to draw on."
+            "the frames to draw on"
         )
-    return frames.shape[0], frames.shape[2], frames.shape[3]
 
 
 def at_pixels(maps: Tensor, geometry: Geometry) -> Tensor:

@@ -1,27 +1,34 @@
-"""Films and pictures on disk, complete or not at all."""
+"""Clips beside one another under captions, and films and pictures on disk, complete or absent."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
-from cosettle_adapter.visualization.drawing import to_image
+from cosettle_adapter.video.arrays import image_to_frame
+from cosettle_adapter.visualization.drawing import check_frames, to_image
+from cosettle_adapter.visualization.pca import fit_alike, pca_frames
 
 _SUFFIXES = (".mp4", ".gif", ".png", ".webp")
 _CRF = "18"  # visually lossless H.264
 _PALETTE_FRAMES = 8  # frames a GIF's one palette is chosen from
+_BACKGROUND, _TEXT = (18, 20, 24), (236, 238, 241)
+_MARGIN = 8  # pixels between panels and around captions
+_NOTE = 28  # pixels, height of a line of small text
+_MOMENTS = 3  # frames of a still picture
 
 
 def write_film(
@@ -51,49 +58,176 @@ def write_film(
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
+    if suffix not in _SUFFIXES or not fps > 0:
         raise ValueError(
-            f"got {path.name!r}, whose suffix {path.suffix!r} is not a film format; use one of "
-            f"{', '.join(_SUFFIXES)}."
+            f"got {path.name!r} at fps={fps}, expected a name that ends in one of "
+            f"{', '.join(_SUFFIXES)} and a positive number of frames per second"
         )
-    if not fps > 0:
-        raise ValueError(f"got fps={fps}, expected a positive number of frames per second.")
     checked = _checked(frames)
     with atomic_path(path) as temporary:
         if suffix == ".mp4":
             _write_h264(checked, temporary, fps)
-        else:
-            images = [to_image(frame) for frame in checked]
-            if suffix == ".gif" or (palette and suffix == ".png"):
-                images = _in_one_palette(images)
-            options: dict[str, Any] = {"format": suffix[1:].upper()}
-            if len(images) > 1:
-                options |= {"save_all": True, "append_images": images[1:]}
-                options |= {"duration": round(1000 / fps), "loop": 0}
-            if suffix == ".webp":
-                options |= {"quality": 90, "method": 4}
-            images[0].save(temporary, **options)
+            return path
+        images = [to_image(frame) for frame in checked]
+        if suffix == ".gif" or (palette and suffix == ".png"):
+            images = _in_one_palette(images)
+        options: dict[str, Any] = {"format": suffix[1:].upper()}
+        if len(images) > 1:
+            options |= {"save_all": True, "append_images": images[1:]}
+            options |= {"duration": round(1000 / fps), "loop": 0}
+        if suffix == ".webp":
+            options |= {"quality": 90, "method": 4}
+        images[0].save(temporary, **options)
     return path
+
+
+def pca_film(
+    frames: Tensor,
+    features: Tensor | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    fps: float = 12,
+    mode: str = "nearest",
+) -> Path:
+    """Write a film of a clip beside the PCA colours of its features.
+
+    Args and errors are those of :func:`feature_panels` and :func:`write_film`; ``features`` are
+    ``(T, C, h, w)`` floats, or several by caption: ``{"raw": raw, "adapted": features}``.
+    """
+    check_frames(frames)
+    named = {"features": features} if isinstance(features, Tensor) else features
+    return write_film(side_by_side(feature_panels(frames, named, mode=mode)), path, fps=fps)
+
+
+def feature_panels(
+    frames: Tensor, features: Mapping[str, Tensor], *, mode: str = "nearest"
+) -> dict[str, Tensor]:
+    """Return a clip and the PCA colours of its features, ready for :func:`side_by_side`.
+
+    Every panel has its own basis for the whole clip. The colours of the first features are their
+    principal components; those of the others are turned to agree with the first.
+
+    ``frames`` are ``(T, 3, H, W)`` uint8, and so is what is returned for ``"frame"`` and each
+    caption; ``features`` are ``(T, C, h, w)`` floats by caption, all on one grid.
+    """
+    height, width = frames.shape[-2:]
+    return {"frame": frames} | {
+        caption: pca_frames(features[caption], basis, size=(height, width), mode=mode)
+        for caption, basis in fit_alike(features).items()
+    }
+
+
+def side_by_side(panels: Mapping[str, Tensor]) -> Tensor:
+    """Place clips beside one another, each with its caption on a strip above.
+
+    ``panels`` are clips by caption, ``(T, 3, H, W)`` uint8 with the same ``T`` and ``H``, or a
+    :class:`FrameError`. Returns ``(T, 3, H', W')`` uint8, both sides even, as codecs want them.
+    """
+    if not panels:
+        raise FrameError("got no panels; give a mapping such as {'frame': frames, 'PCA': colours}")
+    for caption, clip in panels.items():
+        check_frames(clip, name=f"panel {caption!r}")
+    sizes = {caption: (len(clip), clip.shape[2]) for caption, clip in panels.items()}
+    if len(set(sizes.values())) > 1:
+        raise FrameError(
+            f"got panels of different length or height, as (T, H): {sizes}. Cut them to the same "
+            "frames and resize them to the same height"
+        )
+    length, _, height, first_width = next(iter(panels.values())).shape
+    strip = max(10, min(28, min(height, first_width) // 10)) + 2 * _MARGIN
+    width = sum(clip.shape[-1] for clip in panels.values()) + _MARGIN * (len(panels) - 1)
+    canvas = _plain(length, strip + height + (strip + height) % 2, width + width % 2)
+    left = 0
+    for caption, clip in panels.items():
+        right = left + clip.shape[-1]
+        canvas[:, :, :strip, left:right] = _caption(caption, strip, right - left)
+        canvas[:, :, strip : strip + height, left:right] = clip.cpu()
+        left = right + _MARGIN
+    return canvas
+
+
+def time_slice(clip: Tensor, row: int, *, height: int | None = None) -> Tensor:
+    """Stack one row of every frame: an x-t slice, time from top to bottom.
+
+    What moves smoothly draws smooth stripes; what flickers is texture.
+
+    Args:
+        clip: ``(T, C, H, W)`` pictures of any dtype, such as those of :func:`pca_frames`, or maps.
+        row: the row, counted from the top.
+        height: rows of the result, over which the frames are spread evenly; by default ``T``.
+
+    Returns:
+        ``(C, height, W)`` in the dtype of ``clip``.
+    """
+    if clip.ndim != 4:
+        raise FrameError(f"got a clip of shape {tuple(clip.shape)}, expected (T, C, H, W)")
+    if not 0 <= row < clip.shape[2]:
+        raise ValueError(f"got row={row}, expected 0 to {clip.shape[2] - 1}")
+    height = height or len(clip)
+    times = torch.arange(height) * len(clip) // height
+    return rearrange(clip[times, :, row], "t c w -> c t w")
+
+
+def comparison_picture(
+    panels: Mapping[str, Tensor], *, row: int, notes: Mapping[str, str]
+) -> Tensor:
+    """Lay out clips as one picture: a column each, with three moments above a row over time.
+
+    ``panels`` are those of :func:`side_by_side`; ``row`` is marked in each moment; ``notes`` are
+    lines of text below the column of a caption. Returns ``(3, H', W')`` uint8.
+    """
+    texts = {caption: notes.get(caption, "").splitlines() for caption in panels}
+    lines = max(map(len, texts.values()))
+    columns = {}
+    for caption, clip in panels.items():
+        length, _, height, width = clip.shape
+        times = torch.linspace(0, length - 1, min(_MOMENTS, length)).round().long()
+        stills = clip.cpu()[times]
+        stills[:, :, row] = 255
+        stacked = torch.cat([stills, _plain(len(stills), _MARGIN, width)], dim=2)
+        stretched = length * max(1, round(1.5 * height / length))
+        text = texts[caption] + [""] * (lines - len(texts[caption]))
+        parts = [
+            rearrange(stacked, "t c h w -> c (t h) w")[:, :-_MARGIN],
+            _caption("the marked row over time, downwards", _NOTE, width),
+            time_slice(clip.cpu(), row, height=stretched),
+            *(_caption(line, _NOTE, width) for line in text),
+        ]
+        columns[caption] = rearrange(torch.cat(parts, dim=1), "c h w -> 1 c h w")
+    return side_by_side(columns)[0]
+
+
+def _plain(length: int, height: int, width: int) -> Tensor:
+    colour = rearrange(torch.tensor(_BACKGROUND, dtype=torch.uint8), "c -> c 1 1")
+    return colour.expand(length, 3, height, width).clone()
+
+
+def _caption(text: str, height: int, width: int) -> Tensor:
+    """``(3, height, width)`` uint8 strip with the text left-aligned, shrunk until it fits."""
+    strip = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(strip)
+    size = height - 2 * _MARGIN
+    while size > 6 and draw.textlength(text, font_size=size) > width - 2 * _MARGIN:
+        size -= 1
+    font = ImageFont.load_default(size)
+    draw.text((_MARGIN, height / 2), text, fill=_TEXT, font=font, anchor="lm")
+    return image_to_frame(strip)
 
 
 def _checked(frames: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the frames, each checked when it is taken."""
-    shape: torch.Size | None = None
+    shape: tuple[int, ...] = ()
     for index, frame in enumerate(frames):
-        if frame.ndim != 3 or len(frame) != 3 or frame.dtype != torch.uint8:
+        right = frame.ndim == 3 and len(frame) == 3 and frame.dtype == torch.uint8
+        if not right or tuple(frame.shape) != (shape or tuple(frame.shape)):
             raise FrameError(
                 f"got frame {index} of shape {tuple(frame.shape)} and dtype {frame.dtype}, "
-                "expected (3, H, W) uint8 in [0, 255]."
+                f"expected {shape or '(3, H, W)'} uint8 in [0, 255], all of one size"
             )
-        if frame.shape != (shape or frame.shape):
-            raise FrameError(
-                f"got frame {index} of shape {tuple(frame.shape)} after frames of shape "
-                f"{tuple(shape or ())}; all frames of a film must have one size."
-            )
-        shape = frame.shape
+        shape = tuple(frame.shape)
         yield frame
-    if shape is None:
-        raise FrameError("got no frames to write; a film needs at least one.")
+    if not shape:
+        raise FrameError("got no frames to write; a film needs at least one")
 
 
 def _write_h264(frames: Iterator[Tensor], path: Path, fps: float) -> None:

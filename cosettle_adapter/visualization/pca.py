@@ -7,6 +7,7 @@ the clip; whatever still flickers is in the features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +63,7 @@ def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
             (Procrustes), so that two panels share their colours where the features share their
             structure. It is one rotation for the clip: it cannot hide flicker.
 
-    Returns:
-        The basis, on the CPU.
-
-    Raises:
-        GeometryError, FrameError: features of another shape, too few of them, or not finite.
+    Features of another shape, too few or not finite are a GeometryError or FrameError.
     """
     _check_features(features)
     frames, width, rows, columns = features.shape
@@ -83,9 +80,8 @@ def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
         )
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(patches, generator=generator)[:_SAMPLES].sort().values
-    cells = chosen % (rows * columns)
-    at = (chosen // (rows * columns), slice(None), cells // columns, cells % columns)
-    sample = features.detach()[at].cpu().double()
+    frame, row, column = torch.unravel_index(chosen, (frames, rows, columns))
+    sample = features.detach()[frame, :, row, column].cpu().double()
     mean = sample.mean(dim=0)
     centred = sample - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred / len(sample))  # ascending
@@ -108,19 +104,23 @@ def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
     return PCABasis(mean.float(), basis.float(), low, high)
 
 
+def fit_alike(features: Mapping[str, Tensor]) -> dict[str, PCABasis]:
+    """Fit a basis to each of several features of one clip, all aligned to the first one's."""
+    bases: dict[str, PCABasis] = {}
+    reference: Tensor | None = None
+    for name, maps in features.items():
+        bases[name] = fit_pca(maps, align_to=reference)
+        reference = bases[name].scores(maps) if reference is None else reference
+    return bases
+
+
 def pca_frames(
     features: Tensor, basis: PCABasis, *, size: tuple[int, int], mode: str = "nearest"
 ) -> Tensor:
     """Paint features in the colours of a basis.
 
-    Args:
-        features: ``(T, C, h, w)`` floats.
-        basis: from :func:`fit_pca`.
-        size: ``(H, W)`` of the pictures in pixels; the grid is stretched over all of it.
-        mode: ``"nearest"`` shows the patches as they are, ``"bilinear"`` smooths between them.
-
-    Returns:
-        ``(T, 3, H, W)`` uint8 on the CPU.
+    The grid of ``(T, C, h, w)`` features is stretched over ``size``, ``(H, W)`` pixels; the mode
+    ``"bilinear"`` smooths between patches. Returns ``(T, 3, H, W)`` uint8 on the CPU.
     """
     painted = F.interpolate(basis.colours(features), size=size, mode=mode)
     return (painted * 255).round().to(torch.uint8).cpu()
@@ -150,10 +150,12 @@ def _tokens(scores: Tensor) -> Tensor:
 
 def _procrustes(scores: Tensor, reference: Tensor) -> Tensor:
     """``(3, 3)`` map: unit variance, then the rotation that meets the reference best."""
-    deviation = scores.double().std(dim=0).clamp_min(1e-12)
-    standard = (scores.double() - scores.double().mean(dim=0)) / deviation
-    target = reference.double() - reference.double().mean(dim=0)
-    target = target / target.std(dim=0).clamp_min(1e-12)
+    (standard, deviation), (target, _) = map(_standardised, (scores.double(), reference.double()))
     left, _, right = torch.linalg.svd(standard.T @ target)
     rotation: Tensor = (left @ right) / rearrange(deviation, "k -> k 1")
     return rotation
+
+
+def _standardised(values: Tensor) -> tuple[Tensor, Tensor]:
+    deviation = values.std(dim=0).clamp_min(1e-12)
+    return (values - values.mean(dim=0)) / deviation, deviation

@@ -27,8 +27,8 @@ from cosettle_adapter.errors import CosettleError, FrameError, TruncatedVideoErr
 from cosettle_adapter.evaluation.variants import encode_variants, feature_variants
 from cosettle_adapter.video import FrameSelection, Geometry, open_frames, prefetch
 from cosettle_adapter.visualization.drawing import colour_scale, to_image
-from cosettle_adapter.visualization.pca import fit_pca
-from cosettle_adapter.visualization.similarity import heat, similarity_maps, similarity_peaks
+from cosettle_adapter.visualization.overlays import heat, similarity_maps, similarity_peaks
+from cosettle_adapter.visualization.pca import fit_alike, pca_frames
 
 logger = logging.getLogger(__name__)
 
@@ -67,26 +67,21 @@ def view_clip(
 ) -> ViewedClip:
     """Encode a clip for the page; of a video that breaks off, what could be read of it.
 
-    Args:
-        adapter: backbone and projection.
-        source: a video file, or a folder or glob of images.
-        size, select, batch_size: as in the adapter's ``stream``.
-        fusion: show the projection's features fused over time as well.
-        on_frames: called with the number of frames done, after each pass.
-
-    Raises:
-        FrameError: nothing to read, or frames or features that cannot be used.
+    Arguments are those of the adapter's ``stream``; with a ``fusion``, the projection's features
+    are shown fused over time as well. ``on_frames`` is called with the number of frames done,
+    after each pass. What cannot be read or used is a :class:`FrameError`.
     """
     pictures: list[bytes] = []
     times: list[Tensor] = []
-    geometries: list[Geometry] = []
+    sides: tuple[int, ...] = ()
 
     def batches() -> Iterator[Tensor]:
+        nonlocal sides
         try:
             for chunk in prefetch(open_frames(source, select, chunk_size=batch_size)):
                 pictures.extend(map(_jpeg, chunk.frames))
                 times.append(chunk.timestamps)
-                geometries.append(adapter.geometry(*chunk.frames.shape[-2:], size=size))
+                sides = chunk.frames.shape[-2:]
                 yield chunk.frames
                 on_frames(len(pictures))
         except TruncatedVideoError as error:
@@ -98,14 +93,11 @@ def view_clip(
     kinds = [kind for kind in kinds if kind.fusion is None or kind.projection is not None]
     encoded = encode_variants(adapter, batches(), kinds, size=size)
     features = {name: maps.half() for name, maps in encoded}
-    pca: dict[str, bytes] = {}
-    reference: Tensor | None = None
-    for name, maps in features.items():
-        basis = fit_pca(maps, align_to=reference)
-        reference = basis.scores(maps) if reference is None else reference
-        painted = (255 * basis.colours(maps)).round().to(torch.uint8)
+    config, geometry = adapter.config, adapter.geometry(*sides, size=size)
+    pca = {}
+    for name, basis in fit_alike(features).items():
+        painted = pca_frames(features[name], basis, size=geometry.grid)
         pca[name] = _png(rearrange(painted, "t c h w -> (t h) w c"))
-    config, geometry = adapter.config, geometries[0]
     (height, width), (rows, columns) = geometry.padded, geometry.grid
     projection = "tokens" if config.kind == "identity" else f"{config.kind} projection"
     facts = (
@@ -168,12 +160,15 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, "text/html; charset=utf-8", Path(__file__).with_suffix(".html").read_bytes()
         if path == "/clip.json":
             return 200, "application/json", json.dumps(_describe(clip)).encode()
-        if path == "/frame":
-            return 200, "image/jpeg", clip.pictures[_frame(query, len(clip.pictures))]
         if path == "/pca":
             return 200, "image/png", clip.pca[query["kind"]]
-        if path == "/similarity":
-            return 200, "application/json", json.dumps(_similarity(clip, query)).encode()
+        if path in ("/frame", "/similarity"):
+            frame, count = int(query["frame"]), len(clip.pictures)
+            if not 0 <= frame < count:
+                raise FrameError(f"got frame={frame}, expected one from 0 to {count - 1}")
+            if path == "/frame":
+                return 200, "image/jpeg", clip.pictures[frame]
+            return 200, "application/json", json.dumps(_similarity(clip, frame, query)).encode()
         return 404, "text/plain", f"There is nothing at {path}.".encode()
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
@@ -185,14 +180,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _similarity(clip: ViewedClip, query: Mapping[str, str]) -> dict[str, Any]:
+def _similarity(clip: ViewedClip, frame: int, query: Mapping[str, str]) -> dict[str, Any]:
     """Compare all patches with a point (x, y) of a frame: heat as a PNG, peaks of all frames."""
     point = float(query["x"]), float(query["y"])
-    frame = _frame(query, len(clip.pictures))
     maps = similarity_maps(clip.features[query["kind"]], clip.geometry, point, frame=frame)
-    own = query.get("scale") == "own"  # of the clip's cosines, instead of 0 to 1
-    low, high = (float(maps.min()), float(maps.max())) if own else (0.0, 1.0)
-    values = rearrange((maps - low) / max(high - low, 1e-3), "t h w -> (t h) w").clamp(0, 1)
+    values = rearrange(maps, "t h w -> (t h) w").clamp(0, 1)
     drawn = _png(rearrange(heat(values), "c h w -> h w c"))
     peaks = torch.cat([similarity_peaks(maps, clip.geometry), maps.amax((1, 2))[:, None]], dim=1)
     return {"peaks": peaks.tolist(), "heat": base64.b64encode(drawn).decode()}
@@ -213,13 +205,6 @@ def _describe(clip: ViewedClip) -> dict[str, Any]:
         "kinds": list(clip.features),
         "colours": colour_scale(torch.linspace(0, 1, 16)).tolist(),
     }
-
-
-def _frame(query: Mapping[str, str], count: int) -> int:
-    index = int(query["frame"])
-    if not 0 <= index < count:
-        raise FrameError(f"Got frame={index}, expected one from 0 to {count - 1}.")
-    return index
 
 
 def _jpeg(frame: Tensor) -> bytes:

@@ -73,21 +73,6 @@ def test_download_tells_where_the_weights_came_from(
     assert "licence MIT" in printed
 
 
-def test_extract_writes_features(
-    real_backbone: VisionTransformerBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clip = write_video(tmp_path / "clip.mp4", frames=6, height=60, width=80)
-    out = tmp_path / "clip.safetensors"
-    command = ["extract", str(clip), "-o", str(out), "--every", "2", "--size", "56x84"]
-    assert main([*command, "--storage", "float16"]) == 0
-    assert "(3, 384, 4, 6)" in capsys.readouterr().out.replace("\n", " ")
-    assert tuple(read_features(out).features.shape) == (3, 384, 4, 6)
-    assert main([*command, "--layer", "3", "--stride", "7", "--overwrite"]) == 0
-    read = read_features(out)
-    assert tuple(read.features.shape) == (3, 384, 7, 11)
-    assert read.metadata["layers"] == [3]
-
-
 def test_a_truncated_source_is_told_and_fails(
     real_backbone: VisionTransformerBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,36 +123,24 @@ def test_ctrl_c_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["list"]) == 130
 
 
+def test_sizes_are_a_shorter_side_or_both() -> None:
+    for text, size in {"476": 476, "476x882": (476, 882), "28X42": (28, 42)}.items():
+        assert parse_size(None, [Token(value=text)]) == size
+    for text in ("", "big", "1x2x3", "-5", "0"):
+        with pytest.raises(ValueError, match="expected 476 or 476x882"):
+            parse_size(None, [Token(value=text)])
+
+
 @pytest.mark.parametrize(
-    ("text", "expected"), [("476", 476), ("476x882", (476, 882)), ("28X42", (28, 42))]
+    ("imported", "heavy"),
+    [
+        ("import cosettle_adapter", "torch timm numpy PIL"),
+        ("from cosettle_adapter import CoSettleAdapter, Projection, load_backbone", ""),
+    ],
 )
-def test_sizes_parse(text: str, expected: object) -> None:
-    assert parse_size(None, [Token(value=text)]) == expected
-
-
-@pytest.mark.parametrize("text", ["", "big", "1x2x3", "-5", "0"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="expected 476 or 476x882"):
-        parse_size(None, [Token(value=text)])
-
-
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, cosettle_adapter; heavy = {'torch', 'timm', 'numpy', 'av', 'rich', 'onnx', "
-        "'open_clip', 'matplotlib', 'scipy', 'skimage', 'PIL'} & set(sys.modules); print(heavy)"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert printed.stdout.strip() == "set()"
-
-
-def test_the_adapter_loads_no_extra() -> None:
-    code = (
-        "import sys; from cosettle_adapter import CoSettleAdapter, Projection, load_backbone; "
-        "print({'av', 'rich', 'onnx', 'open_clip', 'matplotlib', 'scipy', 'skimage'} "
-        "& set(sys.modules))"
-    )
+def test_importing_loads_nothing_heavy_and_no_extra(imported: str, heavy: str) -> None:
+    extras = f"av rich onnx open_clip matplotlib scipy skimage {heavy}"
+    code = f"import sys; {imported}; print({set(extras.split())} & set(sys.modules))"
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -24,7 +24,6 @@ from cosettle_adapter.extraction import (
 )
 from cosettle_adapter.extraction.record import RunRecord
 from cosettle_adapter.extraction.settings import ExtractionError, FormatError
-from cosettle_adapter.extraction.sources import output_names
 
 from helpers import write_video
 
@@ -83,7 +82,8 @@ def video(path: str, root: str = "") -> Source:
     ],
 )  # fmt: skip
 def test_names_are_kept_and_told_apart(sources: list[Source], names: list[str]) -> None:
-    assert output_names(sources) == names
+    jobs = plan_jobs(sources, Path("out"), FORMATS["npy-memmap"])
+    assert [job.output for job in jobs] == [Path("out", f"{name}.npy") for name in names]
 
 
 @given(count=st.integers(0, 50), shards=st.integers(1, 7))

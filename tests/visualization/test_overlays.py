@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
 
-from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.video import plan_geometry
 from cosettle_adapter.visualization import (
     colour_scale,
@@ -120,26 +120,25 @@ def test_masks_on_the_grid_follow_the_geometry() -> None:
     torch.testing.assert_close(painted, painted.flip(1), atol=1, rtol=0)
 
 
-def test_masks_that_do_not_fit_are_told() -> None:
-    ids = squares()
-    for masks, message in (
-        (ids[:, :4, :6], r"\(2, 4, 6\).*\(2, 40, 60\).*geometry="),
-        (ids.float(), r"floats in \[0, 1\]"),
-        (3 * torch.ones(2, 1, 40, 60), r"floats in \[0, 1\]"),
-        (ids.int() - 1, "mask id -1"),
-    ):
-        with pytest.raises(FrameError, match=message):
-            overlay_masks(black(), masks)
-    with pytest.raises(FrameError, match=r"expected \(2, 3\) uint8"):
-        overlay_masks(black(), ids, colours=WHITE)
-    with pytest.raises(FrameError, match=r"frames of shape \(2, 40, 60\)"):
-        overlay_masks(ids, ids)
-    with pytest.raises(GeometryError, match="planned for"):
-        overlay_masks(black(), torch.zeros(2, 1, 4, 6), geometry=plan_geometry(80, 60, patch=10))
-    with pytest.raises(ValueError, match=r"opacity=1\.5"):
-        overlay_masks(black(), ids, opacity=1.5)
-    with pytest.raises(ValueError, match="contour=-1"):
-        overlay_masks(black(), ids, contour=-1)
+@pytest.mark.parametrize(
+    ("frames", "masks", "options", "message"),
+    [
+        (black(), squares()[:, :4, :6], {}, r"\(2, 4, 6\).*\(2, 40, 60\).*geometry="),
+        (black(), squares().float(), {}, r"floats in \[0, 1\]"),
+        (black(), 3 * torch.ones(2, 1, 40, 60), {}, r"floats in \[0, 1\]"),
+        (black(), squares().int() - 1, {}, "from -1 to"),
+        (black(), squares(), {"colours": WHITE}, r"expected \(2, 3\) uint8"),
+        (squares(), squares(), {}, r"frames of shape \(2, 40, 60\)"),
+        (black(), squares(), {"geometry": plan_geometry(80, 60, patch=10)}, "planned for"),
+        (black(), squares(), {"opacity": 1.5}, r"opacity=1\.5"),
+        (black(), squares(), {"contour": -1}, "contour=-1"),
+    ],
+)
+def test_masks_that_do_not_fit_are_told(
+    frames: torch.Tensor, masks: torch.Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        overlay_masks(frames, masks, **options)
 
 
 def rightwards(frames: int = 8) -> torch.Tensor:
@@ -193,15 +192,18 @@ def test_points_that_nobody_knows_or_that_left_are_not_drawn() -> None:
     assert with_trails[3].any(), "what was seen before stays as a trail"
 
 
-def test_tracks_that_do_not_fit_are_told() -> None:
-    frames = black(8, 60, 100)
-    with pytest.raises(FrameError, match=r"expected \(8, N, 2\)"):
-        draw_tracks(frames, rightwards(7))
-    with pytest.raises(FrameError, match=r"visible of shape \(8, 2\)"):
-        draw_tracks(frames, rightwards(), torch.ones(8, 2, dtype=torch.bool))
-    with pytest.raises(FrameError, match=r"expected \(1, 3\) uint8"):
-        draw_tracks(frames, rightwards(), colours=WHITE.float())
-    with pytest.raises(ValueError, match="trail=-1"):
-        draw_tracks(frames, rightwards(), trail=-1)
-    with pytest.raises(ValueError, match="radius=0"):
-        draw_tracks(frames, rightwards(), radius=0)
+@pytest.mark.parametrize(
+    ("length", "options", "message"),
+    [
+        (7, {}, r"expected \(8, N, 2\)"),
+        (8, {"visible": torch.ones(8, 2, dtype=torch.bool)}, r"visible of shape \(8, 2\)"),
+        (8, {"colours": WHITE.float()}, r"expected \(1, 3\) uint8"),
+        (8, {"trail": -1}, "trail=-1"),
+        (8, {"radius": 0}, "radius=0"),
+    ],
+)
+def test_tracks_that_do_not_fit_are_told(
+    length: int, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_tracks(black(8, 60, 100), rightwards(length), **options)

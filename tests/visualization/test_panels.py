@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import film, noise, uneven
+from pictures import film, uneven
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError
@@ -17,6 +17,8 @@ from cosettle_adapter.visualization import (
     side_by_side,
     time_slice,
 )
+
+from helpers import noise
 
 
 def test_panels_stand_side_by_side_untouched_on_even_sides() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from einops import rearrange
-from pictures import noise, uneven
+from pictures import uneven
 
 from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.visualization import fit_pca, pca, pca_frames
+
+from helpers import noise
 
 
 def test_components_are_the_principal_ones() -> None:

@@ -13,14 +13,12 @@ from cosettle_adapter.visualization import (
     similarity_peaks,
 )
 
-
-def random_features(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from helpers import noise
 
 
 def moving(frames: int = 4) -> tuple[torch.Tensor, Geometry]:
     """Random features that move right by one cell a frame, of frames 60 x 90 at patch 10."""
-    row = random_features(16, 6, 9 + frames)
+    row = noise(16, 6, 9 + frames)
     clip = torch.stack([row[:, :, frames - t : frames - t + 9] for t in range(frames)])
     return clip, plan_geometry(60, 90, patch=10)
 
@@ -58,7 +56,7 @@ def test_between_two_cells_both_count() -> None:
 
 def test_overlapping_patches_and_padding_are_where_the_geometry_says() -> None:
     geometry = plan_geometry(50, 70, patch=16, stride=8, fit="pad")
-    clip = random_features(2, 8, *geometry.grid)
+    clip = noise(2, 8, *geometry.grid)
     x, y = geometry.cell_centers()[2, 3].tolist()
     maps = similarity_maps(clip, geometry, (x, y))
     torch.testing.assert_close(similarity_peaks(maps, geometry)[0], geometry.cell_centers()[2, 3])
@@ -96,11 +94,10 @@ def test_what_does_not_fit_is_told() -> None:
     maps = similarity_maps(clip, geometry, (35, 25))
     with pytest.raises(FrameError, match="frame=4 of a clip of 4"):
         similarity_maps(clip, geometry, (35, 25), frame=4)
-    with pytest.raises(GeometryError, match=r"\(91, 25\).*90 x 60"):
-        similarity_maps(clip, geometry, (91, 25))
-    with pytest.raises(GeometryError, match="nan"):
-        similarity_maps(clip, geometry, (float("nan"), 25))
-    with pytest.raises(FrameError, match="expected \\(4, h, w\\)"):
+    for point, message in (((91, 25), r"\(91, 25\).*90 x 60"), ((float("nan"), 25), "nan")):
+        with pytest.raises(GeometryError, match=message):
+            similarity_maps(clip, geometry, point)
+    with pytest.raises(FrameError, match=r"expected \(4, h, w\)"):
         similarity_frames(frames, maps[:3], geometry)
     with pytest.raises(GeometryError, match=r"frames of \(30, 90\) pixels"):
         similarity_frames(frames[:, :, :30], maps, geometry)

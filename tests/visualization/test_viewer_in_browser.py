@@ -70,6 +70,10 @@ def test_a_click_asks_for_the_patch_and_every_frame_shows_its_best_match(
             assert shown_peak(page, panel) == pytest.approx(expected, abs=0.06)
         page.keyboard.press("ArrowRight")
     assert page.locator("#moment").inner_text().startswith("frame 4 of 6")
+    page.locator("#strip button").first.click()
+    assert page.locator("#moment").inner_text().startswith("frame 1 of 6")
+    assert page.locator("#strip button").count() == 6
+    assert page.locator("#trouble").is_hidden()
 
 
 def test_views_kinds_and_the_address_follow_each_other(page: Any, server: ViewerServer) -> None:
