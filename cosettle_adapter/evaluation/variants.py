@@ -123,12 +123,13 @@ def feature_variants(
             variants.append(FeatureVariant(f"{name}, settled", reads, other, settle_clip))
     if fusion is None:
         return variants
-    ending, fused = ", fused causally" if fusion == "causal" else ", fused", []
+    ending = ", fused causally" if fusion == "causal" else ", fused"
+    fused: list[FeatureVariant] = []
     for each in variants:
         if each.name in {ADAPTED, *baselines} or each.name.startswith("centred layer"):
             widths = tuple(backbone.widths[layer] for layer in each.reads[0])
-            changes = {"name": each.name + ending, "fusion": fusion, "widths": widths}
-            fused.append(dataclasses.replace(each, **changes))
+            name = each.name + ending
+            fused.append(dataclasses.replace(each, name=name, fusion=fusion, widths=widths))
     return variants + fused
 
 
