@@ -92,9 +92,7 @@ def fit_starter(
     if start is None or start.width != sum(widths):  # of other layers
         start = TokenStatistics(sum(widths))
     for clip in starter_clips(size, skip=start.clips):
-        maps = torch.cat(_encoded(clip.frames, backbone, layers), dim=1)
-        start.add_tokens(rearrange(maps, "t c h w -> (t h w) c"))
-        start.end_clip()
+        _collect(start, clip, backbone, layers)
         if on_clip is not None:
             on_clip(start)
     variance = torch.split(start.covariance.diagonal(), widths)
@@ -156,3 +154,11 @@ def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[
     )
     images = ((frames / 255 - mean) / std).to(backbone.device)
     return [maps.cpu() for maps in backbone.intermediate_tokens(images, layers, norm=False)]
+
+
+def _collect(
+    statistics: TokenStatistics, clip: RenderedClip, backbone: Backbone, layers: Sequence[int]
+) -> None:
+    maps = torch.cat(_encoded(clip.frames, backbone, layers), dim=1)
+    statistics.add_tokens(rearrange(maps, "t c h w -> (t h w) c"))
+    statistics.end_clip()
