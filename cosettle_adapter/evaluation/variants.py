@@ -127,8 +127,8 @@ def feature_variants(
     for each in variants:
         if each.name in {ADAPTED, *baselines} or each.name.startswith("centred layer"):
             widths = tuple(backbone.widths[layer] for layer in each.reads[0])
-            changes = {"name": each.name + ending, "fusion": fusion, "widths": widths}
-            fused.append(dataclasses.replace(each, **changes))
+            name = each.name + ending
+            fused.append(dataclasses.replace(each, name=name, fusion=fusion, widths=widths))
     return variants + fused
 
 
