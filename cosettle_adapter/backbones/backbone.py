@@ -141,7 +141,7 @@ class Backbone(nn.Module, abc.ABC):
         """Return the 0-based number of a layer that may be counted from the end."""
         if not -self.depth <= layer < self.depth:
             raise ValueError(
-                f"{self.row.name} has blocks 0 to {self.depth - 1} (or -1 to -{self.depth}), "
+                f"{self.row.name} has layers 0 to {self.depth - 1} (or -1 to -{self.depth}), "
                 f"got layer {layer}"
             )
         return layer % self.depth

@@ -231,7 +231,7 @@ def test_what_cannot_be_read_is_said(tiny_backbone: VisionTransformerBackbone) -
         with pytest.raises(GeometryError, match=fault):
             tiny_backbone.patch_tokens(torch.zeros(1, 3, *size))
     for layer in (12, -13):
-        with pytest.raises(ValueError, match=f"blocks 0 to 11 .* got layer {layer}"):
+        with pytest.raises(ValueError, match=f"layers 0 to 11 .* got layer {layer}"):
             tiny_backbone.patch_tokens(torch.zeros(1, 3, 32, 32), layer=layer)
     with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\), got \(3, 32, 32\)"):
         tiny_backbone.patch_tokens(torch.zeros(3, 32, 32))

@@ -193,7 +193,7 @@ def test_views_are_encoded_once_by_a_compiled_encoder(
         (["--backbone", "dinov2-vitb41"], "Did you mean"),
         (["--init", "nowhere"], "'nowhere' is no start"),
         (["--size", "60"], "height 60 does not fit patch 16"),
-        (["--layer", "9"], "has blocks 0 to 1"),
+        (["--layer", "9"], "has layers 0 to 1"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--temperature", "0"], "temperatures must be"),
         (["--resume"], "holds no checkpoint, so there is no run to resume"),

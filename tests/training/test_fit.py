@@ -217,7 +217,7 @@ def test_a_fit_in_one_call_is_an_adapter(
         ({"solvers": ("whiten", "whitten")}, "unknown solver whitten; expected centre, shrink, "),
         ({"solvers": ()}, r"unknown solver \(none\)"),
         ({"layers": ()}, "no layers to choose from"),
-        ({"layers": (), "concatenations": ((7, 12),)}, "has blocks 0 to 11"),
+        ({"layers": (), "concatenations": ((7, 12),)}, "has layers 0 to 11"),
         ({"gaps": (3, 0)}, r"at least 1 apart, got pairs 4 and gaps \(3, 0\)"),
     ],
 )
