@@ -95,7 +95,7 @@ def test_a_truncated_source_is_told_and_fails(
             "no weights for dinov3",
         ),
         (["download", "clip-vitb61"], "unknown backbone 'clip-vitb61'"),
-        (["fit", "--backbone", REAL, "--data", "nowhere", "-o", "x"], "nowhere is not a folder"),
+        (["fit", "--backbone", REAL, "--data", "nowhere", "-o", "x"], "nowhere does not exist"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_a_status(
