@@ -135,7 +135,7 @@ def _converted(
 ) -> LoadedWeights:
     """Load a conversion from the cache; first make it from the file that ``fetch`` returns."""
     try:
-        return _read(target, row, f"cache ({target})", options)
+        return _read(target, row, f"cache ({target})", options, converted=True)
     except WeightsUnavailableError:
         pass
     except CorruptWeightsError as error:
@@ -146,10 +146,13 @@ def _converted(
     return loaded
 
 
-def _read(path: Path, row: BackboneRow, origin: str, options: HubOptions) -> LoadedWeights:
+def _read(
+    path: Path, row: BackboneRow, origin: str, options: HubOptions, *, converted: bool = False
+) -> LoadedWeights:
     """Load a file of any known layout, keep the backbone, verify what is known about it."""
     stored = tensors = read_checkpoint(path).tensors
-    if stored.keys() != meta_model(row).state_dict().keys():
+    # making a model to compare names with takes as long as all the rest
+    if not converted and stored.keys() != meta_model(row).state_dict().keys():
         from cosettle_adapter.backbones.layouts import to_timm  # most files need none of it
 
         try:
