@@ -44,11 +44,13 @@ class _ParametersStayEmpty(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         name: str = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
-        if in_place and args and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        filled = args[0] if args else kwargs.get("tensor")  # by keyword: functions of nn.init
+        if in_place and isinstance(filled, nn.Parameter):
+            return filled
+        return func(*args, **kwargs)
 
 
 def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
