@@ -119,9 +119,11 @@ class CoSettleAdapter(FeatureModel):
             stride=stride,
             requires_input_grad=requires_input_grad,
         )
-        accept = allow_mismatched_backbone
-        adapter = cls(backbone, fitted.to(device), allow_mismatched_backbone=accept)
-        adapter._backbone_file, adapter.settles = file, projection == "settle"
+        adapter = cls(
+            backbone, fitted.to(device), allow_mismatched_backbone=allow_mismatched_backbone
+        )
+        adapter._backbone_file = file
+        adapter.settles = projection == "settle"
         return adapter
 
     @classmethod
@@ -149,9 +151,16 @@ class CoSettleAdapter(FeatureModel):
 
     def without_projection(self) -> CoSettleAdapter:
         """Return an adapter of the tokens this one's projection reads; it shares the backbone."""
-        plain: Any = {"settled": False, "recipe": None, "averaging": 0.0, "figures": {}}
-        plain |= {"kind": "identity", "out_width": self.config.in_width, "fit": {"method": RAW}}
-        config = dataclasses.replace(self.config, **plain)
+        config = dataclasses.replace(
+            self.config,
+            kind="identity",
+            out_width=self.config.in_width,
+            averaging=0.0,
+            settled=False,
+            recipe=None,
+            fit={"method": RAW},
+            figures={},
+        )
         return CoSettleAdapter(self.backbone, Projection(config), allow_mismatched_backbone=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -274,7 +283,6 @@ class CoSettleAdapter(FeatureModel):
                 projection it already has.
         """
         base = self.unsettled
-        source = Path(source) if isinstance(source, str) else source
         settler = Settler(base.width, ridge=ridge, prior_pairs=prior_pairs)
         frames = open_frames(source, select, chunk_size=batch_size)
         try:
@@ -284,10 +292,11 @@ class CoSettleAdapter(FeatureModel):
             if not settler.frames:
                 raise
             logger.warning("settled on the readable part of the clip: %s", error)
+        is_path = isinstance(source, (str, Path))
         record = {
             "method": "settled on one clip: centred, then damped by the clip's own intra-video "
             "covariance, after the projection under base",
-            "clip": source.name if isinstance(source, Path) else type(source).__name__,
+            "clip": Path(source).name if is_path else type(source).__name__,
             "frames": settler.frames,
             "pairs": round(settler.pairs),
             "ridge": ridge if ridge < float("inf") else None,

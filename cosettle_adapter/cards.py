@@ -54,8 +54,8 @@ _CITATION = f"""```bibtex
 
 # SPDX identifiers. What is not in this list restricts what may be done, and a card says so.
 _PERMISSIVE = (
-    *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT"),
-)
+    "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT",
+)  # fmt: skip
 _CC = "https://creativecommons.org/licenses"
 _DINOV3 = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
 _APPLE = "https://github.com/apple/ml-mobileclip/blob/main/LICENSE_weights_data"
@@ -80,11 +80,9 @@ def model_card(config: ProjectionConfig, *, repository: str | None = None) -> st
         row = None
     title = repository or f"A projection for {config.backbone}"
     results = [
-        EvalResult(
-            _TASK, _slug(entry["title"], r"[^a-z0-9]+"), entry["title"], column, float(value)
-        )
+        EvalResult(_TASK, _slug(entry["title"]), entry["title"], column, float(value))
         for entry in config.figures.get("measured", ())
-        for title, cells in [(entry["title"], cells) for cells in entry["rows"]]
+        for cells in entry["rows"]
         if cells[0] == entry.get("highlight")
         for column, value in zip(entry["columns"], cells, strict=True)
         if column in _METRICS and value is not None

@@ -122,18 +122,21 @@ def convert_checkpoint(
         load_tensors(projection, head, f"a projection for {row.name}")
     except CorruptWeightsError as error:
         raise CorruptWeightsError(f"{path}: {error}") from error
-    public, verdict = None, "not compared: no public weights of it, or none at hand"
+    public = None
     if row.hub is not None:
         options = dataclasses.replace(options or HubOptions(local_files_only=True), revision=None)
         with contextlib.suppress(WeightsUnavailableError, CorruptWeightsError):
             public = load_weights(row, options)
-    is_public = public is not None and public.fingerprint == config.fingerprint
-    if public is not None:
-        verdict = f"{'the same' if is_public else 'not the same'} model as {public.origin}"
+    is_public = False
+    if public is None:
+        verdict = "not compared: no public weights of it, or none at hand"
+    elif public.fingerprint == config.fingerprint:
+        is_public, revision = True, public.revision
+        verdict = f"the same model as {public.origin}"
+    else:
+        verdict = f"not the same model as {public.origin}"
     projection.config = dataclasses.replace(
-        config,
-        fit={**config.fit, "backbone": verdict},
-        backbone_revision=public.revision if public is not None and is_public else revision,
+        config, fit={**config.fit, "backbone": verdict}, backbone_revision=revision
     )
     return Conversion(projection.requires_grad_(False).eval(), backbone, verdict, is_public)
 

@@ -75,10 +75,12 @@ def fit_starter(
 
     Args:
         backbone: in float32 at its native stride.
-        start: statistics of the first clips, to resume from.
+        start: statistics of the first clips, to resume from; the others are added to them.
         on_clip: called with those so far after each of :data:`~cosettle_adapter.starter.CLIPS`.
 
-    Features that are all equal, or not finite, are a :class:`StatisticsError`.
+    Raises:
+        ValueError: another dtype or stride.
+        StatisticsError: features that are all equal, or not finite.
     """
     row = backbone.row
     if backbone.dtype != torch.float32 or backbone.stride != backbone.patch:
@@ -89,20 +91,22 @@ def fit_starter(
     size = (_side(backbone),) * 2
     layers = read_layers(backbone, itertools.islice(starter_clips(size), _CLIPS_TO_CHOOSE_BY))
     widths = [backbone.widths[layer] for layer in layers]
-    if start is None or start.width != sum(widths):  # of other layers
-        start = TokenStatistics(sum(widths))
-    for clip in starter_clips(size, skip=start.clips):
-        _collect(start, clip, backbone, layers)
+    statistics = start
+    if statistics is None or statistics.width != sum(widths):  # of other layers
+        statistics = TokenStatistics(sum(widths))
+    for clip in starter_clips(size, skip=statistics.clips):
+        _collect(statistics, clip, backbone, layers)
         if on_clip is not None:
-            on_clip(start)
-    variance = torch.split(start.covariance.diagonal(), widths)
-    for spread, square in zip(variance, torch.split(start.mean.square(), widths), strict=True):
+            on_clip(statistics)
+    variances = torch.split(statistics.covariance.diagonal(), widths)
+    squares = torch.split(statistics.mean.square(), widths)
+    for spread, square in zip(variances, squares, strict=True):
         if not float(spread.sum()) > _LEAST_VARIANCE * float(square.sum()):
             raise StatisticsError(
                 f"no projection can be fitted for {row.name}: its features are the same for all "
                 "patches, or not finite. Are these the right weights?"
             )
-    affine = solve_layers(start, widths, centre, out_width=max(widths))
+    affine = solve_layers(statistics, widths, centre, out_width=max(widths))
     # Axes are known up to their sign: the largest weight is made positive.
     largest = affine.weight.gather(1, affine.weight.abs().argmax(1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0)

@@ -59,7 +59,9 @@ def fitted_projection(
     from cosettle_adapter.closed_form import TokenStatistics
 
     failed: list[OSError] = []
-    partial, lock, saved = folder / _PARTIAL, FileLock(f"{folder}.lock"), time.monotonic()
+    partial = folder / _PARTIAL
+    lock = FileLock(f"{folder}.lock")
+    saved = time.monotonic()
 
     @contextlib.contextmanager
     def writing() -> Iterator[None]:
@@ -99,7 +101,7 @@ def fitted_projection(
             "fitting a projection for %s on the package's own photographs, once, in a minute or "
             "so; it is kept in %s",
             name,
-            folder,
+            "memory" if failed else folder,
         )
         is_native = backbone.dtype == torch.float32 and backbone.stride == backbone.patch
         source = backbone if is_native else native()

@@ -65,9 +65,12 @@ def list_models() -> list[ModelInfo]:
     for row in REGISTRY.values():
         config = bundled_config(row.name)
         cached = cache_folder(row.name, "?" * 12, HubOptions())
-        status = 2 if any(cached.parent.glob(f"{cached.name}/{CONFIG_FILE}")) else 3
-        if is_published(row.name):
-            status = 1 if config is None else 0
+        if config is not None:
+            status = 0
+        elif row.release is not None:
+            status = 1
+        else:
+            status = 2 if any(cached.parent.glob(f"{cached.name}/{CONFIG_FILE}")) else 3
         models.append(
             ModelInfo(
                 **{name: getattr(row, name) for name in _SHARED},

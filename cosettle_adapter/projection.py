@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -68,11 +68,12 @@ class ProjectionConfig:
 
     def __post_init__(self) -> None:
         widths, layers = (self.in_width, self.out_width), self.layers
+        kinds, activations = get_args(Kind), get_args(Activation)
         fault = None
-        if self.kind not in _MATRICES:
-            fault = f"unknown projection kind {self.kind!r}; expected one of {', '.join(_MATRICES)}"
-        elif self.activation not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
+        if self.kind not in kinds:
+            fault = f"unknown projection kind {self.kind!r}; expected one of {', '.join(kinds)}"
+        elif self.activation not in activations:
+            known = ", ".join(activations)
             fault = f"unknown activation {self.activation!r}; expected one of {known}"
         elif not all(isinstance(width, int) and width > 0 for width in widths):
             fault = f"in_width and out_width must be positive integers, got {widths}"

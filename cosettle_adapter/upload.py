@@ -147,8 +147,9 @@ def _explained(repo_id: str) -> Iterator[None]:
     except CosettleError:
         raise
     except Exception as error:  # transports differ between versions and share no class of errors
-        answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-        status = getattr(answer, "status_code", None)
+        answers = [getattr(each, "response", None) for each in (error, error.__cause__)]
+        codes = [answer.status_code for answer in answers if answer is not None]
+        status = codes[0] if codes else None
         remedy = _REMEDIES.get(status, "the Hub refused it; try again later")
         raise HubUploadError(
             f"could not upload to {repo_id}: {remedy}. Nothing was committed ({one_line(error)})"

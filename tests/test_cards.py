@@ -90,6 +90,7 @@ def test_a_model_card_is_the_same_card_behind_front_matter() -> None:
     (result,) = card.data.eval_results or ()
     assert (result.metric_type, result.metric_value) == ("J&F", 70.7)
     assert result.dataset_name == "DAVIS-2016, in a coarse setting"
+    assert result.dataset_type == "davis-2016-in-a-coarse-setting"
     assert {k: v for k, v in card.data.to_dict().items() if k != "model-index"} == {
         "license": "mit",
         "library_name": "cosettle-adapter",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import tarfile
 import threading
 import zipfile
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
 
 _STATE_DICTS = (  # where training codes keep the model, the first that is there
-    *("model", "state_dict", "teacher", "encoder", "target_encoder", "model_state_dict", "module"),
-)
+    "model", "state_dict", "teacher", "encoder", "target_encoder", "model_state_dict", "module",
+)  # fmt: skip
 _ONE_AT_A_TIME = threading.Lock()
 _EXPORTED = "backbone."
 _EXPORTED_LINEAR = re.compile(r"/backbone/(.+)/MatMul")
@@ -70,10 +71,12 @@ def _read_pickle(path: Path) -> Checkpoint:
     many codes save their arguments.
     """
     try:
+        mapped = zipfile.is_zipfile(path)
+        if tarfile.is_tarfile(path) or (mapped and _is_torchscript(path)):
+            raise RuntimeError("it is a TorchScript or tar archive, which may run code")
         # What is allowed is global to the process, so threads take turns.
         with _ONE_AT_A_TIME, torch.serialization.safe_globals([argparse.Namespace]):
             # Mapping the file skips the optimizer's moments, which nobody reads.
-            mapped = zipfile.is_zipfile(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # anything may go wrong inside a damaged pickle
         text = " ".join(str(error).split())
@@ -90,13 +93,20 @@ def _read_pickle(path: Path) -> Checkpoint:
     else:
         keys = ", ".join(map(str, list(content)[:10]))
         raise CorruptWeightsError(f"{path} holds no tensors; at its top are: {keys or 'no keys'}")
-    epoch, given = content.get("epoch"), content.get("args")
-    settings = {
+    epoch, arguments = content.get("epoch"), content.get("args")
+    settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    plain = {
         name: value
-        for name, value in (vars(given) if isinstance(given, argparse.Namespace) else {}).items()
+        for name, value in settings.items()
         if value is None or isinstance(value, (bool, int, float, str))
     }
-    return Checkpoint(tensors, epoch if isinstance(epoch, int) else None, settings)
+    return Checkpoint(tensors, epoch if isinstance(epoch, int) else None, plain)
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a zip file is a program; PyTorch before 2.6 loads it whatever is allowed."""
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _read_onnx(path: Path) -> dict[str, Tensor]:
@@ -105,7 +115,7 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
     An exporter keeps the names of parameters it left alone and renames those it transposed or
     folded (``onnx::MatMul_123``). Those are found through the graph: the name of a ``MatMul`` node
     says which linear layer its constant belongs to, and the nodes that use positions are the ones
-    with nameless constants of that width.
+    with nameless constants of three dimensions.
     """
     onnx = require("onnx", extra="export", purpose="reading the package-index copy of a backbone")
     try:

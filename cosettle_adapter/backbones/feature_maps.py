@@ -99,9 +99,13 @@ class FeatureMapBackbone(Backbone):
             raise GeometryError(misfit.format("its positions are for one size"))
         try:
             # Not features_only=True: that renames the tensors of a file, and drops layers.
-            how = {"indices": layers, "stop_early": True, "intermediates_only": True}
             maps: list[Tensor] = self._model_for(size).forward_intermediates(
-                images, norm=False, output_fmt="NCHW", **how
+                images,
+                indices=layers,
+                norm=False,
+                stop_early=True,
+                output_fmt="NCHW",
+                intermediates_only=True,
             )
         except TIMM_ERRORS as error:
             if size == (own, own) or isinstance(error, torch.OutOfMemoryError):

@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Mapping
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter.backbones.architectures import TIMM_ERRORS, meta_model
@@ -97,10 +98,12 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
         beside |= {"ln_post.weight", "ln_post.bias"}
     found: Tensors = {}
     for name, tensor in given.items():
-        if name not in beside:
-            for pattern, new in _NAMES.items() if name not in expected else ():
+        if name in beside:
+            continue
+        if name not in expected:
+            for pattern, new in _NAMES.items():
                 name = re.sub(pattern, new, name)
-            found[name] = tensor
+        found[name] = tensor
     for name in list(found):
         if match := _LINEAR.fullmatch(name):
             _join_linears(found, expected, *match.groups())
@@ -112,8 +115,8 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
     if "norm.weight" not in found:  # timm's name for a norm behind mean pooling
         found = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in found.items()}
     for name in found.keys() & {"cls_token", "pos_embed"}:
-        leading = (1,) * (3 - found[name].ndim)
-        found[name] = found[name].reshape(*leading, *found[name].shape)
+        while found[name].ndim < 3:
+            found[name] = rearrange(found[name], "... -> 1 ...")
     _fit_positions(found, row)
     return found
 
@@ -155,7 +158,7 @@ def _select_encoder(tensors: Mapping[str, Tensor]) -> Tensors:
             f"holds several encoders ({', '.join(sorted(found))}), and which is meant cannot be "
             "told; save one of them alone"
         )
-    return _below(next(iter((*known, *found, ""))), tensors)
+    return _below(known[0] if known else next(iter(found), ""), tensors)
 
 
 def _join_linears(

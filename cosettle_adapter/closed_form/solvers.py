@@ -90,8 +90,8 @@ def whiten(
     scale, those far above are whitened. ``strength`` is r in units of the covariance's mean
     eigenvalue; infinity only centres.
 
-    Smaller powers a go half the way. With ``total``, T is whitened in place of S (PCA whitening),
-    which uses nothing temporal: it is a baseline.
+    ``power`` is a; smaller ones go half the way. With ``total``, T is whitened in place of S (PCA
+    whitening), which uses nothing temporal: it is a baseline.
     """
     return _spectral(
         statistics,
@@ -249,7 +249,7 @@ def _spectral(
 ) -> AffineMap:
     """``gain(eigenvalues, strength x mean eigenvalue)`` along the eigenvectors of S or T."""
     if not strength > 0:
-        raise ValueError(f"ridge must be positive, got {strength}")
+        raise ValueError(f"strength must be positive, got {strength}")
     if math.isinf(strength):
         return centre(statistics)
     covariance = statistics.covariance if total else nuisance_covariance(statistics, nuisance)

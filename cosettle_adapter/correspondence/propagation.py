@@ -61,10 +61,16 @@ PROTOCOLS: dict[str, PropagationProtocol] = {
     # videowalk's test.py as SiamMAE and CropMAE use it. Its loader puts `context` copies of frame
     # 0 before the clip: they lie in the sliding window, hence under the radius, and count once
     # each. So frame 1 takes all seven votes from the single best patch near by: a plain copy.
-    "crw": PropagationProtocol(20, 20, 7, 0.7, "disk", restrict_first=False, repeat_first=True),
+    "crw": PropagationProtocol(
+        context=20, radius=20, topk=7, temperature=0.7, neighbourhood="disk",
+        restrict_first=False, repeat_first=True,
+    ),
     # DINO's eval_video_segmentation.py: the queue starts empty and never holds frame 0.
-    "dino": PropagationProtocol(7, 12, 5, 0.1, "square", restrict_first=True, repeat_first=False),
-}
+    "dino": PropagationProtocol(
+        context=7, radius=12, topk=5, temperature=0.1, neighbourhood="square",
+        restrict_first=True, repeat_first=False,
+    ),
+}  # fmt: skip
 
 
 class LabelPropagator:

@@ -48,7 +48,8 @@ def track_points(
         temperature: of the soft-argmax; smaller trusts the best patch more.
         search_radius: look only this many patches around where the point was in the frame before.
     """
-    if not (radius_argmax >= 0 and temperature > 0 and (search_radius or 1) >= 1):
+    far_enough = search_radius is None or search_radius >= 1
+    if not (radius_argmax >= 0 and temperature > 0 and far_enough):
         raise ValueError(
             f"got radius_argmax={radius_argmax}, temperature={temperature} and "
             f"search_radius={search_radius}; expected 0 or more patches, a positive temperature, "

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def test_files_that_hold_no_weights_give_one_line(tmp_path: Path) -> None:
     for number, content in enumerate((b"", b"x", b"hello world, this is text", b"\x80\x02}")):
         (tmp_path / f"{number}.pth").write_bytes(content)
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pth"))
+    with tarfile.open(tmp_path / "tar.pth", "w") as archive:
+        archive.add(tmp_path / "0.pth", "sys_info")
     torch.save([TENSORS], tmp_path / "list.pth")
     torch.save({"epoch": 3, "model": {}}, tmp_path / "empty.pth")
     with pytest.raises(WeightsUnavailableError, match="does not exist"):
@@ -104,7 +107,8 @@ def test_files_that_hold_no_weights_give_one_line(tmp_path: Path) -> None:
             read_checkpoint(path)
         messages[path.stem] = str(caught.value)
     assert not [message for message in messages.values() if "\n" in message]
-    assert "TorchScript" in messages["script"]
+    for kind in ("script", "tar"):
+        assert "it is a TorchScript or tar archive" in messages[kind]
     assert "holds a list, expected a dictionary" in messages["list"]
     assert "holds no tensors; at its top are: epoch, model" in messages["empty"]
 

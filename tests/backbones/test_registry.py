@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from cosettle_adapter.backbones import REGISTRY, lookup
-from cosettle_adapter.backbones.architectures import meta_model
+from cosettle_adapter.backbones.architectures import empty_model, meta_model
 from cosettle_adapter.backbones.registry import feature_info
 from cosettle_adapter.backbones.rows import OPENAI_MEAN
 from cosettle_adapter.errors import UnknownModelError
@@ -95,6 +95,15 @@ def test_an_encoder_has_the_activation_it_was_trained_with(
     torch.testing.assert_close(model.blocks[0].mlp.act(values), activation(values))
     assert row.note.startswith(note)
     assert model.norm.eps == (1e-5 if "clip" in name else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["dinov2-vits14", "dinov3-vits16", "resnet50", "swin-base"])
+def test_a_model_whose_weights_come_from_a_file_is_not_initialised(name: str) -> None:
+    with torch.profiler.profile() as profile:
+        empty_model(REGISTRY[name])
+    ran = {event.key for event in profile.key_averages()}
+    assert "aten::empty" in ran
+    assert not ran & {"aten::uniform_", "aten::normal_"}
 
 
 # timm:<tag>

@@ -183,7 +183,7 @@ def test_degenerate_statistics_are_errors_not_nan(solver: Solver) -> None:
 
 
 def test_strengths_out_of_range_are_errors() -> None:
-    with pytest.raises(ValueError, match="ridge must be positive, got 0"):
+    with pytest.raises(ValueError, match="strength must be positive, got 0"):
         whiten(collected(), 0)
     with pytest.raises(ValueError, match="strength must be positive, got -1"):
         surrogate(collected(), -1)

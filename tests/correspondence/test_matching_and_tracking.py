@@ -101,7 +101,7 @@ MAPS, POINTS = torch.randn(2, 16, 6, 8), torch.zeros(1, 2)
         ({"features": [MAPS[0], torch.randn(16, 6, 9)]}, "same shape"),
         ({"radius_argmax": -1}, "got radius_argmax=-1"),
         ({"temperature": 0}, "temperature=0"),
-        ({"search_radius": 0.5}, "search_radius=0.5"),
+        ({"search_radius": 0}, "search_radius=0"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(options: dict[str, object], message: str) -> None:
