@@ -28,12 +28,6 @@ _SAVE_EVERY = 10.0  # seconds
 logger = logging.getLogger(__name__)
 
 
-def check_recipe(recipe: int | None) -> None:
-    """Raise ValueError for the version of a recipe that there is not; ``None`` is the default."""
-    if recipe not in (None, RECIPE):
-        raise ValueError(f"unknown recipe {recipe!r}; this version knows {RECIPE}")
-
-
 def cache_folder(name: str, fingerprint: str, options: HubOptions) -> Path:
     """Return the folder of the projection that is fitted on first use, whether it exists or not."""
     slug = re.sub(r"[^\w.-]+", "-", name)

@@ -29,8 +29,14 @@ from cosettle_adapter.errors import (
     WeightsUnavailableError,
     did_you_mean,
 )
-from cosettle_adapter.fitting_cache import cache_folder, check_recipe, fitted_projection
-from cosettle_adapter.projection import CONFIG_FILE, WEIGHTS_FILE, Projection, ProjectionConfig
+from cosettle_adapter.fitting_cache import cache_folder, fitted_projection
+from cosettle_adapter.projection import (
+    CONFIG_FILE,
+    RECIPE,
+    WEIGHTS_FILE,
+    Projection,
+    ProjectionConfig,
+)
 
 RAW = "none: the backbone's own tokens"
 
@@ -201,7 +207,8 @@ def load_parts(
 
     The third is the file of a backbone that came with the projection and has no public source.
     """
-    check_recipe(recipe)  # before anything is downloaded
+    if recipe not in (None, RECIPE):  # before anything is downloaded
+        raise ValueError(f"unknown recipe {recipe!r}; this version knows {RECIPE}")
     load = functools.partial(load_backbone, str(name), weights=weights, options=options)
     if projection == "settle":
         backbone = load(**loading)

@@ -44,11 +44,6 @@ class TokenStatistics:
         """Number of clips that ended."""
         return int(self._get("clips"))
 
-    @property
-    def views(self) -> int:
-        """Number of tokens seen with and without their position."""
-        return int(self._get("views"))
-
     def add_tokens(self, tokens: Tensor) -> None:
         """Add tokens ``(N, C)``."""
         tokens = self._checked(tokens)
