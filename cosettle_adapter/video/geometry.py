@@ -190,17 +190,16 @@ def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> 
     cells = geometry.pixels_to_cells(points)
     if not bool(torch.isfinite(cells).all()):
         raise GeometryError("points hold NaN or infinite values; leave those points out")
-    # in float64: the coordinates of grid_sample in float32 are off by 1e-5 of a patch
-    precise = torch.float32 if features.device.type == "mps" else torch.float64
-    x, y = ((2 * cell + 1) / side - 1 for cell, side in ((cells[..., 1], w), (cells[..., 0], h)))
-    grid = torch.stack((x, y), dim=-1).reshape(1, *([1] * (3 - points.ndim)), *points.shape)
-    sampled = F.grid_sample(
-        features.to(precise),
-        grid.to(features.device, precise).expand(len(features), -1, -1, -1),
-        padding_mode="border",
-        align_corners=False,
-    )
-    return sampled.reshape(*features.shape[:2], *points.shape[:-1]).to(features.dtype)
+    # not by grid_sample, whose float32 coordinates are off by 1e-5 of a patch; only what needs no
+    # float64 goes to the features' device, as Metal has none
+    values = features.to(torch.promote_types(features.dtype, torch.float32))
+    row, col = cells[..., 0].clamp(0, h - 1), cells[..., 1].clamp(0, w - 1)
+    down, across = (each.frac().to(values.dtype).to(values.device) for each in (row, col))
+    top, left = (each.long().to(values.device) for each in (row, col))
+    bottom, right = (top + 1).clamp(max=h - 1), (left + 1).clamp(max=w - 1)
+    above = torch.lerp(values[..., top, left], values[..., top, right], across)
+    below = torch.lerp(values[..., bottom, left], values[..., bottom, right], across)
+    return torch.lerp(above, below, down).to(features.dtype)
 
 
 def resize(frames: Tensor, sides: tuple[int, int]) -> Tensor:

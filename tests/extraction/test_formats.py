@@ -123,7 +123,7 @@ def test_a_tracker_file_is_that_of_torch_save(
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     torch.save(tensor, tmp_path / "theirs.pt")
     contents = []
-    for path, name in ((ours, "ours"), (tmp_path / "theirs.pt", "theirs")):
+    for path, name in ((ours, "archive"), (tmp_path / "theirs.pt", "theirs")):
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None
             entries = ("data.pkl", "data/0", "byteorder", "version")
