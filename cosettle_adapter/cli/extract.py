@@ -115,7 +115,8 @@ def extract(
             name = Path(job.source).name
             if len(jobs) > 1:
                 name += f" ({len(outcomes) + 1} of {len(jobs)})"
-            progress.reset(bar, description=name, total=total, rate="")
+            progress.reset(bar, description=name, rate="")
+            progress.tasks[bar].total = total  # reset() would leave the last one if it is unknown
 
         def advanced(done: int) -> None:
             progress.update(bar, completed=done, rate=rate(progress.tasks[bar].speed or 0, 1))

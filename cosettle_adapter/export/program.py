@@ -168,10 +168,11 @@ class Traced:
             "std": list(backbone.row.std),
             "normalized": normalize,
         }
-        self.count, self.model = static_batch, _OneSize(adapter, preprocessing, normalize)
+        self.count = static_batch
+        self.model = _OneSize(adapter, preprocessing, normalize)
         # torch 2.6 asks for any bound below that of its integers
         batch = None if static_batch else torch.export.Dim("batch", max=2**20)
-        self.dynamic_shapes: Any = batch and {"inputs": {0: batch}}
+        self.dynamic_shapes: Any = None if batch is None else {"inputs": {0: batch}}
         # a batch of one would be taken for a constant
         example = torch.zeros(
             (static_batch or 2, 3, *size), dtype=getattr(torch, kind), device=adapter.device

@@ -165,7 +165,10 @@ def _encode(
 
     try:
         # a batch is written while the next one is encoded
-        with contextlib.closing(stream), ThreadPoolExecutor(1, "cosettle-writer") as writer:
+        with (
+            contextlib.closing(stream),  # type: ignore[type-var]
+            ThreadPoolExecutor(1, "cosettle-writer") as writer,
+        ):
             try:
                 for chunk in stream:
                     if chunk.start < found:
