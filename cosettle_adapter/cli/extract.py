@@ -84,7 +84,8 @@ def extract(
         shard: I/N: do the I-th of N shares, from 0; by default as torchrun or srun say.
         engine: ray spreads videos over a Ray cluster, or the processors of this machine.
     """
-    out, local = console(), engine == "local"
+    out = console()
+    local = engine == "local"
     say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
     if not local:
         require_ray()

@@ -259,7 +259,8 @@ def differences(
 
     ``numerical`` says whether differences count that change only the last bits.
     """
-    was, found = _flat(before), []
+    was = _flat(before)
+    found: list[str] = []
     for name, value in _flat(now).items():
         if was.get(name) == value or name == "source":  # a renamed file is the same
             continue
@@ -302,6 +303,8 @@ def identify(source: Any) -> str | None:
 def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in description.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
     return flat

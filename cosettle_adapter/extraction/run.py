@@ -102,7 +102,8 @@ def _finished(path: Path, asked: Mapping[str, Any]) -> Extraction | None:
     """Return what is under ``path`` if it is what was asked for, ``None`` if nothing is."""
     if not path.exists():
         return None
-    sidecar, different = read_sidecar(path), ""
+    different = ""
+    sidecar = read_sidecar(path)
     if sidecar is None:
         different = f", but not {sidecar_path(path).name}, which says what it is"
     elif asked["source_identity"] is not None:
@@ -140,8 +141,8 @@ def _encode(
     on_chunk: Callable[[int], None],
 ) -> str | None:
     """Write all frames that are not there yet; return why the source ended early, if it did."""
-    found, batch_size = len(record.timestamps), settings.batch_size
-    skip = found
+    batch_size = settings.batch_size
+    skip = found = len(record.timestamps)
     if record.asked["settings"]["settle"]:
         skip = 0
     elif settings.temporal_fusion is not None:  # whole batches on which no frame to come depends

@@ -74,7 +74,8 @@ class Video:
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
         self._first = float((stream.start_time or 0) * self.base)
         self._reached = self._shown = self._latest = self._widest_gap = 0.0
-        self._read, self._cut = 0, False
+        self._read = 0
+        self._cut = False
         self._counts_others = False  # whether the promise may be of another stream, such as sound
         if stream.frames and container.format.name == "avi":
             # the duration of a cut AVI file is estimated from its size; its frame count is not
@@ -133,7 +134,10 @@ class Video:
 
     def timed_frames(self, *, from_start: bool) -> Generator[tuple[VideoFrame, float], None, None]:
         """Decode to the end, with seconds from the stream's start."""
-        count, damaged, origin, time = 0, False, self.stream.start_time, -self.step
+        count = 0
+        damaged = False
+        origin = self.stream.start_time
+        time = -self.step
         try:
             for frame in self.frames():
                 if frame.pts is None:  # it follows the one before it at the average rate

@@ -129,7 +129,7 @@ def plan_geometry(
                 )
         factor = min(box[0] / frame[0], box[1] / frame[1])
         # the shorter side of a very long frame may round to nothing
-        inside = max(1, _whole(frame[0] * factor)), max(1, _whole(frame[1] * factor))
+        inside = (max(1, _whole(frame[0] * factor)), max(1, _whole(frame[1] * factor)))
         return Geometry(frame, inside if fit == "pad" else box, box, patch, stride, fit)
     if size is None and min(frame) < patch:
         axis = "height" if height < patch else "width"
@@ -204,7 +204,8 @@ def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> 
 
 def resize(frames: Tensor, sides: tuple[int, int]) -> Tensor:
     """Resize (T, C, H, W) frames to ``sides``: float32, bicubic, antialiased, range kept."""
-    top, pixels = 255.0 if frames.dtype == torch.uint8 else 1.0, frames.to(torch.float32)
+    top = 255.0 if frames.dtype == torch.uint8 else 1.0
+    pixels = frames.to(torch.float32)
     try:
         resized = F.interpolate(pixels, size=sides, mode="bicubic", antialias=True)
     except NotImplementedError:  # the Metal backend may have no such kernel
