@@ -48,6 +48,10 @@ def encode(
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         sound = container.add_stream("pcm_s16le", rate=8000) if audio_seconds else None
+        for second in range(audio_seconds):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
+            silence.sample_rate, silence.pts = 8000, 8000 * second
+            container.mux(sound.encode(silence))
         kind = "rgba" if frames[0].shape[-1] == 4 else "rgb24"
         for index, pixels in enumerate([*frames, None]):
             frame = None
@@ -60,10 +64,6 @@ def encode(
                     packet.dts += round(2 / (rate * packet.time_base))  # the first are negative
                     packet.pts = packet.dts
                 container.mux(packet)
-        for second in range(audio_seconds):
-            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
-            silence.sample_rate, silence.pts = 8000, 8000 * second
-            container.mux(sound.encode(silence))
     return path
 
 

@@ -94,20 +94,22 @@ def demo(
             seed=3,
             photometric=1.0,
         )
-        shown, _, features = _panels(adapter, clip.frames, size, "rendered clip", progress)
+        shown = _as_encoded(adapter, clip.frames, size)
+        _, features = _features(adapter, shown, "rendered clip", progress)
         geometry = adapter.geometry(*clip.frames.shape[-2:], size=size)
         truth = {gap: true_correspondences(clip, geometry, gap) for gap in GAPS}
         known = {name: drift_by_gap(maps, truth) for name, maps in features.items()}
         for name, maps in features.items():
-            right = {f"matches@{gap}": match_accuracy(maps, truth[gap]) for gap in GAPS}
-            known[name] |= {name: share for name, share in right.items() if share == share}
+            for gap, pairs in truth.items():
+                if pairs:
+                    known[name][f"matches@{gap}"] = match_accuracy(maps, pairs)
         films = _films(shown, features, known, output / "rendered.mp4", _RENDERED)
         tables = [comparison("The rendered clip, its motion exactly known", known, emphasis=_FUSED)]
         if film is not None:
             start = _SAMPLE_START if video is None else None
             chunks = open_frames(film, FrameSelection(start=start, max_frames=frames))
-            real = torch.cat([chunk.frames for chunk in chunks])
-            shown, guide, features = _panels(adapter, real, size, film.name, progress)
+            shown = torch.cat([_as_encoded(adapter, chunk.frames, size) for chunk in chunks])
+            guide, features = _features(adapter, shown, film.name, progress)
             matches = {gap: mutual_correspondences(guide, gap) for gap in GAPS}
             found = {name: drift_by_gap(maps, matches) for name, maps in features.items()}
             films += _films(shown, features, found, output / "film.mp4", film.name)
@@ -144,18 +146,22 @@ def _sample(model: ModelOptions, out: Console) -> Path | None:
         return None
 
 
-def _panels(
-    adapter: CoSettleAdapter, frames: Tensor, size: Size, name: str, progress: Progress
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Frames as the encoder sees them, uint8; the features that guide matching; those compared."""
+def _as_encoded(adapter: CoSettleAdapter, frames: Tensor, size: Size) -> Tensor:
+    """Frames as the encoder sees them, uint8."""
     geometry = adapter.geometry(*frames.shape[-2:], size=size)
-    frames = apply_geometry(frames, geometry).round().to(torch.uint8)
+    return apply_geometry(frames, geometry).round().to(torch.uint8)
+
+
+def _features(
+    adapter: CoSettleAdapter, frames: Tensor, name: str, progress: Progress
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The features that guide matching, and those compared, by name."""
     shown = (RAW_LAST, RAW_SAME, CENTRED, ADAPTED, _FUSED)
     kinds = [kind for kind in feature_variants(adapter, fusion="symmetric") if kind.name in shown]
     guide = dataclasses.replace(guide_variant(adapter, kinds), name="guide")
     advance = frame_bar(progress, name, len(frames))
     features = compare_features(adapter, frames, on_frames=advance, variants=[guide, *kinds])
-    return frames, features.pop("guide"), features
+    return features.pop("guide"), features
 
 
 def _films(

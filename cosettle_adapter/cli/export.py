@@ -77,7 +77,7 @@ def export(
             check=not no_check,
             check_on=frames,
         )
-    taken, parity = "RGB, 0 to 255", exported.parity
+    taken = "RGB, 0 to 255"
     if no_preprocessing:
         taken = f"RGB, (x - {exported.metadata['mean']}) / {exported.metadata['std']}"
     unchecked = "not checked" if no_check else "not checked: pip install onnxruntime"
@@ -85,6 +85,6 @@ def export(
         f"{exported.path}  {exported.size / 1e6:.1f} MB",
         f"input   {exported.input}  {taken}",
         f"output  {exported.output}",
-        f"parity  {parity or unchecked}",
+        f"parity  {exported.parity or unchecked}",
     ):
         out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -84,7 +84,8 @@ def extract(
         shard: I/N: do the I-th of N shares, from 0; by default as torchrun or srun say.
         engine: ray spreads videos over a Ray cluster, or the processors of this machine.
     """
-    out, local = console(), engine == "local"
+    out = console()
+    local = engine == "local"
     say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
     if not local:
         require_ray()
@@ -115,7 +116,8 @@ def extract(
             name = Path(job.source).name
             if len(jobs) > 1:
                 name += f" ({len(outcomes) + 1} of {len(jobs)})"
-            progress.reset(bar, description=name, total=total, rate="")
+            progress.reset(bar, description=name, rate="")
+            progress.tasks[bar].total = total  # reset() would leave the last one if it is unknown
 
         def advanced(done: int) -> None:
             progress.update(bar, completed=done, rate=rate(progress.tasks[bar].speed or 0, 1))

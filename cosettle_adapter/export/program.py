@@ -116,7 +116,9 @@ class _OneSize(nn.Module):
 
     def __init__(self, adapter: CoSettleAdapter, preprocessing: bool, normalize: bool) -> None:
         super().__init__()
-        self.adapter, self.preprocessing, self.normalize = adapter, preprocessing, normalize
+        self.adapter = adapter
+        self.preprocessing = preprocessing
+        self.normalize = normalize
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -147,7 +149,8 @@ class Traced:
     ) -> None:
         _check(adapter, size, static_batch)
         backbone, config = adapter.backbone, adapter.config
-        grid, count = adapter.geometry(*size).grid, static_batch or "batch"
+        grid = adapter.geometry(*size).grid
+        count = static_batch or "batch"
         dtype = str(adapter.dtype).removeprefix("torch.")
         self.name, kind = ("frames", "uint8") if preprocessing else ("images", "float32")
         self.input = f"{self.name} {kind} ({count}, 3, {size[0]}, {size[1]})"
@@ -168,10 +171,11 @@ class Traced:
             "std": list(backbone.row.std),
             "normalized": normalize,
         }
-        self.count, self.model = static_batch, _OneSize(adapter, preprocessing, normalize)
+        self.count = static_batch
+        self.model = _OneSize(adapter, preprocessing, normalize)
         # torch 2.6 asks for any bound below that of its integers
         batch = None if static_batch else torch.export.Dim("batch", max=2**20)
-        self.dynamic_shapes: Any = batch and {"inputs": {0: batch}}
+        self.dynamic_shapes: Any = None if batch is None else {"inputs": {0: batch}}
         # a batch of one would be taken for a constant
         example = torch.zeros(
             (static_batch or 2, 3, *size), dtype=getattr(torch, kind), device=adapter.device

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+import struct
 import sys
-from collections import OrderedDict
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ PATCH = 14
 STRIDES = (7, 14)
 CHANNELS = 1024  # of the residual that its DeltaDINO network adds to the features
 LOCATION = "cuda:0"  # where torch.load puts it: its code indexes the tensor by others on the GPU
+
+_LOCAL_HEADER, _ZIP64_FIELD = 30, 20  # bytes before the numbers, beside a name
+_PADDING_FIELD = 0x4246  # torch.save's own mark, "FB"; readers skip it
 
 
 def cells(stride: int, *, frame: tuple[int, int] = FRAME) -> Geometry:
@@ -89,28 +93,37 @@ def arrange(features: Tensor, geometry: Geometry, *, stride: int, first: int = 0
 def save_tensor(numbers: Path, path: Path, shape: tuple[int, ...], *, offset: int = 0) -> Path:
     """Write what ``torch.save`` writes of a float32 tensor on a GPU, at constant memory.
 
-    Its numbers are those of a file from ``offset`` bytes on.
+    Its numbers are those of the file ``numbers`` from ``offset`` bytes on. The file is an
+    uncompressed ZIP archive of them and a pickle that says what they are.
     """
     tensor = torch.from_numpy(np.memmap(numbers, np.float32, "c", offset, shape))
     described = io.BytesIO()
-    _TensorPickler(described, protocol=2).dump(tensor)
-    with torch.serialization._open_zipfile_writer(str(path)) as archive:
-        for name, text in (("data.pkl", described.getvalue()), ("byteorder", sys.byteorder)):
-            archive.write_record(name, text, len(text))
-        archive.write_record("data/0", tensor.untyped_storage(), tensor.nbytes)
+    _TensorPickler(described, tensor.numel()).dump(tensor)
+    # a name alone would put the time of day into the file
+    data = zipfile.ZipInfo("archive/data/0")
+    # readers map the numbers, which begin at a multiple of 64 bytes behind this field
+    padding = -(_LOCAL_HEADER + len(data.filename) + _ZIP64_FIELD + 4) % 64
+    data.extra = struct.pack("<HH", _PADDING_FIELD, padding) + bytes(padding)
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open(data, "w", force_zip64=True) as target:  # there may be more than 4 GB
+            target.write(tensor.numpy().data)
+        for name, text in (
+            ("data.pkl", described.getvalue()),
+            ("byteorder", sys.byteorder),
+            ("version", "3\n"),
+        ):
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), text)
     return path
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickles a tensor as ``torch.save`` does, its numbers being stored elsewhere."""
+    """Pickles a tensor as ``torch.save`` does, its ``count`` numbers being stored elsewhere."""
 
-    def reducer_override(self, item: Any) -> Any:
-        if not isinstance(item, Tensor):
-            return NotImplemented
-        storage = ("storage", torch.FloatStorage, "0", LOCATION, item.numel())
-        hooks: OrderedDict[str, Any] = OrderedDict()
-        arguments = (storage, 0, tuple(item.shape), item.stride(), False, hooks)
-        return torch._utils._rebuild_tensor_v2, arguments
+    def __init__(self, file: io.BytesIO, count: int) -> None:
+        super().__init__(file, protocol=2)
+        self._count = count
 
     def persistent_id(self, item: Any) -> Any:
-        return item if isinstance(item, tuple) and item[:1] == ("storage",) else None
+        if torch.is_storage(item):
+            return "storage", torch.FloatStorage, "0", LOCATION, self._count
+        return None

@@ -28,6 +28,10 @@ from cosettle_adapter.video import Geometry
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CHUNK_BYTES = 16 << 20  # of zarr, at most
+# what safetensors, NumPy, zarr and torch raise for files that are damaged
+_UNREADABLE = (
+    SafetensorError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 # features, and what the file itself says: metadata with geometry and timestamps, if it does
 Found = tuple[Tensor, Mapping[str, Any] | None]
@@ -175,7 +179,7 @@ def read_features(
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     sidecar, frames = read_sidecar(path), slice(start, stop)
-    form = format_of(path) if sidecar is None else FORMATS.get(sidecar["format"])
+    form = format_of(path) if sidecar is None else FORMATS.get(sidecar.get("format", ""))
     if form is None:
         raise CorruptFeatureFileError(
             f"{path} is not a feature file: its suffix is none of {_SUFFIXES}"
@@ -187,7 +191,7 @@ def read_features(
             raise ValueError(f"its sidecar {sidecar_path(path).name} is missing")
         timestamps = torch.tensor(metadata.pop("timestamps"), dtype=torch.float64)
         geometry = Geometry.from_dict(metadata.pop("geometry"))
-    except (SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise CorruptFeatureFileError(
             f"{path} is truncated or not a file that `cosettle-adapter extract` wrote: {error}"
         ) from error

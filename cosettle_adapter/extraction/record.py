@@ -92,6 +92,10 @@ class RunRecord:
                 self.keep = self._journal.exists()  # the work of another run, until it is resumed
                 try:
                     yield
+                except OSError as error:  # of a full disk, which names no file
+                    if error.errno is None or error.filename is not None:
+                        raise
+                    raise OSError(error.errno, error.strerror, str(self._output)) from error
                 finally:
                     if not self.keep:
                         self._discard()
@@ -157,9 +161,9 @@ class RunRecord:
             "timestamps": self.timestamps,
         }
         text = ",\n".join(f" {json.dumps(name)}: {json.dumps(fields[name])}" for name in fields)
-        _remove(self._output)  # the new one is whole
         with atomic_path(sidecar_path(self._output)) as temporary:
             temporary.write_text(f"{{\n{text}\n}}\n")
+            _remove(self._output)  # the new one is whole, and so is its sidecar
         whole.replace(self._output)
         self.keep = False
 
@@ -255,7 +259,8 @@ def differences(
 
     ``numerical`` says whether differences count that change only the last bits.
     """
-    was, found = _flat(before), []
+    was = _flat(before)
+    found: list[str] = []
     for name, value in _flat(now).items():
         if was.get(name) == value or name == "source":  # a renamed file is the same
             continue
@@ -269,14 +274,15 @@ def differences(
 def identify(source: Any) -> str | None:
     """Return a hash by which a file, or images in files, are recognised; no times, so copies agree.
 
-    Frames in memory and iterators have none.
+    It covers sizes, the names of several files, and samples of their content. Frames in memory and
+    iterators have none.
     """
     if isinstance(source, (str, os.PathLike)):
         found = resolve(source)
         files = [found] if isinstance(found, Path) else found
-    elif isinstance(source, (list, tuple)) and all(
-        isinstance(item, (str, os.PathLike)) for item in source
-    ):
+    elif isinstance(source, (list, tuple)) and source:
+        if not all(isinstance(item, (str, os.PathLike)) for item in source):
+            return None
         files = [Path(item) for item in source]
     else:
         return None
@@ -284,11 +290,12 @@ def identify(source: Any) -> str | None:
     for file in files:  # a single file may be renamed; the names of several are their order
         name = file.name if len(files) > 1 else ""
         digest.update(f"{name}\0{file.stat().st_size}\n".encode())
-    for file in files[:: 1 + len(files) // _SAMPLES]:
-        step = 1 + file.stat().st_size // _SAMPLES
-        with file.open("rb") as content:
-            for sample in range(_SAMPLES):
-                content.seek(sample * step)
+    samples = max(1, _SAMPLES // len(files))
+    for index in sorted({len(files) * sample // _SAMPLES for sample in range(_SAMPLES)}):
+        last = max(0, files[index].stat().st_size - _SAMPLE_BYTES)
+        with files[index].open("rb") as content:
+            for sample in range(samples):
+                content.seek(last * sample // max(1, samples - 1))
                 digest.update(content.read(_SAMPLE_BYTES))
     return f"sha256:{digest.hexdigest()}"
 
@@ -296,6 +303,8 @@ def identify(source: Any) -> str | None:
 def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in description.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
     return flat

@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.correspondence.fusion import WINDOW
@@ -25,7 +27,7 @@ from cosettle_adapter.extraction.record import (
     sidecar_path,
 )
 from cosettle_adapter.extraction.settings import ExtractSettings, OutputExistsError
-from cosettle_adapter.video import FrameSelection, prefetch
+from cosettle_adapter.video import FrameSelection, Geometry
 from cosettle_adapter.video.selection import selects_frames
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,9 @@ def extract(
     asked = describe_run(adapter, source, settings, select, format=form.name, storage=storage)
     _check_recipe(path, asked)
     record = RunRecord(path, asked)
+    # nothing is touched for what is finished, which may lie where nothing can be written
+    if not overwrite and not record.folder.exists() and (finished := _finished(path, asked)):
+        return finished
     with record.claimed():
         if not overwrite and (finished := _finished(path, asked)):
             return finished
@@ -97,7 +102,8 @@ def _finished(path: Path, asked: Mapping[str, Any]) -> Extraction | None:
     """Return what is under ``path`` if it is what was asked for, ``None`` if nothing is."""
     if not path.exists():
         return None
-    sidecar, different = read_sidecar(path), ""
+    different = ""
+    sidecar = read_sidecar(path)
     if sidecar is None:
         different = f", but not {sidecar_path(path).name}, which says what it is"
     elif asked["source_identity"] is not None:
@@ -115,7 +121,7 @@ def _check_recipe(path: Path, asked: Mapping[str, Any]) -> None:
         beside = read_sidecar(file.with_suffix(""))
         if beside is None or beside["fingerprint"] != asked["fingerprint"]:
             continue
-        other = beside["projection"]["recipe"]
+        other = beside["projection"].get("recipe")
         if other not in (recipe, None):
             raise OutputExistsError(
                 f"{path.parent} holds features by recipe {other} ({file.stem}), which cannot be "
@@ -135,11 +141,12 @@ def _encode(
     on_chunk: Callable[[int], None],
 ) -> str | None:
     """Write all frames that are not there yet; return why the source ended early, if it did."""
-    skip, batch_size = len(record.timestamps), settings.batch_size
+    batch_size = settings.batch_size
+    skip = found = len(record.timestamps)
     if record.asked["settings"]["settle"]:
         skip = 0
     elif settings.temporal_fusion is not None:  # whole batches on which no frame to come depends
-        skip = max(0, skip - WINDOW) // batch_size * batch_size
+        skip = max(0, found - WINDOW) // batch_size * batch_size
     stream = adapter.stream(
         source,
         select=select,
@@ -151,28 +158,61 @@ def _encode(
         temporal_fusion=settings.temporal_fusion,
     )
     dtype = getattr(torch, record.asked["storage"])
+    truncated: str | None = None
+    written: Future[None] | None = None
+
+    def write(wait: Callable[[], Tensor], geometry: Geometry, timestamps: Tensor) -> None:
+        record.append(wait(), geometry, timestamps)
+
     try:
         # a batch is written while the next one is encoded
-        with contextlib.closing(prefetch(stream, depth=1)) as chunks:
-            for chunk in chunks:
-                if chunk.start < len(record.timestamps):
-                    continue  # encoded only for those that depend on it
-                features, geometry = chunk.features, chunk.geometry
-                if record.asked["format"] == "dino-tracker":
-                    stride = 7 if geometry.stride == 7 else 14
-                    features = dino_tracker.arrange(
-                        features, geometry, stride=stride, first=chunk.start
-                    )
-                    geometry = dino_tracker.cells(stride, frame=geometry.frame)
-                record.append(features.to(dtype), geometry, chunk.timestamps)
-                on_chunk(len(record.timestamps))
+        with (
+            contextlib.closing(stream),  # type: ignore[type-var]
+            ThreadPoolExecutor(1, "cosettle-writer") as writer,
+        ):
+            try:
+                for chunk in stream:
+                    if chunk.start < found:
+                        continue  # encoded only for those that depend on it
+                    features, geometry = chunk.features, chunk.geometry
+                    if record.asked["format"] == "dino-tracker":
+                        stride = 7 if geometry.stride == 7 else 14
+                        features = dino_tracker.arrange(
+                            features, geometry, stride=stride, first=chunk.start
+                        )
+                        geometry = dino_tracker.cells(stride, frame=geometry.frame)
+                    arriving = _to_cpu(features.detach().to(dtype))
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(write, arriving, geometry, chunk.timestamps)
+                    on_chunk(chunk.start + len(chunk.timestamps))
+            except TruncatedVideoError as error:
+                truncated = str(error)
+                if written is None and not found:
+                    raise
+            finally:
+                if written is not None:
+                    written.result()
     except BaseException as error:
-        if isinstance(error, TruncatedVideoError) and record.timestamps:
-            return str(error)
         # nothing is to be resumed where the source is at fault
-        record.keep &= bool(record.timestamps) and not isinstance(error, FrameError)
+        resumable = bool(record.timestamps) and not isinstance(error, FrameError)
+        record.keep = record.keep and resumable
         if record.keep:
             kept = "%d frames are kept in %s: the same call resumes after them"
             logger.warning(kept, len(record.timestamps), record.folder)
         raise
-    return None
+    return truncated
+
+
+def _to_cpu(features: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy features to the CPU; return what waits for them, in another thread."""
+    if not features.is_cuda:
+        return features.cpu
+    arriving = features.to("cpu", non_blocking=True)  # into page-locked memory
+    copied = torch.cuda.current_stream(features.device).record_event()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return arriving
+
+    return wait

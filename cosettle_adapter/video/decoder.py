@@ -74,7 +74,9 @@ class Video:
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
         self._first = float((stream.start_time or 0) * self.base)
         self._reached = self._shown = self._latest = self._widest_gap = 0.0
-        self._read, self._cut = 0, False
+        self._read = 0
+        self._cut = False
+        self._counts_others = False  # whether the promise may be of another stream, such as sound
         if stream.frames and container.format.name == "avi":
             # the duration of a cut AVI file is estimated from its size; its frame count is not
             self.seconds = float(stream.frames * self.base)
@@ -85,6 +87,7 @@ class Video:
             self.seconds = 3600 * hours + 60 * minutes + seconds - self._first
         elif container.duration:
             self.seconds = container.duration / 1e6 - self._first
+            self._counts_others = True
 
     def seek(self, ticks: int) -> None:
         """Go to the keyframe at or before a time, else :class:`FrameError`."""
@@ -96,15 +99,21 @@ class Video:
     def packets(self) -> Iterator[Packet[Any]]:
         """Yield the stream's packets, an empty one last; one that is cut off is left out."""
         may_be_cut = "mpegts" not in self.container.format.name  # a broadcast may be cut anywhere
+        held: Packet[Any] | None = None  # a damaged one, which is cut off if it is the last
         for packet in self.container.demux():
-            if packet.stream.index != self.stream.index:  # sound may outlast the pictures
-                if packet.pts is not None and packet.stream.type in ("audio", "video"):
+            if packet.stream.index != self.stream.index:
+                seen_or_heard = packet.stream.type in ("audio", "video")
+                if self._counts_others and seen_or_heard and packet.pts is not None:
                     end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                     self._reached = max(self._reached, end - self._first)
                 continue
-            if packet.size:
-                self._cut = packet.is_corrupt and may_be_cut
-            if not self._cut or packet.dts is None:
+            at_end = not packet.size and packet.dts is None
+            if held is not None:
+                self._cut = at_end and may_be_cut
+                if not self._cut:
+                    yield held
+            held = packet if packet.is_corrupt and packet.size else None
+            if held is None and (packet.size or at_end):
                 yield packet
 
     def frames(
@@ -125,7 +134,10 @@ class Video:
 
     def timed_frames(self, *, from_start: bool) -> Generator[tuple[VideoFrame, float], None, None]:
         """Decode to the end, with seconds from the stream's start."""
-        count, damaged, origin, time = 0, False, self.stream.start_time, -self.step
+        count = 0
+        damaged = False
+        origin = self.stream.start_time
+        time = -self.step
         try:
             for frame in self.frames():
                 if frame.pts is None:  # it follows the one before it at the average rate

@@ -129,7 +129,7 @@ def plan_geometry(
                 )
         factor = min(box[0] / frame[0], box[1] / frame[1])
         # the shorter side of a very long frame may round to nothing
-        inside = max(1, _whole(frame[0] * factor)), max(1, _whole(frame[1] * factor))
+        inside = (max(1, _whole(frame[0] * factor)), max(1, _whole(frame[1] * factor)))
         return Geometry(frame, inside if fit == "pad" else box, box, patch, stride, fit)
     if size is None and min(frame) < patch:
         axis = "height" if height < patch else "width"
@@ -190,22 +190,22 @@ def resample_to_points(features: Tensor, geometry: Geometry, points: Tensor) -> 
     cells = geometry.pixels_to_cells(points)
     if not bool(torch.isfinite(cells).all()):
         raise GeometryError("points hold NaN or infinite values; leave those points out")
-    # in float64: the coordinates of grid_sample in float32 are off by 1e-5 of a patch
-    precise = torch.float32 if features.device.type == "mps" else torch.float64
-    x, y = ((2 * cell + 1) / side - 1 for cell, side in ((cells[..., 1], w), (cells[..., 0], h)))
-    grid = torch.stack((x, y), dim=-1).reshape(1, *([1] * (3 - points.ndim)), *points.shape)
-    sampled = F.grid_sample(
-        features.to(precise),
-        grid.to(features.device, precise).expand(len(features), -1, -1, -1),
-        padding_mode="border",
-        align_corners=False,
-    )
-    return sampled.reshape(*features.shape[:2], *points.shape[:-1]).to(features.dtype)
+    # not by grid_sample, whose float32 coordinates are off by 1e-5 of a patch; only what needs no
+    # float64 goes to the features' device, as Metal has none
+    values = features.to(torch.promote_types(features.dtype, torch.float32))
+    row, col = cells[..., 0].clamp(0, h - 1), cells[..., 1].clamp(0, w - 1)
+    down, across = (each.frac().to(values.dtype).to(values.device) for each in (row, col))
+    top, left = (each.long().to(values.device) for each in (row, col))
+    bottom, right = (top + 1).clamp(max=h - 1), (left + 1).clamp(max=w - 1)
+    above = torch.lerp(values[..., top, left], values[..., top, right], across)
+    below = torch.lerp(values[..., bottom, left], values[..., bottom, right], across)
+    return torch.lerp(above, below, down).to(features.dtype)
 
 
 def resize(frames: Tensor, sides: tuple[int, int]) -> Tensor:
     """Resize (T, C, H, W) frames to ``sides``: float32, bicubic, antialiased, range kept."""
-    top, pixels = 255.0 if frames.dtype == torch.uint8 else 1.0, frames.to(torch.float32)
+    top = 255.0 if frames.dtype == torch.uint8 else 1.0
+    pixels = frames.to(torch.float32)
     try:
         resized = F.interpolate(pixels, size=sides, mode="bicubic", antialias=True)
     except NotImplementedError:  # the Metal backend may have no such kernel

@@ -74,10 +74,16 @@ def read_frames(source: VideoSource, indices: Sequence[int]) -> Tensor:
             with open_video(source, threads=False) as video:
                 for key, group in itertools.groupby(sorted(set(indices)), begin):
                     found |= _decode(video, index, key, list(group))
-            return torch.stack([found[number] for number in indices])
+            frames = [found[number] for number in indices]
+            break
         except (FrameError, pyav().error.FFmpegError, OSError) as error:
             problem = reason(error)
-    raise FrameError(f"{source} cannot be decoded where it should: {problem}")
+    else:
+        raise FrameError(f"{source} cannot be decoded where it should: {problem}")
+    sizes = dict.fromkeys(f"{frame.shape[-2]} x {frame.shape[-1]}" for frame in frames)
+    if len(sizes) > 1:
+        raise FrameError(f"the frames of {source} are of several sizes: {', '.join(sizes)}")
+    return torch.stack(frames)
 
 
 def _decode(video: Video, index: _Index, key: int | None, numbers: list[int]) -> dict[int, Tensor]:

@@ -73,10 +73,10 @@ def write_film(
             images = _in_one_palette(images)
         options: dict[str, Any] = {"format": suffix[1:].upper()}
         if len(images) > 1:
-            options |= {"save_all": True, "append_images": images[1:]}
-            options |= {"duration": round(1000 / fps), "loop": 0}
+            duration = round(1000 / fps)
+            options.update(save_all=True, append_images=images[1:], duration=duration, loop=0)
         if suffix == ".webp":
-            options |= {"quality": 90, "method": 4}
+            options.update(quality=90, method=4)
         images[0].save(temporary, **options)
     return path
 

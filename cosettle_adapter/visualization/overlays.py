@@ -215,12 +215,15 @@ def similarity_frames(
     """
     check_frames(frames, geometry)
     low, high = limits
+    if not low < high:
+        raise ValueError(f"got limits={limits}, expected a lower and a higher value")
     if maps.ndim != 3 or len(maps) != len(frames):
         raise FrameError(
             f"got maps of shape {tuple(maps.shape)} for {len(frames)} frames, expected "
             f"({len(frames)}, h, w)"
         )
-    radius, luma = max(3.0, _RING * min(geometry.frame)), torch.tensor(_LUMA)
+    radius = max(3.0, _RING * min(geometry.frame))
+    luma = torch.tensor(_LUMA)
     drawn = []
     for frame, each, peak in zip(
         frames.cpu(), maps.float().cpu(), similarity_peaks(maps, geometry).tolist(), strict=True

@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_no_file(
         append(record, features, *rest)
 
     monkeypatch.setattr(RunRecord, "append", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=r"No space left on device: .*f\.npy"):
         extract(small_adapter, cut if broken else clip, tmp_path / "f.npy", batch_size=20)
     assert not (tmp_path / "f.npy").exists()
     assert (tmp_path / ".f.npy.partial").exists() == broken, "kept where batches were written"
@@ -154,9 +154,12 @@ def test_a_batch_is_written_while_the_next_is_encoded(
         append(record, *batch)
 
     monkeypatch.setattr(RunRecord, "append", slow)
+    threads = []
+    small_adapter.projection.register_forward_hook(lambda *_: threads.append(threading.get_ident()))
     select = FrameSelection(max_frames=12)
     extract(small_adapter, clip, tmp_path / "f.npy", batch_size=4, select=select)
     assert waited == [True]
+    assert set(threads) == {threading.get_ident()}, "whose grad mode, device and stream are the caller's"
     streamed = [c.features for c in small_adapter.stream(clip, batch_size=4, select=select)]
     assert torch.equal(read_features(tmp_path / "f.npy").features, torch.cat(streamed))
 

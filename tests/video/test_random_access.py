@@ -210,3 +210,13 @@ def test_damage_spares_what_comes_before_but_a_cut_file_is_refused(tmp_path: Pat
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(TruncatedVideoError, match=r"ends early: read \d+ "):
         read_frames(path, [0])
+
+
+def test_frames_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    joined = b""
+    for side in (48, 96):
+        times = [20 * side + 40 * t for t in range(10)]
+        joined += encode_numbered(tmp_path / "c.ts", 10, side, times=times).read_bytes()
+    (tmp_path / "c.ts").write_bytes(joined)
+    with pytest.raises(FrameError, match="are of several sizes: 48 x 64, 96 x 64"):
+        read_frames(tmp_path / "c.ts", [0, 19])

@@ -97,6 +97,8 @@ def test_what_does_not_fit_is_told() -> None:
     for point, message in (((91, 25), r"\(91, 25\).*90 x 60"), ((float("nan"), 25), "nan")):
         with pytest.raises(GeometryError, match=message):
             similarity_maps(clip, geometry, point)
+    with pytest.raises(ValueError, match=r"limits=\(1, 1\), expected a lower and a higher"):
+        similarity_frames(frames, maps, geometry, limits=(1, 1))
     with pytest.raises(FrameError, match=r"expected \(4, h, w\)"):
         similarity_frames(frames, maps[:3], geometry)
     with pytest.raises(GeometryError, match=r"frames of \(30, 90\) pixels"):
