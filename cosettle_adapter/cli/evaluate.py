@@ -128,11 +128,10 @@ def davis(
         max_frames: keep at most this many frames of a clip.
     """
     select = [FrameSelection(every=step, max_frames=max_frames) for step in every]
-    return options.run(
-        evaluation.davis_protocol(
-            *data, clips=options.clips, select=select, year=year, propagation=labels
-        )
+    protocol = evaluation.davis_protocol(
+        *data, clips=options.clips, select=select, year=year, propagation=labels
     )
+    return options.run(protocol)
 
 
 @app.command
@@ -149,11 +148,10 @@ def folder(
         data: folder with frames/ and masks/, or of such folders.
         late_labels: what becomes of labels that the first mask does not have.
     """
-    return options.run(
-        evaluation.folder_protocol(
-            data, clips=options.clips, late_labels=late_labels, propagation=labels
-        )
+    protocol = evaluation.folder_protocol(
+        data, clips=options.clips, late_labels=late_labels, propagation=labels
     )
+    return options.run(protocol)
 
 
 @app.command

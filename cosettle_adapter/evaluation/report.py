@@ -127,8 +127,8 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
     cycle: dict[str, dict[str, float]] = {}
     rows = []
     for variant, result in found.results.items():
-        figures = result.figures
-        rows.append([variant, *("none" if x != x else f"{x:.4f}" for x in figures.values())])
+        numbers = result.figures.values()
+        rows.append([variant, *("none" if math.isnan(x) else f"{x:.4f}" for x in numbers)])
         for video in result.videos:
             intra.setdefault(video.name, {})[variant] = video.d_intra
             cycle.setdefault(video.name, {})[variant] = 100 * video.cycle_accuracy
@@ -139,6 +139,7 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
         "percentile of the distance from the mean patch. D_intra is also low for features that "
         "tell little apart."
     )
+    figures = next(iter(found.results.values())).figures
     table = Table("", ["features", *figures], rows, note)
     return [
         Section("Within and between videos", [_distances(found), table]),

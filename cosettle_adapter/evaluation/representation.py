@@ -173,8 +173,13 @@ class RepresentationMetrics:
         most = min(len(rows) * math.prod(self._shape[1:]), len(self._gram))
         singular = eigen(self._gram)[0][:most].sqrt()
         rank = float(torch.special.entr(singular / singular.sum()).sum().exp()) / most
-        intra, cycles = mean(row.d_intra for row in rows), mean(row.cycle_accuracy for row in rows)
-        return Representation(tuple(rows), intra, mean(d_inter), rank, cycles)
+        return Representation(
+            videos=tuple(rows),
+            d_intra=mean(row.d_intra for row in rows),
+            d_inter=mean(d_inter),
+            effective_rank=rank,
+            cycle_accuracy=mean(row.cycle_accuracy for row in rows),
+        )
 
 
 class WorstMoment(NamedTuple):
@@ -226,7 +231,6 @@ def evaluate_representation(
     metrics = {each.name: RepresentationMetrics(**options) for each in variants}
     statistics = SpectrumStatistics()
     worst: list[WorstMoment] = []
-    skipped: dict[str, str] = {}
     paths = list(dict.fromkeys(map(Path, videos)))
     count = Counter(path.name for path in paths)
     by_name = {path.name if count[path.name] == 1 else str(path): path for path in paths}
@@ -270,7 +274,7 @@ def evaluate_representation(
         worst.sort(key=lambda moment: moment.cycle_accuracy)
         del worst[_FAILURES:]
 
-    each_readable(list(by_name), measure, skipped, on_video)
+    _, skipped = each_readable(list(by_name), measure, on_video)
     spectrum = None
     if statistics.enough and ADAPTED in metrics:
         spectrum = statistics.spectrum(adapter.projection.project)

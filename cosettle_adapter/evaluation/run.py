@@ -164,7 +164,9 @@ def evaluate(
         _resume(result, output)
 
     def folder(variant: str, clip: Clip[Any]) -> Path | None:
-        return predictions and predictions / variant.replace(" ", "-") / clip.name
+        if predictions is None:
+            return None
+        return predictions / variant.replace(" ", "-") / clip.name
 
     def score(clip: Clip[Any], missing: Sequence[FeatureVariant], held: ClipResult) -> None:
         height, width = clip.read_frame(0).shape[:2]
@@ -224,7 +226,7 @@ def evaluate(
 def mean(values: Iterable[float]) -> float:
     """Return the mean of the values that are numbers; NaN without any."""
     known = [value for value in values if value == value]
-    return sum(known) / len(known) if known else math.nan
+    return float(sum(known) / len(known)) if known else math.nan
 
 
 def save_positions(xy: Any, folder: Path | None) -> None:
@@ -283,8 +285,9 @@ def _tensors(projection: Projection) -> str:
 def _described(variant: FeatureVariant) -> str:
     """Text that differs where a variant's features do."""
     projection = variant.projection
-    made = projection and (_tensors(projection), projection.config.averaging)
-    return str((variant.reads, made, variant.finish and variant.finish.__name__, variant.fusion))
+    made = None if projection is None else (_tensors(projection), projection.config.averaging)
+    finish = None if variant.finish is None else variant.finish.__name__
+    return str((variant.reads, made, finish, variant.fusion))
 
 
 def _resume(result: Evaluation, output: Path) -> None:

@@ -97,7 +97,8 @@ def feature_variants(
     last: Reads = ((backbone.default_layer,), backbone.row.final_norm)
     same = _reads(backbone, projection)
     variants = [FeatureVariant(RAW_LAST, last)]
-    variants += [FeatureVariant(RAW_SAME, same)] if same != last else []
+    if same != last:
+        variants.append(FeatureVariant(RAW_SAME, same))
     variants.append(FeatureVariant(CENTRED, same, finish=centred))
     earlier = sorted(same[0])[:-1]
     for layer in sorted({*earlier, *(backbone.block(layer) for layer in baseline_layers)}):
