@@ -10,13 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from cosettle_adapter import evaluation
-from cosettle_adapter.cli.common import (
-    Dtype,  # noqa: F401  (annotations of ModelOptions are resolved here, too)
-    Output,  # noqa: F401
-    Size,
-    console,
-    frame_progress,
-)
+from cosettle_adapter.cli.common import Size, console, frame_progress
 from cosettle_adapter.cli.evaluate_videos import (
     FeatureOptions,
     classification,

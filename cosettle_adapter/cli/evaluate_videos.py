@@ -1,7 +1,5 @@
 """The benchmarks of ``evaluate`` on whole videos, and which features of which model it compares."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +12,6 @@ from cyclopts import Parameter
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import HubOptions
 from cosettle_adapter.cli.common import (
-    Dtype,  # noqa: F401  (annotations of ModelOptions are resolved here, too)
     ModelOptions,
     Output,
     Size,
