@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,8 @@ from torch import Tensor
 
 from cosettle_adapter.correspondence import mutual_nearest, track_points
 from cosettle_adapter.errors import FrameError, GeometryError
+from cosettle_adapter.video.geometry import Geometry
 from cosettle_adapter.video.synthetic import RenderedClip
-
-if TYPE_CHECKING:
-    from cosettle_adapter.video.geometry import Geometry
 
 GAPS = (1, 4, 8)  # frames
 _CHUNK = 1024  # patches compared at a time

@@ -193,7 +193,8 @@ def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
 
     ``occluded`` is ``(N, T)`` boolean, ``tracks`` ``(N, T, 2)`` (x, y) in any unit.
     """
-    hidden, positions = _tracks(occluded, tracks)
+    (positions,) = _positions("(N, T, 2)", tracks=tracks)
+    hidden = _flags("occluded", occluded, positions)
     index = (~hidden).any(1).nonzero()[0]
     return _queries(hidden, positions, index, hidden[index].argmin(1))
 
@@ -205,7 +206,8 @@ def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> 
     """
     if stride < 1:
         raise ValueError(f"stride must be at least 1 frame, got {stride}")
-    hidden, positions = _tracks(occluded, tracks)
+    (positions,) = _positions("(N, T, 2)", tracks=tracks)
+    hidden = _flags("occluded", occluded, positions)
     step, index = (~hidden[:, ::stride]).T.nonzero()
     return _queries(hidden, positions, index, step * stride)
 
@@ -236,11 +238,6 @@ def track_queries(
         xy[chosen] = rearrange(found, "t q two -> q t two")
         error[chosen] = rearrange(tracks.cycle_error[1:].float().cpu(), "t q -> q t")
     return xy, error
-
-
-def _tracks(occluded: ArrayLike, tracks: ArrayLike) -> tuple[Flags, Floats]:
-    (positions,) = _positions("(N, T, 2)", tracks=tracks)
-    return _flags("occluded", occluded, positions), positions
 
 
 def _queries(hidden: Flags, positions: Floats, index: Any, frames: Any) -> Queries:

@@ -16,17 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
 
+from cosettle_adapter.evaluation.representation import RepresentationReport, WorstMoment
 from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST, RAW_SAME
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
-
-if TYPE_CHECKING:
-    from cosettle_adapter.evaluation.representation import RepresentationReport, WorstMoment
 
 _MEDIA_TYPES = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 # a player's controls would cover half of a flat film

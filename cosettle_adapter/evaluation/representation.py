@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.evaluation.drift import cycle_consistent, nearest, token_frames
 from cosettle_adapter.evaluation.run import mean
@@ -35,9 +36,6 @@ from cosettle_adapter.evaluation.variants import (
 from cosettle_adapter.evaluation.videos import each_readable, frames_of
 from cosettle_adapter.video import open_frames
 from cosettle_adapter.video.geometry import resize
-
-if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter
 
 _PERCENTILE = 95.0  # of the distance from the mean patch; twice that is a diameter
 _POSITIONS = 8  # patches of a frame that D_inter compares

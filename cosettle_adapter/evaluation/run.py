@@ -11,11 +11,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
+from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones.weights import fingerprint
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
 from cosettle_adapter.evaluation.clips import A, Clip
@@ -32,13 +33,10 @@ from cosettle_adapter.evaluation.variants import (
     guide_variant,
 )
 from cosettle_adapter.io import atomic_path
+from cosettle_adapter.projection import Projection
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import open_frames
 from cosettle_adapter.video.geometry import Geometry, nearest_valid, plan_geometry
-
-if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter
-    from cosettle_adapter.projection import Projection
 
 logger = logging.getLogger(__name__)
 

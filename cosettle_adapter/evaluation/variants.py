@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from einops import reduce
 from torch import Tensor
 
+from cosettle_adapter.adapter import CoSettleAdapter, Size
+from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence.fusion import FusionMode, fusion_guide, temporal_fusion
 from cosettle_adapter.errors import BackboneMismatchError
-
-if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter, Size
-    from cosettle_adapter.backbones import Backbone
-    from cosettle_adapter.projection import Projection
+from cosettle_adapter.projection import Projection
 
 RAW_LAST = "raw last layer"
 RAW_SAME = "raw same layer"
