@@ -143,18 +143,14 @@ class VideoOptions(FeatureOptions):
         return self.measure(pool_videos, videos, frames=frames, size=self.size)
 
 
-DEFAULTS = FeatureOptions()
-_SETTINGS = RepresentationSettings()
-
-
 def representation(
     *,
     data: Path,
     clips: Sequence[str] | None = None,
     report: Path | None = None,
     results: Sequence[Path] = (),
-    settings: Annotated[RepresentationSettings, Parameter(name="*")] = _SETTINGS,
-    options: FeatureOptions = DEFAULTS,
+    settings: Annotated[RepresentationSettings, Parameter(name="*")] = RepresentationSettings(),
+    options: FeatureOptions = FeatureOptions(),
 ) -> int:
     """What stays together within videos and apart between them: the paper's Figure 1 and theory.
 

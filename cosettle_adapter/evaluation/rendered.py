@@ -69,6 +69,7 @@ def rendered_protocol(
     the truth, by gap in frames.
     """
 
+    @functools.lru_cache(maxsize=1)  # all variants of a clip are measured by the same ones
     def correspondences(
         clip: Clip[RenderedClip], geometry: Geometry
     ) -> Mapping[int, Sequence[Correspondence]]:
