@@ -10,6 +10,7 @@ propagation protocol: compare columns of one run. Published tables use every fra
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from cosettle_adapter import CoSettleAdapter, FrameSelection, evaluation
 from cosettle_adapter.evaluation.variants import RAW_LAST
@@ -50,7 +51,9 @@ def print_row(name: str, values: list[float]) -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder with JPEGImages and Annotations")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with JPEGImages and Annotations"
+    )
     parser.add_argument("--model", default="dinov2-vits14-pypi", help="name, repository or folder")
     parser.add_argument("--size", type=int, nargs=2, default=(476, 882), metavar=("H", "W"))
     parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")

@@ -76,6 +76,8 @@ def test_names_of_version_0_1_warn(module: str, name: str) -> None:
         old.nothing  # noqa: B018
     with pytest.raises(AttributeError, match="has davis_clips"):
         importlib.import_module("cosettle_adapter.evaluation").davis_sequences  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Davis'"):
+        importlib.import_module("cosettle_adapter.evaluation").Davis  # noqa: B018
 
 
 def test_frame_keywords_of_version_0_1_make_a_selection() -> None:

@@ -1,6 +1,6 @@
 """Options and progress bars that several commands share."""
 
-from __future__ import annotations
+# no `from __future__ import annotations`: other modules derive from ModelOptions
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ class ModelOptions:
     cache_dir: Path | None = None
     offline: bool = False
 
-    def load(self, *, raw: bool = False, layer: int | None = None) -> CoSettleAdapter:
+    def load(self, *, raw: bool = False, layer: int | None = None) -> "CoSettleAdapter":
         """Load the adapter; the backbone alone if ``raw`` or a ``layer`` is given."""
         import torch  # which `--help` does without
 
@@ -94,7 +94,7 @@ class ModelOptions:
         return CoSettleAdapter.from_pretrained(self.model, projection=self.projection, **loading)
 
 
-def frames_in(source: str, select: FrameSelection) -> int | None:
+def frames_in(source: str, select: "FrameSelection") -> int | None:
     """Count the frames that are selected, ``max_frames`` aside, if that is known beforehand."""
     from cosettle_adapter.video import probe
 
@@ -103,7 +103,7 @@ def frames_in(source: str, select: FrameSelection) -> int | None:
     return None if count is None or ranged else -(-count // select.every)
 
 
-def frame_progress(output: Console) -> Progress:
+def frame_progress(output: Console) -> "Progress":
     """Return a progress bar that shows frames, frames per second and the time left."""
     from rich import progress
 
@@ -117,7 +117,7 @@ def frame_progress(output: Console) -> Progress:
     )
 
 
-def frame_bar(bars: Progress, name: str, total: int | None) -> Callable[[int], None]:
+def frame_bar(bars: "Progress", name: str, total: int | None) -> Callable[[int], None]:
     """Add a bar; return what moves it, called with the number of frames done."""
     task = bars.add_task(name, total=total, rate="")
 

@@ -10,13 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from cosettle_adapter import evaluation
-from cosettle_adapter.cli.common import (
-    Dtype,  # noqa: F401  (annotations of ModelOptions are resolved here, too)
-    Output,  # noqa: F401
-    Size,
-    console,
-    frame_progress,
-)
+from cosettle_adapter.cli.common import Size, console, frame_progress
 from cosettle_adapter.cli.evaluate_videos import (
     FeatureOptions,
     classification,
@@ -128,11 +122,10 @@ def davis(
         max_frames: keep at most this many frames of a clip.
     """
     select = [FrameSelection(every=step, max_frames=max_frames) for step in every]
-    return options.run(
-        evaluation.davis_protocol(
-            *data, clips=options.clips, select=select, year=year, propagation=labels
-        )
+    protocol = evaluation.davis_protocol(
+        *data, clips=options.clips, select=select, year=year, propagation=labels
     )
+    return options.run(protocol)
 
 
 @app.command
@@ -149,11 +142,10 @@ def folder(
         data: folder with frames/ and masks/, or of such folders.
         late_labels: what becomes of labels that the first mask does not have.
     """
-    return options.run(
-        evaluation.folder_protocol(
-            data, clips=options.clips, late_labels=late_labels, propagation=labels
-        )
+    protocol = evaluation.folder_protocol(
+        data, clips=options.clips, late_labels=late_labels, propagation=labels
     )
+    return options.run(protocol)
 
 
 @app.command

@@ -1,7 +1,5 @@
 """The benchmarks of ``evaluate`` on whole videos, and which features of which model it compares."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +12,6 @@ from cyclopts import Parameter
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import HubOptions
 from cosettle_adapter.cli.common import (
-    Dtype,  # noqa: F401  (annotations of ModelOptions are resolved here, too)
     ModelOptions,
     Output,
     Size,
@@ -22,7 +19,7 @@ from cosettle_adapter.cli.common import (
     frame_progress,
 )
 from cosettle_adapter.cli.tables import terminal_table
-from cosettle_adapter.evaluation.classification import classify, retrieve
+from cosettle_adapter.evaluation.classification import classify, retrieve, split_videos
 from cosettle_adapter.evaluation.clips import data_folder, images_in, pick
 from cosettle_adapter.evaluation.localisation import localise, read_segments
 from cosettle_adapter.evaluation.report import (
@@ -58,7 +55,7 @@ class FeatureOptions(ModelOptions):
 
     Attributes:
         raw: score the backbone alone; no projection is needed.
-        layer: score this layer of the backbone alone, in place of the last one.
+        layer: score this layer of the backbone alone, beside the last one; implies --raw.
         baselines: other projections of the same backbone (names or folders) to score as well.
         batch_size: frames a forward pass.
         output: JSON file of the results; an interrupted run on clips resumes from it.
@@ -89,7 +86,7 @@ class FeatureOptions(ModelOptions):
     ) -> tuple[Found, dict[str, Any]]:
         """What ``measure(adapter, *what, ...)`` found; the settings of the model."""
         adapter = self.adapter()
-        more |= {"variants": feature_variants(adapter, baselines=self.projections())}
+        more["variants"] = feature_variants(adapter, baselines=self.projections())
         with frame_progress(console()) as progress:
             bar = progress.add_task("videos", total=None, rate="")
 
@@ -146,18 +143,14 @@ class VideoOptions(FeatureOptions):
         return self.measure(pool_videos, videos, frames=frames, size=self.size)
 
 
-DEFAULTS = FeatureOptions()
-_SETTINGS = RepresentationSettings()
-
-
 def representation(
     *,
     data: Path,
     clips: Sequence[str] | None = None,
     report: Path | None = None,
     results: Sequence[Path] = (),
-    settings: Annotated[RepresentationSettings, Parameter(name="*")] = _SETTINGS,
-    options: FeatureOptions = DEFAULTS,
+    settings: Annotated[RepresentationSettings, Parameter(name="*")] = RepresentationSettings(),
+    options: FeatureOptions = FeatureOptions(),
 ) -> int:
     """What stays together within videos and apart between them: the paper's Figure 1 and theory.
 
@@ -167,7 +160,8 @@ def representation(
         report: HTML page to write.
         results: JSON files of benchmarks on clips to show in the report.
     """
-    charts, videos = [_chart(path) for path in results], _videos(data, clips)
+    charts = [_chart(path) for path in results]
+    videos = _videos(data, clips)
     found, model = options.measure(evaluate_representation, videos, settings)
     notes = ["distances are shares of the diameter (95th percentile)"]
     if found.spectrum is not None:
@@ -195,11 +189,7 @@ def representation(
 
 
 def classification(
-    *,
-    frames: int = 16,
-    ks: Sequence[int] = (1, 5, 10, 20),
-    seed: int = 0,
-    options: VideoOptions,
+    *, frames: int = 16, ks: Sequence[int] = (1, 5, 10, 20), seed: int = 0, options: VideoOptions
 ) -> int:
     """KNN and a linear probe on videos in a folder per class.
 
@@ -208,6 +198,7 @@ def classification(
         ks: numbers of neighbours.
         seed: of the splits.
     """
+    split_videos(labelled_videos(options.data), seed=seed)  # a lonely class is told at once
     pooled, model = options.pooled(frames)
     found = classify(pooled, ks=ks, seed=seed)
     judged = len(next(iter(found[RAW_LAST].values())).labels)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path  # noqa: F401  # cyclopts looks up inherited annotations here
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from cosettle_adapter.cli.common import DEFAULT_MODEL, Dtype, ModelOptions, Output, console  # noqa: F401
+from cosettle_adapter.cli.common import DEFAULT_MODEL, ModelOptions, Output, console
 from cosettle_adapter.export import onnx, to_onnx, to_torch_export
 from cosettle_adapter.video import FrameSelection, open_frames
 

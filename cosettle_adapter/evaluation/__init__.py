@@ -73,7 +73,7 @@ _REMOVED = {  # names of version 0.1, and what to use
 
 
 def __getattr__(name: str) -> type[Clip[Any]]:
-    if name == "DavisSequence" or name.removesuffix("Clip") in _CLIPS:
+    if name == "DavisSequence" or (name.endswith("Clip") and name[:-4] in _CLIPS):
         warnings.warn(f"{name} is Clip, and goes in 0.3", DeprecationWarning, stacklevel=2)
         return Clip
     instead = f"; version 0.2 has {_REMOVED[name]}" if name in _REMOVED else ""

@@ -242,11 +242,12 @@ def retrieve(pooled: PooledVideos, *, ks: Sequence[int] = (1, 5, 10)) -> dict[st
     results = {}
     for variant, values in with_centred(pooled.features, reference).items():
         units = F.normalize(values.double(), dim=1)
+        searched = units[gallery]
         first_hit: list[int] = []  # rank of the first video of the query's class
         precision: dict[str, float] = {}
         by_class: defaultdict[str, list[float]] = defaultdict(list)
         for query in queries:
-            order = (units[gallery] @ units[query]).sort(descending=True, stable=True).indices
+            order = (searched @ units[query]).sort(descending=True, stable=True).indices
             ranking = gallery[order.numpy()]
             hits = labels[ranking[ranking != query]] == labels[query]
             if hits.any():

@@ -7,8 +7,9 @@ truth, so neither can say whether features follow the right thing. :func:`match_
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,8 @@ from torch import Tensor
 
 from cosettle_adapter.correspondence import mutual_nearest, track_points
 from cosettle_adapter.errors import FrameError, GeometryError
+from cosettle_adapter.video.geometry import Geometry
 from cosettle_adapter.video.synthetic import RenderedClip
-
-if TYPE_CHECKING:
-    from cosettle_adapter.video.geometry import Geometry
 
 GAPS = (1, 4, 8)  # frames
 _CHUNK = 1024  # patches compared at a time
@@ -73,10 +72,11 @@ def _two_frames(clip: RenderedClip, first: int, second: int) -> RenderedClip:
         moved: Tensor = homographies[frames] @ torch.linalg.inv(homographies[first])
         return moved
 
-    pixels, moving = clip.frames[frames], clip.object_homographies
-    mask = None if clip.object_mask is None else clip.object_mask[frames]
-    object_moves = None if moving is None else since(moving)
-    return RenderedClip(pixels, since(clip.homographies), mask, object_moves)
+    two = RenderedClip(clip.frames[frames], since(clip.homographies))
+    if clip.object_mask is None or clip.object_homographies is None:
+        return two
+    moved = since(clip.object_homographies)
+    return dataclasses.replace(two, object_mask=clip.object_mask[frames], object_homographies=moved)
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def cycle_consistent(features: Tensor, *, gap: int = 1) -> Tensor:
     own = torch.arange(frames.shape[1], device=frames.device)
     maps = [
         nearest(there, here)[nearest(here, there)] == own
-        for here, there in zip(frames, frames[gap:], strict=False)
+        for here, there in zip(frames[:-gap], frames[gap:], strict=True)
     ]
     return rearrange(maps, "t (h w) -> t h w", w=features.shape[-1])
 

@@ -90,8 +90,9 @@ def jhmdb_clips(
             xy = _read_mat(path)
         else:
             images, path = known[name] / "frames", known[name] / KEYPOINTS
-            (names, xy, *_), _, numbers = read_keypoints(path)
-            if names != JHMDB_JOINTS or numbers != list(range(len(numbers))):
+            joints, _, numbers = read_keypoints(path)
+            xy = joints.xy
+            if joints.names != JHMDB_JOINTS or numbers != list(range(len(numbers))):
                 raise FrameError(f"{path} must have JHMDB's 15 joints, for every frame from 0 on")
         frames = folders.images_in(images)
         if len(frames) < len(xy) or (len(frames) > len(xy) and not official):
@@ -128,8 +129,11 @@ def jhmdb_protocol(
         return ClipScores(named(counted), counts)
 
     def total(scores: Sequence[ClipScores]) -> dict[str, float]:
-        counts = [Pck(_THRESHOLDS, *map(np.array, each.counts.values())) for each in scores]
-        return named(sum(counts[1:], start=counts[0]))
+        clips = [
+            Pck(_THRESHOLDS, np.array(each.counts["correct"]), np.array(each.counts["total"]))
+            for each in scores
+        ]
+        return named(sum(clips[1:], start=clips[0]))
 
     def named(counted: Pck) -> dict[str, float]:
         return {f"PCK@{threshold:g}": share for threshold, share in counted.mean.items()}
@@ -182,6 +186,8 @@ def badja_protocol(
     ) -> ClipScores:
         """Frames up to a joint's first annotation do not count."""
         joints, annotated = clip.read_annotations(), np.asarray(clip.annotated)
+        if joints.areas is None:
+            raise FrameError(f"{clip.name!r} has no areas of its animal, which delta_seg needs")
         seen, first = joints.visible.any(0), joints.visible.argmax(0)
         where = torch.from_numpy(joints.xy[first[seen], seen.nonzero()[0]])
         tracks, _ = track_queries(features, annotated[first[seen]], where, geometry)
@@ -189,7 +195,6 @@ def badja_protocol(
         guess[:, seen] = rearrange(tracks, "q t two -> t q two").numpy()[annotated]
         save_positions(guess, predictions)
         later = joints.visible & (np.arange(len(annotated))[:, None] > first)
-        assert joints.areas is not None
         found = badja_accuracy(joints.xy, guess, later, joints.areas)
         return ClipScores({"delta_seg": found.delta_seg, "delta_3px": found.delta_3px})
 
@@ -322,7 +327,7 @@ def _listed(folder: Path, ending: str) -> dict[str, Path]:
     found = {
         name: Path(path.name.removesuffix(ending), name)
         for path in sorted(folder.glob(f"*{ending}"))
-        for name in re.findall(r"^(\S+?)(?:\.avi)? +2 *$", path.read_text(), re.M)
+        for name in re.findall(r"^(\S+?)(?:\.avi)?[ \t]+2[ \t]*$", path.read_text(), re.M)
     }
     if not found:
         raise FrameError(
@@ -341,6 +346,6 @@ def _read_mat(path: Path) -> NDArray[np.float64]:
         xy = np.asarray(io.loadmat(path)["pos_img"], dtype=np.float64)
     except Exception as error:  # what SciPy raises for a damaged file is not documented
         raise FrameError(f"{path} cannot be read as a MATLAB file: {error}") from error
-    if xy.ndim != 3 or xy.shape[:2] != (2, len(JHMDB_JOINTS)):
+    if xy.ndim != 3 or xy.shape[:2] != (2, len(JHMDB_JOINTS)) or not xy.size:
         raise FrameError(f"{path} has pos_img of shape {xy.shape}, expected (2, 15, T)")
     return rearrange(xy, "two j t -> t j two")

@@ -198,7 +198,8 @@ def davis_protocol(
     for field in ("every", "max_frames", "start", "end", "fps"):
         values = [getattr(chosen, field) for chosen in selections]
         settings[field] = values[0] if len(set(values)) == 1 else values
-    settings |= {"parts": parts} if parts else {}
+    if parts:
+        settings["parts"] = parts
     return mask_protocol("davis", listed, propagation, settings)
 
 

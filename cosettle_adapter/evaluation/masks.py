@@ -85,7 +85,7 @@ def summarise(values: ArrayLike) -> Summary:
     edges = np.round(np.linspace(1, len(series), 5) + 1e-10).astype(int) - 1
     first, last = series[: edges[1] + 1], series[edges[3] :]
     # a frame without a value is not above 0.5, and still a frame
-    return Summary(_mean(series), float((series > 0.5).mean()), _mean(first) - _mean(last))
+    return Summary(mean(series), float((series > 0.5).mean()), mean(first) - mean(last))
 
 
 class ConfusionMatrix:
@@ -129,7 +129,7 @@ class ConfusionMatrix:
         """
         correct = np.diag(self.counts)
         union = self.counts.sum(0) + self.counts.sum(1) - correct
-        return _mean(correct[union > 0] / union[union > 0])
+        return mean(correct[union > 0] / union[union > 0])
 
 
 def palette() -> bytes:
@@ -215,11 +215,12 @@ def evaluate_sequence(
             f"none of the masks of the frames {frames[:9]} counts: the first and the last frame "
             f"of the clip's {count} do not; annotate one between them"
         )
-    j, f = (
-        tuple(tuple(row[i][measure] for row in scores.values()) for i in range(len(objects)))
-        for measure in (0, 1)
+    rows, columns = list(scores.values()), range(len(objects))
+    return SequenceScores(
+        objects,
+        j=tuple(tuple(row[i][0] for row in rows) for i in columns),
+        f=tuple(tuple(row[i][1] for row in rows) for i in columns),
     )
-    return SequenceScores(objects, j, f)
 
 
 def mean_over_objects(scores: Iterable[SequenceScores]) -> float:
@@ -293,11 +294,6 @@ def _decode(labels: Tensor, size: Sequence[int], protocol: str) -> NDArray[np.in
         soft = torch.where(height > 0, (soft - low) / height, soft)
     ids: NDArray[np.int64] = soft.max(0).indices.cpu().numpy()
     return ids
-
-
-def _mean(values: NDArray[np.float64]) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
 
 
 def _masks(gt: ArrayLike, pred: ArrayLike, void: ArrayLike | None) -> tuple[Mask, Mask]:

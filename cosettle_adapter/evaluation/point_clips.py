@@ -36,7 +36,7 @@ _RASTER = 256  # pixels of a square frame, which the measures' thresholds belong
 _KEYS = ("video", "points", "occluded")
 _HIDDEN = 2.0  # patches by which a point that is still visible may miss itself on the way back
 # plain numbers, booleans, fixed-length byte and text strings, and objects, which must be bytes
-_TYPES = re.compile(r"b1|[iu][1248]|f[248]|[SU][0-9]{1,9}|O8?")
+_TYPES = re.compile(r"b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,8}|O8?")
 
 
 class Tracks(NamedTuple):
@@ -92,8 +92,11 @@ def tapvid_protocol(
         )
         save_positions(xy.numpy(), predictions)
         guess, hidden = (xy / to_frame).numpy(), (error > _HIDDEN).numpy()
-        found = tapvid_metrics(*queries[:3], hidden, guess, mode)
-        return ClipScores(dict(zip(measures, found[:3], strict=True)))
+        found = tapvid_metrics(
+            queries.points, queries.occluded, queries.tracks, hidden, guess, mode
+        )
+        shares = (found.delta_avg, found.occlusion_accuracy, found.average_jaccard)
+        return ClipScores(dict(zip(measures, shares, strict=True)))
 
     measures = ("delta_avg", "OA", "AJ")
     settings = {"tracking": "nearest neighbour", "mode": mode, "hidden_cells": _HIDDEN}

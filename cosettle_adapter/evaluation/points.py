@@ -1,6 +1,6 @@
 """Measures of tracked joints and points: PCK as on JHMDB, BADJA's deltas, TAP-Vid's figures.
 
-A predicted position that is not a number is a miss.
+A predicted position that is not a number is a miss; a true one, where it counts, is an error.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def pck(
     """
     truth, guess = _positions("(T, J, 2)", gt=gt, pred=pred)
     seen = np.ones(truth.shape[:2], bool) if visible is None else _flags("visible", visible, truth)
+    _check_finite("gt", truth, seen)
     low = np.where(seen[..., None], truth, np.inf).min(1)
     high = np.where(seen[..., None], truth, -np.inf).max(1)
     # the published code divides, so that 0 / 0, which is not a number, is a miss
@@ -105,13 +106,17 @@ def badja_accuracy(
     """
     truth, guess = _positions("(T, J, 2)", gt=gt, pred=pred)
     counted = _flags("visible", visible, truth) & (np.arange(len(truth)) > 0)[:, None]
+    _check_finite("gt", truth, counted)
     sizes: Floats = np.asarray(areas, dtype=np.float64)
     if sizes.shape != truth.shape[:1]:
         raise FrameError(f"got areas of shape {sizes.shape}, expected (T,) = {truth.shape[:1]}")
     distance = np.linalg.norm(guess - truth, axis=2)[counted]
     area = np.broadcast_to(sizes[:, None], counted.shape)[counted]
-    seg, near = (_share((distance < r).sum(), len(distance)) for r in (0.2 * np.sqrt(area), 3))
-    return BadjaAccuracy(seg, near, len(distance))
+    return BadjaAccuracy(
+        delta_seg=_share((distance < 0.2 * np.sqrt(area)).sum(), len(distance)),
+        delta_3px=_share((distance < 3).sum(), len(distance)),
+        positions=len(distance),
+    )
 
 
 class TapVidMetrics(NamedTuple):
@@ -146,6 +151,8 @@ def tapvid_metrics(
     occluded = _flags("gt_occluded", gt_occluded, tracks)
     guess_occluded = _flags("pred_occluded", pred_occluded, tracks)
     points: Floats = np.asarray(query_points, dtype=np.float64)
+    if points.shape != (len(tracks), 3):
+        raise FrameError(f"got query_points of shape {points.shape}, expected {(len(tracks), 3)}")
     query, frames = np.round(points[:, :1]), np.arange(tracks.shape[1])
     wrong = query[~((query >= 0) & (query < len(frames)))]
     if len(wrong):
@@ -155,6 +162,7 @@ def tapvid_metrics(
         )
     counted = frames > query if mode == "first" else frames != query
     visible, guess_visible = ~occluded & counted, ~guess_occluded & counted
+    _check_finite("gt_tracks", tracks, visible)
     squared = ((guess - tracks) ** 2).sum(2)
     within, jaccard = {}, {}
     for threshold in _THRESHOLDS:
@@ -185,9 +193,10 @@ def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
 
     ``occluded`` is ``(N, T)`` boolean, ``tracks`` ``(N, T, 2)`` (x, y) in any unit.
     """
-    hidden, positions = _tracks(occluded, tracks)
-    index, frames = (~hidden & ((~hidden).cumsum(1) == 1)).nonzero()
-    return _queries(hidden, positions, index, frames)
+    (positions,) = _positions("(N, T, 2)", tracks=tracks)
+    hidden = _flags("occluded", occluded, positions)
+    index = (~hidden).any(1).nonzero()[0]
+    return _queries(hidden, positions, index, hidden[index].argmin(1))
 
 
 def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> Queries:
@@ -197,7 +206,8 @@ def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> 
     """
     if stride < 1:
         raise ValueError(f"stride must be at least 1 frame, got {stride}")
-    hidden, positions = _tracks(occluded, tracks)
+    (positions,) = _positions("(N, T, 2)", tracks=tracks)
+    hidden = _flags("occluded", occluded, positions)
     step, index = (~hidden[:, ::stride]).T.nonzero()
     return _queries(hidden, positions, index, step * stride)
 
@@ -230,11 +240,6 @@ def track_queries(
     return xy, error
 
 
-def _tracks(occluded: ArrayLike, tracks: ArrayLike) -> tuple[Flags, Floats]:
-    (positions,) = _positions("(N, T, 2)", tracks=tracks)
-    return _flags("occluded", occluded, positions), positions
-
-
 def _queries(hidden: Flags, positions: Floats, index: Any, frames: Any) -> Queries:
     points = np.column_stack([frames, positions[index, frames][:, ::-1]])
     return Queries(points, hidden[index], positions[index], index)
@@ -257,6 +262,11 @@ def _flags(name: str, value: ArrayLike, positions: Floats) -> Flags:
     if found.shape != shape or found.dtype != np.bool_:
         raise FrameError(f"got {name} {found.dtype} {found.shape}, expected bool {shape}")
     return found
+
+
+def _check_finite(name: str, positions: Floats, counted: Flags) -> None:
+    if not np.isfinite(positions[counted]).all():
+        raise FrameError(f"{name} has a position that counts and is not finite; mark it as unseen")
 
 
 def _share(part: Any, whole: Any) -> float:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation.clips import Clip, found_in, images_in, pick
+from cosettle_adapter.evaluation.clips import Clip, data_folder, found_in, images_in, pick
 from cosettle_adapter.evaluation.drift import (
     GAPS,
     Correspondence,
@@ -44,9 +44,10 @@ def rendered_clips(
         FrameError: a folder without images, two images of one name, or a clip that is not there.
         MissingExtraError: scikit-image is not installed and ``root`` not given.
     """
-    photos: list[Any] = list(photographs() if root is None else images_in(Path(root).expanduser()))
-    if not photos:
-        raise FrameError(f"{root} is no folder of image files; found {found_in(Path(str(root)))}")
+    folder = None if root is None else data_folder(root, "a folder of photographs")
+    photos: list[Any] = list(photographs()) if folder is None else images_in(folder)
+    if folder is not None and not photos:
+        raise FrameError(f"{folder} holds no image files; found {found_in(folder)}")
     found: dict[str, Clip[RenderedClip]] = {}
     for number, photo in enumerate(photos):
         cutout = photos[(number + 1) % len(photos)]
@@ -68,6 +69,7 @@ def rendered_protocol(
     the truth, by gap in frames.
     """
 
+    @functools.lru_cache(maxsize=1)  # all variants of a clip are measured by the same ones
     def correspondences(
         clip: Clip[RenderedClip], geometry: Geometry
     ) -> Mapping[int, Sequence[Correspondence]]:
@@ -81,14 +83,14 @@ def rendered_protocol(
         return ClipScores({f"match@{gap}": match_accuracy(features, pairs[gap]) for gap in gaps})
 
     gaps = (4, 1, 8)  # compared by the middle one
-    settings = {"frames": FRAMES, "rendered_size": list(SIZE)}
+    settings = {"frames": FRAMES, "rendered_size": list(SIZE), "amount": AMOUNT}
     return Protocol(
         name="rendered",
         measures=tuple(f"match@{gap}" for gap in gaps),
         clips=lambda: rendered_clips(data, clips=clips),
         size=lambda _: SIZE,
         score=score,
-        settings={**settings, "amount": AMOUNT, "photometric": CAMERA_NOISE},
+        settings=settings | {"photometric": CAMERA_NOISE},
         correspondences=correspondences,
     )
 
@@ -99,8 +101,10 @@ def _rendered(photo: str | Path, cutout: str | Path, motion: Motion, seed: int) 
         files.read_image(each) if isinstance(each, Path) else photographs()[each]
         for each in (photo, cutout)
     )
-    render = functools.partial(render_clip, frames=FRAMES, size=SIZE, amount=AMOUNT)
-    return render(first, cutout=second, motion=motion, seed=seed, photometric=CAMERA_NOISE)
+    return render_clip(
+        first, cutout=second, motion=motion, amount=AMOUNT, photometric=CAMERA_NOISE,
+        frames=FRAMES, size=SIZE, seed=seed,
+    )  # fmt: skip
 
 
 def _frame(made: tuple[str | Path, str | Path, Motion, int], index: int) -> NDArray[np.uint8]:

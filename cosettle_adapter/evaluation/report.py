@@ -16,17 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
 
+from cosettle_adapter.evaluation.representation import RepresentationReport, WorstMoment
 from cosettle_adapter.evaluation.variants import ADAPTED, CENTRED, RAW_LAST, RAW_SAME
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
-
-if TYPE_CHECKING:
-    from cosettle_adapter.evaluation.representation import RepresentationReport, WorstMoment
 
 _MEDIA_TYPES = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 # a player's controls would cover half of a flat film
@@ -127,8 +125,8 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
     cycle: dict[str, dict[str, float]] = {}
     rows = []
     for variant, result in found.results.items():
-        figures = result.figures
-        rows.append([variant, *("none" if x != x else f"{x:.4f}" for x in figures.values())])
+        numbers = result.figures.values()
+        rows.append([variant, *("none" if math.isnan(x) else f"{x:.4f}" for x in numbers)])
         for video in result.videos:
             intra.setdefault(video.name, {})[variant] = video.d_intra
             cycle.setdefault(video.name, {})[variant] = 100 * video.cycle_accuracy
@@ -139,6 +137,7 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
         "percentile of the distance from the mean patch. D_intra is also low for features that "
         "tell little apart."
     )
+    figures = next(iter(found.results.values())).figures
     table = Table("", ["features", *figures], rows, note)
     return [
         Section("Within and between videos", [_distances(found), table]),

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError, GeometryError
 from cosettle_adapter.evaluation.drift import cycle_consistent, nearest, token_frames
 from cosettle_adapter.evaluation.run import mean
@@ -35,9 +36,6 @@ from cosettle_adapter.evaluation.variants import (
 from cosettle_adapter.evaluation.videos import each_readable, frames_of
 from cosettle_adapter.video import open_frames
 from cosettle_adapter.video.geometry import resize
-
-if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter
 
 _PERCENTILE = 95.0  # of the distance from the mean patch; twice that is a diameter
 _POSITIONS = 8  # patches of a frame that D_inter compares
@@ -173,8 +171,13 @@ class RepresentationMetrics:
         most = min(len(rows) * math.prod(self._shape[1:]), len(self._gram))
         singular = eigen(self._gram)[0][:most].sqrt()
         rank = float(torch.special.entr(singular / singular.sum()).sum().exp()) / most
-        intra, cycles = mean(row.d_intra for row in rows), mean(row.cycle_accuracy for row in rows)
-        return Representation(tuple(rows), intra, mean(d_inter), rank, cycles)
+        return Representation(
+            videos=tuple(rows),
+            d_intra=mean(row.d_intra for row in rows),
+            d_inter=mean(d_inter),
+            effective_rank=rank,
+            cycle_accuracy=mean(row.cycle_accuracy for row in rows),
+        )
 
 
 class WorstMoment(NamedTuple):
@@ -226,7 +229,6 @@ def evaluate_representation(
     metrics = {each.name: RepresentationMetrics(**options) for each in variants}
     statistics = SpectrumStatistics()
     worst: list[WorstMoment] = []
-    skipped: dict[str, str] = {}
     paths = list(dict.fromkeys(map(Path, videos)))
     count = Counter(path.name for path in paths)
     by_name = {path.name if count[path.name] == 1 else str(path): path for path in paths}
@@ -270,7 +272,7 @@ def evaluate_representation(
         worst.sort(key=lambda moment: moment.cycle_accuracy)
         del worst[_FAILURES:]
 
-    each_readable(list(by_name), measure, skipped, on_video)
+    _, skipped = each_readable(list(by_name), measure, on_video)
     spectrum = None
     if statistics.enough and ADAPTED in metrics:
         spectrum = statistics.spectrum(adapter.projection.project)

@@ -11,11 +11,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
+from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones.weights import fingerprint
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
 from cosettle_adapter.evaluation.clips import A, Clip
@@ -32,13 +33,10 @@ from cosettle_adapter.evaluation.variants import (
     guide_variant,
 )
 from cosettle_adapter.io import atomic_path
+from cosettle_adapter.projection import Projection
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import open_frames
 from cosettle_adapter.video.geometry import Geometry, nearest_valid, plan_geometry
-
-if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter
-    from cosettle_adapter.projection import Projection
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +162,9 @@ def evaluate(
         _resume(result, output)
 
     def folder(variant: str, clip: Clip[Any]) -> Path | None:
-        return predictions and predictions / variant.replace(" ", "-") / clip.name
+        if predictions is None:
+            return None
+        return predictions / variant.replace(" ", "-") / clip.name
 
     def score(clip: Clip[Any], missing: Sequence[FeatureVariant], held: ClipResult) -> None:
         height, width = clip.read_frame(0).shape[:2]
@@ -224,7 +224,7 @@ def evaluate(
 def mean(values: Iterable[float]) -> float:
     """Return the mean of the values that are numbers; NaN without any."""
     known = [value for value in values if value == value]
-    return sum(known) / len(known) if known else math.nan
+    return float(sum(known) / len(known)) if known else math.nan
 
 
 def save_positions(xy: Any, folder: Path | None) -> None:
@@ -283,8 +283,9 @@ def _tensors(projection: Projection) -> str:
 def _described(variant: FeatureVariant) -> str:
     """Text that differs where a variant's features do."""
     projection = variant.projection
-    made = projection and (_tensors(projection), projection.config.averaging)
-    return str((variant.reads, made, variant.finish and variant.finish.__name__, variant.fusion))
+    made = None if projection is None else (_tensors(projection), projection.config.averaging)
+    finish = None if variant.finish is None else variant.finish.__name__
+    return str((variant.reads, made, finish, variant.fusion))
 
 
 def _resume(result: Evaluation, output: Path) -> None:

@@ -107,7 +107,8 @@ def best_layers(result: Evaluation) -> dict[str, str]:
 
 def result_tables(result: Evaluation) -> list[Table]:
     """Return a table with a row a variant of features, and one with a row a clip and a measure."""
-    first, raw, best = result.measures[0], _raw(result), best_layers(result)
+    first, best = result.measures[0], best_layers(result)
+    raw = dict.fromkeys(result.clips, RAW_LAST)
     rows = []
     for number, (variant, total) in enumerate(result.total.items(), 1):
         row = [str(number), variant, _percent(total[first])]
@@ -137,6 +138,7 @@ def result_tables(result: Evaluation) -> list[Table]:
 def result_notes(result: Evaluation) -> Iterator[str]:
     """Say what the figures are relative to, and under which settings."""
     best, settings = best_layers(result), result.settings
+    against = dict.fromkeys(result.clips, RAW_LAST)
     yield "over ...: mean difference over clips, its 95 % interval by the paired bootstrap"
     if best:
         by_part = {_part(result, clip): layer for clip, layer in best.items()}
@@ -151,7 +153,7 @@ def result_notes(result: Evaluation) -> Iterator[str]:
     for variant in result.total:
         if variant.startswith(("raw ", "centred")) and "fused" not in variant:
             continue  # what others are compared with
-        raw, layer = gain(result, variant, _raw(result)), gain(result, variant, best)
+        raw, layer = gain(result, variant, against), gain(result, variant, best)
         yield f"{variant}: worst over raw last: {raw.clip}; over best layer: {layer.clip or '-'}"
     sizes = sorted({" x ".join(map(str, clip.size)) for clip in result.clips.values()})
     yield f"frames encoded at {', '.join(sizes)}"
@@ -183,10 +185,6 @@ def comparison(
                     best[number].append(len(rows[number]) - 1)
     about = names.index(emphasis) if emphasis in names else None
     return Table(title, columns, rows, note=" ".join(notes), best=best, emphasis=about)
-
-
-def _raw(result: Evaluation) -> dict[str, str]:
-    return dict.fromkeys(result.clips, RAW_LAST)
 
 
 def _part(result: Evaluation, clip: str) -> str:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from einops import reduce
 from torch import Tensor
 
+from cosettle_adapter.adapter import CoSettleAdapter, Size
+from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence.fusion import FusionMode, fusion_guide, temporal_fusion
 from cosettle_adapter.errors import BackboneMismatchError
-
-if TYPE_CHECKING:
-    from cosettle_adapter.adapter import CoSettleAdapter, Size
-    from cosettle_adapter.backbones import Backbone
-    from cosettle_adapter.projection import Projection
+from cosettle_adapter.projection import Projection
 
 RAW_LAST = "raw last layer"
 RAW_SAME = "raw same layer"
@@ -97,7 +95,8 @@ def feature_variants(
     last: Reads = ((backbone.default_layer,), backbone.row.final_norm)
     same = _reads(backbone, projection)
     variants = [FeatureVariant(RAW_LAST, last)]
-    variants += [FeatureVariant(RAW_SAME, same)] if same != last else []
+    if same != last:
+        variants.append(FeatureVariant(RAW_SAME, same))
     variants.append(FeatureVariant(CENTRED, same, finish=centred))
     earlier = sorted(same[0])[:-1]
     for layer in sorted({*earlier, *(backbone.block(layer) for layer in baseline_layers)}):

@@ -96,7 +96,6 @@ def encode_videos(
     """
     variants = [each for each in variants or feature_variants(adapter) if not each.needs_clip]
     wanted = [variant.reads for variant in variants]
-    skipped: dict[str, str] = {}
 
     def read(name: str) -> VideoFrames:
         select = frames_of(paths[name], frames=frames, rate=rate)
@@ -112,7 +111,7 @@ def encode_videos(
         features = {variant: torch.cat(means) for variant, means in parts.items()}
         return VideoFrames(name, torch.cat(times), features)
 
-    return each_readable(list(paths), read, skipped, on_video), skipped
+    return each_readable(list(paths), read, on_video)
 
 
 def pool_videos(
@@ -164,18 +163,15 @@ def frames_of(
 
 
 def each_readable(
-    names: Sequence[str],
-    read: Callable[[str], Found],
-    skipped: dict[str, str],
-    on_video: Callable[[int, int], None],
-) -> list[Found]:
-    """Read videos one by one; one that cannot be read is logged and gets its reason in ``skipped``.
+    names: Sequence[str], read: Callable[[str], Found], on_video: Callable[[int, int], None]
+) -> tuple[list[Found], dict[str, str]]:
+    """Read videos one by one; return what was read, and name to why of what could not be.
 
     Raises:
         MissingExtraError: what would fail for every video alike.
         FrameError: not a single one could be read, or there is none.
     """
-    found = []
+    found, skipped = [], {}
     for done, name in enumerate(names, start=1):
         try:
             found.append(read(name))
@@ -190,7 +186,7 @@ def each_readable(
     if not found:
         name, why = next(iter(skipped.items()))
         raise FrameError(f"none of {len(names)} videos could be read. The first, {name}: {why}")
-    return found
+    return found, skipped
 
 
 def _classes(folder: Path, root: Path, part: Part | None) -> list[LabelledVideo]:

@@ -26,6 +26,7 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence import average_neighbours, fusion, temporal_fusion
 from cosettle_adapter.evaluation import davis_clips, evaluate_sequence
+from cosettle_adapter.evaluation.run import mean
 from cosettle_adapter.evaluation.tables import paired_interval
 from cosettle_adapter.video import FrameSelection, open_frames
 
@@ -184,10 +185,6 @@ def main() -> None:
             f"| {gains[worst]:+.1f} ({clips[worst].name}) |",
             flush=True,
         )
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,10 @@ def test_classification_retrieval_and_localisation(run: Run, classes: Path, tmp_
         assert text in printed
     assert "adapted" not in run("retrieval", *common, "--frames", 2, "--raw")
     assert "frames, 1 neighbours" in run("localisation", *common, "--rate", 12)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "empty.mp4").touch()  # which is told without reading it
+    printed = run("classification", "--data", tmp_path, status=1)
+    assert "a single readable video of 'alone'" in printed
 
 
 def test_representation_writes_its_page(run: Run, davis: Path, tmp_path: Path) -> None:

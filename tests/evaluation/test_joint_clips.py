@@ -251,6 +251,9 @@ def test_a_joint_counts_after_the_frame_that_it_is_asked_for_in() -> None:
     clip = Clip("clip", [None] * 4, lambda: joints, (0, 1, 2, 3))
     scores = badja_protocol(Path()).score(clip, features, geometry, None)
     assert scores.values == {"delta_seg": 0, "delta_3px": 0}, "only the queries are where they were"
+    bare = Clip("bare", [None] * 4, lambda: joints._replace(areas=None), (0, 1, 2, 3))
+    with pytest.raises(FrameError, match="'bare' has no areas of its animal"):
+        badja_protocol(Path()).score(bare, features, geometry, None)
 
 
 @pytest.mark.shared

@@ -226,18 +226,19 @@ def test_queries_can_be_scored(seed: int, mode: QueryMode) -> None:
 def test_wrong_arrays_say_what_was_expected() -> None:
     gt, seen = np.zeros((2, 4, 2)), np.ones((2, 4), dtype=bool)
     query, late = np.zeros((2, 3)), np.full((2, 3), 4.0)
+    lost = np.where(np.arange(4)[:, None] == 3, np.nan, gt)
     for measure, arguments, message in (
         (pck, (gt, gt[:1]), r"pred of shape \(1, 4, 2\), expected \(T, J, 2\).* has \(2, 4, 2\)"),
         (badja_accuracy, (gt[..., 0], gt[..., 0], seen, [1, 1]), r"gt of shape \(2, 4\), expected"),
         (badja_accuracy, (gt, gt, seen * 1, [1, 1]), r"visible int64 \(2, 4\), expected bool"),
         (badja_accuracy, (gt, gt, seen, [1]), r"areas of shape \(1,\), expected \(T,\) = \(2,\)"),
+        (pck, (lost, gt), "gt has a position that counts and is not finite; mark it as unseen"),
+        (badja_accuracy, (lost, gt, seen, [1, 1]), "gt has a position that counts and is not"),
+        (tapvid_metrics, (query, ~seen, lost, seen, gt), "gt_tracks has a position that counts"),
+        (tapvid_metrics, (query[:1], seen, gt, seen, gt), r"query_points of .*, expected \(2, 3\)"),
         (queries_first, (seen[:, :3], gt), r"occluded bool \(2, 3\), expected bool \(2, 4\)"),
         (tapvid_metrics, (query, seen, gt, seen, gt[:, :3]), r"pred_tracks of .* \(Q, T, 2\)"),
-        (
-            tapvid_metrics,
-            (late, seen, gt, seen, gt),
-            "in frame 4.0, .* the frame first",
-        ),
+        (tapvid_metrics, (late, seen, gt, seen, gt), "in frame 4.0, .* the frame first"),
     ):
         with pytest.raises(FrameError, match=message):
             measure(*arguments)  # type: ignore[operator]

@@ -52,5 +52,5 @@ def test_what_cannot_be_rendered_is_named(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(FrameError, match="several photographs for 'two-zoom'"):
         rendered_clips(photos)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FrameError, match="is no folder of image files; found nothing"):
+    with pytest.raises(FrameError, match="empty holds no image files; found nothing"):
         rendered_clips(tmp_path / "empty")

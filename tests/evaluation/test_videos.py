@@ -179,9 +179,9 @@ def test_what_fails_for_every_video_is_not_blamed_on_each() -> None:
         raise MissingExtraError(f"{item} needs the package 'av'")
 
     with pytest.raises(MissingExtraError, match="needs the package"):
-        each_readable(["a", "b"], read, {}, lambda *_: None)
+        each_readable(["a", "b"], read, lambda *_: None)
     with pytest.raises(FrameError, match="got no videos to read"):
-        each_readable([], read, {}, lambda *_: None)
+        each_readable([], read, lambda *_: None)
 
 
 def test_frames_are_spread_or_taken_at_a_rate(
