@@ -9,9 +9,9 @@ mask of the first frames of a rendered clip and is asked about the last ones, wh
 object have moved on. Encoders stay in eval mode and out of the optimizer whatever `train()` says.
 
 Expect little of the projection here: a head that is trained can learn an affine map by itself, and
-telling an object from the ground is what late blocks are good at. Where nothing is trained, adapted
+telling an object from the ground is what late layers are good at. Where nothing is trained, adapted
 features track better than the last layer's (`timm_style_features.py`, `track_points.py`); some
-earlier block may do as well by itself.
+earlier layer may do as well by itself.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def main() -> None:
     adapter = CoSettleAdapter.from_pretrained(options.model, device=options.device)
     encoders = {
         "last layer, raw": CoSettleAdapter.raw(adapter.backbone),
-        "its block, raw": adapter.without_projection(),
+        "its layer, raw": adapter.without_projection(),
         "adapted": adapter,
     }
-    cells = mask_of_cells(masks, adapter.geometry(*SIZE).grid).to(options.device)
-    print(f"{options.labelled} of {options.frames} frames are labelled; IoU of cells in percent:")
+    targets = mask_of_patches(masks, adapter.geometry(*SIZE).grid).to(options.device)
+    print(f"{options.labelled} of {options.frames} frames are labelled; IoU of patches in percent:")
     print(f"{'features':20}{'labelled':>10}{'last third':>12}")
     for name, encoder in encoders.items():
         features = encode(encoder, frames)
-        head = train(features[: options.labelled], cells[: options.labelled], options)
+        head = train(features[: options.labelled], targets[: options.labelled], options)
         predicted = predict(head, features)
         late = options.frames - options.frames // 3
-        seen = iou(predicted[: options.labelled], cells[: options.labelled])
-        print(f"{name:20}{seen:10.1f}{iou(predicted[late:], cells[late:]):12.1f}", flush=True)
+        seen = iou(predicted[: options.labelled], targets[: options.labelled])
+        print(f"{name:20}{seen:10.1f}{iou(predicted[late:], targets[late:]):12.1f}", flush=True)
 
 
 def moving_object(count: int) -> tuple[Tensor, Tensor]:
@@ -59,8 +59,8 @@ def moving_object(count: int) -> tuple[Tensor, Tensor]:
     return clip.frames, clip.object_mask
 
 
-def mask_of_cells(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(T, h, w) bool: the cells that the object covers by half or more."""
+def mask_of_patches(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(T, h, w) bool: the patches that the object covers by half or more."""
     share = reduce(masks.float(), "t (h y) (w x) -> t h w", "mean", h=grid[0], w=grid[1])
     return share >= 0.5
 
@@ -71,13 +71,13 @@ def encode(encoder: CoSettleAdapter, frames: Tensor) -> Tensor:
     return encoder(frames).float()
 
 
-def train(features: Tensor, cells: Tensor, options: argparse.Namespace) -> nn.Module:
+def train(features: Tensor, targets: Tensor, options: argparse.Namespace) -> nn.Module:
     """Fit a 1x1 convolution on labelled frames, one frame a step."""
     torch.manual_seed(0)
     scale = features.std()  # so that one learning rate suits all features
     head = nn.Conv2d(features.shape[1], 1, kernel_size=1).to(features.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=options.lr, weight_decay=0.01)
-    loader = DataLoader(TensorDataset(features, cells), batch_size=1, shuffle=True)
+    loader = DataLoader(TensorDataset(features, targets), batch_size=1, shuffle=True)
     step = 0
     while step < options.steps:
         for batch, target in loader:

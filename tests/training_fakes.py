@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
@@ -12,7 +13,9 @@ from cosettle_adapter.backbones import REGISTRY, Backbone, BackboneRow, build_ba
 from cosettle_adapter.backbones.weights import fingerprint
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training.data import Sample, generator_of
+from cosettle_adapter.training.processes import make_accelerator
 from cosettle_adapter.training.settings import TrainSettings
+from cosettle_adapter.training.train import Trained, train
 
 from helpers import tiny_state
 
@@ -39,6 +42,7 @@ SMALL_CLIP = dataclasses.replace(
 
 # 24 samples in batches of 4: six steps an epoch, 24 in all
 QUICK = TrainSettings(epochs=4, batch_size=4, size=SIZE, base_lr=0.05, seed=3, pea="batch")
+ONE_EPOCH = dataclasses.replace(QUICK, epochs=1)
 
 
 def small_backbone(row: BackboneRow = SMALL_VIT) -> Backbone:
@@ -92,3 +96,14 @@ class FakeData(Dataset[Sample]):
         frames = torch.stack(views) * (float("nan") if index in self.broken else 1)
         skipped = ((f"gone{index:02d}.mp4", "not a video"),) if index in self.skips else ()
         return Sample(frames, 1000 * epoch + index, skipped)
+
+
+def train_on_cpu(
+    backbone: Backbone,
+    output: Path,
+    settings: TrainSettings = QUICK,
+    data: FakeData | None = None,
+    **options: object,
+) -> Trained:
+    accelerator = make_accelerator("cpu")
+    return train(backbone, data or FakeData(), output, settings, accelerator=accelerator, **options)  # type: ignore[arg-type]

@@ -44,6 +44,10 @@ _LISTED = 20
 _SMOOTHING = 0.1
 
 
+def _option_name(field: str) -> str:
+    return _NAMES.get(field) or default_name_transform(field)
+
+
 def _folder_or_nothing(_: Any, tokens: Sequence[Token]) -> str:
     return tokens[0].value if tokens else ""
 
@@ -58,7 +62,7 @@ class TrainOptions:
         data: folders, lists, patterns or WebDataset shards of videos.
         output: folder to write.
         resume: continue the run in this folder (by default that of -o) with the options it began
-            with; those given beside it count more.
+            with; those given beside it count more, but none that decides the result may differ.
         overwrite: remove a run that is there.
         validation: videos to measure after each epoch; the best projection by them is the result.
         stride: pixels between patches; the patch by default.
@@ -95,7 +99,7 @@ def train(
         TrainSettings,
         Parameter(
             name="*",
-            name_transform=lambda name: _NAMES.get(name) or default_name_transform(name),
+            name_transform=_option_name,
             negative=None,
             negative_bool="no-",
             negative_iterable=(),
@@ -116,6 +120,8 @@ def train(
         options = _continued(options, began.get("options", {}))
         options = dataclasses.replace(options, output=folder, resume=folder)
         settings = _continued(settings, began.get("settings", {}))
+    if Path(settings.init).expanduser().is_dir():
+        settings = dataclasses.replace(settings, init=_anywhere(settings.init))
     needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
     if missing := ", ".join(name for name, value in needed.items() if not value):
         raise TrainingError(f"missing {missing}: a new run needs all three")
@@ -149,13 +155,13 @@ def _train(
             name, weights=options.backbone_weights, stride=options.stride, options=hub
         )
     begun_with = dataclasses.asdict(options) | {"overwrite": False, "resume": None}
+    for path in _PATHS:
+        begun_with[path] = _anywhere(begun_with[path])
     began: dict[str, Any] = {
         "command": list(command_line.get()),
-        "options": {k: _anywhere(v) if k in _PATHS else v for k, v in begun_with.items()},
+        "options": begun_with,
         "settings": dataclasses.asdict(settings),
     }
-    if Path(settings.init).is_dir():
-        began["settings"]["init"] = _anywhere(settings.init)
     with TrainingProgress(console) as progress:
         samples = open_data(
             corpus,
@@ -196,11 +202,13 @@ def _train(
 
 def _continued(given: T, began: Mapping[str, Any]) -> T:
     """Return what a run began with, and what was given anew, which counts more."""
-    saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in began.items()}
-    for field in dataclasses.fields(given):
-        if (value := getattr(given, field.name)) != field.default:
-            saved[field.name] = value
-    return dataclasses.replace(given, **saved)
+    words = {word.partition("=")[0].replace("_", "-") for word in command_line.get()}
+    kept: dict[str, Any] = {}
+    for name in began.keys() & {field.name for field in dataclasses.fields(given)}:
+        option = _option_name(name)
+        if words.isdisjoint((f"--{option}", f"--no-{option}")):
+            kept[name] = tuple(began[name]) if isinstance(began[name], list) else began[name]
+    return dataclasses.replace(given, **kept)
 
 
 def _anywhere(paths: Any) -> Any:

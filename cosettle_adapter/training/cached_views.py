@@ -64,7 +64,7 @@ class CachedViews(TrainingPairs):
 
     def __init__(self, folder: Path, pairs: TrainingPairs, made_of: Mapping[str, Any]) -> None:
         videos, done = pairs.corpus.videos, _encoded(folder)
-        kept = [clip for clip, problem in sorted(done.items()) if not problem]
+        kept = [clip for clip, problem in done.items() if not problem]
         self.skipped = tuple((videos[clip].name, why) for clip, why in done.items() if why)
         if not kept:
             name, problem = self.skipped[0]
@@ -176,9 +176,12 @@ def build_views(
 
 
 def _encoded(folder: Path) -> dict[int, str]:
-    """Return which clips are done, and why some of them cannot be read."""
-    done = {int(path.stem): "" for path in folder.glob("*.safetensors") if path.stem.isdigit()}
-    return done | {int(path.stem): path.read_text("utf-8") for path in folder.glob("*.txt")}
+    """Return which clips are done, in order, and why some of them cannot be read."""
+    done: dict[int, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.stem.isdigit() and path.suffix in (".safetensors", ".txt"):
+            done[int(path.stem)] = path.read_text("utf-8") if path.suffix == ".txt" else ""
+    return done
 
 
 def _draw_views(pairs: TrainingPairs, clip: int) -> Batch:
@@ -219,9 +222,9 @@ def _encode_clip(backbone: Backbone, settings: TrainSettings, drawn: Batch) -> T
     if settings.pea == "batch":
         # a view outlives the step it is made in, so its offset cannot be the step's
         settings = dataclasses.replace(settings, pea="sample")
-    parts = zip(*(torch.split(each, _AT_ONCE) for each in drawn[:2]), strict=True)
-    encoded = [encode(backbone, settings, *part, step=0).to("cpu", torch.float16) for part in parts]
-    tokens = torch.cat(encoded)
+    parts = zip(drawn.data.split(_AT_ONCE), drawn.seeds.split(_AT_ONCE), strict=True)
+    encoded = [encode(backbone, settings, frames, seeds, step=0) for frames, seeds in parts]
+    tokens = torch.cat([each.to("cpu", torch.float16) for each in encoded])
     if not bool(tokens.isfinite().all()):
         raise TrainingError(
             "tokens are not finite in float16; encode in float32, read other layers, apply the "

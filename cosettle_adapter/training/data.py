@@ -13,6 +13,7 @@ import math
 import operator
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cosettle_adapter.errors import CosettleError, FrameError
 from cosettle_adapter.training.corpus import Corpus
-from cosettle_adapter.training.errors import TrainingError
+from cosettle_adapter.training.errors import TrainingError, WorkerEndedError
 from cosettle_adapter.training.settings import TrainSettings
 
 T = TypeVar("T")
@@ -266,7 +267,8 @@ def work_on(
 ) -> Iterator[T | FrameError]:
     """Yield what ``work`` makes of each item, in order, or the FrameError that it raises.
 
-    Other errors are raised, the same whether they come from here or from a worker process.
+    Other errors are raised, the same whether they come from here or from a worker process;
+    :class:`WorkerEndedError` if such a process ends.
     """
     loader: DataLoader[Any] = DataLoader(
         _Work(work),
@@ -279,10 +281,27 @@ def work_on(
         # the loader's own draw stays out of the global state, which checkpoints hold
         generator=torch.Generator().manual_seed(0),
     )
-    for result in loader:
-        if isinstance(result, Exception) and not isinstance(result, FrameError):
-            raise result
+    for result in _loaded(loader):
+        if isinstance(result, _Failure):
+            raise result.error from RuntimeError(result.traceback)
         yield result
+
+
+def _loaded(loader: DataLoader[Any]) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as error:  # not of the work, whose errors are values
+        raise WorkerEndedError(
+            f"a process that decodes videos ended ({error}): a damaged video crashed its decoder, "
+            "which cosettle-adapter prepare would name, or memory ran out"
+        ) from error
+
+
+class _Failure(NamedTuple):
+    """An error that ends the work; pickled, it would lose its traceback."""
+
+    error: Exception
+    traceback: str
 
 
 class _Work(Dataset[Any]):
@@ -296,8 +315,8 @@ class _Work(Dataset[Any]):
             return self._work(item)
         except FrameError as error:
             return FrameError(str(error))  # which any process can unpickle
-        except (CosettleError, OSError) as error:
-            return error.with_traceback(None)  # it would keep decoders open
+        except (CosettleError, OSError, RuntimeError) as error:
+            return _Failure(error, traceback.format_exc())
 
 
 def _as_it_is(result: Any) -> Any:

@@ -38,6 +38,10 @@ class CheckpointError(TrainingError):
     """A checkpoint that cannot be read, or belongs to another run."""
 
 
+class WorkerEndedError(TrainingError):
+    """A process that decodes videos ended: one crashed its decoder, or memory ran out."""
+
+
 class DiskFullError(CosettleError, OSError):
     """A file that could not be written for lack of space; what was there before is complete."""
 

@@ -108,9 +108,12 @@ def fit(
         FrameError: a folder without videos.
         StatisticsError: no clip gave a pair of frames.
         ValueError: settings that this backbone cannot have, or nothing to choose by.
+        TypeError: options of loading for a backbone that is loaded already.
     """
     if isinstance(backbone, str):
         backbone = load_backbone(backbone, **loading)
+    elif loading:
+        raise TypeError(f"the backbone is loaded already, so {', '.join(loading)} cannot be given")
     found = fit_projection(
         backbone, clips, settings, licence=licence, data=data, workers=workers, on_clip=on_clip
     )
@@ -252,12 +255,14 @@ def layer_sets(backbone: Backbone, settings: FitSettings) -> list[Layers]:
     By default these are the upper two thirds, each alone and, of at most eight, beside the last:
     middle layers tell places apart, the last one what they show (``weights_cards/FIT.md``).
     """
-    depth, joined, singles = backbone.depth, settings.concatenations, settings.layers
+    upper = range(backbone.depth // 3, backbone.depth)
+    *lower, last = upper
+    joined, singles = settings.concatenations, settings.layers
     if joined is None:
-        lower = range(depth // 3, depth - 1) if singles is None else range(0)
-        joined = tuple((layer, depth - 1) for layer in lower[:: -(-len(lower) // _MOST_PAIRS) or 1])
+        apart = max(1, math.ceil(len(lower) / _MOST_PAIRS))
+        joined = tuple((layer, last) for layer in lower[::apart]) if singles is None else ()
     if singles is None:
-        singles = tuple(range(depth // 3, depth))
+        singles = tuple(upper)
     wanted = [(layer,) for layer in sorted({backbone.block(layer) for layer in singles})]
     sets = [tuple(sorted({backbone.block(layer) for layer in one})) for one in joined]
     found: list[Layers] = list(dict.fromkeys([*wanted, *sets]))

@@ -19,7 +19,12 @@ from cosettle_adapter.errors import FrameError
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.training.corpus import Corpus, Places, Video
 from cosettle_adapter.training.data import work_on
-from cosettle_adapter.training.errors import TrainingError, disk_full, keep_settings
+from cosettle_adapter.training.errors import (
+    TrainingError,
+    WorkerEndedError,
+    disk_full,
+    keep_settings,
+)
 from cosettle_adapter.video.files import is_video
 from cosettle_adapter.video.selection import PendingFrame
 
@@ -108,10 +113,13 @@ def prepare(
                 skipped += [(video.name, str(problem))] if problem else []
                 done += 1
                 on_video(done, len(corpus))
-        except RuntimeError as error:  # of the loader: one of its processes ended
+        except WorkerEndedError as error:
             begun = [video.name for video, target in jobs if _unfinished(target).is_dir()]
-            raise TrainingError(
-                f"a decoder crashed on {' or '.join(begun)}; move it away and run the same again"
+            if not begun:
+                raise
+            raise WorkerEndedError(
+                f"a decoder crashed, or ran out of memory, on {' or '.join(begun)}; move it away "
+                "and run the same again"
             ) from error
         skipped.sort()
         with atomic_path(folder / SKIPPED_NAME) as path:

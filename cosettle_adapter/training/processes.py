@@ -80,7 +80,7 @@ def everywhere(accelerator: Accelerator, work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         failure = error
-    messages = gather(accelerator, failure and str(failure))
+    messages = gather(accelerator, None if failure is None else str(failure))
     if any(message is not None for message in messages):
         raise failure or TrainingError(next(each for each in messages if each is not None))
     return result  # type: ignore[return-value]  # without a failure there is one

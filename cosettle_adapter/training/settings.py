@@ -119,7 +119,7 @@ class TrainSettings:
             raise TrainingError(
                 f"temperatures must be one or more positive numbers, got {self.temperatures}"
             )
-        if self.base_lr is not None and not self.base_lr > 0:
+        if self.base_lr is not None and not 0 < self.base_lr < math.inf:
             raise TrainingError(f"base_lr must be a positive rate, got {self.base_lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"betas must be two numbers in [0, 1), got {self.betas}")

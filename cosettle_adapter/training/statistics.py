@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
@@ -69,11 +70,13 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min((self.pairs, *self.gaps)) < 1:
+        if not self.gaps or min((self.pairs, *self.gaps)) < 1:
             raise ValueError(
                 "a fit needs at least 1 pair of each clip, of frames at least 1 apart, got "
                 f"pairs {self.pairs} and gaps {self.gaps}"
             )
+        if self.correspondences not in ("hard", "soft"):
+            raise ValueError(f"correspondences must be hard or soft, got {self.correspondences!r}")
 
 
 def collect_statistics(
@@ -95,17 +98,18 @@ def collect_statistics(
     firsts = range(0, settings.pairs, _PAIRS_AT_ONCE)
     turns = [(clip, gap, first) for clip in clips for gap in settings.gaps for first in firsts]
     read = functools.partial(_read_pairs, settings.pairs)
-    for number, (turn, frames) in enumerate(
-        zip(turns, work_on(read, turns, workers=workers), strict=True), start=1
+    frames_of_turns = work_on(read, turns, workers=workers)
+    for number, ((clip, *_), frames) in enumerate(
+        zip(turns, frames_of_turns, strict=True), start=1
     ):
-        name = turn[0].name
+        name = clip.name
         if isinstance(frames, FrameError):
             if name not in skipped:
                 logger.warning("skipped %s: %s", name, frames)
             skipped[name] = str(frames)
         elif len(frames):
             _add(found, backbone, frames, settings, PurePath(name).name)
-        if number % (len(turns) // len(clips)) == 0:
+        if number % (len(settings.gaps) * len(firsts)) == 0:  # the clip's last turn
             for statistics in found.values():
                 statistics.end_clip()
             on_clip()
@@ -124,7 +128,7 @@ def pair_starts(length: int, pairs: int, gap: int) -> list[int]:
     """Return the first frames of pairs that are spread evenly; a short clip gives fewer."""
     if length <= gap:
         return []
-    return sorted({-(-max(length - gap - 1, 0) * index // pairs) for index in range(pairs)})
+    return sorted({math.ceil((length - gap - 1) * index / pairs) for index in range(pairs)})
 
 
 def _add(

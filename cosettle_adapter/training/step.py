@@ -99,7 +99,7 @@ class Stepper:
         if isinstance(self._data, CachedViews):
             tokens = batch.data.to(self._accelerator.device, non_blocking=True).float()
         else:
-            tokens = encode(self._backbone, self._settings, *batch[:2], step=step)
+            tokens = encode(self._backbone, self._settings, batch.data, batch.seeds, step=step)
         losses = objective(self._wrapped, tokens, self._grid, self._settings)
         total = float(losses.total.detach())
         if math.isfinite(total):

@@ -236,7 +236,7 @@ class _Run:
         state.figures.setdefault("first", figures)
         state.figures["last"] = figures
         score = figures[CRITERION] or 0.0
-        if state.best is None or score > state.best["figures"][CRITERION]:
+        if state.best is None or score > (state.best["figures"][CRITERION] or 0.0):
             state.best = {"step": state.step, "figures": figures}
             self.best = self._tensors()
         raw = {"raw": state.figures["raw"]} if state.step == 0 else {}
@@ -298,8 +298,12 @@ class _Run:
         record["versions"] = {name: importlib.metadata.version(name) for name in packages}
         record["cosettle_adapter"] = __version__
         if words := self.state.began.get("command"):
-            # where paths lie on somebody's machine is left out
-            whole = (Path(word).expanduser().is_absolute() for word in words)
-            shown = [Path(w).name if path else w for w, path in zip(words, whole, strict=True)]
-            record["command"] = shlex.join(["cosettle-adapter", *shown])
+            record["command"] = shlex.join(["cosettle-adapter", *map(_without_place, words)])
         return record
+
+
+def _without_place(word: str) -> str:
+    """Leave out of a word of a command line where a path lies on somebody's machine."""
+    option, equals, value = word.rpartition("=")
+    path = Path(value).expanduser()
+    return f"{option}{equals}{path.name if path.is_absolute() else value}"

@@ -104,6 +104,11 @@ def test_ctrl_c_then_resume_is_as_if_nothing_had_happened(
     ]
     assert configs[0]["fit"]["command"] == configs[1]["fit"]["command"]
     assert [line["step"] for line in read_metrics(Path("out"))] == [1, 2, 4, 6]
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        assert train("--overwrite", "--init", "whole") == 130
+    monkeypatch.chdir(workplace / "elsewhere")  # --init was relative, too
+    assert main(["train", "--resume", "../out"]) == 0
 
 
 def test_a_run_is_not_resumed_with_other_settings(
@@ -114,6 +119,8 @@ def test_a_run_is_not_resumed_with_other_settings(
         assert train() == 130
     assert main(["train", "--resume", "out", "--kl-weight", "1"]) == 1
     assert "settings.separability_weight was 3.0, is 1.0" in capsys.readouterr().err
+    assert main(["train", "--resume", "out", "--epochs=5"]) == 1
+    assert "settings.epochs was 2, is 5" in capsys.readouterr().err, "also if 5 is the default"
     assert train("--resume", "elsewhere") == 1
     assert "give --resume the folder of the run" in capsys.readouterr().err
     assert train() == 1

@@ -196,6 +196,8 @@ def test_other_videos_damage_and_another_run_are_refused(
         build(tmp_path, corpus, tiny_backbone)
     shutil.copytree(complete, tmp_path / "copy")
     (tmp_path / "copy" / "0000000.safetensors").write_bytes(b"1234")
+    for other in ("notes.txt", ".0000003.1f.part.txt"):  # of the user, of a process that was killed
+        (tmp_path / "copy" / other).touch()
     with pytest.raises(TrainingError, match=r"0000000\.safetensors cannot be read .*; delete it"):
         build(tmp_path / "copy", corpus, tiny_backbone)[0, 0]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import pickle
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from numbered import encode_numbered
 from PIL import Image
 
-from cosettle_adapter.errors import FrameError
+from cosettle_adapter.errors import FrameError, MissingExtraError
 from cosettle_adapter.training import data as module
 from cosettle_adapter.training.corpus import Corpus, Video
 from cosettle_adapter.training.data import (
@@ -30,7 +31,7 @@ from cosettle_adapter.training.data import (
     seed_of,
     squash,
 )
-from cosettle_adapter.training.errors import TrainingError
+from cosettle_adapter.training.errors import TrainingError, WorkerEndedError
 from cosettle_adapter.training.settings import TrainSettings
 
 # Seeds ----------------------------------------------------------------------------------------
@@ -303,3 +304,26 @@ def test_workers_change_nothing(pairs: TrainingPairs, workers: int) -> None:
         assert torch.equal(batch.data, torch.stack([sample.data for sample in samples]))
         assert batch.seeds.tolist() == [sample.seed for sample in samples]
         assert batch.skipped == samples[2].skipped + samples[1].skipped
+
+
+class Failing(FakeVideo):
+    """Reading raises an error that says nothing about the video, or ends the process."""
+
+    def length(self) -> int:
+        if str(self.source) == "dies":
+            os._exit(1)
+        raise MissingExtraError("reading video files needs the package 'av'")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_fault_of_a_video_ends_training_with_its_traceback(workers: int) -> None:
+    data = TrainingPairs(Corpus([Failing("0", Path("fails"))]), settings())
+    with pytest.raises(MissingExtraError, match="needs the package 'av'") as caught:
+        next(load_batches(data, [[(0, 0)]], workers=workers))
+    assert "in length" in str(caught.value.__cause__)
+
+
+def test_a_worker_that_dies_is_an_error() -> None:
+    data = TrainingPairs(Corpus([Failing("0", Path("dies"))]), settings())
+    with pytest.raises(WorkerEndedError, match=r"exited unexpectedly\): a damaged video"):
+        next(load_batches(data, [[(0, 0)]], workers=1))
