@@ -222,7 +222,7 @@ def _encode_clip(backbone: Backbone, settings: TrainSettings, drawn: Batch) -> T
     if settings.pea == "batch":
         # a view outlives the step it is made in, so its offset cannot be the step's
         settings = dataclasses.replace(settings, pea="sample")
-    parts = zip(drawn.data.split(_AT_ONCE), drawn.seeds.split(_AT_ONCE), strict=True)
+    parts = zip(torch.split(drawn.data, _AT_ONCE), torch.split(drawn.seeds, _AT_ONCE), strict=True)
     encoded = [encode(backbone, settings, frames, seeds, step=0) for frames, seeds in parts]
     tokens = torch.cat([each.to("cpu", torch.float16) for each in encoded])
     if not bool(tokens.isfinite().all()):

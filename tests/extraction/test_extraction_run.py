@@ -159,7 +159,9 @@ def test_a_batch_is_written_while_the_next_is_encoded(
     select = FrameSelection(max_frames=12)
     extract(small_adapter, clip, tmp_path / "f.npy", batch_size=4, select=select)
     assert waited == [True]
-    assert set(threads) == {threading.get_ident()}, "whose grad mode, device and stream are the caller's"
+    assert set(threads) == {threading.get_ident()}, (
+        "whose grad mode, device and stream are the caller's"
+    )
     streamed = [c.features for c in small_adapter.stream(clip, batch_size=4, select=select)]
     assert torch.equal(read_features(tmp_path / "f.npy").features, torch.cat(streamed))
 
