@@ -27,6 +27,7 @@ from bench import (
     machine,
     parse,
     ratios,
+    seconds,
     store,
 )
 from plain import (
@@ -41,6 +42,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from cosettle_adapter import CoSettleAdapter, fit
+from cosettle_adapter.backbones import lookup
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence import LabelPropagator, TemporalFusion
 from cosettle_adapter.evaluation import masks as ours_masks
@@ -240,6 +242,25 @@ print(time.perf_counter() - start)
 """
 
 
+def first_use(options: Options) -> Iterator[Figure]:
+    """A first use with random weights, which cost what real ones cost."""
+    for name, most in (("dinov2-vits14", 30), ("dinov2-vitb14", 90)):
+        with tempfile.TemporaryDirectory() as folder:
+            row = lookup(name)
+            model: Any = timm.create_model(row.architecture, num_classes=0, **row.options)
+            file = Path(folder) / "weights.safetensors"
+            save_file(model.state_dict(), file)
+            work = functools.partial(
+                CoSettleAdapter.from_pretrained,
+                name,
+                projection="fit",
+                backbone_weights=file,
+                cache_dir=folder,
+            )
+            taken = seconds(work)
+        yield figure(f'`from_pretrained("{name}")` on first use', [taken], unit="s", at_most=most)
+
+
 def propagation(options: Options) -> Iterator[Figure]:
     context, radius, topk = options.pick(20, 3), 12, 5
     for grid in options.pick(((34, 63), (60, 107)), ((6, 8),)):
@@ -341,7 +362,7 @@ def closed_forms(options: Options) -> Iterator[Figure]:
 
 COSTS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     function.__name__: function
-    for function in (inference, fusion, stream, load, propagation, masks, closed_forms)
+    for function in (inference, fusion, stream, load, first_use, propagation, masks, closed_forms)
 }
 
 
