@@ -127,7 +127,7 @@ def test_a_run_is_not_resumed_with_other_settings(
     assert "continue with --resume out" in capsys.readouterr().err
     assert train("--overwrite", "--kl-weight", "1") == 0
     assert train("--resume", "--overwrite", "--kl-weight", "1") == 1
-    assert "continues a run and --overwrite removes it: give one" in capsys.readouterr().err
+    assert "and --overwrite, which removes it: give only one" in capsys.readouterr().err
     assert main(["train", "--backbone", "dino-vitb16"]) == 1
     assert "missing --data, -o: a new run needs all three" in capsys.readouterr().err
 
@@ -174,7 +174,7 @@ def test_views_are_encoded_once_by_a_compiled_encoder(
         patch.setattr(TrainingProgress, "encoded", pressed)
         assert train(*arguments) == 130
     assert at_first[0] == len(compiled) == SMALL_VIT.depth
-    said = "the views of 1 of 3 clips are kept in views; run the same again to continue"
+    said = "the views of 1 of 3 clips are kept in views; run the same command again to continue"
     assert said in capsys.readouterr().err
     arguments.remove("--compile")
     assert train(*arguments) == 0
@@ -196,15 +196,15 @@ def test_views_are_encoded_once_by_a_compiled_encoder(
         (["--data", "nowhere"], "nowhere"),
         (["--data", "empty"], "empty"),
         (["--data", "damaged"], "none of the 2 videos that were tried can be read; "),
-        (["--validation", "damaged"], "no validation clip could be read"),
+        (["--validation", "damaged"], "none of the 2 validation clips can be read"),
         (["--backbone", "dinov2-vitb41"], "Did you mean"),
-        (["--init", "nowhere"], "'nowhere' is no start"),
+        (["--init", "nowhere"], "projection folder, got 'nowhere'"),
         (["--size", "60"], "height 60 does not fit patch 16"),
         (["--layer", "9"], "has layers 0 to 1"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--temperature", "0"], "temperatures must be"),
         (["--resume"], "holds no checkpoint, so there is no run to resume"),
-        (["--device", "xpu"], "--device xpu was asked for, but there is only"),
+        (["--device", "xpu"], "--device xpu is not available; use --device cpu"),
     ],
 )
 def test_a_mistake_is_a_sentence(

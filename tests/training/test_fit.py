@@ -209,7 +209,7 @@ def test_a_fit_in_one_call_is_an_adapter(
     assert adapter.backbone is tiny_backbone
     assert (adapter.config.licence, adapter.config.fit["data"]) == ("Apache-2.0", "squares")
     assert isinstance(adapter.projection, Projection)
-    with pytest.raises(TypeError, match="loaded already, so device cannot be given"):
+    with pytest.raises(TypeError, match="already loaded: omit device or give a name"):
         cosettle_adapter.fit(tiny_backbone, clips, ONE_LAYER, device="cpu")
 
 
@@ -220,7 +220,7 @@ def test_a_fit_in_one_call_is_an_adapter(
         ({"solvers": ()}, r"unknown solver \(none\)"),
         ({"layers": ()}, "no layers to choose from"),
         ({"layers": (), "concatenations": ((7, 12),)}, "has layers 0 to 11"),
-        ({"gaps": ()}, "at least 1 pair of each clip"),
+        ({"gaps": ()}, "pairs and gaps must be at least 1"),
         ({"correspondences": "sof"}, "correspondences must be hard or soft, got 'sof'"),
         ({"gaps": (3, 0)}, r"at least 1 apart, got pairs 4 and gaps \(3, 0\)"),
     ],
