@@ -284,8 +284,9 @@ def read_list(path: Path) -> list[Path]:
         existing[sum(listed.exists() for listed in paths[:_PATHS_CHECKED])] = paths
     if max(existing):
         return existing[max(existing)]
+    checked = len(names[:_PATHS_CHECKED])
     raise FrameError(
-        f"{path} lists {len(names)} videos, but none of the first "
-        f"{len(names[:_PATHS_CHECKED])} exists; expected one path per line, relative to the list's folder or the working folder, "
-        f"optionally followed by a comma and other columns, or by numbers, got {lines[-1:]}"
+        f"{path} lists {len(names)} videos, but none of the first {checked} exists; expected one "
+        "path per line, relative to the list's folder or the working folder, optionally followed "
+        f"by a comma and other columns, or by numbers, got {lines[-1:]}"
     )

@@ -142,6 +142,7 @@ class TrainingPairs(Dataset[Sample]):
         clip, turn = divmod(key[1], self.pairs_per_clip)
         visit = key[0] * self.pairs_per_clip + turn
         skipped: list[tuple[str, str]] = []
+        first: FrameError | None = None
         # Replacements are random, not neighbours, because the videos of a folder break together.
         generator = generator_of(self.settings.seed, "instead", *key)
         others = torch.randperm(self.clips, generator=generator)
@@ -151,11 +152,12 @@ class TrainingPairs(Dataset[Sample]):
                 return sample._replace(skipped=tuple(skipped))
             except FrameError as error:
                 skipped.append((self.corpus.videos[candidate].name, str(error)))
+                first = first or error
         name, problem = skipped[0]
         raise FrameError(
             f"none of the {len(skipped)} videos that were tried can be read; the first is {name} "
             f"({problem})"
-        )
+        ) from first
 
     def draw(self, clip: int, visits: Sequence[int], *, owner: int | None = None) -> list[Sample]:
         """Draw a sample for each 0-based visit of a clip; ``owner`` is the clip it replaces."""
