@@ -213,7 +213,7 @@ def _encode_clip(backbone: Backbone, settings: TrainSettings, drawn: Batch) -> T
         settings = dataclasses.replace(settings, pea="sample")
     parts = zip(drawn.data.split(_BATCH_SIZE), drawn.seeds.split(_BATCH_SIZE), strict=True)
     encoded = [encode(backbone, settings, frames, seeds, step=0) for frames, seeds in parts]
-    tokens = torch.cat([each.to("cpu", torch.float16) for each in encoded])
+    tokens = torch.cat([part.to("cpu", torch.float16) for part in encoded])
     if not bool(tokens.isfinite().all()):
         raise TrainingError(
             "tokens are not finite in float16; use --precision float32, other layers, --norm, or "

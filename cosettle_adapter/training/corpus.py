@@ -121,7 +121,7 @@ class Corpus:
         search, places = _Search(), [data] if isinstance(data, (str, os.PathLike)) else data
         for place in places:
             search.add(os.fspath(place))
-        if not search.found:
+        if not search.sources:
             raise FrameError(f"no data given; expected {_EXPECTED}")
         return cls(search.videos(), search.problems)
 
@@ -140,21 +140,21 @@ class _Search:
 
     def __init__(self) -> None:
         self.problems: list[tuple[str, str]] = []
-        self.found: list[tuple[Path, VideoSource]] = []
+        self.sources: list[tuple[Path, VideoSource]] = []
         self._others: list[str] = []  # names of files that are not videos
 
     def videos(self) -> Iterator[Video]:
         """Yield each video once, named by its path relative to the common parent of all bases."""
-        common = os.path.commonpath([base for base, _ in self.found])
+        common = os.path.commonpath([base for base, _ in self.sources])
         seen: set[tuple[str, int]] = set()
-        for _, source in self.found:
+        for _, source in self.sources:
             path, start, member = Path(str(source)), 0, ""
             if isinstance(source, FileRange):
                 path, start, member = source.path, source.start, f"/{source.name}"
-            place = (os.path.realpath(path), start)
-            if place in seen:
+            location = (os.path.realpath(path), start)
+            if location in seen:
                 continue
-            seen.add(place)
+            seen.add(location)
             name = os.path.relpath(path, common)
             if name.startswith(os.curdir):  # the base itself, or a listed path outside of it
                 name = path.name if name == os.curdir else str(path).lstrip(os.sep)
@@ -164,7 +164,7 @@ class _Search:
 
     def add(self, text: str) -> None:
         """Add the videos of one argument: a path, pattern or list."""
-        count = len(self.found)
+        count = len(self.sources)
         for path in _paths_of(text):
             if path.is_dir():
                 self._add_folder(path)
@@ -173,7 +173,7 @@ class _Search:
                     self._add_file(listed, path.parent, listed=True)
             else:
                 self._add_file(path, path.parent)
-        if len(self.found) == count:
+        if len(self.sources) == count:
             names = ", ".join(sorted(self._others)[:3])
             content = f"{len(self._others)} other files, such as {names}" if names else "nothing"
             content += "".join(f"; {name}: {problem}" for name, problem in self.problems[:1])
@@ -183,7 +183,7 @@ class _Search:
         if path.suffix.lower() == _SHARD:
             self._add_shard(path, base)
         elif listed or is_video(path):
-            self.found.append((base, path))
+            self.sources.append((base, path))
         elif not path.name.startswith("."):
             self._others.append(path.name)
 
@@ -192,7 +192,7 @@ class _Search:
 
         A folder of images is a video, unless it contains videos: then the images are previews.
         """
-        count, image_folders = len(self.found), list[Path]()
+        count, image_folders = len(self.sources), list[Path]()
         visited: set[str] = set()  # a link may lead to one of its parents
 
         def unreadable(error: OSError) -> None:
@@ -210,14 +210,14 @@ class _Search:
             for name in names:
                 if not is_image(name):
                     self._add_file(Path(folder, name), root)
-        sources = [*image_folders, *(Path(str(source)) for _, source in self.found[count:])]
-        parents = {parent for source in sources for parent in source.parents}
-        self.found += [(root, folder) for folder in image_folders if folder not in parents]
-        self.found[count:] = sorted(self.found[count:], key=lambda found: str(found[1]))
+        paths = [*image_folders, *(Path(str(source)) for _, source in self.sources[count:])]
+        parents = {parent for path in paths for parent in path.parents}
+        self.sources += [(root, folder) for folder in image_folders if folder not in parents]
+        self.sources[count:] = sorted(self.sources[count:], key=lambda item: str(item[1]))
 
     def _add_shard(self, path: Path, base: Path) -> None:
         """Add the videos of a shard, or the reason why it is unreadable."""
-        count, others = len(self.found), list[str]()
+        count, others = len(self.sources), list[str]()
         try:
             length = path.stat().st_size
             # "r:" refuses compressed archives, whose members have no byte offset.
@@ -226,11 +226,11 @@ class _Search:
                     if member.offset_data + member.size > length:
                         raise tarfile.ReadError(f"cut off within {member.name}")
                     if is_video(member.name):
-                        place = FileRange(path, member.offset_data, member.size, member.name)
-                        self.found.append((base, place))
+                        video = FileRange(path, member.offset_data, member.size, member.name)
+                        self.sources.append((base, video))
                     else:
                         others.append(member.name)
-            if len(self.found) == count:
+            if len(self.sources) == count:
                 content = ", ".join(others[:3]) or "nothing"
                 self.problems.append((str(path), f"it holds no video files, but {content}"))
         except (tarfile.TarError, OSError) as error:

@@ -196,7 +196,7 @@ def choose_frames(
     last_start = length - 1 - step * (frames - 1)
     first_start = min(1, last_start)  # with a large gap only frame 0 is left
     start = int(torch.randint(first_start, last_start + 1, (1,), generator=generator))
-    return tuple(start + step * place for place in range(frames))
+    return tuple(start + step * index for index in range(frames))
 
 
 def draw_crop(

@@ -50,7 +50,7 @@ def encode(
     """
     config, dtype = settings.head_config(backbone), getattr(torch, settings.precision)
     frames = frames.to(backbone.device, non_blocking=True).float()
-    mean, std = (frames.new_tensor(each) for each in (backbone.row.mean, backbone.row.std))
+    mean, std = (frames.new_tensor(v) for v in (backbone.row.mean, backbone.row.std))
     frames = (frames - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
     grid = backbone.grid(frames.shape[-2], frames.shape[-1])
 

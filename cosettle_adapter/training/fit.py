@@ -225,7 +225,7 @@ def _record(
     if scores:
         record["blocks_chosen_by"] = "overlap of the propagated mask of a cut-out on rendered clips"
         named = labels(scores)
-        record["overlap_by_block"] = {named[each]: round(s, 4) for each, s in scores.items()}
+        record["overlap_by_block"] = {named[c]: round(s, 4) for c, s in scores.items()}
     strength = None if math.isinf(candidate.strength) else candidate.strength
     used = dataclasses.asdict(settings) | {"gaps": list(settings.gaps)}
     for listed in ("layers", "concatenations", "solvers", "strengths"):
