@@ -223,7 +223,7 @@ def test_tokens_that_float16_cannot_hold_and_too_little_room(
 
     with monkeypatch.context() as patch:
         patch.setattr(cached_views, "encode", large)
-        with pytest.raises(TrainingError, match=r"tokens are not finite in float16; encode in"):
+        with pytest.raises(TrainingError, match=r"tokens are not finite in float16; use"):
             build(tmp_path, corpus, tiny_backbone)
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:

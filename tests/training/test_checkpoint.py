@@ -120,7 +120,7 @@ def test_another_run_is_neither_resumed_nor_overwritten(backbone: Backbone, tmp_
     with pytest.raises(CheckpointError, match="no run to resume"):
         train_on_cpu(backbone, tmp_path / "nowhere", resume=True)
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingError, match="is a file; the output is a folder"):
+    with pytest.raises(TrainingError, match="is a file; the output must be a folder"):
         train_on_cpu(backbone, tmp_path / "file")
 
 

@@ -177,7 +177,7 @@ def test_what_is_whole_in_broken_shards_counts(clip: Path, tmp_path: Path) -> No
     assert names(corpus) == ["cut/a.mp4"]
     problems = {Path(name).name: problem for name, problem in corpus.problems}
     assert "cut off within b.mp4" in problems["cut.tar"]
-    assert "no uncompressed tar archive" in problems["none.tar"]
+    assert "not an uncompressed tar archive" in problems["none.tar"]
     assert problems["other.tar"] == "it holds no video files, but a.jpg, b.jpg, c.json"
     with pytest.raises(FrameError, match=r"no videos in .*other.tar.*holds no video files, but a"):
         Corpus.open(tmp_path / "other.tar")

@@ -179,7 +179,7 @@ def test_refusals(videos: Path, tmp_path: Path) -> None:
         ({"size": 0}, "size must be at least 1, got 0"),
         ({"quality": 96}, "quality must be at most 95, got 96"),
         ({"max_frames": 0}, "max_frames must be at least 1, got 0"),
-        ({"every": 2, "max_frames": 3}, "give only one of every and max_frames"),
+        ({"every": 2, "max_frames": 3}, "got every 2 and max_frames 3; give only one"),
     ],
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
