@@ -211,8 +211,9 @@ def _encode_clip(backbone: Backbone, settings: TrainSettings, drawn: Batch) -> T
     if settings.pea == "batch":
         # A view is used in many steps, so it cannot have the offset of one step.
         settings = dataclasses.replace(settings, pea="sample")
-    parts = zip(drawn.data.split(_BATCH_SIZE), drawn.seeds.split(_BATCH_SIZE), strict=True)
-    encoded = [encode(backbone, settings, frames, seeds, step=0) for frames, seeds in parts]
+    data, seeds = (torch.split(tensor, _BATCH_SIZE) for tensor in (drawn.data, drawn.seeds))
+    parts = zip(data, seeds, strict=True)
+    encoded = [encode(backbone, settings, frames, seed, step=0) for frames, seed in parts]
     tokens = torch.cat([part.to("cpu", torch.float16) for part in encoded])
     if not bool(tokens.isfinite().all()):
         raise TrainingError(
