@@ -1,13 +1,14 @@
-"""Video files, decoded frame by frame with PyAV (extra ``video``)."""
+"""Video files, decoded frame by frame with PyAV (extra ``video``), through damage."""
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import logging
 import re
 import struct
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -19,8 +20,8 @@ from einops import rearrange
 from torch import Tensor
 
 from cosettle_adapter import imports
-from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.video.selection import PendingFrame
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.video.selection import LostFrames, PendingFrame
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -30,10 +31,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# how far before ``start`` to look for a keyframe, in turn, until one is found in time
-_SEEK_MARGINS = (0.0, 2.0, 16.0)
-_TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg takes any text for a film of characters
-_ATTACHED_PICTURE = 0x0400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a song
+# how many seconds before a time to look for a keyframe, in turn, until one is found in time
+_SEEK_MARGINS = (0, 2, 16)
+_TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg reads any text as a film of characters
+_ATTACHED_PICTURE, _DEFAULT = 0x0400, 0x0001  # AV_DISPOSITION_*: the cover of a song, the default
+_OUTPUT_CORRUPT = 0x0008  # AV_CODEC_FLAG_*: frames that the decoder patched up are delivered
+_NO_TIMESTAMPS, _MAY_RESTART = 0x0080, 0x0200  # AVFMT_NOTIMESTAMPS, AVFMT_TS_DISCONT
+_DEMUX_ERRORS = 100  # after which the rest of a file is given up
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class FileRange:
     path: Path  # the file it lies in
     start: int  # its first byte
     size: int  # its length in bytes
-    name: str  # what it is called there
+    name: str  # its name there
 
     def __str__(self) -> str:
         return f"{self.path}/{self.name}"
@@ -52,141 +56,211 @@ class FileRange:
 VideoSource = Path | FileRange
 
 
-@dataclass(frozen=True)
-class SourceInfo:
-    """What can be told of a source at little cost; ``fps`` is known of videos only."""
-
-    frames: int | None = None  # of a video what its header promises
-    height: int | None = None  # of the frames, upright
-    width: int | None = None
-    fps: float | None = None
-
-
 class Video:
-    """An open video: the stream of its pictures, and how much was read of what it promises."""
+    """An open video: the stream of its pictures, decoded in the order in which they are shown.
+
+    Times are seconds since the first frame. ``step`` is the time between frames, 0 if unknown, and
+    ``origin`` the container's time of the first frame.
+    """
 
     def __init__(self, source: VideoSource, container: InputContainer, stream: VideoStream) -> None:
         self.source, self.container, self.stream = source, container, stream
-        # seconds of a tick, and the average seconds of a frame; 0 if unknown
         self.base = stream.time_base or Fraction(0)
-        self.step = 1 / stream.average_rate if stream.average_rate else Fraction(0)
-        self.seconds: float | None = None  # promised, as the times below from the stream's start
+        flags = int(container.format.flags)
+        # AVI and raw streams have no presentation times: what a demuxer gives is a guess
+        self.has_times = container.format.name != "avi" and not flags & _NO_TIMESTAMPS
+        self.seekable = self.has_times and not flags & _MAY_RESTART
+        rate = stream.average_rate if self.has_times else stream.guessed_rate
+        self.step = 1 / rate if rate else Fraction(0)
+        self.origin: Fraction | None = None
+        self.patched: list[float] = []  # times of frames that the decoder repaired
+        self._damage = ""  # the first thing that was wrong
+        self._from_start = True
+        self._packets_read = 0
+        self._waiting: list[Fraction] = []  # heap: the container's times of frames to come
+        self._shift = Fraction(0)  # of a clock that started again
+        self._latest: Fraction | None = None
+        self._end = self._widest_gap = Fraction(0)
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
-        self._first = float((stream.start_time or 0) * self.base)
-        self._reached = self._shown = self._latest = self._widest_gap = 0.0
-        self._read = 0
-        self._cut = False
-        self._counts_others = False  # whether the promise may be of another stream, such as sound
-        if stream.frames and container.format.name == "avi":
-            # the duration of a cut AVI file is estimated from its size; its frame count is not
-            self.seconds = float(stream.frames * self.base)
-        elif stream.duration:
-            self.seconds = float(stream.duration * self.base)
-        elif tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
-            hours, minutes, seconds = map(float, tag.groups())  # Matroska's
-            self.seconds = 3600 * hours + 60 * minutes + seconds - self._first
-        elif container.duration:
-            self.seconds = container.duration / 1e6 - self._first
-            self._counts_others = True
 
-    def seek(self, ticks: int) -> None:
-        """Go to the keyframe at or before a time, else :class:`FrameError`."""
-        try:
-            self.container.seek(ticks, stream=self.stream, backward=True)
-        except (pyav().error.FFmpegError, OSError) as error:
-            raise FrameError(f"seeking fails ({reason(error)})") from error
+    @property
+    def constant_rate(self) -> bool:
+        """Whether the file says that all frames are equally far apart."""
+        return bool(self.step) and self.stream.average_rate == self.stream.base_rate
 
-    def packets(self) -> Iterator[Packet[Any]]:
+    def items(self) -> Generator[tuple[Fraction, VideoFrame] | LostFrames, None, None]:
+        """Decode from here to the end: frames with their times, and what damage took.
+
+        Raises:
+            ThreadsDamaged: with several threads, at the first error: what it reaches is only known
+                where one frame is decoded after the other.
+        """
+        for packet in self._packets():
+            time = self._expect(packet)
+            try:
+                frames = self.stream.decode(packet)
+            except pyav().error.FFmpegError as error:
+                if self._latest is None and packet.size and not packet.is_keyframe:
+                    continue  # a recording may begin between keyframes
+                if self.stream.thread_type != "NONE":
+                    raise ThreadsDamaged from error
+                self._note(reason(error))
+                if time is not None and not self.has_times:
+                    self._waiting.remove(time)
+                    yield LostFrames((float(time),), self._damage)
+                continue
+            for frame in frames:
+                shown = self._time(frame)
+                if frame.is_corrupt:
+                    self._note("the decoder repaired frames")
+                    self.patched.append(float(shown))
+                yield from self._lost(self._missing_before(shown))
+                lasts = (getattr(frame, "duration", 0) or 0) * self.base or self.step
+                if self._latest is not None:
+                    self._widest_gap = max(self._widest_gap, shown - self._latest)
+                self._latest, self._end = shown, max(self._end, shown + lasts)
+                yield shown, frame
+        yield from self._lost(self._missing_at_end())
+
+    def items_from(self, start: Fraction) -> Generator[tuple[Fraction, VideoFrame] | LostFrames]:
+        """Decode from a keyframe at or before a time, else :class:`FrameError`."""
+        if self.origin is None:
+            with contextlib.closing(self.items()) as items:
+                next(items, None)
+        for margin in _SEEK_MARGINS:
+            place = max(start - margin, Fraction(0)) + (self.origin or 0)
+            try:
+                ticks = int(place / self.base)
+                self.container.seek(ticks, stream=self.stream, backward=True)
+            except (pyav().error.FFmpegError, OSError, ZeroDivisionError):
+                break  # not every container can
+            self._from_start, self._latest, self._waiting = False, None, []
+            items = self.items()
+            first = next(items, None)
+            if isinstance(first, tuple) and first[0] <= start and first[1].pts is not None:
+                yield from itertools.chain([first], items)
+                return
+            items.close()
+        raise FrameError(f"{self.source} cannot be read from {float(start):g} s on")
+
+    def _packets(self) -> Iterator[Packet[Any]]:
         """Yield the stream's packets, an empty one last; one that is cut off is left out."""
         may_be_cut = "mpegts" not in self.container.format.name  # a broadcast may be cut anywhere
         held: Packet[Any] | None = None  # a damaged one, which is cut off if it is the last
-        for packet in self.container.demux():
-            if packet.stream.index != self.stream.index:
-                seen_or_heard = packet.stream.type in ("audio", "video")
-                if self._counts_others and seen_or_heard and packet.pts is not None:
-                    end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                    self._reached = max(self._reached, end - self._first)
-                continue
-            at_end = not packet.size and packet.dts is None
-            if held is not None:
-                self._cut = at_end and may_be_cut
-                if not self._cut:
-                    yield held
-            held = packet if packet.is_corrupt and packet.size else None
-            if held is None and (packet.size or at_end):
-                yield packet
-
-    def frames(
-        self, prepare: Callable[[Packet[Any]], None] = lambda packet: None
-    ) -> Generator[VideoFrame, None, None]:
-        """Decode from here to the end; ``prepare`` is called before each packet is decoded."""
-        started = False
-        for packet in self.packets():
-            prepare(packet)
+        for _ in range(_DEMUX_ERRORS):
             try:
-                frames = self.stream.decode(packet)
-            except pyav().error.InvalidDataError:
-                if started:
-                    raise
-                continue  # a recording may begin between keyframes
-            started = started or bool(frames)
-            yield from frames
+                for packet in self.container.demux(self.stream):
+                    at_end = not packet.size and packet.dts is None
+                    if held is not None:
+                        if at_end and may_be_cut:
+                            self._note("its last packet is cut off")
+                        else:
+                            yield held
+                    held = packet if packet.is_corrupt and packet.size else None
+                    if held is None and (packet.size or at_end):
+                        yield packet
+                return
+            except (pyav().error.FFmpegError, OSError) as error:
+                self._note(reason(error))
 
-    def timed_frames(self, *, from_start: bool) -> Generator[tuple[VideoFrame, float], None, None]:
-        """Decode to the end, with seconds from the stream's start."""
-        count = 0
-        damaged = False
-        origin = self.stream.start_time
-        time = -self.step
-        try:
-            for frame in self.frames():
-                if frame.pts is None:  # it follows the one before it at the average rate
-                    time += self.step
-                else:
-                    origin = frame.pts if origin is None else origin
-                    time = (frame.pts - origin) * self.base
-                self.saw_frame(time, (getattr(frame, "duration", 0) or 0) * self.base or self.step)
-                if frame.is_corrupt and not damaged:
-                    damaged = True
-                    logger.warning("%s is damaged: the decoder patched it up", self.source)
-                yield frame, float(time)
-                count += 1
-        except (pyav().error.FFmpegError, OSError) as error:
-            message = f"{self.source} breaks off ({reason(error)}): {self._progress(from_start)}"
-            raise TruncatedVideoError(message, frames_read=count) from error
-        self.check_complete(count, from_start=from_start)
-        if not count:
-            raise FrameError(f"{self.source} has a video stream, but no frame of it can be decoded")
+    def _expect(self, packet: Packet[Any]) -> Fraction | None:
+        """Note a packet before it is decoded; return the time that its frame will take up."""
+        if not packet.size:
+            return None
+        if packet.is_corrupt:
+            self._note("a packet is damaged")
+        time: Fraction | None = None
+        if not self.has_times:  # packets are equally far apart, but not in the order of showing
+            time = self._packets_read * self.step if packet.dts is None else packet.dts * self.base
+            self.origin = Fraction(0)
+        elif packet.pts is not None and not packet.is_discard:
+            time = packet.pts * self.base
+            if self.origin is None and packet.is_keyframe:
+                self.origin = time
+        self._packets_read += 1
+        if time is not None:
+            heapq.heappush(self._waiting, time)
+        return time
 
-    def saw_frame(self, time: Fraction, duration: Fraction) -> None:
-        """Note a frame: its time from the stream's start, how long it is shown."""
-        if self._read:
-            self._widest_gap = max(self._widest_gap, float(time) - self._latest)
-        self._read, self._latest = self._read + 1, float(time)
-        self._shown = max(self._shown, float(time + duration))
-        self._reached = max(self._reached, self._shown)
+    def _time(self, frame: VideoFrame) -> Fraction:
+        """Decide when a frame is shown; nothing else does.
 
-    def check_complete(self, count: int, *, from_start: bool) -> None:
-        """Raise :class:`TruncatedVideoError` if the file ended before what its header promises.
-
-        Containers round, and frames may be dropped at the end, so half a second may be missing,
-        but no more than a tenth of a short clip, and at least twice the widest gap between frames,
-        as the last frame of a still scene may stand for long.
+        A container's presentation times count where it stores some. Elsewhere the n-th frame that
+        is shown takes the n-th of its packets' times, at the stream's frame rate.
         """
-        if not self._cut:
-            if self.seconds is None or (from_start and 0 < self.stream.frames <= self._read):
-                return
-            slack = max(min(0.5, 0.1 * self.seconds), 2 * self._widest_gap)
-            if self._reached >= self.seconds - slack:
-                return
-        message = f"{self.source} ends early: {self._progress(from_start)}"
-        raise TruncatedVideoError(message, frames_read=count)
+        after = Fraction(0) if self._latest is None else self._latest + self.step
+        if not self.has_times:
+            return heapq.heappop(self._waiting) if self._waiting else after
+        if frame.pts is None:
+            return after
+        time = frame.pts * self.base
+        if self.origin is None or (self._latest is None and self._from_start):
+            self.origin = time if self.origin is None else min(self.origin, time)
+        time += self._shift - self.origin
+        if self._latest is not None and time < self._latest:  # the clock started again
+            self._shift += after - time
+            time = after
+        return time
 
-    def _progress(self, from_start: bool) -> str:
-        promised = f" of {self.stream.frames}" if self.stream.frames else ""
-        frames = f"{self._read}{promised} frames, " if from_start else ""
-        length = "unknown length" if self.seconds is None else f"{self.seconds:.2f} s"
-        return f"read {frames}{self._shown:.2f} s of {length}"
+    def _missing_before(self, shown: Fraction) -> list[Fraction]:
+        """Times before a frame of which no frame came, once anything was damaged."""
+        if not self.has_times:
+            return []
+        expected = []
+        while self._waiting and self._waiting[0] + self._shift - (self.origin or 0) <= shown:
+            expected.append(heapq.heappop(self._waiting) + self._shift - (self.origin or 0))
+        if not self._damage:
+            return []
+        if self.constant_rate and self._latest is not None:
+            count = round((shown - self._latest) / self.step) - 1
+            return [self._latest + number * self.step for number in range(1, count + 1)]
+        first = Fraction(0) if self._latest is None else self._latest
+        return [time for time in expected if first <= time < shown and time != self._latest]
+
+    def _missing_at_end(self) -> list[Fraction]:
+        """Times that the file promises after the last frame.
+
+        By the number of packets where the header has it, else by the duration. Containers round,
+        and frames may be dropped at the end, so half a second may be missing, but no more than a
+        tenth of a short clip, and at least twice the widest gap between frames, as the last frame
+        of a still scene may stand for long.
+        """
+        expected = []
+        if self._damage and self._latest is not None:
+            offset = self._shift - (self.origin or 0) if self.has_times else Fraction(0)
+            expected = sorted(time + offset for time in self._waiting if time + offset > self._latest)
+        if not self._from_start:
+            return expected
+        last = max([self._latest or Fraction(0), *expected])
+        count = 0
+        if self.stream.frames and self.container.format.name.startswith(("mov", "avi")):
+            count = self.stream.frames - self._packets_read
+        elif (seconds := self._promised_seconds()) is not None:
+            slack = max(min(0.5, 0.1 * seconds), 2 * float(self._widest_gap))
+            if float(self._end) < seconds - slack:
+                count = round((seconds - float(self._end)) / float(self.step)) if self.step else 1
+                count -= len(expected)
+        if count > 0:
+            self._note("it ends before what its header promises")
+        return [*expected, *(last + number * self.step for number in range(1, count + 1))]
+
+    def _promised_seconds(self) -> float | None:
+        first = float(self.origin or 0)
+        if self.stream.duration:
+            return float(self.stream.duration * self.base)
+        tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))
+        if tag is not None:  # Matroska's
+            hours, minutes, seconds = map(float, tag.groups())
+            return 3600 * hours + 60 * minutes + seconds - first
+        alone = len(self.container.streams) == 1  # else it may be the sound that lasts so long
+        return self.container.duration / 1e6 - first if self.container.duration and alone else None
+
+    def _lost(self, times: list[Fraction]) -> Iterator[LostFrames]:
+        if times:
+            yield LostFrames(tuple(map(float, times)), self._damage)
+
+    def _note(self, damage: str) -> None:
+        self._damage = self._damage or damage
 
     def pixels(self, frame: VideoFrame) -> Tensor:
         """Convert a decoded frame to (3, H, W) uint8 RGB, turned and mirrored upright.
@@ -207,6 +281,10 @@ class Video:
             a, d = c, b
         mirrored = [axis for axis, factor in ((-1, a), (-2, d)) if factor < 0]
         return pixels.flip(mirrored) if mirrored else pixels
+
+
+class ThreadsDamaged(Exception):  # noqa: N818  # it never leaves this package
+    """Damage that several decoding threads met: decode again with one."""
 
 
 @contextlib.contextmanager
