@@ -171,10 +171,7 @@ def _measured(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _binding_licences(config: ProjectionConfig, row: BackboneRow | None) -> list[str]:
-    """Licences that restrict the use of projection or backbone; else the projection's own.
-
-    ``""`` stands for an unstated licence. A projection's licence never weakens its backbone's.
-    """
+    """Licences that restrict projection or backbone, else the projection's; ``""`` if unstated."""
     licences = [_spdx(row.licence)] if row is not None else []
     licences += [_spdx(config.licence)] if _spdx(config.licence) else []
     restricted = [licence for licence in dict.fromkeys(licences) if licence not in _PERMISSIVE]
@@ -207,5 +204,7 @@ def _terms(licence: str, row: BackboneRow | None) -> str:
         return "**Restricted: no licence is stated.**"
     allowed, page = _RESTRICTED.get(licence, ("read its terms first", ""))
     is_own = row is None or licence != _spdx(row.licence)
-    licensed = "This projection is" if is_own else "The backbone's weights, on which it builds, are"
-    return f"**Restricted: {allowed}.** {licensed} under {licence}{page and f' ({page})'}."
+    subject = "This projection is"
+    if not is_own:
+        subject = "The backbone's weights, from which it derives, are"
+    return f"**Restricted: {allowed}.** {subject} under {licence}{page and f' ({page})'}."

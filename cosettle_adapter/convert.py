@@ -145,10 +145,7 @@ def convert_checkpoint(
 
 
 def released_projection(row: BackboneRow, options: HubOptions) -> Path:
-    """Return the folder of a row's released projection, converted into the cache on first use.
-
-    Its backbone is compared with the public one only if the cache holds that already.
-    """
+    """Return the folder of a row's released projection, converted into the cache on first use."""
     released = released_checkpoint(row, options)
     folder = released.folder
     if (folder / CONFIG_FILE).is_file():  # written last

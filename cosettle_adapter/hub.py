@@ -204,8 +204,7 @@ def load_parts(
 ) -> tuple[Backbone, Projection, Path | None]:
     """Load a backbone and its projection, with the arguments of ``from_pretrained``.
 
-    The third result is the backbone's file if it is stored with the projection and has no public
-    source.
+    The third result is the file of a backbone that has no public source.
     """
     if recipe not in (None, RECIPE):  # before anything is downloaded
         raise ValueError(f"unknown recipe {recipe!r}; expected {RECIPE} or None")
@@ -229,8 +228,8 @@ def load_parts(
     config, file = loaded.config, stored_backbone(folder)
     if recipe not in (None, config.recipe):
         raise ValueError(
-            f"the projection of {name} was fitted by recipe {config.recipe}, expected {recipe}; "
-            "projection='fit' fits one by that recipe"
+            f"the projection of {name} has recipe {config.recipe} in its config, expected "
+            f"{recipe}; projection='fit' fits one by that recipe"
         )
     # For a projection in the package the revision is the backbone's.
     if published and folder != bundled_folder(config.backbone):

@@ -65,16 +65,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _read_pickle(path: Path) -> Checkpoint:
-    """Read a PyTorch checkpoint with PyTorch's restricted unpickler.
-
-    It accepts tensors and plain containers, here also ``argparse.Namespace``, in which many
-    training codes save their arguments.
-    """
+    """Read a PyTorch checkpoint with the restricted unpickler, which executes no code."""
     try:
         mapped = zipfile.is_zipfile(path)
         if tarfile.is_tarfile(path) or (mapped and _is_torchscript(path)):
             raise RuntimeError("it is a TorchScript or tar archive, which may execute code")
-        # Safe globals are shared by all threads, so only one loads at a time.
+        # Many training codes save their arguments as a Namespace. Safe globals are shared by all
+        # threads, so only one thread loads at a time.
         with _LOADING, torch.serialization.safe_globals([argparse.Namespace]):
             # Memory mapping avoids reading the optimizer's state.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -112,12 +109,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _read_onnx(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a DINOv2 encoder exported from ``transformers``, under its names there.
-
-    The exporter keeps the names of parameters it did not change and renames those it transposed or
-    folded (``onnx::MatMul_123``). The graph identifies the latter: the name of a ``MatMul`` node
-    contains that of the linear layer, and the renamed constants of three dimensions are positions.
-    """
+    """Read the weights of a DINOv2 encoder exported from ``transformers``, under those names."""
     onnx = require("onnx", extra="export", purpose="reading the package-index copy of a backbone")
     try:
         graph = onnx.load(str(path)).graph
@@ -131,6 +123,8 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
     positions: dict[str, Tensor] = {}
     for name in [name for name in constants if name.startswith(_EXPORTED)]:
         named[name.removeprefix(_EXPORTED)] = constants.pop(name)
+    # Parameters that the exporter transposed or folded have new names (``onnx::MatMul_123``): a
+    # MatMul node contains the linear layer's name, and constants of three dimensions are positions.
     for node in graph.node:
         for name in constants.keys() & set(node.input):
             if layer := _EXPORTED_LINEAR.fullmatch(node.name):

@@ -121,10 +121,7 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
 
 
 def _feature_map_tensors(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
-    """Select the tensors that feature maps need, without heads and final norms.
-
-    timm's ``checkpoint_filter_fn`` renames those of other authors and of earlier timm versions.
-    """
+    """Select the tensors that feature maps need, renamed by timm's ``checkpoint_filter_fn``."""
     whole, expected = meta_model(row, whole=True), meta_model(row).state_dict().keys()
     first = next(iter(expected))
     prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
@@ -194,11 +191,7 @@ def _convert_linear(
 
 
 def _fit_positions(tensors: Tensors, row: BackboneRow) -> None:
-    """Convert a file's positions to the shape that timm stores.
-
-    With registers, timm stores positions of patches only, and that of the class token is added to
-    the token. A square grid is resized to the row's if its authors do so when loading.
-    """
+    """Convert a file's positions to timm's shape, resized if the row's authors do so on loading."""
     positions = tensors.get("pos_embed")
     if positions is None or positions.ndim != 3:
         return
@@ -206,7 +199,7 @@ def _fit_positions(tensors: Tensors, row: BackboneRow) -> None:
     side = math.isqrt(positions.shape[1] - prefix)
     if prefix + side * side != positions.shape[1]:
         return
-    if prefix and "reg_token" in tensors:
+    if prefix and "reg_token" in tensors:  # with registers, timm stores positions of patches only
         tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
         tensors["pos_embed"] = positions[:, 1:]
     elif row.load_interpolation is not None:

@@ -177,8 +177,7 @@ def _read(
 def released_checkpoint(row: BackboneRow, options: HubOptions) -> Release:
     """Return the verified checkpoint that the paper's authors released for a row.
 
-    It is found in the repository's listing at the requested revision. Offline, or if the Hub does
-    not answer, an earlier download is used.
+    Offline, or if the Hub does not answer, an earlier download is used.
     """
     try:
         if options.offline:

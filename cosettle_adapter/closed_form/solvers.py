@@ -127,9 +127,9 @@ def surrogate(
     The surrogate is ``E |W (x1 - x2)|^2 + lambda E |W x + b - (x - m)|^2``: consistency of
     corresponding patches plus fidelity to the centred tokens. The optimal bias is ``b = -W m``.
     With ``E (x1 - x2)(x1 - x2)' = 2 S`` it equals ``2 tr(W S W') + lambda tr((W - I) T (W - I)')``,
-    whose derivative ``4 W S + 2 lambda (W - I) T`` is zero there. A direction whose share of temporal variance is
-    s (as in :func:`soft_threshold`) has gain ``lambda / (2 s + lambda)``.
-    ``strength`` is lambda, the weight of fidelity; infinity only centres.
+    whose derivative ``4 W S + 2 lambda (W - I) T`` is zero there. A direction with temporal share s
+    (:func:`soft_threshold`) has gain ``lambda / (2 s + lambda)``. ``strength`` is lambda, the
+    weight of fidelity; infinity only centres.
     """
     if not strength > 0:
         raise ValueError(f"strength must be positive, got {strength}")
@@ -261,11 +261,9 @@ def _spectral(
 def _generalised(
     statistics: TokenStatistics, gain: Callable[[Tensor], Tensor], nuisance: Nuisance
 ) -> AffineMap:
-    """Scale the generalised eigenvectors ``S v = s T v`` by ``gain(s)``, in token coordinates.
-
-    With ``T = E D E'`` and ``D^-1/2 E' S E D^-1/2 = U diag(s) U'`` that is ``E D^1/2 U diag(g) U'
-    D^-1/2 E'``. Directions without variance, where s would be 0 / 0, stay unchanged.
-    """
+    """Scale the generalised eigenvectors ``S v = s T v`` by ``gain(s)``, in token coordinates."""
+    # With T = E D E' and D^-1/2 E' S E D^-1/2 = U diag(s) U', this is
+    # E D^1/2 U diag(g) U' D^-1/2 E'. Directions without variance stay unchanged.
     noise = nuisance_covariance(statistics, nuisance)
     values, vectors = torch.linalg.eigh(statistics.covariance)
     kept = values > values[-1].clamp_min(0) * len(values) * 1e-12

@@ -156,10 +156,7 @@ class TokenStatistics:
 
     @property
     def intra_covariance(self) -> Tensor:
-        """Covariance ``(C, C)`` of a patch around its own mean over neighbouring frames.
-
-        It is half the mean outer product of differences.
-        """
+        """Covariance ``(C, C)`` of a patch around its own mean over neighbouring frames."""
         self._require("pairs", "corresponding pairs")
         return self._get("differences") / (2 * self._get("pairs"))
 

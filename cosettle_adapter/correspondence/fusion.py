@@ -38,8 +38,8 @@ from cosettle_adapter.errors import GeometryError
 
 FusionMode = Literal["symmetric", "causal"]
 
-# Chosen by label propagation on 25 DAVIS sequences. Shares from 0.5 to 0.75 differ only by noise, as
-# do windows of two and three frames; two cost less.
+# Chosen by label propagation on 25 DAVIS sequences. Shares from 0.5 to 0.75 differ only by noise,
+# as do windows of two and three frames; two cost less.
 SHARE = 0.5
 MATCHES = 5
 TEMPERATURE = 0.1

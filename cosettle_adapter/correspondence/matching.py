@@ -21,10 +21,7 @@ def each_map(features: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def unit_map(features: Tensor) -> Tensor:
-    """Return a map ``(C, h, w)`` or ``(1, C, h, w)`` as ``(C, h, w)`` with patches of unit length.
-
-    The dtype is at least float32; zero patches stay zero.
-    """
+    """Return a map ``([1,] C, h, w)`` as ``(C, h, w)`` with unit patches, at least in float32."""
     if features.ndim == 4 and len(features) == 1:
         features = features[0]
     if features.ndim != 3 or features.numel() == 0 or not features.is_floating_point():

@@ -111,8 +111,8 @@ class LabelPropagator:
                 "them to the grid of the features and call .float()"
             )
         self._first_labels = first_labels.clone()
-        # Patches are (long, short, C) of unit length, the grid's longer side first: bands split that
-        # side, along which the radius excludes the most. Labels are (long short, K).
+        # Patches are (long, short, C) of unit length, the grid's longer side first: bands split
+        # that side, along which the radius excludes the most. Labels are (long short, K).
         self._first: Tensor | None = None
         self._recent: collections.deque[tuple[Tensor, Tensor]] = collections.deque(
             maxlen=self.protocol.context
@@ -240,10 +240,7 @@ def propagate_labels(
 def _locality_mask(
     protocol: PropagationProtocol, queries: range, keys: range, short: int, like: Tensor
 ) -> Tensor:
-    """Mask ``(queries * short, keys * short)``: 0 within the neighbourhood and -inf elsewhere.
-
-    ``queries`` and ``keys`` are ranges of grid lines with ``short`` patches each.
-    """
+    """Mask ``(queries * short, keys * short)``: 0 within the neighbourhood and -inf elsewhere."""
     along, across = patch_distances(queries, keys, short, like.device)
     if protocol.neighbourhood == "disk":
         near = along.square() + across.square() < protocol.radius**2
@@ -254,11 +251,9 @@ def _locality_mask(
 
 
 def _topk_of_lines(blocks: Tensor, short: int, k: int) -> tuple[Tensor, Tensor]:
-    """Top-k values and indices ``(q, k)`` over the ``f n`` patches of ``(f, q, n)`` blocks.
-
-    Exact: the k best patches lie in the k lines (of ``short`` patches) with the highest maxima, and
-    a maximum is much cheaper than a sort. The result has fewer columns if there are fewer patches.
-    """
+    """Top-k values and indices ``(q, k)`` over the ``f n`` patches of blocks ``(f, q, n)``."""
+    # The k best patches lie in the k lines with the highest maxima, and maxima are much cheaper
+    # than a sort.
     frames, _, n = blocks.shape
     if frames * n // short <= 2 * k:
         values, index = rearrange(blocks, "f q n -> q (f n)").topk(min(k, frames * n), dim=1)
