@@ -152,10 +152,7 @@ class CoSettleAdapter(FeatureModel):
         return cls(backbone, identity_projection(backbone, layer=layer, norm=norm))
 
     def without_projection(self) -> CoSettleAdapter:
-        """Return an adapter whose features are the tokens that this projection reads.
-
-        It shares the backbone.
-        """
+        """Return an adapter of the tokens that this projection reads, with the same backbone."""
         config = dataclasses.replace(
             self.config,
             kind="identity",
@@ -343,7 +340,7 @@ def _fused(
     try:
         for chunk, guide in chunks:
             ready.extend(fusion.push(chunk.features, guide))
-            # the unfused features are no longer needed; drop them to free memory
+            # without the unfused features, to free their memory
             waiting.append(dataclasses.replace(chunk, features=chunk.features.new_empty(0)))
             yield from complete()
     except TruncatedVideoError as error:

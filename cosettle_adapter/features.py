@@ -31,10 +31,7 @@ class FeatureModel(nn.Module):
         *,
         allow_mismatched_backbone: bool = False,
     ) -> None:
-        """Combine a projection with its backbone; another one is a :class:`BackboneMismatchError`.
-
-        ``allow_mismatched_backbone`` accepts any backbone with the same number of channels.
-        """
+        """Combine a projection with its backbone; another one is a BackboneMismatchError."""
         super().__init__()
         config = projection.config
         width = sum(backbone.widths[backbone.block(layer)] for layer in config.layers)

@@ -28,18 +28,14 @@ _MIN_VARIANCE = 1e-8  # of tokens, relative to their mean square
 
 
 def read_layers(backbone: Backbone, clips: Iterable[RenderedClip]) -> tuple[int, ...]:
-    """Choose the layers to read by how well they match patches of known motion.
-
-    Of the layers within 3 % of the best match rate the last is read, because later layers are more
-    semantic, and with it the layers a sixth of the depth before and after, if they match at least
-    two thirds as well. The first and the last frame of each clip are matched.
-    """
+    """Choose the layers to read by how well they match the first and last frames of clips."""
     layers = range(backbone.depth)
     rates = torch.zeros(backbone.depth, dtype=torch.float64)
     for clip in clips:
         maps = _encoded(clip.frames[[0, -1]], backbone, layers)
         for layer, tokens in zip(layers, maps, strict=True):
             rates[layer] += _match_rate(tokens, clip)
+    # Of equally good layers the last one is the most semantic.
     best = int((rates >= _BEST * rates.max()).nonzero()[-1])
     step = max(1, round(backbone.depth / 6))
     near = [layer for layer in (best - step, best, best + step) if layer in layers]
@@ -67,17 +63,8 @@ def fit_starter(
 ) -> Projection:
     """Fit a projection on the starter corpus, deterministically.
 
-    The layers of :func:`read_layers` are centred, each divided by its standard deviation,
-    concatenated and rotated to their principal axes; each patch is then averaged with its
-    neighbours.
-
-    Args:
-        backbone: in float32 at its native stride; a ValueError otherwise.
-        start: statistics of the first clips, from an interrupted fit.
-        on_clip: called after each clip with the statistics so far.
-
-    Raises:
-        StatisticsError: features that are all equal or not finite.
+    ``start`` are statistics of the first clips, from an interrupted fit; ``on_clip`` is called
+    after each clip with the statistics so far.
     """
     row = backbone.row
     if backbone.dtype != torch.float32 or backbone.stride != backbone.patch:

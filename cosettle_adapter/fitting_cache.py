@@ -40,9 +40,7 @@ def fitted_projection(
 ) -> Projection:
     """Return a backbone's projection from the cache, or fit and cache it.
 
-    Of several processes one fits and the others wait; an interrupted fit resumes. If the cache is
-    not writable, the projection is fitted in memory, with a warning. ``native`` loads the backbone
-    in float32 at its native stride, in case ``backbone`` has another dtype or stride.
+    ``native`` loads the backbone in float32 at its native stride, if a fit needs that.
     """
     name = backbone.row.name
     folder = cache_folder(name, backbone.fingerprint, options)

@@ -127,11 +127,7 @@ def is_repository(name: str) -> bool:
 
 
 def find_projection(name: str | Path, options: HubOptions) -> Path:
-    """Return the folder of a projection given by model name, folder or Hub repository.
-
-    A registered name takes precedence over a folder of that name (``./name``), a folder over a
-    repository ``owner/name``. Errors are those of ``from_pretrained``.
-    """
+    """Return the folder of a projection given by model name, folder or repository."""
     if isinstance(name, str) and is_backbone_name(name):
         if not is_published(name):
             raise UnknownModelError(
@@ -202,10 +198,7 @@ def load_parts(
     options: HubOptions,
     **loading: Any,
 ) -> tuple[Backbone, Projection, Path | None]:
-    """Load a backbone and its projection, with the arguments of ``from_pretrained``.
-
-    The third result is the file of a backbone that has no public source.
-    """
+    """Load a backbone, its projection, and the backbone's file if it has no public source."""
     if recipe not in (None, RECIPE):  # before anything is downloaded
         raise ValueError(f"unknown recipe {recipe!r}; expected {RECIPE} or None")
     load = functools.partial(load_backbone, str(name), weights=weights, options=options)

@@ -12,10 +12,7 @@ from cosettle_adapter.errors import MissingExtraError
 
 
 def require(module: str, *, extra: str, purpose: str) -> Any:
-    """Import an optional ``module``; the error names the ``extra`` that installs it.
-
-    ``purpose`` is the subject of the error message, such as ``"reading video files"``.
-    """
+    """Import an optional ``module``; the error names its ``purpose`` and ``extra``."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

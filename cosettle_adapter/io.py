@@ -22,12 +22,9 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``final`` and rename it into place when the block succeeds.
-
-    If the block fails (an error, Ctrl-C, a full disk), the temporary file is removed and an earlier
-    ``final`` stays untouched. The suffix is kept, because some writers take the format from it.
-    """
+    """Yield a temporary path; rename it to ``final`` on success and remove it on failure."""
     final.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix is kept, because some writers take the format from it.
     temporary = final.with_name(f".{final.stem}.{secrets.token_hex(8)}.part{final.suffix}")
     # Not by tempfile, which creates private files; here the kernel applies the umask.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -42,11 +39,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, *, refusal: Exception) -> Iterator[None]:
-    """Lock ``folder`` while the block runs; raise ``refusal`` if another process holds the lock.
-
-    The operating system releases the lock when the process ends, even if it is killed. On file
-    systems without locks nothing is locked.
-    """
+    """Lock ``folder`` while the block runs; raise ``refusal`` if another process holds the lock."""
     path = folder / LOCK_FILE
     lock = FileLock(path)
     try:

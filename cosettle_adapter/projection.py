@@ -213,10 +213,7 @@ class Projection(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Projection:
-        """Read a projection that :meth:`save` wrote, in eval mode and without gradients.
-
-        Damaged and missing files are a :class:`ProjectionFormatError`.
-        """
+        """Read what :meth:`save` wrote; damaged or missing files are a ProjectionFormatError."""
         folder = Path(folder)
         config_file, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         for file in (config_file, weights):

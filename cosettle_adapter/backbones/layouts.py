@@ -84,10 +84,7 @@ _LINEAR = re.compile(r"(.*)\.(attn\.qkv|attn\.q|mlp\.up)\.(weight|bias)")
 
 
 def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
-    """Convert a state dict of any known layout to the names and shapes of the row's timm model.
-
-    Loading the result reports tensors that are left over, missing or misshapen.
-    """
+    """Convert a state dict of any known layout to the names and shapes of the row's timm model."""
     if row.kind == "features":
         return _feature_map_tensors(tensors, row)
     expected = meta_model(row).state_dict().keys()

@@ -53,11 +53,7 @@ _IGNORED = {  # without effect on patch tokens at inference; files store sinusoi
 
 
 def open_clip_row(rest: str) -> BackboneRow:
-    """Return the row of ``open_clip:<rest>``.
-
-    Only an architecture without published weights needs no tag. Weights trained with QuickGELU use
-    it even if only the tag says so; open_clip itself runs such a pair with GELU and warns.
-    """
+    """Return the row of ``open_clip:<rest>``; only models without published weights lack a tag."""
     import open_clip  # takes seconds, and only these names need it
 
     name, at, pixels = rest.partition("@")
@@ -79,6 +75,7 @@ def open_clip_row(rest: str) -> BackboneRow:
     elif at:
         raise UnknownModelError(f"all layers of {architecture} have one resolution; omit @{pixels}")
     else:
+        # open_clip itself uses GELU, with a warning, if only the tag says QuickGELU.
         quick_gelu = bool(config.get("quick_gelu") or weights.get("quick_gelu"))
         row, notes = _vit(vision, row_name, quick_gelu=quick_gelu)
     repo, filename = posixpath.split(weights.get("hf_hub") or "")

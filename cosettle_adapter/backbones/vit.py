@@ -123,13 +123,9 @@ def resize_positions(
     prefix: int,
     interpolation: PositionInterpolation,
 ) -> Tensor:
-    """Resize positions ``(1, prefix + h0 * w0, C)`` to another grid, bicubic, in float32.
-
-    The first ``prefix`` positions, of class and register tokens, stay unchanged. Authors differ in
-    details that change features, so ``interpolation`` selects the variant: ``scale+0.1`` as in the
-    official code of DINO, MAE and DINOv2; ``size+antialias`` as in DINOv2 with registers, CLIP,
-    BLIP and timm.
-    """
+    """Resize positions ``(1, prefix + h0 * w0, C)`` to another grid, bicubic, in float32."""
+    # Authors differ in details that change features: scale+0.1 is the official code of DINO, MAE
+    # and DINOv2; size+antialias that of DINOv2 with registers, CLIP and BLIP, and timm's default.
     positions = positions.float()
     if grid == source_grid:
         return positions

@@ -175,10 +175,7 @@ def _read(
 
 
 def released_checkpoint(row: BackboneRow, options: HubOptions) -> Release:
-    """Return the verified checkpoint that the paper's authors released for a row.
-
-    Offline, or if the Hub does not answer, an earlier download is used.
-    """
+    """Return the verified checkpoint that the paper's authors released for a row."""
     try:
         if options.offline:
             raise ConnectionError("the Hub is not used offline")
@@ -186,7 +183,7 @@ def released_checkpoint(row: BackboneRow, options: HubOptions) -> Release:
         info = api.model_info(OFFICIAL_REPOSITORY, revision=options.revision)
         listed = [sibling.rfilename for sibling in info.siblings or ()]
     except Exception as error:  # exceptions of the client's transport differ by version
-        options = dataclasses.replace(options, local_files_only=True)
+        options = dataclasses.replace(options, local_files_only=True)  # use an earlier download
         try:
             snapshot = snapshot_download(
                 OFFICIAL_REPOSITORY,

@@ -158,11 +158,9 @@ def temporal_fusion(
 
 
 def fusion_guide(tokens: Tensor, widths: Sequence[int]) -> Tensor:
-    """Return maps to find matches in: the middle layer of tokens ``(T, C, h, w)``, centred.
-
-    One layer gives better matches than all layers together. Centring helps because the mean, half
-    of the tokens' power, makes all patches similar. ``widths`` are the layers' channels.
-    """
+    """Return maps to find matches in: the middle layer of tokens ``(T, C, h, w)``, centred."""
+    # One layer gives better matches than all layers together. The mean is half of the tokens' power
+    # and makes all patches similar.
     guide = torch.split(tokens, list(widths), dim=1)[len(widths) // 2]
     return guide - reduce(guide, "t c h w -> t c 1 1", "mean")
 

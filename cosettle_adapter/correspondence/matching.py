@@ -37,10 +37,9 @@ def unit_map(features: Tensor) -> Tensor:
 def patch_distances(
     lines: range, others: range, short: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return distances between the patches of two ranges of lines: in lines, and within a line.
+    """Return distances between patches of two ranges of lines of ``short`` patches.
 
-    Shapes are ``(lines, 1, others, 1)`` and ``(1, short, 1, short)``, with ``short`` patches per
-    line.
+    In lines, ``(lines, 1, others, 1)``, and within a line, ``(1, short, 1, short)``.
     """
     first, second, patch = (
         torch.arange(r.start, r.stop, device=device) for r in (lines, others, range(short))

@@ -48,10 +48,9 @@ def starter_clips(size: tuple[int, int], *, skip: int = 0) -> Iterator[RenderedC
 def known_correspondences(
     clip: RenderedClip, frame: int, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the corresponding patches of frame 0 and another frame, from the known motion.
+    """Return the numbers ``(M,)`` int64 of corresponding patches in frame 0 and in ``frame``.
 
-    ``grid`` (h, w) divides the frames evenly. Returns patch numbers ``(M,)`` int64, row by row: of
-    frame 0, and of the patches in ``frame`` that their centres move to, if visible there.
+    They are the patches of frame 0 whose centres are visible in ``frame``, and those they move to.
     """
     patch = torch.tensor([clip.frames.shape[-1] / grid[1], clip.frames.shape[-2] / grid[0]])
     axes = torch.meshgrid(torch.arange(grid[1]), torch.arange(grid[0]), indexing="xy")
