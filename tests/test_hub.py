@@ -89,7 +89,7 @@ def test_a_registered_name_comes_before_a_folder_and_the_hub(
         (Path("nowhere"), ProjectionFormatError, "nowhere is not a folder"),
         ("mae-vitb61", UnknownModelError, "neither a registered model.*Did you mean 'mae-vitb16'"),
         ("us er/a", UnknownModelError, "neither a registered model"),
-        ("user/nothing", WeightsUnavailableError, r"no config\.json from the Hub repository"),
+        ("user/nothing", WeightsUnavailableError, r"config\.json of the Hub repository"),
     ],
 )
 def test_names_that_lead_nowhere(
@@ -163,7 +163,7 @@ def test_a_pickle_is_never_fetched(hub: FakeHub, first: Projection, config: bool
     if config:
         hub.put("user/old", "config.json", first.config.to_json().encode())
     missing = WEIGHTS if config else "config.json"
-    with pytest.raises(WeightsUnavailableError, match=f"no {missing} from the Hub repository"):
+    with pytest.raises(WeightsUnavailableError, match=f"{missing} of the Hub repository"):
         loaded("user/old")
     assert not [path for path in hub.asked() if path.endswith(".bin")]
 
