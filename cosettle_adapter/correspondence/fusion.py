@@ -261,9 +261,9 @@ def _match(here: Tensor, there: Tensor) -> tuple[_Matches, _Matches]:
         forth.append(block.topk(k, dim=1))
         cosine, index = block.T.contiguous().topk(min(k, len(block)), dim=1)
         back.append((cosine, index + start))
-    cosine, index = (torch.cat(each, dim=1) for each in zip(*back, strict=True))
+    cosine, index = (torch.cat(parts, dim=1) for parts in zip(*back, strict=True))
     cosine, chosen = cosine.topk(k, dim=1)
-    matches = _Matches(*(torch.cat(each) for each in zip(*forth, strict=True)))
+    matches = _Matches(*(torch.cat(parts) for parts in zip(*forth, strict=True)))
     return matches, _Matches(cosine, index.gather(1, chosen))
 
 
