@@ -64,7 +64,7 @@ def fitted_projection(
         except OSError as error:
             if writable:
                 logger.warning(
-                    "the cache %s is not writable, so the projection is fitted in memory, and "
+                    "cannot write to the cache %s, so the projection is fitted in memory, and "
                     "again by the next process: %s",
                     folder,
                     error,
@@ -123,6 +123,6 @@ def _cached(folder: Path, fingerprint: str) -> Projection | None:
             return None
         cached = Projection.load(folder)
     except (ProjectionFormatError, OSError) as error:
-        logger.warning("%s is damaged, so the projection is fitted again: %s", folder, error)
+        logger.warning("cannot read the projection in %s, so it is fitted again: %s", folder, error)
         return None
     return cached if cached.config.fingerprint == fingerprint else None
