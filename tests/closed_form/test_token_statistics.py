@@ -46,7 +46,7 @@ def collect(clips: Sequence[torch.Tensor]) -> TokenStatistics:
 
 
 def assert_same(first: TokenStatistics, second: TokenStatistics, *, atol: float = 1e-10) -> None:
-    for name in ("tokens", "pairs", "clips", "views"):
+    for name in ("tokens", "pairs", "clips"):
         assert getattr(first, name) == getattr(second, name), name
     for name in COVARIANCES:
         found, expected = getattr(first, name), getattr(second, name)
