@@ -251,7 +251,5 @@ def test_what_open_clip_does_not_have_is_said(name: str, message: str) -> None:
 )
 def test_towers_timm_cannot_express(small: Changes, changes: dict[str, Any], named: str) -> None:
     small(**changes)
-    with pytest.raises(
-        UnknownModelError, match=rf"ViT-B-16/openai is not supported: timm has no model .*{named}"
-    ):
+    with pytest.raises(UnknownModelError, match=rf"ViT-B-16/openai is not supported: .*{named}"):
         resolve("ViT-B-16/openai")

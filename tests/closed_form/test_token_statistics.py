@@ -117,9 +117,7 @@ def test_tensors_of_something_else_are_refused() -> None:
         TokenStatistics.from_tensors({"weight": torch.zeros(3)})
     tensors = collect(random_clips(2)).to_tensors()
     tensors["outer"] = torch.zeros(2, 2)
-    with pytest.raises(
-        StatisticsError, match=r"outer has shape \(2, 2\), expected \(3, 3\) at width 3"
-    ):
+    with pytest.raises(StatisticsError, match=r"outer has shape \(2, 2\), expected \(3, 3\)"):
         TokenStatistics.from_tensors(tensors)
     with pytest.raises(ValueError, match="statistics of 4 channels, expected 3"):
         TokenStatistics(3).merge(TokenStatistics(4))
