@@ -57,7 +57,7 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(
     (workplace / "model.pt2").write_bytes(b"an earlier one")
     arguments = ["--size", "64", "64", "-o", "model.pt2", "--no-check"]
     assert export(*arguments) == 1
-    assert "model.pt2 is there already; give --overwrite" in capsys.readouterr().err
+    assert "model.pt2 exists already; give --overwrite" in capsys.readouterr().err
     assert (workplace / "model.pt2").read_bytes() == b"an earlier one"
     assert export(*arguments, "--overwrite") == 0
     assert (workplace / "model.pt2").stat().st_size > 1000
