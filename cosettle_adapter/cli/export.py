@@ -51,7 +51,9 @@ def export(
         overwrite: replace an existing file.
     """
     if output.suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"got {output}, expected a file name in .onnx or .pt2 (torch.export)")
+        raise ValueError(
+            f"got {output}, expected an output file with the suffix .onnx or .pt2 (torch.export)"
+        )
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists already; give --overwrite to replace it")
     if no_check and check_on is not None:

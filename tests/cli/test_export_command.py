@@ -76,8 +76,8 @@ def test_a_missing_extra_is_told_before_a_model_is_loaded(
     ("arguments", "told"),
     [
         (["--size", "65", "64", "-o", "model.pt2"], "the nearest size that does is 64 x 64"),
-        (["--size", "64", "64", "-o", "model.trt"], ".onnx or .pt2 (torch.export); got model.trt"),
-        (["--size", "64", "64", "-o", "."], "the output's suffix"),
+        (["--size", "64", "64", "-o", "model.trt"], "got model.trt, expected an output file"),
+        (["--size", "64", "64", "-o", "."], "with the suffix .onnx or .pt2"),
         (
             ["--size", "64", "64", "-o", "model.pt2", "--check-on", "a.mp4", "--no-check"],
             "contradict each other",
