@@ -54,7 +54,7 @@ def test_one_bad_clip_does_not_lose_the_others() -> None:
         (
             "0.png 1.jpg 1.png",
             "0.png",
-            r"several files for the same frame, such as 1.jpg; keep one",
+            r"several files for the same frame, such as 1.jpg;",
         ),
     ],
 )

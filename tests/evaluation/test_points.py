@@ -235,7 +235,7 @@ def test_wrong_arrays_say_what_was_expected() -> None:
         (
             pck,
             (lost, gt),
-            "gt has a position that counts and is not finite; correct it, or mark it",
+            "gt has a position that counts and is not finite; correct it, or",
         ),
         (badja_accuracy, (lost, gt, seen, [1, 1]), "gt has a position that counts and is not"),
         (tapvid_metrics, (query, ~seen, lost, seen, gt), "gt_tracks has a position that counts"),
