@@ -62,8 +62,7 @@ class TrainOptions:
         data: folders, lists, patterns or WebDataset shards of videos.
         output: folder to write.
         resume: continue the run in this folder (by default that of -o) with its original options;
-            options given anew override them, except those that change the result, which are an
-            error.
+            other options given here override them, but must not change the result.
         overwrite: delete an existing run in the output folder.
         validation: videos to measure after each epoch; the projection that scores best on them is
             kept.

@@ -66,10 +66,6 @@ def classify(
     Returns:
         Predictions by variant, then by method: ``5-NN`` and so on, and ``linear probe`` if there
         are at least two classes.
-
-    Raises:
-        FrameError: a class has a single readable video, or a part of the split lacks videos.
-        ValueError: a k is below 1.
     """
     videos = pooled.videos
     train, val = split_videos(videos, seed=seed)
@@ -100,12 +96,9 @@ def classify(
 
 
 def split_videos(videos: Sequence[LabelledVideo], *, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Return the rows of the training videos and of the test videos.
+    """Return the rows of the training and of the test videos, by the folder's split if it has one.
 
-    A given split is kept. Otherwise a quarter of each class is tested, see :func:`held_out`.
-
-    Raises:
-        FrameError: a class has no video to train on or none to test on.
+    Otherwise a quarter of each class is tested, see :func:`held_out`.
     """
     labels = [video.label for video in videos]
     given = any(video.part for video in videos)
@@ -127,10 +120,9 @@ def split_videos(videos: Sequence[LabelledVideo], *, seed: int = 0) -> tuple[lis
 
 
 def held_out(names: Sequence[str], labels: Sequence[str], *, share: float, seed: int) -> list[int]:
-    """Choose about ``share`` of the rows of every class, at least one and never all.
+    """Choose about ``share`` of the rows of every class: at least one, never all, none of one row.
 
-    A class with a single row gives none. The choice depends on names and seed alone, not on order
-    or platform, and adding or removing a video changes it little.
+    The choice depends on names and seed alone, and adding or removing a video changes it little.
     """
     by_label: defaultdict[str, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):
@@ -230,10 +222,6 @@ def retrieve(pooled: PooledVideos, *, ks: Sequence[int] = (1, 5, 10)) -> dict[st
     precision down to their rank. If the folder has a split, videos of ``val`` search those of
     ``train``; otherwise each searches all others. Of equally near videos the earlier comes first.
     Centred features are the raw ones minus the mean of the videos searched.
-
-    Raises:
-        FrameError: no query has another video of its class to find.
-        ValueError: a k is below 1.
     """
     if not ks or min(ks) < 1:
         raise ValueError(f"got ks={tuple(ks)}, expected ranks of at least 1")

@@ -38,12 +38,8 @@ class Segment(NamedTuple):
 def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
     """Read a CSV file with the header ``video,start,end,label``, times in seconds.
 
-    Other columns and blank lines are ignored. Segments are sorted by video, in order of first
-    occurrence, then by start.
-
-    Raises:
-        FrameError: the file does not exist or has no segments, a row is invalid, or segments of
-            different labels overlap.
+    Other columns and blank lines are ignored; segments of different labels must not overlap. They
+    are returned sorted by video, in order of first occurrence, then by start.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -82,9 +78,6 @@ def localise(
 
     Returns:
         Predictions for all frames by variant of features, then by k.
-
-    Raises:
-        FrameError: no frame lies within a segment, or only one video shows a label.
     """
     runs = [
         (row, label, frames)

@@ -220,9 +220,6 @@ def evaluate_representation(
     ``videos`` are files or folders of images. Of the variants that need a whole clip only the
     centred features are measured. ``on_video`` is called with the number of videos done and the
     number of all.
-
-    Raises:
-        FrameError: no video could be used.
     """
     settings = settings or RepresentationSettings()
     variants = variants or feature_variants(adapter)
@@ -301,9 +298,9 @@ def _diameter(centred: Tensor) -> float:
 
 
 def _steps(frames: Tensor) -> Tensor:
-    """Return ``(T - 1, N)`` Euclidean distances of patches to the nearest in the next frame.
+    """Return ``(T - 1, N)`` distances of centred patches to the nearest in the next frame.
 
-    ``frames`` are ``(T, N, C)`` and centred, because a large common offset would cost precision.
+    Without centring, a large common offset would cost precision.
     """
     distances = []
     for here, there in pairwise(frames):

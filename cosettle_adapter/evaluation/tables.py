@@ -61,10 +61,7 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def gain(result: Evaluation, variant: str, against: Mapping[str, str]) -> Gain:
-    """Return the gain of a variant in the first measure over the variant ``against[clip]``.
-
-    Clips that lack either variant do not count.
-    """
+    """Return the gain of a variant in the first measure over the variant ``against[clip]``."""
     scores = {other: result.first(other) for other in {*against.values()}}
     differences = {
         clip: value - scores[against[clip]][clip]
@@ -148,18 +145,13 @@ def result_notes(result: Evaluation) -> Iterator[str]:
             yield f"best layer: {next(iter(best.values()))}; chosen on these clips"
     gaps = " / ".join(map(str, GAPS))
     by = settings["drift"]
-    yield (
-        f"drift: distance of corresponding patches over distance of all, {gaps} frames apart, by "
-        f"{by}"
-    )
+    yield f"drift: distance of corresponding over all patches, {gaps} frames apart, by {by}"
     for variant in result.total:
         if variant.startswith(("raw ", "centred")) and "fused" not in variant:
             continue  # a baseline
         last, layer = gain(result, variant, raw), gain(result, variant, best)
-        yield (
-            f"{variant}: worst clip over raw last: {last.clip}; over best layer: "
-            f"{layer.clip or '-'}"
-        )
+        worst = f"over raw last: {last.clip}; over best layer: {layer.clip or '-'}"
+        yield f"{variant}: worst clip {worst}"
     sizes = sorted({" x ".join(map(str, clip.size)) for clip in result.clips.values()})
     yield f"frames encoded at {', '.join(sizes)}"
     yield ", ".join(f"{key} {settings[key]}" for key in _SHOWN if settings.get(key) is not None)

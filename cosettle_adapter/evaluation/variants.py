@@ -211,10 +211,9 @@ def compare_features(
     on_frames: Callable[[int], None] = lambda done: None,
     variants: Sequence[FeatureVariant] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a clip's features ``(T, C, h, w)`` by name of the variant.
+    """Return a clip's features ``(T, C, h, w)`` by variant; frames are ``(T, 3, H, W)`` uint8.
 
-    ``frames`` are ``(T, 3, H, W)`` uint8, the default variants those of
-    :func:`feature_variants`; ``on_frames`` is called with the number of frames done.
+    ``on_frames`` is called with the number of frames done.
     """
 
     def batches() -> Iterator[Tensor]:

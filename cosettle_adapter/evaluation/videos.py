@@ -47,9 +47,6 @@ def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
 
     A video is a video file or a folder of images. If ``train`` and ``val`` are the only folders
     of ``root``, each is a folder of classes. Videos are sorted by name.
-
-    Raises:
-        FrameError: there are no classes, or a class has no videos.
     """
     root = data_folder(Path(root), "a folder of <class>/<video>")
     if {folder.name for folder in _folders(root)} == {"train", "val"}:
@@ -116,10 +113,9 @@ def encode_videos(
 def pool_videos(
     adapter: CoSettleAdapter, videos: Sequence[LabelledVideo], *, frames: int = 16, **options: Any
 ) -> PooledVideos:
-    """Encode videos into one feature each, the mean over patches and frames.
+    """Encode videos into one feature each, from about ``frames`` evenly spread frames.
 
-    About ``frames`` frames are spread evenly over each video; options and errors are those of
-    :func:`encode_videos`.
+    Options are those of :func:`encode_videos`.
     """
     by_name = {video.name: video for video in videos}
     paths = {name: video.path for name, video in by_name.items()}
@@ -164,12 +160,7 @@ def frames_of(
 def each_readable(
     names: Sequence[str], read: Callable[[str], Result], on_video: Callable[[int, int], None]
 ) -> tuple[list[Result], dict[str, str]]:
-    """Read videos one by one; return the results, and the reason for each unreadable video.
-
-    Raises:
-        MissingExtraError: a package is missing.
-        FrameError: ``names`` is empty, or none of the videos could be read.
-    """
+    """Read videos one by one; return the results, and the reason for each unreadable video."""
     results, skipped = [], {}
     for done, name in enumerate(names, start=1):
         try:
