@@ -61,7 +61,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_files(
     assert names(tmp_path / "out") == [f"{n}.npy{s}" for n in "abc" for s in ("", ".json")]
     (videos / "bad.mp4").unlink()
     assert main(command) == 0
-    assert "3 there already" in capsys.readouterr().out
+    assert "3 existing" in capsys.readouterr().out
     assert main([*command, "--overwrite"]) == 0
     assert "3 written" in capsys.readouterr().out
 

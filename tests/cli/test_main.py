@@ -32,6 +32,11 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert "``" not in printed
 
 
+def test_the_help_of_a_command_is_its_whole_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    assert "An interrupted run continues with --resume DIR" in capsys.readouterr().out
+
+
 def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--jsn"]) == 2
     assert "Did you mean --json?" in capsys.readouterr().err
