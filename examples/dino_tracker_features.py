@@ -1,13 +1,13 @@
-"""Features of this package in an unmodified checkout of DINO-Tracker.
+"""Write features of this package for an unmodified checkout of DINO-Tracker.
 
     git clone https://github.com/AssafSinger94/dino-tracker
     python examples/dino_tracker_features.py \\
         --repo dino-tracker --data dino-tracker/dataset/horsejump
 
-It makes a copy of the clip's folder (frames and masks linked) with the features in the file where
-DINO-Tracker looks for its own, and prints what is left to run in DINO-Tracker's environment, which
-needs a GPU; this script does not, and imports nothing of the checkout. `--raw` writes what the
-projection reads of the frozen backbone in the same way, to compare with.
+The script copies the clip's folder (frames and masks are links), writes the features to the file
+that DINO-Tracker reads, and prints the commands to run in DINO-Tracker's environment. Those need a
+GPU; this script does not, and it imports nothing from the checkout. For comparison, `--raw` writes
+the frozen tokens that the projection reads.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from cosettle_adapter.video.arrays import image_to_frame
 
 CONFIGS = ("config/preprocessing.yaml", "config/train.yaml")
 FEATURES = "dino_embeddings/dino_embed_video.pt"
-USUAL_LENGTH = 32.0  # of a token of 1024 channels behind a layer norm, as of its own features
+USUAL_NORM = 32.0  # of a token of 1024 channels after a layer norm, as in DINO-Tracker's features
 
 MASKS = """\
-# foreground masks, made of its own DINOv2 features
+# foreground masks from DINO-Tracker's own DINOv2 features
 python preprocessing/save_dino_embed_video.py --config "$BEFORE" --data-path "$DATA" --for-mask
 python preprocessing/create_fg_mask.py --h {video_resh} --w {video_resw} \\
   --dino-embed-video-path "$DATA/dino_embeddings/dino_embed_video-layer=23.pt" \\
@@ -61,7 +61,7 @@ TRACKS = """\
 python preprocessing_dino_bb/main_dino_bb_preprocessing.py --config "$BEFORE" --data-path "$DATA"
 # training
 python train.py --config "$AFTER" --data-path "$DATA"
-# tracks of a grid of points, and a film of them
+# tracks of a grid of points, and a video of them
 python inference_grid.py --config "$AFTER" --data-path "$DATA" --use-segm-mask
 python visualization/visualize_rainbow.py --data-path "$DATA" --plot-trails
 """
@@ -81,20 +81,20 @@ def main(
     batch_size: int = 4,
     rescale: bool = True,
 ) -> None:
-    """Write features for DINO-Tracker, and print what is left to run.
+    """Write features for DINO-Tracker, and print the remaining commands.
 
     Args:
-        repo: checkout of DINO-Tracker; only read.
-        data: clip: video/ with frames, perhaps masks/; only read.
-        output: folder to make; by default the clip's name and -cosettle or -raw.
-        stride: pixels a patch; 14 takes a quarter of the space.
+        repo: checkout of DINO-Tracker; read only.
+        data: folder of the clip with video/ (frames) and optionally masks/; read only.
+        output: new folder; by default the clip's name with -cosettle or -raw.
+        stride: pixels between patches; 14 takes a quarter of the disk space.
         model: registered name, Hub repository or folder.
-        raw: the frozen tokens that the projection reads.
-        layer: the tokens of this block of the frozen backbone.
+        raw: write the frozen tokens that the projection reads.
+        layer: write the tokens of this layer of the frozen backbone.
         temporal_fusion: average patches with their matches in neighbouring frames.
-        device: torch device; by default the GPU where there is one.
-        batch_size: frames a forward pass.
-        rescale: give features a usual length: the residual that it adds would swamp short ones.
+        device: torch device; by default a GPU if available.
+        batch_size: frames per forward pass.
+        rescale: scale features to the usual norm, because DINO-Tracker adds a residual to them.
     """
     repo, data = repo.expanduser().resolve(), data.expanduser().resolve()
     kind = "raw" if raw or layer is not None else "cosettle"
@@ -107,14 +107,14 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         adapter = make(device=device, stride=stride)  # patches overlap where they can
-    except GeometryError:  # feature maps have no stride to choose; they are interpolated
+    except GeometryError:  # the stride of feature maps is fixed; they are interpolated
         adapter = make(device=device)
     adapter = adapter.without_projection() if raw else adapter
     dino_tracker.check_adapter(adapter)
     h, w = dino_tracker.cells(stride).grid
     copy.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=copy.parent, prefix=f".{copy.name}.") as temporary:
-        folder = Path(temporary, "folder")  # gets its name when it is whole
+        folder = Path(temporary, "folder")  # renamed when complete
         (folder / FEATURES).parent.mkdir(parents=True)
         for name in ("video", "masks") if masks else ("video",):
             link(data / name, folder / name)
@@ -133,7 +133,7 @@ def main(
                     chunk.features, chunk.geometry, stride=stride, first=chunk.start
                 )
                 if rescale and not chunk.start:
-                    factor = USUAL_LENGTH / float(features[0].norm(dim=0).mean())
+                    factor = USUAL_NORM / float(features[0].norm(dim=0).mean())
                 file.write((factor * features).cpu().numpy().tobytes())
         save_tensor(numbers, folder / FEATURES, (len(frames), CHANNELS, h, w))
         folder.rename(copy)
@@ -143,32 +143,32 @@ def main(
 
 
 def find_inputs(data: Path, copy: Path) -> tuple[list[Path], list[Path]]:
-    """Frames and masks as its `load_video` lists them: `.jpg` and `.png`, sorted as paths."""
+    """List frames and masks as DINO-Tracker does: `.jpg` and `.png`, sorted by path."""
     if copy == data or data in copy.parents or copy.exists():
-        raise DinoTrackerError(f"{copy} exists already, or lies in --data: name another folder")
+        raise DinoTrackerError(f"{copy} exists or lies inside --data; choose another folder")
     frames, masks = (
         sorted([*(data / name).glob("*.jpg"), *(data / name).glob("*.png")])
         for name in ("video", "masks")
     )
     if len(frames) < 2:
         raise DinoTrackerError(
-            f"{data / 'video'} holds {len(frames)} .jpg or .png frames, and tracking needs two. "
-            "DINO-Tracker's preprocessing/mp4_to_frames.py makes such a folder of a film"
+            f"{data / 'video'} holds {len(frames)} .jpg or .png frames, but tracking needs at "
+            "least 2; extract them with DINO-Tracker's preprocessing/mp4_to_frames.py"
         )
     if (data / "masks").exists() and len(masks) != len(frames):
         raise DinoTrackerError(
             f"{data} holds {len(frames)} frames in video/ and {len(masks)} masks in masks/; "
-            "DINO-Tracker wants one mask a frame, or no masks/ at all, and then makes its own"
+            "DINO-Tracker expects one mask per frame, or no masks/, in which case it makes them"
         )
     return frames, masks
 
 
 def tracker_configs(repo: Path, stride: int) -> dict[str, str]:
-    """Its two configs for features at `stride`; what need not change stays byte for byte."""
+    """Adapt DINO-Tracker's two configs to features at `stride`; all other bytes are unchanged."""
     if not all((repo / name).is_file() for name in CONFIGS):
         raise DinoTrackerError(
-            f"{repo} is no checkout of DINO-Tracker, which has {' and '.join(CONFIGS)}: "
-            "git clone https://github.com/AssafSinger94/dino-tracker"
+            f"{repo} is not a checkout of DINO-Tracker: expected {' and '.join(CONFIGS)}; get it "
+            "with git clone https://github.com/AssafSinger94/dino-tracker"
         )
     size = {"video_resh": FRAME[0], "video_resw": FRAME[1]}
     before = {**size, "dino_stride": stride}
@@ -182,7 +182,7 @@ def tracker_configs(repo: Path, stride: int) -> dict[str, str]:
 
 
 def read_text(path: Path) -> str:
-    return path.read_bytes().decode()  # with the line ends that it has
+    return path.read_bytes().decode()  # keeps line ends
 
 
 def find_value(text: str, key: str) -> re.Match[str]:
@@ -190,8 +190,8 @@ def find_value(text: str, key: str) -> re.Match[str]:
     found = list(re.finditer(pattern, text, flags=re.MULTILINE))
     if len(found) != 1:
         raise DinoTrackerError(
-            f"a config has {len(found)} lines '{key}: ...' in place of one; it is not that of the "
-            "DINO-Tracker known here (November 2024)"
+            f"a config has {len(found)} lines '{key}: ...'; expected 1, as in DINO-Tracker of "
+            "November 2024, so check out that version"
         )
     return found[0]
 
@@ -204,14 +204,14 @@ def link(original: Path, copy: Path) -> None:
 
 
 def read_frames(paths: list[Path]) -> Iterator[Tensor]:
-    """`(3, 476, 854)` uint8, by Lanczos and not turned by EXIF, as its `load_video` reads them."""
+    """Read frames `(3, 476, 854)` uint8 as DINO-Tracker does: Lanczos, EXIF rotation ignored."""
     for number, path in enumerate(paths, 1):
         try:
             with Image.open(path) as image:
                 if image.mode != "RGB":
                     raise FrameError(
-                        f"{path} is an image of mode {image.mode}, and DINO-Tracker takes RGB "
-                        "alone; convert the frames first, for example by image.convert('RGB')"
+                        f"{path} is an image of mode {image.mode}, but DINO-Tracker accepts only "
+                        "RGB; convert the frames first, for example with image.convert('RGB')"
                     )
                 yield image_to_frame(image.resize(FRAME[::-1], Image.Resampling.LANCZOS))
         except (OSError, SyntaxError) as error:
@@ -221,7 +221,7 @@ def read_frames(paths: list[Path]) -> Iterator[Tensor]:
 
 
 def commands(repo: Path, data: Path, copy: Path, configs: dict[str, str], has_masks: bool) -> str:
-    """What turns features into tracks, for a shell: all but the step that makes the features."""
+    """Return the shell commands that turn features into tracks."""
     used = [
         (repo if text == read_text(repo / name) else copy) / name for name, text in configs.items()
     ]
@@ -232,7 +232,7 @@ def commands(repo: Path, data: Path, copy: Path, configs: dict[str, str], has_ma
     if not has_masks:
         script += MASKS.format(**values)
     if has_masks and all((flow / f"{half}_trajectories.pt").is_file() for half in ("fg", "bg")):
-        script += "# optical flow, which the features do not change\n"
+        script += "# optical flow, which does not depend on the features\n"
         script += f'cp -R {shlex.quote(str(flow))} "$DATA/of_trajectories"\n'
     else:
         filtered = values["filter_using_direct_flow"].lower() in ("true", "yes", "on")

@@ -1,10 +1,10 @@
-"""Video object segmentation on DAVIS: what a projection changes, beside what needs none.
+"""Compare raw and projected features by video object segmentation on DAVIS.
 
     python examples/evaluate_davis.py --data DAVIS --model dinov2-vits14-pypi --every 3
 
-All columns come from one encoder pass a frame. Figures depend on frame size, on --every and on the
-propagation protocol: compare columns of one run. Published tables use every frame and 480 x 880
-(patch 16); with patch 14, 476 x 882 comes nearest to it.
+All columns come from one encoder pass per frame. Figures depend on the frame size, on --every and
+on the propagation protocol, so compare columns of one run only. Published tables use every frame at
+480 x 880 (patch 16); the closest size for patch 14 is 476 x 882.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=2, default=(476, 882), metavar=("H", "W"))
     parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")
     parser.add_argument("--max-frames", type=int, help="keep at most this many frames of a clip")
-    parser.add_argument("--clips", nargs="+", help="clips to take; all of val by default")
-    parser.add_argument("--year", choices=("2016", "2017"), help="by default the newest there is")
+    parser.add_argument("--clips", nargs="+", help="names of clips; all of val by default")
+    parser.add_argument("--year", choices=("2016", "2017"), help="by default the newest in --data")
     parser.add_argument("--protocol", choices=("crw", "dino"), default="crw")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()

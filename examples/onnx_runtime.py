@@ -1,12 +1,12 @@
-"""Export an adapter to ONNX, then run it under ONNX Runtime with nothing but NumPy.
+"""Export an adapter to ONNX and run it in ONNX Runtime with NumPy only.
 
 Try: python examples/onnx_runtime.py
      python examples/onnx_runtime.py --size 280 490 -o model.onnx
 
-Needs `pip install "cosettle-adapter[export]" onnxruntime` (or onnxruntime-gpu). The model takes
-uint8 frames of one size, any number at a time, and normalises them itself; `features_of` is all
-that another program needs to run it, neither this package nor PyTorch. Features are of unit length
-here, so that a product of two is their cosine.
+Needs `pip install "cosettle-adapter[export]" onnxruntime` (or onnxruntime-gpu). The model takes any
+number of uint8 frames of one size and normalises them itself. Another program needs only
+`features_of` to run it, neither this package nor PyTorch. Features have unit length here, so the
+product of two is their cosine.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def main() -> None:
     adapter = CoSettleAdapter.from_pretrained(options.model)
     exported = to_onnx(adapter, options.output, tuple(options.size), normalize=True)
     print(f"{exported.path}: {exported.input} -> {exported.output}")
-    print(f"checked on the way: {exported.parity}")
+    print(f"checked against PyTorch: {exported.parity}")
 
     session = onnxruntime.InferenceSession(options.output, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     patch, (rows, columns) = metadata["patch"], json.loads(metadata["grid"])
-    print(f"made of {metadata['backbone']}: {rows} x {columns} patches of {patch} pixels\n")
+    print(f"backbone {metadata['backbone']}: {rows} x {columns} patches of {patch} pixels\n")
 
     photos = photographs()
     clip = render_clip(
@@ -54,16 +54,16 @@ def main() -> None:
         seed=7,
     )
     frames = clip.frames.numpy()
-    features_of(session, frames[:1])  # both are warm before the clock starts
-    began = time.perf_counter()
+    features_of(session, frames[:1])  # warm up before timing
+    start = time.perf_counter()
     features = features_of(session, frames)
-    by_onnx = time.perf_counter() - began
-    began = time.perf_counter()
+    onnx_seconds = time.perf_counter() - start
+    start = time.perf_counter()
     with torch.inference_mode():
         expected = adapter(clip.frames, batch_size=4, normalize=True).numpy()
-    by_torch = time.perf_counter() - began
-    per_frame = 1000 / len(frames)
-    print(f"ONNX Runtime {by_onnx * per_frame:.0f} ms a frame, PyTorch {by_torch * per_frame:.0f}")
+    torch_seconds = time.perf_counter() - start
+    times = [f"{1000 * seconds / len(frames):.0f}" for seconds in (onnx_seconds, torch_seconds)]
+    print(f"ONNX Runtime {times[0]} ms per frame, PyTorch {times[1]} ms")
     largest = np.abs(features - expected).max()
     print(f"largest difference of {features.size:,} numbers: {largest:.1e}")
 
@@ -73,12 +73,11 @@ def main() -> None:
     query = features[0, :, int(y) // side, int(x) // side]
     similarity = np.einsum("c,tchw->thw", query, features)
     hits = 0
-    for index, one in enumerate(similarity):
-        row, column = np.unravel_index(one.argmax(), one.shape)
-        centre = [int((cell + 0.5) * side) for cell in (row, column)]
-        hits += bool(clip.object_mask[index, centre[0], centre[1]])
+    for mask, scores in zip(clip.object_mask, similarity, strict=True):
+        row, column = np.unravel_index(scores.argmax(), scores.shape)
+        hits += bool(mask[int((row + 0.5) * side), int((column + 0.5) * side)])
     print(
-        f"the object's middle patch is most like a patch on the object in {hits} of {len(frames)}"
+        f"the best match of the central patch lies on the object in {hits} of {len(frames)} frames"
     )
 
 
@@ -86,7 +85,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="dinov2-vits14-pypi", help="name, repository or folder")
     parser.add_argument("--size", type=int, nargs=2, default=(224, 308), metavar=("H", "W"))
-    parser.add_argument("--frames", type=int, default=16, help="of the rendered clip")
+    parser.add_argument("--frames", type=int, default=16, help="frames of the rendered clip")
     parser.add_argument("-o", "--output", type=Path, default=Path("adapted.onnx"))
     return parser.parse_args()
 

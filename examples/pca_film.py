@@ -1,11 +1,11 @@
-"""Write a film of a clip beside its patch features in colour: raw, and adapted and fused over time.
+"""Write a video of a clip and its patch features in colour: raw, and adapted with temporal fusion.
 
 Try: python examples/pca_film.py
      python examples/pca_film.py clip.mp4 -o film.gif --size 280 --every 2
 
-Colours are three principal components with one basis for the whole clip: where a colour flickers,
-the feature does. The adapted panel's are turned to match the raw one's. Without a clip, one is
-rendered.
+Colours are the first three principal components, with one basis for the whole clip, so a colour
+flickers only if the feature does. The components of the adapted panel are aligned with those of the
+raw one. Without a clip argument the script renders one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def rendered(frames: int) -> Tensor:
-    """A toy moves over a red panda under a moving camera, ``(T, 3, H, W)`` uint8."""
+    """Render a toy moving over a red panda, with a moving camera: ``(T, 3, H, W)`` uint8."""
     photos = starter_photographs()
     clip = render_clip(
         photos["red_panda"],
@@ -66,10 +66,10 @@ def parse_options() -> argparse.Namespace:
         "-o", "--output", type=Path, default=Path("pca.mp4"), help=".mp4, .gif, .webp or .png"
     )
     parser.add_argument("--model", default="dinov2-vits14-pypi", help="name, repository or folder")
-    parser.add_argument("--size", type=int, default=224, help="shorter side, as encoded")
-    parser.add_argument("--smooth", action="store_true", help="blend between patches")
-    parser.add_argument("--fps", type=float, default=12, help="of the film")
-    parser.add_argument("--frames", type=int, default=16, help="at most this many")
+    parser.add_argument("--size", type=int, default=224, help="shorter side of encoded frames")
+    parser.add_argument("--smooth", action="store_true", help="interpolate between patches")
+    parser.add_argument("--fps", type=float, default=12, help="frames per second of the video")
+    parser.add_argument("--frames", type=int, default=16, help="maximum number of frames")
     parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")
     return parser.parse_args()
 

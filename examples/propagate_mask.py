@@ -1,10 +1,11 @@
-"""Carry the masks of a first frame through a clip, and write the overlay as a film.
+"""Propagate the masks of the first frame through a clip and write the overlay as a video.
 
 Try: python examples/propagate_mask.py
      python examples/propagate_mask.py clip.mp4 --mask first_frame.png --size 280
 
-Without a clip, one is rendered whose masks are known, and the overlap with them is printed. A mask
-is a picture of the first frame's size: palette or grey, 0 the background, one value an object.
+Without a clip argument the script renders one with known masks and prints the overlap with them. A
+mask is a palette or grey image of the first frame's size: 0 is the background, each other value one
+object.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
     with torch.inference_mode():
         features = adapter(frames, size=options.size)
 
-    # soft labels on the grid of features, the background first
+    # soft labels on the feature grid, background first
     values = [0, *(value for value in ids.unique().tolist() if value not in (0, 255))]
     one_hot = torch.stack([ids == value for value in values]).float()
     first = F.interpolate(rearrange(one_hot, "k h w -> 1 k h w"), geometry.grid, mode="area")
@@ -55,13 +56,14 @@ def main() -> None:
     path = write_film(side_by_side({"clip": frames, "masks": overlay}), options.output, fps=12)
     print(f"{len(values) - 1} object(s) through {len(frames)} frames: {path}")
     if truth is not None:
-        found = F.interpolate(labels, tuple(frames.shape[-2:]), mode="bilinear").argmax(dim=1) == 1
-        overlap = (found & truth).sum((1, 2)) / (found | truth).sum((1, 2))
+        predicted = F.interpolate(labels, tuple(frames.shape[-2:]), mode="bilinear")
+        predicted = predicted.argmax(dim=1) == 1
+        overlap = (predicted & truth).sum((1, 2)) / (predicted | truth).sum((1, 2))
         print(f"overlap (IoU) with the true masks: {100 * overlap[1:].mean():.1f} %")
 
 
 def rendered(frames: int) -> tuple[Tensor, Tensor]:
-    """A cat moves over a table, and where it is: ``(T, 3, H, W)`` and ``(T, H, W)`` bool."""
+    """Render a cat moving over a table: frames ``(T, 3, H, W)`` and masks ``(T, H, W)`` bool."""
     photos = photographs()
     clip = render_clip(
         photos["coffee"],
@@ -85,15 +87,15 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("clip", nargs="?", type=Path, help="video file or folder of images")
-    parser.add_argument("--mask", type=Path, help="masks of the clip's first frame, a PNG")
+    parser.add_argument("--mask", type=Path, help="PNG with the masks of the clip's first frame")
     parser.add_argument("-o", "--output", type=Path, default=Path("masks.mp4"), help=".mp4 or .gif")
     parser.add_argument("--model", default="dinov2-vits14-pypi", help="name, repository or folder")
-    parser.add_argument("--size", type=int, default=224, help="shorter side, as encoded")
-    parser.add_argument("--frames", type=int, default=16, help="at most this many")
+    parser.add_argument("--size", type=int, default=224, help="shorter side of encoded frames")
+    parser.add_argument("--frames", type=int, default=16, help="maximum number of frames")
     parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")
     options = parser.parse_args()
     if (options.clip is None) != (options.mask is None):
-        parser.error("a clip and the --mask of its first frame go together")
+        parser.error("give both a clip and the --mask of its first frame, or neither")
     return options
 
 

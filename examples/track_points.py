@@ -1,11 +1,12 @@
-"""Track a lattice of points through a clip, and write the film of their trails.
+"""Track a lattice of points through a clip and write a video of their trails.
 
 Try: python examples/track_points.py
      python examples/track_points.py clip.mp4 --size 280 --points 12
 
-Points are matched with the first frame by their features alone: no motion model, no smoothing. A
-point whose match does not lead back home is drawn as a ring: it is probably hidden. Without a clip,
-one is rendered whose motion is known, and the error is printed, raw features beside adapted ones.
+Points are matched with the first frame by their features only, without motion model or smoothing. A
+point is drawn as a ring if its match does not lead back to it: it is probably occluded. Without a
+clip argument the script renders one with known motion and prints the error of raw and adapted
+features.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cosettle_adapter.video import (
 )
 from cosettle_adapter.visualization import draw_tracks, side_by_side, write_film
 
-HOME = 1.5  # cells; a match that comes home farther off is probably a wrong one
+MAX_CYCLE_ERROR = 1.5  # patches between a point and the match of its match; more is unreliable
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     for name in (RAW_LAST, ADAPTED):
         tracks = track_points(kinds[name], geometry.pixels_to_cells(points))
         positions = geometry.cells_to_pixels(tracks.positions)  # (T, N, 2) of (x, y)
-        panels[name] = draw_tracks(frames, positions, tracks.cycle_error < HOME)
+        panels[name] = draw_tracks(frames, positions, tracks.cycle_error < MAX_CYCLE_ERROR)
         if clip is not None:
             true, visible = clip.track(points)
             error = (positions - true).norm(dim=-1)[visible]
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def lattice(height: int, width: int, points: int) -> Tensor:
-    """``(N, 2)`` of (x, y): ``points`` a row, as many rows as fit squarely."""
+    """Return points ``(N, 2)`` of (x, y): ``points`` per row, and rows about as far apart."""
     step = width / points
     x = step * (torch.arange(points) + 0.5)
     rows = max(1, round(height / step))
@@ -71,7 +72,7 @@ def lattice(height: int, width: int, points: int) -> Tensor:
 
 
 def rendered(frames: int) -> RenderedClip:
-    """A cat moves over a table under a moving camera."""
+    """Render a cat moving over a table, with a moving camera."""
     photos = photographs()
     return render_clip(
         photos["coffee"],
@@ -90,9 +91,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("clip", nargs="?", type=Path, help="video file or folder of images")
     parser.add_argument("-o", "--output", type=Path, default=Path("tracks.mp4"), help=".mp4, .gif")
     parser.add_argument("--model", default="dinov2-vits14-pypi", help="name, repository or folder")
-    parser.add_argument("--size", type=int, default=224, help="shorter side, as encoded")
-    parser.add_argument("--points", type=int, default=10, help="a row")
-    parser.add_argument("--frames", type=int, default=16, help="at most this many")
+    parser.add_argument("--size", type=int, default=224, help="shorter side of encoded frames")
+    parser.add_argument("--points", type=int, default=10, help="points per row")
+    parser.add_argument("--frames", type=int, default=16, help="maximum number of frames")
     parser.add_argument("--every", type=int, default=1, help="keep every n-th frame")
     return parser.parse_args()
 

@@ -1,17 +1,17 @@
-"""A plain PyTorch training loop: a small head on frozen features finds an object in a video.
+"""Train a small head on frozen features to segment an object in a video: a plain PyTorch loop.
 
 Try: python examples/training_loop.py
      python examples/training_loop.py --labelled 1 --steps 400
 
-The encoder is frozen, so each frame is encoded once and the loop runs on stored features, as it
-would on those that `cosettle-adapter extract` writes. The head is one 1x1 convolution; it sees the
-mask of the first frames of a rendered clip and is asked about the last ones, where camera and
-object have moved on. Encoders stay in eval mode and out of the optimizer whatever `train()` says.
+The encoder is frozen, so each frame is encoded once and the loop runs on stored features, like
+those that `cosettle-adapter extract` writes. The head is a 1x1 convolution, trained on the masks of
+the first frames of a rendered clip and tested on the last ones, after camera and object have moved.
+Encoders stay in eval mode even after `train()`, and their parameters are not optimised.
 
-Expect little of the projection here: a head that is trained can learn an affine map by itself, and
-telling an object from the ground is what late layers are good at. Where nothing is trained, adapted
-features track better than the last layer's (`timm_style_features.py`, `track_points.py`); some
-earlier layer may do as well by itself.
+Expect little from the projection here: a trained head can learn an affine map itself, and late
+layers are good at separating objects from the background. Without training, adapted features track
+better than those of the last layer (`timm_style_features.py`, `track_points.py`); a single earlier
+layer may track as well.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def moving_object(count: int) -> tuple[Tensor, Tensor]:
-    """Frames (T, 3, H, W) uint8 of a camera and an object that both move, and masks (T, H, W)."""
+    """Render a moving object and camera: frames (T, 3, H, W) uint8 and masks (T, H, W) bool."""
     photos = photographs()
     clip = render_clip(photos["coffee"], cutout=photos["chelsea"], frames=count, size=SIZE, seed=7)
     assert clip.object_mask is not None
@@ -60,21 +60,21 @@ def moving_object(count: int) -> tuple[Tensor, Tensor]:
 
 
 def mask_of_patches(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(T, h, w) bool: the patches that the object covers by half or more."""
+    """Return the patches that the object covers at least half of: (T, h, w) bool."""
     share = reduce(masks.float(), "t (h y) (w x) -> t h w", "mean", h=grid[0], w=grid[1])
     return share >= 0.5
 
 
 @torch.inference_mode()
 def encode(encoder: CoSettleAdapter, frames: Tensor) -> Tensor:
-    """(T, C, h, w) float32; from a file it would be `read_features(path).features`."""
+    """Encode frames: (T, C, h, w) float32; stored ones are `read_features(path).features`."""
     return encoder(frames).float()
 
 
 def train(features: Tensor, targets: Tensor, options: argparse.Namespace) -> nn.Module:
-    """Fit a 1x1 convolution on labelled frames, one frame a step."""
+    """Train a 1x1 convolution on labelled frames, one frame per step."""
     torch.manual_seed(0)
-    scale = features.std()  # so that one learning rate suits all features
+    scale = features.std()  # makes one learning rate suit all features
     head = nn.Conv2d(features.shape[1], 1, kernel_size=1).to(features.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=options.lr, weight_decay=0.01)
     loader = DataLoader(TensorDataset(features, targets), batch_size=1, shuffle=True)
@@ -103,8 +103,8 @@ def iou(predicted: Tensor, true: Tensor) -> float:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="dinov2-vits14-pypi", help="name, repository or folder")
-    parser.add_argument("--frames", type=int, default=18, help="of the rendered clip")
-    parser.add_argument("--labelled", type=int, default=2, help="frames the head is trained on")
+    parser.add_argument("--frames", type=int, default=18, help="frames of the rendered clip")
+    parser.add_argument("--labelled", type=int, default=2, help="number of training frames")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--device", default="cpu")

@@ -1,4 +1,4 @@
-"""An image processor and a model with the calling convention of Hugging Face's transformers.
+"""Use an adapter like an image processor and a model of Hugging Face's transformers.
 
 Try: python examples/transformers_style.py
      python examples/transformers_style.py --size 280 392
@@ -8,10 +8,10 @@ Try: python examples/transformers_style.py
     outputs.last_hidden_state  # (B, h * w, C)
 
 Code written for `AutoImageProcessor` and `AutoModel` keeps working; transformers itself is not
-needed. Two things differ from most vision models there: there is no class token before the patches,
-so nothing is to be cut off, and any size of whole patches is taken as it is. As a measurement,
-every token of a rendered clip's first frame looks for itself among those of a frame 11 later. Raw
-are the tokens of the very block that the projection reads; on this clip they find more.
+needed. Unlike most vision models there, this one returns no class token before the patches, and it
+accepts any size of whole patches. As a comparison, the script matches each token of the first frame
+of a rendered clip with those of the frame 11 later. The raw tokens are those of a layer that the
+projection reads; on this clip more of their matches are right.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cosettle_adapter.video import as_frames, photographs, render_clip
 
 @dataclasses.dataclass
 class AdaptedOutput:
-    """As `BaseModelOutput`: read by name, or by position with ``outputs[0]``."""
+    """Output like `BaseModelOutput`: access by name, or by position as in ``outputs[0]``."""
 
     last_hidden_state: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
@@ -42,21 +42,21 @@ class AdaptedOutput:
 
 
 class AdaptedImageProcessor:
-    """Images of any kind to ``pixel_values``; resizes to ``size``, crops nothing."""
+    """Converts images to ``pixel_values``; resizes to ``size`` without cropping."""
 
     def __init__(self, adapter: CoSettleAdapter, size: tuple[int, int] | None = None) -> None:
         self.adapter = adapter
         self.size = size
 
     def __call__(self, images: Any, return_tensors: str = "pt") -> dict[str, Tensor]:
-        """PIL images, arrays or tensors, one or a list, to ``{"pixel_values": (B, 3, H, W)}``."""
+        """Convert one or several PIL images, arrays or tensors to ``(B, 3, H, W)``."""
         if return_tensors != "pt":
             raise ValueError(f"expected return_tensors='pt', got {return_tensors!r}")
         return {"pixel_values": self.adapter.preprocess(as_frames(images), size=self.size)}
 
 
 class AdaptedModel(nn.Module):
-    """``pixel_values`` to an output with ``last_hidden_state`` ``(B, h * w, C)``."""
+    """Encodes ``pixel_values``; ``last_hidden_state`` is ``(B, h * w, C)``."""
 
     def __init__(self, adapter: CoSettleAdapter) -> None:
         super().__init__()
@@ -76,16 +76,16 @@ class AdaptedModel(nn.Module):
         )
 
 
-def as_sequence(cells: Tensor) -> Tensor:
-    return rearrange(cells, "b c h w -> b (h w) c")
+def as_sequence(maps: Tensor) -> Tensor:
+    return rearrange(maps, "b c h w -> b (h w) c")
 
 
-def found_again(tokens: Tensor, truth: Tensor, visible: Tensor, columns: int) -> float:
-    """Percent of the first image's tokens whose nearest in the last is at most a cell from true."""
+def match_accuracy(tokens: Tensor, truth: Tensor, visible: Tensor, columns: int) -> float:
+    """Return the percentage of nearest neighbours at most one patch from the true position."""
     first, last = F.normalize(tokens[0], dim=-1), F.normalize(tokens[-1], dim=-1)
     nearest = (first @ last.T).argmax(dim=1).cpu()
-    found = torch.stack((nearest // columns, nearest % columns), dim=-1)
-    return 100 * float(((found - truth).abs().amax(-1) <= 1)[visible].float().mean())
+    matches = torch.stack((nearest // columns, nearest % columns), dim=-1)
+    return 100 * float(((matches - truth).abs().amax(-1) <= 1)[visible].float().mean())
 
 
 def main() -> None:
@@ -108,9 +108,9 @@ def main() -> None:
     centres = rearrange(geometry.cell_centers(), "h w xy -> (h w) xy")
     positions, visible = clip.track(centres)
     truth = geometry.pixels_to_cells(positions[-1])
-    print("tokens found again 11 frames later, to a cell: raw, then adapted")
+    print("matches 11 frames later at most one patch off: raw, then adapted")
     for tokens in (outputs.hidden_states[0], outputs.last_hidden_state):
-        print(f"  {found_again(tokens, truth, visible[-1], geometry.grid[1]):.1f} %")
+        print(f"  {match_accuracy(tokens, truth, visible[-1], geometry.grid[1]):.1f} %")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def _option_name(field: str) -> str:
 
 
 def _folder_or_nothing(_: Any, tokens: Sequence[Token]) -> str:
+    if len(tokens) > 1:
+        raise ValueError(f"--resume takes one folder, got {len(tokens)}")
     return tokens[0].value if tokens else ""
 
 

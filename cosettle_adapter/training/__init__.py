@@ -1,1 +1,1 @@
-"""Finding projections: in closed form (``fit``), and by gradients (``train``)."""
+"""Makes projections: in closed form (``fit``) and by gradient descent (``train``)."""

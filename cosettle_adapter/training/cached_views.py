@@ -1,8 +1,7 @@
-"""Views kept on disk: a few of each clip, encoded once, for any number of epochs.
+"""Encoded views on disk: a few of each clip, encoded once and reused in every epoch.
 
-``views.json`` says what the views were made of. A clip's views are one safetensors file, so that an
-interruption costs no more than the clip that was being encoded; of a clip that cannot be read, a
-text file says why.
+``views.json`` records the inputs of the encoding. Each clip has one safetensors file, so an
+interruption loses at most one clip; an unreadable clip has a text file with the reason.
 """
 
 from __future__ import annotations
@@ -51,40 +50,38 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "views.json"
 
-_AT_ONCE = 16  # samples encoded at a time
+_BATCH_SIZE = 16  # samples per encoder pass
 
 
 class CachedViews(TrainingPairs):
-    """Encoded views of a corpus, read from disk in place of decoding and encoding.
+    """Encoded views of a corpus, read from disk instead of decoding and encoding.
 
-    View ``k`` of a clip is what :class:`TrainingPairs` draws at that clip's ``k``-th turn, with
-    positions perturbed at a place of its own whether ``pea`` is ``sample`` or ``batch``; when all
-    were used they repeat. Videos that cannot be read are left out; ``skipped`` says why.
+    View ``k`` of a clip is the sample that :class:`TrainingPairs` draws at visit ``k``; after the
+    last one they repeat. ``skipped`` lists unreadable videos with reasons.
     """
 
-    def __init__(self, folder: Path, pairs: TrainingPairs, made_of: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, pairs: TrainingPairs, inputs: Mapping[str, Any]) -> None:
         videos, done = pairs.corpus.videos, _encoded(folder)
-        kept = [clip for clip, problem in done.items() if not problem]
+        readable = [clip for clip, problem in done.items() if not problem]
         self.skipped = tuple((videos[clip].name, why) for clip, why in done.items() if why)
-        if not kept:
+        if not readable:
             name, problem = self.skipped[0]
             raise FrameError(
-                f"none of the {pairs.clips} videos can be read; the first of them: {name} "
-                f"({problem})"
+                f"none of the {pairs.clips} videos can be read; the first is {name} ({problem})"
             )
-        super().__init__(Corpus(videos[clip] for clip in kept), pairs.settings)
+        super().__init__(Corpus(videos[clip] for clip in readable), pairs.settings)
         self.pairs_per_clip = pairs.pairs_per_clip
-        self._folder, self._numbers, self._made_of = folder, kept, made_of
+        self._folder, self._numbers, self._inputs = folder, readable, inputs
 
     @property
     def digest(self) -> str:
-        """sha256 over what the views were made of, and the samples drawn from each video."""
-        described = json.dumps([self._made_of, self.skipped, self.pairs_per_clip])
+        """sha256 over the inputs of the encoding and the number of samples per clip."""
+        described = json.dumps([self._inputs, self.skipped, self.pairs_per_clip])
         return hashlib.sha256(described.encode()).hexdigest()
 
     def __getitem__(self, key: Key) -> Sample:
-        place, turn = divmod(key[1], self.pairs_per_clip)
-        clip = self._numbers[place]
+        position, turn = divmod(key[1], self.pairs_per_clip)
+        clip = self._numbers[position]
         view = (key[0] * self.pairs_per_clip + turn) % self.settings.cache_views
         path = self._folder / f"{clip:07d}.safetensors"
         try:
@@ -92,7 +89,7 @@ class CachedViews(TrainingPairs):
                 tokens = file.get_slice("tokens")[view]
         except (OSError, SafetensorError) as error:
             raise TrainingError(
-                f"{path} cannot be read ({error}); delete it and run the same again"
+                f"{path} cannot be read ({error}); delete it and run the same command again"
             ) from error
         return Sample(tokens, seed_of(self.settings.seed, clip, view))
 
@@ -106,10 +103,9 @@ def open_data(
     views_folder: Path,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> TrainingPairs:
-    """Return the samples that a run with ``settings`` is trained on.
+    """Return the training samples; with ``cache_views`` the first process encodes missing views.
 
-    Where views are kept on disk, the backbone moves to the accelerator's device, and the first
-    process encodes what is missing while the others wait, into a folder that all of them see.
+    The backbone then moves to the accelerator's device; all processes must see ``views_folder``.
     """
     pairs = TrainingPairs(corpus, settings)
     if not settings.cache_views:
@@ -127,22 +123,14 @@ def build_views(
     backbone: Backbone,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> CachedViews:
-    """Encode views into a folder, or continue where an earlier call was stopped.
+    """Encode views into a folder, or continue an interrupted call; one process at a time.
 
-    One process at a time may build a folder; any number may read a complete one. ``on_sample`` is
-    called with the views encoded and their number.
-
-    Raises:
-        TrainingError: the folder holds other views, another process is building it, or the tokens
-            do not fit float16.
-        DiskFullError: there is not room for all views, which is checked first, or no more.
-        FrameError: no video can be read.
-        TrainingInterrupted: Ctrl-C.
+    ``on_sample`` is called with the number of views encoded and the total.
     """
     settings, config = pairs.settings, pairs.settings.head_config(backbone)
     grid = backbone.grid(settings.size, settings.size)
     names = ("size", "frames", "squash", "cache_views", "pea_ratio", "precision", "seed")
-    made_of = {name: getattr(settings, name) for name in names} | {
+    inputs = {name: getattr(settings, name) for name in names} | {
         "pea": settings.pea != "off",
         "backbone": config.backbone,
         "fingerprint": config.fingerprint,
@@ -152,12 +140,12 @@ def build_views(
         "videos": pairs.corpus.digest,
     }
     refusal = (
-        f"another run is encoding views into {folder}: wait until it is done with them, or use "
-        "another folder"
+        f"another run is encoding views into {folder}: wait until it finishes, or use another "
+        "folder"
     )
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX_NAME).exists():
-        keep_settings(folder / INDEX_NAME, made_of)
+        keep_settings(folder / INDEX_NAME, inputs)
     missing = pairs.clips - len(_encoded(folder))
     if missing:
         images = settings.frames if settings.pea == "off" else 2 * settings.frames - 1
@@ -166,17 +154,17 @@ def build_views(
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise DiskFullError(
-                f"the views of {missing} clips take {needed / 1e9:.3f} GB, and {folder} has "
-                f"{free / 1e9:.3f} GB free; keep fewer views, use smaller frames, or another disk"
+                f"the views of {missing} clips take {needed / 1e9:.3f} GB, but {folder} has only "
+                f"{free / 1e9:.3f} GB free; cache fewer views, use smaller frames or another disk"
             )
         with exclusive(folder, refusal=TrainingError(refusal)):
-            keep_settings(folder / INDEX_NAME, made_of)
+            keep_settings(folder / INDEX_NAME, inputs)
             _encode_missing(folder, pairs, backbone, on_sample)
-    return CachedViews(folder, pairs, made_of)
+    return CachedViews(folder, pairs, inputs)
 
 
 def _encoded(folder: Path) -> dict[int, str]:
-    """Return which clips are done, in order, and why some of them cannot be read."""
+    """Return the clips done, in order, each with the reason if it is unreadable, else ``""``."""
     done: dict[int, str] = {}
     for path in sorted(folder.iterdir()):
         if path.stem.isdigit() and path.suffix in (".safetensors", ".txt"):
@@ -191,12 +179,13 @@ def _draw_views(pairs: TrainingPairs, clip: int) -> Batch:
 def _encode_missing(
     folder: Path, pairs: TrainingPairs, backbone: Backbone, on_sample: Callable[[int, int], None]
 ) -> None:
-    views, done = pairs.settings.cache_views, _encoded(folder)  # another may just have continued
+    # Listed again under the lock: another process may have encoded clips meanwhile.
+    views, done = pairs.settings.cache_views, _encoded(folder)
     clips, count = [clip for clip in range(pairs.clips) if clip not in done], len(done)
     try:
         with disk_full(
-            f"no room is left in {folder} for the views; those that are complete are kept. Make "
-            "room and run the same again to continue"
+            f"no space left in {folder} for the views; complete ones are kept. Free some space, "
+            "then run the same command again to continue"
         ):
             draw = functools.partial(_draw_views, pairs)
             drawn = work_on(draw, clips, workers=pairs.settings.workers)
@@ -213,21 +202,22 @@ def _encode_missing(
     except KeyboardInterrupt as interruption:
         raise TrainingInterrupted(
             f"the views of {count} of {pairs.clips} clips are kept in {folder}; run the same "
-            "again to continue"
+            "command again to continue"
         ) from interruption
 
 
 def _encode_clip(backbone: Backbone, settings: TrainSettings, drawn: Batch) -> Tensor:
-    """Encode the samples of a clip, a few at a time: tokens (B, I, N, C) float16, on the CPU."""
+    """Encode the samples of a clip in small batches: tokens (B, I, N, C) float16, on the CPU."""
     if settings.pea == "batch":
-        # a view outlives the step it is made in, so its offset cannot be the step's
+        # A view is used in many steps, so it cannot have the offset of one step.
         settings = dataclasses.replace(settings, pea="sample")
-    parts = zip(torch.split(drawn.data, _AT_ONCE), torch.split(drawn.seeds, _AT_ONCE), strict=True)
-    encoded = [encode(backbone, settings, frames, seeds, step=0) for frames, seeds in parts]
-    tokens = torch.cat([each.to("cpu", torch.float16) for each in encoded])
+    data, seeds = (torch.split(tensor, _BATCH_SIZE) for tensor in (drawn.data, drawn.seeds))
+    parts = zip(data, seeds, strict=True)
+    encoded = [encode(backbone, settings, frames, seed, step=0) for frames, seed in parts]
+    tokens = torch.cat([part.to("cpu", torch.float16) for part in encoded])
     if not bool(tokens.isfinite().all()):
         raise TrainingError(
-            "tokens are not finite in float16; encode in float32, read other layers, apply the "
-            "final norm, or train without cached views"
+            "tokens are not finite in float16; use --precision float32, other layers, --norm, or "
+            "train without --cache-views"
         )
     return tokens

@@ -1,8 +1,8 @@
-"""The folder of a run: its lock, its checkpoints, its metrics, its result.
+"""The folder of a run: lock, checkpoints, metrics and result.
 
-A checkpoint is what Accelerate's ``save_state`` writes, with ``run.json`` and the best projection
-so far beside it. It is written under a hidden name and renamed once it is complete; then the one
-before it is removed.
+A checkpoint consists of the files of Accelerate's ``save_state``, ``run.json`` and the best
+projection so far. It is written under a hidden name and renamed when complete; then the previous
+checkpoint is removed.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _RUN_FILE, _BEST_FILE = "run.json", "best.safetensors"
 
 @dataclasses.dataclass
 class RunState:
-    """A run between two steps, beside its weights; plain data."""
+    """State of a run between two steps, without its weights; plain data."""
 
-    config: dict[str, Any]  # what decides the result, and must be the same on resuming
+    config: dict[str, Any]  # everything that decides the result; must not change on resuming
     step: int = 0  # steps done
-    began: dict[str, Any] = dataclasses.field(default_factory=dict)  # for whoever resumes it
-    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # videos, and why
-    # of the backbone's own tokens, the first and the last head
+    began: dict[str, Any] = dataclasses.field(default_factory=dict)  # command and options
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # unreadable videos: reason
+    # validation figures: "raw" (the backbone's tokens), "first" and "last" (the projection)
     figures: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
     best: dict[str, Any] | None = None  # step and figures of the best projection by validation
 
@@ -56,12 +56,12 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_run(folder: Path) -> RunState:
-    """Read the latest checkpoint of a run, its weights aside; :class:`CheckpointError` if none."""
+    """Read the latest checkpoint of a run without weights; :class:`CheckpointError` if none."""
     checkpoint = latest(folder)
     if checkpoint is None:
         raise CheckpointError(
-            f"{folder} holds no checkpoint, so there is no run to resume; leave --resume away to "
-            "begin one"
+            f"{folder} holds no checkpoint, so there is no run to resume; omit --resume to start "
+            "a new run"
         )
     try:
         return RunState(**json.loads((checkpoint / _RUN_FILE).read_text("utf-8")))
@@ -72,11 +72,11 @@ def read_run(folder: Path) -> RunState:
 def save(
     accelerator: Accelerator, folder: Path, state: RunState, best: Mapping[str, Tensor] | None
 ) -> None:
-    """Write a checkpoint of what ``accelerator`` prepared; all processes call it."""
+    """Write a checkpoint of the objects that ``accelerator`` prepared; all processes call it."""
     final = folder / CHECKPOINTS / f"step_{state.step:08d}"
     part = final.with_name(f".{final.name}")
 
-    def end() -> None:
+    def complete() -> None:
         if best is not None:
             save_file(dict(best), part / _BEST_FILE)
         (part / _RUN_FILE).write_text(json.dumps(dataclasses.asdict(state), indent=1), "utf-8")
@@ -94,7 +94,7 @@ def save(
         try:
             on_main(accelerator, lambda: part.mkdir(parents=True))
             everywhere(accelerator, lambda: accelerator.save_state(str(part)))
-            on_main(accelerator, end)
+            on_main(accelerator, complete)
         except BaseException:
             if accelerator.is_main_process:
                 shutil.rmtree(part, ignore_errors=True)
@@ -104,12 +104,12 @@ def save(
 def restore(
     accelerator: Accelerator, folder: Path, config: Mapping[str, Any]
 ) -> tuple[RunState, dict[str, Tensor] | None]:
-    """Load the latest checkpoint into what ``accelerator`` prepared; returns the rest of it."""
+    """Load the latest checkpoint; returns the run's state and its best projection, if any."""
     state = read_run(folder)
     if differing := differences(state.config, config):
         raise CheckpointError(
-            f"{folder} holds another run: {differing}. Resume it with the settings it began with, "
-            "or begin again with --overwrite"
+            f"{folder} holds a different run: {differing}. Resume it with its own settings, or "
+            "start again with --overwrite"
         )
     checkpoint = folder / CHECKPOINTS / f"step_{state.step:08d}"
     try:
@@ -123,7 +123,7 @@ def restore(
 
 @contextlib.contextmanager
 def _whole_model(accelerator: Accelerator) -> Iterator[None]:
-    """Save and load models without their data-parallel wrappers: the processes may be others."""
+    """Save and load models without data-parallel wrappers: the number of processes may change."""
 
     def unwrapped(models: list[Any], weights: list[Any], folder: str) -> None:
         weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
@@ -140,42 +140,46 @@ def _whole_model(accelerator: Accelerator) -> Iterator[None]:
 def _damaged(checkpoint: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint} is damaged or not a checkpoint of this version ({type(error).__name__}); "
-        "--overwrite begins the run again"
+        "start the run again with --overwrite"
     )
 
 
 def room_for_run(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Raise :class:`DiskFullError` where a block runs out of space below a run's folder."""
+    """Raise :class:`DiskFullError` if the block runs out of disk space in a run's folder."""
     return disk_full(
-        f"no space left to write into {folder}; the last checkpoint there is complete. Free some "
-        f"space, then continue with --resume {folder}"
+        f"no space left in {folder}; its last checkpoint is complete. Free some space, then "
+        f"continue with --resume {folder}"
     )
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds a run that did a step, or a projection, unless told what to do."""
+    """Refuse a folder with a started run or a projection, unless it is to be resumed or removed."""
     if resume and overwrite:
-        raise TrainingError("--resume continues a run and --overwrite removes it: give one")
+        raise TrainingError(
+            "got --resume, which continues a run, and --overwrite, which removes it: give only one"
+        )
     if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder} is a file; the output is a folder")
+        raise TrainingError(f"{folder} is a file; the output must be a folder")
     checkpoint = latest(folder)
     resumable = checkpoint is not None and not checkpoint.name.endswith("_00000000")
     if not (resume or overwrite) and (resumable or (folder / WEIGHTS_FILE).exists()):
-        held = "checkpoint" if resumable else WEIGHTS_FILE
+        content = "a checkpoint" if resumable else WEIGHTS_FILE
         remedy = f"continue with --resume {folder}, or " if resumable else ""
-        told = f"{remedy}begin again with --overwrite, which removes it"
-        raise TrainingError(f"{folder} already holds a {held}: {told}")
+        raise TrainingError(
+            f"{folder} already holds {content}: {remedy}start again with --overwrite, which "
+            "removes it"
+        )
 
 
 @contextlib.contextmanager
 def claimed_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Make the output folder ready for a run, and keep others out of it while the block runs."""
+    """Prepare the output folder for a run and lock it while the block runs."""
     check_folder(folder, resume=resume, overwrite=overwrite)
     with room_for_run(folder):
         folder.mkdir(parents=True, exist_ok=True)
     refusal = f"another run is writing into {folder}: wait until it ends, or use another folder"
     with exclusive(folder, refusal=TrainingError(refusal)):
-        # A run that ended since the first look left something.
+        # Checked again under the lock: another run may have ended meanwhile.
         check_folder(folder, resume=resume, overwrite=overwrite)
         if overwrite:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -187,7 +191,7 @@ def claimed_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[N
 
 
 def write_result(folder: Path, projection: Projection) -> None:
-    """Write the projection, its config and its card, each completely or not at all."""
+    """Write the projection, its config and its card, each atomically."""
     with room_for_run(folder):
         projection.save(folder)
         with atomic_path(folder / CARD_FILE) as path:
@@ -195,7 +199,7 @@ def write_result(folder: Path, projection: Projection) -> None:
 
 
 class StepReport(NamedTuple):
-    """How a run is doing after a step: means over its samples, ``kl`` before its weight."""
+    """Figures of a step: means over its samples; ``kl`` is not weighted."""
 
     step: int
     steps: int
@@ -210,10 +214,7 @@ class StepReport(NamedTuple):
 
 
 class MetricsLog:
-    """Appends lines to ``metrics.jsonl``, and the same to TensorBoard.
-
-    Lines after ``step`` are removed, and all at step 0: they will come again.
-    """
+    """Writes ``metrics.jsonl`` and TensorBoard files; drops old lines after ``step``."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
         self._folder = folder
@@ -230,7 +231,7 @@ class MetricsLog:
             path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
     def write_step(self, report: StepReport) -> None:
-        """Add a line about a step."""
+        """Add the line of a step."""
         values = report._asdict()
         del values["steps"]
         self.write(values.pop("step"), values)
@@ -254,7 +255,7 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's ``metrics.jsonl``, without one that was cut off."""
+    """Return the lines of a run's ``metrics.jsonl``, without a truncated last one."""
     file = folder / METRICS_FILE
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]

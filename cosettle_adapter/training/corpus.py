@@ -1,7 +1,7 @@
-"""A corpus: the videos that training draws from, found by name and read a few frames at a time.
+"""A corpus: the videos to train on, found by name and read a few frames at a time.
 
-WebDataset shards are read by the positions of their members, because training reads single frames
-of single videos in random order; the ``webdataset`` library reads shards front to back.
+Training reads single frames of single videos in random order, so WebDataset shards are accessed
+through the byte offsets of their members; the ``webdataset`` library reads shards front to back.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _EXPECTED = (
     "a folder of videos or of folders of images, a list of paths (.txt or .csv), a pattern such as "
     "'clips/*.mp4', or shards such as 'shards-{000..009}.tar', not compressed"
 )
-_COLUMNS = re.compile(r"[,\t]|(?:\s+\d+)+$")  # what a path in a list may be followed by
+_COLUMNS = re.compile(r"[,\t]|(?:\s+\d+)+$")  # separates a path from further columns
 _COLUMN_NAMES = {"file", "filename", "name", "path", "video", "video_path"}
-_LINES_TRIED = 1000
+_PATHS_CHECKED = 1000
 
 
 class Video(NamedTuple):
-    """A video file, a folder of images, or a member of a shard; all errors are FrameErrors."""
+    """A video file, a folder of images, or a member of a shard; unreadable: :class:`FrameError`."""
 
-    name: str  # path below the corpus, with forward slashes; no two videos have the same
+    name: str  # unique path relative to the corpus, with forward slashes
     source: VideoSource
 
     def length(self) -> int:
@@ -61,17 +61,19 @@ class Video(NamedTuple):
                 return read_frames(self.source, indices)
             frames = {index: read_image(images[index]) for index in set(indices)}
             if len({frame.shape for frame in frames.values()}) > 1:
-                raise FrameError(f"the images in {self.source} are of several sizes")
+                raise FrameError(
+                    f"the images in {self.source} have different sizes; expected one size"
+                )
             return torch.stack([frames[index] for index in indices])
 
     def frames(self) -> Generator[PendingFrame, None, None]:
-        """Yield all frames in order, with their times in seconds (images: their positions)."""
+        """Yield all frames in order, with times in seconds (of images: their indices)."""
         with self._named():
             images = self._images()
             yield from decode_video(self.source) if images is None else pending_frames(images)
 
     def size(self) -> int:
-        """Return the bytes of a video file, or -1 for a folder and for a file that is gone."""
+        """Return the size of a video file in bytes, or -1 for a folder or a missing file."""
         if isinstance(self.source, FileRange):
             return self.source.size
         return self.source.stat().st_size if self.source.is_file() else -1
@@ -79,7 +81,7 @@ class Video(NamedTuple):
     def _images(self) -> list[Path] | None:
         if isinstance(self.source, FileRange) or not self.source.is_dir():
             return None
-        names = filter(is_image, os.listdir(self.source))  # noqa: PTH208  # by far the fastest way
+        names = filter(is_image, os.listdir(self.source))  # noqa: PTH208  # by far the fastest
         images = [self.source / name for name in sorted(names, key=natural_key)]
         if not images:
             raise FrameError(f"{self.source} is a folder without images")
@@ -87,7 +89,7 @@ class Video(NamedTuple):
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Turn whatever a reader raises on a damaged file into a sentence."""
+        """Turn any error of a decoder into a :class:`FrameError` that names the video."""
         try:
             yield
         except CosettleError:
@@ -98,20 +100,20 @@ class Video(NamedTuple):
 
 
 class Corpus:
-    """Videos in a fixed order; ``problems`` are shards and folders that could not be read."""
+    """Videos in a fixed order; ``problems`` lists unreadable shards and folders with reasons."""
 
     def __init__(self, videos: Iterable[Video], problems: Iterable[tuple[str, str]] = ()) -> None:
         self.videos, self.problems = tuple(videos), tuple(problems)
 
     @classmethod
     def open(cls, data: Places) -> Corpus:
-        """Find videos; folders are listed and headers of shards are read, nothing is decoded.
+        """Find videos by listing folders and reading shard headers; decodes nothing.
 
         Args:
-            data: one or several of: a folder, searched with all folders in it for video files,
-                WebDataset shards and folders of images (each one video, in natural order); a
-                ``.txt`` or ``.csv`` file that lists paths (see :func:`read_list`); a pattern,
-                also with braces, ``shards-{000..009}.tar``; a single video or shard.
+            data: one or several of: a folder, searched recursively for video files, WebDataset
+                shards and folders of images (each is one video, in natural order); a ``.txt`` or
+                ``.csv`` file that lists paths (see :func:`read_list`); a pattern, also with
+                braces, ``shards-{000..009}.tar``; a single video or shard.
 
         Raises:
             FrameError: one of them does not exist, or holds no videos.
@@ -119,8 +121,8 @@ class Corpus:
         search, places = _Search(), [data] if isinstance(data, (str, os.PathLike)) else data
         for place in places:
             search.add(os.fspath(place))
-        if not search.found:
-            raise FrameError(f"no data was given; expected {_EXPECTED}")
+        if not search.sources:
+            raise FrameError(f"no data given; expected {_EXPECTED}")
         return cls(search.videos(), search.problems)
 
     def __len__(self) -> int:
@@ -128,41 +130,41 @@ class Corpus:
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 over names and byte sizes in order; the content of the files is not read."""
+        """sha256 over names and file sizes in order; does not read the files."""
         lines = (f"{video.name}\0{video.size()}\n" for video in self.videos)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class _Search:
-    """Collects videos, each with the folder that its name is relative to."""
+    """Collects videos, each with its base folder."""
 
     def __init__(self) -> None:
         self.problems: list[tuple[str, str]] = []
-        self.found: list[tuple[Path, VideoSource]] = []
-        self._others: list[str] = []  # files that are no videos
+        self.sources: list[tuple[Path, VideoSource]] = []
+        self._others: list[str] = []  # names of files that are not videos
 
     def videos(self) -> Iterator[Video]:
-        """Name videos by their paths below what all places have in common, each once."""
-        common = os.path.commonpath([base for base, _ in self.found])
+        """Yield each video once, named by its path relative to the common parent of all bases."""
+        common = os.path.commonpath([base for base, _ in self.sources])
         seen: set[tuple[str, int]] = set()
-        for _, source in self.found:
+        for _, source in self.sources:
             path, start, member = Path(str(source)), 0, ""
             if isinstance(source, FileRange):
                 path, start, member = source.path, source.start, f"/{source.name}"
-            place = (os.path.realpath(path), start)
-            if place in seen:
+            location = (os.path.realpath(path), start)
+            if location in seen:
                 continue
-            seen.add(place)
+            seen.add(location)
             name = os.path.relpath(path, common)
-            if name.startswith(os.curdir):  # the place itself; a list may name paths anywhere
+            if name.startswith(os.curdir):  # the base itself, or a listed path outside of it
                 name = path.name if name == os.curdir else str(path).lstrip(os.sep)
             if member:
                 name = f"{name.removesuffix(_SHARD)}{member}"
             yield Video(name.replace(os.sep, "/"), source)
 
     def add(self, text: str) -> None:
-        """Add the videos that something a user typed means."""
-        count = len(self.found)
+        """Add the videos of one argument: a path, pattern or list."""
+        count = len(self.sources)
         for path in _paths_of(text):
             if path.is_dir():
                 self._add_folder(path)
@@ -171,27 +173,27 @@ class _Search:
                     self._add_file(listed, path.parent, listed=True)
             else:
                 self._add_file(path, path.parent)
-        if len(self.found) == count:
-            held = ", ".join(sorted(self._others)[:3])
-            told = f"{len(self._others)} other files, such as {held}" if held else "nothing"
-            told += "".join(f"; {name}: {problem}" for name, problem in self.problems[:1])
-            raise FrameError(f"no videos in {text}: found {told}. Expected {_EXPECTED}")
+        if len(self.sources) == count:
+            names = ", ".join(sorted(self._others)[:3])
+            content = f"{len(self._others)} other files, such as {names}" if names else "nothing"
+            content += "".join(f"; {name}: {problem}" for name, problem in self.problems[:1])
+            raise FrameError(f"no videos in {text}: found {content}. Expected {_EXPECTED}")
 
     def _add_file(self, path: Path, base: Path, *, listed: bool = False) -> None:
         if path.suffix.lower() == _SHARD:
             self._add_shard(path, base)
         elif listed or is_video(path):
-            self.found.append((base, path))
+            self.sources.append((base, path))
         elif not path.name.startswith("."):
             self._others.append(path.name)
 
     def _add_folder(self, root: Path) -> None:
-        """Add what lies below a folder, in order of name.
+        """Add the videos below a folder, ordered by path.
 
-        A folder of images is a video, unless videos lie in it or below it: then they are previews.
+        A folder of images is a video, unless it contains videos: then the images are previews.
         """
-        count, pictures = len(self.found), list[Path]()
-        visited: set[str] = set()  # a link may lead to a folder above it
+        count, image_folders = len(self.sources), list[Path]()
+        visited: set[str] = set()  # a link may lead to one of its parents
 
         def unreadable(error: OSError) -> None:
             problem = f"the folder cannot be read ({error.strerror or error})"
@@ -204,35 +206,35 @@ class _Search:
                 continue
             visited.add(real)
             if any(map(is_image, names)):
-                pictures.append(Path(folder))
+                image_folders.append(Path(folder))
             for name in names:
                 if not is_image(name):
                     self._add_file(Path(folder, name), root)
-        places = [*pictures, *(Path(str(source)) for _, source in self.found[count:])]
-        occupied = {parent for place in places for parent in place.parents}
-        self.found += [(root, folder) for folder in pictures if folder not in occupied]
-        self.found[count:] = sorted(self.found[count:], key=lambda found: str(found[1]))
+        paths = [*image_folders, *(Path(str(source)) for _, source in self.sources[count:])]
+        parents = {parent for path in paths for parent in path.parents}
+        self.sources += [(root, folder) for folder in image_folders if folder not in parents]
+        self.sources[count:] = sorted(self.sources[count:], key=lambda item: str(item[1]))
 
     def _add_shard(self, path: Path, base: Path) -> None:
-        """Add the videos of a shard, or what is wrong with it."""
-        count, others = len(self.found), list[str]()
+        """Add the videos of a shard, or the reason why it is unreadable."""
+        count, others = len(self.sources), list[str]()
         try:
             length = path.stat().st_size
-            # "r:" and not "r": members of a compressed archive have no position
+            # "r:" refuses compressed archives, whose members have no byte offset.
             with tarfile.open(path, "r:") as archive:
                 for member in filter(tarfile.TarInfo.isreg, archive):
                     if member.offset_data + member.size > length:
                         raise tarfile.ReadError(f"cut off within {member.name}")
                     if is_video(member.name):
-                        place = FileRange(path, member.offset_data, member.size, member.name)
-                        self.found.append((base, place))
+                        video = FileRange(path, member.offset_data, member.size, member.name)
+                        self.sources.append((base, video))
                     else:
                         others.append(member.name)
-            if len(self.found) == count:
-                held = ", ".join(others[:3]) or "nothing"
-                self.problems.append((str(path), f"it holds no video files, but {held}"))
+            if len(self.sources) == count:
+                content = ", ".join(others[:3]) or "nothing"
+                self.problems.append((str(path), f"it holds no video files, but {content}"))
         except (tarfile.TarError, OSError) as error:
-            problem = f"it is damaged, or no uncompressed tar archive ({error})"
+            problem = f"it is damaged or not an uncompressed tar archive ({error})"
             self.problems.append((str(path), problem))
 
 
@@ -242,7 +244,7 @@ def _paths_of(text: str) -> list[Path]:
     if path.exists():
         return [path.absolute()]
     if "://" in text:
-        raise FrameError(f"{text} is a URL; videos are read from disks, so download it first")
+        raise FrameError(f"{text} is a URL; expected local files, so download it first")
     patterns = [text]
     if "{" in text:
         braces = require("braceexpand", extra="train", purpose="a pattern with braces")
@@ -260,14 +262,14 @@ def _paths_of(text: str) -> list[Path]:
 
 
 def read_list(path: Path) -> list[Path]:
-    """Read which videos a file lists; returns absolute paths in the order of the file.
+    """Read a list of videos; returns absolute paths in the order of the file.
 
-    A line is a path, alone or followed by other columns: after a comma or a tab, or numbers after
-    spaces. Paths are relative to the file's folder, or else to the working folder. Empty lines,
-    lines that begin with ``#``, and a line of column names at the top are left out.
+    A line holds a path, optionally followed by further columns: separated by a comma or a tab, or
+    numbers after spaces. Paths are relative to the file's folder or to the working folder. Empty
+    lines, lines that begin with ``#``, and a header line are ignored.
 
     Raises:
-        FrameError: the file cannot be read, or none of its first paths exists.
+        FrameError: the file cannot be read, or none of its first 1000 paths exists.
     """
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
@@ -276,14 +278,15 @@ def read_list(path: Path) -> list[Path]:
     lines = [line for line in lines if line and not line.startswith("#")]
     names = [_COLUMNS.split(line)[0].strip("\"' ") for line in lines]
     names = names[bool(names) and names[0].lower() in _COLUMN_NAMES :]
-    found: dict[int, list[Path]] = {}
+    existing: dict[int, list[Path]] = {}  # paths by how many of them exist
     for base in (Path.cwd(), path.parent.absolute()):
         paths = [Path(os.path.normpath(base / Path(name).expanduser())) for name in names]
-        found[sum(listed.exists() for listed in paths[:_LINES_TRIED])] = paths
-    if max(found):
-        return found[max(found)]
+        existing[sum(listed.exists() for listed in paths[:_PATHS_CHECKED])] = paths
+    if max(existing):
+        return existing[max(existing)]
+    checked = len(names[:_PATHS_CHECKED])
     raise FrameError(
-        f"{path} lists {len(names)} videos, but none of the first names a file or folder; expected "
-        "on each line a path, from the list's folder or the working folder, perhaps with other "
-        f"columns after a comma, or numbers, got {lines[-1:]}"
+        f"{path} lists {len(names)} videos, but none of the first {checked} exists; expected one "
+        "path per line, relative to the list's folder or the working folder, optionally followed "
+        f"by a comma and other columns, or by numbers, got {lines[-1:]}"
     )

@@ -1,11 +1,12 @@
-"""Samples of training: which frames of which clips every step sees, and loading them.
+"""Training samples: which frames of which clips each step sees, and how they are loaded.
 
-Whatever is drawn at random is a function of counters (seed, epoch, sample, step), so that a resumed
-run and another number of processes or workers see the same samples.
+Every random draw is a function of counters (seed, epoch, sample, step), so a resumed run and a run
+with another number of processes or workers see the same samples.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -13,6 +14,7 @@ import math
 import operator
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from cosettle_adapter.errors import CosettleError, FrameError
+from cosettle_adapter.errors import FrameError
 from cosettle_adapter.training.corpus import Corpus
 from cosettle_adapter.training.errors import TrainingError, WorkerEndedError
 from cosettle_adapter.training.settings import TrainSettings
@@ -31,33 +33,32 @@ from cosettle_adapter.training.settings import TrainSettings
 T = TypeVar("T")
 Key = tuple[int, int]  # epoch and index of a sample, both 0-based
 
-GAP = 0.15  # distance between the two frames of a pair, as a share of the clip's frames
+GAP = 0.15  # distance between the two frames of a pair, as a fraction of the clip's length
 
 _SCALE = (0.5, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 _SHORT = 4
 _PAIRS_PER_EPOCH = 2000
 _TRIES = 100
-_TOGETHER = 8  # samples whose frames are in memory at a time
+_SAMPLES_PER_READ = 8  # bounds the frames in memory
 
 
 def seed_of(*parts: int | str) -> int:
-    """Mix what a draw belongs to into a seed in [0, 2^63); the same on every machine."""
+    """Hash the counters of a draw into a seed in [0, 2^63); the same on every machine."""
     plain = [part if isinstance(part, str) else operator.index(part) for part in parts]
     digest = hashlib.sha256(json.dumps(plain).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator_of(*parts: int | str) -> torch.Generator:
-    """Return a generator on the CPU, seeded with :func:`seed_of` of ``parts``."""
+    """Return a CPU generator seeded with :func:`seed_of` of ``parts``."""
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
 class Plan:
-    """How the samples of an epoch become steps, each cut into forward passes of equal size.
+    """Divides the samples of an epoch into steps, and each step into forward passes of equal size.
 
-    ``batch_size`` is the settings', made smaller where there are too few samples for one step. What
-    is left over of an epoch is dropped, other samples every time.
+    ``batch_size`` is lowered if an epoch has too few samples; the remainder of an epoch is dropped.
     """
 
     def __init__(self, samples: int, processes: int, settings: TrainSettings) -> None:
@@ -65,8 +66,8 @@ class Plan:
         if samples < parts:
             raise TrainingError(
                 f"{samples} samples are too few for {processes} processes and "
-                f"{settings.accumulation} forward passes per step: use fewer of either, more "
-                "clips, or --pairs-per-clip"
+                f"{settings.accumulation} forward passes per step: use fewer processes or forward "
+                "passes, more clips, or a larger --pairs-per-clip"
             )
         self.samples, self.settings = samples, settings
         self.batch_size = min(settings.batch_size, samples // parts)
@@ -75,7 +76,7 @@ class Plan:
         self.steps = settings.epochs * self.steps_per_epoch
 
     def keys(self, step: int, rank: int) -> list[list[Key]]:
-        """Return what one process sees in a step: a list of keys for each forward pass."""
+        """Return the keys that one process sees in a step: a list for each forward pass."""
         epoch, within = divmod(step, self.steps_per_epoch)
         generator = generator_of(self.settings.seed, "order", epoch)
         order = torch.randperm(self.samples, generator=generator)[within * self.samples_per_step :]
@@ -94,12 +95,12 @@ class Sample(NamedTuple):
     """One cycle: frames (T, 3, S, S) float32 in about [0, 1], or their tokens (I, N, C) float16."""
 
     data: Tensor
-    seed: int  # of whatever else is drawn for this sample
-    skipped: tuple[tuple[str, str], ...] = ()  # videos that could not be read, and why
+    seed: int  # for all further draws of this sample
+    skipped: tuple[tuple[str, str], ...] = ()  # unreadable videos: name, reason
 
 
 class Batch(NamedTuple):
-    """Samples stacked: ``data`` (B, ...), ``seeds`` (B,) int64; a ``DataLoader`` can pin it."""
+    """Stacked samples: ``data`` (B, ...), ``seeds`` (B,) int64; a ``DataLoader`` can pin it."""
 
     data: Tensor
     seeds: Tensor
@@ -115,8 +116,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
 class TrainingPairs(Dataset[Sample]):
     """Cycles of frames, several per clip and epoch.
 
-    A sample is a function of the seed, the clip and how many samples were drawn from that clip
-    before. A video that cannot be read gives way to another one, which the key decides.
+    A sample is a function of the seed, the clip and the number of samples drawn from that clip
+    before. An unreadable video is replaced by another one, which depends on the key alone.
     """
 
     def __init__(self, corpus: Corpus, settings: TrainSettings) -> None:
@@ -127,7 +128,7 @@ class TrainingPairs(Dataset[Sample]):
 
     @property
     def digest(self) -> str:
-        """sha256 over the videos' names and sizes, and the samples drawn from each."""
+        """sha256 over the videos' names and sizes and the number of samples per clip."""
         return hashlib.sha256(f"{self.corpus.digest} {self.pairs_per_clip}".encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -141,7 +142,8 @@ class TrainingPairs(Dataset[Sample]):
         clip, turn = divmod(key[1], self.pairs_per_clip)
         visit = key[0] * self.pairs_per_clip + turn
         skipped: list[tuple[str, str]] = []
-        # others at random and no neighbours, as folders break together
+        first: FrameError | None = None
+        # Replacements are random, not neighbours, because the videos of a folder break together.
         generator = generator_of(self.settings.seed, "instead", *key)
         others = torch.randperm(self.clips, generator=generator)
         for candidate in [clip, *others[others != clip][: _TRIES - 1].tolist()]:
@@ -150,23 +152,22 @@ class TrainingPairs(Dataset[Sample]):
                 return sample._replace(skipped=tuple(skipped))
             except FrameError as error:
                 skipped.append((self.corpus.videos[candidate].name, str(error)))
+                first = first or error
         name, problem = skipped[0]
         raise FrameError(
-            f"none of the {len(skipped)} videos that were tried can be read; the first of them: "
-            f"{name} ({problem})"
-        )
+            f"none of the {len(skipped)} videos that were tried can be read; the first is {name} "
+            f"({problem})"
+        ) from first
 
     def draw(self, clip: int, visits: Sequence[int], *, owner: int | None = None) -> list[Sample]:
-        """Draw the samples of one clip whose turns, over all epochs, are ``visits``.
-
-        They are drawn in the turn of ``owner`` if that clip could not be read.
-        """
+        """Draw a sample for each 0-based visit of a clip; ``owner`` is the clip it replaces."""
         video, settings = self.corpus.videos[clip], self.settings
         length = video.length()
         owner = clip if owner is None else owner
         samples = []
-        for first in range(0, len(visits), _TOGETHER):
-            seeds = [seed_of(settings.seed, owner, v) for v in visits[first : first + _TOGETHER]]
+        for first in range(0, len(visits), _SAMPLES_PER_READ):
+            chunk = visits[first : first + _SAMPLES_PER_READ]
+            seeds = [seed_of(settings.seed, owner, visit) for visit in chunk]
             generators = [generator_of(seed, "frames") for seed in seeds]
             chosen = [choose_frames(length, settings.frames, generator=g) for g in generators]
             frames = video.read([index for indices in chosen for index in indices])
@@ -179,11 +180,10 @@ class TrainingPairs(Dataset[Sample]):
 def choose_frames(
     length: int, frames: int = 2, *, generator: torch.Generator, gap: float = GAP
 ) -> tuple[int, ...]:
-    """Draw the 0-based frames of a cycle as the official code does.
+    """Draw the 0-based frames of a cycle as the official code does, never frame 0 of a long clip.
 
-    The distance is always ``int(gap * length)``, or the largest at which more than two frames fit;
-    only the place is drawn, uniformly from 1 on (frame 0 is never used). Clips of up to 4 frames,
-    or too short for a distance of one frame, give frames drawn independently of each other.
+    Frames are ``int(gap * length)`` apart, or less if more than two frames would not fit; in clips
+    of at most 4 frames, or too short for a distance of 1, they are drawn independently.
     """
     if length < 1:
         raise FrameError("the clip has no frames")
@@ -194,29 +194,26 @@ def choose_frames(
         drawn: list[int] = torch.randint(length, (frames,), generator=generator).tolist()
         return tuple(drawn)
     last_start = length - 1 - step * (frames - 1)
-    first_start = min(1, last_start)  # a large gap leaves no place but the first frame
+    first_start = min(1, last_start)  # with a large gap only frame 0 is left
     start = int(torch.randint(first_start, last_start + 1, (1,), generator=generator))
-    return tuple(start + step * place for place in range(frames))
+    return tuple(start + step * index for index in range(frames))
 
 
 def draw_crop(
     height: int, width: int, *, generator: torch.Generator
 ) -> tuple[int, int, int, int, bool]:
-    """Draw a random-resized crop as the official code does: one draw, cut to the frame.
+    """Draw a random-resized crop: top, left, height, width in pixels, and whether to mirror it.
 
-    The share of the area is uniform from 0.5 to 1, the logarithm of the ratio of width to height
-    uniform between those of 3/4 and 4/3. (torchvision draws again where a side is too long.)
-
-    Returns top, left, height and width in pixels, and whether it is mirrored.
+    As in the official code the sides are clipped to the frame; torchvision would draw again.
     """
     draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    share, shape, down, across, flip = draws
-    area = height * width * (_SCALE[0] + share * (_SCALE[1] - _SCALE[0]))
+    scale, shape, down, across, flip = draws
+    area = height * width * (_SCALE[0] + scale * (_SCALE[1] - _SCALE[0]))
     low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
     aspect = math.exp(low + shape * (high - low))
     rows = min(height, max(1, round(math.sqrt(area / aspect))))
     columns = min(width, max(1, round(math.sqrt(area * aspect))))
-    # draws are below 1, so the largest place is the last that fits
+    # Draws are below 1, so the crop always fits.
     top, left = int(down * (height - rows + 1)), int(across * (width - columns + 1))
     return top, left, rows, columns, flip < 0.5
 
@@ -230,11 +227,10 @@ def squash(frames: Tensor, size: int) -> Tensor:
 
 
 def augment(frames: Tensor, settings: TrainSettings, *, generator: torch.Generator) -> Tensor:
-    """Give all frames (T, 3, H, W) uint8 of a cycle the same random-resized crop and flip.
+    """Apply one random-resized crop and flip to all frames (T, 3, H, W) uint8 of a cycle.
 
-    Unlike the official code, which squashes every frame to the square before it crops, the crop is
-    cut from the frame as it is: a 16:9 video is narrowed by at most 1.54 in place of 1.3 to 2.4.
-    Bicubic resizing is not clamped, so values overshoot [0, 1] a little, as in the official code.
+    Without ``squash`` (the official code squashes) a 16:9 video is narrowed by at most 1.54 instead
+    of 1.3 to 2.4. Values overshoot [0, 1] a little, because bicubic resizing is not clamped.
     """
     frames = squash(frames, settings.size) if settings.squash else frames
     sides = (settings.size, settings.size)
@@ -250,7 +246,7 @@ def augment(frames: Tensor, settings: TrainSettings, *, generator: torch.Generat
 def load_batches(
     data: Dataset[Sample], keys: Iterable[list[Key]], *, workers: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Yield the samples of each list of keys, stacked, in order; an error of one is raised."""
+    """Yield a batch for each list of keys, in order; raises the error of a sample."""
     work = functools.partial(_batch, data)
     for batch in work_on(work, keys, workers=workers, pin_memory=pin_memory):
         if isinstance(batch, FrameError):
@@ -265,47 +261,68 @@ def _batch(data: Dataset[Sample], keys: list[Key]) -> Batch:
 def work_on(
     work: Callable[[Any], T], items: Iterable[Any], *, workers: int, pin_memory: bool = False
 ) -> Iterator[T | FrameError]:
-    """Yield what ``work`` makes of each item, in order, or the FrameError that it raises.
+    """Yield ``work(item)`` for each item, in order, or the FrameError that it raised.
 
-    Other errors are raised, the same whether they come from here or from a worker process;
-    :class:`WorkerEndedError` if such a process ends.
+    Other errors are raised, :class:`WorkerEndedError` if a worker process dies. The cause of an
+    error holds the worker's traceback.
     """
     loader: DataLoader[Any] = DataLoader(
         _Work(work),
         batch_size=None,
         sampler=items,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts,
-        # the loader's own draw stays out of the global state, which checkpoints hold
+        worker_init_fn=_ignore_interrupts,
+        # Without its own generator the loader draws from the global state, which checkpoints hold.
         generator=torch.Generator().manual_seed(0),
     )
-    for result in _loaded(loader):
-        if isinstance(result, _Failure):
-            raise result.error from RuntimeError(result.traceback)
-        yield result
+    for result in _results(loader):
+        if not isinstance(result, _Failure):
+            yield result
+            continue
+        result.error.__cause__ = RuntimeError(result.traceback)
+        if not isinstance(result.error, FrameError):
+            raise result.error
+        yield result.error
 
 
-def _loaded(loader: DataLoader[Any]) -> Iterator[Any]:
+def _results(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
-        yield from loader
-    except RuntimeError as error:  # not of the work, whose errors are values
+        results = iter(loader)
+        with _sigchld_suspended() if loader.num_workers else contextlib.nullcontext():
+            yield from results
+    except RuntimeError as error:  # errors of the work itself are values
         raise WorkerEndedError(
-            f"a process that decodes videos ended ({error}): a damaged video crashed its decoder, "
-            "which cosettle-adapter prepare would name, or memory ran out"
+            f"a process that decodes videos ended unexpectedly ({error}). If memory ran out, use "
+            "fewer --workers; if a damaged video crashed the decoder, find it with "
+            "cosettle-adapter prepare and remove it"
         ) from error
 
 
+@contextlib.contextmanager
+def _sigchld_suspended() -> Iterator[None]:
+    """Suspend PyTorch's handler, which raises in the middle of whatever the main thread does."""
+    # Without it the loader notices a dead worker within five seconds.
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
 class _Failure(NamedTuple):
-    """An error that ends the work; pickled, it would lose its traceback."""
+    """An error of the work and its traceback, which pickling the error would lose."""
 
     error: Exception
     traceback: str
 
 
 class _Work(Dataset[Any]):
-    """Errors are values: of a raised one the loader would make a printed traceback."""
+    """Returns errors as values; the loader would replace the message of a raised one."""
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         self._work = work
@@ -314,17 +331,18 @@ class _Work(Dataset[Any]):
         try:
             return self._work(item)
         except FrameError as error:
-            return FrameError(str(error))  # which any process can unpickle
-        except (CosettleError, OSError, RuntimeError) as error:
+            # A subclass may not unpickle.
+            return _Failure(FrameError(str(error)), traceback.format_exc())
+        except Exception as error:
             return _Failure(error, traceback.format_exc())
 
 
-def _as_it_is(result: Any) -> Any:
+def _identity(result: Any) -> Any:
     return result
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Keep a worker alive on Ctrl-C: the step that is under way still needs its batches."""
+def _ignore_interrupts(worker: int) -> None:
+    """Keep a worker alive on Ctrl-C: the current step still needs its batches."""
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):

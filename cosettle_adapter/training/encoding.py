@@ -1,8 +1,8 @@
-"""Views of clips through a frozen backbone: plain ones, and ones under the paper's PEA.
+"""Encodes clips with a frozen backbone, with plain positions and with those of the paper's PEA.
 
-Positions under PEA (section 3.2) do not tell patches where they are. Absolute ones are those of a
-crop of the zoomed grid, rotary ones the angles at the places of that crop; an encoder without
-positions to replace sees the picture moved instead.
+Under PEA (section 3.2) positions do not reveal where a patch is: absolute positions are those of a
+crop of the zoomed grid, rotary angles those at the coordinates of that crop. For an encoder without
+positions that can be replaced, the image is shifted instead.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ _CLOSE = 1e-3
 
 
 def draw_offsets(settings: TrainSettings, *, step: int, sample_seeds: Tensor) -> Tensor:
-    """Draw where the zoomed grid of positions is cropped: ``(1 or B, 2)`` float64 in [0, 1).
-
-    One place per step is a function of the run's seed and ``step``, one per sample of its seed.
-    """
+    """Draw the corner of each crop of the zoomed grid: ``(1 or B, 2)`` float64 in [0, 1)."""
     generators = [generator_of("pea", settings.seed, step)]
     if settings.pea == "sample":
         generators = [generator_of("pea", seed) for seed in sample_seeds.tolist()]
@@ -43,17 +40,17 @@ def draw_offsets(settings: TrainSettings, *, step: int, sample_seeds: Tensor) ->
 def encode(
     backbone: Backbone, settings: TrainSettings, frames: Tensor, sample_seeds: Tensor, *, step: int
 ) -> Tensor:
-    """Encode frames as they are, and all but the last once more with perturbed positions.
+    """Encode all frames with plain positions and all but the last with perturbed ones as well.
 
-    ``frames`` are ``(B, T, 3, H, W)`` floating point RGB, about in [0, 1]; normalised here.
+    ``frames`` are ``(B, T, 3, H, W)`` floating-point RGB in about [0, 1], not normalised.
 
     Returns:
-        Tokens ``(B, I, N, C)`` on the backbone's device: of the T frames, then of the T - 1
-        perturbed ones, unless ``pea`` is off; ``N = h * w``, row by row.
+        Tokens ``(B, I, N, C)`` on the backbone's device: of the T plain frames, then of the T - 1
+        perturbed ones unless ``pea`` is off; ``N = h * w``, row by row.
     """
     config, dtype = settings.head_config(backbone), getattr(torch, settings.precision)
     frames = frames.to(backbone.device, non_blocking=True).float()
-    mean, std = (frames.new_tensor(each) for each in (backbone.row.mean, backbone.row.std))
+    mean, std = (frames.new_tensor(v) for v in (backbone.row.mean, backbone.row.std))
     frames = (frames - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
     grid = backbone.grid(frames.shape[-2], frames.shape[-1])
 
@@ -75,10 +72,7 @@ def encode(
 
 
 def compile_encoder(backbone: Backbone, *, backend: str = "inductor") -> None:
-    """Compile a backbone's blocks in place, each by itself, so that they share one graph.
-
-    An encoder without blocks is compiled whole. What is compiled already stays as it is.
-    """
+    """Compile a backbone in place, block by block, so that all blocks share one graph."""
     groups = [m for name, m in backbone.named_modules() if name.split(".")[-1] == "blocks"]
     blocks = [block for group in groups for block in group.children()]
     for module in blocks or backbone.children():
@@ -88,16 +82,12 @@ def compile_encoder(backbone: Backbone, *, backend: str = "inductor") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedPositions(Positions):
-    """Positions of their own for each image, or the same for all: a leading dimension of B or 1.
+    """Positions with a leading dimension of B (one set per image) or 1 (the same for all)."""
 
-    ``shift`` ``(1 or B, 2)`` are rows and columns of patches by which the picture is moved down and
-    right, round the edges, before it is encoded; the map is moved back.
-    """
-
-    shift: Tensor | None = None
+    shift: Tensor | None = None  # (1 or B, 2): patches by which to roll the images down and right
 
     def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
-        """Nothing to check: they are made below, for the backbone and grid at hand."""
+        """Check nothing: ``perturbed_positions`` makes them for this backbone and grid."""
 
     def rotations(self) -> Any:
         """``(1 or B, 1, h * w, 2 D)``, or ``(depth, 1 or B, heads, h * w, 2 D)``."""
@@ -108,41 +98,34 @@ class PerturbedPositions(Positions):
         return rearrange(self.rotary, "b depth heads n d -> depth b heads n d")
 
     def before(self, images: Tensor, backbone: Backbone) -> Tensor:
-        """Move the images by whole patches."""
+        """Roll the images by whole patches."""
         if self.shift is None:
             return images
         if backbone.stride != backbone.patch:
             raise GeometryError(
-                "pictures cannot be moved by whole patches where these overlap (patch "
-                f"{backbone.patch}, stride {backbone.stride}); leave the stride out"
+                f"images cannot be shifted by whole patches if patches overlap (patch "
+                f"{backbone.patch}, stride {backbone.stride}); use the default stride"
             )
         return _roll(images, self.shift * backbone.patch)
 
     def after(self, tokens: Tensor) -> Tensor:
-        """Move maps back."""
+        """Roll the feature maps back."""
         return tokens if self.shift is None else _roll(tokens, -self.shift)
 
 
 def perturbed_positions(
     backbone: Backbone, grid: Grid, offsets: Tensor, *, ratio: float = 10.0
 ) -> PerturbedPositions:
-    """Return positions that do not tell patches where they are.
+    """Return positions that do not reveal where a patch is.
 
-    A transformer without positions is left as it is. Feature maps know places by zero padding and
-    windows, so the picture is moved, round the edges, by up to ``ratio / (1 + ratio)`` of a side,
-    as a crop of the zoomed grid would be, and maps are moved back.
-
-    Args:
-        backbone: the encoder.
-        grid: ``(h, w)`` of the images.
-        offsets: ``(1 or B, 2)`` in [0, 1), where in the zoomed grid to crop: (row, column) as a
-            share of the places there are.
-        ratio: by how much more than once the grid is zoomed; 0 changes nothing.
+    A CNN or windowed encoder infers positions from zero padding and windows, so its images are
+    rolled by up to ``ratio / (1 + ratio)`` of a side and its feature maps rolled back. ``offsets``
+    ``(1 or B, 2)`` in [0, 1) are (row, column) of each crop, as a fraction of the possible ones.
     """
     if not isinstance(backbone, VisionTransformerBackbone):
         corners = zip(crop_corners(offsets, grid, ratio), grid, strict=True)
-        moved = [corner * side // zoomed_side(side, ratio) for corner, side in corners]
-        return PerturbedPositions(shift=torch.stack(moved, dim=1).to(backbone.device))
+        shifts = [corner * side // zoomed_side(side, ratio) for corner, side in corners]
+        return PerturbedPositions(shift=torch.stack(shifts, dim=1).to(backbone.device))
     absolute, rotary = backbone.positions(grid).absolute, None
     if absolute is not None:
         absolute = perturb_positions(
@@ -157,12 +140,11 @@ def perturbed_positions(
 def perturb_positions(
     positions: Tensor, offsets: Tensor, *, grid: Grid, prefix: int, ratio: float = 10.0
 ) -> Tensor:
-    """Perturb absolute positions: zoom into the grid, crop a grid out of that.
+    """Perturb absolute positions: zoom the grid, then crop a grid of the original size.
 
-    ``interpolate_and_crop_pos_embed`` in each model of the official code: the grid is resized to
-    ``int((1 + ratio) * side)`` patches a side, bicubic without antialiasing. ``positions``
-    ``(1, prefix + h * w, C)`` become ``(B, prefix + h * w, C)`` of at least float32; those of class
-    and register tokens, the first ``prefix``, stay.
+    ``interpolate_and_crop_pos_embed`` of the official code, bicubic without antialiasing.
+    ``positions`` ``(1, prefix + h * w, C)`` become ``(B, prefix + h * w, C)`` of at least float32;
+    the first ``prefix``, of class and register tokens, are unchanged.
     """
     precise = positions if positions.dtype == torch.float64 else positions.float()
     leading, patches = precise[:, :prefix], precise[0, prefix:]
@@ -172,7 +154,7 @@ def perturb_positions(
         )
         for side, first in zip(grid, crop_corners(offsets, grid, ratio), strict=True)
     )
-    # Bicubic resizing is separable, so only what the crops need is computed.
+    # Bicubic resizing is separable, so only the crops are computed, not the whole zoomed grid.
     with torch.autocast(precise.device.type, enabled=False):
         patches = rearrange(patches, "(h w) c -> h w c", h=grid[0])
         cropped = torch.einsum(
@@ -183,7 +165,7 @@ def perturb_positions(
 
 
 def _zoom_weights(side: int, ratio: float, dtype: torch.dtype) -> Tensor:
-    """``(zoomed, side)``: what torch's bicubic zoom takes of each patch, on the CPU."""
+    """Weight of each patch in PyTorch's bicubic zoom, ``(zoomed, side)``, on the CPU."""
     patches = rearrange(torch.eye(side, dtype=dtype), "c side -> 1 c side 1")
     size = (zoomed_side(side, ratio), 1)
     zoomed = F.interpolate(patches, size=size, mode="bicubic", align_corners=False)
@@ -191,11 +173,10 @@ def _zoom_weights(side: int, ratio: float, dtype: torch.dtype) -> Tensor:
 
 
 def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
-    """Return the angles by which a timm embedding rotates, which its sines and cosines hide.
+    """Recover the rotation angles of a timm rotary embedding, which returns sines and cosines.
 
-    Sines and cosines tell angles apart only within one turn. So they are taken of an embedding
-    whose frequencies are a million times lower, where every angle is small. Returns float64 radians
-    ``(h * w, D)``, or ``(depth, heads, h * w, D)`` where blocks differ.
+    These determine an angle only up to full turns, so frequencies are lowered a million times.
+    Returns float64 radians ``(h * w, D)``, or ``(depth, heads, h * w, D)`` if layers differ.
     """
     with torch.inference_mode(False), torch.no_grad():
         slow: Any = copy.deepcopy(rope)
@@ -209,7 +190,7 @@ def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
     if not torch.allclose(torch.cat([angles.sin(), angles.cos()], -1), embedded, atol=_CLOSE):
         raise ValueError(
             f"rotary positions of {type(rope).__name__} cannot be perturbed: this version of timm "
-            "stores their frequencies in a way that is not known here"
+            "stores their frequencies in an unknown way; use --pea off or another version of timm"
         )
     return angles
 
@@ -217,10 +198,9 @@ def rotary_angles(rope: nn.Module, grid: Grid) -> Tensor:
 def perturb_rotary(
     angles: Tensor, offsets: Tensor, *, grid: Grid, ratio: float, device: torch.device
 ) -> Tensor:
-    """Rotate by the coordinates of a crop of the zoomed grid, as :func:`perturb_positions` does.
+    """Compute rotary positions at the coordinates of a crop of the zoomed grid.
 
-    Patch ``k`` of the zoomed grid lies at ``(k + 0.5) / zoom - 0.5`` of the grid in use, and angles
-    ``(..., h * w, D)`` are linear between (and beyond) patches, so nothing is interpolated. Returns
+    Exact, because angles ``(..., h * w, D)`` are linear in the coordinates. Returns
     ``(B, ..., h * w, 2 D)`` float32 on ``device``, sines then cosines.
     """
     patches = rearrange(angles.double(), "... (h w) d -> ... h w d", h=grid[0])
@@ -229,7 +209,7 @@ def perturb_rotary(
     across = _along(patches[..., 0, :, :], first_column, grid[1], ratio) - patches[..., 0, :1, :]
     down = rearrange(down, "b ... h d -> b ... h 1 d")
     across = rearrange(across, "b ... w d -> b ... 1 w d")
-    # Angles of a sum: only rows and columns need float64, and only they travel to the device.
+    # By the angle addition theorem only rows and columns need float64 and the transfer.
     sin_y, cos_y, sin_x, cos_x = (
         table.to(device, torch.float32)
         for table in (down.sin(), down.cos(), across.sin(), across.cos())
@@ -239,18 +219,19 @@ def perturb_rotary(
 
 
 def _along(angles: Tensor, first: Tensor, side: int, ratio: float) -> Tensor:
-    """Angles ``(..., side, D)`` of a row or column at places of crops: ``(B, ..., side, D)``."""
+    """Angles ``(..., side, D)`` along one axis at the crops' coordinates: ``(B, ..., side, D)``."""
     zoom = side / zoomed_side(side, ratio)
+    # Patch k of the zoomed grid lies at (k + 0.5) * zoom - 0.5 of the original grid.
     patches = rearrange(first.double(), "b -> b 1") + torch.arange(side) + 0.5
-    places = (patches * zoom - 0.5).to(angles.device)
-    # One row has no slope; that shifts all patches alike.
+    coordinates = (patches * zoom - 0.5).to(angles.device)
+    # A single row has slope 0, which shifts all patches equally.
     slope = (angles[..., -1, :] - angles[..., 0, :]) / max(side - 1, 1)
-    places = rearrange(places, f"b side -> b {'1 ' * (angles.ndim - 2)}side 1")
-    return angles[..., :1, :] + places * rearrange(slope, "... d -> ... 1 d")
+    coordinates = rearrange(coordinates, f"b side -> b {'1 ' * (angles.ndim - 2)}side 1")
+    return angles[..., :1, :] + coordinates * rearrange(slope, "... d -> ... 1 d")
 
 
 def crop_corners(offsets: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Tensor]:
-    """First row and first column of each crop in the zoomed grid: two ``(B,)`` int64."""
+    """Return the first row and first column of each crop in the zoomed grid: two ``(B,)`` int64."""
     sides = torch.tensor(grid)
     zoomed = torch.tensor([zoomed_side(side, ratio) for side in grid])
     first_row, first_column = (offsets.cpu().double() * (zoomed - sides + 1)).long().unbind(1)
@@ -258,11 +239,11 @@ def crop_corners(offsets: Tensor, grid: Grid, ratio: float) -> tuple[Tensor, Ten
 
 
 def zoomed_side(side: int, ratio: float) -> int:
-    """Patches a side after zooming: 14 become 154 at the paper's ratio of 10."""
+    """Return the patches per side after zooming: 154 for 14 at the paper's ratio of 10."""
     return int((1 + ratio) * side)
 
 
 def _roll(images: Tensor, shift: Tensor) -> Tensor:
-    """Move each of ``(B, C, H, W)`` down and right by its ``(B or 1, 2)``, round the edges."""
-    moved = zip(images, shift.expand(len(images), 2).tolist(), strict=True)
-    return torch.stack([image.roll(by, dims=(1, 2)) for image, by in moved])
+    """Roll each of ``(B, C, H, W)`` down and right by its own ``(B or 1, 2)``."""
+    pairs = zip(images, shift.expand(len(images), 2).tolist(), strict=True)
+    return torch.stack([image.roll(by, dims=(1, 2)) for image, by in pairs])

@@ -1,4 +1,4 @@
-"""What ends a run early: errors, other settings than before, a full disk, Ctrl-C."""
+"""Reasons why a run ends early: errors, changed settings, a full disk, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from cosettle_adapter.io import atomic_path
 
 logger = logging.getLogger(__name__)
 
-# PyTorch's and safetensors' own writers report a full disk in their own ways
+# How the writers of PyTorch and safetensors report a full disk.
 _FULL = ("PytorchStreamWriter", "unexpected pos", "No space left", "os error 28")
-_IMPATIENT_AFTER = 1.0  # seconds after which another Ctrl-C is meant; launchers repeat the first
+_REPEAT_SECONDS = 1.0  # launchers repeat Ctrl-C; a later one comes from the user
 
 
 class TrainingError(CosettleError, ValueError):
-    """Training that cannot begin or continue."""
+    """Training cannot start or continue."""
 
 
 class NonFiniteLossError(TrainingError):
-    """A loss or gradient that is not finite; the weights were not changed by it."""
+    """A loss or gradient is not finite; the weights are unchanged."""
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint that cannot be read, or belongs to another run."""
+    """A checkpoint cannot be read or belongs to a different run."""
 
 
 class WorkerEndedError(TrainingError):
-    """A process that decodes videos ended: one crashed its decoder, or memory ran out."""
+    """A worker process died: a video crashed its decoder, or memory ran out."""
 
 
 class DiskFullError(CosettleError, OSError):
-    """A file that could not be written for lack of space; what was there before is complete."""
+    """A file could not be written for lack of space; existing files are intact."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; what was done is saved, and the message says how to continue."""
+    """Ctrl-C or SIGTERM; progress is saved, and the message says how to continue."""
 
 
 @contextlib.contextmanager
 def disk_full(message: str) -> Iterator[None]:
-    """Raise :class:`DiskFullError` with ``message`` where a block runs out of disk space."""
+    """Raise :class:`DiskFullError` with ``message`` if the block runs out of disk space."""
     try:
         yield
     except OSError as error:
@@ -66,20 +66,20 @@ def disk_full(message: str) -> Iterator[None]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Name what differs between two sets of plain values, nested ones by their path."""
-    faults: list[str] = []
+    """Describe the differences between two mappings of plain values; ``""`` if they are equal."""
+    changes: list[str] = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             nested = differences(old, new)
-            faults += [f"{name}.{fault}" for fault in nested.split("; ") if fault]
+            changes += [f"{name}.{change}" for change in nested.split("; ") if change]
         elif old != new:
-            faults.append(f"{name} was {old!r}, is {new!r}")
-    return "; ".join(faults)
+            changes.append(f"{name} was {old!r}, is {new!r}")
+    return "; ".join(changes)
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write what a folder is made with into it, and refuse a folder made with something else."""
+    """Record a folder's settings in a file, or refuse a folder with different settings."""
     if not path.exists():
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1), "utf-8")
@@ -95,15 +95,15 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[Callable[[], bool]]:
-    """Catch SIGINT and SIGTERM, but a second Ctrl-C; yields what tells whether one came."""
+    """Catch SIGINT and SIGTERM, except a second Ctrl-C; yields a function: was one received?"""
     first: list[float] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         del frame
         if not first:
             first.append(time.monotonic())
-            logger.warning("finishing this step, then saving; Ctrl-C again stops at once")
-        elif number == signal.SIGINT and time.monotonic() - first[0] > _IMPATIENT_AFTER:
+            logger.warning("finishing this step, then saving; press Ctrl-C again to stop at once")
+        elif number == signal.SIGINT and time.monotonic() - first[0] > _REPEAT_SECONDS:
             raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()

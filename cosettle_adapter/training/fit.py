@@ -1,9 +1,9 @@
 """Closed-form projections: one pass over unlabelled clips, no gradients.
 
-Corresponding patches of neighbouring frames should have equal features. How they differ instead
-is measured by the intra-video covariance S; the projection centres the tokens and damps the
-directions in which S is large (the paper's section 4 shrinks the same directions). The solvers are
-in :mod:`cosettle_adapter.closed_form`. Layers are chosen without labels, on rendered clips.
+Corresponding patches of neighbouring frames should have equal features. The intra-video covariance
+S measures how they differ; the projection centres the tokens and damps the directions in which S is
+large (section 4 of the paper shrinks the same directions). The solvers are in
+:mod:`cosettle_adapter.closed_form`. Layers are chosen without labels, on rendered clips.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _HELD_OUT_EVERY = 5
-_MOST_PAIRS = 8  # the statistics of one are three matrices of (2 C)^2 doubles
+_MAX_CONCATENATIONS = 8  # the statistics of each take three matrices of (2 C)^2 doubles
 _FRAMES = 8
 _GRID = (18, 32)
 _MOTION = 0.4
@@ -53,28 +53,28 @@ _PHOTOMETRIC = 0.7
 
 
 class Candidate(NamedTuple):
-    """A projection that may be chosen; ``strength`` is in the solver's own units."""
+    """A projection to choose from; ``strength`` is in the solver's units."""
 
     layers: Layers
     solver: str
     strength: float
 
     def __str__(self) -> str:
-        """Name it in full, as in ``7-whiten-1``."""
+        """Return the full name, for example ``7-whiten-1``."""
         return f"{'+'.join(map(str, self.layers))}-{self.solver}-{self.strength:g}"
 
 
 class Fit(NamedTuple):
-    """Projections of all candidates; ``projection.config.fit`` tells how each was made."""
+    """Projections of all candidates; ``config.fit`` of each records how it was made."""
 
     projections: dict[Candidate, Projection]
     chosen: Candidate
-    scores: dict[Candidate, float]  # mean overlap on rendered clips, if there were any
-    skipped: dict[str, str]  # clips that could not be read, and why
+    scores: dict[Candidate, float]  # mean overlap on rendered clips; empty without any
+    skipped: dict[str, str]  # unreadable clips: reason
 
     @property
     def projection(self) -> Projection:
-        """The chosen one."""
+        """The chosen projection."""
         return self.projections[self.chosen]
 
 
@@ -89,35 +89,36 @@ def fit(
     on_clip: Callable[[int, int], None] = lambda done, total: None,
     **loading: Any,
 ) -> CoSettleAdapter:
-    """Fit a projection for a backbone on unlabelled clips and return the two together.
+    """Fit a projection for a backbone on unlabelled clips and return the adapter.
 
     Args:
         backbone: a registered name, ``timm:...``, ``open_clip:...``, or a loaded backbone.
         clips: folders of videos, or anything else that :meth:`Corpus.open` takes.
         settings: see :class:`FitSettings`.
-        licence: to record; the backbone's by default.
+        licence: licence to record; the backbone's by default.
         data: description of the clips to record.
-        workers: processes that decode; 0 decodes in this one.
-        on_clip: called with the clips done and their number.
-        **loading: what :func:`~cosettle_adapter.load_backbone` takes, when ``backbone`` is a name.
+        workers: processes that decode videos; 0 decodes in this process.
+        on_clip: called with the number of clips done and the total.
+        **loading: arguments of :func:`~cosettle_adapter.load_backbone` if ``backbone`` is a name.
 
     Returns:
-        An adapter whose ``save_pretrained`` writes what ``cosettle-adapter fit`` would.
+        An adapter whose ``save_pretrained`` writes the same files as ``cosettle-adapter fit``.
 
     Raises:
         FrameError: a folder without videos.
-        StatisticsError: no clip gave a pair of frames.
-        ValueError: settings that this backbone cannot have, or nothing to choose by.
-        TypeError: options of loading for a backbone that is loaded already.
+        StatisticsError: no clip has a pair of frames.
+        ValueError: settings that do not fit the backbone, or several candidates but no rendered
+            clips to choose by.
+        TypeError: ``loading`` with a loaded backbone.
     """
     if isinstance(backbone, str):
         backbone = load_backbone(backbone, **loading)
     elif loading:
-        raise TypeError(f"the backbone is loaded already, so {', '.join(loading)} cannot be given")
-    found = fit_projection(
+        raise TypeError(f"the backbone is already loaded: omit {', '.join(loading)} or give a name")
+    result = fit_projection(
         backbone, clips, settings, licence=licence, data=data, workers=workers, on_clip=on_clip
     )
-    return CoSettleAdapter(backbone, found.projection.to(backbone.device))
+    return CoSettleAdapter(backbone, result.projection.to(backbone.device))
 
 
 def fit_projection(
@@ -130,20 +131,20 @@ def fit_projection(
     workers: int = 0,
     on_clip: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fit:
-    """Fit a projection, and tell what else was tried; arguments and errors are :func:`fit`'s.
+    """Fit the projections of all candidates; arguments and errors are those of :func:`fit`.
 
-    Statistics of every candidate's layers come from one encoder pass over pairs of neighbouring
-    frames. The candidate is then chosen without labels: on clips rendered from frames of held-out
-    videos (every fifth of ten clips or more), in which a cut-out moves over a background, by how
-    well propagating its known mask keeps to it.
+    One encoder pass over pairs of neighbouring frames collects the statistics of all layers. The
+    candidate is then chosen without labels, by the overlap of propagated masks: on clips in which a
+    cut-out moves over a background, rendered from frames of held-out videos (every fifth, if there
+    are at least ten).
     """
     settings = settings or FitSettings()
     corpus = clips if isinstance(clips, Corpus) else Corpus.open(clips)
-    every = candidates(backbone, settings)
-    if len(every) > 1 and settings.rendered < 1:
+    tried = candidates(backbone, settings)
+    if len(tried) > 1 and settings.rendered < 1:
         raise ValueError(
-            f"{len(every)} projections to choose from and no rendered clips to choose by; render "
-            "some, or leave one layer, solver and strength"
+            f"got {len(tried)} projections to choose from but no rendered clips to choose by; set "
+            "rendered to at least 1, or give one layer, solver and strength"
         )
     fitted_on, held_out = split(corpus.videos)
     done, total = 0, len(fitted_on) + settings.rendered
@@ -153,39 +154,42 @@ def fit_projection(
         done += 1
         on_clip(done, total)
 
-    sets = list(dict.fromkeys(each.layers for each in every))
+    sets = list(dict.fromkeys(candidate.layers for candidate in tried))
     statistics, skipped = collect_statistics(
         backbone, fitted_on, sets, settings, workers=workers, on_clip=advance
     )
-    solutions = {each: _solve(backbone, each, statistics[each.layers], settings) for each in every}
+    solutions = {
+        candidate: _solve(backbone, candidate, statistics[candidate.layers], settings)
+        for candidate in tried
+    }
     scores: dict[Candidate, float] = {}
     if settings.rendered > 0:
         scores = overlaps(backbone, solutions, held_out, settings, on_clip=advance)
-    chosen = max(scores, key=lambda each: scores[each]) if scores else every[0]
+    chosen = max(scores, key=lambda candidate: scores[candidate]) if scores else tried[0]
     names = sorted(PurePath(name).name for name in skipped)
     about = {"data": data, "clips": len(corpus), "skipped": names}
     projections = {}
-    for each, solution in solutions.items():
+    for candidate, solution in solutions.items():
         config = ProjectionConfig(
             backbone=backbone.row.name,
             fingerprint=backbone.fingerprint,
             backbone_revision=backbone.revision,
-            layers=each.layers,
+            layers=candidate.layers,
             norm=False,
             in_width=solution.weight.shape[1],
             out_width=solution.weight.shape[0],
             kind="affine",
             licence=backbone.row.licence if licence is None else licence,
-            fit=_record(settings, each, about, statistics[each.layers], scores),
+            fit=_record(settings, candidate, about, statistics[candidate.layers], scores),
         )
-        projection = projections[each] = Projection(config).requires_grad_(False).eval()
+        projection = projections[candidate] = Projection(config).requires_grad_(False).eval()
         weights = {"weight": solution.weight.float(), "bias": solution.bias.float()}
         projection.linears[0].load_state_dict(weights)
     return Fit(projections, chosen, scores, skipped | dict(corpus.problems))
 
 
 def split(clips: Sequence[T]) -> tuple[list[T], list[T]]:
-    """Return the clips to fit on and those held out, which are the same where there are few."""
+    """Return the clips to fit on and the held-out ones; below ten clips, both are all clips."""
     if len(clips) < 2 * _HELD_OUT_EVERY:
         return list(clips), list(clips)
     held_out = slice(_HELD_OUT_EVERY - 1, None, _HELD_OUT_EVERY)
@@ -197,7 +201,7 @@ def split(clips: Sequence[T]) -> tuple[list[T], list[T]]:
 def _solve(
     backbone: Backbone, candidate: Candidate, statistics: TokenStatistics, settings: FitSettings
 ) -> AffineMap:
-    """Solve for a candidate's projection; several layers give no more channels than one."""
+    """Solve for a candidate's projection; several layers are reduced to the width of one."""
     solver = SOLVERS[candidate.solver]
     widths = [backbone.widths[layer] for layer in candidate.layers]
     return solve_layers(
@@ -215,13 +219,13 @@ def _record(
     statistics: TokenStatistics,
     scores: Mapping[Candidate, float],
 ) -> dict[str, Any]:
-    """Return ``config.fit``: how a candidate's projection was made."""
+    """Return ``config.fit`` of a candidate's projection."""
     record: dict[str, Any] = {"method": SOLVERS[candidate.solver].formula, **about}
     record |= {"tokens": statistics.tokens, "pairs": statistics.pairs}
     if scores:
         record["blocks_chosen_by"] = "overlap of the propagated mask of a cut-out on rendered clips"
         named = labels(scores)
-        record["overlap_by_block"] = {named[each]: round(s, 4) for each, s in scores.items()}
+        record["overlap_by_block"] = {named[c]: round(s, 4) for c, s in scores.items()}
     strength = None if math.isinf(candidate.strength) else candidate.strength
     used = dataclasses.asdict(settings) | {"gaps": list(settings.gaps)}
     for listed in ("layers", "concatenations", "solvers", "strengths"):
@@ -231,80 +235,72 @@ def _record(
 
 
 def candidates(backbone: Backbone, settings: FitSettings) -> list[Candidate]:
-    """Return every combination of sets of layers, solvers and strengths.
-
-    Raises:
-        ValueError: no layers, no such layer, or no such solver.
-    """
+    """Return every combination of sets of layers, solvers and strengths."""
     unknown = [name for name in settings.solvers if name not in SOLVERS]
     if unknown or not settings.solvers:
         raise ValueError(
             f"unknown solver {', '.join(unknown) or '(none)'}; expected {', '.join(SOLVERS)}"
         )
-    found = []
+    tried: list[Candidate] = []
     for layers, name in itertools.product(layer_sets(backbone, settings), settings.solvers):
-        row, given = SOLVERS[name], settings.strengths
-        tried = (row.strength,) if given is None else given or row.strengths
-        found += [Candidate(layers, name, strength) for strength in tried]
-    return list(dict.fromkeys(found))
+        row, strengths = SOLVERS[name], settings.strengths
+        strengths = (row.strength,) if strengths is None else strengths or row.strengths
+        tried += [Candidate(layers, name, strength) for strength in strengths]
+    return list(dict.fromkeys(tried))
 
 
 def layer_sets(backbone: Backbone, settings: FitSettings) -> list[Layers]:
     """Return the sets of layers to choose from.
 
-    By default these are the upper two thirds, each alone and, of at most eight, beside the last:
-    middle layers tell places apart, the last one what they show (``weights_cards/FIT.md``).
+    By default: each layer of the upper two thirds alone, and at most eight of them together with
+    the last layer.
     """
     upper = range(backbone.depth // 3, backbone.depth)
     *lower, last = upper
-    joined, singles = settings.concatenations, settings.layers
-    if joined is None:
-        apart = max(1, math.ceil(len(lower) / _MOST_PAIRS))
-        joined = tuple((layer, last) for layer in lower[::apart]) if singles is None else ()
+    concatenations, singles = settings.concatenations, settings.layers
+    if concatenations is None:
+        step = max(1, math.ceil(len(lower) / _MAX_CONCATENATIONS))
+        concatenations = tuple((layer, last) for layer in lower[::step]) if singles is None else ()
     if singles is None:
         singles = tuple(upper)
-    wanted = [(layer,) for layer in sorted({backbone.block(layer) for layer in singles})]
-    sets = [tuple(sorted({backbone.block(layer) for layer in one})) for one in joined]
-    found: list[Layers] = list(dict.fromkeys([*wanted, *sets]))
-    if not found or not all(found):
-        raise ValueError("no layers to choose from; name some layers or concatenations")
-    return found
+    alone = [(layer,) for layer in sorted({backbone.block(layer) for layer in singles})]
+    joined = [tuple(sorted({backbone.block(layer) for layer in s})) for s in concatenations]
+    sets: list[Layers] = list(dict.fromkeys([*alone, *joined]))
+    if not sets or not all(sets):
+        raise ValueError("no layers to choose from; give at least one layer or concatenation")
+    return sets
 
 
-def labels(chosen_from: Iterable[Candidate]) -> dict[Candidate, str]:
-    """Return what tables call each candidate: its layers, and what else tells it apart."""
-    every = list(chosen_from)
-    several = len({each[1:] for each in every}) > 1
+def labels(tried: Iterable[Candidate]) -> dict[Candidate, str]:
+    """Return the name of each candidate in tables: its layers, and the solver if they differ."""
+    listed = list(tried)
+    several = len({candidate[1:] for candidate in listed}) > 1
     return {
-        each: "+".join(map(str, each.layers))
-        + (f" {each.solver} {each.strength:g}" if several else "")
-        for each in every
+        candidate: "+".join(map(str, candidate.layers))
+        + (f" {candidate.solver} {candidate.strength:g}" if several else "")
+        for candidate in listed
     }
 
 
 @torch.no_grad()
 def mask_overlap(features: Tensor, clip: RenderedClip) -> float:
-    """Return how well propagating the moving object's first mask keeps to it.
+    """Return the mean IoU of an object and its propagated first mask, without frame 0, in [0, 1].
 
-    Args:
-        features: ``(T, C, h, w)`` of the clip's frames.
-        clip: rendered with a cut-out.
-
-    Returns:
-        Mean intersection over union in pixels, frame 0 excluded; in [0, 1].
+    ``features`` are ``(T, C, h, w)`` of the frames of a clip rendered with a cut-out.
     """
     masks = clip.object_mask
     if masks is None:
-        raise ValueError("the clip has no moving object; render it with a cutout")
+        raise ValueError("the clip has no moving object; render it with cutout=...")
     first = torch.stack([~masks[0], masks[0]]).float()
     grid = (features.shape[-2], features.shape[-1])
-    given = F.interpolate(first[None], grid, mode="bilinear", align_corners=False)[0]
-    propagated = propagate_labels(features, given)
+    labels = F.interpolate(first[None], grid, mode="bilinear", align_corners=False)[0]
+    propagated = propagate_labels(features, labels)
     size = (masks.shape[-2], masks.shape[-1])
-    shares = F.interpolate(propagated, size, mode="bilinear", align_corners=False)
-    found = shares[:, 1] > shares[:, 0]  # argmax over two, which PyTorch takes 20 times as long for
-    both, either = (found & masks)[1:].sum((1, 2)), (found | masks)[1:].sum((1, 2))
-    return float((both / either.clamp_min(1)).mean())
+    scores = F.interpolate(propagated, size, mode="bilinear", align_corners=False)
+    predicted = scores[:, 1] > scores[:, 0]  # 20 times as fast as argmax
+    intersection = (predicted & masks)[1:].sum((1, 2))
+    union = (predicted | masks)[1:].sum((1, 2))
+    return float((intersection / union.clamp_min(1)).mean())
 
 
 def render_from(
@@ -334,19 +330,18 @@ def overlaps(
     *,
     on_clip: Callable[[], None] = lambda: None,
 ) -> dict[Candidate, float]:
-    """Return every candidate's mean :func:`mask_overlap` on clips rendered from first frames.
-
-    Raises:
-        StatisticsError: none of the videos could be read.
-    """
+    """Return each candidate's mean :func:`mask_overlap` on clips rendered from first frames."""
     photos: list[Tensor] = []
     for clip in clips:
         try:
             photos.append(clip.read([0])[0])
         except FrameError as error:
-            logger.warning("%s gives no frame to render from: %s", clip.name, error)
+            logger.warning("no frame of %s to render clips from: %s", clip.name, error)
     if not photos:
-        raise StatisticsError("no held-out clip could be read, so nothing can be chosen")
+        raise StatisticsError(
+            f"none of the {len(clips)} held-out clips can be read, so no projection can be chosen; "
+            "give readable clips, or one layer, solver and strength with rendered=0"
+        )
     size = (_GRID[0] * backbone.patch, _GRID[1] * backbone.patch)
     adapter = CoSettleAdapter.raw(backbone)
     scores = dict.fromkeys(solutions, 0.0)
@@ -354,7 +349,7 @@ def overlaps(
     for rendered in render_from(photos, count=settings.rendered, size=size, seed=settings.seed):
         images = adapter.preprocess(rendered.frames)
         maps = backbone.intermediate_tokens(images, layers, norm=False)
-        single = dict(zip(layers, (each.float().cpu() for each in maps), strict=True))
+        single = dict(zip(layers, (tokens.float().cpu() for tokens in maps), strict=True))
         for candidate, solution in solutions.items():
             joined = torch.cat([single[layer] for layer in candidate.layers], dim=1)
             overlap = mask_overlap(apply_to_maps(solution, joined), rendered)

@@ -1,4 +1,4 @@
-"""The head that is trained, what it starts from, and its optimiser."""
+"""The trained head, its initial weights and its optimiser."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cosettle_adapter.training.data import seed_of
 from cosettle_adapter.training.errors import TrainingError, differences
 from cosettle_adapter.training.settings import TrainSettings
 
-_LINEAR_RANGE = 0.1  # scale at which tanh is a straight line to 0.3 %; LayerNorm undoes it
+_LINEAR_RANGE = 0.1  # scale at which tanh is linear to within 0.3 %; LayerNorm removes the scale
 
 
 class Head(nn.Module):
-    """A projection over tokens ``(..., C)``, as the objective calls it and DDP wraps it."""
+    """Projection of tokens ``(..., C)`` as a module that DDP can wrap."""
 
     def __init__(self, projection: Projection) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Head(nn.Module):
 
 
 def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """Return AdamW with decay on matrices only; each step sets its learning rate."""
+    """Return AdamW with weight decay on matrices only; :class:`Stepper` sets the learning rate."""
     parameters = list(module.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -42,10 +42,10 @@ def new_head(config: ProjectionConfig, *, init: str, seed: int) -> Projection:
     """Make the projection that training starts from.
 
     ``init`` is ``random``, ``identity``, or a folder with a projection for the same backbone,
-    layers and norm: of the same kind and activation, or affine. Of an affine map ``y = W x + b`` a
-    head with Tanh and LayerNorm computes about the LayerNorm of ``y``, if that has about unit
-    variance: its first matrix is ``0.1 W``, further ones are identities, so that Tanh stays where
-    it is a straight line, and LayerNorm takes the 0.1 away again.
+    layers and norm: of the same kind and activation, or affine. A head with Tanh and LayerNorm that
+    starts from an affine map ``y = W x + b`` computes about the LayerNorm of ``y`` if ``y`` has
+    about unit variance: its first matrix is ``0.1 W`` and further ones are identities, so that
+    inputs of Tanh stay in its linear range; LayerNorm removes the factor.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "head"))
@@ -63,8 +63,8 @@ def new_head(config: ProjectionConfig, *, init: str, seed: int) -> Projection:
             weight, bias = state["linears.0.weight"], state["linears.0.bias"]
     if config.kind != "affine" and config.activation != "tanh":
         raise TrainingError(
-            f"a head with {config.activation} cannot start from {init}: it has no range that is "
-            "a straight line. Use --activation tanh, or --init random"
+            f"a head with {config.activation} cannot start from {init}, because this activation "
+            "has no linear range; use --activation tanh or --init random"
         )
     scale = 1.0 if config.kind == "affine" else _LINEAR_RANGE
     first, *following = head.linears
@@ -78,19 +78,19 @@ def _load_start(config: ProjectionConfig, init: str) -> Projection:
     folder = Path(init).expanduser()
     if not folder.is_dir():
         raise TrainingError(
-            f"{init!r} is no start: give 'random', 'identity', or a projection folder"
+            f"init must be 'random', 'identity' or a projection folder, got {init!r}"
         )
     start = Projection.load(folder)
     names = {"fingerprint", "layers", "norm", "in_width", "out_width"}
     if start.config.kind not in ("affine", "identity"):
         names |= {"kind", "activation"}
-    found, wanted = (
-        {name: value for name, value in dataclasses.asdict(each).items() if name in names}
-        for each in (start.config, config)
+    available, expected = (
+        {name: value for name, value in dataclasses.asdict(c).items() if name in names}
+        for c in (start.config, config)
     )
-    if differing := differences(found, wanted):
+    if differing := differences(available, expected):
         raise TrainingError(
-            f"{folder} cannot be what this head starts from: {differing}. Only an affine "
-            "projection can start a head of another kind"
+            f"training cannot start from {folder}: {differing}. Use a projection of the same "
+            "backbone, layers and norm, of the same kind or affine"
         )
     return start

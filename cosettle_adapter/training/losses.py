@@ -1,4 +1,4 @@
-"""The paper's objective: cycles that close, on tokens that stay close to the backbone's."""
+"""The paper's objective: cycle consistency, and tokens that stay close to the backbone's."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ _EPSILON = 1e-6
 
 
 class Losses(NamedTuple):
-    """Scalars of one batch: only ``total`` has gradients; ``separability`` is not weighted yet.
-
-    ``accuracy`` is the share of cycles that end where they began, in [0, 1].
-    """
+    """Scalars of one batch."""
 
     total: Tensor
     cycle: Tensor
-    separability: Tensor
-    accuracy: Tensor
+    separability: Tensor  # not weighted
+    accuracy: Tensor  # fraction of cycles that end where they started, in [0, 1]
 
 
 def objective(
@@ -34,23 +31,19 @@ def objective(
     grid: tuple[int, int],
     settings: TrainSettings,
 ) -> Losses:
-    """Compute the losses of a head on views ``(B, I, N, C)``, as ``encode`` returns them.
-
-    All views are projected in one call, which a module wrapped for data-parallel training needs,
-    and compared in float32, under autocast as well. Gradients never reach the tokens.
-    """
+    """Compute the losses of a head on views ``(B, I, N, C)`` returned by ``encode``, in float32."""
     with torch.autocast(tokens.device.type, enabled=False):
         if settings.pea == "off":
             tokens = torch.cat([tokens, tokens[:, : settings.frames - 1]], dim=1)
-        # Tensors made in inference mode cannot take part in a backward pass.
+        # Tensors made in inference mode cannot be used in a backward pass.
         tokens = (tokens.clone() if tokens.is_inference() else tokens.detach()).float()
-        projected = F.normalize(project(tokens).float(), dim=-1)
+        projected = F.normalize(project(tokens).float(), dim=-1)  # DDP allows only one call
         views = projected[:, : settings.frames], projected[:, settings.frames :]
         cycles = [
             cycle_consistency_loss(*views, grid, temperature, settings.pool)
             for temperature in settings.temperatures
         ]
-        cycle, accuracy = (torch.stack(each).mean() for each in zip(*cycles, strict=True))
+        cycle, accuracy = (torch.stack(values).mean() for values in zip(*cycles, strict=True))
         separability = semantic_separability_loss(F.normalize(tokens, dim=-1), projected)
         total = cycle + settings.separability_weight * separability
     return Losses(total, cycle, separability, accuracy)
@@ -63,31 +56,25 @@ def cycle_consistency_loss(
     temperature: float = 0.03,
     pool: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """Walk from each place of frame 1 over the clip and back, to arrive where the walk began.
+    """Cycle-consistency loss of walks from each position of frame 1 through the clip and back.
 
-    The paper's cycle-consistency loss (section 3.3; ``forward_asy_cycle_loss`` in the official
-    code). Unit vectors are averaged over ``pool x pool`` patches and not scaled to unit length
-    again. For two frames, with ``A12 = softmax(x1 x2^T / t)`` and ``A21' = softmax(x2 x1'^T / t)``,
-    the loss is the cross-entropy of ``log(A12 A21' + 1e-6)``, taken as logits, with the identity.
-    Of more frames, cycle ``k`` goes over plain views to frame ``k`` and back over perturbed ones;
-    loss and accuracy are means over ``k`` from 2 to ``T``.
+    Section 3.3 of the paper; ``forward_asy_cycle_loss`` in the official code. Unit vectors are
+    averaged over windows of ``pool x pool`` patches without renormalising. For two frames, with
+    ``A12 = softmax(x1 x2^T / t)`` and ``A21' = softmax(x2 x1'^T / t)``, the loss is the
+    cross-entropy between the logits ``log(A12 A21' + 1e-6)`` and the identity. With more frames,
+    cycle ``k`` goes through plain views to frame ``k`` and back through perturbed ones; loss and
+    accuracy are means over ``k`` from 2 to ``T``.
 
-    Args:
-        forward: ``(B, T, N, C)`` unit vectors of the frames' plain views.
-        backward: ``(B, T - 1, N, C)`` unit vectors of perturbed views of all frames but the last.
-        grid: ``(h, w)``; rows and columns at its end that do not fill a window are left out.
-        temperature: ``t``.
-        pool: patches averaged along each side, at most the grid's shorter one.
-
-    Returns:
-        The loss, and the share of places from which the likeliest walk returns, in [0, 1].
+    ``forward`` are ``(B, T, N, C)`` unit vectors of the plain views, ``backward``
+    ``(B, T - 1, N, C)`` of the perturbed views of all frames but the last. Returns the loss and the
+    fraction of positions whose likeliest walk returns, in [0, 1].
     """
     if pool > min(grid):
         raise TrainingError(
             f"pool must be at most {min(grid)} on a grid of {grid[0]} x {grid[1]} patches, got "
             f"{pool}"
         )
-    out, back = _pooled(forward, grid, pool), _pooled(backward, grid, pool)
+    out, back = _pool(forward, grid, pool), _pool(backward, grid, pool)
     start = torch.arange(out.shape[2], device=out.device).repeat(len(out))
     losses: list[Tensor] = []
     accuracies: list[Tensor] = []
@@ -108,12 +95,12 @@ def cycle_consistency_loss(
 
 
 def semantic_separability_loss(original: Tensor, projected: Tensor) -> Tensor:
-    """Divergence of the projected tokens from the backbone's, as distributions over channels.
+    """KL divergence of the projected tokens from the backbone's, as distributions over channels.
 
     The paper's semantic separability regularisation (section 3.3; ``forward_kl_loss`` in the
     official code): ``KL(softmax(original) || softmax(projected))`` of unit vectors ``(B, ..., C)``,
-    summed over all tokens of all views and divided by ``B``. Softmaxes of unit vectors are nearly
-    uniform, so each token adds about ``(1 - cos) / C``.
+    summed over all tokens and divided by ``B``. Softmaxes of unit vectors are nearly uniform, so a
+    token contributes about ``(1 - cos) / C``.
     """
     return F.kl_div(
         F.log_softmax(projected, dim=-1), F.softmax(original, dim=-1), reduction="batchmean"
@@ -121,11 +108,11 @@ def semantic_separability_loss(original: Tensor, projected: Tensor) -> Tensor:
 
 
 def _transition(here: Tensor, there: Tensor, temperature: float) -> Tensor:
-    """``(B, n, n)``: from each place of one frame, the chance to go to each of the other."""
+    """Transition probabilities ``(B, n, n)`` from positions of one frame to those of another."""
     return F.softmax(here @ rearrange(there, "b n c -> b c n") / temperature, dim=-1)
 
 
-def _pooled(vectors: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
+def _pool(vectors: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
     patches = rearrange(vectors, "b t (h w) c -> b t h w c", h=grid[0])
     h, w = (side // pool for side in grid)
     whole = patches[:, :, : h * pool, : w * pool]

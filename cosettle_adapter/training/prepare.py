@@ -1,4 +1,4 @@
-"""Frames extracted once: a corpus of videos as a folder of JPEG images for each."""
+"""Extracts the frames of a corpus once: a folder of JPEG images for each video."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ SETTINGS_NAME = "prepared.json"
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSettings:
-    """Which frames are kept, and how.
+    """Which frames to keep, and their size and quality.
 
-    The paper's pairs are a share of the clip apart, so thinning a clip evenly leaves them at the
-    same distance in time. Only one of every and max_frames may be given.
+    The frames of a training pair are a fraction of the clip apart, so keeping fewer frames, evenly
+    spaced, preserves their distance in time. Give only one of every and max_frames.
 
     Attributes:
         size: shorter side in pixels; smaller frames are not enlarged.
         every: keep every n-th frame.
-        max_frames: keep at most so many, spread evenly over the video.
-        quality: of the JPEG files, 1 to 95.
+        max_frames: keep at most this many frames, evenly spaced over the video.
+        quality: quality of the JPEG files, 1 to 95.
     """
 
     size: int = 256
@@ -58,7 +58,9 @@ class PrepareSettings:
         if self.quality > 95:
             raise ValueError(f"quality must be at most 95, got {self.quality}")
         if self.every > 1 and self.max_frames is not None:
-            raise ValueError("give only one of every and max_frames")
+            raise ValueError(
+                f"got every {self.every} and max_frames {self.max_frames}; give only one of them"
+            )
 
 
 def prepare(
@@ -69,34 +71,28 @@ def prepare(
     workers: int = 0,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[int, list[tuple[str, str]]]:
-    """Extract the frames of a corpus, in the layout that it has: ``<class>/<video>/000000.jpg``.
+    """Extract the frames of a corpus, keeping its layout: ``<class>/<video>/000000.jpg``.
 
-    A folder appears under its name once all its frames are there, so a run that was stopped is
-    resumed by the same call. ``data`` is what :meth:`Corpus.open` takes, ``output`` a new or empty
-    folder, or one that the same settings were used on; ``on_video`` is called with the videos done
-    and their number.
+    The folder of a video gets its name when all its frames are written, so the same call resumes an
+    interrupted one.
 
-    Returns:
-        The number of videos whose frames are there, and the videos and shards that could not be
-        read, with the reason; ``skipped.txt`` lists these as well.
-
-    Raises:
-        FrameError: there are no videos, or none can be read.
-        TrainingError: the folder holds something else, or lies among the videos.
-        DiskFullError: no room is left; whole videos are kept.
+    ``on_video`` is called with the number of videos done and the total. Returns the number of
+    extracted videos, and the unreadable videos and shards with reasons, also in ``skipped.txt``.
     """
     settings = settings or PrepareSettings()
     folder = Path(output).expanduser()
     for place in [data] if isinstance(data, (str, os.PathLike)) else data:
         if Path(place).expanduser().resolve() in [folder.resolve(), *folder.resolve().parents]:
             raise TrainingError(
-                f"{folder} lies in {place}, whose videos are read, so its images would be taken "
-                "for videos; choose a folder outside"
+                f"{folder} lies inside {place}, so its images would be read as videos; choose a "
+                "folder outside"
             )
     corpus = Corpus.open(data)
-    held = next(folder.iterdir(), None) if folder.is_dir() else None
-    if held and not (folder / SETTINGS_NAME).exists():
-        raise TrainingError(f"{folder} is not empty (it holds {held.name}); choose another folder")
+    content = next(folder.iterdir(), None) if folder.is_dir() else None
+    if content and not (folder / SETTINGS_NAME).exists():
+        raise TrainingError(
+            f"{folder} is not empty (it holds {content.name}); choose another folder"
+        )
     keep_settings(folder / SETTINGS_NAME, dataclasses.asdict(settings))
     names = folder_names([video.name for video in corpus.videos])
     targets = [folder / name for name in names]
@@ -104,8 +100,8 @@ def prepare(
     done, skipped = len(corpus) - len(jobs), list(corpus.problems)
     on_video(done, len(corpus))
     with disk_full(
-        f"no room is left in {folder}; the videos that are complete are kept. Make room and run "
-        "the same again to continue"
+        f"no space left in {folder}; complete videos are kept. Free some space, then run the same "
+        "command again to continue"
     ):
         extracted = work_on(functools.partial(_extract, settings), jobs, workers=workers)
         try:
@@ -114,12 +110,12 @@ def prepare(
                 done += 1
                 on_video(done, len(corpus))
         except WorkerEndedError as error:
-            begun = [video.name for video, target in jobs if _unfinished(target).is_dir()]
-            if not begun:
+            started = [video.name for video, target in jobs if _unfinished(target).is_dir()]
+            if not started:
                 raise
             raise WorkerEndedError(
-                f"a decoder crashed, or ran out of memory, on {' or '.join(begun)}; move it away "
-                "and run the same again"
+                f"the decoder crashed or ran out of memory on {' or '.join(started)}; remove this "
+                "video, or use fewer --workers, and run the same command again"
             ) from error
         skipped.sort()
         with atomic_path(folder / SKIPPED_NAME) as path:
@@ -129,17 +125,17 @@ def prepare(
     if not count:
         name, why = skipped[0]
         raise FrameError(
-            f"none of the {len(corpus)} videos can be read; the first of them: {name} ({why})"
+            f"none of the {len(corpus)} videos can be read; the first is {name} ({why})"
         )
     return count, skipped
 
 
 def folder_names(videos: Sequence[str]) -> list[str]:
-    """Return a folder for each video: its name without suffix, or with it where two would meet."""
+    """Return a folder for each video: its name without suffix, or with it if two would be equal."""
     paths = [PurePosixPath(name) for name in videos]
     plain = [path.with_suffix("") if is_video(path) else path for path in paths]
     shared = Counter(plain)
-    parents = {parent for path in plain for parent in path.parents}  # these hold folders, no images
+    parents = {parent for path in plain for parent in path.parents}  # folders of other videos
     names = [
         path if shared[path] == 1 and path not in parents else whole
         for path, whole in zip(plain, paths, strict=True)
@@ -152,7 +148,7 @@ def _unfinished(target: Path) -> Path:
 
 
 def _extract(settings: PrepareSettings, job: tuple[Video, Path]) -> None:
-    """Write the frames of a video into a folder that appears once it is complete."""
+    """Write the frames of a video into a folder that is renamed when complete."""
     video, target = job
     part = _unfinished(target)
     shutil.rmtree(part, ignore_errors=True)
@@ -161,8 +157,8 @@ def _extract(settings: PrepareSettings, job: tuple[Video, Path]) -> None:
         length = video.length()
         indices = set(range(0, length, settings.every))
         if settings.max_frames is not None:
-            kept = min(length, settings.max_frames)
-            indices = {int((place + 0.5) * length / kept) for place in range(kept)}
+            count = min(length, settings.max_frames)
+            indices = {int((position + 0.5) * length / count) for position in range(count)}
         number = itertools.count()
         for index, frame in enumerate(video.frames()):
             if index in indices:
@@ -175,7 +171,7 @@ def _extract(settings: PrepareSettings, job: tuple[Video, Path]) -> None:
 
 
 def write_image(frame: PendingFrame, path: Path, settings: PrepareSettings) -> None:
-    """Write a frame as a JPEG file, made smaller if it is larger than the settings want."""
+    """Write a frame as a JPEG file, downscaled to ``settings.size`` if it is larger."""
     image_module = imports.require("PIL.Image", extra="train", purpose="writing image files")
     pixels = rearrange(frame.load(), "c h w -> h w c").contiguous().numpy()
     image = image_module.fromarray(pixels)

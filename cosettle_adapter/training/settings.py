@@ -1,4 +1,4 @@
-"""How a projection is trained: every number that decides the result, as plain data."""
+"""Settings of training, as plain data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Perturbation = Literal["batch", "sample", "off"]
 HeadKind = Literal["linear", "mlp2", "mlp3", "affine"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
-LR_SAMPLES = 256  # samples per step to which ``base_lr`` belongs
+LR_SAMPLES = 256  # samples per step at which the learning rate is ``base_lr``
 
 _PAPER_LR = 1e-4
-_PAPER_TRAVEL = 2344 * 2e-4  # steps (five epochs of 240,000 clips by 512) times highest rate
+_PAPER_TRAVEL = 2344 * 2e-4  # steps (five epochs of 240,000 clips / 512) times highest rate
 _SHORT_RUN_LR = 1e-3
 
 _AT_LEAST = {
@@ -34,46 +34,48 @@ _NOT_THE_RESULT = ("workers", "log_every", "save_every", "batch_size", "accumula
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """How a projection is trained, by ``cycle + separability_weight * separability``.
+    """Settings of training; the loss is ``cycle + separability_weight * separability``.
 
-    The defaults are the paper's, with these differences: ``pea`` and ``squash``, 128 samples per
-    step in one process where the paper has 512 in four, and on small corpora ``pairs_per_clip``
-    and ``base_lr``. ``pea="sample"`` estimates the same loss as ``"batch"`` with a gradient that
-    varies less. Only the encoder runs in half precision.
+    The defaults are the paper's, with these exceptions: ``pea`` and ``squash``; 128 samples per
+    step in one process instead of 512 in four; on small corpora ``pairs_per_clip`` and ``base_lr``.
+    ``pea="sample"`` estimates the same loss as ``"batch"`` with less gradient variance. Half
+    precision applies to the encoder only.
 
     Attributes:
-        temperatures: of the softmaxes in the cycle; its loss and accuracy are means over them.
+        temperatures: softmax temperatures of the cycle; loss and accuracy are means over them.
         separability_weight: weight of the separability (KL) loss, the paper's lambda; 0 removes it.
-        pea: where the zoomed grid of positions is cropped: at a place of its own for each sample,
-            at one place per step for the whole batch (as in the official code), or off.
-        pea_ratio: the grid of positions is zoomed by one plus this.
-        pool: patches averaged along each side before cycles are walked.
+        pea: crop of the zoomed grid of positions: a different one for each sample, one per step for
+            the whole batch (as in the official code), or off.
+        pea_ratio: the grid of positions is zoomed by 1 + this ratio.
+        pool: side of the windows of patches that are averaged before the cycle loss.
         epochs: passes over the samples.
-        batch_size: samples per process and forward pass; lowered where there are fewer samples.
+        batch_size: samples per process and forward pass; lowered if there are fewer samples.
         accumulation: forward passes per step. A step sees batch_size x processes x accumulation
-            samples, and it is the same step however that product is divided.
-        base_lr: learning rate for 256 samples per step; the paper's 1e-4 by default, higher on
+            samples; only this product affects the result.
+        base_lr: learning rate for 256 samples per step; by default the paper's 1e-4, higher on
             short runs.
-        weight_decay: AdamW's, on matrices only.
-        betas: AdamW's.
-        warmup_epochs: linear warm-up from 0, in epochs, followed by a half cosine to 0; by default
+        weight_decay: weight decay of AdamW, on matrices only.
+        betas: betas of AdamW.
+        warmup_epochs: epochs of linear warm-up from 0, followed by a half cosine to 0; by default
             one epoch, or a fifth of a run of fewer than five.
-        layers: 0-based layers to read together, negative from the end; the backbone's by default.
-        norm: apply the final norm; by default to the last layer, where the backbone's row says so.
+        layers: 0-based layers to concatenate, negative from the end; the backbone's by default.
+        norm: apply the final norm; by default if only the last layer is read and the backbone has
+            a final norm.
         head: kind of the projection.
-        activation: its nonlinearity.
-        init: random (of an affine head the identity), identity, or a projection folder.
-        frames: frames of a cycle; the paper's is 2.
+        activation: nonlinearity of the projection.
+        init: initial weights: random (for an affine head the identity), identity, or a projection
+            folder.
+        frames: frames per cycle; 2 in the paper.
         size: side of the square frames in pixels.
-        squash: squash frames to the square before cropping, as the official code does.
-        pairs_per_clip: samples drawn from each clip in an epoch; by default as many as make epochs
-            of about 2,000 samples.
-        cache_views: encoded views per clip that are kept on disk and repeat; 0 keeps none.
-        precision: of the encoder's arithmetic.
+        squash: squash frames to a square before cropping, as the official code does.
+        pairs_per_clip: samples drawn from each clip per epoch; by default about 2,000 samples per
+            epoch in total, at least one from each clip.
+        cache_views: encoded views per clip to cache on disk and reuse; 0 disables the cache.
+        precision: precision of the encoder.
         compile: run the encoder through torch.compile.
-        seed: of everything that is drawn at random.
-        workers: processes that decode videos; 0 decodes between steps. Does not change a result.
-        save_every: steps between checkpoints; every five minutes and epoch there is one anyway.
+        seed: seed of all random draws.
+        workers: processes that decode videos; 0 decodes between steps. Does not affect the result.
+        save_every: steps between checkpoints, in addition to one every epoch and five minutes.
         log_every: steps between lines of metrics.jsonl.
     """
 
@@ -115,7 +117,7 @@ class TrainSettings:
             if (value := getattr(self, name)) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise TrainingError(f"unknown {name} {value!r}; expected one of {known}")
-        if not self.temperatures or not all(0 < each < math.inf for each in self.temperatures):
+        if not self.temperatures or not all(0 < value < math.inf for value in self.temperatures):
             raise TrainingError(
                 f"temperatures must be one or more positive numbers, got {self.temperatures}"
             )
@@ -133,16 +135,16 @@ class TrainSettings:
 
     @property
     def warmup(self) -> float:
-        """Epochs of warm-up."""
+        """Number of warm-up epochs."""
         return min(1.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
 
     def decisive(self) -> dict[str, Any]:
-        """Return the settings that decide the result, as JSON: they must not change on resuming."""
+        """Return the settings that decide the result, as JSON; a resumed run must have the same."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in plain.items() if name not in _NOT_THE_RESULT}
 
     def head_config(self, backbone: Backbone) -> ProjectionConfig:
-        """Return the config of the projection that is to be trained on ``backbone``."""
+        """Return the config of the projection to train on ``backbone``."""
         layers = (backbone.default_layer,) if self.layers is None else self.layers
         layers = tuple(backbone.block(layer) for layer in layers)
         norm = self.norm
@@ -162,10 +164,10 @@ class TrainSettings:
         )
 
     def highest_lr(self, samples: int, steps: int) -> float:
-        """Return the highest learning rate of a run: ``base_lr`` times the step's samples / 256.
+        """Return the highest learning rate of a run: ``base_lr`` * samples per step / 256.
 
-        With the paper's 1e-4, for 240,000 clips, a head would hardly move in a short run. So by
-        default steps times rate is at least what it is in the paper, up to a rate of 1e-3.
+        In a short run the paper's 1e-4 would hardly change a head. By default, steps * rate is
+        therefore at least that of the paper's run, with a rate of at most 1e-3.
         """
         if self.base_lr is not None:
             return self.base_lr * samples / LR_SAMPLES
@@ -173,10 +175,10 @@ class TrainSettings:
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: float) -> float:
-    """Return the share of the highest learning rate that a 0-based step uses.
+    """Return the learning rate of a 0-based step as a fraction of the highest.
 
-    From 0 in a straight line over ``warmup`` steps, which need not be whole, then half a cosine to
-    0 (``util/lr_sched.py`` of the official code).
+    Linear from 0 over ``warmup`` steps (may be fractional), then half a cosine to 0
+    (``util/lr_sched.py`` of the official code).
     """
     if step < warmup:
         return step / warmup

@@ -1,4 +1,4 @@
-"""One optimiser step: encode, compare, agree with the other processes, update the head."""
+"""One optimiser step: encode, compute losses, agree with the other processes, update the head."""
 
 from __future__ import annotations
 
@@ -26,14 +26,11 @@ from cosettle_adapter.training.settings import TrainSettings, learning_rate_fact
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_NAMED = 8  # clips that an error names before it counts the rest
+_MAX_NAMES = 8  # clips named in an error message
 
 
 class Stepper:
-    """Runs steps; notes in ``skipped`` which videos could not be read.
-
-    The backbone and the head are on the accelerator's device.
-    """
+    """Runs steps on the accelerator's device; ``skipped`` collects unreadable videos."""
 
     def __init__(
         self,
@@ -54,28 +51,28 @@ class Stepper:
     def run(
         self, step: int, batches: Iterator[Batch], *, stop: bool = False, save: bool = False
     ) -> tuple[StepReport, bool, bool]:
-        """Do step ``step`` (0-based) on the next batches.
+        """Run step ``step`` (0-based) on the next batches.
 
-        All processes agree before the weights change: if one could not read its samples, or has a
-        loss that is not finite, all raise the same message. Returns how the step went, and whether
-        some process was asked to ``stop`` and to ``save``, the same in every process.
+        If one process cannot read its samples or has a loss that is not finite, all raise the same
+        message before weights change. Returns the figures of the step, and whether any process was
+        asked to ``stop`` and to ``save``.
         """
-        accelerator, plan, began = self._accelerator, self._plan, time.monotonic()
+        accelerator, plan, start = self._accelerator, self._plan, time.monotonic()
         parts = plan.keys(step, accelerator.process_index)
         sums = torch.zeros(4, device=accelerator.device)
         failure: Exception | None = None
         losses: Losses | None = None
         for number, keys in enumerate(parts, start=1):
             last = number == len(parts)
-            # only the last part's backward pass sends gradients to the other processes
-            wait: Any = contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped)
-            with wait:
+            # Only the backward pass of the last part synchronises gradients.
+            sync: Any = contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped)
+            with sync:
                 try:
                     losses = self._losses(step, keys, next(batches))
                 except (CosettleError, OSError) as error:
                     failure = error
                     break
-                sums += torch.stack([each.detach().float() for each in losses]) / len(parts)
+                sums += torch.stack([loss.detach().float() for loss in losses]) / len(parts)
                 if not last:
                     accelerator.backward(losses.total / len(parts))
         flags = torch.tensor([failure is not None, stop, save], device=sums.device)
@@ -89,7 +86,7 @@ class Stepper:
         )
         norm = self._update(step, parts, lr)
         loss, cycle, kl, accuracy = (value / accelerator.num_processes for value in agreed[:4])
-        speed = plan.samples_per_step / max(time.monotonic() - began, 1e-9)
+        speed = plan.samples_per_step / max(time.monotonic() - start, 1e-9)
         epoch = step // plan.steps_per_epoch + 1
         report = StepReport(step + 1, plan.steps, epoch, loss, cycle, kl, accuracy, lr, norm, speed)
         return report, bool(agreed[5]), bool(agreed[6])
@@ -110,7 +107,7 @@ class Stepper:
                 own = objective(self._head, tokens[[row]], self._grid, self._settings)
             if not math.isfinite(float(own.total)):
                 names.append(self._data.name(index))
-        advice = "Leave the clip out, or use --precision float32"
+        advice = "Remove the clip, or use --precision float32"
         if len(names) == len(keys) > 1:
             advice = (
                 "The weights have diverged, or the encoder overflows: lower --base-lr, or use "
@@ -118,7 +115,7 @@ class Stepper:
             )
         raise NonFiniteLossError(
             f"the loss of {self._named(step)} is not finite ({total}) because of {len(names)} of "
-            f"the {len(keys)} samples in a batch ({_some(names)}); that step was not made. {advice}"
+            f"the {len(keys)} samples in a batch ({_join(names)}); weights are unchanged. {advice}"
         )
 
     def _update(self, step: int, parts: Sequence[Sequence[Key]], lr: float) -> float:
@@ -128,8 +125,8 @@ class Stepper:
             mine = [self._data.name(index) for part in parts for _, index in part]
             names = [name for theirs in gather(self._accelerator, mine) for name in theirs]
             raise NonFiniteLossError(
-                f"the gradient of {self._named(step)} is not finite ({norm}) on {_some(names)}; "
-                "that step was not made. Lower --base-lr"
+                f"the gradient of {self._named(step)} is not finite ({norm}) on {_join(names)}; "
+                "weights are unchanged. Lower --base-lr"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -141,7 +138,7 @@ class Stepper:
         return f"step {step + 1} (epoch {step // self._plan.steps_per_epoch + 1})"
 
 
-def _some(names: Sequence[str]) -> str:
+def _join(names: Sequence[str]) -> str:
     unique = list(dict.fromkeys(names))
-    shown = ", ".join(unique[:_NAMED])
-    return shown + (f" and {len(unique) - _NAMED} more" if len(unique) > _NAMED else "")
+    shown = ", ".join(unique[:_MAX_NAMES])
+    return shown + (f" and {len(unique) - _MAX_NAMES} more" if len(unique) > _MAX_NAMES else "")

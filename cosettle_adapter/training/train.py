@@ -1,4 +1,4 @@
-"""Train a projection by gradients: the paper's method, resumable bit for bit."""
+"""Trains a projection by gradient descent, as in the paper; runs resume bit for bit."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _SKIPPED_NAMED = 20
 
 
 class Trained(NamedTuple):
-    """What training returns."""
+    """Result of training."""
 
-    projection: Projection  # as it was written: the last one, or the best by validation
+    projection: Projection  # the written one: the last, or the best by validation
     steps: int
     chosen_step: int
-    figures: dict[str, dict[str, float | None]]  # by validation: raw, first, last, chosen
-    skipped: dict[str, str]  # videos that could not be read, and why
+    figures: dict[str, dict[str, float | None]]  # of validation: raw, first, last, chosen
+    skipped: dict[str, str]  # unreadable videos: reason
 
 
 def train(
@@ -68,36 +68,37 @@ def train(
 ) -> Trained:
     """Train a projection for a backbone on unlabelled clips.
 
-    The backbone stays frozen and moves to the accelerator's device. ``output`` becomes a
-    projection folder when the run ends; until then it holds a checkpoint, from which an
-    interrupted run resumes with an identical result, and ``metrics.jsonl``. Several processes
-    train one projection together when they were launched by ``accelerate launch`` or
-    ``torchrun``; only the first writes.
+    The backbone stays frozen and moves to the accelerator's device. The run writes
+    ``metrics.jsonl`` and a checkpoint into ``output``; resumed from it, an interrupted run gives an
+    identical result. At the end the projection is written. Several processes started by
+    ``accelerate launch`` or ``torchrun`` train one projection together; only the first writes.
 
     Args:
         backbone: the frozen encoder.
         data: from :func:`~cosettle_adapter.training.cached_views.open_data`, same settings.
         output: folder to write.
         settings: see :class:`TrainSettings`.
-        accelerator: of this process; by default one for the best device here.
+        accelerator: Accelerator of this process; by default for the best available device.
         resume: continue the run in ``output``.
-        overwrite: remove a run or projection that ``output`` holds.
-        validation: clips to measure before the first step and after each epoch; the projection
-            that is best by them is the result.
-        tensorboard: write TensorBoard's files beside ``metrics.jsonl``.
-        licence: to record; the backbone's by default.
-        about_data: what the clips are, to record.
-        began: how the run was begun, kept in its checkpoints; ``command``, its words, is recorded.
-        on_start: called in the main process with the samples of an epoch, before the first step.
+        overwrite: remove a run or projection in ``output``.
+        validation: clips to measure before the first step and after each epoch; the best projection
+            by them is the result.
+        tensorboard: write TensorBoard files as well as ``metrics.jsonl``.
+        licence: licence to record; the backbone's by default.
+        about_data: description of the clips to record.
+        began: command and options to keep in the checkpoints for resuming; the config records
+            ``command``, a list of words, of the run's first call.
+        on_start: called in the main process with the samples per epoch, before the first step.
         on_step: called in the main process after every step.
 
     Raises:
-        TrainingError: it cannot begin: the folder holds a run, another process is writing into it,
-            or there are too few samples.
-        CheckpointError: there is nothing to resume, or it is another run.
+        TrainingError: the folder holds a run, another process is writing into it, or there are too
+            few samples.
+        CheckpointError: there is no run to resume, or it has other settings.
         NonFiniteLossError, DiskFullError: the last checkpoint is kept.
+        WorkerEndedError: a process that decodes videos died; the last checkpoint is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving.
-        CosettleError: samples that cannot be read, or frames that do not fit the backbone.
+        CosettleError: unreadable samples, or frames that do not fit the backbone.
     """
     settings = settings or TrainSettings()
     accelerator = accelerator or make_accelerator()
@@ -105,27 +106,28 @@ def train(
     run = _Run(accelerator, backbone, data, settings, folder, new=not resume)
     run.state.config["validation"] = validation and validation.digest
     run.state.began = dict(began or {})
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         claimed = checkpoint.claimed_folder(folder, resume=resume, overwrite=overwrite)
-        on_main(accelerator, lambda: held.enter_context(claimed))
-        held.callback(accelerator.free_memory)  # it would save this head with the next one
+        on_main(accelerator, lambda: stack.enter_context(claimed))
+        # Otherwise the accelerator would save this head in the checkpoints of its next run.
+        stack.callback(accelerator.free_memory)
         if resume:
             run.resume()
         if settings.compile:
             compile_encoder(backbone)
         if validation is not None:
-            run.validation = on_main(accelerator, lambda: run.begin_validation(validation))
+            run.validation = on_main(accelerator, lambda: run.start_validation(validation))
         run.log = on_main(
             accelerator, lambda: MetricsLog(folder, step=run.state.step, tensorboard=tensorboard)
         )
         if run.log is not None:
-            held.callback(run.log.close)
-        run.to_the_end(on_start, on_step)
+            stack.callback(run.log.close)
+        run.run_steps(on_start, on_step)
         return run.finish(licence or backbone.row.licence, about_data)
 
 
 class _Run:
-    """The head and what trains it, after ``state.step`` steps."""
+    """A head and its training state after ``state.step`` steps."""
 
     def __init__(
         self,
@@ -141,15 +143,15 @@ class _Run:
         self.settings, self.folder = settings, folder
         self.plan = Plan(len(data), accelerator.num_processes, settings)
         if self.plan.batch_size < settings.batch_size and accelerator.is_main_process:
-            told = "batches of %d in place of %d: an epoch has %d samples"
-            logger.warning(told, self.plan.batch_size, settings.batch_size, len(data))
+            message = "batch size lowered from %d to %d, because an epoch has only %d samples"
+            logger.warning(message, settings.batch_size, self.plan.batch_size, len(data))
         init = settings.init if new else "random"
         config = settings.head_config(backbone)
         self.head = Head(new_head(config, init=init, seed=settings.seed)).to(accelerator.device)
         backbone.to(accelerator.device)
         self.stepper = Stepper(accelerator, backbone, data, self.plan, settings, self.head)
         self.state = RunState(
-            config={  # what decides the result, and so must be the same on resuming
+            config={  # decides the result, so it must not change on resuming
                 "backbone": backbone.row.name,
                 "fingerprint": backbone.fingerprint,
                 "backbone_dtype": str(backbone.dtype),
@@ -161,20 +163,22 @@ class _Run:
             skipped=dict(getattr(data, "skipped", ())),
         )
         self.best: dict[str, Tensor] | None = None
-        self.log: MetricsLog | None = None  # in the main process, as is the next
-        self.validation: Validation | None = None
+        self.log: MetricsLog | None = None  # in the main process only
+        self.validation: Validation | None = None  # in the main process only
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
+        """Restore the last checkpoint; options of this call apply to later resumed runs too."""
         skipped, began = self.state.skipped, self.state.began
         self.state, self.best = checkpoint.restore(self.accelerator, self.folder, self.state.config)
         self.state.skipped |= skipped
-        self.state.began = self.state.began or began
+        command = {k: v for k, v in self.state.began.items() if k == "command"}
+        self.state.began = {**self.state.began, **began, **command}
 
-    def to_the_end(
+    def run_steps(
         self, on_start: Callable[[int], None], on_step: Callable[[StepReport], None]
     ) -> None:
-        """Do the steps that are left."""
+        """Run the remaining steps."""
         plan, settings, accelerator, state = self.plan, self.settings, self.accelerator, self.state
         batches = load_batches(
             self.data,
@@ -182,16 +186,17 @@ class _Run:
             workers=settings.workers,
             pin_memory=accelerator.device.type == "cuda",
         )
-        with stop_request() as asked_to_stop:
+        with stop_request() as stop_requested:
             if state.step == 0:
                 on_main(accelerator, self.validate)
                 self.save()
             if self.log is not None and state.step < plan.steps:
                 on_start(plan.samples)
             for step in range(state.step, plan.steps):
-                old = time.monotonic() - self._saved_at > _SAVE_SECONDS
-                asked = asked_to_stop()
-                report, stop, save = self.stepper.run(step, batches, stop=asked, save=old)
+                overdue = time.monotonic() - self._saved_at > _SAVE_SECONDS
+                report, stop, save = self.stepper.run(
+                    step, batches, stop=stop_requested(), save=overdue
+                )
                 state.step = step + 1
                 if self.log is not None:
                     if state.step % settings.log_every == 0 or state.step == plan.steps:
@@ -200,10 +205,11 @@ class _Run:
                 epoch_ends = state.step % plan.steps_per_epoch == 0
                 if epoch_ends:
                     on_main(accelerator, self.validate)
-                # A signal that came after the processes agreed counts at once if there is one.
-                stop = stop or (accelerator.num_processes == 1 and asked_to_stop())
-                due = settings.save_every is not None and state.step % settings.save_every == 0
-                if epoch_ends or due or save or stop:
+                # A single process can also obey a signal that arrived during the step.
+                stop = stop or (accelerator.num_processes == 1 and stop_requested())
+                every = settings.save_every
+                scheduled = every is not None and state.step % every == 0
+                if epoch_ends or scheduled or save or stop:
                     self.save()
                 if stop and state.step < plan.steps:
                     raise TrainingInterrupted(
@@ -218,17 +224,17 @@ class _Run:
         checkpoint.save(self.accelerator, self.folder, self.state, self.best)
         self._saved_at = time.monotonic()
 
-    def begin_validation(self, corpus: Corpus) -> Validation:
-        """Encode the validation clips, and measure the backbone's tokens."""
-        config, settings = self.head.projection.config, self.settings
-        found = Validation(self.backbone, corpus, config, size=settings.size, seed=settings.seed)
-        self.state.figures.setdefault("raw", found.measure(None))
-        for name, reason in found.skipped.items():
-            logger.warning("validation without %s: %s", name, reason)
-        return found
+    def start_validation(self, corpus: Corpus) -> Validation:
+        """Encode the validation clips and measure the backbone's tokens."""
+        config, size, seed = self.head.projection.config, self.settings.size, self.settings.seed
+        validation = Validation(self.backbone, corpus, config, size=size, seed=seed)
+        self.state.figures.setdefault("raw", validation.measure(None))
+        for name, reason in validation.skipped.items():
+            logger.warning("skipped the validation clip %s: %s", name, reason)
+        return validation
 
     def validate(self) -> None:
-        """Measure the projection as it is now, and keep it if it is the best so far."""
+        """Measure the current projection and keep it if it is the best so far."""
         state = self.state
         if self.validation is None or self.log is None:
             return
@@ -246,7 +252,7 @@ class _Run:
         self.log.write(state.step, line)
 
     def finish(self, licence: str, about_data: str) -> Trained:
-        """Write the result, in the main process; all processes get the projection."""
+        """Write the result in the main process; return it in all processes."""
         state, best = from_main(self.accelerator, (self.state, self.best))
         chosen, figures = state.step, dict(state.figures)
         if state.best is not None:
@@ -267,7 +273,7 @@ class _Run:
     def _record(
         self, chosen: int, figures: dict[str, dict[str, float | None]], about_data: str
     ) -> dict[str, Any]:
-        """Return ``config.fit``: how the projection was found."""
+        """Return ``config.fit`` of the trained projection."""
         plan, skipped = self.plan, sorted(Path(name).name for name in self.state.skipped)
         record: dict[str, Any] = {"method": "train", "data": about_data, "clips": self.data.clips}
         if skipped:
@@ -298,12 +304,12 @@ class _Run:
         record["versions"] = {name: importlib.metadata.version(name) for name in packages}
         record["cosettle_adapter"] = __version__
         if words := self.state.began.get("command"):
-            record["command"] = shlex.join(["cosettle-adapter", *map(_without_place, words)])
+            record["command"] = shlex.join(["cosettle-adapter", *map(_without_folder, words)])
         return record
 
 
-def _without_place(word: str) -> str:
-    """Leave out of a word of a command line where a path lies on somebody's machine."""
+def _without_folder(word: str) -> str:
+    """Shorten an absolute path in a word of a command line to its name, for privacy."""
     option, equals, value = word.rpartition("=")
     path = Path(value).expanduser()
     return f"{option}{equals}{path.name if path.is_absolute() else value}"

@@ -1,4 +1,4 @@
-"""Is the projection getting better? Figures without labels, on clips that are not trained on."""
+"""Validation: label-free figures of a projection on clips that are not trained on."""
 
 from __future__ import annotations
 
@@ -24,15 +24,11 @@ CRITERION = "overlap"
 _CLIPS = 32
 _FRAMES = 8
 _RENDERED = 12
-_POINTS = 8  # a side
+_POINTS = 8  # per side
 
 
 class Validation:
-    """At most 32 clips, spread evenly over the corpus, whose tokens are computed once.
-
-    Of each 8 frames are resized to the square that is trained on; ``skipped`` says which clips
-    could not be read, and why. :class:`TrainingError` if none could.
-    """
+    """Tokens of 8 frames of at most 32 clips; ``skipped`` lists unreadable ones with reasons."""
 
     def __init__(
         self, backbone: Backbone, corpus: Corpus, config: ProjectionConfig, *, size: int, seed: int
@@ -53,19 +49,18 @@ class Validation:
             self._clips[video.name] = self._encode(resize(frames, (size, size)) / 255)
         if not photos:
             reason = next(iter(self.skipped.values()))
-            raise TrainingError(f"no validation clip could be read; the first: {reason}")
+            raise TrainingError(
+                f"none of the {count} validation clips can be read; the first: {reason}"
+            )
         rendered = render_from(photos, count=_RENDERED, size=(size, size), seed=seed)
         self._rendered = [(clip, self._encode(clip.frames.float() / 255)) for clip in rendered]
 
     def measure(self, projection: Projection | None) -> dict[str, float | None]:
-        """Measure a projection, or with ``None`` the backbone's own tokens.
+        """Measure a projection, or the backbone's own tokens if it is ``None``.
 
-        Returns:
-            On clips rendered from the videos' frames ``overlap``, that of propagated masks with the
-            truth, in [0, 1], by which the best projection is chosen, and ``tracking_error``, the
-            distance of tracked points from the truth in pixels; on the videos ``cycle_accuracy``
-            in [0, 1], and ``d_intra`` and ``d_inter``, distances to the next frame and to other
-            clips in diameters of the clip; ``None`` where there is no such figure.
+        Returns ``overlap`` (of masks, in [0, 1]) and ``tracking_error`` (of points, in pixels) on
+        rendered clips; ``cycle_accuracy`` in [0, 1], and ``d_intra`` and ``d_inter`` in diameters
+        of the clip on the videos. A figure that cannot be computed is ``None``.
         """
         metrics = RepresentationMetrics()
         for name, tokens in self._clips.items():
@@ -79,14 +74,14 @@ class Validation:
             overlaps.append(mask_overlap(features, clip))
             errors.append(tracking_error(features, geometry, points, *clip.track(points))["mean"])
         figures = {CRITERION: fmean(overlaps), "tracking_error": fmean(errors)}
-        found = metrics.result()
+        measured = metrics.result()
         for name in ("cycle_accuracy", "d_intra", "d_inter"):
-            figures[name] = getattr(found, name)
+            figures[name] = getattr(measured, name)
         return {name: None if math.isnan(value) else value for name, value in figures.items()}
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:
-        """Tokens ``(T, C, h, w)`` on the CPU, of frames ``(T, 3, S, S)`` in [0, 1]."""
+        """Encode frames ``(T, 3, S, S)`` in [0, 1]: tokens ``(T, C, h, w)`` on the CPU."""
         images = self._adapter.preprocess(frames.clamp(0, 1))
         backbone, config = self._adapter.backbone, self._config
         maps = backbone.intermediate_tokens(images, config.layers, norm=config.norm)
@@ -98,9 +93,9 @@ class Validation:
 
 
 def read_evenly(video: Video, count: int) -> Tensor:
-    """Return ``count`` frames ``(T, 3, H, W)`` uint8 spread over a video; fewer of a short one."""
+    """Read ``count`` evenly spaced frames ``(T, 3, H, W)`` uint8; all frames of a short video."""
     length = video.length()
     if length < 2:
-        raise TrainingError(f"{video.name} has {length} frame, and nothing to follow")
+        raise TrainingError(f"{video.name} has {length} frame(s); expected at least 2")
     count = min(count, length)
     return video.read([index * (length - 1) // (count - 1) for index in range(count)])

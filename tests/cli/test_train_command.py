@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_a_folder_of_videos_becomes_an_adapter(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (workplace / "clips" / "broken.mp4").write_bytes(b"not a video")
-    assert train("--about-data", "squares") == 0
+    assert train("--about-data", "squares", "--workers", "1") == 0
     printed = capsys.readouterr().out
     assert "16 samples an epoch; the first step is under way" in printed
     assert "step 8 of 8, epoch 2: loss" in printed
@@ -121,15 +122,53 @@ def test_a_run_is_not_resumed_with_other_settings(
     assert "settings.separability_weight was 3.0, is 1.0" in capsys.readouterr().err
     assert main(["train", "--resume", "out", "--epochs=5"]) == 1
     assert "settings.epochs was 2, is 5" in capsys.readouterr().err, "also if 5 is the default"
+    for other in (
+        "--seed=1",
+        "--batch_size 2",
+        "--layer 0",
+        "--data clips/a.mp4",
+        "--validation clips",
+    ):
+        assert main(["train", "--resume", "out", *other.split()]) == 1
+        assert "out holds a different run: " in capsys.readouterr().err, other
+    assert main(["train", "--resume", "out", "elsewhere"]) == 2
+    assert "--resume takes one folder, got 2" in capsys.readouterr().err
     assert train("--resume", "elsewhere") == 1
     assert "give --resume the folder of the run" in capsys.readouterr().err
     assert train() == 1
     assert "continue with --resume out" in capsys.readouterr().err
     assert train("--overwrite", "--kl-weight", "1") == 0
     assert train("--resume", "--overwrite", "--kl-weight", "1") == 1
-    assert "continues a run and --overwrite removes it: give one" in capsys.readouterr().err
+    assert "and --overwrite, which removes it: give only one" in capsys.readouterr().err
     assert main(["train", "--backbone", "dino-vitb16"]) == 1
     assert "missing --data, -o: a new run needs all three" in capsys.readouterr().err
+
+
+def test_options_given_on_resuming_stay(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        assert train() == 130
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        assert main(["train", "--resume", "out", "--licence", "MIT", "--log-every", "2"]) == 130
+    assert main(["train", "--resume", "out"]) == 0
+    config = json.loads((workplace / "out" / "config.json").read_text())
+    assert config["licence"] == "MIT"
+    assert "--licence" not in config["fit"]["command"], "it is that of the run's start"
+    assert [line["step"] for line in read_metrics(workplace / "out")] == [1, 2, 4, 6]
+
+
+def test_verbose_shows_the_traceback_of_a_worker(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "bad.mp4").write_bytes(b"not a video")
+    arguments = ["--data", "bad.mp4", "--workers", "1"]
+    assert train(*arguments) == 1
+    printed = capsys.readouterr().err
+    assert "bad.mp4" in printed
+    assert "Traceback" not in printed
+    assert train(*arguments, "-v") == 1
+    assert re.search(r'corpus\.py", line \d+, in length', capsys.readouterr().err)
 
 
 def test_validation_chooses_the_best(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +213,7 @@ def test_views_are_encoded_once_by_a_compiled_encoder(
         patch.setattr(TrainingProgress, "encoded", pressed)
         assert train(*arguments) == 130
     assert at_first[0] == len(compiled) == SMALL_VIT.depth
-    said = "the views of 1 of 3 clips are kept in views; run the same again to continue"
+    said = "the views of 1 of 3 clips are kept in views; run the same command again to continue"
     assert said in capsys.readouterr().err
     arguments.remove("--compile")
     assert train(*arguments) == 0
@@ -196,15 +235,15 @@ def test_views_are_encoded_once_by_a_compiled_encoder(
         (["--data", "nowhere"], "nowhere"),
         (["--data", "empty"], "empty"),
         (["--data", "damaged"], "none of the 2 videos that were tried can be read; "),
-        (["--validation", "damaged"], "no validation clip could be read"),
+        (["--validation", "damaged"], "none of the 2 validation clips can be read"),
         (["--backbone", "dinov2-vitb41"], "Did you mean"),
-        (["--init", "nowhere"], "'nowhere' is no start"),
+        (["--init", "nowhere"], "projection folder, got 'nowhere'"),
         (["--size", "60"], "height 60 does not fit patch 16"),
         (["--layer", "9"], "has layers 0 to 1"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--temperature", "0"], "temperatures must be"),
         (["--resume"], "holds no checkpoint, so there is no run to resume"),
-        (["--device", "xpu"], "--device xpu was asked for, but there is only"),
+        (["--device", "xpu"], "--device xpu is not available; use --device cpu"),
     ],
 )
 def test_a_mistake_is_a_sentence(

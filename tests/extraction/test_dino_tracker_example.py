@@ -181,9 +181,9 @@ def test_refusals_leave_nothing(prepare: Prepare, repo: Path, clip: Path, tmp_pa
         with pytest.raises(error, match=message):
             prepare(**options)
 
-    refused(r"is no checkout of DINO-Tracker", repo=tmp_path)
+    refused(r"is not a checkout of DINO-Tracker", repo=tmp_path)
     for taken in (clip, clip / "new", repo):
-        refused("exists already, or lies in --data", output=taken)
+        refused("exists or lies inside --data", output=taken)
     refused(r"video holds 0 \.jpg or \.png frames.*mp4_to_frames", data=repo)
     assert tree(tmp_path) == before
     frame = (clip / "video" / "00002.png").read_bytes()
@@ -240,5 +240,5 @@ def test_the_command_line(
     assert asked == [{"layer": 1, "device": "cpu", "stride": 14}, {"layer": 1, "device": "cpu"}]
     assert features_of(tmp_path / "a dot-raw").shape == (3, 1024, 34, 61)
     assert "3 of 3 frames" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"error: .*a dot-raw exists already"):
+    with pytest.raises(SystemExit, match=r"error: .*a dot-raw exists"):
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -223,17 +223,17 @@ def test_tokens_that_float16_cannot_hold_and_too_little_room(
 
     with monkeypatch.context() as patch:
         patch.setattr(cached_views, "encode", large)
-        with pytest.raises(TrainingError, match=r"tokens are not finite in float16; encode in"):
+        with pytest.raises(TrainingError, match=r"tokens are not finite in float16; use"):
             build(tmp_path, corpus, tiny_backbone)
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 80_000))
         with pytest.raises(
-            DiskFullError, match=r"views of 6 clips take 0\.000 GB, and .* free; keep"
+            DiskFullError, match=r"views of 6 clips take 0\.000 GB, but .* free; cache"
         ):
             build(tmp_path / "new", corpus, tiny_backbone)
     with monkeypatch.context() as patch:
         patch.setattr(cached_views, "save_file", full)
-        with pytest.raises(DiskFullError, match=r"those that are complete are kept\. Make room"):
+        with pytest.raises(DiskFullError, match=r"complete ones are kept\. Free some space"):
             build(tmp_path, corpus, tiny_backbone)
     assert build(tmp_path, corpus, tiny_backbone).clips == 5

@@ -84,7 +84,7 @@ def test_a_termination_signal_saves_too(backbone: Backbone, tmp_path: Path) -> N
 def test_a_second_interruption_stops_at_once(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cosettle_adapter.training.errors._IMPATIENT_AFTER", 0.0)
+    monkeypatch.setattr("cosettle_adapter.training.errors._REPEAT_SECONDS", 0.0)
 
     def twice(report: StepReport) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -111,16 +111,16 @@ def test_another_run_is_neither_resumed_nor_overwritten(backbone: Backbone, tmp_
     assert "seed was" not in str(caught.value)
     with pytest.raises(TrainingError, match=r"already holds a checkpoint: continue with --resume"):
         train_on_cpu(backbone, tmp_path)
-    with pytest.raises(TrainingError, match="give one"):
+    with pytest.raises(TrainingError, match="give only one"):
         train_on_cpu(backbone, tmp_path, resume=True, overwrite=True)
     assert train_on_cpu(backbone, tmp_path, ONE_EPOCH, overwrite=True).steps == 6
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(TrainingError, match=r"projection.safetensors: begin again with --overwr"):
+    with pytest.raises(TrainingError, match=r"projection.safetensors: start again with --overwr"):
         train_on_cpu(backbone, tmp_path)
     with pytest.raises(CheckpointError, match="no run to resume"):
         train_on_cpu(backbone, tmp_path / "nowhere", resume=True)
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingError, match="is a file; the output is a folder"):
+    with pytest.raises(TrainingError, match="is a file; the output must be a folder"):
         train_on_cpu(backbone, tmp_path / "file")
 
 

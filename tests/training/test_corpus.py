@@ -177,7 +177,7 @@ def test_what_is_whole_in_broken_shards_counts(clip: Path, tmp_path: Path) -> No
     assert names(corpus) == ["cut/a.mp4"]
     problems = {Path(name).name: problem for name, problem in corpus.problems}
     assert "cut off within b.mp4" in problems["cut.tar"]
-    assert "no uncompressed tar archive" in problems["none.tar"]
+    assert "not an uncompressed tar archive" in problems["none.tar"]
     assert problems["other.tar"] == "it holds no video files, but a.jpg, b.jpg, c.json"
     with pytest.raises(FrameError, match=r"no videos in .*other.tar.*holds no video files, but a"):
         Corpus.open(tmp_path / "other.tar")
@@ -196,7 +196,7 @@ def test_what_is_whole_in_broken_shards_counts(clip: Path, tmp_path: Path) -> No
         ("empty.txt", "lists 0 videos"),
         ("gone.txt", r"lists 2 videos, but none .* got ..lost\.mp4 2"),
         ("binary.txt", "cannot be read as a list of videos"),
-        ([], "no data was given; expected a folder of videos"),
+        ([], "no data given; expected a folder of videos"),
     ],
 )
 def test_mistakes(
@@ -223,7 +223,7 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((5, 6, 3), np.uint8)).save(tmp_path / "v" / "frame1.png")
     (tmp_path / "v" / "frame2.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     video = Corpus.open(tmp_path).videos[0]
-    with pytest.raises(FrameError, match="are of several sizes"):
+    with pytest.raises(FrameError, match="have different sizes"):
         video.read([0, 1])
     with pytest.raises(FrameError, match=r"frame2\.png cannot be read as an image"):
         video.read([2])

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -307,23 +309,46 @@ def test_workers_change_nothing(pairs: TrainingPairs, workers: int) -> None:
 
 
 class Failing(FakeVideo):
-    """Reading raises an error that says nothing about the video, or ends the process."""
+    """Reading raises an error that says nothing about the video."""
 
     def length(self) -> int:
-        if str(self.source) == "dies":
-            os._exit(1)
+        if str(self.source) == "value":
+            raise ValueError("a mistake in the code")
         raise MissingExtraError("reading video files needs the package 'av'")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_is_no_fault_of_a_video_ends_training_with_its_traceback(workers: int) -> None:
-    data = TrainingPairs(Corpus([Failing("0", Path("fails"))]), settings())
-    with pytest.raises(MissingExtraError, match="needs the package 'av'") as caught:
+@pytest.mark.parametrize(
+    ("source", "kind", "message"),
+    [
+        ("extra", MissingExtraError, "reading video files needs the package 'av'"),
+        ("value", ValueError, "a mistake in the code"),
+    ],
+)
+def test_what_is_no_fault_of_a_video_ends_training_with_its_traceback(
+    source: str, kind: type[Exception], message: str, workers: int
+) -> None:
+    data = TrainingPairs(Corpus([Failing("0", Path(source))]), settings())
+    with pytest.raises(kind) as caught:
         next(load_batches(data, [[(0, 0)]], workers=workers))
+    assert str(caught.value) == message
     assert "in length" in str(caught.value.__cause__)
 
 
-def test_a_worker_that_dies_is_an_error() -> None:
-    data = TrainingPairs(Corpus([Failing("0", Path("dies"))]), settings())
-    with pytest.raises(WorkerEndedError, match=r"exited unexpectedly\): a damaged video"):
-        next(load_batches(data, [[(0, 0)]], workers=1))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_all_videos_has_its_traceback(workers: int) -> None:
+    with pytest.raises(FrameError, match="none of the 2 videos that were tried") as caught:
+        next(load_batches(fake_pairs([0, 0]), [[(0, 0)]], workers=workers))
+    assert "in length" in str(caught.value.__cause__)
+
+
+def test_a_killed_worker_raises_where_batches_are_taken_and_nowhere_else() -> None:
+    batches = load_batches(fake_pairs([20]), [[(0, index)] for index in range(50)], workers=1)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        assert worker.pid is not None
+        worker.kill()  # as the kernel does if memory runs out
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # in the middle of a step
+    with pytest.raises(WorkerEndedError, match=r"exited unexpectedly\).* use fewer --workers;"):
+        list(batches)
+    assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL, "PyTorch's is back"

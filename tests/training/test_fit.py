@@ -137,7 +137,7 @@ def test_no_readable_clip_and_no_clip_to_render_from(
     write_video(tmp_path / "c.mp4", frames=30, height=64, width=96, noisy=True)
     for name in range(9):  # the fifth and the tenth clip are held out
         (tmp_path / f"{name}.mp4").write_bytes(b"not a video")
-    with pytest.raises(StatisticsError, match="no held-out clip could be read"):
+    with pytest.raises(StatisticsError, match="none of the 2 held-out clips can be read"):
         fit_projection(tiny_backbone, tmp_path, QUICK)
 
 
@@ -198,7 +198,7 @@ def test_solvers_and_strengths_are_chosen_from(
     assert result.projection.config.fit["overlap_by_block"].keys() == {
         "5 whiten 0.5", "5 whiten 4", "5 surrogate 0.5", "5 surrogate 4",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="4 projections to choose from and no rendered clips"):
+    with pytest.raises(ValueError, match="4 projections to choose from but no rendered clips"):
         fit_projection(tiny_backbone, clips, dataclasses.replace(plan, rendered=0))
 
 
@@ -209,7 +209,7 @@ def test_a_fit_in_one_call_is_an_adapter(
     assert adapter.backbone is tiny_backbone
     assert (adapter.config.licence, adapter.config.fit["data"]) == ("Apache-2.0", "squares")
     assert isinstance(adapter.projection, Projection)
-    with pytest.raises(TypeError, match="loaded already, so device cannot be given"):
+    with pytest.raises(TypeError, match="already loaded: omit device or give a name"):
         cosettle_adapter.fit(tiny_backbone, clips, ONE_LAYER, device="cpu")
 
 
@@ -220,9 +220,9 @@ def test_a_fit_in_one_call_is_an_adapter(
         ({"solvers": ()}, r"unknown solver \(none\)"),
         ({"layers": ()}, "no layers to choose from"),
         ({"layers": (), "concatenations": ((7, 12),)}, "has layers 0 to 11"),
-        ({"gaps": ()}, "at least 1 pair of each clip"),
+        ({"gaps": ()}, "pairs and gaps must be at least 1"),
         ({"correspondences": "sof"}, "correspondences must be hard or soft, got 'sof'"),
-        ({"gaps": (3, 0)}, r"at least 1 apart, got pairs 4 and gaps \(3, 0\)"),
+        ({"gaps": (3, 0)}, r"must be at least 1, got pairs 4 and gaps \(3, 0\)"),
     ],
 )
 def test_settings_that_make_no_sense(

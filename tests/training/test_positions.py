@@ -259,5 +259,5 @@ def test_overlapping_patches_cannot_be_moved() -> None:
     backbone = build_backbone(TINY, tiny_state(), fingerprint="sha256:0", stride=8)
     own = backbone.positions((3, 3))
     moved = PerturbedPositions(own.absolute, shift=torch.tensor([[1, 1]]))
-    with pytest.raises(GeometryError, match=r"cannot be moved .* overlap \(patch 16, stride 8\)"):
+    with pytest.raises(GeometryError, match=r"cannot be shifted .* overlap \(patch 16, stride 8\)"):
         backbone.patch_tokens(torch.zeros(1, 3, 32, 32), positions=moved)

@@ -114,7 +114,7 @@ def test_a_decoder_that_crashes_its_process_is_named(
         return frames(self)
 
     monkeypatch.setattr(Video, "frames", crash)
-    with pytest.raises(TrainingError, match=r"crashed, or .* on c\.mp4; move it away"):
+    with pytest.raises(TrainingError, match=r"crashed or .* on c\.mp4; remove this"):
         prepare(videos / "c.mp4", tmp_path / "out", workers=1)
 
 
@@ -149,7 +149,7 @@ def test_a_full_disk(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Image.Image, "save", full)
     for workers in (0, 1):
-        with pytest.raises(DiskFullError, match=r"no room is left in .*run the same"):
+        with pytest.raises(DiskFullError, match=r"no space left in .*run the same"):
             prepare(videos, tmp_path, workers=workers)
     assert not list(tmp_path.rglob("*.jpg"))
 
@@ -179,7 +179,7 @@ def test_refusals(videos: Path, tmp_path: Path) -> None:
         ({"size": 0}, "size must be at least 1, got 0"),
         ({"quality": 96}, "quality must be at most 95, got 96"),
         ({"max_frames": 0}, "max_frames must be at least 1, got 0"),
-        ({"every": 2, "max_frames": 3}, "give only one of every and max_frames"),
+        ({"every": 2, "max_frames": 3}, "got every 2 and max_frames 3; give only one"),
     ],
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:

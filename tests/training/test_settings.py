@@ -144,7 +144,7 @@ def test_starts_that_do_not_fit_are_told(tmp_path: Path) -> None:
     for part in ("layers was (0,), is (1,)", "norm was False, is True", "kind was 'mlp2'"):
         assert part in str(caught.value)
     assert "fingerprint" not in str(caught.value)
-    with pytest.raises(TrainingError, match="'nowhere' is no start: give 'random', 'identity', or"):
+    with pytest.raises(TrainingError, match="projection folder, got 'nowhere'"):
         new_head(config(), init="nowhere", seed=0)
     with pytest.raises(TrainingError, match="relu cannot start from identity"):
         new_head(config(activation="relu"), init="identity", seed=0)

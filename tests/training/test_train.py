@@ -115,7 +115,7 @@ def test_a_small_corpus_makes_small_batches(
 ) -> None:
     settings = dataclasses.replace(QUICK, epochs=2, batch_size=128)
     assert train_on_cpu(backbone, tmp_path, settings, FakeData(5)).steps == 2
-    assert "batches of 5 in place of 128: an epoch has 5 samples" in caplog.text
+    assert "batch size lowered from 128 to 5, because an epoch has only 5 samples" in caplog.text
     data = FakeData()
     with pytest.raises(GeometryError, match="the nearest valid size is 48 or 64"):
         train_on_cpu(backbone, tmp_path / "out", dataclasses.replace(QUICK, size=60), data)

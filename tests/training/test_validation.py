@@ -42,7 +42,7 @@ def validation(backbone: Backbone, clips: Path) -> Validation:
 def test_figures_tell_features_apart(backbone: Backbone, clips: Path) -> None:
     measured = validation(backbone, clips)
     assert measured.skipped.keys() == {"c.mp4", "d.mp4"}
-    assert "has 1 frame, and nothing to follow" in measured.skipped["c.mp4"]
+    assert "has 1 frame(s); expected at least 2" in measured.skipped["c.mp4"]
     raw = measured.measure(None)
     config = dataclasses.replace(QUICK.head_config(backbone), kind="affine")
     same = Projection(config)
@@ -73,7 +73,7 @@ def test_frames_are_spread_evenly(clips: Path) -> None:
 
 def test_no_clip_that_can_be_read_is_an_error(backbone: Backbone, clips: Path) -> None:
     with pytest.raises(
-        TrainingError, match=r"no validation clip could be read; the first: .*d.mp4"
+        TrainingError, match=r"none of the . validation clips can be read; the first: .*d.mp4"
     ):
         validation(backbone, clips / "d.mp4")
 
