@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,6 @@ from cosettle_adapter.cli.common import (
 )
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.extraction import (
-    FORMATS,
     ExtractSettings,
     Job,
     Outcome,
@@ -36,11 +36,12 @@ from cosettle_adapter.extraction import (
     find_sources,
     plan_jobs,
 )
-from cosettle_adapter.extraction.formats import format_of
+from cosettle_adapter.extraction.formats import choose_format, format_of
 from cosettle_adapter.extraction.many import require_ray
 from cosettle_adapter.extraction.settings import StorageName
 from cosettle_adapter.hub import is_published
 from cosettle_adapter.video import FrameSelection
+from cosettle_adapter.video.decoder import pyav
 
 _TOKENS = Group("Features without the projection", validator=validators.LimitedChoice())
 _SPREAD = Group("Many videos on many machines")
@@ -92,18 +93,22 @@ def extract(
     share = Shard.parse(shard) if shard is not None else Shard()
     if shard is None and local:  # Ray spreads the work by itself
         share = Shard.from_environment()
+    # before the model is loaded, which may fit a projection: what is missing is reported at once
+    found = find_sources(sources)
+    jobs = share.of(_plan(found, output, settings.format))
+    if any(source.kind == "video" for source in found):
+        pyav()
     model = dataclasses.replace(model, device=share.device(model.device))
     with out.status(f"loading {model.model}"):
         # workers load it for themselves; here, to fill the cache once and to fail at once
         here = model if local else dataclasses.replace(model, device="cpu")
         adapter = _load(here, raw=raw, layer=layer)
-    found = find_sources(sources)
-    jobs = share.of(_plan(found, output, settings.format))
     if len(found) > 1 or share.count > 1:
         of = f" of shard {share.index}/{share.count} ({share.given_by})" if share.count > 1 else ""
         say(f"{len(found)} sources, {len(jobs)} to do{of}")
     options: dict[str, Any] = {"settings": settings, "select": select, "overwrite": overwrite}
     outcomes: list[Outcome] = []
+    start = time.perf_counter()
     with frame_progress(out) as progress:
         bar = progress.add_task("videos", total=len(jobs), rate="")
 
@@ -137,7 +142,7 @@ def extract(
         except KeyboardInterrupt:
             kept = "what is written is kept: the same command resumes from there"
             raise KeyboardInterrupt(kept) from None
-    failed = _summarize(out, outcomes)
+    failed = _summarize(out, outcomes, time.perf_counter() - start)
     if failed and share.given_by == "RANK":
         say("exit status 0 all the same: torchrun would end the other shards")
         return 0
@@ -157,31 +162,34 @@ def _load(model: ModelOptions, *, raw: bool, layer: int | None) -> CoSettleAdapt
 def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
     by_suffix = format_of(output)
     if by_suffix is None:
-        return plan_jobs(sources, output, FORMATS[form or "safetensors"])
+        return plan_jobs(sources, output, choose_format(output, form or "safetensors"))
     if len(sources) > 1:
         raise ValueError(
             f"{len(sources)} sources need a folder to write to, and -o {output} is one "
             f"{by_suffix.name} file: give -o {output.with_suffix('')} --format {by_suffix.name}"
         )
+    choose_format(output, form)
     return [Job(sources[0].path, output)]
 
 
-def _summarize(out: Console, outcomes: Sequence[Outcome]) -> bool:
-    """Say what became of every source; return whether anything is amiss."""
+def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> bool:
+    """Print the outcomes and the frames per second; return whether any source failed."""
     say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
     written = [outcome.extraction for outcome in outcomes if outcome.extraction]
     skipped = sum(outcome.skipped for outcome in outcomes)
+    speed = rate(sum(result.frames - result.found for result in written), seconds)
+    speed = f", {speed}" if speed else ""
     if len(outcomes) == len(written) == 1:
         (result,) = written
         shape = ", ".join(map(str, (result.frames, *result.shape)))
         state = " exists already" if skipped else ""
-        found = f" (resumed after {result.found} frames)" if result.found and not skipped else ""
-        say(f"{result.path}{state}: features ({shape}), timestamps{found}")
+        resumed = f" (resumed after {result.found} frames)" if result.found and not skipped else ""
+        say(f"{result.path}{state}: features ({shape}), timestamps{speed}{resumed}")
     elif len(outcomes) != 1:
         counts = {"written": len(written) - skipped, "there already": skipped}
         counts["failed"] = len(outcomes) - len(written)
         told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        say(told or "nothing to do")
+        say(told + speed if told else "nothing to do")
     lines = [f"the source ended early: {each.truncated}" for each in written if each.truncated]
     for outcome in outcomes:
         if outcome.error is not None:
