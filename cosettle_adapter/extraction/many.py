@@ -197,15 +197,11 @@ def extract_with_ray(
     started on this machine and stopped at the end. All machines must have access to sources and
     outputs. A worker that dies is replaced, and its job is resumed once.
 
-    Args:
-        make_adapter: creates the model in every worker; it is pickled.
-        jobs: sources and outputs.
-        how: how the work is distributed.
-        **options: those of :func:`extract`, other than callbacks.
+    ``make_adapter`` is pickled and creates the model in every worker; ``options`` are those of
+    :func:`extract`, other than callbacks.
 
     Raises:
-        MissingExtraError: Ray is not installed.
-        EngineError: the cluster failed.
+        MissingExtraError, EngineError: Ray is not installed, or the cluster failed.
     """
     ray = require_ray()
     if not jobs:

@@ -64,10 +64,7 @@ def extract(
     video is truncated, the features of its readable frames are kept, and the result says so.
 
     Args:
-        adapter: frozen backbone and projection.
         source, select: as in :meth:`CoSettleAdapter.stream`.
-        destination: path of the output file.
-        settings: how features are computed and stored.
         overwrite: replace an existing file once the new one is complete.
         on_chunk: called after every batch with the number of frames written so far.
         **options: fields of :class:`ExtractSettings` that override ``settings``.

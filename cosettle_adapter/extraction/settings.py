@@ -49,7 +49,8 @@ class ExtractSettings:
         batch_size: frames per forward pass.
         size: size that frames are resized to: the shorter side, or height and width.
         fit: resize frames to whole patches, or pad them.
-        settle: settle each frame on the frames before it; by default, as the adapter does.
+        settle: settle each frame by the statistics of the frames before it; by default, as the
+            adapter does.
         temporal_fusion: average patches with their matches in neighbouring frames: past and
             future (symmetric), or past only (causal).
         storage: dtype on disk; by default, the adapter's.

@@ -103,13 +103,11 @@ def plan_geometry(
     and right edges up to the next such length.
 
     Args:
-        height, width: size of the frames in pixels.
-        patch: side of a patch in pixels.
+        height, width, patch: of the frames, and the side of a patch, in pixels.
         stride: step between patches in pixels; ``patch`` by default.
         size: None for the frame's own size; an int for the length of the shorter side, with the
             aspect ratio kept; (H, W) for the exact encoder input, both ``patch + k * stride``.
             With ``fit="pad"``, (H, W) is the box the frame is fitted into.
-        fit: ``"resize"`` or ``"pad"``.
 
     Raises:
         GeometryError: invalid values; the message names the nearest valid ones.

@@ -29,13 +29,21 @@ class PendingFrame:
 
 @dataclass(frozen=True)
 class FrameSelection:
-    """Selection of frames of a source; values out of range are a :class:`FrameError`."""
+    """Selection of frames of a source; values out of range are a :class:`FrameError`.
 
-    start: float | None = None  # first second to read
-    end: float | None = None  # second to stop before
-    every: int = 1  # keep every n-th frame in range
+    Attributes:
+        start: first second to read.
+        end: second to stop before.
+        every: keep every n-th frame in this range.
+        max_frames: largest number of frames to keep.
+        fps: frames per second of images and arrays; by default 1, so times are positions.
+    """
+
+    start: float | None = None
+    end: float | None = None
+    every: int = 1
     max_frames: int | None = None
-    fps: float | None = None  # of images and arrays; by default 1, so times are positions
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         first = self.start or 0

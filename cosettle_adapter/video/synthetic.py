@@ -106,8 +106,7 @@ def render_clip(
 
     Args:
         photo: (3, h, w) uint8.
-        frames: number of frames.
-        size: (H, W) of the frames.
+        frames, size: number of frames, and their (H, W).
         motion: ``"pan"``, ``"zoom"``, ``"rotate"``, or ``"mixed"`` for all three at once.
         amount: motion over the whole clip, from 0 to 2: a pan covers ``amount`` times the shorter
             side, a zoom magnifies or reduces by ``1 + amount``, a rotation turns by ``amount``

@@ -109,13 +109,9 @@ def feature_panels(
     Every panel has one basis for the whole clip. The colours of the first features are their
     principal components; the others are rotated to agree with the first.
 
-    Args:
-        frames: ``(T, 3, H, W)`` uint8.
-        features: ``(T, C, h, w)`` floats by caption, all on one grid.
-        mode: ``"nearest"``, or ``"bilinear"`` to interpolate between patches.
-
-    Returns:
-        ``(T, 3, H, W)`` uint8 for ``"frame"`` and for each caption.
+    ``frames`` are ``(T, 3, H, W)`` uint8, and so are the results for ``"frame"`` and each caption;
+    ``features`` are ``(T, C, h, w)`` floats by caption, all on one grid; the mode ``"bilinear"``
+    interpolates between patches.
     """
     height, width = frames.shape[-2:]
     return {"frame": frames} | {

@@ -48,7 +48,6 @@ def overlay_masks(
     """Tint objects and draw contours along the inside of their edges.
 
     Args:
-        frames: ``(T, 3, H, W)`` uint8.
         masks: either ids ``(T, H, W)``, integer (0 is the background, 255 is ignored) or bool; or
             one mask per object, ``(T, K, H, W)``, bool or floats in [0, 1], without the
             background. The values of soft masks scale the tint; the contour follows the most
@@ -102,7 +101,6 @@ def draw_tracks(
     Trails are thinner where a point is occluded. Points outside the frame, or NaN, are not drawn.
 
     Args:
-        frames: ``(T, 3, H, W)`` uint8.
         positions: ``(T, N, 2)`` pixels (x, y).
         visible: ``(T, N)`` bool; by default all points are visible.
         trail: length of trails in frames; 0 draws none.
@@ -210,7 +208,6 @@ def similarity_frames(
     """Overlay dimmed grey frames with heat maps: higher values are brighter and more opaque.
 
     Args:
-        frames: ``(T, 3, H, W)`` uint8.
         maps: ``(T, h, w)`` floats, as :func:`similarity_maps` returns them.
         geometry: the mapping from frames to the maps' grid.
         limits: lowest and highest value of the colour scale; use the same for clips to compare.

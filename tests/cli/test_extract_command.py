@@ -95,6 +95,15 @@ def test_options_reach_the_extraction(videos: Path, tmp_path: Path) -> None:
     assert (said["storage"], said["batch_size"], said["shape"]) == ("float16", 3, [4, 32, 2, 3])
 
 
+def test_help_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["extract", "--help"]) == 0
+    shown = capsys.readouterr().out
+    options = re.findall(r"^│ [ *] +(--\S+.*)", shown, re.MULTILINE)
+    assert len(options) > 15
+    for option in options:
+        assert re.search(r"\S  +[a-z]", option), f"no description: {option}"
+
+
 def test_ray_spreads_the_videos(
     videos: Path,
     tmp_path: Path,
