@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,6 @@ from cosettle_adapter.cli.common import (
 )
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.extraction import (
-    FORMATS,
     ExtractSettings,
     Job,
     Outcome,
@@ -36,11 +36,12 @@ from cosettle_adapter.extraction import (
     find_sources,
     plan_jobs,
 )
-from cosettle_adapter.extraction.formats import format_of
+from cosettle_adapter.extraction.formats import choose_format, format_of
 from cosettle_adapter.extraction.many import require_ray
 from cosettle_adapter.extraction.settings import StorageName
 from cosettle_adapter.hub import is_published
 from cosettle_adapter.video import FrameSelection
+from cosettle_adapter.video.decoder import pyav
 
 _TOKENS = Group("Features without the projection", validator=validators.LimitedChoice())
 _DISTRIBUTED = Group("Distributed extraction")
@@ -90,18 +91,22 @@ def extract(
     share = Shard.parse(shard) if shard is not None else Shard()
     if shard is None and local:  # Ray distributes the work itself
         share = Shard.from_environment()
+    # before the model is loaded, which may fit a projection: what is missing is reported at once
+    videos = find_sources(sources)
+    jobs = share.of(_plan(videos, output, settings.format))
+    if any(source.kind == "video" for source in videos):
+        pyav()
     model = dataclasses.replace(model, device=share.device(model.device))
     with out.status(f"loading {model.model}"):
         # Ray workers load their own; loading here fills the cache once and reports errors early
         loading = model if local else dataclasses.replace(model, device="cpu")
         adapter = _load(loading, raw=raw, layer=layer)
-    videos = find_sources(sources)
-    jobs = share.of(_plan(videos, output, settings.format))
     if len(videos) > 1 or share.count > 1:
         of = f" of shard {share.index}/{share.count} ({share.given_by})" if share.count > 1 else ""
         say(f"{len(videos)} sources, {len(jobs)} to do{of}")
     options: dict[str, Any] = {"settings": settings, "select": select, "overwrite": overwrite}
     outcomes: list[Outcome] = []
+    start = time.perf_counter()
     with frame_progress(out) as progress:
         bar = progress.add_task("videos", total=len(jobs), rate="")
 
@@ -135,7 +140,7 @@ def extract(
         except KeyboardInterrupt:
             message = "finished frames are kept: the same command resumes from there"
             raise KeyboardInterrupt(message) from None
-    failed = _summarize(out, outcomes)
+    failed = _summarize(out, outcomes, time.perf_counter() - start)
     if failed and share.given_by == "RANK":
         say("exit status 0 despite errors: otherwise torchrun would end the other shards")
         return 0
@@ -155,31 +160,34 @@ def _load(model: ModelOptions, *, raw: bool, layer: int | None) -> CoSettleAdapt
 def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
     by_suffix = format_of(output)
     if by_suffix is None:
-        return plan_jobs(sources, output, FORMATS[form or "safetensors"])
+        return plan_jobs(sources, output, choose_format(output, form or "safetensors"))
     if len(sources) > 1:
         raise ValueError(
             f"{len(sources)} sources need a folder to write to, and -o {output} is one "
             f"{by_suffix.name} file: give -o {output.with_suffix('')} --format {by_suffix.name}"
         )
+    choose_format(output, form)
     return [Job(sources[0].path, output)]
 
 
-def _summarize(out: Console, outcomes: Sequence[Outcome]) -> bool:
-    """Print the outcome of every source; return whether one failed or ended early."""
+def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> bool:
+    """Print the outcomes and the frames per second; return whether any source failed."""
     say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
     written = [outcome.extraction for outcome in outcomes if outcome.extraction]
     skipped = sum(outcome.skipped for outcome in outcomes)
+    speed = rate(sum(result.frames - result.found for result in written), seconds)
+    speed = f", {speed}" if speed else ""
     if len(outcomes) == len(written) == 1:
         (result,) = written
         shape = ", ".join(map(str, (result.frames, *result.shape)))
         state = " exists already" if skipped else ""
         resumed = f" (resumed after {result.found} frames)" if result.found and not skipped else ""
-        say(f"{result.path}{state}: features ({shape}), timestamps{resumed}")
+        say(f"{result.path}{state}: features ({shape}), timestamps{speed}{resumed}")
     elif len(outcomes) != 1:
         counts = {"written": len(written) - skipped, "existing": skipped}
         counts["failed"] = len(outcomes) - len(written)
         summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        say(summary or "nothing to do")
+        say(summary + speed if summary else "nothing to do")
     lines = [f"the source ended early: {file.truncated}" for file in written if file.truncated]
     for outcome in outcomes:
         if outcome.error is not None:

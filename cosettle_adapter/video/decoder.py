@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# how far before ``start`` to look for a keyframe, in turn, until one is found in time
+# seconds before ``start`` to seek to, tried in turn until decoding begins early enough
 _SEEK_MARGINS = (0.0, 2.0, 16.0)
-_TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg takes any text for a film of characters
-_ATTACHED_PICTURE = 0x0400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a song
+_TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg decodes any text as an animation
+_ATTACHED_PICTURE = 0x0400  # AV_DISPOSITION_ATTACHED_PIC: cover art of an audio file
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """A file that lies inside another one, such as an uncompressed member of a tar archive."""
+    """A file stored inside another one, such as an uncompressed member of a tar archive."""
 
-    path: Path  # the file it lies in
-    start: int  # its first byte
-    size: int  # its length in bytes
-    name: str  # what it is called there
+    path: Path  # the containing file
+    start: int  # offset of the first byte
+    size: int  # bytes
+    name: str  # inside the containing file
 
     def __str__(self) -> str:
         return f"{self.path}/{self.name}"
@@ -54,29 +54,30 @@ VideoSource = Path | FileRange
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What can be told of a source at little cost; ``fps`` is known of videos only."""
+    """Properties of a source that are cheap to read; ``None`` where unknown."""
 
-    frames: int | None = None  # of a video what its header promises
-    height: int | None = None  # of the frames, upright
+    frames: int | None = None  # for a video, the number in its header
+    height: int | None = None  # of the upright frames
     width: int | None = None
-    fps: float | None = None
+    fps: float | None = None  # of a video
 
 
 class Video:
-    """An open video: the stream of its pictures, and how much was read of what it promises."""
+    """An open video stream, which tracks how much of its announced duration was read."""
 
     def __init__(self, source: VideoSource, container: InputContainer, stream: VideoStream) -> None:
         self.source, self.container, self.stream = source, container, stream
-        # seconds of a tick, and the average seconds of a frame; 0 if unknown
+        # seconds per tick and average seconds per frame; 0 if unknown
         self.base = stream.time_base or Fraction(0)
         self.step = 1 / stream.average_rate if stream.average_rate else Fraction(0)
-        self.seconds: float | None = None  # promised, as the times below from the stream's start
-        self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
-        self._first = float((stream.start_time or 0) * self.base)
-        self._reached = self._shown = self._latest = self._widest_gap = 0.0
-        self._read = 0
-        self._cut = False
-        self._counts_others = False  # whether the promise may be of another stream, such as sound
+        self.seconds: float | None = None  # announced duration
+        self._display_matrix: tuple[int, int, int, int] | None = None  # (a, b, c, d)
+        self._start = float((stream.start_time or 0) * self.base)
+        self._frames_read = 0
+        self._last_time = self._frames_end = self._widest_gap = 0.0
+        self._reached = 0.0  # end of the frames read, or of other streams if these count
+        self._truncated = False
+        self._spans_streams = False  # whether the duration may be that of the sound
         if stream.frames and container.format.name == "avi":
             # the duration of a cut AVI file is estimated from its size; its frame count is not
             self.seconds = float(stream.frames * self.base)
@@ -84,42 +85,43 @@ class Video:
             self.seconds = float(stream.duration * self.base)
         elif tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
             hours, minutes, seconds = map(float, tag.groups())  # Matroska's
-            self.seconds = 3600 * hours + 60 * minutes + seconds - self._first
+            self.seconds = 3600 * hours + 60 * minutes + seconds - self._start
         elif container.duration:
-            self.seconds = container.duration / 1e6 - self._first
-            self._counts_others = True
+            self.seconds = container.duration / 1e6 - self._start
+            self._spans_streams = True
 
     def seek(self, ticks: int) -> None:
-        """Go to the keyframe at or before a time, else :class:`FrameError`."""
+        """Seek to the keyframe at or before a time; raise :class:`FrameError` on failure."""
         try:
             self.container.seek(ticks, stream=self.stream, backward=True)
         except (pyav().error.FFmpegError, OSError) as error:
             raise FrameError(f"seeking fails ({reason(error)})") from error
 
     def packets(self) -> Iterator[Packet[Any]]:
-        """Yield the stream's packets, an empty one last; one that is cut off is left out."""
-        may_be_cut = "mpegts" not in self.container.format.name  # a broadcast may be cut anywhere
-        held: Packet[Any] | None = None  # a damaged one, which is cut off if it is the last
+        """Yield the stream's packets, an empty one last; leave out a truncated last packet."""
+        # the recording of a broadcast may end within a packet
+        may_be_truncated = "mpegts" not in self.container.format.name
+        damaged: Packet[Any] | None = None  # truncated if it is the last one
         for packet in self.container.demux():
             if packet.stream.index != self.stream.index:
-                seen_or_heard = packet.stream.type in ("audio", "video")
-                if self._counts_others and seen_or_heard and packet.pts is not None:
+                is_media = packet.stream.type in ("audio", "video")
+                if self._spans_streams and is_media and packet.pts is not None:
                     end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                    self._reached = max(self._reached, end - self._first)
+                    self._reached = max(self._reached, end - self._start)
                 continue
             at_end = not packet.size and packet.dts is None
-            if held is not None:
-                self._cut = at_end and may_be_cut
-                if not self._cut:
-                    yield held
-            held = packet if packet.is_corrupt and packet.size else None
-            if held is None and (packet.size or at_end):
+            if damaged is not None:
+                self._truncated = at_end and may_be_truncated
+                if not self._truncated:
+                    yield damaged
+            damaged = packet if packet.is_corrupt and packet.size else None
+            if damaged is None and (packet.size or at_end):
                 yield packet
 
     def frames(
         self, prepare: Callable[[Packet[Any]], None] = lambda packet: None
     ) -> Generator[VideoFrame, None, None]:
-        """Decode from here to the end; ``prepare`` is called before each packet is decoded."""
+        """Decode from the current position to the end; call ``prepare`` before each packet."""
         started = False
         for packet in self.packets():
             prepare(packet)
@@ -133,22 +135,22 @@ class Video:
             yield from frames
 
     def timed_frames(self, *, from_start: bool) -> Generator[tuple[VideoFrame, float], None, None]:
-        """Decode to the end, with seconds from the stream's start."""
+        """Decode to the end; yield frames with their seconds from the start of the stream."""
         count = 0
         damaged = False
         origin = self.stream.start_time
         time = -self.step
         try:
             for frame in self.frames():
-                if frame.pts is None:  # it follows the one before it at the average rate
+                if frame.pts is None:  # assume the average frame rate
                     time += self.step
                 else:
                     origin = frame.pts if origin is None else origin
                     time = (frame.pts - origin) * self.base
-                self.saw_frame(time, (getattr(frame, "duration", 0) or 0) * self.base or self.step)
+                self.note_frame(time, (getattr(frame, "duration", 0) or 0) * self.base or self.step)
                 if frame.is_corrupt and not damaged:
                     damaged = True
-                    logger.warning("%s is damaged: the decoder patched it up", self.source)
+                    logger.warning("%s is damaged: the decoder concealed the errors", self.source)
                 yield frame, float(time)
                 count += 1
         except (pyav().error.FFmpegError, OSError) as error:
@@ -156,25 +158,27 @@ class Video:
             raise TruncatedVideoError(message, frames_read=count) from error
         self.check_complete(count, from_start=from_start)
         if not count:
-            raise FrameError(f"{self.source} has a video stream, but no frame of it can be decoded")
+            raise FrameError(f"{self.source} has a video stream, but no frame can be decoded")
 
-    def saw_frame(self, time: Fraction, duration: Fraction) -> None:
-        """Note a frame: its time from the stream's start, how long it is shown."""
-        if self._read:
-            self._widest_gap = max(self._widest_gap, float(time) - self._latest)
-        self._read, self._latest = self._read + 1, float(time)
-        self._shown = max(self._shown, float(time + duration))
-        self._reached = max(self._reached, self._shown)
+    def note_frame(self, time: Fraction, duration: Fraction) -> None:
+        """Count a frame as read; ``time`` is in seconds from the start of the stream."""
+        if self._frames_read:
+            self._widest_gap = max(self._widest_gap, float(time) - self._last_time)
+        self._frames_read += 1
+        self._last_time = float(time)
+        self._frames_end = max(self._frames_end, float(time + duration))
+        self._reached = max(self._reached, self._frames_end)
 
     def check_complete(self, count: int, *, from_start: bool) -> None:
-        """Raise :class:`TruncatedVideoError` if the file ended before what its header promises.
+        """Raise :class:`TruncatedVideoError` if the file ended before its announced duration.
 
-        Containers round, and frames may be dropped at the end, so half a second may be missing,
-        but no more than a tenth of a short clip, and at least twice the widest gap between frames,
-        as the last frame of a still scene may stand for long.
+        Containers round durations and may drop frames at the end, so half a second, or a tenth of
+        a short clip, may be missing; and at least twice the widest gap between frames, because the
+        last frame of a still scene may be shown for long.
         """
-        if not self._cut:
-            if self.seconds is None or (from_start and 0 < self.stream.frames <= self._read):
+        if not self._truncated:
+            complete = from_start and 0 < self.stream.frames <= self._frames_read
+            if self.seconds is None or complete:
                 return
             slack = max(min(0.5, 0.1 * self.seconds), 2 * self._widest_gap)
             if self._reached >= self.seconds - slack:
@@ -183,25 +187,25 @@ class Video:
         raise TruncatedVideoError(message, frames_read=count)
 
     def _progress(self, from_start: bool) -> str:
-        promised = f" of {self.stream.frames}" if self.stream.frames else ""
-        frames = f"{self._read}{promised} frames, " if from_start else ""
+        total = f" of {self.stream.frames}" if self.stream.frames else ""
+        frames = f"{self._frames_read}{total} frames, " if from_start else ""
         length = "unknown length" if self.seconds is None else f"{self.seconds:.2f} s"
-        return f"read {frames}{self._shown:.2f} s of {length}"
+        return f"read {frames}{self._frames_end:.2f} s of {length}"
 
     def pixels(self, frame: VideoFrame) -> Tensor:
-        """Convert a decoded frame to (3, H, W) uint8 RGB, turned and mirrored upright.
+        """Convert a decoded frame to (3, H, W) uint8 RGB, rotated and mirrored upright.
 
-        By the display matrix, x' = a x + c y and y' = b x + d y, to the nearest quarter turn.
+        The display matrix, x' = a x + c y and y' = b x + d y, is rounded to quarter turns.
         """
-        if self._turn is None:
-            # a frame asked for its side data is kept alive, with its decoder, until garbage is
-            # collected, so ask a small copy, and once a file
+        if self._display_matrix is None:
+            # reading its side data keeps a frame and its decoder alive until garbage collection,
+            # so read that of a small copy, once per file
             thumbnail = frame.reformat(width=16, height=16, format="gray")
             matrix: Any = thumbnail.side_data.get("DISPLAYMATRIX")
             a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix else (1, 0, 0, 0, 1)
-            self._turn = (a, b, c, d)
+            self._display_matrix = (a, b, c, d)
         pixels = rearrange(torch.from_numpy(frame.to_ndarray(format="rgb24")), "h w c -> c h w")
-        a, b, c, d = self._turn
+        a, b, c, d = self._display_matrix
         if abs(b) + abs(c) > abs(a) + abs(d):
             pixels = rearrange(pixels, "c h w -> c w h")
             a, d = c, b
@@ -211,13 +215,13 @@ class Video:
 
 @contextlib.contextmanager
 def open_video(source: VideoSource, *, threads: bool = True) -> Iterator[Video]:
-    """Open a video and find the stream of its pictures, else :class:`FrameError`."""
+    """Open a video and its first video stream; raise :class:`FrameError` if there is none."""
     av = pyav()
     imports.require("numpy", extra="video", purpose="reading video files")
-    hint = "it is no video, or its end, which holds the index, is missing"
+    hint = "it is not a video, or its end, which holds the index, is missing"
     if str(source).lower().endswith((".npy", ".npz", ".pt", ".pth")):
         hint = "load it with numpy.load or torch.load and pass the frames"
-    url = f"file:{source}"  # the prefix keeps a colon in a name from reading as a protocol
+    url = f"file:{source}"  # without the prefix, a colon in the name would end a protocol
     if isinstance(source, FileRange):
         end = source.start + source.size
         url = f"subfile,,start,{source.start},end,{end},,:file:{source.path}"
@@ -245,8 +249,8 @@ def open_video(source: VideoSource, *, threads: bool = True) -> Iterator[Video]:
         try:
             yield Video(source, container, streams[0])
         finally:
-            # the decoder's threads come to rest while others may run: PyAV frees a decoder with
-            # the interpreter locked, and a thread that is logging would wait for that lock
+            # PyAV frees a decoder while it holds the GIL, and would deadlock with a decoder thread
+            # that waits for the GIL to log; flushing stops these threads with the GIL released
             codec.flush_buffers()
 
 
@@ -255,15 +259,15 @@ def decode_video(
 ) -> Generator[PendingFrame, None, None]:
     """Yield the frames of a video file with their presentation times.
 
-    Times are seconds from the start of the stream, as the file has them: frames need not be
-    evenly spaced. Pixels become 8-bit RGB whatever the format, upright as the file's display
-    matrix says; transparency is dropped and pixels are taken as stored, square or not. Frames
-    before second ``start`` may be left out, as decoding begins at a keyframe.
+    Times are the file's own, in seconds from the start of the stream, and may be unevenly spaced.
+    Pixels become 8-bit RGB, rotated upright by the display matrix; transparency is dropped and
+    non-square pixels are not resampled. Frames before second ``start`` may be left out: decoding
+    begins at a keyframe.
 
     Raises:
-        FrameError: not a video, or no frame in it.
-        TruncatedVideoError: it breaks, or ends before the length its header promises; all that
-            is readable was yielded before.
+        FrameError: not a video, or a video without frames.
+        TruncatedVideoError: the file is damaged, or ends before its announced duration; all
+            readable frames were yielded before.
     """
     start = start or 0.0
     for margin in (*(margin for margin in _SEEK_MARGINS if start > margin), None):
@@ -279,7 +283,7 @@ def decode_video(
             except FrameError:
                 if margin is None:
                     raise
-                continue  # not every container can
+                continue  # not every container supports seeking
             if margin is None or (first[0].pts is not None and first[1] <= start):
                 for frame, time in itertools.chain([first], timed):
                     load = partial(video.pixels, frame)
@@ -293,5 +297,5 @@ def reason(error: BaseException) -> str:
 
 
 def pyav() -> Any:
-    """Import PyAV, or say which extra brings it."""
+    """Import PyAV, or raise :class:`MissingExtraError`."""
     return imports.require("av", extra="video", purpose="reading video files")

@@ -94,9 +94,9 @@ def test_a_truncated_source_is_told_and_fails(
     ("arguments", "message"),
     [
         (["extract", "nowhere.mp4", "-o", "x.safetensors"], "nowhere.mp4 does not exist"),
-        (["extract", "x.mp4", "-o", "x", "--model", "dinov2-vitb41"], "Did you mean"),
+        (["extract", __file__, "-o", "x", "--model", "dinov2-vitb41"], "Did you mean"),
         (
-            ["extract", "x.mp4", "-o", "x", "--model", "dinov3-vitb16", "--offline"],
+            ["extract", __file__, "-o", "x", "--model", "dinov3-vitb16", "--offline"],
             "no weights for dinov3",
         ),
         (["download", "clip-vitb61"], "unknown backbone 'clip-vitb61'"),
