@@ -23,7 +23,7 @@ from cosettle_adapter.cli.common import (
     frames_in,
     rate,
 )
-from cosettle_adapter.errors import CosettleError
+from cosettle_adapter.errors import CosettleError, did_you_mean
 from cosettle_adapter.extraction import (
     ExtractSettings,
     Job,
@@ -36,7 +36,7 @@ from cosettle_adapter.extraction import (
     find_sources,
     plan_jobs,
 )
-from cosettle_adapter.extraction.formats import choose_format, format_of
+from cosettle_adapter.extraction.formats import FORMATS, choose_format, format_of
 from cosettle_adapter.extraction.many import require_ray
 from cosettle_adapter.extraction.settings import StorageName
 from cosettle_adapter.hub import is_published
@@ -160,6 +160,9 @@ def _load(model: ModelOptions, *, raw: bool, layer: int | None) -> CoSettleAdapt
 def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
     by_suffix = format_of(output)
     if by_suffix is None:
+        suffixes = [known.suffix for known in FORMATS.values()]
+        if form is None and not output.is_dir() and did_you_mean(output.suffix, suffixes):
+            choose_format(output, form)  # a misspelled suffix, not a folder
         return plan_jobs(sources, output, choose_format(output, form or "safetensors"))
     if len(sources) > 1:
         raise ValueError(

@@ -190,6 +190,8 @@ def test_where_outputs_go(videos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "3 sources need a folder to write to" in capsys.readouterr().err
     assert main(["extract", source, "-o", str(tmp_path / "x.npy"), "--format", "zarr"]) == 1
     assert "zarr for x.npy, whose suffix is that of npy-memmap" in capsys.readouterr().err
+    assert main(["extract", source, "-o", str(tmp_path / "x.safetensrs")]) == 1
+    assert "the suffix of x.safetensrs is not that of a format" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["out", "a.zarr"])
