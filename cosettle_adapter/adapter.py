@@ -1,4 +1,4 @@
-"""CoSettleAdapter: a frozen backbone and its projection, from frames and streams to features."""
+"""CoSettleAdapter: a frozen backbone and its projection map frames and streams to features."""
 
 from __future__ import annotations
 
@@ -43,21 +43,22 @@ class FeatureChunk:
     timestamps: Tensor  # (N,) float64, seconds
     geometry: Geometry  # how patches map to pixels of the source's frames
     start: int  # number of frames delivered before this chunk
-    backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, if asked for
+    backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, on request
 
 
 class CoSettleAdapter(FeatureModel):
     """A frozen backbone followed by a projection that makes its features consistent over time.
 
     Calling it is a pure function of the frames: no state is kept between calls, and the result
-    does not depend on how frames are batched. On top of any projection, features can be settled
-    by the statistics of the clip they come from: :meth:`settle` reads the clip first,
-    ``stream(..., settle=True)`` learns as frames arrive.
+    does not depend on how frames are batched. The features of any projection can also be settled
+    with the statistics of their clip: :meth:`settle` reads the whole clip first,
+    ``stream(..., settle=True)`` updates the statistics as frames arrive.
     """
 
-    # The weights of a backbone that came with the projection and has no public source.
+    # Backbone weights that are stored with the projection because they have no public source.
     _backbone_file: Path | None = None
-    # What was settled; in a tuple, since a module would be registered and moved twice.
+    # The adapter before settling; in a tuple, because torch would register a plain attribute as a
+    # submodule and move it twice.
     _unsettled: tuple[CoSettleAdapter, ...] = ()
 
     @classmethod
@@ -82,29 +83,30 @@ class CoSettleAdapter(FeatureModel):
 
         Args:
             name: a registered name (``list_models()``), a Hub repository ``owner/name``, or a
-                folder that :meth:`save_pretrained` wrote (``./name`` where it is ambiguous).
-            projection: ``"published"``; ``"fit"``: from the cache, or fitted there on photographs
-                in the package, in a minute or so; a projection folder for the backbone ``name``;
-                or ``"settle"``: none, the default layer settled by the statistics of each clip,
-                of a call's frames in :meth:`forward`, as frames arrive in :meth:`stream`. By
-                default the published one, if there is one, else as ``"fit"``.
-            recipe: version of the recipe that the projection must have been fitted by.
-            allow_mismatched_backbone: accept a projection fitted on other tensors.
+                folder that :meth:`save_pretrained` wrote (``./name`` if a model has the same name).
+            projection: ``"published"``; ``"fit"``, read from the cache, or fitted on the package's
+                photographs in about a minute and cached; a folder with a projection for the
+                backbone ``name``; or ``"settle"``, which uses no projection and settles the
+                default layer with the statistics of each clip: of all frames of a call in
+                :meth:`forward`, of the frames so far in :meth:`stream`. Default: the published
+                projection if there is one, else ``"fit"``.
+            recipe: required recipe version of the projection.
+            allow_mismatched_backbone: accept a projection fitted on a backbone with other weights.
             device, dtype: of the backbone and the features (float32, bfloat16 or float16);
                 positions and the projection stay float32.
             stride: step between patches in pixels; below the patch size, patches overlap.
-            requires_input_grad: let gradients reach the frames.
-            backbone_weights: safetensors or a PyTorch checkpoint, in timm's, the authors',
-                OpenAI's or Hugging Face's layout, in place of the registered sources.
-            cache_dir: cache for backbone and projection, in place of ``HF_HOME``.
-            revision: branch, tag or commit of the repository the projection comes from, or the
-                backbone if the projection is in the package.
+            requires_input_grad: let gradients flow back to the frames.
+            backbone_weights: safetensors file or PyTorch checkpoint in timm's, the authors',
+                OpenAI's or Hugging Face's layout, used in place of the registered source.
+            cache_dir: cache folder for backbone and projection, in place of ``HF_HOME``.
+            revision: branch, tag or commit of the projection's repository; of the backbone's
+                repository if the projection is in the package.
             token: for private or gated repositories.
             local_files_only: never use the network.
 
         Raises:
-            UnknownModelError: no such model; close names are suggested.
-            WeightsUnavailableError: a file could not be had; the message lists what was tried.
+            UnknownModelError: no such model; the message suggests similar names.
+            WeightsUnavailableError: no source provided a file; the message lists those tried.
             CorruptWeightsError, ProjectionFormatError: a file is damaged or of another format.
             BackboneMismatchError: the projection belongs to another backbone.
         """
@@ -135,12 +137,12 @@ class CoSettleAdapter(FeatureModel):
         norm: bool | None = None,
         **loading: Any,
     ) -> CoSettleAdapter:
-        """Use a backbone's own tokens through the same interface: the baseline of a projection.
+        """Return an adapter without a projection: the backbone's own tokens, as a baseline.
 
         Args:
-            backbone: a loaded one, or a name, with ``loading`` as in :meth:`from_pretrained`.
-            layer: 0-based, negative from the end; by default the registered one.
-            norm: apply the final norm; by default to the last layer, if the registry says so.
+            backbone: a loaded backbone, or a name with ``loading`` as in :meth:`from_pretrained`.
+            layer: 0-based, negative from the end; default: the backbone's default layer.
+            norm: apply the final norm; default: for the last layer, as its registry row says.
         """
         if isinstance(backbone, str):
             fields = {field.name for field in dataclasses.fields(HubOptions)} & loading.keys()
@@ -150,7 +152,7 @@ class CoSettleAdapter(FeatureModel):
         return cls(backbone, identity_projection(backbone, layer=layer, norm=norm))
 
     def without_projection(self) -> CoSettleAdapter:
-        """Return an adapter of the tokens this one's projection reads; it shares the backbone."""
+        """Return an adapter of the tokens that this projection reads, with the same backbone."""
         config = dataclasses.replace(
             self.config,
             kind="identity",
@@ -166,9 +168,9 @@ class CoSettleAdapter(FeatureModel):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the projection and its config into ``folder``.
 
-        The backbone is left out, unless it came with the projection and has no public source.
+        The backbone is included only if it came with the projection and has no public source.
         """
-        self._check_stored()
+        self._check_savable()
         self.projection.save(folder)
         copy = Path(folder) / BACKBONE_FILE
         if self._backbone_file is not None and copy.resolve() != self._backbone_file.resolve():
@@ -180,19 +182,19 @@ class CoSettleAdapter(FeatureModel):
 
         ``options`` and errors are those of :func:`cosettle_adapter.upload.push`.
         """
-        from cosettle_adapter.upload import push  # brings the cards, which few processes need
+        from cosettle_adapter.upload import push  # slow to import and rarely used
 
-        self._check_stored()
+        self._check_savable()
         if self._backbone_file is not None:
             extra = options.get("extra_files") or {}
             options["extra_files"] = {BACKBONE_FILE: self._backbone_file, **extra}
         return push(self.projection, repo_id, **options)
 
-    def _check_stored(self) -> None:
+    def _check_savable(self) -> None:
         if self.settles:
             raise ProjectionFormatError(
-                "this adapter has no projection to store: it settles on every clip anew. Store "
-                "the one it finds on a clip, adapter.settle(clip), or fit one on many clips: "
+                "this adapter has no projection to save: it settles each clip separately. Save the "
+                "projection of one clip, adapter.settle(clip), or fit one on many clips: "
                 f"cosettle-adapter fit --backbone {self.backbone.row.name} --data clips/"
             )
 
@@ -212,27 +214,27 @@ class CoSettleAdapter(FeatureModel):
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
     ) -> Iterator[FeatureChunk]:
-        """Yield the features of a video of any length, in order, at constant memory.
+        """Yield the features of a video of any length, in frame order, in constant memory.
 
         Args:
             source: a video file, a folder or glob of images, an array, or an iterator of frames.
-            select: which frames; all by default.
-            batch_size: frames in a chunk.
+            select: frames to encode; all by default.
+            batch_size: frames per chunk.
             size, fit, normalize: as in :meth:`forward`.
-            skip: do not encode the first ones of the selected frames, to continue a stream.
+            skip: number of selected frames to skip without encoding them, to resume a stream.
             return_backbone: fill ``chunk.backbone``.
-            settle: settle every frame by the statistics of the frames up to it, all that a live
-                stream has; by default as ``settles`` says. For a whole clip, see :meth:`settle`.
-            forgetting: with ``settle``, the factor on earlier frames when one arrives; below 1
-                for streams that change: 0.99 remembers about 100 frames.
+            settle: settle each frame with the statistics of the frames up to it, which suits live
+                streams; default: ``self.settles``. For a whole clip, see :meth:`settle`.
+            forgetting: with ``settle``, the factor on the statistics of earlier frames at each new
+                frame; below 1 for streams that change: 0.99 remembers about 100 frames.
             temporal_fusion: average every patch with its matches in neighbouring frames, after
                 settling (:class:`~cosettle_adapter.correspondence.TemporalFusion`):
-                ``"symmetric"`` uses frames of both sides, so that chunks come up to three frames
-                later; ``"causal"`` past ones only. Fused features carry no gradients.
+                ``"symmetric"`` uses past and future frames and delays features by two frames,
+                ``"causal"`` uses past frames only. Fused features carry no gradients.
 
         Raises:
-            FrameError: nothing to read, or frames that cannot be used.
-            TruncatedVideoError: the video breaks off; everything readable was yielded before.
+            FrameError: the source has no frames, or frames of an unsupported shape or range.
+            TruncatedVideoError: the video ends early; all readable frames were yielded before.
         """
         settles = self.settles if settle is None else settle
         settler = Settler(self.width, forgetting=forgetting) if settles else None
@@ -245,15 +247,16 @@ class CoSettleAdapter(FeatureModel):
                 tokens, features, geometry = self._encode(chunk.frames, size=size, fit=fit)
                 if settler is not None:
                     features = settler.settle(features)
-                kept = tokens if return_backbone else None
-                yield FeatureChunk(features, chunk.timestamps, geometry, chunk.start, kept), tokens
+                backbone = tokens if return_backbone else None
+                times, start = chunk.timestamps, chunk.start
+                yield FeatureChunk(features, times, geometry, start, backbone), tokens
 
-        found: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
+        results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
         if fusion is not None:
-            found = _fused(((chunk, self._guide(tokens)) for chunk, tokens in encoded()), fusion)
+            results = _fused(((chunk, self._guide(tokens)) for chunk, tokens in encoded()), fusion)
         return (
             dataclasses.replace(chunk, features=self._finished(chunk.features, normalize))
-            for chunk in found
+            for chunk in results
         )
 
     @selects_frames
@@ -269,18 +272,19 @@ class CoSettleAdapter(FeatureModel):
         ridge: float = RIDGE,
         prior_pairs: float = PRIOR_PAIRS,
     ) -> CoSettleAdapter:
-        """Return an adapter refined on one clip by the clip's statistics (:class:`Settler`).
+        """Return an adapter refined with the statistics of one clip (:class:`Settler`).
 
-        Its mean token is subtracted, and directions in which corresponding patches of adjacent
-        frames differ are damped. The new adapter shares the backbone of this one, which it has as
-        :attr:`unsettled`: settling again starts from there, not on top. A video that breaks off is
-        settled on as far as it goes.
+        The clip's mean token is subtracted, and directions in which corresponding patches of
+        adjacent frames differ are damped. The new adapter shares the backbone and keeps this
+        adapter as :attr:`unsettled`: settling again starts from there and does not accumulate. Of a
+        video that ends early, the readable part is used.
 
         Args:
-            source, select, size, fit, batch_size: as in :meth:`stream`, for the same features.
-            ridge: damping, in units of the mean temporal variance; infinity only centres.
+            source, select, size, fit, batch_size: as in :meth:`stream`.
+            ridge: in units of the mean temporal variance; larger values damp less, infinity only
+                centres.
             prior_pairs: number of corresponding patches at which the clip counts as much as the
-                projection it already has.
+                prior, which damps all directions equally.
         """
         base = self.unsettled
         settler = Settler(base.width, ridge=ridge, prior_pairs=prior_pairs)
@@ -311,7 +315,7 @@ class CoSettleAdapter(FeatureModel):
 
     @property
     def unsettled(self) -> CoSettleAdapter:
-        """The adapter this one was settled from; itself, if it was not settled (or was loaded)."""
+        """The adapter this one was settled from; itself if it was loaded or never settled."""
         if not self._unsettled:
             return self
         (base,) = self._unsettled
@@ -322,7 +326,7 @@ class CoSettleAdapter(FeatureModel):
 def _fused(
     chunks: Iterable[tuple[FeatureChunk, Tensor]], fusion: TemporalFusion
 ) -> Iterator[FeatureChunk]:
-    """Fuse the features of chunks, each given with its guide."""
+    """Fuse the features of ``(chunk, guide)`` pairs over time."""
     waiting: collections.deque[FeatureChunk] = collections.deque()
     ready: list[Tensor] = []
 
@@ -332,16 +336,16 @@ def _fused(
             del ready[:frames]
             yield dataclasses.replace(waiting.popleft(), features=features)
 
-    broken: TruncatedVideoError | None = None
+    truncated: TruncatedVideoError | None = None
     try:
         for chunk, guide in chunks:
             ready.extend(fusion.push(chunk.features, guide))
-            # without the features, which would be held for nothing
+            # without the unfused features, to free their memory
             waiting.append(dataclasses.replace(chunk, features=chunk.features.new_empty(0)))
             yield from complete()
     except TruncatedVideoError as error:
-        broken = error
+        truncated = error
     ready.extend(fusion.flush())
     yield from complete()
-    if broken is not None:
-        raise broken
+    if truncated is not None:
+        raise truncated

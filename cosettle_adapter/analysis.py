@@ -1,4 +1,4 @@
-"""Moved: :mod:`cosettle_adapter.evaluation`."""
+"""Deprecated: moved to :mod:`cosettle_adapter.evaluation`."""
 
 from cosettle_adapter.imports import moved_to
 

@@ -1,11 +1,10 @@
-"""Model cards: what a projection is, how it was found, what it was measured to do, its licence.
+"""Model cards, generated from a projection's config and its backbone's registry row.
 
-A card says nothing that its config and its backbone's registry row do not say. Figures come from
-``ProjectionConfig.figures``, in which every key is optional: ``about``, ``choice`` (of layers and
-settings) and ``limits`` are lists of texts, ``measured`` is a list of tables, ``{"title",
-"protocol", "command", "columns", "rows", "highlight"}``. ``command`` printed the figures; the row
-whose first cell is ``highlight`` is bold, and its numbers under the name of a metric are the
-``eval_results`` of the Hub.
+Figures come from ``ProjectionConfig.figures``, in which every key is optional: ``about``,
+``choice`` (of layers and settings) and ``limits`` are lists of texts, ``measured`` is a list of
+tables, ``{"title", "protocol", "command", "columns", "rows", "highlight"}``. ``command`` printed
+the figures. The row whose first cell is ``highlight`` is bold; its values in columns named after a
+metric become the Hub's ``eval_results``.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ frames = torch.randint(0, 256, (4, 3, {height}, {width}), dtype=torch.uint8)  # 
 features = adapter(frames)
 print(features.shape)  # torch.Size([4, {config.out_width}, {grid}])
 
-raw, features = adapter(frames, return_backbone=True)  # what the projection read, as well
+raw, features = adapter(frames, return_backbone=True)  # also the tokens before the projection
 print(raw.shape)  # torch.Size([4, {config.in_width}, {grid}])
 ```"""
 _CITATION = f"""```bibtex
@@ -52,14 +51,14 @@ _CITATION = f"""```bibtex
 }}
 ```"""
 
-# SPDX identifiers. What is not in this list restricts what may be done, and a card says so.
+# SPDX identifiers; a card calls every other licence restricted.
 _PERMISSIVE = (
     "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT",
 )  # fmt: skip
 _CC = "https://creativecommons.org/licenses"
 _DINOV3 = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
 _APPLE = "https://github.com/apple/ml-mobileclip/blob/main/LICENSE_weights_data"
-_RESTRICTED = {  # identifier: what it allows, its page
+_RESTRICTED = {  # identifier: permitted use, URL
     "CC-BY-NC-4.0": ("non-commercial use only", f"{_CC}/by-nc/4.0/"),
     "CC-BY-NC-SA-4.0": ("non-commercial use only, share alike", f"{_CC}/by-nc-sa/4.0/"),
     "LicenseRef-DINOv3": ("use under Meta's conditions", _DINOV3),
@@ -67,16 +66,14 @@ _RESTRICTED = {  # identifier: what it allows, its page
     "LicenseRef-Apple-ASCL": ("use under Apple's conditions", ""),
     "LicenseRef-FAIR-Noncommercial-Research": ("non-commercial research use only", ""),
 }
-_KNOWN = {
-    known.lower().removeprefix("licenseref-"): known for known in (*_PERMISSIVE, *_RESTRICTED)
-}
+_KNOWN = {name.lower().removeprefix("licenseref-"): name for name in (*_PERMISSIVE, *_RESTRICTED)}
 
 
 def model_card(config: ProjectionConfig, *, repository: str | None = None) -> str:
-    """Return the ``README.md`` of a projection's Hub repository, ``owner/name``."""
+    """Return the model card of a projection; ``repository`` is ``owner/name`` on the Hub."""
     try:
         row = lookup(config.backbone)
-    except CosettleError:  # fitted with a registry that had more rows
+    except CosettleError:  # fitted by a version with more registered backbones
         row = None
     title = repository or f"A projection for {config.backbone}"
     results = [
@@ -101,8 +98,8 @@ def model_card(config: ProjectionConfig, *, repository: str | None = None) -> st
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
-def _slug(text: str, kept: str = "a-z0-9") -> str:
-    return re.sub(f"[^{kept}]+", "-", text.lower()).strip("-")
+def _slug(text: str, allowed: str = "a-z0-9") -> str:
+    return re.sub(f"[^{allowed}]+", "-", text.lower()).strip("-")
 
 
 def card_text(config: ProjectionConfig, row: BackboneRow | None, *, title: str, name: str) -> str:
@@ -111,12 +108,12 @@ def card_text(config: ProjectionConfig, row: BackboneRow | None, *, title: str, 
     limits = list(figures.get("limits", ()))
     if not figures.get("measured"):
         limits.append(
-            "Not compared with the backbone's own features yet: compare both on your videos first "
-            "(`CoSettleAdapter.raw`)."
+            "Not yet compared with the backbone's own features (`CoSettleAdapter.raw`): compare "
+            "both on your videos first."
         )
     limits.append("It fits one set of backbone tensors only; another fingerprint is refused.")
-    described = json.loads(config.to_json())
-    del described["figures"]
+    settings = json.loads(config.to_json())
+    del settings["figures"]
     patch = 14 if row is None else row.patch
     public = row is None or row.hub or row.wheel or row.release
     example = _USE.format(
@@ -145,10 +142,10 @@ def card_text(config: ProjectionConfig, row: BackboneRow | None, *, title: str, 
         "## Licence",
         *(_terms(licence, row) for licence in licences),
         "## Config",
-        f"```json\n{json.dumps(described, indent=2)}\n```",
+        f"```json\n{json.dumps(settings, indent=2)}\n```",
         *figures.get("choice", ()),
         "## Figures",
-        *(_measured(figures.get("measured", ())) or ["None measured here yet."]),
+        *(_measured(figures.get("measured", ())) or ["Not measured yet."]),
         "## Limits",
         "\n".join(f"- {limit}" for limit in limits),
         "## Use",
@@ -174,10 +171,7 @@ def _measured(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _binding_licences(config: ProjectionConfig, row: BackboneRow | None) -> list[str]:
-    """The licences that restrict the user of a projection, or else its own; ``""``: not stated.
-
-    A projection's licence never weakens its backbone's.
-    """
+    """Licences that restrict projection or backbone, else the projection's; ``""`` if unstated."""
     licences = [_spdx(row.licence)] if row is not None else []
     licences += [_spdx(config.licence)] if _spdx(config.licence) else []
     restricted = [licence for licence in dict.fromkeys(licences) if licence not in _PERMISSIVE]
@@ -185,13 +179,13 @@ def _binding_licences(config: ProjectionConfig, row: BackboneRow | None) -> list
 
 
 def _spdx(licence: str) -> str:
-    """The identifier of a licence in any spelling; empty for one that says nothing."""
+    """SPDX identifier of a licence in any spelling; empty if the licence is unstated."""
     known = licence.lower().removeprefix("licenseref-").removesuffix("-license")
     return "" if known in ("", "unknown", "unstated") else _KNOWN.get(known, licence)
 
 
 def _hub_licence(licences: Sequence[str]) -> dict[str, Any]:
-    """The Hub's ``license`` fields: ``other`` with a name and a page for what it lacks."""
+    """The Hub's ``license`` fields; ``other``, a name and a URL for licences it does not list."""
     if "" in licences:
         return {"license": "unknown"}
     licence = " AND ".join(licences)
@@ -203,12 +197,14 @@ def _hub_licence(licences: Sequence[str]) -> dict[str, Any]:
 
 
 def _terms(licence: str, row: BackboneRow | None) -> str:
-    """What one of the binding licences restricts."""
+    """One sentence on the terms of a binding licence."""
     if licence in _PERMISSIVE:
         return f"{licence}."
     if not licence:
         return "**Restricted: no licence is stated.**"
     allowed, page = _RESTRICTED.get(licence, ("read its terms first", ""))
-    own = row is None or licence != _spdx(row.licence)
-    whose = "This projection is" if own else "The backbone's weights, from which it derives, are"
-    return f"**Restricted: {allowed}.** {whose} under {licence}{page and f' ({page})'}."
+    is_own = row is None or licence != _spdx(row.licence)
+    subject = "This projection is"
+    if not is_own:
+        subject = "The backbone's weights, from which it derives, are"
+    return f"**Restricted: {allowed}.** {subject} under {licence}{page and f' ({page})'}."

@@ -1,4 +1,4 @@
-"""The authors' checkpoints as ours: a projection, and the backbone it was trained on.
+"""Convert checkpoints of the official code into a projection and the backbone it was trained on.
 
 ``save_model`` of the official code (``util/misc.py``) writes the whole model, frozen backbone and
 head, as ``{'model', 'optimizer', 'epoch', 'scaler', 'args'}``; the head's tensors are called
@@ -35,22 +35,22 @@ from cosettle_adapter.version import __version__
 logger = logging.getLogger(__name__)
 
 _ADAPTER = re.compile(r"(?:module\.)*(?:visual\.)?adapter\.(?:adapter\.)?(?P<name>.+)")
-_LINEAR = re.compile(r"^adapter_linear(\d?)\.")  # without a number where there is one
+_LINEAR = re.compile(r"^adapter_linear(\d?)\.")  # unnumbered in heads with one matrix
 _NORM = re.compile(r"^adapter_layer_norm1\.")
-_KINDS: tuple[Kind, ...] = ("linear", "mlp2", "mlp3")  # by their number of matrices
+_KINDS: tuple[Kind, ...] = ("linear", "mlp2", "mlp3")  # by number of matrices
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """A checkpoint of the official code, taken apart."""
+    """A converted checkpoint of the official code."""
 
     projection: Projection  # float32, with its config
-    backbone: dict[str, Tensor]  # that it was trained on, timm's names, float32
-    verdict: str  # whether that is the public backbone, in a sentence
-    is_public: bool  # whether it is, exactly
+    backbone: dict[str, Tensor]  # the one it was trained on, timm's names, float32
+    verdict: str  # how the backbone compares with the public one
+    is_public: bool  # whether the backbone equals the public one
 
     def save(self, folder: str | Path) -> None:
-        """Write the projection, and ``backbone.safetensors`` unless that is the public one."""
+        """Write the projection, and ``backbone.safetensors`` unless the backbone is public."""
         backbone = Path(folder) / BACKBONE_FILE
         if self.is_public:
             backbone.unlink(missing_ok=True)
@@ -67,32 +67,35 @@ def convert_checkpoint(
     origin: str | None = None,
     revision: str | None = None,
 ) -> Conversion:
-    """Convert a checkpoint of the official code, and compare its backbone with the public one.
+    """Convert a checkpoint of the official code and compare its backbone with the public one.
 
     Args:
-        path: the file; nothing in a pickle is run.
+        path: the checkpoint; pickles are read without executing code.
         row: the backbone it was trained on.
-        options: how to find the public weights; only the cache is searched by default.
-        origin: what the config calls the file; its name by default.
-        revision: commit from which the row's source gives this very backbone again.
+        options: where to look for the public weights; default: the cache only.
+        origin: source to record in the config; default: the file's name.
+        revision: commit at which the row's source provides this backbone.
 
-    A file that is missing is a WeightsUnavailableError, another model's a CorruptWeightsError.
+    Raises:
+        WeightsUnavailableError: the file does not exist.
+        CorruptWeightsError: the file is damaged or of another model.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
     try:
-        # Tensor names do not tell one ViT-B/16 from another.
+        # All ViT-B/16 share the same tensor names.
         trained_on = checkpoint.arguments.get("base_model")
         if row.release is not None and trained_on not in (None, row.release):
             raise CorruptWeightsError(
-                f"was trained on {trained_on!r}, not on {row.release!r} ({row.name})"
+                f"the checkpoint was trained on {trained_on!r}, expected {row.release!r} "
+                f"({row.name}); convert it for the backbone that it was trained on"
             )
-        kind, head, rest = _take_apart(checkpoint.tensors)
+        kind, head, rest = _split_checkpoint(checkpoint.tensors)
         backbone = {name: tensor.float() for name, tensor in to_timm(rest, row).items()}
         load_tensors(meta_model(row), backbone, row.name)
-        infinite = [n for n, t in (head | backbone).items() if not bool(t.isfinite().all())]
-        if infinite:
-            raise CorruptWeightsError(f"{', '.join(infinite[:8])}: values that are not finite")
+        nonfinite = [n for n, t in (head | backbone).items() if not bool(t.isfinite().all())]
+        if nonfinite:
+            raise CorruptWeightsError(f"{', '.join(nonfinite[:8])}: values that are not finite")
         config = ProjectionConfig(
             backbone=row.name,
             fingerprint=fingerprint(backbone),
@@ -109,7 +112,7 @@ def convert_checkpoint(
                 "source": origin or path.name,
                 "source_sha256": file_sha256(path),
                 "epoch": checkpoint.epoch,
-                "settings": {  # without folders of a machine
+                "settings": {  # paths of the training machine are left out
                     name: value
                     for name, value in checkpoint.arguments.items()
                     if not isinstance(value, str) or "/" not in value
@@ -129,7 +132,7 @@ def convert_checkpoint(
             public = load_weights(row, options)
     is_public = False
     if public is None:
-        verdict = "not compared: no public weights of it, or none at hand"
+        verdict = "not compared: no public weights are available"
     elif public.fingerprint == config.fingerprint:
         is_public, revision = True, public.revision
         verdict = f"the same model as {public.origin}"
@@ -142,13 +145,10 @@ def convert_checkpoint(
 
 
 def released_projection(row: BackboneRow, options: HubOptions) -> Path:
-    """Return the folder of a row's released projection, converted once into the cache.
-
-    The backbone in the checkpoint is compared with the public one if that is in the cache already.
-    """
+    """Return the folder of a row's released projection, converted into the cache on first use."""
     released = released_checkpoint(row, options)
     folder = released.folder
-    if (folder / CONFIG_FILE).is_file():  # it is written last
+    if (folder / CONFIG_FILE).is_file():  # written last
         return folder
     conversion = convert_checkpoint(
         released.path,
@@ -162,8 +162,10 @@ def released_projection(row: BackboneRow, options: HubOptions) -> Path:
     return folder
 
 
-def _take_apart(tensors: Mapping[str, Tensor]) -> tuple[Kind, dict[str, Tensor], dict[str, Tensor]]:
-    """Kind of the head, its tensors under our names in float32, and all others as they are."""
+def _split_checkpoint(
+    tensors: Mapping[str, Tensor],
+) -> tuple[Kind, dict[str, Tensor], dict[str, Tensor]]:
+    """Kind of the head, its tensors in float32 under our names, and all other tensors unchanged."""
     head, rest = {}, {}
     for name, tensor in tensors.items():
         if match := _ADAPTER.fullmatch(name):
@@ -174,8 +176,8 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> tuple[Kind, dict[str, Tensor],
     matrices = [name for name in head if re.fullmatch(r"linears\.\d\.weight", name)]
     if not 1 <= len(matrices) <= len(_KINDS):
         raise CorruptWeightsError(
-            "it holds no projection of the official code, which has one to three matrices "
-            f"adapter.adapter.adapter_linear* (it holds {', '.join(list(tensors)[:5])}, ...). If "
-            "it is the backbone alone, give it as backbone_weights=PATH"
+            "the checkpoint holds no projection: expected one to three matrices "
+            f"adapter.adapter.adapter_linear*, got {', '.join(list(tensors)[:5])}, ... Pass a "
+            "checkpoint of the backbone alone as backbone_weights=PATH"
         )
     return _KINDS[len(matrices) - 1], head, rest

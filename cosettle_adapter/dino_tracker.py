@@ -1,4 +1,4 @@
-"""Moved: :mod:`cosettle_adapter.extraction.dino_tracker`.
+"""Deprecated: moved to :mod:`cosettle_adapter.extraction.dino_tracker`.
 
 ``examples/dino_tracker_features.py`` prepares a folder for DINO-Tracker, as ``prepare`` did.
 """

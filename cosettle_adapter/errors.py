@@ -1,7 +1,7 @@
-"""The errors that the package raises on purpose.
+"""The exceptions that the package raises.
 
-All derive from :class:`CosettleError`, and each also from the built-in exception that a caller
-would catch first, so that ``except ValueError`` works in code that does not know this package.
+All derive from :class:`CosettleError` and from the closest built-in exception, so that ``except
+ValueError`` also works in code that does not know this package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class CosettleError(Exception):
-    """Root of the package's errors."""
+    """Base class of the package's errors."""
 
 
 class MissingExtraError(CosettleError, ImportError):
@@ -23,7 +23,7 @@ class UnknownModelError(CosettleError, ValueError):
 
 
 class ProjectionFormatError(CosettleError, ValueError):
-    """A projection folder whose config or weights do not follow the format."""
+    """A projection whose config or weights do not follow the format."""
 
 
 class BackboneMismatchError(CosettleError, ValueError):
@@ -31,11 +31,11 @@ class BackboneMismatchError(CosettleError, ValueError):
 
 
 class WeightsUnavailableError(CosettleError, OSError):
-    """No source could deliver a file; the message lists what was tried, in order."""
+    """No source provided a file; the message lists the sources tried, in order."""
 
 
 class CorruptWeightsError(CosettleError, ValueError):
-    """A weight file that is truncated, altered, or not of the model it should be."""
+    """A weight file that is truncated, altered, or of another model."""
 
 
 class CorruptFeatureFileError(CosettleError, ValueError):
@@ -43,19 +43,19 @@ class CorruptFeatureFileError(CosettleError, ValueError):
 
 
 class StatisticsError(CosettleError, ValueError):
-    """Features or clips from which nothing can be computed: too few, all equal, not finite."""
+    """Features or clips without usable statistics: too few, all equal, or not finite."""
 
 
 class FrameError(CosettleError, ValueError):
-    """Frames or a frame source that cannot be used: shape, range, nothing to read."""
+    """Frames of an unsupported shape or range, or a source without frames."""
 
 
 class TruncatedVideoError(FrameError):
-    """A video that ends early or breaks in the middle."""
+    """A video that ends early or is damaged in the middle."""
 
     def __init__(self, message: str, *, frames_read: int) -> None:
         super().__init__(message)
-        self.frames_read = frames_read  # delivered before the break
+        self.frames_read = frames_read  # before the damage
 
 
 class GeometryError(CosettleError, ValueError):
@@ -63,9 +63,9 @@ class GeometryError(CosettleError, ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
-    """Return ``" Did you mean 'a' or 'b'?"``, or an empty string when nothing is close."""
-    spelled = {candidate.lower(): candidate for candidate in sorted(known)}
-    close = difflib.get_close_matches(name.lower(), list(spelled), n=limit, cutoff=0.5)
-    if not close:
+    """Return ``" Did you mean 'a' or 'b'?"``, or an empty string if no name is similar."""
+    originals = {candidate.lower(): candidate for candidate in sorted(known)}
+    matches = difflib.get_close_matches(name.lower(), list(originals), n=limit, cutoff=0.5)
+    if not matches:
         return ""
-    return f" Did you mean {' or '.join(repr(spelled[match]) for match in close)}?"
+    return f" Did you mean {' or '.join(repr(originals[match]) for match in matches)}?"

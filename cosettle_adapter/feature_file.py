@@ -1,4 +1,4 @@
-"""Moved: :mod:`cosettle_adapter.extraction`."""
+"""Deprecated: moved to :mod:`cosettle_adapter.extraction`."""
 
 from cosettle_adapter.imports import moved_to
 

@@ -22,7 +22,7 @@ DEFAULT_BATCH_SIZE = 8
 
 
 class FeatureModel(nn.Module):
-    """A backbone and its projection: the part of an adapter that knows nothing but frames."""
+    """A backbone and its projection: the part of an adapter that maps frames to features."""
 
     def __init__(
         self,
@@ -31,29 +31,28 @@ class FeatureModel(nn.Module):
         *,
         allow_mismatched_backbone: bool = False,
     ) -> None:
-        """Put a projection on the backbone it was fitted on, else :class:`BackboneMismatchError`.
-
-        With ``allow_mismatched_backbone`` on any that has as many channels.
-        """
+        """Combine a projection with its backbone; another one is a BackboneMismatchError."""
         super().__init__()
         config = projection.config
-        read = sum(backbone.widths[backbone.block(layer)] for layer in config.layers)
-        if config.in_width != read:
+        width = sum(backbone.widths[backbone.block(layer)] for layer in config.layers)
+        if config.in_width != width:
             raise ProjectionFormatError(
                 f"the projection reads {config.in_width} channels, but {len(config.layers)} "
-                f"layer(s) of {backbone.row.name} have {read}"
+                f"layer(s) of {backbone.row.name} have {width}"
             )
         if config.fingerprint != backbone.fingerprint and not allow_mismatched_backbone:
-            fitted, here = (each.fingerprint.removeprefix("sha256:") for each in (config, backbone))
+            expected = config.fingerprint.removeprefix("sha256:")
+            actual = backbone.fingerprint.removeprefix("sha256:")
             raise BackboneMismatchError(
-                f"this projection was fitted on {config.backbone} with fingerprint {fitted[:12]}, "
-                f"but the backbone here is {backbone.row.name} with fingerprint {here[:12]}. Load "
-                "the one it names, fit a projection for this one (projection='fit'), or pass "
-                "allow_mismatched_backbone=True if they are interchangeable"
+                f"this projection was fitted on {config.backbone} with fingerprint "
+                f"{expected[:12]}, but the backbone is {backbone.row.name} with fingerprint "
+                f"{actual[:12]}. Load that backbone, fit a projection for this one "
+                "(projection='fit'), or pass allow_mismatched_backbone=True if both are "
+                "interchangeable"
             )
         self.backbone = backbone
-        self.projection = projection  # frozen as well until ``projection.requires_grad_(True)``
-        self.settles = False  # whether each clip is settled unless a call says otherwise
+        self.projection = projection  # frozen until ``projection.requires_grad_(True)``
+        self.settles = False  # whether ``forward`` and ``stream`` settle by default
 
     @property
     def config(self) -> ProjectionConfig:
@@ -83,7 +82,7 @@ class FeatureModel(nn.Module):
         return plan_geometry(height, width, patch=patch, stride=stride, size=size, fit=fit)
 
     def preprocess(self, frames: Any, *, size: Size | None = None, fit: Fit = "resize") -> Tensor:
-        """Resize and normalise frames into what the backbone takes: ``(T, 3, H', W')`` float32."""
+        """Resize and normalise frames for the backbone: ``(T, 3, H', W')`` float32."""
         frames = as_frames(frames)
         frames = frames if frames.ndim == 4 else rearrange(frames, "c h w -> 1 c h w")
         return self._normalize(frames, self.geometry(*frames.shape[-2:], size=size, fit=fit))
@@ -116,34 +115,34 @@ class FeatureModel(nn.Module):
         Args:
             frames: ``(T, 3, H, W)``, ``(B, T, 3, H, W)`` or ``(3, H, W)``, RGB, uint8 in
                 [0, 255] or floating point in [0, 1], not normalised; NumPy ``(T, H, W, 3)``
-                arrays and PIL images are taken as well.
-            size: what frames are resized to: ``None`` keeps their size, an integer sets the
-                shorter side, a pair sets ``(height, width)`` exactly.
-            fit: what happens to sides that are not whole patches: ``resize`` rounds each to the
-                nearest, ``pad`` keeps the aspect and repeats the bottom and right edge.
-            batch_size: frames in a forward pass; bounds memory and does not change the result.
+                arrays and PIL images also work.
+            size: size to resize frames to: ``None`` keeps their size, an integer sets the shorter
+                side, a pair sets ``(height, width)`` exactly.
+            fit: how each side becomes a whole number of patches: ``resize`` rounds it to the
+                nearest, ``pad`` keeps the aspect ratio and repeats the bottom and right edge.
+            batch_size: frames per forward pass; bounds memory and does not change the result.
             normalize: scale every patch's feature to unit length.
-            return_backbone: return the tokens the projection read as well.
+            return_backbone: also return the tokens that the projection reads.
 
         Returns:
             Features ``(T, C, h, w)`` with the leading dimensions of ``frames``; or
             ``(backbone, features)`` if ``return_backbone``. If the adapter ``settles``, each clip
-            by its own T frames, in their order.
+            is settled with the statistics of its own T frames.
 
         Raises:
-            FrameError: frames of another shape, range or dtype, or none at all.
+            FrameError: frames of another shape, range or dtype, or no frames.
             GeometryError: frames smaller than a patch, or a size that does not fit the patch.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         frames, leading = pack([as_frames(frames)], "* c h w")
-        kept: list[Tensor] = []
+        backbone_maps: list[Tensor] = []
         projected: list[Tensor] = []
         for batch in frames.split(batch_size):
             tokens, features, _ = self._encode(batch, size=size, fit=fit)
             projected.append(features if self.settles else self._finished(features, normalize))
             if return_backbone:
-                kept.append(tokens)
+                backbone_maps.append(tokens)
         flat = torch.cat(projected)
         if self.settles:
             length = leading[0][-1] if leading[0] else 1
@@ -152,20 +151,20 @@ class FeatureModel(nn.Module):
         maps: Tensor = unpack(flat, leading, "* c h w")[0]
         if not return_backbone:
             return maps
-        return unpack(torch.cat(kept), leading, "* c h w")[0], maps
+        return unpack(torch.cat(backbone_maps), leading, "* c h w")[0], maps
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's own returns Any
 
     def _guide(self, tokens: Tensor) -> Tensor:
-        """What temporal fusion takes its matches from, ``(N, G, h, w)``."""
+        """Maps ``(N, G, h, w)`` in which temporal fusion finds its matches."""
         layers = map(self.backbone.block, self.config.layers)
         return fusion_guide(tokens, [self.backbone.widths[layer] for layer in layers])
 
     def _encode(
         self, frames: Tensor, *, size: Size | None, fit: Fit
     ) -> tuple[Tensor, Tensor, Geometry]:
-        """Tokens, features and geometry of frames that fit in one pass."""
+        """Tokens, features and geometry of frames, in one pass."""
         geometry = self.geometry(*frames.shape[-2:], size=size, fit=fit)
         return *self._encode_images(self._normalize(frames, geometry)), geometry
 
@@ -182,11 +181,12 @@ class FeatureModel(nn.Module):
         images = apply_geometry(frames.to(self.device, non_blocking=True), geometry)
         full_scale = 1.0 if frames.is_floating_point() else 255.0
         row = self.backbone.row
-        mean, std = (torch.tensor(each, dtype=torch.float64) for each in (row.mean, row.std))
+        mean = torch.tensor(row.mean, dtype=torch.float64)
+        std = torch.tensor(row.std, dtype=torch.float64)
         scale, shift = (
-            rearrange(each, "c -> c 1 1").to(images.device, torch.float32)
-            for each in (1 / (full_scale * std), mean / std)
+            rearrange(values, "c -> c 1 1").to(images.device, torch.float32)
+            for values in (1 / (full_scale * std), mean / std)
         )
-        # bytes are multiplied as they are, which saves a float copy of them
+        # uint8 images are multiplied directly, which saves a float copy
         images = images.float() if images.is_floating_point() else images
         return (images * scale).sub_(shift)

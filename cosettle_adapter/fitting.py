@@ -1,7 +1,4 @@
-"""A projection for any backbone, fitted on the starter corpus, with the core dependencies only.
-
-(The module is not called ``fit``, because ``cosettle_adapter.fit`` is the public function.)
-"""
+"""Fit a projection for any backbone on the starter corpus, with core dependencies only."""
 
 from __future__ import annotations
 
@@ -22,42 +19,38 @@ from cosettle_adapter.starter import CLIPS, FRAMES, known_correspondences, start
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import RenderedClip
 
-_SIDE = 252  # pixels, about; 18 x 18 patches of 14
-_CLIPS_TO_CHOOSE_BY = 12
-_EQUALLY = 0.97
-_NEARLY = 2 / 3
-_AVERAGING = 0.2  # share for the projection's config
-_LEAST_VARIANCE = 1e-8  # of tokens, relative to their mean square
+_SIDE = 252  # pixels, rounded to whole patches; 18 x 18 patches of 14
+_SELECTION_CLIPS = 12  # by which the layers are chosen
+_BEST = 0.97  # of the best match rate: as good as the best
+_GOOD = 2 / 3  # of the best match rate: read as well
+_AVERAGING = 0.2  # ``averaging`` of the projection's config
+_MIN_VARIANCE = 1e-8  # of tokens, relative to their mean square
 
 
 def read_layers(backbone: Backbone, clips: Iterable[RenderedClip]) -> tuple[int, ...]:
-    """Choose the layers to read, without labels: by how well they match patches of known motion.
-
-    Of the layers that match best, within 3 %, the latest is read, which is the most semantic; with
-    it those a sixth of the depth before and after, if they match two thirds as well. Of each
-    rendered clip, the first and the last frame are matched.
-    """
+    """Choose the layers to read by how well they match the first and last frames of clips."""
     layers = range(backbone.depth)
-    matched = torch.zeros(backbone.depth, dtype=torch.float64)
+    rates = torch.zeros(backbone.depth, dtype=torch.float64)
     for clip in clips:
         maps = _encoded(clip.frames[[0, -1]], backbone, layers)
         for layer, tokens in zip(layers, maps, strict=True):
-            matched[layer] += _matched(tokens, clip)
-    best = int((matched >= _EQUALLY * matched.max()).nonzero()[-1])
+            rates[layer] += _match_rate(tokens, clip)
+    # Of equally good layers the last one is the most semantic.
+    best = int((rates >= _BEST * rates.max()).nonzero()[-1])
     step = max(1, round(backbone.depth / 6))
     near = [layer for layer in (best - step, best, best + step) if layer in layers]
-    return tuple(layer for layer in near if matched[layer] >= _NEARLY * matched[best])
+    return tuple(layer for layer in near if rates[layer] >= _GOOD * rates[best])
 
 
-def _matched(tokens: Tensor, clip: RenderedClip) -> float:
-    """Share of patches of two frames ``(2, C, h, w)`` matched to within one patch of the truth."""
+def _match_rate(tokens: Tensor, clip: RenderedClip) -> float:
+    """Share of patches of two frames ``(2, C, h, w)`` that match within one patch of the truth."""
     height, width = tokens.shape[-2:]
     centred = tokens.double() - reduce(tokens.double(), "t c h w -> 1 c 1 1", "mean")
     first, last = F.normalize(rearrange(centred, "t c h w -> t (h w) c"), dim=-1)
     here, there = known_correspondences(clip, len(clip.frames) - 1, (height, width))
-    found = (first[here] @ last.T).argmax(1)
-    rows = (found // width - there // width).abs()
-    columns = (found % width - there % width).abs()
+    nearest = (first[here] @ last.T).argmax(1)
+    rows = (nearest // width - there // width).abs()
+    columns = (nearest % width - there % width).abs()
     return float((torch.maximum(rows, columns) <= 1).double().mean()) if len(here) else 0.0
 
 
@@ -70,29 +63,20 @@ def fit_starter(
 ) -> Projection:
     """Fit a projection on the starter corpus, deterministically.
 
-    The layers of :func:`read_layers` are centred, each divided by its own deviation, concatenated
-    and turned to their principal axes; each patch is then averaged with its neighbours.
-
-    Args:
-        backbone: in float32 at its native stride.
-        start: statistics of the first clips, to resume from; the others are added to them.
-        on_clip: called with those so far after each of :data:`~cosettle_adapter.starter.CLIPS`.
-
-    Raises:
-        ValueError: another dtype or stride.
-        StatisticsError: features that are all equal, or not finite.
+    ``start`` are statistics of the first clips, from an interrupted fit; ``on_clip`` is called
+    after each clip with the statistics so far.
     """
     row = backbone.row
     if backbone.dtype != torch.float32 or backbone.stride != backbone.patch:
         raise ValueError(
-            f"a projection is fitted in float32 at stride {backbone.patch}, got {row.name} in "
-            f"{backbone.dtype} at stride {backbone.stride}: load it with these"
+            f"expected {row.name} in torch.float32 at stride {backbone.patch} to fit a projection, "
+            f"got {backbone.dtype} at stride {backbone.stride}: load it without dtype and stride"
         )
     size = (_side(backbone),) * 2
-    layers = read_layers(backbone, itertools.islice(starter_clips(size), _CLIPS_TO_CHOOSE_BY))
+    layers = read_layers(backbone, itertools.islice(starter_clips(size), _SELECTION_CLIPS))
     widths = [backbone.widths[layer] for layer in layers]
     statistics = start
-    if statistics is None or statistics.width != sum(widths):  # of other layers
+    if statistics is None or statistics.width != sum(widths):  # those of other layers
         statistics = TokenStatistics(sum(widths))
     for clip in starter_clips(size, skip=statistics.clips):
         _collect(statistics, clip, backbone, layers)
@@ -100,14 +84,14 @@ def fit_starter(
             on_clip(statistics)
     variances = torch.split(statistics.covariance.diagonal(), widths)
     squares = torch.split(statistics.mean.square(), widths)
-    for spread, square in zip(variances, squares, strict=True):
-        if not float(spread.sum()) > _LEAST_VARIANCE * float(square.sum()):
+    for variance, square in zip(variances, squares, strict=True):
+        if not float(variance.sum()) > _MIN_VARIANCE * float(square.sum()):
             raise StatisticsError(
-                f"no projection can be fitted for {row.name}: its features are the same for all "
-                "patches, or not finite. Are these the right weights?"
+                f"no projection can be fitted for {row.name}: its features are equal for all "
+                "patches or not finite. Check that these are the right weights"
             )
     affine = solve_layers(statistics, widths, centre, out_width=max(widths))
-    # Axes are known up to their sign: the largest weight is made positive.
+    # The sign of an axis is arbitrary: its largest weight is made positive.
     largest = affine.weight.gather(1, affine.weight.abs().argmax(1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0)
     config = ProjectionConfig(
@@ -141,7 +125,7 @@ def fit_starter(
 
 
 def _side(backbone: Backbone) -> int:
-    """About :data:`_SIDE` in whole patches; the backbone's own size if it takes no other."""
+    """:data:`_SIDE` rounded to whole patches; the native size if the backbone accepts no other."""
     unit = backbone.patch if backbone.row.kind == "vit" else math.lcm(backbone.patch, 32)
     side = max(1, round(_SIDE / unit)) * unit
     try:
@@ -153,8 +137,8 @@ def _side(backbone: Backbone) -> int:
 
 def _encoded(frames: Tensor, backbone: Backbone, layers: Sequence[int]) -> list[Tensor]:
     mean, std = (
-        rearrange(torch.tensor(each), "c -> c 1 1")
-        for each in (backbone.row.mean, backbone.row.std)
+        rearrange(torch.tensor(values), "c -> c 1 1")
+        for values in (backbone.row.mean, backbone.row.std)
     )
     images = ((frames / 255 - mean) / std).to(backbone.device)
     return [maps.cpu() for maps in backbone.intermediate_tokens(images, layers, norm=False)]

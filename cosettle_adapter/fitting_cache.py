@@ -1,4 +1,4 @@
-"""Projections fitted on first use, kept in the user's cache by fingerprint and recipe."""
+"""Cache of projections fitted on first use, by fingerprint and recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder(name: str, fingerprint: str, options: HubOptions) -> Path:
-    """Return the folder of the projection that is fitted on first use, whether it exists or not."""
+    """Return the cache folder of a backbone's fitted projection, which need not exist."""
     slug = re.sub(r"[^\w.-]+", "-", name)
     short = fingerprint.removeprefix("sha256:")[:12]
     return options.own_cache("projections", f"{slug}-{short}-recipe{RECIPE}")
@@ -38,44 +38,43 @@ def cache_folder(name: str, fingerprint: str, options: HubOptions) -> Path:
 def fitted_projection(
     backbone: Backbone, options: HubOptions, *, native: Callable[[], Backbone]
 ) -> Projection:
-    """Return a backbone's projection from the cache, or fit it and put it there.
+    """Return a backbone's projection from the cache, or fit and cache it.
 
-    Of processes that ask at once, one fits and the others wait. A fit that was killed resumes. If
-    the cache cannot be written, the projection is fitted in memory, with a warning. ``native``
-    loads the backbone in float32 at its native stride, for a fit, if ``backbone`` is not.
+    ``native`` loads the backbone in float32 at its native stride, if a fit needs that.
     """
     name = backbone.row.name
     folder = cache_folder(name, backbone.fingerprint, options)
-    if (found := _cached(folder, backbone.fingerprint)) is not None:
-        return found
-    # these bring solvers and the renderer, which only a first use needs
+    if (cached := _cached(folder, backbone.fingerprint)) is not None:
+        return cached
+    # they import solvers and the renderer, which only a first use needs
     from cosettle_adapter import fitting, starter
     from cosettle_adapter.closed_form import TokenStatistics
 
-    failed: list[OSError] = []
+    writable = True
     partial = folder / _PARTIAL
     lock = FileLock(f"{folder}.lock")
     saved = time.monotonic()
 
     @contextlib.contextmanager
     def writing() -> Iterator[None]:
-        """Do without a cache that cannot be written, after one warning."""
+        """Continue without the cache if it is not writable, after one warning."""
+        nonlocal writable
         try:
             yield
         except OSError as error:
-            if not failed:
+            if writable:
                 logger.warning(
-                    "the projection is fitted in memory, and again by the next process, because "
-                    "it cannot be kept in %s: %s",
+                    "cannot write to the cache %s, so the projection is fitted in memory, and "
+                    "again by the next process: %s",
                     folder,
                     error,
                 )
-            failed.append(error)
+            writable = False
 
     def on_clip(statistics: TokenStatistics) -> None:
         nonlocal saved
-        shown.update()
-        if not failed and time.monotonic() - saved > _SAVE_EVERY:
+        bar.update()
+        if writable and time.monotonic() - saved > _SAVE_EVERY:
             with writing(), atomic_path(partial) as path:
                 path.write_bytes(to_safetensors(statistics.to_tensors()))
             saved = time.monotonic()
@@ -88,23 +87,25 @@ def fitted_projection(
             except Timeout:
                 logger.warning("waiting for another process that is fitting %s", folder)
                 lock.acquire()
-        if (found := _cached(folder, backbone.fingerprint)) is not None:
-            return found
-        # A warning, because a pause of this length needs a reason, and INFO is not seen.
+        if (cached := _cached(folder, backbone.fingerprint)) is not None:
+            return cached
+        # A warning: INFO is hidden by default, and a pause of a minute needs an explanation.
         logger.warning(
-            "fitting a projection for %s on the package's own photographs, once, in a minute or "
-            "so; it is kept in %s",
+            "fitting a projection for %s on the package's photographs, once, in about a minute; it "
+            "is stored in %s",
             name,
-            "memory" if failed else folder,
+            folder if writable else "memory",
         )
         is_native = backbone.dtype == torch.float32 and backbone.stride == backbone.patch
         source = backbone if is_native else native()
         start: TokenStatistics | None = None
-        with contextlib.suppress(SafetensorError, StatisticsError, OSError):  # mostly none is left
+        with contextlib.suppress(SafetensorError, StatisticsError, OSError):  # usually none exists
             start = TokenStatistics.from_tensors(load_file(partial))
-        bar: Any = tqdm  # untyped
+        progress: Any = tqdm  # untyped
         done = start.clips if start else 0
-        with bar(total=starter.CLIPS, initial=done, desc=f"fitting {name}", unit="clip") as shown:
+        with progress(
+            total=starter.CLIPS, initial=done, desc=f"fitting {name}", unit="clip"
+        ) as bar:
             projection = fitting.fit_starter(source, start=start, on_clip=on_clip)
         with writing():
             projection.save(folder)
@@ -120,8 +121,8 @@ def _cached(folder: Path, fingerprint: str) -> Projection | None:
     try:
         if not (folder / CONFIG_FILE).is_file():
             return None
-        found = Projection.load(folder)
+        cached = Projection.load(folder)
     except (ProjectionFormatError, OSError) as error:
-        logger.warning("%s cannot be used, so it is fitted anew: %s", folder, error)
+        logger.warning("cannot read the projection in %s, so it is fitted again: %s", folder, error)
         return None
-    return found if found.config.fingerprint == fingerprint else None
+    return cached if cached.config.fingerprint == fingerprint else None

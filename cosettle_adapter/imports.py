@@ -1,4 +1,4 @@
-"""Imports that wait until something is used: optional dependencies and lazy public names."""
+"""Deferred imports: optional dependencies and lazily loaded public names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from cosettle_adapter.errors import MissingExtraError
 
 
 def require(module: str, *, extra: str, purpose: str) -> Any:
-    """Import an optional ``module``, or say which ``extra`` of this package installs it.
-
-    ``purpose`` is the subject of the sentence: ``"reading video files"``.
-    """
+    """Import an optional ``module``; the error names its ``purpose`` and ``extra``."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -26,7 +23,7 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
 
 
 def load_on_use(package: str, **names: Sequence[str]) -> Callable[[str], Any]:
-    """Return a ``__getattr__`` for a package: names to import when first used, by submodule."""
+    """Return a package's ``__getattr__`` that imports ``names``, by submodule, on first use."""
     modules = {name: f"{package}.{module}" for module in names for name in names[module]}
 
     def load(name: str) -> Any:
@@ -39,16 +36,16 @@ def load_on_use(package: str, **names: Sequence[str]) -> Callable[[str], Any]:
     return load
 
 
-def moved_to(package: str, *places: str) -> Callable[[str], Any]:
-    """Return a ``__getattr__`` for a module whose names are in ``places`` now: each use warns."""
+def moved_to(package: str, *modules: str) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for a module whose names moved to ``modules``; each use warns."""
 
     def load(name: str) -> Any:
-        for place in () if name.startswith("__") else places:
-            found = getattr(importlib.import_module(place), name, None)
-            if found is not None:
-                text = f"{package}.{name} moved to {place}; the old place goes in version 0.3"
+        for module in () if name.startswith("__") else modules:
+            value = getattr(importlib.import_module(module), name, None)
+            if value is not None:
+                text = f"{package}.{name} moved to {module}; version 0.3 removes the old name"
                 warnings.warn(text, DeprecationWarning, stacklevel=2)
-                return found
+                return value
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return load

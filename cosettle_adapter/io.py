@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and folders with one writer at a time."""
+"""Atomic file writes and exclusive folder locks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 LOCK_FILE = ".lock"
 
-_WAIT = 0.2  # seconds, for a process that is just leaving
+_WAIT = 0.2  # seconds, for a process that is about to release its lock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 logger = logging.getLogger(__name__)
@@ -22,14 +22,11 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``final`` and rename it into place when the block succeeds.
-
-    Whatever ends the block early (an error, Ctrl-C, a full disk) removes the temporary file and
-    leaves an earlier file of that name untouched. The suffix is kept, because writers read it.
-    """
+    """Yield a temporary path; rename it to ``final`` on success and remove it on failure."""
     final.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix is kept, because some writers take the format from it.
     temporary = final.with_name(f".{final.stem}.{secrets.token_hex(8)}.part{final.suffix}")
-    # Created here rather than by tempfile, whose files are private: the kernel applies the umask.
+    # Not by tempfile, which creates private files; here the kernel applies the umask.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
@@ -42,11 +39,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, *, refusal: Exception) -> Iterator[None]:
-    """Keep other processes out of ``folder`` while the block runs; raise ``refusal`` if one is in.
-
-    The lock belongs to the operating system and ends with the process, however that ends. File
-    systems without locks go without.
-    """
+    """Lock ``folder`` while the block runs; raise ``refusal`` if another process holds the lock."""
     path = folder / LOCK_FILE
     lock = FileLock(path)
     try:
@@ -60,8 +53,8 @@ def exclusive(folder: Path, *, refusal: Exception) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed before it is released, so that nobody takes a lock on a file about to go; on
-        # Windows an open file stays, and the release removes it.
+        # Removed before the release, so that no process locks a file that is about to be deleted.
+        # Windows cannot remove an open file; there the release removes it.
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()

@@ -1,8 +1,8 @@
-"""The projection g: the small head that is trained or fitted on top of a frozen backbone.
+"""The projection g: the small head on top of a frozen backbone, trained or fitted.
 
 The paper's head (section 3.3; ``ST_adapter.py`` of the official code) is
-``Linear -> Tanh -> LayerNorm``. It replaces the patch tokens: there is no residual connection, and
-its output is not of unit length.
+``Linear -> Tanh -> LayerNorm``. Its output replaces the patch tokens: there is no residual
+connection, and features do not have unit length.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from cosettle_adapter.correspondence import average_neighbours
 from cosettle_adapter.errors import ProjectionFormatError
 from cosettle_adapter.io import atomic_path
 
-RECIPE = 1  # of projections fitted on first use; a change of any result is a new version
-FORMAT_VERSION = 2  # 1 had neither recipe nor averaging, and is read as well
+RECIPE = 1  # version of the fit on first use; raise it when any result changes
+FORMAT_VERSION = 2  # version 1, without recipe and averaging, can still be read
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "projection.safetensors"
 
@@ -46,64 +46,64 @@ class ProjectionConfig:
 
     backbone: str  # registry name of the backbone it was fitted on
     fingerprint: str  # of that backbone's tensors (``sha256:...``)
-    layers: tuple[int, ...]  # 0-based layers that are read, concatenated along the channels
-    norm: bool  # whether the backbone's final norm is applied to the tokens that are read
+    layers: tuple[int, ...]  # 0-based layers to read, concatenated along the channels
+    norm: bool  # whether the backbone's final norm is applied to their tokens
     in_width: int  # channels read, summed over ``layers``
     out_width: int  # channels returned
-    # ``linear`` (the paper's), ``mlp2``, ``mlp3`` (its ablation), ``affine`` for closed-form
-    # weights, which have neither activation nor LayerNorm, or ``identity``: the tokens as they are
+    # ``linear`` (the paper's), ``mlp2``, ``mlp3`` (its ablation), ``affine`` (closed-form weights,
+    # neither activation nor LayerNorm) or ``identity`` (the tokens unchanged)
     kind: Kind = "linear"
     activation: Activation = "tanh"  # of ``linear``, ``mlp2`` and ``mlp3``
     backbone_revision: str | None = None  # commit of the Hub repository it came from, if it did
-    # how the weights were found: method, data, settings, seed, package version
+    # how the weights were computed: method, data, settings, seed, package version
     fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # measured figures, each beside the command that printed it
+    # measured figures, each with the command that printed it
     figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     licence: str = ""  # of the projection and of the backbone it depends on
-    settled: bool = False  # whether an affine map, found on a clip, follows everything else
-    recipe: int | None = None  # version of the recipe it was fitted by, if it was by one
-    # share with which each patch is averaged with its most similar neighbours within the frame
-    averaging: float = 0.0  # in [0, 1)
+    settled: bool = False  # whether an affine map settled on a clip is applied last
+    recipe: int | None = None  # version of the recipe that fitted it, if any
+    # weight in [0, 1) of the mean of each patch's most similar neighbours within the frame
+    averaging: float = 0.0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         widths, layers = (self.in_width, self.out_width), self.layers
         kinds, activations = get_args(Kind), get_args(Activation)
-        fault = None
+        problem = None
         if self.kind not in kinds:
-            fault = f"unknown projection kind {self.kind!r}; expected one of {', '.join(kinds)}"
+            problem = f"unknown projection kind {self.kind!r}; expected one of {', '.join(kinds)}"
         elif self.activation not in activations:
             known = ", ".join(activations)
-            fault = f"unknown activation {self.activation!r}; expected one of {known}"
+            problem = f"unknown activation {self.activation!r}; expected one of {known}"
         elif not all(isinstance(width, int) and width > 0 for width in widths):
-            fault = f"in_width and out_width must be positive integers, got {widths}"
+            problem = f"in_width and out_width must be positive integers, got {widths}"
         elif self.kind == "identity" and self.in_width != self.out_width:
-            fault = f"an identity keeps its width, got {self.in_width} and {self.out_width}"
+            problem = f"an identity has equal widths, got {self.in_width} and {self.out_width}"
         elif not (isinstance(layers, list | tuple) and layers) or any(
             not isinstance(layer, int) for layer in layers
         ):
-            fault = f"layers must be a list of at least one layer number, got {layers!r}"
+            problem = f"layers must be a list of at least one layer number, got {layers!r}"
         elif not isinstance(self.averaging, int | float) or not 0 <= self.averaging < 1:
-            fault = f"averaging must be in [0, 1), got {self.averaging!r}"
-        if fault:
-            raise ProjectionFormatError(fault)
+            problem = f"averaging must be in [0, 1), got {self.averaging!r}"
+        if problem:
+            raise ProjectionFormatError(problem)
         object.__setattr__(self, "layers", tuple(layers))
 
     def to_json(self) -> str:
-        """Return the text of ``config.json``."""
+        """Return the content of ``config.json``."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str = CONFIG_FILE) -> ProjectionConfig:
-        """Read the text of ``config.json``; ``source`` is what a ProjectionFormatError calls it."""
+        """Parse ``config.json``; a :class:`ProjectionFormatError` calls it ``source``."""
         try:
             values = dict(json.loads(text))
         except (TypeError, ValueError) as error:
-            raise ProjectionFormatError(f"{source} is no JSON object: {error}") from error
+            raise ProjectionFormatError(f"{source} is not a JSON object: {error}") from error
         version = values.get("format_version")
         if version not in (1, FORMAT_VERSION):
             raise ProjectionFormatError(
-                f"{source} has format_version {version!r}, and this version of cosettle-adapter "
+                f"{source} has format_version {version!r}, but this version of cosettle-adapter "
                 f"reads 1 to {FORMAT_VERSION}. Upgrade with: pip install -U cosettle-adapter"
             )
         unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
@@ -121,8 +121,8 @@ class ProjectionConfig:
 class Projection(nn.Module):
     """The projection g over patch tokens, described by its :class:`ProjectionConfig`.
 
-    A new projection is initialised as the official code does it for most backbones (truncated
-    normal of standard deviation 0.02, zero biases); an ``affine`` one starts as the identity.
+    A new projection is initialised as in the official code for most backbones (truncated normal
+    with standard deviation 0.02, zero biases); an ``affine`` one starts as the identity.
     """
 
     def __init__(self, config: ProjectionConfig) -> None:
@@ -162,7 +162,7 @@ class Projection(nn.Module):
     def project(self, tokens: Tensor) -> Tensor:
         """Project tokens ``(..., C)`` to ``(..., C')``, without averaging and settling.
 
-        The activation comes after the only matrix, or between several, as in ``ST_adapter.py``.
+        The activation follows a single matrix or stands between several, as in ``ST_adapter.py``.
         """
         if not self.linears:
             return tokens
@@ -176,11 +176,11 @@ class Projection(nn.Module):
         return projected
 
     def followed_by(self, affine: AffineMap, fit: Mapping[str, Any]) -> Projection:
-        """Return a new projection: this one, then an affine map of its features.
+        """Return a new projection: this one followed by an affine map of its features.
 
-        If this one is itself affine or the identity and averages nothing, the two become a single
-        ``affine`` one; otherwise the map is applied last. Figures measured with this one do not
-        hold for the new one, and are left out. ``fit`` records how the map was found.
+        An affine or identity projection without averaging merges with the map into one ``affine``
+        projection; otherwise the map is applied last. The figures of this projection are dropped.
+        ``fit`` records how the map was computed.
         """
         record = {**fit, "base": dict(self.config.fit)}
         config = dataclasses.replace(self.config, figures={}, fit=record)
@@ -194,17 +194,17 @@ class Projection(nn.Module):
         if isinstance(last, nn.Linear):
             before = AffineMap(last.weight.detach().double(), last.bias.detach().double())
         device = before.weight.device
-        both = affine.to(device).after(before)
+        merged = affine.to(device).after(before)
         projection = Projection(config).to(device)
-        map_state = {f"{name}.weight": both.weight.float(), f"{name}.bias": both.bias.float()}
-        projection.load_state_dict({**self.state_dict(), **map_state})
+        state = {f"{name}.weight": merged.weight.float(), f"{name}.bias": merged.bias.float()}
+        projection.load_state_dict({**self.state_dict(), **state})
         return projection.requires_grad_(False).eval()
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``projection.safetensors`` into ``folder``, each atomically."""
         folder = Path(folder)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        # Through memory: safetensors' own writer hides that the disk is full.
+        # Not with safetensors' file writer, which hides that the disk is full.
         content = to_safetensors(tensors, metadata={"format_version": str(FORMAT_VERSION)})
         with atomic_path(folder / WEIGHTS_FILE) as path:
             path.write_bytes(content)
@@ -213,19 +213,16 @@ class Projection(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Projection:
-        """Read a projection that :meth:`save` wrote, else :class:`ProjectionFormatError`.
-
-        It comes in eval mode, gradients off.
-        """
+        """Read what :meth:`save` wrote; damaged or missing files are a ProjectionFormatError."""
         folder = Path(folder)
-        described, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-        for file in (described, weights):
+        config_file, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        for file in (config_file, weights):
             if not file.is_file():
                 raise ProjectionFormatError(
-                    f"{folder} is not a projection: it has no {file.name}. A projection folder "
-                    f"holds {CONFIG_FILE} and {WEIGHTS_FILE}, as save_pretrained writes them"
+                    f"{folder} is not a projection: it has no {file.name}. Expected a folder that "
+                    f"save_pretrained wrote, with {CONFIG_FILE} and {WEIGHTS_FILE}"
                 )
-        config = ProjectionConfig.from_json(described.read_text("utf-8"), source=str(described))
+        config = ProjectionConfig.from_json(config_file.read_text("utf-8"), source=str(config_file))
         try:
             tensors = load_file(weights)
         except (SafetensorError, OSError) as error:
@@ -235,7 +232,7 @@ class Projection(nn.Module):
             projection = cls(config)
         try:
             projection.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:  # lists what is missing, unexpected or misshapen
+        except RuntimeError as error:  # it lists missing, unexpected and misshapen tensors
             raise ProjectionFormatError(
                 f"{weights} does not fit its {CONFIG_FILE}: {error}"
             ) from error
@@ -243,6 +240,6 @@ class Projection(nn.Module):
             if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
                 raise ProjectionFormatError(
                     f"{weights} does not fit its {CONFIG_FILE}: {name} is {tensor.dtype} or holds "
-                    "values that are not finite; expected finite ones in torch.float32"
+                    "values that are not finite; expected finite values in torch.float32"
                 )
         return projection.requires_grad_(False).eval()

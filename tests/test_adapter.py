@@ -79,7 +79,7 @@ def test_save_and_load_are_bit_equal_and_small(
     ("name", "projection", "message"),
     [
         ("dinov2-vits14-pipy", None, "Did you mean 'dinov2-vits14-pypi'"),
-        ("dinov2-vitb14", "published", "no projection has been published for dinov2-v"),
+        ("dinov2-vitb14", "published", "no projection is published for dinov2-v"),
         ("dinov2-vitb14", "best", r"or a folder .*, got 'best'"),
     ],
 )
@@ -176,7 +176,7 @@ def test_any_backbone_settles_without_a_projection(
     raw = CoSettleAdapter.raw(tiny_backbone)
     torch.testing.assert_close(adapter(clip()), settle_clip(raw(clip())), **CLOSE)
 
-    with pytest.raises(ProjectionFormatError, match="it settles on every clip anew"):
+    with pytest.raises(ProjectionFormatError, match="it settles each clip separately"):
         adapter.save_pretrained(tmp_path / "nothing")
     with pytest.raises(ProjectionFormatError, match=r"adapter\.settle"):
         adapter.push_to_hub("someone/something")

@@ -162,7 +162,7 @@ def test_nothing_known_is_nothing_claimed() -> None:
     assert "base_model" not in ModelCard(card).data.to_dict()
     for sentence in (
         "It is not in this version's registry.",
-        "None measured here yet.",
+        "Not measured yet.",
         "compare both on your videos first",
         "torch.Size([4, 8, h, w])",
     ):

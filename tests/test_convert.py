@@ -170,7 +170,7 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
         lambda state: random_state(ENCODERS["dinov2-vitb16-in1k"], width=WIDTH, depth=DEPTH),
         r"Unexpected .*(reg_token|ls1.gamma)",
     ),
-    "another model, by its settings": (lambda state: state, "on 'dino', not on 'mae'"),
+    "another model, by its settings": (lambda state: state, "on 'dino', expected 'mae'"),
 }
 
 

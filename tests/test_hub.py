@@ -84,12 +84,12 @@ def test_a_registered_name_comes_before_a_folder_and_the_hub(
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        (TINY.name, UnknownModelError, "no projection has been published for tiny-vit16"),
+        (TINY.name, UnknownModelError, "no projection is published for tiny-vit16"),
         ("./nowhere", ProjectionFormatError, "nowhere is not a folder"),
         (Path("nowhere"), ProjectionFormatError, "nowhere is not a folder"),
         ("mae-vitb61", UnknownModelError, "neither a registered model.*Did you mean 'mae-vitb16'"),
         ("us er/a", UnknownModelError, "neither a registered model"),
-        ("user/nothing", WeightsUnavailableError, r"no config\.json from the Hub repository"),
+        ("user/nothing", WeightsUnavailableError, r"config\.json of the Hub repository"),
     ],
 )
 def test_names_that_lead_nowhere(
@@ -163,7 +163,7 @@ def test_a_pickle_is_never_fetched(hub: FakeHub, first: Projection, config: bool
     if config:
         hub.put("user/old", "config.json", first.config.to_json().encode())
     missing = WEIGHTS if config else "config.json"
-    with pytest.raises(WeightsUnavailableError, match=f"no {missing} from the Hub repository"):
+    with pytest.raises(WeightsUnavailableError, match=f"{missing} of the Hub repository"):
         loaded("user/old")
     assert not [path for path in hub.asked() if path.endswith(".bin")]
 
@@ -249,7 +249,7 @@ def test_a_card_edited_in_between_is_not_lost(hub: FakeHub, first: Projection) -
             hub.put(REPO, "README.md", b"# Edited\n")
 
     hub.on_request = edit
-    with pytest.raises(HubUploadError, match=r"changed at the same moment; push again\. Nothing"):
+    with pytest.raises(HubUploadError, match=r"changed during the upload; push again\. Nothing"):
         push(first, REPO, token=TOKEN, card="# Another\n")
     assert hub.files(REPO)["README.md"] == b"# Edited\n"
 
@@ -257,12 +257,20 @@ def test_a_card_edited_in_between_is_not_lost(hub: FakeHub, first: Projection) -
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"extra_files": {"config.json": Path(__file__)}}, ValueError, "would replace our own"),
-        ({"extra_files": {"other.md": Path("nowhere.md")}}, ValueError, "is not a file"),
+        (
+            {"extra_files": {"config.json": Path(__file__)}},
+            ValueError,
+            "another name than config.json",
+        ),
+        ({"extra_files": {"other.md": Path("nowhere.md")}}, ValueError, "must exist"),
         ({"token": None}, HubUploadError, r"needs an access token.*`hf auth login`.*token="),
         ({"token": False}, HubUploadError, "needs an access token"),
         *(
-            ({"repo_id": name}, UnknownModelError, "cannot be a Hub repository: expected owner/n")
+            (
+                {"repo_id": name},
+                UnknownModelError,
+                "is not a valid Hub repository: expected owner/n",
+            )
             for name in ("mine", "a/b/c", "user/a--b", "us er/a")
         ),
     ],
@@ -282,9 +290,9 @@ def test_what_cannot_be_pushed_is_not_asked_for(
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (403, "may not write"),
-        (404, "may not see it"),
-        (500, "refused"),
+        (403, "no write permission"),
+        (404, "cannot read it"),
+        (500, "rejected"),
     ],
 )
 def test_a_push_that_fails_commits_nothing(
@@ -294,9 +302,9 @@ def test_a_push_that_fails_commits_nothing(
     with pytest.raises(HubUploadError, match=rf"{message}.*Nothing was committed"):
         push(first, REPO, token=TOKEN)
     assert hub.history(REPO) == []
-    with pytest.raises(HubUploadError, match="does not know this token; log in"):
+    with pytest.raises(HubUploadError, match="rejects this token; log in"):
         push(first, REPO, token="hf_wrong")
-    with pytest.raises(HubUploadError, match=r"the Hub refused it; .*license.*must be one of"):
+    with pytest.raises(HubUploadError, match=r"the Hub rejected it; .*license.*must be one of"):
         push(first, REPO, token=TOKEN, card="---\nlicense: none-of-yours\n---\n# Mine\n")
     push(first, REPO, token=TOKEN)
     assert hub.files(REPO).keys() == FILES
@@ -307,7 +315,7 @@ def test_no_network(hub: FakeHub, first: Projection, monkeypatch: pytest.MonkeyP
         raise OSError("no route to host")
 
     hub.on_request = unreachable
-    with pytest.raises(HubUploadError, match="is there a network"):
+    with pytest.raises(HubUploadError, match="check the network"):
         push(first, REPO, token=TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubUploadError, match="HF_HUB_OFFLINE is set; unset it"):

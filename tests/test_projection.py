@@ -100,7 +100,7 @@ def test_a_map_is_projected_patch_by_patch() -> None:
         ({"activation": "swish"}, "unknown activation 'swish'; expected one of tanh"),
         ({"in_width": 0}, r"in_width and out_width must be positive integers, got \(0, 24\)"),
         ({"layers": ()}, "layers must be a list of at least one layer number"),
-        ({"kind": "identity", "out_width": 3}, "an identity keeps its width"),
+        ({"kind": "identity", "out_width": 3}, "an identity has equal widths"),
         ({"averaging": 1.0}, r"averaging must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, object], mes
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda config: config.update(format_version=9), "format_version 9, and this version"),
+        (lambda config: config.update(format_version=9), "format_version 9, but this version"),
         (lambda config: config.pop("backbone"), r"missing fields \['backbone'\]"),
         (lambda config: config.update(colour=1), r"unknown fields \['colour'\]"),
         (lambda config: config.update(layers=7), r"config\.json: layers must be a list .*, got 7"),

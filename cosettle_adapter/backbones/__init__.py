@@ -1,4 +1,4 @@
-"""Backbones: normalised images to patch tokens. Nothing here knows about video."""
+"""Backbones map normalised images to patch tokens, independently of video."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def load_backbone(
 
     Args:
         name: for example ``"dinov2-vits14-pypi"``.
-        weights: a file to use in place of the registered source: safetensors or a PyTorch
-            checkpoint, in timm's, the authors', OpenAI's or Hugging Face's layout.
+        weights: safetensors file or PyTorch checkpoint in timm's, the authors', OpenAI's or
+            Hugging Face's layout, used in place of the registered source.
         device, dtype: of the weights; positions stay float32.
-        stride: step between patches in pixels; the patch size by default.
+        stride: step between patches in pixels; default: the patch size.
         requires_input_grad: record a graph from images to tokens when gradients are enabled.
 
     Raises:
         UnknownModelError: no such name.
-        WeightsUnavailableError: the weights could not be had.
-        CorruptWeightsError: the weights are not this backbone's.
+        WeightsUnavailableError: no source provided the weights.
+        CorruptWeightsError: the file is damaged or of another backbone.
     """
     row = lookup(name)
     loaded = load_weights(row, options or HubOptions(), path=weights)
@@ -60,9 +60,9 @@ def load_backbone(
 def build_backbone(
     row: BackboneRow, tensors: Mapping[str, Tensor], *, origin: str = "", **wrapping: Any
 ) -> Backbone:
-    """Build a row's architecture around tensors in timm's names, with keywords of a wrapper.
+    """Build a backbone from tensors in timm's names; ``wrapping`` goes to its class.
 
-    Tensors that are missing, unexpected or misshapen are listed in a CorruptWeightsError.
+    A :class:`CorruptWeightsError` lists missing, unexpected and misshapen tensors.
     """
     model = empty_model(row)
     in_float32 = {

@@ -1,4 +1,4 @@
-"""A row's architecture as an empty timm model, and whether tensors are exactly its own."""
+"""Empty timm models of the registered architectures, and loading tensors into them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from cosettle_adapter.backbones.registry import feature_info
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import CorruptWeightsError
 
-# What timm's code raises for images and files that a model cannot take.
+# What timm raises for images and files that a model does not support.
 TIMM_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _DYNAMIC, _LENIENT = {"dynamic_img_size": True}, {"strict_img_size": False}
-_ANY_SIZE = {  # by timm's module: the option that makes its models take any size
+_ANY_SIZE = {  # by timm module: the option that lets its models accept any size
     **dict.fromkeys(("deit", "eva", "vision_transformer", "vision_transformer_hybrid"), _DYNAMIC),
     **dict.fromkeys((f"swin_transformer{version}" for version in ("", "_v2", "_v2_cr")), _LENIENT),
 }
 
 
 def meta_model(row: BackboneRow, *, whole: bool = False) -> nn.Module:
-    """Create a row's architecture without memory; ``whole``: with what feature maps leave out."""
+    """Create a row's model on the meta device; ``whole``: with the head of feature maps."""
     with torch.device("meta"):
         return _create(row, whole=whole)
 
 
 def empty_model(row: BackboneRow) -> nn.Module:
-    """Create a row's architecture whose parameters are about to be replaced."""
-    # Buffers that no file stores (rotary frequencies, window indices) are computed for real.
-    with torch.random.fork_rng(devices=[]), _ParametersStayEmpty():
+    """Create a row's model with uninitialised parameters."""
+    # Buffers that no file stores (rotary frequencies, window indices) are computed.
+    with torch.random.fork_rng(devices=[]), _SkipInitialisation():
         return _create(row)
 
 
-class _ParametersStayEmpty(TorchFunctionMode):
-    """Skip what would fill parameters in place: initialising a large model takes many seconds."""
+class _SkipInitialisation(TorchFunctionMode):
+    """Skip in-place writes to parameters: initialising a large model takes many seconds."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -47,9 +47,9 @@ class _ParametersStayEmpty(TorchFunctionMode):
         kwargs = kwargs or {}
         name: str = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
-        filled = args[0] if args else kwargs.get("tensor")  # by keyword: functions of nn.init
-        if in_place and isinstance(filled, nn.Parameter):
-            return filled
+        target = args[0] if args else kwargs.get("tensor")  # nn.init passes a keyword
+        if in_place and isinstance(target, nn.Parameter):
+            return target
         return func(*args, **kwargs)
 
 
@@ -59,11 +59,11 @@ def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
             row.architecture, **{**_ANY_SIZE.get(timm_module(row), {}), **row.options}
         )
         if not whole:
-            every = len(feature_info(model))
-            model.prune_intermediate_layers(every, prune_norm=True, prune_head=True)
+            count = len(feature_info(model))
+            model.prune_intermediate_layers(count, prune_norm=True, prune_head=True)
         return model  # type: ignore[no-any-return]
-    # Pooling by mean would turn timm's norm into an identity. A rotary embedding built for dynamic
-    # sizes computes any grid in place of a stored one.
+    # Mean pooling would turn timm's norm into an identity. With dynamic sizes, a rotary embedding
+    # computes any grid.
     options: dict[str, Any] = {"num_classes": 0, "global_pool": "", **row.options}
     if "rotary" in row.positions:
         options["dynamic_img_size"] = True
@@ -71,15 +71,15 @@ def _create(row: BackboneRow, *, whole: bool = False) -> nn.Module:
 
 
 def timm_module(row: BackboneRow) -> str:
-    """Name of the timm module that defines a row's architecture."""
+    """Return the name of the timm module that defines a row's architecture."""
     module: str = timm.model_entrypoint(row.architecture).__module__
     return module.rpartition(".")[2]
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Make tensors the parameters of a model; ``name`` is what errors call it."""
+    """Load tensors into a model without copying; ``name`` is the model's name in errors."""
     try:
         model.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:  # lists what differs
+    except RuntimeError as error:  # it lists what differs
         differs = textwrap.shorten(str(error).partition(":")[2], 600, placeholder=" ...")
         raise CorruptWeightsError(f"these are not the weights of {name}: {differs}") from error

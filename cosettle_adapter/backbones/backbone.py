@@ -1,4 +1,4 @@
-"""The interface all backbones share: normalised images in, maps of patch tokens out, frozen."""
+"""The interface of all backbones: normalised images in, maps of patch tokens out, frozen."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import GeometryError
 
 Grid = tuple[int, int]
-Read = tuple[int, bool | None]  # layer, and whether the final norm is applied; None: by the row
+Read = tuple[int, bool | None]  # layer, whether to apply the final norm (None: as the row says)
 
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """Positional embeddings of one grid, to be used in place of a backbone's own."""
+    """Positional embeddings of one grid, used in place of a backbone's own."""
 
     # (1 or B, prefix + h * w, C), added to the tokens before the first layer
     absolute: Tensor | None = None
-    # (h * w, 2 D), sines then cosines, by which queries and keys are rotated in every layer;
-    # (depth, heads, h * w, 2 D) where layers differ
+    # (h * w, 2 D), sines then cosines that rotate queries and keys in every layer;
+    # (depth, heads, h * w, 2 D) if layers differ
     rotary: Tensor | None = None
 
     def check_like(self, own: Positions, grid: Grid, *, images: int) -> None:
-        """Raise ``ValueError`` unless these can take the place of a backbone's own."""
+        """Raise ``ValueError`` unless these have the shapes of a backbone's own positions."""
         for kind in ("absolute", "rotary"):
-            given, expected = (
+            shape, expected = (
                 None if tensor is None else tuple(tensor.shape)
                 for tensor in (getattr(self, kind), getattr(own, kind))
             )
-            each = (images, *expected[1:]) if expected and kind == "absolute" else expected
-            if given not in (expected, each):
+            batched = (images, *expected[1:]) if expected and kind == "absolute" else expected
+            if shape not in (expected, batched):
                 raise ValueError(
                     f"expected {kind} positions of shape {expected} for grid {grid[0]} x "
-                    f"{grid[1]}{f', or {each}' if each != expected else ''}, got {given}"
+                    f"{grid[1]}{f', or {batched}' if batched != expected else ''}, got {shape}"
                 )
 
     def to(self, device: torch.device) -> Positions:
@@ -50,29 +50,29 @@ class Positions:
         return dataclasses.replace(self, absolute=absolute, rotary=rotary)
 
     def added(self) -> Tensor | None:
-        """What is added to the tokens of a batch, ``(1 or B, prefix + h * w, C)``."""
+        """Embedding to add to the tokens of a batch, ``(1 or B, prefix + h * w, C)``."""
         return self.absolute
 
     def rotations(self) -> Any:
-        """What queries and keys are rotated by; indexed by layer where layers differ."""
+        """Rotations of queries and keys; indexed by layer if layers differ."""
         return self.rotary
 
     def before(self, images: Tensor, backbone: Backbone) -> Tensor:
-        """Change the images that are encoded; training moves them, these do nothing."""
+        """Transform the images before they are encoded; training shifts them, this does nothing."""
         del backbone
         return images
 
     def after(self, tokens: Tensor) -> Tensor:
-        """Undo on maps ``(B, C, h, w)`` what :meth:`before` did to the images."""
+        """Undo on maps ``(B, C, h, w)`` the transform of :meth:`before`."""
         return tokens
 
 
 class Backbone(nn.Module, abc.ABC):
     """A frozen encoder that returns patch tokens as a map.
 
-    It stays in eval mode whatever ``train()`` is asked for, and its parameters never require
-    gradients. A *layer* is a transformer block, or a feature map where the resolution changes on
-    the way; all layers are returned on one grid.
+    It always stays in eval mode, and its parameters never require gradients. A *layer* is a
+    transformer block, or a feature map if the resolution changes between layers; all layers are
+    returned on one grid.
     """
 
     def __init__(
@@ -99,9 +99,10 @@ class Backbone(nn.Module, abc.ABC):
         self.widths = tuple(widths)  # channels of each layer's tokens
         self.depth = len(self.widths)
         self.default_layer = default_layer
-        self.fingerprint, self.origin = fingerprint, origin  # the latter for people
-        self.revision = revision  # commit of the Hub repository they came from, if they did
-        # whether a graph from images to tokens is recorded when gradients are enabled
+        self.fingerprint = fingerprint
+        self.origin = origin  # readable source of the weights
+        self.revision = revision  # commit of the weights' Hub repository, if they come from one
+        # whether to record a graph from images to tokens when gradients are enabled
         self.requires_input_grad = requires_input_grad
 
     @property
@@ -111,7 +112,7 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights; positions are float32 whatever it is."""
+        """Dtype of the weights; positions are always float32."""
         return next(self.parameters()).dtype
 
     @property
@@ -120,25 +121,25 @@ class Backbone(nn.Module, abc.ABC):
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in eval mode: frozen means frozen."""
+        """Stay in eval mode, because the backbone is frozen."""
         del mode
         super().train(False)
         return self
 
     def grid(self, height: int, width: int) -> Grid:
-        """Return ``(h, w)`` for images of ``height`` x ``width`` pixels, else GeometryError."""
+        """Return ``(h, w)`` for images of ``height`` x ``width`` pixels, or raise GeometryError."""
         for axis, side in (("height", height), ("width", width)):
             if side < self.patch or (side - self.patch) % self.stride:
                 below = self.patch + max(0, (side - self.patch) // self.stride) * self.stride
                 near = f"{below}" if side < below else f"{below} or {below + self.stride}"
                 raise GeometryError(
                     f"{axis} {side} does not fit patch {self.patch} at stride {self.stride}; "
-                    f"the nearest that does is {near}"
+                    f"the nearest valid size is {near}"
                 )
         return (height - self.patch) // self.stride + 1, (width - self.patch) // self.stride + 1
 
     def block(self, layer: int) -> int:
-        """Return the 0-based number of a layer that may be counted from the end."""
+        """Return the 0-based number of a layer; negative ones count from the end."""
         if not -self.depth <= layer < self.depth:
             raise ValueError(
                 f"{self.row.name} has layers 0 to {self.depth - 1} (or -1 to -{self.depth}), "
@@ -148,13 +149,13 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def positions(self, grid: Grid) -> Positions:
-        """Return the positions of a grid in float32, computed once."""
+        """Return the positions of a grid in float32; they are cached."""
 
     @abc.abstractmethod
     def _maps(
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
     ) -> dict[Read, Tensor]:
-        """Run no further than the deepest of the layers read; ``(B, C, h, w)`` for each read."""
+        """``(B, C, h, w)`` for each read; no layer after the deepest one runs."""
 
     def patch_tokens(
         self,
@@ -164,7 +165,7 @@ class Backbone(nn.Module, abc.ABC):
         norm: bool | None = None,
         positions: Positions | None = None,
     ) -> Tensor:
-        """Return one layer as :meth:`intermediate_tokens` does; ``default_layer`` by default."""
+        """Return the patch tokens of one layer, as :meth:`intermediate_tokens` does."""
         layer = self.default_layer if layer is None else layer
         return self.intermediate_tokens(images, (layer,), norm=norm, positions=positions)[0]
 
@@ -176,24 +177,24 @@ class Backbone(nn.Module, abc.ABC):
         norm: bool | Sequence[bool | None] | None = None,
         positions: Positions | None = None,
     ) -> list[Tensor]:
-        """Return the patch tokens of several layers from one pass, which ends at the deepest.
+        """Return the patch tokens of several layers from one pass, which stops at the deepest.
 
         Args:
             images: normalised, ``(B, 3, H, W)``, floating point.
             layers: 0-based layers, negative from the end, in any order.
-            norm: apply the final norm, to all layers or to each; by default as the row says for
-                the last layer, and not for earlier ones.
-            positions: in place of the backbone's own, in the shapes of :meth:`positions`.
+            norm: apply the final norm, one value for all layers or one per layer; default: for the
+                last layer as the row says, for earlier layers never.
+            positions: used in place of the backbone's own, in the shapes of :meth:`positions`.
 
         Returns:
-            One ``(B, C, h, w)`` a layer, in the order of ``layers``, in the backbone's dtype.
+            One map ``(B, C, h, w)`` per layer, in the order of ``layers``, in the backbone's dtype.
 
         Raises:
             GeometryError: the sides do not fit the patch and stride.
             ValueError: no such layer or norm, or positions of another shape or kind.
         """
         norms = norm if isinstance(norm, Sequence) else [norm] * len(layers)
-        reads = [(self.block(layer), each) for layer, each in zip(layers, norms, strict=True)]
+        reads = [(self.block(layer), use) for layer, use in zip(layers, norms, strict=True)]
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
         if positions is not None:

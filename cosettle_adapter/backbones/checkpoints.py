@@ -1,4 +1,4 @@
-"""Files of weights, whatever their format: read without running anything in them."""
+"""Reading weight files of all supported formats without executing code in them."""
 
 from __future__ import annotations
 
@@ -20,34 +20,31 @@ from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
 
-_STATE_DICTS = (  # where training codes keep the model, the first that is there
+_STATE_DICTS = (  # keys of the model in training checkpoints, in order of preference
     "model", "state_dict", "teacher", "encoder", "target_encoder", "model_state_dict", "module",
 )  # fmt: skip
-_ONE_AT_A_TIME = threading.Lock()
+_LOADING = threading.Lock()
 _EXPORTED = "backbone."
 _EXPORTED_LINEAR = re.compile(r"/backbone/(.+)/MatMul")
-_REFUSED = re.compile(r"\bGLOBAL (\S+)")  # how the restricted unpickler names what it refuses
+_REFUSED = re.compile(r"\bGLOBAL (\S+)")  # in errors of the restricted unpickler
 
 
 class Checkpoint(NamedTuple):
-    """What a file of weights holds."""
+    """Content of a weight file."""
 
     tensors: dict[str, Tensor]  # under the file's own names, on the CPU
-    epoch: int | None = None  # after which it was written, where it says so
-    arguments: Mapping[str, Any] = {}  # settings of the training run that are plain values
+    epoch: int | None = None  # epoch after which it was written, if recorded
+    arguments: Mapping[str, Any] = {}  # training settings that are plain values
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a safetensors file, a PyTorch checkpoint as training codes save it, or an ONNX file.
-
-    The content decides the format, the suffix only that it is ONNX.
-    """
+    """Read a safetensors file, a PyTorch training checkpoint or an ONNX file."""
     if not path.is_file():
         raise WeightsUnavailableError(f"{path} does not exist")
     if path.suffix == ".onnx":
         return Checkpoint(_read_onnx(path))
     with path.open("rb") as file:
-        head = file.read(9)  # of safetensors: a length of 8 bytes, then a JSON object
+        head = file.read(9)  # safetensors: a length of 8 bytes, then a JSON object
     if path.suffix != ".safetensors" and head[8:] != b"{":
         return _read_pickle(path)
     try:
@@ -58,41 +55,40 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a backbone's tensors as safetensors, float32, whole or not at all."""
+    """Write a backbone's tensors atomically as safetensors in float32."""
     stored = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(stored, temporary)
 
 
 def _read_pickle(path: Path) -> Checkpoint:
-    """Read a PyTorch checkpoint by PyTorch's restricted unpickler.
-
-    That knows tensors and plain containers; ``argparse.Namespace`` is allowed beside them because
-    many codes save their arguments.
-    """
+    """Read a PyTorch checkpoint with the restricted unpickler, which executes no code."""
     try:
         mapped = zipfile.is_zipfile(path)
         if tarfile.is_tarfile(path) or (mapped and _is_torchscript(path)):
-            raise RuntimeError("it is a TorchScript or tar archive, which may run code")
-        # What is allowed is global to the process, so threads take turns.
-        with _ONE_AT_A_TIME, torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapping the file skips the optimizer's moments, which nobody reads.
+            raise RuntimeError("it is a TorchScript or tar archive, which may execute code")
+        # Many training codes save their arguments as a Namespace. Safe globals are shared by all
+        # threads, so only one thread loads at a time.
+        with _LOADING, torch.serialization.safe_globals([argparse.Namespace]):
+            # Memory mapping avoids reading the optimizer's state.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # anything may go wrong inside a damaged pickle
+    except Exception as error:  # a damaged pickle can raise anything
         text = " ".join(str(error).split())
         cause = f"is truncated or not a PyTorch checkpoint ({text.partition('. ')[0]})"
         if refused := _REFUSED.search(text):
-            cause = f"is a pickle that holds more than tensors ({refused[1]}); it was not run"
+            cause = f"is a pickle that holds more than tensors ({refused[1]}); it was not executed"
         raise CorruptWeightsError(f"{path} {cause}") from error
     if not isinstance(content, Mapping):
         raise CorruptWeightsError(f"{path} holds a {type(content).__name__}, expected a dictionary")
     nested = [content[key] for key in _STATE_DICTS if isinstance(content.get(key), Mapping)]
-    for found in (*nested, content):
-        if tensors := {str(key): value for key, value in found.items() if torch.is_tensor(value)}:
+    for state in (*nested, content):
+        if tensors := {str(key): value for key, value in state.items() if torch.is_tensor(value)}:
             break
     else:
         keys = ", ".join(map(str, list(content)[:10]))
-        raise CorruptWeightsError(f"{path} holds no tensors; at its top are: {keys or 'no keys'}")
+        raise CorruptWeightsError(
+            f"{path} holds no tensors; its top-level keys are: {keys or 'none'}"
+        )
     epoch, arguments = content.get("epoch"), content.get("args")
     settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     plain = {
@@ -104,23 +100,17 @@ def _read_pickle(path: Path) -> Checkpoint:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Whether a zip file is a program; PyTorch before 2.6 loads it whatever is allowed."""
+    """Whether a zip file is TorchScript, which PyTorch before 2.6 loads despite safe globals."""
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _read_onnx(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a DINOv2 encoder exported from ``transformers``, under the names there.
-
-    An exporter keeps the names of parameters it left alone and renames those it transposed or
-    folded (``onnx::MatMul_123``). Those are found through the graph: the name of a ``MatMul`` node
-    says which linear layer its constant belongs to, and the nodes that use positions are the ones
-    with nameless constants of three dimensions.
-    """
+    """Read the weights of a DINOv2 encoder exported from ``transformers``, under those names."""
     onnx = require("onnx", extra="export", purpose="reading the package-index copy of a backbone")
     try:
         graph = onnx.load(str(path)).graph
-    except Exception as error:  # protobuf's own errors have no public common base
+    except Exception as error:  # protobuf's errors have no public base class
         raise CorruptWeightsError(f"{path} is not a readable ONNX file: {error}") from error
     constants = {
         tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).float()
@@ -130,6 +120,8 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
     positions: dict[str, Tensor] = {}
     for name in [name for name in constants if name.startswith(_EXPORTED)]:
         named[name.removeprefix(_EXPORTED)] = constants.pop(name)
+    # Parameters that the exporter transposed or folded have new names (``onnx::MatMul_123``): a
+    # MatMul node contains the linear layer's name, and constants of three dimensions are positions.
     for node in graph.node:
         for name in constants.keys() & set(node.input):
             if layer := _EXPORTED_LINEAR.fullmatch(node.name):
@@ -137,6 +129,6 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
             elif constants[name].ndim == 3:
                 positions[node.op_type] = constants[name]
     if not positions.keys() >= {"Concat", "Reshape"}:
-        raise CorruptWeightsError(f"{path} is not the export of a DINOv2 encoder: no positions")
-    parts = [positions["Concat"], positions["Reshape"]]  # of the class token and of the patches
+        raise CorruptWeightsError(f"{path} is not an exported DINOv2 encoder: it has no positions")
+    parts = [positions["Concat"], positions["Reshape"]]  # class token, patches
     return {**named, "embeddings.position_embeddings": torch.cat(parts, dim=1)}

@@ -1,4 +1,4 @@
-"""One wrapper over timm's feature maps: ConvNeXt, ResNet, EfficientNet, Swin, Hiera, hybrids."""
+"""Wrapper of timm's feature maps: ConvNeXt, ResNet, EfficientNet, Swin, Hiera, hybrids."""
 
 from __future__ import annotations
 
@@ -22,29 +22,35 @@ from cosettle_adapter.errors import GeometryError
 Size = tuple[int, int]
 
 _CACHED_SIZES = 4
-_WHOLE_PATCHES = ("dla", "hiera", "hieradet_sam2", "hrnet", "maxxvit")  # of the coarsest stage
-_RESIZED = ("beit", "hiera", "maxxvit", "vision_transformer_relpos")  # a copy for every size
-_OWN_SIZE_ONLY = ("mvitv2",)  # reads its tables of relative positions off centre at others
+_WHOLE_PATCHES = (
+    "dla",
+    "hiera",
+    "hieradet_sam2",
+    "hrnet",
+    "maxxvit",
+)  # need whole ones of the coarsest stage
+_RESIZED = ("beit", "hiera", "maxxvit", "vision_transformer_relpos")  # use a copy per size
+_OWN_SIZE_ONLY = ("mvitv2",)  # misreads its relative positions at others
 
 
 class FeatureMapBackbone(Backbone):
     """A backbone of several resolutions; each *layer* is one of timm's feature maps.
 
-    The grid is the stage with ``row.patch`` pixels a patch, and every layer is returned on it:
-    finer maps are averaged over the patches of the grid, coarser ones interpolated bilinearly
-    between the centres of theirs. Sides may be any multiple of ``row.patch``. Where stages leave
-    the last pixels out (ConvNeXt rounds down), their last patch is repeated; models that need
-    whole windows (Hiera, HRNet) see the image with its last row and column repeated, and the
-    patches over those are cut off. Positions and windows are resized for each image size. Where
-    timm can do none of this, another size than the model's own is an error.
+    The grid is that of the stage with ``row.patch`` pixels per patch, and every layer is returned
+    on it: finer maps are averaged over its patches, coarser maps are interpolated bilinearly
+    between patch centres. Sides may be any multiple of ``row.patch``. If a stage omits the last
+    pixels (ConvNeXt rounds down), its last patch is repeated; for models that need whole windows
+    (Hiera, HRNet) the image's last row and column are repeated and the extra patches cropped.
+    Positions and windows are resized to each image size; if timm cannot do that, any size but the
+    model's own is an error.
     """
 
     def __init__(self, model: nn.Module, row: BackboneRow, **loaded: Any) -> None:
         """Wrap a timm model whose parameters are loaded; ``loaded`` goes to :class:`Backbone`."""
         if loaded.get("stride") not in (None, row.patch):
             raise GeometryError(
-                f"feature maps have no stride to choose, got {loaded['stride']}: leave it out; "
-                "other stages of a model are reached as timm:<tag>@<pixels a patch>"
+                f"feature maps have a fixed stride, got stride {loaded['stride']}: omit it, or "
+                "choose another stage of the model as timm:<tag>@<pixels per patch>"
             )
         widths, pixels = zip(*feature_info(model), strict=True)
         if row.patch not in pixels:
@@ -59,30 +65,30 @@ class FeatureMapBackbone(Backbone):
         self.requires_grad_(False).train()
 
     def positions(self, grid: Grid) -> Positions:
-        """Return none: timm adds what there are inside the model."""
+        """Return no positions: timm adds them inside the model."""
         del grid
         return Positions()
 
     def _maps(
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
     ) -> dict[Read, Tensor]:
-        del positions  # checked to hold none
+        del positions  # checked to be empty
         if any(norm for _, norm in reads):
             raise ValueError(
-                f"{self.row.name} returns feature maps, which have no final norm: give norm=None"
+                f"{self.row.name} returns feature maps, which have no final norm: pass norm=None"
             )
         grid = self.grid(images.shape[-2], images.shape[-1])
         layers = sorted({layer for layer, _ in reads})
         images = self._pad(images)
         size = (images.shape[-2], images.shape[-1])
-        found = {
+        maps = {
             layer: on_grid(tokens, size, self._pixels[layer], grid, self.patch)
             for layer, tokens in zip(layers, self._run(images, size, layers), strict=True)
         }
-        return {(layer, norm): found[layer] for layer, norm in reads}
+        return {(layer, norm): maps[layer] for layer, norm in reads}
 
     def _pad(self, images: Tensor) -> Tensor:
-        """Repeat the last row and column until there is a whole patch of every stage."""
+        """Repeat the last row and column until every stage has whole patches."""
         coarsest = max(self._pixels)
         step = coarsest if self._family in _WHOLE_PATCHES else 1
         below, right = (
@@ -91,14 +97,16 @@ class FeatureMapBackbone(Backbone):
         return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
     def _run(self, images: Tensor, size: Size, layers: list[int]) -> list[Tensor]:
-        """``(B, C, h', w')`` of each of ``layers``, which ascend; nothing after the last runs."""
+        """Maps ``(B, C, h', w')`` of ascending ``layers``; no layer after the last one runs."""
         own = self.row.image_size
-        misfit = f"{self.row.name} does not take images of {size[0]} x {size[1]} pixels ({{}}); it "
-        misfit += f"was made for {own} x {own}: give size=({own}, {own})"
+        message = (
+            f"{self.row.name} does not accept images of {size[0]} x {size[1]} pixels ({{}}); its "
+            f"own size is {own} x {own}: pass size=({own}, {own})"
+        )
         if self._family in _OWN_SIZE_ONLY and size != (own, own):
-            raise GeometryError(misfit.format("its positions are for one size"))
+            raise GeometryError(message.format("its positions are for one size"))
         try:
-            # Not features_only=True: that renames the tensors of a file, and drops layers.
+            # features_only=True would rename tensors and drop layers
             maps: list[Tensor] = self._model_for(size).forward_intermediates(
                 images,
                 indices=layers,
@@ -110,50 +118,50 @@ class FeatureMapBackbone(Backbone):
         except TIMM_ERRORS as error:
             if size == (own, own) or isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise GeometryError(misfit.format(f"{type(error).__name__}: {error}")) from error
+            raise GeometryError(message.format(f"{type(error).__name__}: {error}")) from error
         return maps
 
     def _model_for(self, size: Size) -> Any:
-        """The model, or a copy with resized positions and windows that shares all other tensors."""
+        """The model, or a copy that shares its tensors but has resized positions and windows."""
         if self._family not in _RESIZED:
             return self.model
         key = (size, self.dtype, self.device)
         if key not in self._resized:
             if len(self._resized) >= _CACHED_SIZES:
                 self._resized.pop(next(iter(self._resized)))
-            stored = (*self.model.parameters(), *self.model.buffers())
-            resized = copy.deepcopy(self.model, {id(tensor): tensor for tensor in stored})
+            shared = (*self.model.parameters(), *self.model.buffers())
+            resized = copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared})
             with torch.inference_mode(False):  # a later pass may need gradients
                 if self._family == "hiera":
                     _resize_hiera(resized, size, self.row)
-                elif hasattr(resized, "set_input_size"):  # not in every version of timm
+                elif hasattr(resized, "set_input_size"):  # depends on timm's version
                     resized.set_input_size(img_size=size)
             self._resized[key] = resized.requires_grad_(False).eval()
         return self._resized[key]
 
 
 def _resize_hiera(model: Any, size: Size, row: BackboneRow) -> None:
-    """Resize positions, and lay mask units out as in a model made for the size."""
+    """Resize positions and arrange mask units as in a model of this size."""
     with torch.device("meta"):
-        made: Any = timm.create_model(row.architecture, img_size=size, **row.options)
+        reference: Any = timm.create_model(row.architecture, img_size=size, **row.options)
     positions, window = model.pos_embed.detach().float(), model.pos_embed_win
     source, within = tuple(model.tokens_spatial_shape), 0.0
-    if window is not None:  # positions of the whole image, and of the patches in each mask unit
+    if window is not None:  # positions of the image and within each mask unit
         source = tuple(positions.shape[-2:])
         positions = rearrange(positions, "1 c h w -> 1 (h w) c")
-        within = window.detach().float().tile(made.mask_spatial_shape)
+        within = window.detach().float().tile(reference.mask_spatial_shape)
         within = rearrange(within, "1 c h w -> 1 (h w) c")
-    grid = tuple(made.tokens_spatial_shape)
+    grid = tuple(reference.tokens_spatial_shape)
     resized = within + resize_positions(
         positions, grid, source_grid=source, prefix=0, interpolation=row.interpolation
     )
     model.pos_embed, model.pos_embed_win = nn.Parameter(resized.to(model.pos_embed.dtype)), None
     for name in ("tokens_spatial_shape", "mask_spatial_shape", "unroll", "reroll"):
-        setattr(model, name, getattr(made, name))
+        setattr(model, name, getattr(reference, name))
 
 
 def on_grid(tokens: Tensor, size: Size, pixels: int, grid: Grid, patch: int) -> Tensor:
-    """Bring ``(B, C, h', w')``, a patch every ``pixels`` of images of ``size``, onto a grid."""
+    """Resample maps ``(B, C, h', w')``, ``pixels`` per patch of images of ``size``, to a grid."""
     regular = all(
         count in (side // pixels, math.ceil(side / pixels))
         for count, side in zip(tokens.shape[-2:], size, strict=True)
@@ -165,10 +173,10 @@ def on_grid(tokens: Tensor, size: Size, pixels: int, grid: Grid, patch: int) -> 
     if regular and pixels % patch == 0:
         tokens = F.interpolate(tokens, scale_factor=pixels // patch, mode="bilinear")
         below, right = (
-            max(0, wanted - got) for wanted, got in zip(grid, tokens.shape[-2:], strict=True)
+            max(0, target - side) for target, side in zip(grid, tokens.shape[-2:], strict=True)
         )
         tokens = F.pad(tokens, (0, right, 0, below), mode="replicate")
         return tokens[..., : grid[0], : grid[1]]
-    # Patches at another step (Inception's convolutions lack padding) still span the whole image.
+    # Patches of another size (Inception's convolutions lack padding) still span the whole image.
     stretched = F.interpolate(tokens.float(), size=grid, mode="bilinear", antialias=True)
     return stretched.to(tokens.dtype)

@@ -1,9 +1,8 @@
-"""How other people's checkpoints name the same tensors, and the way back to timm's names.
+"""Renaming the tensors of other projects' checkpoints to timm's names.
 
-Names are regular expressions. Nothing is dropped but what is known to lie behind the patch tokens
-(projections, pooling) or beside the encoder (text towers, decoders), and nothing is resized unless
-the row says so: timm's own filters for transformers do both silently, so they are used for feature
-maps only.
+Only tensors that are known to follow the patch tokens (projections, pooling) or to lie outside the
+encoder (text towers, decoders) are dropped, and positions are resized only if the row says so.
+timm's own filters for transformers do both silently, so they are used for feature maps only.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from cosettle_adapter.errors import CorruptWeightsError
 
 Tensors = dict[str, Tensor]
 
-# Every encoder has one kernel that makes patches; what stands before its name stands before all.
-_KERNEL = re.compile(
+# Every encoder has one patch embedding; the prefix of its name is that of all its tensors.
+_PATCH_EMBEDDING = re.compile(
     r"((?:.*\.)?)(patch_embed\.proj|conv1|embeddings\.patch_embeddings?(\.projection)?)\.weight"
 )
 _DISTRIBUTED = re.compile(r"^(module\.)+")  # DistributedDataParallel's prefix
-_ENCODERS = (  # what stands before the encoder that is meant where there are several
-    "momentum_encoder.",  # MoCo v3; base_encoder stands beside it
-    "visual_encoder.",  # BLIP; visual_encoder_m and a text encoder stand beside it
+_ENCODERS = (  # prefixes of the encoder to use, in order of preference
+    "momentum_encoder.",  # MoCo v3, which also has base_encoder
+    "visual_encoder.",  # BLIP, which also has visual_encoder_m and a text encoder
     "teacher.backbone.",  # DINO, iBOT
     "backbone.",  # DINOv2, T-CoRe
     "encoder.",  # I-JEPA
     "",
 )
-_NAMES = {  # applied in order
+_NAMES = {  # regular expressions, applied in order
     # OpenAI and open_clip
     r"^conv1\.": "patch_embed.proj.",
     r"^class_embedding$": "cls_token",
@@ -76,7 +75,7 @@ _NAMES = {  # applied in order
     r"\.mlp\.w2\.": ".mlp.up.",
     r"\.mlp\.w3\.": ".mlp.fc2.",
 }
-_BESIDE = re.compile(  # what stands beside an encoder, or behind its patch tokens
+_UNUSED = re.compile(  # outside the encoder or after its patch tokens
     r"embeddings\.(position_ids|mask_token)|mask_token|masked_embed|decoder[._]|adapter\.|head\.|"
     r"proj$|visual_projection\.|attn_pool\.|pooler\.|classifier\.|local_cls_norm\.|"
     r"rope_embed(dings)?\.|.*\.bias_mask"
@@ -85,120 +84,111 @@ _LINEAR = re.compile(r"(.*)\.(attn\.qkv|attn\.q|mlp\.up)\.(weight|bias)")
 
 
 def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
-    """Give a state dict of any known layout timm's names and the shapes of the row's architecture.
-
-    Whatever is left over, missing or misshapen shows up when the backbone is built.
-    """
+    """Convert a state dict of any known layout to the names and shapes of the row's timm model."""
     if row.kind == "features":
-        return _of_feature_maps(tensors, row)
+        return _feature_map_tensors(tensors, row)
     expected = meta_model(row).state_dict().keys()
-    given = _select_encoder(tensors)
-    beside = {name for name in given if _BESIDE.match(name)}
-    if "attn_pool.query" in beside:  # CoCa normalises what pooling makes of the patch tokens
-        beside |= {"ln_post.weight", "ln_post.bias"}
-    found: Tensors = {}
-    for name, tensor in given.items():
-        if name in beside:
+    source = _select_encoder(tensors)
+    unused = {name for name in source if _UNUSED.match(name)}
+    if "attn_pool.query" in unused:  # CoCa normalises after pooling the patch tokens
+        unused |= {"ln_post.weight", "ln_post.bias"}
+    renamed: Tensors = {}
+    for name, tensor in source.items():
+        if name in unused:
             continue
         if name not in expected:
             for pattern, new in _NAMES.items():
                 name = re.sub(pattern, new, name)
-        found[name] = tensor
-    for name in list(found):
+        renamed[name] = tensor
+    for name in list(renamed):
         if match := _LINEAR.fullmatch(name):
-            _join_linears(found, expected, *match.groups())
+            _convert_linear(renamed, expected, *match.groups())
         elif name.endswith(".gamma") and name not in expected:  # Eva's name of a layer scale
-            found[re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name)] = found.pop(name)
-    bias, kernel = "patch_embed.proj.bias", found.get("patch_embed.proj.weight")
-    if "class_embedding" in given and bias in expected and kernel is not None:
-        found.setdefault(bias, kernel.new_zeros(len(kernel)))  # CLIPA has none
-    if "norm.weight" not in found:  # timm's name for a norm behind mean pooling
-        found = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in found.items()}
-    for name in found.keys() & {"cls_token", "pos_embed"}:
-        while found[name].ndim < 3:
-            found[name] = rearrange(found[name], "... -> 1 ...")
-    _fit_positions(found, row)
-    return found
+            renamed[re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name)] = renamed.pop(name)
+    bias, kernel = "patch_embed.proj.bias", renamed.get("patch_embed.proj.weight")
+    if "class_embedding" in source and bias in expected and kernel is not None:
+        renamed.setdefault(bias, kernel.new_zeros(len(kernel)))  # CLIPA has no bias
+    if "norm.weight" not in renamed:  # timm calls a norm after mean pooling fc_norm
+        renamed = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in renamed.items()}
+    for name in renamed.keys() & {"cls_token", "pos_embed"}:
+        while renamed[name].ndim < 3:
+            renamed[name] = rearrange(renamed[name], "... -> 1 ...")
+    _fit_positions(renamed, row)
+    return renamed
 
 
-def _of_feature_maps(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
-    """Pick the tensors that feature maps come from, without heads and final norms.
-
-    Names of authors and of earlier timm versions are known to timm's ``checkpoint_filter_fn``.
-    """
-    whole, own = meta_model(row, whole=True), meta_model(row).state_dict().keys()
-    first = next(iter(own))
+def _feature_map_tensors(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
+    """Select the tensors that feature maps need, renamed by timm's ``checkpoint_filter_fn``."""
+    whole, expected = meta_model(row, whole=True), meta_model(row).state_dict().keys()
+    first = next(iter(expected))
     prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
-    found = _below(min(prefixes, key=len, default=""), tensors)
-    if not own <= found.keys():
-        family = importlib.import_module(type(whole).__module__)
-        with contextlib.suppress(*TIMM_ERRORS):  # not in a layout that timm knows either
-            found = getattr(family, "checkpoint_filter_fn", lambda given, _: given)(found, whole)
-    heads = whole.state_dict().keys() - own
-    return {name: tensor for name, tensor in found.items() if name not in heads}
+    selected = _strip_prefix(min(prefixes, key=len, default=""), tensors)
+    if not expected <= selected.keys():
+        module = importlib.import_module(type(whole).__module__)
+        convert = getattr(module, "checkpoint_filter_fn", lambda state, _: state)
+        with contextlib.suppress(*TIMM_ERRORS):  # a layout that timm does not know
+            selected = convert(selected, whole)
+    heads = whole.state_dict().keys() - expected
+    return {name: tensor for name, tensor in selected.items() if name not in heads}
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
-    """Keep what is below a prefix, without it."""
-    kept = (name for name in tensors if name.startswith(prefix))
-    return {name.removeprefix(prefix): tensors[name] for name in kept}
+def _strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Select the tensors whose names have a prefix, and remove it."""
+    names = (name for name in tensors if name.startswith(prefix))
+    return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 def _select_encoder(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Keep the encoder's tensors, without what stands before their names."""
-    found = {match[1] for name in tensors if (match := _KERNEL.fullmatch(name))}
+    """Select the tensors of the encoder, without the prefix of their names."""
+    prefixes = {match[1] for name in tensors if (match := _PATCH_EMBEDDING.fullmatch(name))}
     known = [
         prefix
         for encoder in _ENCODERS
-        for prefix in found
+        for prefix in prefixes
         if _DISTRIBUTED.sub("", prefix) == encoder
     ]
-    if not known and len(found) > 1:
+    if not known and len(prefixes) > 1:
         raise CorruptWeightsError(
-            f"holds several encoders ({', '.join(sorted(found))}), and which is meant cannot be "
-            "told; save one of them alone"
+            f"holds several encoders ({', '.join(sorted(prefixes))}), expected one; save the "
+            "encoder to use in a file of its own"
         )
-    return _below(known[0] if known else next(iter(found), ""), tensors)
+    return _strip_prefix(known[0] if known else next(iter(prefixes), ""), tensors)
 
 
-def _join_linears(
+def _convert_linear(
     tensors: Tensors, expected: Collection[str], block: str, layer: str, leaf: str
 ) -> None:
-    """Bring a block's query or gate into the form that the architecture computes it in."""
+    """Join or split the linear maps of queries or gates as the architecture stores them."""
 
-    def take(*parts: str) -> list[Tensor]:
+    def pop(*parts: str) -> list[Tensor]:
         names = [f"{block}.{part}.{leaf}" for part in parts]
         return [tensors.pop(name) for name in names] if tensors.keys() >= set(names) else []
 
-    def keep(query: Tensor, value: Tensor) -> None:
-        # Without key bias, timm keeps the others apart, or leaves them out where all are zero.
+    def store_biases(query: Tensor, value: Tensor) -> None:
+        # Without key bias, timm stores the other two separately, or none if both are zero.
         if bool(query.any()) or bool(value.any()):
             tensors[f"{block}.attn.q_bias"], tensors[f"{block}.attn.v_bias"] = query, value
 
     if layer == "attn.qkv":
         if f"{block}.attn.qkv.{leaf}" not in expected and f"{block}.attn.qkv.weight" in expected:
-            query, _, value = take("attn.qkv")[0].chunk(3)
-            keep(query, value)
+            query, _, value = pop("attn.qkv")[0].chunk(3)
+            store_biases(query, value)
     elif layer == "attn.q":
-        if parts := take("attn.q", "attn.k", "attn.v"):
+        if parts := pop("attn.q", "attn.k", "attn.v"):
             tensors[f"{block}.attn.qkv.{leaf}"] = torch.cat(parts)
-        elif leaf == "bias" and (parts := take("attn.q", "attn.v")):
-            keep(*parts)
-    elif parts := take("mlp.gate", "mlp.up"):
+        elif leaf == "bias" and (parts := pop("attn.q", "attn.v")):
+            store_biases(*parts)
+    elif parts := pop("mlp.gate", "mlp.up"):
         if f"{block}.mlp.fc1_g.{leaf}" in expected:
             tensors[f"{block}.mlp.fc1_g.{leaf}"], tensors[f"{block}.mlp.fc1_x.{leaf}"] = parts
         else:
             tensors[f"{block}.mlp.fc1.{leaf}"] = torch.cat(parts)
     else:
-        (tensors[f"{block}.mlp.fc1.{leaf}"],) = take("mlp.up")
+        (tensors[f"{block}.mlp.fc1.{leaf}"],) = pop("mlp.up")
 
 
 def _fit_positions(tensors: Tensors, row: BackboneRow) -> None:
-    """Bring a file's positions into the shape that timm stores.
-
-    Where there are registers, timm keeps positions for patches only: the class token's own is
-    added to the token. A square grid is resized to the row's if its authors do so at loading.
-    """
+    """Convert a file's positions to timm's shape, resized if the row's authors do so on loading."""
     positions = tensors.get("pos_embed")
     if positions is None or positions.ndim != 3:
         return
@@ -206,7 +196,7 @@ def _fit_positions(tensors: Tensors, row: BackboneRow) -> None:
     side = math.isqrt(positions.shape[1] - prefix)
     if prefix + side * side != positions.shape[1]:
         return
-    if prefix and "reg_token" in tensors:
+    if prefix and "reg_token" in tensors:  # with registers, timm stores positions of patches only
         tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
         tensors["pos_embed"] = positions[:, 1:]
     elif row.load_interpolation is not None:

@@ -1,8 +1,8 @@
-"""Rows for open_clip's image towers: ``open_clip:<architecture>/<tag>[@<pixels a patch>]``.
+"""Rows for open_clip's image towers: ``open_clip:<architecture>/<tag>[@<pixels per patch>]``.
 
-open_clip's own towers run at one resolution. The same tensors in timm's models run at any, so a
-row here is a timm architecture with options; :mod:`cosettle_adapter.backbones.layouts` renames the
-tensors. Only open_clip's lists of architectures and tags are used.
+open_clip's towers run at one resolution, timm's models with the same tensors at any. A row is
+therefore a timm architecture with options, and :mod:`cosettle_adapter.backbones.layouts` renames
+the tensors. Only open_clip's lists of architectures and tags are used.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from cosettle_adapter.backbones.registry import OPEN_CLIP, timm_row
 from cosettle_adapter.backbones.rows import OPENAI_MEAN, OPENAI_STD, BackboneRow, HubFile
 from cosettle_adapter.errors import UnknownModelError, did_you_mean
 
-# "owner/name/" in open_clip's table stands for these; older repositories have the second
+# Files of a repository that open_clip's table lists without a file; older ones have the second.
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_LICENCES = {  # pattern of "<Hub repository>:<tag>", the first that fits
+_LICENCES = {  # by pattern of "<Hub repository>:<tag>"; the first match counts
     "*:openai": "MIT",
     "*:metaclip*": "CC-BY-NC-4.0",
     "*:dfndr*": "LicenseRef-Apple-AMLR",
@@ -34,18 +34,18 @@ _LICENCES = {  # pattern of "<Hub repository>:<tag>", the first that fits
     "jienengchen/ViTamin*": "MIT",
     "*": "unstated",
 }
-_RESNETS = {  # blocks of each stage: timm's ResNet without the attention pooling
+_RESNETS = {  # blocks per stage: timm's ResNet without attention pooling
     (3, 4, 6, 3): "resnet50_clip_gap",
     (3, 4, 23, 3): "resnet101_clip_gap",
     (4, 6, 10, 6): "resnet50x4_clip_gap",
     (6, 8, 18, 8): "resnet50x16_clip_gap",
     (3, 15, 36, 10): "resnet50x64_clip_gap",
 }
-_EXPRESSED = {  # fields of open_clip's config that a row passes on
+_SUPPORTED = {  # fields of open_clip's config that a row can express
     "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value",
     "no_ln_pre", "attentional_pool", "final_ln_after_pool",
 }  # fmt: skip
-_WITHOUT_EFFECT = {  # on patch tokens at inference; sinusoidal positions are in the file
+_IGNORED = {  # without effect on patch tokens at inference; files store sinusoidal positions
     "patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "pool_type", "output_tokens",
     "pos_embed_type", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
     "timm_model_pretrained",
@@ -53,12 +53,8 @@ _WITHOUT_EFFECT = {  # on patch tokens at inference; sinusoidal positions are in
 
 
 def open_clip_row(rest: str) -> BackboneRow:
-    """Make the row of ``open_clip:<rest>``.
-
-    The architecture alone is one without published weights. Weights trained with QuickGELU get it
-    also where only the tag says so; open_clip itself runs such a pair with GELU and warns.
-    """
-    import open_clip  # seconds, and only these names need it
+    """Return the row of ``open_clip:<rest>``; only models without published weights lack a tag."""
+    import open_clip  # takes seconds, and only these names need it
 
     name, at, pixels = rest.partition("@")
     architecture, _, tag = name.partition("/")
@@ -77,17 +73,16 @@ def open_clip_row(rest: str) -> BackboneRow:
     if timm_name := vision.timm_model_name or resnet:
         row = timm_row(timm_name + at + pixels)
     elif at:
-        raise UnknownModelError(
-            f"{architecture} has one resolution throughout; leave @{pixels} away"
-        )
+        raise UnknownModelError(f"all layers of {architecture} have one resolution; omit @{pixels}")
     else:
+        # open_clip itself uses GELU, with a warning, if only the tag says QuickGELU.
         quick_gelu = bool(config.get("quick_gelu") or weights.get("quick_gelu"))
         row, notes = _vit(vision, row_name, quick_gelu=quick_gelu)
     repo, filename = posixpath.split(weights.get("hf_hub") or "")
     if not repo and (url := weights.get("url")):
-        notes.append(f"not on the Hub: download {url} and give backbone_weights=PATH")
+        notes.append(f"not on the Hub: download {url} and pass backbone_weights=PATH")
     elif not repo:
-        notes.append("open_clip publishes no weights of it: give backbone_weights=PATH")
+        notes.append("open_clip publishes no weights: pass backbone_weights=PATH")
     source = f"{repo}:{tag}"
     family = "SigLIP" if "init_logit_bias" in config else "CLIP"
     return dataclasses.replace(
@@ -103,28 +98,28 @@ def open_clip_row(rest: str) -> BackboneRow:
 
 
 def _known_tag(architecture: str, tag: str, tags: list[str]) -> str:
-    """Spell a tag as open_clip lists it."""
+    """Return a tag as open_clip spells it; an unknown one is an UnknownModelError."""
     clean = tag.lower().replace("-", "_")
     if clean in tags or (not tag and not tags):
         return clean
-    fault = f"has no tag {tag!r}" if tag else "needs a tag"
+    problem = f"has no tag {tag!r}" if tag else "needs a tag"
     shown = textwrap.shorten(", ".join(tags), 300, placeholder=" ...") or "none"
     example = f"/{tags[0]}" if tags else ", with backbone_weights=PATH"
     raise UnknownModelError(
-        f"open_clip's {architecture} {fault}.{did_you_mean(clean, tags)} "
+        f"open_clip's {architecture} {problem}.{did_you_mean(clean, tags)} "
         f"Its tags: {shown}; write {OPEN_CLIP}{architecture}{example}"
     )
 
 
 def _vit(vision: Any, name: str, *, quick_gelu: bool) -> tuple[BackboneRow, list[str]]:
-    """open_clip's own ViT, as options of timm's; what is worth a note besides."""
+    """Express open_clip's ViT by options of timm's; also return notes on it."""
     for field in dataclasses.fields(vision):
         value = getattr(vision, field.name)
-        known = field.name in _EXPRESSED and isinstance(value, (bool, int, float))
-        if not known and field.name not in _WITHOUT_EFFECT and value != field.default:
+        known = field.name in _SUPPORTED and isinstance(value, (bool, int, float))
+        if not known and field.name not in _IGNORED and value != field.default:
             raise UnknownModelError(
-                f"{name}: timm has no model for a tower with {field.name}={value!r}, so it cannot "
-                "be a backbone here"
+                f"{name} is not supported: timm has no model for a tower with "
+                f"{field.name}={value!r}"
             )
     notes = ["QuickGELU"] if quick_gelu else []
     if vision.attentional_pool:

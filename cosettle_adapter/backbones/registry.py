@@ -1,4 +1,4 @@
-"""Which backbones there are: the table's rows, any model of timm, any image tower of open_clip."""
+"""Backbones by name: the table's rows, all models of timm, all image towers of open_clip."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ REGISTRY: dict[str, BackboneRow] = {row.name: row for row in ROWS}
 
 TIMM, OPEN_CLIP = "timm:", "open_clip:"  # prefixes of names outside the table
 
-_PATCH = 16  # pixels a patch, where a model has several resolutions and the name does not choose
-# timm's spelling: ours
+_PATCH = 16  # pixels per patch of the grid of feature maps, unless the name says otherwise
+# timm's spelling: SPDX
 _LICENCES = {row.licence.lower().removeprefix("licenseref-"): row.licence for row in ROWS}
 
 
 def lookup(name: str) -> BackboneRow:
-    """Return the row called ``name``: a registered one, ``timm:<tag>`` or ``open_clip:...``.
+    """Return the row of a registered name, ``timm:<tag>`` or ``open_clip:<arch>/<tag>``.
 
-    An :class:`UnknownModelError` suggests close names.
+    An :class:`UnknownModelError` suggests similar names.
     """
     if name in REGISTRY:
         return REGISTRY[name]
     if name.startswith(TIMM):
         return timm_row(name.removeprefix(TIMM))
     if name.startswith(OPEN_CLIP):
-        from cosettle_adapter.backbones.open_clip import open_clip_row  # imports registry
+        from cosettle_adapter.backbones.open_clip import open_clip_row  # imports this module
 
         return open_clip_row(name.removeprefix(OPEN_CLIP))
     raise UnknownModelError(
         f"unknown backbone {name!r}.{did_you_mean(name, REGISTRY)} "
-        f"`cosettle-adapter list --backbones` shows all {len(REGISTRY)}; any other is reached as "
+        f"`cosettle-adapter list --backbones` lists all {len(REGISTRY)}; other models are "
         "timm:<tag> or open_clip:<arch>/<tag>."
     )
 
 
 def is_backbone_name(name: str) -> bool:
-    """Whether ``name`` is a registered backbone or names one of timm or open_clip."""
+    """Whether ``name`` is a registered backbone, ``timm:...`` or ``open_clip:...``."""
     return name in REGISTRY or name.startswith((TIMM, OPEN_CLIP))
 
 
 def timm_row(tag: str) -> BackboneRow:
-    """Make the row of ``timm:<architecture>[.<pretraining>][@<pixels a patch>]``.
+    """Return the row of ``timm:<architecture>[.<pretraining>][@<pixels per patch>]``.
 
-    A model of one resolution is read layer by layer; of one with several, the stage with 16 pixels
-    a patch is the grid, or the one that ``@<pixels>`` names (``timm:resnet50.a1_in1k@8``).
+    For a model with several resolutions the grid is that of the stage with 16 pixels per patch, or
+    with the number after ``@`` (``timm:resnet50.a1_in1k@8``).
     """
     name, at, pixels = tag.partition("@")
     architecture, _, pretraining = name.partition(".")
     config = _timm_config(architecture, pretraining)
-    # An architecture that nobody has published weights of has a tag that timm does not list.
+    # The default tag of an architecture without published weights is not one that timm lists.
     pretraining = pretraining or (config.tag if config.has_weights else "")
     name = architecture + (f".{pretraining}" if pretraining else "") + at + pixels
     notes = []
-    # timm lists weights that were trained with QuickGELU under both of two architectures.
+    # timm lists weights trained with QuickGELU under the architecture with GELU as well.
     twin = architecture.replace("_clip_", "_clip_quickgelu_")
     if twin != architecture and timm.list_pretrained(f"{twin}.{pretraining}"):
         architecture, notes = twin, ["QuickGELU"]
     if not config.hf_hub_id:
-        notes.append("no source on the Hub: give backbone_weights=PATH")
+        notes.append("no source on the Hub: pass backbone_weights=PATH")
     licence = config.license or "unstated"
     with torch.device("meta"):
         model: Any = timm.create_model(architecture, num_classes=0)
@@ -81,7 +81,7 @@ def timm_row(tag: str) -> BackboneRow:
     }
     plain = type(model) in (timm.models.VisionTransformer, timm.models.Eva)
     if plain and not at and not isinstance(model.patch_embed, HybridEmbed):
-        with torch.device("meta"):  # pooling by mean would make the norm an identity
+        with torch.device("meta"):  # mean pooling would make the norm an identity
             model = timm.create_model(architecture, num_classes=0, global_pool="")
         kinds = {"absolute": model.pos_embed, "rotary": getattr(model, "rope", None)}
         return BackboneRow(
@@ -94,8 +94,8 @@ def timm_row(tag: str) -> BackboneRow:
         )
     if not hasattr(model, "forward_intermediates"):
         raise UnknownModelError(
-            f"timm's {architecture} does not return feature maps (forward_intermediates), so it "
-            "cannot be a backbone here"
+            f"timm's {architecture} is not supported: it does not return feature maps "
+            "(forward_intermediates)"
         )
     stages = feature_info(model)
     known = {reduction for _, reduction in stages}
@@ -103,8 +103,8 @@ def timm_row(tag: str) -> BackboneRow:
     if at:
         if pixels not in map(str, known):
             raise UnknownModelError(
-                f"{TIMM}{name} has no stage with {pixels or 'no number of'} pixels a patch; it has "
-                f"{', '.join(map(str, sorted(known)))}"
+                f"{TIMM}{name} has no stage with {pixels or 'no number of'} pixels per patch; it "
+                f"has {', '.join(map(str, sorted(known)))}"
             )
         patch = int(pixels)
     return BackboneRow(
@@ -119,15 +119,15 @@ def timm_row(tag: str) -> BackboneRow:
 
 
 def feature_info(model: Any) -> list[tuple[int, int]]:
-    """``(channels, pixels a patch)`` of every feature map of a timm model."""
+    """Return ``(channels, pixels per patch)`` of every feature map of a timm model."""
     info = getattr(model.feature_info, "info", model.feature_info)
     return [(int(stage["num_chs"]), int(stage["reduction"])) for stage in info]
 
 
 def _timm_config(architecture: str, pretraining: str) -> Any:
-    """timm's configuration of a pre-training, or of the default one."""
+    """timm's configuration of a pre-training, by default the default one."""
     config = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
-    if config is None:  # also what timm calls by another name now
+    if config is None:  # or timm has renamed it
         known = (*timm.list_models(), *timm.list_pretrained())
         raise UnknownModelError(
             f"timm {timm.__version__} has no model {architecture!r}."
@@ -138,6 +138,6 @@ def _timm_config(architecture: str, pretraining: str) -> Any:
     name = f"{architecture}.{pretraining}"
     tags = timm.list_pretrained(f"{architecture}.*")
     if name not in tags:
-        hint = did_you_mean(name, tags) if tags else f" It has none of {architecture} at all."
+        hint = did_you_mean(name, tags) if tags else f" It has no weights of {architecture}."
         raise UnknownModelError(f"timm {timm.__version__} has no weights {name!r}.{hint}")
     return timm.get_pretrained_cfg(name)

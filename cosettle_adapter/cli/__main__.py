@@ -1,4 +1,4 @@
-"""``python -m cosettle_adapter.cli``: what launchers of several processes are given."""
+"""``python -m cosettle_adapter.cli``, for launchers such as torchrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options and progress bars that several commands share."""
+"""Options and progress bars shared by several commands."""
 
 # no `from __future__ import annotations`: other modules derive from ModelOptions
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from cosettle_adapter.video import FrameSelection
 
 DEFAULT_MODEL = "dinov2-vits14-pypi"
-WIDE = 190  # columns that our widest table needs
+WIDE = 190  # columns of the widest table
 
 command_line: ContextVar[tuple[str, ...]] = ContextVar("command_line", default=())
-"""The words that ``main`` was called with, for commands that record them."""
+"""The arguments of ``main``, for commands that record them."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console; tables are printed in full into a file or another program."""
+    """Return a console; output to a file or a pipe is wide enough for every table."""
     output = Console(stderr=stderr)
     if not output.is_terminal:
         output.width = max(output.width, WIDE)
@@ -52,18 +52,18 @@ Output = Annotated[Path, Parameter(name=("--output", "-o"))]
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """Which model, from where, on what device.
+    """Which model to load, and how.
 
     Attributes:
         model: registered name, ``timm:`` or ``open_clip:`` name, Hub repository or folder.
-        projection: ``published``, ``fit``, ``settle`` or a folder; by default the published one,
-            else one is fitted on first use.
-        backbone_weights: your own file of the backbone: safetensors or a PyTorch checkpoint.
-        device: torch device: cpu, cuda, cuda:1, mps.
-        dtype: of the backbone and the features.
-        stride: step between patches in pixels, for overlapping ones.
-        cache_dir: cache in place of ``HF_HOME``.
-        offline: never touch the network.
+        projection: ``published``, ``fit``, ``settle`` or a folder; by default the published
+            projection or, if there is none, one that is fitted on first use.
+        backbone_weights: local weights of the backbone: safetensors or a PyTorch checkpoint.
+        device: torch device, such as cpu, cuda, cuda:1 or mps.
+        dtype: data type of the backbone and the features.
+        stride: pixels from one patch to the next; fewer than the patch size make patches overlap.
+        cache_dir: cache folder in place of ``HF_HOME``.
+        offline: never access the network.
     """
 
     model: str = DEFAULT_MODEL
@@ -76,8 +76,8 @@ class ModelOptions:
     offline: bool = False
 
     def load(self, *, raw: bool = False, layer: int | None = None) -> "CoSettleAdapter":
-        """Load the adapter; the backbone alone if ``raw`` or a ``layer`` is given."""
-        import torch  # which `--help` does without
+        """Load the adapter, or the backbone alone given ``raw`` or a ``layer``."""
+        import torch  # `--help` does not need it
 
         from cosettle_adapter.adapter import CoSettleAdapter
 
@@ -95,7 +95,7 @@ class ModelOptions:
 
 
 def frames_in(source: str, select: "FrameSelection") -> int | None:
-    """Count the frames that are selected, ``max_frames`` aside, if that is known beforehand."""
+    """Return how many frames ``select`` selects without ``max_frames``; None if unknown."""
     from cosettle_adapter.video import probe
 
     count = probe(source).frames
@@ -104,7 +104,7 @@ def frames_in(source: str, select: "FrameSelection") -> int | None:
 
 
 def frame_progress(output: Console) -> "Progress":
-    """Return a progress bar that shows frames, frames per second and the time left."""
+    """Return a progress bar with a count, a rate and the time left."""
     from rich import progress
 
     return progress.Progress(
@@ -118,7 +118,7 @@ def frame_progress(output: Console) -> "Progress":
 
 
 def frame_bar(bars: "Progress", name: str, total: int | None) -> Callable[[int], None]:
-    """Add a bar; return what moves it, called with the number of frames done."""
+    """Add a bar; return a function that sets it to a number of frames."""
     task = bars.add_task(name, total=total, rate="")
 
     def advance(done: int) -> None:
@@ -128,7 +128,7 @@ def frame_bar(bars: "Progress", name: str, total: int | None) -> Callable[[int],
 
 
 def rate(count: float, seconds: float | None, unit: str = "frames") -> str:
-    """Return a rate as text; empty while it is unknown."""
+    """Format a rate; empty while it is unknown."""
     if not seconds or not count:
         return ""
     return f"{count / seconds:.1f} {unit}/s"

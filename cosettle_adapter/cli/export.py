@@ -1,4 +1,4 @@
-"""The command that writes a model as an ONNX or torch.export file for frames of one size."""
+"""The command ``export``: a model to an ONNX or torch.export file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cosettle_adapter.video import FrameSelection, open_frames
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True)
 class Loading(ModelOptions):
-    """How to load the model, which is an argument of its own."""
+    """How to load the model, whose name is a positional argument."""
 
     model: Annotated[str, Parameter(parse=False)] = DEFAULT_MODEL
 
@@ -35,26 +35,27 @@ def export(
     no_check: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as an ONNX or torch.export file.
+    """Write a model as an ONNX or torch.export file for frames of one size.
 
     Args:
         model: registered name, Hub repository or folder; with --layer, any backbone.
-        size: height and width of the frames in pixels, whole patches.
-        output: the file: .onnx, or .pt2 (torch.export), which stays on its device.
-        no_preprocessing: take normalised float32 images in place of uint8 frames.
-        normalize: features of unit length.
-        layer: export this layer's own patch tokens, without the projection.
-        static_batch: take exactly so many frames at a time.
-        check_on: video to compare with PyTorch on; else rendered frames.
-        no_check: do not compare with PyTorch.
-        overwrite: replace a file that is there.
+        size: height and width of the frames in pixels, both whole numbers of patches.
+        output: file to write: .onnx, or .pt2 (torch.export), which runs on --device only.
+        no_preprocessing: take normalised float32 images as input in place of uint8 frames.
+        normalize: scale features to unit length.
+        layer: export the patch tokens of this layer, without the projection.
+        static_batch: fixed batch size; any by default.
+        check_on: video whose frames the exported file is compared with PyTorch on; by default
+            rendered frames.
+        no_check: do not compare the exported file with PyTorch.
+        overwrite: replace an existing file.
     """
     if output.suffix not in (".onnx", ".pt2"):
         raise ValueError(
-            f"the output's suffix says what to write, .onnx or .pt2 (torch.export); got {output}"
+            f"got {output}, expected an output file with the suffix .onnx or .pt2 (torch.export)"
         )
     if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} is there already; give --overwrite to replace it")
+        raise FileExistsError(f"{output} exists already; give --overwrite to replace it")
     if no_check and check_on is not None:
         raise ValueError("--check-on and --no-check contradict each other; leave one out")
     if output.suffix == ".onnx":
@@ -76,13 +77,13 @@ def export(
             check=not no_check,
             check_on=frames,
         )
-    taken = "RGB, 0 to 255"
+    values = "RGB, 0 to 255"
     if no_preprocessing:
-        taken = f"RGB, (x - {exported.metadata['mean']}) / {exported.metadata['std']}"
+        values = f"RGB, (x - {exported.metadata['mean']}) / {exported.metadata['std']}"
     unchecked = "not checked" if no_check else "not checked: pip install onnxruntime"
     for line in (
         f"{exported.path}  {exported.size / 1e6:.1f} MB",
-        f"input   {exported.input}  {taken}",
+        f"input   {exported.input}  {values}",
         f"output  {exported.output}",
         f"parity  {exported.parity or unchecked}",
     ):

@@ -1,4 +1,4 @@
-"""Fit a projection for a backbone on a folder of your own videos; no labels, no GPU needed."""
+"""The command ``fit``: a projection fitted on your own videos."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _NAMES = {"solvers": "solver", "gaps": "gap"}
 def parse_sets(_: Any, tokens: Sequence[Token]) -> list[Layers]:
     """Parse sets of layers: ``5+7+9+11``."""
     sets = [token.value.split("+") for token in tokens]
-    if not all(len(one) > 1 and all(layer.isdigit() for layer in one) for one in sets):
+    if not all(len(layers) > 1 and all(map(str.isdigit, layers)) for layers in sets):
         raise ValueError(f"expected layers such as 7+11, got {tokens[-1].value!r}")
-    return [tuple(map(int, one)) for one in sets]
+    return [tuple(map(int, layers)) for layers in sets]
 
 
 def fit(
@@ -57,23 +57,23 @@ def fit(
     cache_dir: Path | None = None,
     offline: bool = False,
 ) -> None:
-    """Fit a projection for a backbone on a folder of your own videos; no labels, no GPU needed.
+    """Fit a projection for a backbone on your own videos; needs neither labels nor a GPU.
 
     Args:
         backbone: registered name, timm:TAG or open_clip:ARCHITECTURE/TAG.
         data: folders, lists, patterns or WebDataset shards of videos.
         output: folder to write.
-        concatenate: sets of layers to be read together, such as 7+11, to choose from as well; none
-            if empty.
-        strengths: of the solvers, to choose from; all that are listed for a solver if empty.
-        candidates: folder to write each projection into that it chooses from.
+        concatenate: sets of layers to read together, such as 7+11, as further candidates; no such
+            sets if empty.
+        strengths: candidate strengths of the solvers; all that a solver lists if empty.
+        candidates: folder in which to save every candidate projection.
         workers: processes that decode videos; 0 decodes between encoder passes.
-        licence: licence to record; the backbone's by default.
-        about_data: what the clips are, to record.
-        backbone_weights: your own file of the backbone: safetensors or a PyTorch checkpoint.
+        licence: licence to record; by default the backbone's.
+        about_data: description of the clips to record.
+        backbone_weights: local weights of the backbone: safetensors or a PyTorch checkpoint.
         device: torch device of the encoder.
-        cache_dir: cache in place of HF_HOME.
-        offline: never touch the network.
+        cache_dir: cache folder in place of HF_HOME.
+        offline: never access the network.
     """
     out, corpus = console(), Corpus.open(data)
     with out.status(f"loading {backbone}"):
@@ -99,8 +99,8 @@ def fit(
     names = labels(result.projections)
     if result.scores:
         table = Table("layers", "overlap", title="Overlap on rendered clips", title_justify="left")
-        for each, score in result.scores.items():
-            table.add_row(names[each], f"{score:.3f}")
+        for candidate, score in result.scores.items():
+            table.add_row(names[candidate], f"{score:.3f}")
         out.print(table)
     out.print(f"layers {names[result.chosen]}", markup=False)
     print_skipped(out, list(result.skipped.items()))

@@ -1,4 +1,4 @@
-"""Commands about models: what there is, downloading, converting and uploading."""
+"""The commands ``list``, ``download``, ``convert`` and ``push``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from cosettle_adapter.cli.common import DEFAULT_MODEL, WIDE, Output, console
 def list_models(
     *, backbones: bool = False, as_json: Annotated[bool, Parameter(name="--json")] = False
 ) -> None:
-    """Show models and backbones.
+    """List models and backbones.
 
     Args:
-        backbones: every registered backbone, not only those with a published projection.
+        backbones: list all registered backbones, with or without a published projection.
         as_json: print JSON instead of a table.
     """
     from cosettle_adapter import hub
@@ -47,7 +47,7 @@ def list_models(
     if not backbones:
         more = (
             f"{len(models) - table.row_count} more backbones (cosettle-adapter list --backbones), "
-            "and any of timm's and open_clip's: a projection is fitted on first use"
+            "and all of timm's and open_clip's; their projections are fitted on first use"
         )
     output.print(more)
 
@@ -59,12 +59,12 @@ def download(
     cache_dir: Path | None = None,
     offline: bool = False,
 ) -> None:
-    """Download and verify models' weights, so that they load without network afterwards.
+    """Download and verify model weights; afterwards they load without a network.
 
     Args:
         models: registered names.
-        cache_dir: cache in place of ``HF_HOME``.
-        offline: only verify what is in the cache.
+        cache_dir: cache folder in place of ``HF_HOME``.
+        offline: verify the cached files without accessing the network.
     """
     from cosettle_adapter.adapter import CoSettleAdapter
     from cosettle_adapter.backbones import HubOptions, load_backbone, lookup
@@ -92,14 +92,14 @@ def convert(
     cache_dir: Path | None = None,
     offline: bool = False,
 ) -> None:
-    """Convert a checkpoint of the paper's own code into a projection folder.
+    """Convert a checkpoint of the official code into a projection folder.
 
     Args:
         file: checkpoint-*.pth of the official code.
-        backbone: the backbone it was trained on, for example mae-vitb16.
+        backbone: registered name of its backbone, for example mae-vitb16.
         output: folder to write.
-        cache_dir: cache in place of ``HF_HOME``.
-        offline: never touch the network.
+        cache_dir: cache folder in place of ``HF_HOME``.
+        offline: never access the network.
     """
     from cosettle_adapter.backbones import HubOptions, lookup
     from cosettle_adapter.convert import convert_checkpoint
@@ -134,17 +134,17 @@ def push(
 ) -> None:
     """Upload a projection to the Hugging Face Hub with a generated card, in one commit.
 
-    The token is the stored one (hf auth login) or HF_TOKEN.
+    The access token is HF_TOKEN or the one that hf auth login stored.
 
     Args:
-        projection: folder that fit wrote, or registered name.
-        repository: owner/name on the Hub; created if there is none.
-        private: create a private repository.
-        message: first line of the commit.
+        projection: folder of a projection (as fit, train or convert write it) or registered name.
+        repository: owner/name on the Hub; created if it does not exist.
+        private: make a new repository private.
+        message: first line of the commit message.
         revision: branch to commit to.
-        create_pr: open a pull request instead.
-        card: README.md to use in place of a generated one.
-        overwrite_card: replace a card that was edited by hand.
+        create_pr: open a pull request instead of committing to the branch.
+        card: README.md to upload in place of the generated card.
+        overwrite_card: replace a card on the Hub that was edited by hand.
     """
     from cosettle_adapter import upload
     from cosettle_adapter.backbones import HubOptions
@@ -152,7 +152,7 @@ def push(
     from cosettle_adapter.projection import Projection
 
     folder = find_projection(projection, HubOptions())
-    backbone = stored_backbone(folder)  # what `convert` writes where it is not public
+    backbone = stored_backbone(folder)  # `convert` stores a backbone that is not public
     pushed = upload.push(
         Projection.load(folder),
         repository,

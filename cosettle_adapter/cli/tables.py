@@ -10,7 +10,7 @@ from cosettle_adapter.evaluation import report
 
 
 def terminal_table(table: report.Table, *, compact: bool = False) -> Table:
-    """Return a table for the terminal; ``compact`` ones fit many columns into its width."""
+    """Return a table for the terminal; ``compact`` saves width for many columns."""
     shown = Table(title=escape(table.title), title_justify="left", title_style="bold")
     if compact:
         shown.box, shown.padding, shown.show_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False

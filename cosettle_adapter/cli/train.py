@@ -1,4 +1,4 @@
-"""Train a projection for a backbone on a folder of videos, and prepare the videos for that."""
+"""The commands ``train`` and ``prepare``."""
 
 from __future__ import annotations
 
@@ -56,25 +56,26 @@ def _folder_or_nothing(_: Any, tokens: Sequence[Token]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """What a run is made of, beside its settings.
+    """Inputs and outputs of a run; :class:`TrainSettings` are its other options.
 
     Attributes:
         backbone: registered name, timm:TAG or open_clip:ARCHITECTURE/TAG.
-        backbone_weights: your own file of the backbone: safetensors or a PyTorch checkpoint.
+        backbone_weights: local weights of the backbone: safetensors or a PyTorch checkpoint.
         data: folders, lists, patterns or WebDataset shards of videos.
         output: folder to write.
-        resume: continue the run in this folder (by default that of -o) with the options it began
-            with; those given beside it count more, but none that decides the result may differ.
-        overwrite: remove a run that is there.
-        validation: videos to measure after each epoch; the best projection by them is the result.
-        stride: pixels between patches; the patch by default.
-        device: auto, cpu, cuda, cuda:1, mps.
-        views_folder: of --cache-views; by default views/ in the output.
-        tensorboard: write TensorBoard's files as well.
-        licence: licence to record; the backbone's by default.
-        about_data: what the clips are, to record.
-        cache_dir: cache in place of HF_HOME.
-        offline: never touch the network.
+        resume: continue the run in this folder (by default that of -o) with its original options;
+            other options given here override them, but must not change the result.
+        overwrite: delete an existing run in the output folder.
+        validation: videos to measure after each epoch; the projection that scores best on them is
+            kept.
+        stride: pixels from one patch to the next; the patch size by default.
+        device: auto, or a torch device such as cpu, cuda, cuda:1 or mps.
+        views_folder: folder of --cache-views; views/ in the output folder by default.
+        tensorboard: also write TensorBoard files.
+        licence: licence to record; by default the backbone's.
+        about_data: description of the clips to record.
+        cache_dir: cache folder in place of HF_HOME.
+        offline: never access the network.
     """
 
     backbone: str | None = None
@@ -108,28 +109,27 @@ def train(
         ),
     ] = TrainSettings(),
 ) -> int:
-    """Train a projection for a backbone on a folder of videos; the paper's method.
+    """Train a projection for a backbone on a folder of videos, with the paper's method.
 
-    One process trains on the CPU or a GPU; several train together under accelerate launch or
-    torchrun, which are given -m cosettle_adapter.cli train ... An interrupted run continues with
-    --resume DIR alone.
+    An interrupted run continues with --resume DIR alone. To train with several processes, start
+    -m cosettle_adapter.cli train ... with accelerate launch or torchrun.
     """
     if options.resume is not None:
         folder = options.resume or options.output
         if not folder or options.output not in (None, folder):
             raise TrainingError("give --resume the folder of the run, and no other to -o")
-        began = read_run(Path(folder)).began
-        options = _continued(options, began.get("options", {}))
+        original = read_run(Path(folder)).began
+        options = _continued(options, original.get("options", {}))
         options = dataclasses.replace(options, output=folder, resume=folder)
-        settings = _continued(settings, began.get("settings", {}))
+        settings = _continued(settings, original.get("settings", {}))
     if Path(settings.init).expanduser().is_dir():
-        settings = dataclasses.replace(settings, init=_anywhere(settings.init))
+        settings = dataclasses.replace(settings, init=_absolute(settings.init))
     needed = {"--backbone": options.backbone, "--data": options.data, "-o": options.output}
     if missing := ", ".join(name for name, value in needed.items() if not value):
         raise TrainingError(f"missing {missing}: a new run needs all three")
     accelerator, output = make_accelerator(options.device), console()
     if not accelerator.is_main_process:
-        # The first process reports what happens; the others fail with it in silence.
+        # only the first process reports errors
         logging.getLogger("cosettle_adapter").setLevel(logging.CRITICAL)
         output.quiet = True
     try:
@@ -156,12 +156,12 @@ def _train(
         backbone = load_backbone(
             name, weights=options.backbone_weights, stride=options.stride, options=hub
         )
-    begun_with = dataclasses.asdict(options) | {"overwrite": False, "resume": None}
+    recorded = dataclasses.asdict(options) | {"overwrite": False, "resume": None}
     for path in _PATHS:
-        begun_with[path] = _anywhere(begun_with[path])
+        recorded[path] = _absolute(recorded[path])
     began: dict[str, Any] = {
         "command": list(command_line.get()),
-        "options": begun_with,
+        "options": recorded,
         "settings": dataclasses.asdict(settings),
     }
     with TrainingProgress(console) as progress:
@@ -184,7 +184,7 @@ def _train(
             validation=validation,
             tensorboard=options.tensorboard,
             licence=options.licence or "",
-            about_data=options.about_data or ", ".join(Path(each).name for each in data),
+            about_data=options.about_data or ", ".join(Path(path).name for path in data),
             began=began,
             on_start=progress.begin,
             on_step=progress.stepped,
@@ -197,26 +197,29 @@ def _train(
             cells = [figures[column] for column in columns]
             table.add_row(row, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
         console.print(table)
-        console.print(f"chosen by overlap: after step {trained.chosen_step} of {trained.steps}")
+        console.print(
+            f"kept the projection of step {trained.chosen_step} of {trained.steps}, whose overlap "
+            "is best"
+        )
     print_skipped(console, [*corpus.problems, *sorted(trained.skipped.items())])
     print_next(console, "load it with CoSettleAdapter.from_pretrained('{}')", folder)
 
 
-def _continued(given: T, began: Mapping[str, Any]) -> T:
-    """Return what a run began with, and what was given anew, which counts more."""
+def _continued(options: T, original: Mapping[str, Any]) -> T:
+    """Return a run's original options, overridden by those on the command line."""
     words = {word.partition("=")[0].replace("_", "-") for word in command_line.get()}
     kept: dict[str, Any] = {}
-    for name in began.keys() & {field.name for field in dataclasses.fields(given)}:
-        option = _option_name(name)
+    for name in original.keys() & {field.name for field in dataclasses.fields(options)}:
+        option, value = _option_name(name), original[name]
         if words.isdisjoint((f"--{option}", f"--no-{option}")):
-            kept[name] = tuple(began[name]) if isinstance(began[name], list) else began[name]
-    return dataclasses.replace(given, **kept)
+            kept[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(options, **kept)
 
 
-def _anywhere(paths: Any) -> Any:
+def _absolute(paths: Any) -> Any:
     """Make paths absolute, so that a run resumes from any folder."""
     if isinstance(paths, tuple):
-        return [_anywhere(path) for path in paths]
+        return [_absolute(path) for path in paths]
     return paths and str(Path(paths).expanduser().absolute())
 
 
@@ -232,27 +235,27 @@ def prepare(
     Args:
         data: folders of videos, lists of paths, patterns, or shards-{000..009}.tar.
         output: folder to write.
-        workers: processes that decode.
+        workers: processes that decode videos.
     """
     out = console()
     with frame_progress(out) as progress:
         task = progress.add_task("videos", total=None, rate="")
-        already: list[int] = []
+        counts: list[int] = []  # the first counts the videos of earlier runs
 
         def advance(done: int, total: int) -> None:
-            already.append(done)
-            speed = rate(done - already[0], progress.tasks[task].elapsed, unit="videos")
+            counts.append(done)
+            speed = rate(done - counts[0], progress.tasks[task].elapsed, unit="videos")
             progress.update(task, completed=done, total=total, rate=speed)
 
         count, skipped = extract(data, output, settings, workers=workers, on_video=advance)
     print_skipped(out, skipped, output / SKIPPED_NAME)
-    before = f", {already[0]} of them from before" if already[0] else ""
+    before = f", {counts[0]} of them extracted before" if counts[0] else ""
     out.print(f"{output}: the frames of {count} videos{before}", markup=False)
     print_next(out, "train on it with: cosettle-adapter train --data {}", output)
 
 
 class TrainingProgress:
-    """Shows views being encoded, then steps: a bar in a terminal, lines now and then in a log."""
+    """Progress of encoding and training: a bar in a terminal, or a log line every 30 seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -270,22 +273,22 @@ class TrainingProgress:
         self._bar.stop()
 
     def encoded(self, done: int, total: int) -> None:
-        """Show how many views are on disk."""
+        """Show how many views are encoded."""
         task = self._task("encoding", total)
         speed = rate(done, self._bar.tasks[task].elapsed, unit="views")
         self._bar.update(task, completed=done, rate=speed)
         self._say(f"encoded {done} of {total} views", last=done == total)
 
     def begin(self, samples: int) -> None:
-        """Show that the first step is under way; on a CPU it may take minutes."""
+        """Show that the first step has started; on a CPU it may take minutes."""
         self._task("first step")
         self._say(f"{samples} samples an epoch; the first step is under way", last=True)
 
     def stepped(self, report: StepReport) -> None:
-        """Show a step: loss, cycle accuracy, KL, clips a second."""
+        """Show the loss, cycle accuracy, KL and clips per second of a step."""
         task = self._task("first step")
         if self._rate is None:
-            # what a resumed run did before does not predict how long the rest takes
+            # the steps of an earlier run must not enter the estimate of the time left
             self._bar.reset(task, completed=report.step - 1, total=report.steps)
             self._rate = report.clips_per_second
         self._rate += _SMOOTHING * (report.clips_per_second - self._rate)
@@ -313,7 +316,7 @@ class TrainingProgress:
 def print_skipped(
     console: Console, skipped: Sequence[tuple[str, str]], listed_in: Path | None = None
 ) -> None:
-    """Print which videos could not be read, and why."""
+    """Print which videos were skipped, and why."""
     for name, reason in skipped[:_LISTED]:
         console.print(f"skipped {name}: {reason}", style="yellow", markup=False, highlight=False)
     if len(skipped) > _LISTED:
@@ -321,7 +324,7 @@ def print_skipped(
         console.print(f"and {len(skipped) - _LISTED} more{where}", markup=False)
 
 
-def print_next(console: Console, what: str, folder: Path) -> None:
-    """Print what to do with a folder."""
-    shown = folder if folder.is_absolute() else f"./{folder}"
-    console.print(what.format(shown), markup=False)
+def print_next(console: Console, instruction: str, folder: Path) -> None:
+    """Print an instruction with the folder's path in place of its ``{}``."""
+    path = folder if folder.is_absolute() else f"./{folder}"
+    console.print(instruction.format(path), markup=False)

@@ -1,4 +1,4 @@
-"""The command that opens a local page: click a patch, see its similarity in every frame."""
+"""The command ``view``: a local page that shows what a clicked patch is similar to."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def view(
     port: Annotated[int, Parameter(validator=validators.Number(gte=0, lt=65536))] = 8765,
     no_browser: bool = False,
 ) -> None:
-    """Click a patch of a clip and see what it is similar to in every frame, raw beside adapted.
+    """Show in a browser what a clicked patch is similar to in every frame, raw beside adapted.
 
     Args:
-        source: video file, folder of images, or glob pattern.
-        raw: the backbone alone; no projection is needed.
-        temporal_fusion: show fused features as well.
-        size: shorter side, or HEIGHTxWIDTH.
-        batch_size: frames a forward pass.
-        port: of this machine, or any if it is taken; 0 for any.
-        no_browser: only print the address.
+        source: video file, folder of images, or pattern of images.
+        raw: show the backbone alone, without a projection.
+        temporal_fusion: also show features fused over time.
+        size: size of the encoded frames: shorter side, or HEIGHTxWIDTH.
+        batch_size: frames per forward pass.
+        port: port of the page; if it is taken, any free port; 0 for any.
+        no_browser: print the address without opening a browser.
     """
     out = console()
     most = select.max_frames or _FRAMES
     select = dataclasses.replace(select, max_frames=most)
-    there = frames_in(source, select)  # what cannot be read is told before a model is loaded
+    available = frames_in(source, select)  # an unreadable source fails before a model is loaded
     with out.status(f"loading {model.model}"):
         adapter = model.load(raw=raw)
     with frame_progress(out) as progress:
@@ -64,11 +64,11 @@ def view(
             size=size,
             batch_size=batch_size,
             fusion=temporal_fusion,
-            on_frames=frame_bar(progress, Path(source).name, min(there or most, most)),
+            on_frames=frame_bar(progress, Path(source).name, min(available or most, most)),
         )
-    if there is not None and there > len(clip.pictures) == most:
+    if available is not None and available > len(clip.pictures) == most:
         out.print(
-            f"these are the first {most} frames; --every {select.every * -(-there // most)} "
+            f"these are the first {most} frames; --every {select.every * -(-available // most)} "
             "spreads them over the clip, --max-frames keeps more",
             markup=False,
         )
@@ -77,13 +77,13 @@ def view(
         if port and server.server_port != port:
             out.print(f"port {port} is taken", style="yellow", markup=False)
         out.print(f"{server.url}   Ctrl-C stops", markup=False, soft_wrap=True)
-        if os.environ.get("SSH_CONNECTION"):  # the page is for this machine alone
+        if os.environ.get("SSH_CONNECTION"):  # the server accepts local connections only
             tunnel = f"ssh -L {server.server_port}:127.0.0.1:{server.server_port} THIS-MACHINE"
-            out.print(f"from the machine you sit at, first: {tunnel}", markup=False)
-        # without a display, webbrowser would start a text browser in this very terminal
-        windowed = sys.platform in ("darwin", "win32")
-        windowed = windowed or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
-        if windowed and not no_browser:
+            out.print(f"first run on your own machine: {tunnel}", markup=False)
+        # without a display, webbrowser would start a text browser in this terminal
+        display = sys.platform in ("darwin", "win32")
+        display = display or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+        if display and not no_browser:
             webbrowser.open(server.url)
         server.serve_forever()
     except KeyboardInterrupt:

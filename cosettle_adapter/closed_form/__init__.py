@@ -1,7 +1,7 @@
-"""Projections without gradients: statistics of tokens, and the affine maps that follow from them.
+"""Projections without gradient descent: affine maps computed from statistics of tokens.
 
-Statistics of many clips and a solver give a projection to be stored (:data:`SOLVERS`); statistics
-of a single clip settle that clip's features on top of any projection (:class:`Settler`).
+A solver computes a projection from the statistics of many clips (:data:`SOLVERS`); a
+:class:`Settler` refines the features of any projection with the statistics of a single clip.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Affine maps of tokens: what every closed form returns."""
+"""Affine maps of tokens, the result of every closed form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AffineMap:
 
     @classmethod
     def identity(cls, width: int) -> AffineMap:
-        """Return the map that changes nothing."""
+        """Return the identity map."""
         eye = torch.eye(width, dtype=torch.float64)
         return cls(eye, torch.zeros(width, dtype=torch.float64))
 
@@ -37,9 +37,9 @@ class AffineMap:
 
 
 def apply_to_maps(affine: AffineMap, features: Tensor) -> Tensor:
-    """Apply a map of tokens to feature maps ``(N, C, h, w)`` in float32; keep their dtype."""
-    moved = affine(rearrange(features.float(), "n c h w -> n h w c"))
-    return rearrange(moved, "n h w c -> n c h w").to(features.dtype).contiguous()
+    """Apply an affine map to features ``(N, C, h, w)`` in float32; the dtype is kept."""
+    mapped = affine(rearrange(features.float(), "n c h w -> n h w c"))
+    return rearrange(mapped, "n h w c -> n c h w").to(features.dtype).contiguous()
 
 
 def exact(tokens: Tensor) -> Tensor:

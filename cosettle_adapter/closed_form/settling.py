@@ -1,4 +1,4 @@
-"""Settling one clip's features by the clip's own statistics, at test time, in frame order."""
+"""Settling the features of a clip with the clip's own statistics, at test time."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from cosettle_adapter.errors import StatisticsError
 
 RIDGE = 1.0
 PRIOR_PAIRS = 2000.0
-_LONGEST_WAIT = 8  # frames
+_MAX_WAIT = 8  # frames between two solutions
 
 
 class Settler:
     """Running statistics of one clip's features, and the map that settles them.
 
-    The features may come from any projection, or from none. The map subtracts the clip's mean
+    The features may come from any projection, or from a backbone. The map subtracts the clip's mean
     token and damps the directions in which corresponding patches of adjacent frames differ::
 
         y = k (P + r s I)^(-1/2) (x - mean),   P = (n S + n0 s I) / (n + n0)
 
     with S the clip's intra-video covariance from n pairs, s its mean eigenvalue, and k such that
-    P = s I gives k (...) = I. The prior is that all directions vary equally over time: with few
-    pairs, or still frames, the clip is hardly more than centred.
+    P = s I gives k (...) = I. The prior is that all directions vary equally over time: features of
+    few pairs, or of still frames, are little more than centred.
 
     Features must be added in frame order. Memory is one frame and a ``(C, C)`` matrix.
     """
@@ -40,25 +40,25 @@ class Settler:
         prior_pairs: float = PRIOR_PAIRS,
         forgetting: float = 1.0,
     ) -> None:
-        """Begin a clip with features of ``width`` channels.
+        """Start a clip with features of ``width`` channels.
 
         ``ridge`` is r in units of S's mean eigenvalue; infinity only centres. ``prior_pairs`` is
-        n0, the number of pairs at which the clip counts as much as the prior. All earlier frames
-        are multiplied by ``forgetting`` when one is added; 0.99 remembers about 100 frames.
+        n0, the number of pairs at which the clip counts as much as the prior. Each new frame
+        multiplies the earlier statistics by ``forgetting``; 0.99 remembers about 100 frames.
         """
         if not (ridge > 0 and 0 <= prior_pairs < math.inf and 0 < forgetting <= 1):
             raise ValueError(
                 f"got ridge={ridge}, prior_pairs={prior_pairs} and forgetting={forgetting}, "
                 "expected a positive ridge, at least 0 pairs, and forgetting in (0, 1]"
             )
-        self.frames = 0  # seen
-        self.pairs = 0.0  # corresponding patches seen, those forgotten not counted
+        self.frames = 0  # frames added
+        self.pairs = 0.0  # corresponding patches added, weighted by forgetting
         self._width = width
         self._ridge, self._prior, self._forgetting = ridge, prior_pairs, forgetting
         self._patches = 0.0
         self._sum = torch.zeros(width, dtype=torch.float64)
         self._differences = torch.zeros(width, width, dtype=torch.float64)
-        self._before: Tensor | None = None
+        self._previous: Tensor | None = None
         self._weight: Tensor | None = None
         self._solved_at = 0
 
@@ -74,17 +74,16 @@ class Settler:
 
     @torch.no_grad()
     def settle(self, features: Tensor) -> Tensor:
-        """Add the clip's next frames ``(N, C, h, w)``, and settle each by the frames up to it.
+        """Add the clip's next frames ``(N, C, h, w)`` and settle each with the frames up to it.
 
-        The damping is solved again when the clip has grown by a quarter, and every eight frames
-        at the latest; the mean is always up to date. Both depend on the number of frames only, so
-        the result, in the dtype of ``features``, does not depend on how frames are split over
-        calls.
+        The mean is updated at every frame, the damping whenever the clip has grown by a quarter and
+        at least every eight frames. The result has the dtype of ``features`` and does not depend on
+        how frames are split over calls.
         """
         settled = []
         for frame in features:
             self.update(rearrange(frame, "c h w -> 1 c h w"))
-            wait = min(max(self.frames // 4, 1), _LONGEST_WAIT)
+            wait = min(max(self.frames // 4, 1), _MAX_WAIT)
             if self._weight is None or self.frames - self._solved_at >= wait:
                 self._weight, self._solved_at = self._damping(), self.frames
             damping = AffineMap(self._weight, -(self._weight @ (self._sum / self._patches)))
@@ -93,7 +92,7 @@ class Settler:
 
     @torch.no_grad()
     def solution(self) -> AffineMap:
-        """Return the map for all frames seen, on their device; the identity where none were."""
+        """Return the map for all frames added, on their device; the identity if there are none."""
         if not self._patches:
             return AffineMap.identity(self._width)
         weight = self._damping()
@@ -104,7 +103,7 @@ class Settler:
         total = self._differences.diagonal().sum()
         if math.isinf(self._ridge) or not float(total) > 0:
             return eye
-        # Everything in units of s, so that P's trace is the width.
+        # Covariances in units of s, so that the trace of P is the width.
         intra = self._differences * (self._width / total)
         share = self.pairs / (self.pairs + self._prior)
         values, vectors = torch.linalg.eigh(share * intra + (1 - share + self._ridge) * eye)
@@ -127,19 +126,19 @@ class Settler:
         self._patches = self._forgetting * self._patches + len(patches)
         self.pairs *= self._forgetting
         self._differences *= self._forgetting
-        if self._before is not None and self._before.shape == frame.shape:
-            here, there = corresponding_patches(self._before, frame)
+        if self._previous is not None and self._previous.shape == frame.shape:
+            here, there = corresponding_patches(self._previous, frame)
             difference = here - there
             self.pairs += len(difference)
             self._differences += (difference.T @ difference).to(self._differences)
-        self._before = frame
+        self._previous = frame
         self.frames += 1
 
 
 def settle_clip(
     features: Tensor, *, ridge: float = RIDGE, prior_pairs: float = PRIOR_PAIRS
 ) -> Tensor:
-    """Settle the features ``(T, C, h, w)`` of a clip, in frame order, by all of its frames.
+    """Settle the features ``(T, C, h, w)`` of a clip, in frame order, with all of its frames.
 
     The dtype is kept; ``ridge`` and ``prior_pairs`` are those of :class:`Settler`.
     """

@@ -1,15 +1,15 @@
-"""Closed-form projections: affine maps that minimise an objective one can write down.
+"""Closed-form projections: affine maps that minimise an explicit objective.
 
-With T the total covariance of the tokens, m their mean, and S the covariance of a patch around
-its own mean over time (half the mean outer product of the differences of corresponding patches),
-a projection should map corresponding patches to equal features (small ``tr W S W'``) without
-losing what distinguishes patches. Every solver makes that precise in its own way. All centre the
-tokens, and scale the result to unit variance per channel, as a LayerNorm would; cosines do not
-depend on the scale.
+T is the total covariance of the tokens, m their mean, and S the covariance of a patch around its
+own mean over time (half the mean outer product of the differences of corresponding patches). A
+projection should map corresponding patches to equal features (small ``tr W S W'``) without losing
+what distinguishes patches; each solver defines that trade-off differently. All solvers centre the
+tokens and scale the result to unit variance per channel, as a LayerNorm does; cosines do not depend
+on the scale.
 
-S can be replaced by a *nuisance* covariance, which adds other things that a feature should not
-depend on: see :func:`nuisance_covariance`. A strength out of its range is a :class:`ValueError`;
-no tokens or pairs, or tokens that never vary, are a :class:`StatisticsError`.
+A *nuisance* covariance can replace S to add other variation that features should not depend on:
+see :func:`nuisance_covariance`. A strength out of range is a :class:`ValueError`; no tokens or
+pairs, or tokens that never vary, are a :class:`StatisticsError`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ NUISANCES: tuple[Nuisance, ...] = get_args(Nuisance)
 def nuisance_covariance(statistics: TokenStatistics, nuisance: Nuisance = "intra") -> Tensor:
     """Return the covariance ``(C, C)`` of what features should not depend on.
 
-    ``intra`` is S; ``intra+clips`` adds the covariance of the clips' mean tokens, so that what a
-    whole clip has in common counts little as well; ``intra+positions`` adds the position leakage.
+    ``intra`` is S; ``intra+clips`` adds the covariance of the clips' mean tokens, which damps what
+    all patches of a clip share; ``intra+positions`` adds the position leakage.
     """
     if nuisance not in NUISANCES:
         raise ValueError(f"unknown nuisance {nuisance!r}; expected one of {', '.join(NUISANCES)}")
@@ -54,11 +54,11 @@ def centre(
 ) -> AffineMap:
     """Subtract the mean token: ``y = c (x - m)``.
 
-    The affine map of most variance among those that keep all angles, and the limit of every other
-    solver at the strength that damps nothing. ``strength`` and ``nuisance`` have no effect.
+    This keeps all angles, and is the limit of every other solver at the strength that damps
+    nothing. ``strength`` and ``nuisance`` have no effect.
     """
     del strength, nuisance
-    return _finished(torch.eye(statistics.width, dtype=torch.float64), statistics)
+    return _normalised(torch.eye(statistics.width, dtype=torch.float64), statistics)
 
 
 def ridge_shrinkage(
@@ -66,8 +66,8 @@ def ridge_shrinkage(
 ) -> AffineMap:
     """Shrink directions by their temporal variance: ``W = lambda (S + lambda I)^-1``.
 
-    Minimises ``tr(W S W') + lambda |W - I|^2``, the temporal variance left plus the (Frobenius)
-    distance from leaving tokens as they are: the derivative ``2 W S + 2 lambda (W - I)`` is zero
+    Minimises ``tr(W S W') + lambda |W - I|^2``, the remaining temporal variance plus the squared
+    (Frobenius) distance from the identity: the derivative ``2 W S + 2 lambda (W - I)`` is zero
     there. A direction of variance s is scaled by ``lambda / (s + lambda)``.
     ``strength`` is lambda in units of S's mean eigenvalue; infinity only centres.
     """
@@ -84,14 +84,13 @@ def whiten(
 ) -> AffineMap:
     """Whiten by a power of a covariance: ``W = (S + r I)^-a``, or of T.
 
-    With ``a = 1/2``, cosines in the new features are those of a space whose Mahalanobis distance
-    weighs every direction by how little it should vary: the whitening of S + r I, which is S plus
-    white noise of variance r. Directions of temporal variance far below r keep their relative
-    scale, those far above are whitened. ``strength`` is r in units of the covariance's mean
-    eigenvalue; infinity only centres.
+    With ``a = 1/2``, distances between the new features are Mahalanobis distances for the
+    covariance S + r I, that is S plus white noise of variance r. Directions of temporal variance
+    far below r keep their relative scale, those far above are whitened. ``strength`` is r in units
+    of the covariance's mean eigenvalue; infinity only centres.
 
-    ``power`` is a; smaller ones go half the way. With ``total``, T is whitened in place of S (PCA
-    whitening), which uses nothing temporal: it is a baseline.
+    ``power`` is a; smaller powers whiten partially. With ``total``, T is whitened in place of S
+    (PCA whitening): a baseline that uses no temporal information.
     """
     return _spectral(
         statistics,
@@ -107,14 +106,13 @@ def soft_threshold(
 ) -> AffineMap:
     """Damp directions by the share of their variance that is temporal; remove the worst.
 
-    In coordinates in which T is white, along the eigenvectors of S there (the generalised
-    eigenproblem ``S v = s T v``, the one of discriminant analysis), s is the share of a
-    direction's variance that is temporal. Each gain minimises ``(g - 1)^2 / 2 + tau s g`` over
-    ``g >= 0``: fidelity against the paper's nuclear norm of the projected variation (Theorem 1).
-    The derivative ``g - 1 + tau s`` is zero at ``g = 1 - tau s``; where that is negative, the
-    minimum is at 0. So ``g = max(0, 1 - tau s)``. At ``tau = 1`` this is the Wiener filter
-    ``(T - S) T^-1 (x - m)``, the best linear guess at a patch's mean over time from one look at it.
-    ``strength`` is tau; 0 only centres.
+    The share s is the eigenvalue of a direction v in the generalised eigenproblem ``S v = s T v``,
+    as in discriminant analysis. Each gain minimises ``(g - 1)^2 / 2 + tau s g`` over ``g >= 0``:
+    fidelity against the paper's nuclear norm of the projected variation (Theorem 1). The derivative
+    ``g - 1 + tau s`` is zero at ``g = 1 - tau s``; if that is negative, the minimum is at 0. So
+    ``g = max(0, 1 - tau s)``. At ``tau = 1`` this is the Wiener filter ``(T - S) T^-1 (x - m)``,
+    the best linear estimate of a patch's mean over time from one of its tokens. ``strength`` is
+    tau; 0 only centres.
     """
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength must be finite and not negative, got {strength}")
@@ -126,13 +124,12 @@ def surrogate(
 ) -> AffineMap:
     """Minimise the paper's quadratic surrogate exactly: ``W = lambda T (2 S + lambda T)^-1``.
 
-    The surrogate is ``E |W (x1 - x2)|^2 + lambda E |W x + b - (x - m)|^2``, consistency of
-    corresponding patches plus fidelity to the tokens; to the centred ones, since the mean token
-    distinguishes nothing. Its best bias is ``b = -W m``. With ``E (x1 - x2)(x1 - x2)' = 2 S`` it is
-    then ``2 tr(W S W') + lambda tr((W - I) T (W - I)')``, whose derivative
-    ``4 W S + 2 lambda (W - I) T`` is zero there. A direction whose share of temporal variance is
-    s (as in :func:`soft_threshold`) has gain ``lambda / (2 s + lambda)``.
-    ``strength`` is lambda, the weight of fidelity; infinity only centres.
+    The surrogate is ``E |W (x1 - x2)|^2 + lambda E |W x + b - (x - m)|^2``: consistency of
+    corresponding patches plus fidelity to the centred tokens. The optimal bias is ``b = -W m``.
+    With ``E (x1 - x2)(x1 - x2)' = 2 S`` it equals ``2 tr(W S W') + lambda tr((W - I) T (W - I)')``,
+    whose derivative ``4 W S + 2 lambda (W - I) T`` is zero there. A direction with temporal share s
+    (:func:`soft_threshold`) has gain ``lambda / (2 s + lambda)``. ``strength`` is lambda, the
+    weight of fidelity; infinity only centres.
     """
     if not strength > 0:
         raise ValueError(f"strength must be positive, got {strength}")
@@ -142,13 +139,13 @@ def surrogate(
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """A row of :data:`SOLVERS`."""
+    """A solver and its settings, a row of :data:`SOLVERS`."""
 
     name: str  # the value of ``--solver``
     solve: Callable[[TokenStatistics, float, Nuisance], AffineMap]
-    formula: str  # what it does, in one line, recorded in a projection's config
-    strength: float = 1.0  # the default one
-    strengths: tuple[float, ...] = (0.1, 1.0, 10.0)  # those worth trying
+    formula: str  # one line that a projection's config records
+    strength: float = 1.0  # default
+    strengths: tuple[float, ...] = (0.1, 1.0, 10.0)  # values worth trying
 
 
 SOLVERS: Mapping[str, Solver] = {
@@ -206,29 +203,30 @@ def solve_layers(
 ) -> AffineMap:
     """Solve for concatenated layers of ``widths`` channels, each with the same weight.
 
-    Later layers of an encoder have larger tokens than earlier ones, which says nothing about
-    their worth: each layer is first scaled to the same total variance. The solver's features are
-    then turned to their principal axes, of which the ``out_width`` of most variance are kept, so
-    that what follows costs no more than with one layer. What is kept has unit variance per
-    channel, on average. The map is one of the tokens as the encoder returns them.
+    Tokens of later layers are larger than those of earlier layers, so each layer is first scaled to
+    the same total variance. The solver's features are then rotated to their principal axes, and the
+    ``out_width`` axes of most variance are kept, with unit variance per channel on average. The
+    returned map applies to the tokens as the encoder returns them.
     """
     if sum(widths) != statistics.width:
-        raise ValueError(f"layers of {list(widths)} channels are not {statistics.width} in all")
+        raise ValueError(
+            f"expected layers with {statistics.width} channels in total, got {list(widths)}"
+        )
     if len(widths) == 1 and out_width >= widths[0]:
         return solve(statistics)
     scale = layer_scale(statistics.covariance.diagonal(), widths)
     balanced = statistics.scaled(scale)
-    found = solve(balanced)
-    values, axes = torch.linalg.eigh(found.weight @ balanced.covariance @ found.weight.T)
-    kept = axes.flip(1)[:, :out_width].T
-    kept = kept / values.flip(0)[:out_width].clamp_min(0).mean().sqrt()
-    return AffineMap(kept @ found.weight * scale, kept @ found.bias)
+    affine = solve(balanced)
+    values, vectors = torch.linalg.eigh(affine.weight @ balanced.covariance @ affine.weight.T)
+    axes = vectors.flip(1)[:, :out_width].T
+    axes = axes / values.flip(0)[:out_width].clamp_min(0).mean().sqrt()
+    return AffineMap(axes @ affine.weight * scale, axes @ affine.bias)
 
 
 def layer_scale(variance: Tensor, widths: Sequence[int]) -> Tensor:
     """Return the factors ``(C,)`` that give each layer the same total variance.
 
-    ``variance`` is that of each channel, ``(C,)``; a layer without any is a StatisticsError.
+    ``variance`` is per channel, ``(C,)``; a layer without variance is a StatisticsError.
     """
     factors = []
     for number, part in enumerate(torch.split(variance, list(widths))):
@@ -236,7 +234,7 @@ def layer_scale(variance: Tensor, widths: Sequence[int]) -> Tensor:
             raise StatisticsError(f"all tokens of layer {number} of {len(widths)} are equal")
         factors.append(part.sum().rsqrt().expand(len(part)))
     scale = torch.cat(factors)
-    return scale / scale.mean()  # mean factor 1: the channels keep about their own scale
+    return scale / scale.mean()  # a mean factor of 1 about keeps the channels' scale
 
 
 def _spectral(
@@ -247,7 +245,7 @@ def _spectral(
     *,
     total: bool = False,
 ) -> AffineMap:
-    """``gain(eigenvalues, strength x mean eigenvalue)`` along the eigenvectors of S or T."""
+    """Scale the eigenvectors of S or T by ``gain(eigenvalues, strength x mean eigenvalue)``."""
     if not strength > 0:
         raise ValueError(f"strength must be positive, got {strength}")
     if math.isinf(strength):
@@ -256,36 +254,35 @@ def _spectral(
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(0)
     if not float(values.mean()) > 0:
-        raise StatisticsError("all tokens are equal: the clips show nothing")
-    return _finished((vectors * gain(values, strength * values.mean())) @ vectors.T, statistics)
+        raise StatisticsError("all tokens are equal: the clips have no content")
+    return _normalised((vectors * gain(values, strength * values.mean())) @ vectors.T, statistics)
 
 
 def _generalised(
     statistics: TokenStatistics, gain: Callable[[Tensor], Tensor], nuisance: Nuisance
 ) -> AffineMap:
-    """``gain(s)`` along the generalised eigenvectors ``S v = s T v``, in token coordinates.
-
-    With ``T = E D E'`` and ``D^-1/2 E' S E D^-1/2 = U diag(s) U'`` that is ``E D^1/2 U diag(g) U'
-    D^-1/2 E'``. Directions in which no token varied, where s would be 0 / 0, are left as they are.
-    """
+    """Scale the generalised eigenvectors ``S v = s T v`` by ``gain(s)``, in token coordinates."""
+    # With T = E D E' and D^-1/2 E' S E D^-1/2 = U diag(s) U', this is
+    # E D^1/2 U diag(g) U' D^-1/2 E'. Directions without variance stay unchanged.
     noise = nuisance_covariance(statistics, nuisance)
     values, vectors = torch.linalg.eigh(statistics.covariance)
     kept = values > values[-1].clamp_min(0) * len(values) * 1e-12
     values, vectors = values[kept], vectors[:, kept]
-    out, into = vectors * values.sqrt(), vectors * values.rsqrt()
-    shares, turn = torch.linalg.eigh(into.T @ noise @ into)
+    colour, whitening = vectors * values.sqrt(), vectors * values.rsqrt()
+    shares, rotation = torch.linalg.eigh(whitening.T @ noise @ whitening)
     eye = torch.eye(statistics.width, dtype=torch.float64)
-    changed = (out @ turn) * (gain(shares.clamp_min(0)) - 1) @ (into @ turn).T
-    return _finished(eye + changed, statistics)
+    gains = gain(shares.clamp_min(0)) - 1
+    change = (colour @ rotation) * gains @ (whitening @ rotation).T
+    return _normalised(eye + change, statistics)
 
 
-def _finished(weight: Tensor, statistics: TokenStatistics) -> AffineMap:
-    """Centre, and scale to unit variance per channel."""
+def _normalised(weight: Tensor, statistics: TokenStatistics) -> AffineMap:
+    """Add centring, and scale to unit variance per channel."""
     mean, covariance = statistics.mean, statistics.covariance
     variance = (weight @ covariance @ weight.T).diagonal().mean()
-    # Tokens that are equal up to rounding leave a variance that is nothing but rounding.
+    # The variance of equal tokens is not zero but a rounding error.
     rounding = 1e-12 * float(mean.square().mean())
     if not (float(variance) > 0 and float(covariance.diagonal().mean()) > rounding):
-        raise StatisticsError("all tokens are equal: the clips show nothing")
+        raise StatisticsError("all tokens are equal: the clips have no content")
     weight = weight / variance.sqrt()
     return AffineMap(weight, -(weight @ mean))

@@ -1,4 +1,4 @@
-"""Second-order statistics of patch tokens, collected in one pass at constant memory."""
+"""Second-order statistics of patch tokens, collected in one pass in constant memory."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ _MATRICES = ("outer", "differences", "clip_outer", "view_outer")
 
 
 class TokenStatistics:
-    """What closed-form projections need to know about patch tokens.
+    """Statistics of patch tokens for closed-form projections.
 
-    All is kept as sums in float64, so that merging the statistics of parts equals one pass over
-    the whole, in any order. Memory is a few ``(C, C)`` matrices. What was not collected is a
-    :class:`StatisticsError` when it is asked for.
+    They are sums in float64, so that merging the statistics of parts, in any order, equals one pass
+    over all. Memory is a few ``(C, C)`` matrices. Reading statistics that were not collected is a
+    :class:`StatisticsError`.
     """
 
     def __init__(self, width: int) -> None:
         self.width = width
         self._sums: dict[str, Tensor] = {}
-        # of the clip that is being added
+        # of the current clip
         self._clip_tokens, self._clip_sum = 0, torch.zeros(width, dtype=torch.float64)
 
     @property
     def tokens(self) -> int:
-        """Number of tokens seen."""
+        """Number of tokens added."""
         return int(self._get("tokens"))
 
     @property
     def pairs(self) -> int:
-        """Number of corresponding pairs seen; of weighted ones the sum of the weights."""
+        """Number of corresponding pairs added; for soft pairs, the sum of their weights."""
         return round(float(self._get("pairs")))
 
     @property
     def clips(self) -> int:
-        """Number of clips that ended."""
+        """Number of complete clips."""
         return int(self._get("clips"))
 
     def add_tokens(self, tokens: Tensor) -> None:
@@ -50,7 +50,7 @@ class TokenStatistics:
         self.add_moments(len(tokens), tokens.sum(0), tokens.T @ tokens)
 
     def add_moments(self, count: int, total: Tensor, outer: Tensor) -> None:
-        """Add tokens by their number, their sum ``(C,)`` and that of outer products ``(C, C)``."""
+        """Add tokens by their number, sum ``(C,)`` and sum of outer products ``(C, C)``."""
         if total.shape != (self.width,) or outer.shape != (self.width, self.width):
             raise ValueError(
                 f"expected sums ({self.width},) and ({self.width}, {self.width}), "
@@ -78,27 +78,27 @@ class TokenStatistics:
         self._add("differences", difference.T @ difference)
 
     def add_soft_pairs(self, here: Tensor, there: Tensor, weights: Tensor) -> None:
-        """Add every pair of tokens ``(N, C)`` and ``(M, C)`` of two frames of one video.
+        """Add all pairs of tokens ``(N, C)`` and ``(M, C)`` of two frames of one video.
 
-        ``weights`` ``(N, M)``, at least 0, say how likely the two correspond.
+        ``weights`` ``(N, M)``, at least 0, are the likelihoods that two tokens correspond.
         """
         here, there = self._checked(here), self._checked(there)
         weights = weights.to(here)
-        # sum_ij w_ij (x_i - y_j)(x_i - y_j)^T, without forming the N M differences
+        # sum_ij w_ij (x_i - y_j)(x_i - y_j)^T without the N M differences
         cross = here.T @ (weights @ there)
         outer = (here.T * weights.sum(1)) @ here + (there.T * weights.sum(0)) @ there
         self._add("pairs", weights.sum())
         self._add("differences", outer - cross - cross.T)
 
     def add_views(self, plain: Tensor, perturbed: Tensor) -> None:
-        """Add the same tokens ``(N, C)`` as they are and with their positions perturbed."""
+        """Add tokens ``(N, C)`` and the same tokens with perturbed positions."""
         difference = self._checked(plain) - self._checked(perturbed)
         self._add("views", len(difference))
         self._add("view_sum", difference.sum(0))
         self._add("view_outer", difference.T @ difference)
 
     def merge(self, other: TokenStatistics) -> None:
-        """Add the statistics of other clips, which must be of the same layers."""
+        """Add the statistics of other clips, of the same layers."""
         if other.width != self.width:
             raise ValueError(
                 f"got statistics of {other.width} channels, expected {self.width}: "
@@ -110,32 +110,37 @@ class TokenStatistics:
     def scaled(self, scale: Tensor) -> TokenStatistics:
         """Return the statistics of tokens whose channels are multiplied by ``scale`` ``(C,)``."""
         scale = scale.to("cpu", torch.float64)
-        both = torch.outer(scale, scale)
-        factor = dict.fromkeys(_VECTORS, scale) | dict.fromkeys(_MATRICES, both)
-        found = TokenStatistics(self.width)
-        found._sums = {name: value * factor.get(name, 1.0) for name, value in self._sums.items()}
-        return found
+        factors = dict.fromkeys(_VECTORS, scale)
+        factors |= dict.fromkeys(_MATRICES, torch.outer(scale, scale))
+        scaled = TokenStatistics(self.width)
+        scaled._sums = {name: value * factors.get(name, 1.0) for name, value in self._sums.items()}
+        return scaled
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return all sums, float64, ready for ``safetensors``."""
+        """Return all sums as float64 tensors, for ``safetensors``."""
         width = torch.tensor(self.width, dtype=torch.float64)
         return {"width": width} | {name: value.clone() for name, value in self._sums.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TokenStatistics:
-        """Restore statistics from what :meth:`to_tensors` returned, else StatisticsError."""
+        """Restore statistics from :meth:`to_tensors`; other tensors are a StatisticsError."""
         unknown = sorted(tensors.keys() - {"width", *_COUNTS, *_VECTORS, *_MATRICES})
         if "width" not in tensors or unknown:
             raise StatisticsError(
                 f"expected the tensors of token statistics, got {', '.join(sorted(tensors))}"
             )
-        found = cls(int(tensors["width"]))
+        statistics = cls(int(tensors["width"]))
         for name, value in tensors.items():
-            if name != "width":
-                if value.shape != found._get(name).shape:
-                    raise StatisticsError(f"{name} is {tuple(value.shape)} at width {found.width}")
-                found._add(name, value)
-        return found
+            if name == "width":
+                continue
+            expected = statistics._get(name).shape
+            if value.shape != expected:
+                raise StatisticsError(
+                    f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)} at width "
+                    f"{statistics.width}"
+                )
+            statistics._add(name, value)
+        return statistics
 
     @property
     def mean(self) -> Tensor:
@@ -151,10 +156,7 @@ class TokenStatistics:
 
     @property
     def intra_covariance(self) -> Tensor:
-        """Covariance ``(C, C)`` of a patch around its own mean over neighbouring frames.
-
-        Half the mean outer product of differences.
-        """
+        """Covariance ``(C, C)`` of a patch around its own mean over neighbouring frames."""
         self._require("pairs", "corresponding pairs")
         return self._get("differences") / (2 * self._get("pairs"))
 
@@ -169,7 +171,7 @@ class TokenStatistics:
     def leakage_covariance(self) -> Tensor:
         """Covariance ``(C, C)`` of a token around the mean of itself with and without position.
 
-        What perturbing adds to all tokens equally is not part of it: centring removes that.
+        It excludes a change common to all tokens, which centring removes.
         """
         self._require("views", "tokens with perturbed positions")
         mean = self._get("view_sum") / self._get("views")
@@ -192,5 +194,5 @@ class TokenStatistics:
     def _require(self, name: str, what: str) -> None:
         if not float(self._get(name)) > 0:
             raise StatisticsError(
-                f"no {what} were gathered: every clip was unreadable, too short, or without motion"
+                f"no {what} were collected: every clip is unreadable, too short or without motion"
             )

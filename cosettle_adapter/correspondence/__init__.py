@@ -1,7 +1,6 @@
-"""What feature maps tell about which patch of one frame is which patch of another.
+"""Correspondence between the patches of video frames: matching, fusion, labels, tracks.
 
-Everything here takes feature maps ``(C, h, w)`` of any origin, compares patches by cosine, and
-needs torch only.
+Everything here takes feature maps ``(C, h, w)`` of any origin and compares patches by cosine.
 """
 
 from typing import TYPE_CHECKING

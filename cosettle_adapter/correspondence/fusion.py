@@ -1,26 +1,24 @@
 """Averaging patches that look alike: within a frame, and between frames (temporal fusion).
 
-A backbone sees each frame alone, so the features of one object flicker. Averaging removes the
-flicker, if it follows the motion. Non-local means (Buades, Coll & Morel, CVPR 2005; for video:
-"Denoising image sequences does not require motion estimation", AVSS 2005) does so without
-estimating motion: the mean is over what looks alike. With x_i(t) the feature of patch i of frame
-t, the result is::
+A backbone encodes each frame alone, so the features of an object flicker. Averaging along the
+motion removes the flicker. Non-local means (Buades, Coll & Morel, CVPR 2005; for video: "Denoising
+image sequences does not require motion estimation", AVSS 2005) does so without estimating motion:
+it averages patches that look alike. With x_i(t) the feature of patch i of frame t, the result is::
 
     y_i(t) = x_i(t) + share / K  sum_k g_ik (m_ik - x_i(t))
 
-over the K neighbouring frames k that exist within the window and that no cut separates from t.
-m_ik is the mean of the five patches of frame k that are most similar to patch i, weighted by
-softmax(cosine / 0.1).
+over the K neighbouring frames k within the window that no cut separates from t. m_ik is the mean
+of the five patches of frame k that are most similar to patch i, weighted by softmax(cosine / 0.1).
 
-A patch that is hidden or outside in frame k has matches all the same, wrong ones. They seldom lead
-back, and seldom move as the patches around do::
+A patch that is occluded or outside frame k still has matches, but wrong ones: they rarely match
+back and rarely move like the patches around them. The gate lowers their weight::
 
     g_ik = exp(-d^2 / 2 - s^2 / 8)
 
 where d is the distance in patches between i and the best match in frame t of i's best match in
 frame k, and s the distance between i's displacement to its match and the median displacement of
-the 3 x 3 patches around i. The whole frame is searched, so no motion is too fast. Across a cut,
-few neighbouring patches have matches that lead back and lie side by side.
+the 3 x 3 patches around i. The whole frame is searched, so no motion is too fast. Two frames are
+separated by a cut if few pairs of adjacent patches match back and have adjacent matches.
 """
 
 from __future__ import annotations
@@ -40,66 +38,66 @@ from cosettle_adapter.errors import GeometryError
 
 FusionMode = Literal["symmetric", "causal"]
 
-# Chosen by label propagation on 25 DAVIS sequences, where shares from 0.5 to 0.75 are within noise,
-# and so are windows of two and three frames, of which two costs less.
+# Chosen by label propagation on 25 DAVIS sequences. Shares from 0.5 to 0.75 differ only by noise,
+# as do windows of two and three frames; two cost less.
 SHARE = 0.5
 MATCHES = 5
 TEMPERATURE = 0.1
 WINDOW = 2
-APART = 2.0  # patches, deviation of s
-# A cut is where the share of neighbouring patches whose matches lead back and stay neighbours is
-# below CUT / (h + w). On ten DAVIS clips, every third frame, adjacent frames have 0.21 at least on
-# 8 x 14 patches and 0.08 on 34 x 63, frames of two clips at most 0.15 and 0.03.
+APART = 2.0  # patches, standard deviation of s
+# A cut has a share below CUT / (h + w) of adjacent patches that match back and have adjacent
+# matches. On ten DAVIS clips, every third frame, successive frames have at least 0.21 on 8 x 14
+# patches and 0.08 on 34 x 63, frames of two clips at most 0.15 and 0.03.
 CUT = 5.5
 CUT_AT_MOST = 0.2
 
-_BAND = 1 << 20  # cosines held at a time: 4 MB
+_BAND = 1 << 20  # cosines computed at a time: 4 MB
 
-# Within a frame, chosen in the same way: radii of 2 and 5 are within 0.4 J&F, an unlimited one
-# costs 2.
+# Within a frame, chosen in the same way: radii of 2 and 5 differ by at most 0.4 J&F, an unlimited
+# radius loses 2.
 RADIUS = 3  # patches
 _ROWS = 4  # of patches compared at a time
 
 
 class TemporalFusion:
-    """Fuses a stream of feature maps, in frame order, at constant memory.
+    """Fuses a stream of feature maps, in frame order, in constant memory.
 
-    The result does not depend on how frames are split over calls. Nothing crosses a scene cut, in
-    either direction.
+    The result does not depend on how frames are split over calls. Frames are never fused across a
+    scene cut.
     """
 
     def __init__(self, mode: FusionMode = "symmetric", window: int = WINDOW) -> None:
-        """Begin a clip; ``window`` is the number of frames on each side.
+        """Start a clip; ``window`` is the number of frames on each side.
 
-        ``symmetric`` averages over frames on both sides, and so returns a frame after ``window``
-        more have come; ``causal`` over past frames only, at once.
+        ``symmetric`` averages over frames on both sides and returns a frame ``window`` frames
+        later; ``causal`` averages over past frames only and returns each frame at once.
         """
         if mode not in get_args(FusionMode):
-            raise ValueError(f"temporal fusion is 'symmetric' or 'causal', got {mode!r}")
+            raise ValueError(f"temporal fusion must be 'symmetric' or 'causal', got {mode!r}")
         if window < 1:
             raise ValueError(f"window must be at least 1 frame, got {window}")
         self._symmetric, self._window = mode == "symmetric", window
-        # the last frames since a cut; in symmetric mode those that wait for more
+        # the last frames since a cut; in symmetric mode those that wait for later frames
         self._recent: collections.deque[_Frame] = collections.deque()
         self._like = torch.empty(0)
 
     @torch.no_grad()
     def push(self, features: Tensor, guide: Tensor | None = None) -> Tensor:
-        """Add the clip's next frames ``(N, C, h, w)``; return those finished by now, in order.
+        """Add the clip's next frames ``(N, C, h, w)``; return the frames now finished, in order.
 
-        ``guide`` ``(N, G, h, w)`` are maps that matches are taken from, by default the features.
-        Maps of another shape than those that wait are a GeometryError: call :meth:`flush` before.
+        Matches are found in the maps ``guide`` ``(N, G, h, w)``, by default the features. A change
+        of shape while frames wait is a GeometryError: call :meth:`flush` before.
         """
         guide = features if guide is None else guide
         _check(features, guide)
         shape = features.shape[1:]
-        known = self._recent[-1].unit.shape[1] if self._recent else guide.shape[1]
-        if self._like.shape[1:] != shape or known != guide.shape[1]:
+        channels = self._recent[-1].unit.shape[1] if self._recent else guide.shape[1]
+        if self._like.shape[1:] != shape or channels != guide.shape[1]:
             if self._symmetric and self._recent:
                 raise GeometryError(
                     f"got features of shape {tuple(shape)} with {guide.shape[1]} guide channels "
                     f"while {len(self._recent)} frames of shape {tuple(self._like.shape[1:])} with "
-                    f"{known} wait for their neighbours; call flush() before a change"
+                    f"{channels} wait for later frames; call flush() before a change of shape"
                 )
             self._recent.clear()
         self._like = features.new_empty((0, *shape))
@@ -110,7 +108,7 @@ class TemporalFusion:
 
     @torch.no_grad()
     def flush(self) -> Tensor:
-        """End the clip and return the frames that waited, ``(M, C, h, w)``; a new one may begin."""
+        """End the clip and return the frames that wait, ``(M, C, h, w)``; a new clip can follow."""
         return self._maps(self._end())
 
     def _add(self, new: _Frame, grid: tuple[int, int]) -> list[Tensor]:
@@ -139,8 +137,8 @@ class TemporalFusion:
 
     def _maps(self, finished: list[Tensor]) -> Tensor:
         maps = self._like.new_empty((len(finished), *self._like.shape[1:]))
-        for place, frame in zip(maps, finished, strict=True):
-            place.copy_(rearrange(frame, "(h w) c -> c h w", w=maps.shape[-1]))
+        for out, frame in zip(maps, finished, strict=True):
+            out.copy_(rearrange(frame, "(h w) c -> c h w", w=maps.shape[-1]))
         return maps
 
 
@@ -160,11 +158,9 @@ def temporal_fusion(
 
 
 def fusion_guide(tokens: Tensor, widths: Sequence[int]) -> Tensor:
-    """Return what features are matched by: of tokens ``(T, C, h, w)`` the middle layer, centred.
-
-    One layer finds better matches than all that are read, and half the variance of tokens is their
-    mean, which makes everything similar to everything. ``widths`` are the layers' channels.
-    """
+    """Return maps to find matches in: the middle layer of tokens ``(T, C, h, w)``, centred."""
+    # One layer gives better matches than all layers together. The mean is half of the tokens' power
+    # and makes all patches similar.
     guide = torch.split(tokens, list(widths), dim=1)[len(widths) // 2]
     return guide - reduce(guide, "t c h w -> t c 1 1", "mean")
 
@@ -174,9 +170,7 @@ def average_neighbours(features: Tensor, share: float) -> Tensor:
 
     With x_i the feature of patch i, the result is ``(1 - share) x_i + share m_i``, where m_i is
     the mean of the five patches within three patches of i that are most similar to it (cosine),
-    weighted by softmax(cosine / 0.1).
-
-    A share of 0 and maps of a single patch change nothing; the dtype is kept.
+    weighted by softmax(cosine / 0.1). The dtype is kept; maps of a single patch are unchanged.
     """
     batch, _, height, width = features.shape
     count = min(MATCHES, height * width - 1)
@@ -205,35 +199,36 @@ def average_neighbours(features: Tensor, share: float) -> Tensor:
 
 
 def _weighted(patches: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """``(B, q, C)``: sums of the patches ``(B n, C)`` at an index ``(B, q, k)``, by weights."""
+    """Weighted sums ``(B, q, C)`` of the patches ``(B n, C)`` at ``index`` ``(B, q, k)``."""
     if torch.compiler.is_exporting():  # ONNX has no embedding_bag
         return einsum(patches[index], weights, "b q k c, b q k -> b q c")
-    flat, by = (rearrange(each, "b q k -> (b q) k") for each in (index, weights))
-    found = F.embedding_bag(flat, patches, mode="sum", per_sample_weights=by)
-    return rearrange(found, "(b q) c -> b q c", b=len(index))
+    batch = len(index)
+    index, weights = (rearrange(tensor, "b q k -> (b q) k") for tensor in (index, weights))
+    sums = F.embedding_bag(index, patches, mode="sum", per_sample_weights=weights)
+    return rearrange(sums, "(b q) c -> b q c", b=batch)
 
 
 class _Matches(NamedTuple):
     """The best matches of every patch in another frame, best first."""
 
     cosine: Tensor  # (h w, k)
-    patch: Tensor  # (h w, k), their numbers
+    patch: Tensor  # (h w, k) patch numbers
 
 
 @dataclasses.dataclass
 class _Frame:
-    """A frame and what its neighbours have added to it."""
+    """A frame and the sums over its neighbours."""
 
     patches: Tensor  # (h w, C) float32
     unit: Tensor  # (h w, G) of unit length
-    means: Tensor  # (h w, C), the sum over neighbours of gate and mean of the matches
-    gates: Tensor  # (h w, 1), the sum over neighbours
+    means: Tensor  # (h w, C), sum over neighbours of gate times mean of the matches
+    gates: Tensor  # (h w, 1), sum over neighbours
     neighbours: int = 0
 
     @classmethod
     def of(cls, features: Tensor, guide: Tensor) -> _Frame:
         patches, guides = (
-            rearrange(each.float(), "c h w -> (h w) c") for each in (features, guide)
+            rearrange(maps.float(), "c h w -> (h w) c") for maps in (features, guide)
         )
         unit = F.normalize(guides, dim=1)
         # half precision is fast on GPUs and slow on CPUs
@@ -256,7 +251,7 @@ class _Frame:
 
 
 def _match(here: Tensor, there: Tensor) -> tuple[_Matches, _Matches]:
-    """The best matches in both directions, from bands of the affinity matrix."""
+    """Best matches in both directions, computed from bands of the affinity matrix."""
     count = len(here)
     k = min(MATCHES, count)
     band = max(k, _BAND // count)
@@ -266,20 +261,20 @@ def _match(here: Tensor, there: Tensor) -> tuple[_Matches, _Matches]:
         forth.append(block.topk(k, dim=1))
         cosine, index = block.T.contiguous().topk(min(k, len(block)), dim=1)
         back.append((cosine, index + start))
-    cosine, index = (torch.cat(each, dim=1) for each in zip(*back, strict=True))
+    cosine, index = (torch.cat(parts, dim=1) for parts in zip(*back, strict=True))
     cosine, chosen = cosine.topk(k, dim=1)
-    matches = _Matches(*(torch.cat(each) for each in zip(*forth, strict=True)))
+    matches = _Matches(*(torch.cat(parts) for parts in zip(*forth, strict=True)))
     return matches, _Matches(cosine, index.gather(1, chosen))
 
 
 def _miss(forth: _Matches, back: _Matches, grid: tuple[int, int]) -> Tensor:
-    """How far from every patch the match of its match is, ``(h w,)`` in patches."""
-    away: Tensor = _moved(back.patch[forth.patch[:, 0], 0], grid).float().norm(dim=0)
-    return away
+    """Distance ``(h w,)`` in patches between every patch and the match of its match."""
+    distance: Tensor = _moved(back.patch[forth.patch[:, 0], 0], grid).float().norm(dim=0)
+    return distance
 
 
 def _gate(matches: _Matches, miss: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How far the matches of every patch are trusted, ``(h w,)`` in [0, 1]: g of the module."""
+    """Weight ``(h w,)`` in [0, 1] of every patch's matches: g in the module's docstring."""
     moved = _moved(matches.patch[:, 0], grid).float()
     maps = rearrange(moved, "yx (h w) -> yx 1 h w", h=grid[0])
     around = F.unfold(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3)
@@ -288,20 +283,20 @@ def _gate(matches: _Matches, miss: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _is_cut(*directions: tuple[_Matches, Tensor], grid: tuple[int, int]) -> bool:
-    """Whether few neighbouring patches have matches that lead back (to one patch) and adjoin."""
-    kept: list[Tensor] = []
+    """Whether few adjacent patches match back, to within one patch, and have adjacent matches."""
+    consistent: list[Tensor] = []
     for matches, miss in directions:
         moved = rearrange(_moved(matches.patch[:, 0], grid), "yx (h w) -> yx h w", h=grid[0])
         returned = rearrange(miss <= 1, "(h w) -> h w", h=grid[0])
         for axis, size in enumerate(grid):
             both = returned.narrow(axis, 0, size - 1) & returned.narrow(axis, 1, size - 1)
             adjacent = moved.diff(dim=axis + 1).abs().amax(0) <= 1
-            kept.append(rearrange(both & adjacent, "h w -> (h w)"))
-    return float(torch.cat(kept).float().mean()) < min(CUT_AT_MOST, CUT / sum(grid))
+            consistent.append(rearrange(both & adjacent, "h w -> (h w)"))
+    return float(torch.cat(consistent).float().mean()) < min(CUT_AT_MOST, CUT / sum(grid))
 
 
 def _moved(index: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Rows and columns from every patch to the one given for it, ``(2, h w)``."""
+    """Displacement ``(2, h w)`` in rows and columns from every patch to ``index``."""
     width = grid[1]
     start = torch.arange(len(index), device=index.device)
     return torch.stack([index // width - start // width, index % width - start % width])

@@ -1,4 +1,4 @@
-"""Which patches of two feature maps show the same thing, by mutual similarity."""
+"""Matching the patches of two feature maps by mutual similarity."""
 
 from __future__ import annotations
 
@@ -21,16 +21,13 @@ def each_map(features: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def unit_map(features: Tensor) -> Tensor:
-    """Return a map ``(C, h, w)`` or ``(1, C, h, w)`` as ``(C, h, w)`` with patches of unit length.
-
-    They are in float32 at least; patches of zeros stay zeros.
-    """
+    """Return a map ``([1,] C, h, w)`` as ``(C, h, w)`` with unit patches, at least in float32."""
     if features.ndim == 4 and len(features) == 1:
         features = features[0]
     if features.ndim != 3 or features.numel() == 0 or not features.is_floating_point():
         raise GeometryError(
             f"got a feature map of shape {tuple(features.shape)} and {features.dtype}, expected "
-            "floating point (C, h, w) or (1, C, h, w); pass the frames of a batch one by one"
+            "floating point (C, h, w) or (1, C, h, w); pass one frame at a time"
         )
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
@@ -40,12 +37,12 @@ def unit_map(features: Tensor) -> Tensor:
 def patch_distances(
     lines: range, others: range, short: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return how far patches of lines of the grid are from those of others: along, across.
+    """Return distances between patches of two ranges of lines of ``short`` patches.
 
-    Shapes are ``(lines, 1, others, 1)`` and ``(1, short, 1, short)``, for ``short`` patches a line.
+    In lines, ``(lines, 1, others, 1)``, and within a line, ``(1, short, 1, short)``.
     """
     first, second, patch = (
-        torch.arange(each.start, each.stop, device=device) for each in (lines, others, range(short))
+        torch.arange(r.start, r.stop, device=device) for r in (lines, others, range(short))
     )
     along = rearrange(first, "a -> a 1 1 1") - rearrange(second, "b -> 1 1 b 1")
     across = rearrange(patch, "s -> 1 s 1 1") - rearrange(patch, "t -> 1 1 1 t")
@@ -62,9 +59,9 @@ def mutual_nearest(a: Tensor, b: Tensor, *, chunk: int = 1024) -> tuple[Tensor, 
         chunk: patches of ``a`` compared at a time; bounds memory only.
 
     Returns:
-        Flat patch indices ``(M, 2)`` int64, in ``a`` (ascending) and in ``b``, row-major; and the
-        pairs' cosines ``(M,)``. Of equally near patches the first one counts, so that identical
-        patches are matched at most once.
+        Row-major patch indices ``(M, 2)`` int64 in ``a`` (ascending) and ``b``, and the pairs'
+        cosines ``(M,)``. Among equally near patches the first one is the nearest, so identical
+        patches match at most once.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
@@ -96,9 +93,9 @@ def mutual_nearest(a: Tensor, b: Tensor, *, chunk: int = 1024) -> tuple[Tensor, 
 def corresponding_patches(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Find patches of two frames ``(C, h, w)`` of one video that show the same thing.
 
-    They are mutual nearest neighbours by cosine after the mean of both frames is subtracted: what
-    all patches have in common hides how they differ. Returns them, not centred, ``(M, C)`` each;
-    none if the two frames are equal, because a still frame says nothing about motion.
+    They are mutual nearest neighbours by cosine after subtracting the mean of both frames, which
+    hides the differences between patches. Returns the original patches, ``(M, C)`` each; none if
+    the frames are equal, because a still frame carries no information on motion.
     """
     flat, centred = _flat_and_centred(here, there)
     if torch.equal(here, there):
@@ -113,10 +110,10 @@ def soft_correspondences(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weigh every pair of patches of two frames by how likely both show the same thing.
 
-    The weight is the probability of stepping from one patch to the other and back, where steps
-    follow cosines of centred patches: ``softmax_j(cos / t) softmax_i(cos / t)``. Mutual nearest
-    neighbours are the limit of a low temperature t. Returns patches ``(N, C)`` and ``(M, C)``, not
-    centred, and weights ``(N, M)``; all zero if the two frames are equal.
+    The weight is the probability of a random walk from one patch to the other and back, along
+    cosines of centred patches: ``softmax_j(cos / t) softmax_i(cos / t)``. Mutual nearest neighbours
+    are the limit of a low temperature t. Returns the original patches ``(N, C)`` and ``(M, C)`` and
+    weights ``(N, M)``, all zero if the frames are equal.
     """
     flat, centred = _flat_and_centred(here, there)
     if torch.equal(here, there):

@@ -1,7 +1,7 @@
 """Label propagation: carry a segmentation of the first frame through a clip by its features.
 
-The affinities of a clip are never held at once: a band of lines of the grid is compared with a few
-context frames at a time, only with the lines within reach, and only its top-k are kept.
+Memory stays small: a band of grid lines is compared with a few context frames at a time, only with
+the lines within the radius, and only the top-k affinities are kept.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ from cosettle_adapter.errors import FrameError, GeometryError
 
 Protocol = Literal["crw", "dino"]
 
-_CHUNK, _CHUNK_ON_CPU = 8192, 256  # patches of a frame
-_SMALL = 1024  # patches of a frame that is not worth splitting
-_AGAINST = 8192  # patches of the context that a chunk is compared with, about
+_CHUNK, _CHUNK_ON_CPU = 8192, 256  # patches of a frame compared at a time
+_SMALL = 1024  # patches; smaller frames are not split on CPUs
+_CONTEXT_CHUNK = 8192  # approximate number of context patches compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class PropagationProtocol:
-    """How labels reach a frame from the frames before it.
+    """Settings of label propagation.
 
-    A figure is only comparable with others of the same protocol, frame size and frame rate.
+    Results are comparable only for the same protocol, frame size and frame rate.
     """
 
-    context: int  # preceding frames that are searched besides the first
-    radius: float  # how far from its own place a patch is searched for; ``math.inf`` for anywhere
-    topk: int  # most similar patches, over all context frames, whose labels are averaged
+    context: int  # preceding frames to search besides the first
+    radius: float  # search radius around a patch's own position; ``math.inf`` for the whole frame
+    topk: int  # number of most similar patches, over all context frames, to average the labels of
     temperature: float  # the average's weights are the softmax of cosine / temperature
-    # ``disk`` is Euclidean distance strictly below the radius, ``square`` is row and column
-    # distance up to and including it
+    # ``disk``: Euclidean distance below the radius; ``square``: row and column distance up to and
+    # including it
     neighbourhood: Literal["disk", "square"]
     restrict_first: bool  # whether the neighbourhood applies to the first frame as well
-    # whether copies of the first frame (under the neighbourhood) stand in for preceding frames
-    # that do not exist yet, and compete for the top-k
+    # whether copies of the first frame, restricted to the neighbourhood, replace missing preceding
+    # frames
     repeat_first: bool
 
     def __post_init__(self) -> None:
-        for name, least, ok in (
+        for name, allowed, valid in (
             ("context", "0 or more preceding frames", self.context >= 0),
-            ("radius", "above 0 patches, math.inf for anywhere", self.radius > 0),
+            ("radius", "above 0 patches, math.inf for the whole frame", self.radius > 0),
             ("topk", "at least 1 patch", self.topk >= 1),
             ("temperature", "above 0", self.temperature > 0),
         ):
-            if not ok:
-                raise ValueError(f"{name} must be {least}, got {getattr(self, name)}")
+            if not valid:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
 
 
 PROTOCOLS: dict[str, PropagationProtocol] = {
     # videowalk's test.py as SiamMAE and CropMAE use it. Its loader puts `context` copies of frame
-    # 0 before the clip: they lie in the sliding window, hence under the radius, and count once
-    # each. So frame 1 takes all seven votes from the single best patch near by: a plain copy.
+    # 0 before the clip: they are in the sliding window, restricted to the radius, and count once
+    # each. So all seven votes for a patch of frame 1 come from the single best patch nearby.
     "crw": PropagationProtocol(
         context=20, radius=20, topk=7, temperature=0.7, neighbourhood="disk",
         restrict_first=False, repeat_first=True,
@@ -74,7 +74,7 @@ PROTOCOLS: dict[str, PropagationProtocol] = {
 
 
 class LabelPropagator:
-    """Propagates labels frame by frame and keeps the context only."""
+    """Propagates labels frame by frame and stores only the context frames."""
 
     def __init__(
         self,
@@ -84,19 +84,19 @@ class LabelPropagator:
         chunk: int | None = None,
         **changes: float | None,
     ) -> None:
-        """Begin a clip.
+        """Start a clip.
 
         Args:
             first_labels: ``(K, h, w)`` floating point, soft labels of the first frame.
-            protocol: a name of :data:`PROTOCOLS`.
-            chunk: patches of a frame that are compared at a time; bounds memory only.
-            **changes: fields of :class:`PropagationProtocol`, in place of the protocol's.
+            protocol: a name in :data:`PROTOCOLS`.
+            chunk: patches of a frame compared at a time; bounds memory only.
+            **changes: fields of :class:`PropagationProtocol` that override the protocol's.
         """
         if protocol not in PROTOCOLS:
             known = " or ".join(repr(name) for name in PROTOCOLS)
             raise ValueError(f"got protocol {protocol!r}, expected {known}")
-        given: Any = {name: value for name, value in changes.items() if value is not None}
-        self.protocol = dataclasses.replace(PROTOCOLS[protocol], **given)
+        overrides: Any = {name: value for name, value in changes.items() if value is not None}
+        self.protocol = dataclasses.replace(PROTOCOLS[protocol], **overrides)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 patch, got {chunk}")
         self.chunk = chunk
@@ -107,12 +107,12 @@ class LabelPropagator:
         ):
             raise GeometryError(
                 f"got first_labels of shape {tuple(first_labels.shape)} and {first_labels.dtype}, "
-                "expected floating point (K, h, w): one-hot the label ids over K, resize them to "
-                "the grid of the features and call .float()"
+                "expected floating point (K, h, w): one-hot encode the label ids over K, resize "
+                "them to the grid of the features and call .float()"
             )
         self._first_labels = first_labels.clone()
-        # Patches are (long, short, C) of unit length, the longer side of the grid first: bands run
-        # along it, where the radius leaves out the most. Labels are (long short, K).
+        # Patches are (long, short, C) of unit length, the grid's longer side first: bands split
+        # that side, along which the radius excludes the most. Labels are (long short, K).
         self._first: Tensor | None = None
         self._recent: collections.deque[tuple[Tensor, Tensor]] = collections.deque(
             maxlen=self.protocol.context
@@ -120,7 +120,7 @@ class LabelPropagator:
 
     @torch.no_grad()
     def step(self, features: Tensor) -> Tensor:
-        """Return the soft labels ``(K, h, w)`` of the next frame; of the first one those given.
+        """Return the soft labels ``(K, h, w)`` of the next frame; of the first, ``first_labels``.
 
         ``features`` are ``(C, h, w)`` or ``(1, C, h, w)`` on the grid of the labels.
         """
@@ -144,12 +144,12 @@ class LabelPropagator:
             )
         flat = "(w h) k" if wide else "(h w) k"
         first_labels = rearrange(self._first_labels, f"k h w -> {flat}")
-        found = self._propagate(patches, self._first, first_labels)
-        self._recent.append((patches, found))
-        return rearrange(found, f"{flat} -> k h w", h=grid[0]).clone()
+        labels = self._propagate(patches, self._first, first_labels)
+        self._recent.append((patches, labels))
+        return rearrange(labels, f"{flat} -> k h w", h=grid[0]).clone()
 
     def _propagate(self, patches: Tensor, first: Tensor, first_labels: Tensor) -> Tensor:
-        """Labels ``(long short, K)`` of ``patches``, a band of lines at a time."""
+        """Labels ``(long short, K)`` of ``patches``, computed a band of lines at a time."""
         lines, short, _ = patches.shape
         height = max(1, self._chunk(patches) // short)
         labels = torch.cat([first_labels, *(labels for _, labels in self._recent)])
@@ -169,7 +169,7 @@ class LabelPropagator:
         reach = lines if math.isinf(protocol.radius) else math.floor(protocol.radius)
         low, high = max(0, band.start - reach), min(lines, band.stop + reach)
         mask = _locality_mask(protocol, band, range(low, high), short, queries)
-        found: list[tuple[Tensor, Tensor]] = []
+        candidates: list[tuple[Tensor, Tensor]] = []
 
         def add(blocks: Tensor, first_patch: int, copies: int = 1) -> None:
             cosine, index = _topk_of_lines(blocks, short, protocol.topk)
@@ -177,11 +177,11 @@ class LabelPropagator:
             index = first_patch + index // n * (lines * short) + index % n
             copies = min(copies, protocol.topk)
             cosine, index = (
-                repeat(each, "q n -> q (copies n)", copies=copies) for each in (cosine, index)
+                repeat(values, "q n -> q (copies n)", copies=copies) for values in (cosine, index)
             )
-            found.append((cosine, index))
+            candidates.append((cosine, index))
 
-        # The first frame, anywhere or within reach; then as often as preceding frames are missing.
+        # The first frame, whole or within the radius; then a copy per missing preceding frame.
         missing = protocol.context - len(self._recent) if protocol.repeat_first else 0
         if protocol.restrict_first:
             near = torch.addmm(mask, queries, _columns(first[low:high]))
@@ -193,15 +193,15 @@ class LabelPropagator:
             near = near + mask if missing else near
         if missing:
             add(rearrange(near, "q n -> 1 q n"), low * short, missing)
-        # The preceding frames, a few together.
-        together = max(1, _AGAINST // mask.shape[1])
+        # The preceding frames, a few at a time.
+        together = max(1, _CONTEXT_CHUNK // mask.shape[1])
         for begin in range(0, len(self._recent), together):
             frames = list(itertools.islice(self._recent, begin, begin + together))
             blocks = mask.new_empty(len(frames), *mask.shape)
             for block, (keys, _) in zip(blocks, frames, strict=True):
                 torch.addmm(mask, queries, _columns(keys[low:high]), out=block)
             add(blocks, ((1 + begin) * lines + low) * short)
-        cosine, index = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+        cosine, index = (torch.cat(parts, dim=1) for parts in zip(*candidates, strict=True))
         cosine, chosen = cosine.topk(min(protocol.topk, cosine.shape[1]), dim=1)
         return cosine, index.gather(1, chosen)
 
@@ -218,17 +218,17 @@ def propagate_labels(
     """Carry soft labels of the first frame through a clip.
 
     Every patch takes the labels of its most similar patches in the first frame and in the frames
-    just before it, weighted by similarity; labels stay soft and are carried on as they are.
-    Memory grows with the context, not with the clip, when ``features`` is an iterable.
+    just before it, weighted by similarity; the labels stay soft. If ``features`` is an iterable,
+    only the context frames are held in memory.
 
     Args:
         features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``; any
-            floating dtype, need not be normalised.
+            floating dtype, not necessarily normalised.
         first_labels: ``(K, h, w)`` floating point, soft labels of the first frame.
         **options: those of :class:`LabelPropagator`.
 
     Returns:
-        ``(T, K, h, w)``; the first frame's are ``first_labels``.
+        Labels ``(T, K, h, w)``; those of the first frame are ``first_labels``.
     """
     propagator = LabelPropagator(first_labels, **options)
     labels = [propagator.step(frame) for frame in each_map(features)]
@@ -240,10 +240,7 @@ def propagate_labels(
 def _locality_mask(
     protocol: PropagationProtocol, queries: range, keys: range, short: int, like: Tensor
 ) -> Tensor:
-    """``(queries * short, keys * short)``: 0 where a query may look and -inf elsewhere.
-
-    ``queries`` and ``keys`` are lines of the grid, of ``short`` patches each.
-    """
+    """Mask ``(queries * short, keys * short)``: 0 within the neighbourhood and -inf elsewhere."""
     along, across = patch_distances(queries, keys, short, like.device)
     if protocol.neighbourhood == "disk":
         near = along.square() + across.square() < protocol.radius**2
@@ -254,11 +251,9 @@ def _locality_mask(
 
 
 def _topk_of_lines(blocks: Tensor, short: int, k: int) -> tuple[Tensor, Tensor]:
-    """Values and indices ``(q, k)`` of the best of ``f n`` patches in ``(f, q, n)`` blocks.
-
-    Exact: the k best patches lie in the k lines (of ``short`` patches) with the best maxima, and a
-    maximum is much cheaper than a sort. Where there are fewer patches there are fewer columns.
-    """
+    """Top-k values and indices ``(q, k)`` over the ``f n`` patches of blocks ``(f, q, n)``."""
+    # The k best patches lie in the k lines with the highest maxima, and maxima are much cheaper
+    # than a sort.
     frames, _, n = blocks.shape
     if frames * n // short <= 2 * k:
         values, index = rearrange(blocks, "f q n -> q (f n)").topk(min(k, frames * n), dim=1)

@@ -1,4 +1,4 @@
-"""Nearest-neighbour point tracking: where points went, by features alone."""
+"""Nearest-neighbour point tracking with features alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cosettle_adapter.errors import FrameError, GeometryError
 
 
 class Tracks(NamedTuple):
-    """Where points of frame 0 are in every frame."""
+    """Positions of points of frame 0 in every frame."""
 
-    positions: Tensor  # (T, N, 2) fractional (row, col) in patches; whole numbers are centres
-    score: Tensor  # (T, N) cosine between the point's feature and the best patch's
-    # (T, N) distance in patches between the point and where the feature at its tracked position
-    # matches back to in frame 0; above one or two the point is probably occluded
+    positions: Tensor  # (T, N, 2) fractional (row, col) in patches; integers are patch centres
+    score: Tensor  # (T, N) cosine between the features of the point and of the best patch
+    # (T, N) distance in patches between the point and the match in frame 0 of the feature at its
+    # tracked position; above one or two the point is probably occluded
     cycle_error: Tensor
 
 
@@ -36,20 +36,20 @@ def track_points(
 ) -> Tracks:
     """Track points of frame 0 by the nearest neighbour of their features.
 
-    Every frame is matched with frame 0, so nothing drifts and nothing is smoothed. The best patch
-    is refined to a fraction of a patch by a soft-argmax around it.
+    Every frame is matched with frame 0, so tracks neither drift nor are smoothed. A soft-argmax
+    around the best patch refines its position to a fraction of a patch.
 
     Args:
         features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)``; any floating dtype.
         points: ``(N, 2)`` fractional (row, col) in patches of frame 0, on the features' device;
             the grid spans ``[-0.5, h - 0.5] x [-0.5, w - 0.5]``.
-        radius_argmax: patches around the best one, by Euclidean distance, that the soft-argmax
-            averages; 0 returns the best patch's centre.
-        temperature: of the soft-argmax; smaller trusts the best patch more.
-        search_radius: look only this many patches around where the point was in the frame before.
+        radius_argmax: radius in patches of the soft-argmax; 0 returns the best patch's centre.
+        temperature: of the soft-argmax; lower values give the best patch more weight.
+        search_radius: search radius in patches around the point's position in the frame before;
+            default: the whole frame.
     """
-    far_enough = search_radius is None or search_radius >= 1
-    if not (radius_argmax >= 0 and temperature > 0 and far_enough):
+    valid_search = search_radius is None or search_radius >= 1
+    if not (radius_argmax >= 0 and temperature > 0 and valid_search):
         raise ValueError(
             f"got radius_argmax={radius_argmax}, temperature={temperature} and "
             f"search_radius={search_radius}; expected 0 or more patches, a positive temperature, "
@@ -66,7 +66,7 @@ def track_points(
             queries = _sample(first, origin)
         elif here.shape != first.shape:
             raise GeometryError(
-                f"got a map of shape {tuple(here.shape)} in a clip that began with "
+                f"got a map of shape {tuple(here.shape)} after a first map of shape "
                 f"{tuple(first.shape)}; all frames of a clip need the same shape"
             )
         last, score = _match(here, queries, refine, last, search_radius)
@@ -91,13 +91,13 @@ def _check_points(points: Tensor, first: Tensor) -> Tensor:
         rows, columns = first.shape[1:]
         raise GeometryError(
             f"got the point {points[outside][0].tolist()}, which is outside the grid: expected "
-            f"(row, col) up to ({rows - 0.5}, {columns - 0.5}), that is pixels / patch - 0.5"
+            f"(row, col) from -0.5 to ({rows - 0.5}, {columns - 0.5}), that is pixels / patch - 0.5"
         )
     return points
 
 
 def _sample(features: Tensor, points: Tensor) -> Tensor:
-    """Bilinear features at (row, col) points, unit length, ``(N, C)``."""
+    """Features ``(N, C)`` of unit length at (row, col) points, bilinear."""
     size = torch.tensor(features.shape[1:]).to(points)
     grid = ((2 * points + 1) / size - 1).flip(-1)
     sampled = F.grid_sample(
@@ -131,5 +131,5 @@ def _match(
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # cdist's default multiplies matrices for many points, which is off by 1e-3 patches
+    # For many points cdist multiplies matrices by default, with errors of 1e-3 patches.
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,7 +1,7 @@
 """Data sets, measures, benchmarks and reports (extra ``[eval]``).
 
 :func:`evaluate` runs a benchmark, such as :func:`davis_protocol`, on every variant of an adapter's
-features; measures and lists of clips serve on their own as well.
+features. The lists of clips and the measures can also be used on their own.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ __all__ = [
 ]  # fmt: skip
 
 _CLIPS = ("Badja", "Davis", "Folder", "Jhmdb", "Mask", "TapVid", "Vip", "Joint")
-_REMOVED = {  # names of version 0.1, and what to use
+_REMOVED = {  # names of version 0.1 and their replacements
     "davis_sequences": "davis_clips", "j_and_f": "region_similarity and boundary_f",
     "MaskScores": "evaluate_sequence", "mean_over_videos": "the mean of each figure",
 }  # fmt: skip
@@ -74,7 +74,8 @@ _REMOVED = {  # names of version 0.1, and what to use
 
 def __getattr__(name: str) -> type[Clip[Any]]:
     if name == "DavisSequence" or (name.endswith("Clip") and name[:-4] in _CLIPS):
-        warnings.warn(f"{name} is Clip, and goes in 0.3", DeprecationWarning, stacklevel=2)
+        message = f"{name} is now Clip; version 0.3 removes the old name"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
         return Clip
     instead = f"; version 0.2 has {_REMOVED[name]}" if name in _REMOVED else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")

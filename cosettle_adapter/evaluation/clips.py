@@ -1,4 +1,4 @@
-"""A clip of any data set, and how clips are found in folders."""
+"""A clip of any data set, and functions that list clips in folders."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ Masks = NDArray[np.uint8]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip(Generic[A]):
-    """A clip of a data set, whose frames and annotations are read when they are asked for.
+    """A clip of a data set, whose frames and annotations are read on request.
 
-    Reading raises :class:`~cosettle_adapter.errors.FrameError` where something is missing or
-    damaged.
+    Reading raises :class:`~cosettle_adapter.errors.FrameError` if a file is missing or damaged.
     """
 
-    name: str  # as the data set's own lists and papers have it
-    frames: Sequence[Any]  # image files, JPEG files in memory, arrays (H, W, 3), or makers of these
+    name: str  # as in the data set's lists and papers
+    frames: Sequence[Any]  # paths, JPEG bytes, (H, W, 3) uint8 arrays, or functions returning these
     read: Callable[[], A]  # reads the annotations
-    annotated: tuple[int, ...] = ()  # frame of each annotation, where that has a meaning
-    inputs: tuple[Any, ...] = ()  # all the clip is made of: files, bytes, arrays or names
-    problem: str | None = None  # why the clip cannot be used; reading anything of it raises this
+    annotated: tuple[int, ...] = ()  # frame of each annotation, if annotations belong to frames
+    inputs: tuple[Any, ...] = ()  # files, bytes, arrays and names that the digest covers
+    problem: str | None = None  # why the clip cannot be used; reading it raises this
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -53,12 +52,12 @@ class Clip(Generic[A]):
         return np.array(frame() if callable(frame) else frame)
 
     def read_annotations(self) -> A:
-        """Read the annotations; their form is that of the data set."""
+        """Read the annotations; their type depends on the data set."""
         self._check()
         return self.read()
 
     def digest(self) -> str:
-        """Return a hash of everything that the clip is made of."""
+        """Return a hash of the clip's frames and annotations."""
         digest = hashlib.sha256(f"{self.name} {len(self)}".encode())
         for part in self.inputs:
             if isinstance(part, Path):
@@ -76,45 +75,48 @@ class Clip(Generic[A]):
 
 
 def list_clips(
-    what: str,
+    kind: str,
     root: Path,
     known: Iterable[str],
-    wanted: Iterable[str] | None,
+    selected: Iterable[str] | None,
     make: Callable[[str], Clip[A]],
 ) -> list[Clip[A]]:
-    """Make the clips wanted of those known; the reason why one cannot be made is its problem."""
-    found: list[Clip[A]] = []
-    for name in pick(wanted, known, f"{what} {{}} in {root}"):
+    """Make the selected clips; a clip that cannot be made carries the error as its problem."""
+    clips: list[Clip[A]] = []
+    for name in pick(selected, known, f"{kind} {{}} in {root}"):
         try:
-            found.append(make(name))
+            clips.append(make(name))
         except FrameError as error:
-            unusable: Clip[Any] = Clip(name, (), tuple, problem=f"{what} {name!r}: {error}")
-            found.append(unusable)
-    return found
+            unusable: Clip[Any] = Clip(name, (), tuple, problem=f"{kind} {name!r}: {error}")
+            clips.append(unusable)
+    return clips
 
 
 def mask_clip(name: str, images: Path, labels: Path) -> Clip[Masks]:
-    """Return a clip of frames, with label maps of the same names on the first and any others."""
+    """Return a clip of frames with label maps of the same names: the first frame needs one."""
     frames, masks = images_in(images), images_in(labels, lossless=True)
-    for folder, found, kind in ((images, frames, "images"), (labels, masks, "PNG masks")):
-        if not found:
+    for folder, files, kind in ((images, frames, "images"), (labels, masks, "PNG masks")):
+        if not files:
             raise FrameError(f"expected {kind} in {folder}, found {found_in(folder)}")
-    place = {path.stem: index for index, path in enumerate(frames)}
-    if len(place) < len(frames):
-        twice = [path.name for index, path in enumerate(frames) if place[path.stem] != index]
-        raise FrameError(f"{images} has other files for the frames {few(twice)}; keep one of each")
-    strangers = [path.name for path in masks if path.stem not in place]
-    if strangers:
+    index_of = {path.stem: index for index, path in enumerate(frames)}
+    if len(index_of) < len(frames):
+        twice = [path.name for index, path in enumerate(frames) if index_of[path.stem] != index]
         raise FrameError(
-            f"masks without a frame in {images}: {few(strangers)}; a mask has the name of its "
-            f"frame, and the frames are {few([path.name for path in frames])}"
+            f"{images} has several files for the same frame, such as {few(twice)}; keep one file "
+            "per frame"
+        )
+    unmatched = [path.name for path in masks if path.stem not in index_of]
+    if unmatched:
+        raise FrameError(
+            f"masks without a frame in {images}: {few(unmatched)}; a mask must have the name of "
+            f"its frame, and the frames are {few([path.name for path in frames])}"
         )
     if masks[0].stem != frames[0].stem:
         raise FrameError(
             f"the first frame, {frames[0].name}, has no mask; expected "
             f"{labels / frames[0].stem}.png. Draw it, or remove the frames before {masks[0].name}"
         )
-    annotated = tuple(place[path.stem] for path in masks)
+    annotated = tuple(index_of[path.stem] for path in masks)
     return Clip(name, frames, lambda: read_masks(masks), annotated, (*frames, *masks))
 
 
@@ -123,9 +125,9 @@ def read_masks(paths: Sequence[Path]) -> Masks:
     masks = [read_labels(path) for path in paths]
     for path, mask in zip(paths, masks, strict=True):
         if mask.shape != masks[0].shape:
-            got, first = (" x ".join(map(str, each.shape)) for each in (mask, masks[0]))
+            size, first = (" x ".join(map(str, shape)) for shape in (mask.shape, masks[0].shape))
             raise FrameError(
-                f"{path} is {got}, but the clip's first mask is {first}; all must have one size"
+                f"{path} is {size}, but the clip's first mask is {first}; all must have one size"
             )
     return np.stack(masks)
 
@@ -133,7 +135,7 @@ def read_masks(paths: Sequence[Path]) -> Masks:
 def read_labels(path: Path, *, colours: bool = False) -> NDArray[np.uint8]:
     """Read a label map: ``(H, W)`` uint8, the palette index or grey value of every pixel.
 
-    With ``colours`` an RGB image is read as well, as 1 where any colour is above 0.
+    With ``colours`` an RGB image is also accepted, and read as 1 where any colour is above 0.
     """
     with _opened(path, path, "a mask") as image:
         if image.mode in ("P", "L", "1"):
@@ -141,58 +143,58 @@ def read_labels(path: Path, *, colours: bool = False) -> NDArray[np.uint8]:
         if not colours:
             raise FrameError(
                 f"{path} is a {image.mode} image, expected a palette (P) or grey (L) PNG whose "
-                "values are object ids; take the data set's own annotations, or save your masks "
-                "as one number a pixel"
+                "values are object ids; use the data set's own annotations, or save your masks "
+                "with one number per pixel"
             )
         bright: NDArray[np.bool_] = np.asarray(image.convert("RGB")).max(2) > 0
         return bright.astype(np.uint8)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return (height, width) from an image's header."""
+    """Return an image's (height, width) from its header."""
     with _opened(path, path, "an image") as image:
         width, height = image.size
         return height, width
 
 
 def read_list(lists: Sequence[Path]) -> list[str]:
-    """Return the clips of the first of some lists that exists.
+    """Return the clips named in the first existing one of ``lists``.
 
-    A line's first word is the name of a clip, or the path of its folder or of one of its frames.
+    The first word of a line is a clip's name, or the path of its folder or of one of its frames.
     """
     path = next(filter(Path.is_file, lists), None)
     if path is None:
         expected, folder = lists[0], lists[0].parent
         near = did_you_mean(expected.name, entries(folder))
         raise FrameError(f"no list of clips {expected}; found {found_in(folder)} in it.{near}")
-    named = [Path(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
-    names = [p.parent.name if p.stem.isdigit() and p.parent.name else p.name for p in named]
+    paths = [Path(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
+    names = [p.parent.name if p.stem.isdigit() and p.parent.name else p.name for p in paths]
     return list(dict.fromkeys(names))
 
 
 def clip_folders(
     root: Path, what: str, parts: Sequence[str], official: Sequence[str] = ()
 ) -> dict[str, Path]:
-    """Return name to folder of the clips in a folder, or of the folder itself if it is one.
+    """Return the folders of the clips in ``root`` by name, or ``root`` if it is a clip itself.
 
-    A folder with any of ``parts`` in it is a clip; the root is one with the first of them. The
-    error hints at a folder with all of these or of an ``official`` layout.
+    A subfolder with any of ``parts`` in it is a clip; ``root`` is one if it has the first of
+    ``parts``. The error suggests a nearby folder with the ``official`` layout or with ``parts``.
     """
     if (root / parts[0]).exists():
         return {root.resolve().name: root}
     children = {name: root / name for name in entries(root)}
-    found = {n: path for n, path in children.items() if any((path / p).exists() for p in parts)}
-    if not found:
+    clips = {n: path for n, path in children.items() if any((path / p).exists() for p in parts)}
+    if not clips:
         raise FrameError(
             f"{root} is not {what}, and has no clips with {' and '.join(parts)} in them; found "
             f"{found_in(root)}."
             + (_nearby(root, official or parts) or _nearby(root, [f"*/{part}" for part in parts]))
         )
-    return found
+    return clips
 
 
 def data_folder(root: str | Path, what: str, needed: Sequence[str] = ()) -> Path:
-    """Return the folder of a data set, after a check that all that is needed is in it."""
+    """Return the folder of a data set, after checking that it has all ``needed`` entries."""
     path = Path(root).expanduser()
     if not path.is_dir():
         if path.exists():
@@ -209,9 +211,9 @@ def data_folder(root: str | Path, what: str, needed: Sequence[str] = ()) -> Path
 
 
 def pick(names: Iterable[str] | None, known: Iterable[str], what: str) -> list[str]:
-    """Return the names that are wanted, all of the known ones for None.
+    """Return the given names, or all known names for None.
 
-    The error for an unknown one says ``what`` there is not, with the name for its ``{}``.
+    ``what`` describes an unknown name in the error; the name replaces its ``{}``.
     """
     listed = list(known)
     for name in names or ():
@@ -222,21 +224,21 @@ def pick(names: Iterable[str] | None, known: Iterable[str], what: str) -> list[s
 
 
 def images_in(folder: Path, *, lossless: bool = False) -> list[Path]:
-    """Return the images of a folder in natural order; none if there is no such folder."""
-    found = find_images(folder) if folder.is_dir() else []
-    # label maps are not in JPEG
-    return [path for path in found if not lossless or path.suffix.lower() not in (".jpg", ".jpeg")]
+    """Return the images of a folder in natural order; none if the folder does not exist."""
+    paths = find_images(folder) if folder.is_dir() else []
+    # a JPEG file is not a label map
+    return [path for path in paths if not lossless or path.suffix.lower() not in (".jpg", ".jpeg")]
 
 
 def images_named(folder: Path, stems: Iterable[str], *, lossless: bool = False) -> list[Path]:
-    """Return the images of some stems; of those that are not there, the path to be expected."""
-    held = {path.stem: path for path in images_in(folder, lossless=lossless)}
+    """Return the image of each stem, or the path where a missing one is expected."""
+    existing = {path.stem: path for path in images_in(folder, lossless=lossless)}
     suffix = ".png" if lossless else ".jpg"
-    return [held.get(stem, folder / f"{stem}{suffix}") for stem in stems]
+    return [existing.get(stem, folder / f"{stem}{suffix}") for stem in stems]
 
 
 def entries(folder: Path) -> list[str]:
-    """Return the names in a folder, sorted, without hidden ones; none if it cannot be read."""
+    """Return the sorted visible names in a folder; none if the folder cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError:
@@ -244,17 +246,17 @@ def entries(folder: Path) -> list[str]:
 
 
 def found_in(folder: Path) -> str:
-    """Tell the first few names in a folder."""
+    """Return the first few names in a folder, as text."""
     return few(entries(folder))
 
 
 def few(names: Sequence[str], limit: int = 9) -> str:
-    """Return the first few of some names, as text."""
+    """Return the first few names, as text."""
     return (", ".join(names[:limit]) or "nothing") + (", ..." if len(names) > limit else "")
 
 
 def _nearby(root: Path, needed: Sequence[str]) -> str:
-    """A hint at a folder below or above that has what is needed, or at a similar name."""
+    """Suggest a child or the parent of ``root`` that matches all patterns, or a similar name."""
     children = [root / name for name in entries(root) if (root / name).is_dir()]
     for folder in (*children, root.parent):
         if all(any(folder.glob(pattern)) for pattern in needed):

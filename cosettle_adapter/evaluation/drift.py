@@ -1,8 +1,8 @@
-"""How consistently patch features follow things over time.
+"""Measures of temporal consistency: drift, cycles, matches, tracking.
 
-Drift falls when features are blurred, which also makes different things alike, and cycles need no
-truth, so neither can say whether features follow the right thing. :func:`match_accuracy` and
-:func:`tracking_error` can, on clips of known motion.
+Neither drift nor cycles tell whether features follow the right thing: blurred features drift less
+but also make different things alike, and cycles do not use the truth. :func:`match_accuracy` and
+:func:`tracking_error` do, on clips of known motion.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cosettle_adapter.video.synthetic import RenderedClip
 
 GAPS = (1, 4, 8)  # frames
 _CHUNK = 1024  # patches compared at a time
-_NEAR = 0.25  # patches
+_NEAR = 0.25  # patches; largest offset of a true correspondence from a patch's centre
 
 
 class Correspondence(NamedTuple):
@@ -36,7 +36,7 @@ class Correspondence(NamedTuple):
 def mutual_correspondences(guide: Tensor, gap: int) -> list[Correspondence]:
     """Match mutually nearest patches of frames ``gap`` apart, for clips of unknown motion.
 
-    The features ``guide``, ``(T, C, h, w)``, must not be those that are measured.
+    The features ``guide``, ``(T, C, h, w)``, must differ from the features that are measured.
     """
     return [
         Correspondence((t, t + gap), mutual_nearest(guide[t], guide[t + gap])[0])
@@ -45,14 +45,14 @@ def mutual_correspondences(guide: Tensor, gap: int) -> list[Correspondence]:
 
 
 def true_correspondences(clip: RenderedClip, geometry: Geometry, gap: int) -> list[Correspondence]:
-    """Match the patches of frames ``gap`` apart that truly show the same.
+    """Match the patches of frames ``gap`` apart that show the same thing by the true motion.
 
-    Their centres are visible in both frames, and the first comes within a quarter of a patch of
-    the second in both directions: half a patch off, features differ whether or not they drift.
+    Both centres are visible, and the first moves to within a quarter of a patch of the second in
+    both directions: at an offset of half a patch, features differ even without drift.
     """
     centres = rearrange(geometry.cell_centers(), "h w xy -> (h w) xy")
     rows, columns = geometry.grid
-    found = []
+    correspondences = []
     for t in range(len(clip.frames) - gap):
         positions, visible = _two_frames(clip, t, t + gap).track(centres)
         patches = geometry.pixels_to_cells(positions[1])
@@ -60,12 +60,12 @@ def true_correspondences(clip: RenderedClip, geometry: Geometry, gap: int) -> li
         row, column = patches.round().long().unbind(-1)
         inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
         pairs = torch.stack([torch.arange(len(patches)), row * columns + column], dim=1)
-        found.append(Correspondence((t, t + gap), pairs[visible.all(0) & near & inside]))
-    return found
+        correspondences.append(Correspondence((t, t + gap), pairs[visible.all(0) & near & inside]))
+    return correspondences
 
 
 def _two_frames(clip: RenderedClip, first: int, second: int) -> RenderedClip:
-    """Two frames as a clip whose motion starts at the first of them."""
+    """Return two frames as a clip whose motion starts at the first of them."""
     frames = [first, second]
 
     def since(homographies: Tensor) -> Tensor:
@@ -81,15 +81,15 @@ def _two_frames(clip: RenderedClip, first: int, second: int) -> RenderedClip:
 
 @torch.no_grad()
 def temporal_drift(features: Tensor, correspondences: Iterable[Correspondence]) -> float:
-    """Distance of patches that correspond, over the distance of any two patches.
+    """Measure the distance of corresponding patches over the distance of any two patches.
 
     Distances are cosine distances after the clip's mean token is subtracted from its features
-    ``(T, C, h, w)``, so neither their scale nor a constant added to them matters. "Any two": each
-    patch of a pair's first frame and one drawn at random (fixed seed) from its second.
+    ``(T, C, h, w)``, so neither scale nor an added constant matters. "Any two" patches are each
+    patch of a pair's first frame and a random one (fixed seed) of its second.
 
     Returns:
-        0 where features stay with things, about 1 where they have nothing to do with them; NaN
-        without a correspondence, or where all features are equal.
+        0 if features follow things exactly, about 1 if they are unrelated to them; NaN without
+        correspondences, or if all features are equal.
     """
     frames = token_frames(features)
     frames = F.normalize(frames - frames.mean(dim=(0, 1)), dim=-1)
@@ -117,24 +117,25 @@ def drift_by_gap(
 
 @torch.no_grad()
 def match_accuracy(features: Tensor, correspondences: Iterable[Correspondence]) -> float:
-    """Share of patches whose nearest neighbour lies within one patch of the truth; NaN of none."""
+    """Share of patches whose nearest neighbour is within one patch of the truth; NaN if none."""
     frames, width = F.normalize(token_frames(features), dim=-1), features.shape[-1]
     hits = [torch.empty(0)]
     for (first, second), patches in correspondences:
         own, other = patches.to(frames.device).unbind(1)
-        found = nearest(frames[first][own], frames[second])
-        rows = (found // width - other // width).abs()
-        columns = (found % width - other % width).abs()
+        matches = nearest(frames[first][own], frames[second])
+        rows = (matches // width - other // width).abs()
+        columns = (matches % width - other % width).abs()
         hits.append((torch.maximum(rows, columns) <= 1).float().cpu())
     return float(torch.cat(hits).mean())
 
 
 @torch.no_grad()
 def cycle_consistent(features: Tensor, *, gap: int = 1) -> Tensor:
-    """Tell which patches return to themselves by way of frame t + gap, ``(T - gap, h, w)``.
+    """Return which patches are cycle-consistent over ``gap`` frames, ``(T - gap, h, w)`` bool.
 
-    A patch goes to its nearest neighbour by cosine there, and from that to the nearest neighbour
-    in frame t (paper, Figure 1). Of features that do not vary, about 1 / (h w) return by chance.
+    The cycle goes from a patch of frame t to its nearest neighbour (cosine) in frame t + gap and
+    to that one's nearest neighbour in frame t (paper, Figure 1). For constant features about
+    1 / (h w) of the patches return by chance.
     """
     if gap < 1:
         raise ValueError(f"got gap={gap}, expected at least 1 frame")
@@ -157,15 +158,15 @@ def tracking_error(
     *,
     thresholds: tuple[float, ...] = (4, 8, 16),
 ) -> dict[str, float]:
-    """How far nearest-neighbour tracking of frame 0's points ends from where they truly are.
+    """Measure the error of tracking the points of frame 0 by nearest neighbours.
 
-    Features are ``(T, C, h, w)``, ``geometry`` is how their grid lies on the frame, points are
-    ``(N, 2)`` (x, y) pixels of frame 0, ``positions`` ``(T, N, 2)`` where they truly are, while
-    ``visible``, ``(T, N)`` bool. Frame 0 does not count, nor does a point while it is hidden.
+    Features are ``(T, C, h, w)``, ``geometry`` maps their grid to the frame, points are ``(N, 2)``
+    (x, y) pixels of frame 0, ``positions`` ``(T, N, 2)`` their true positions, ``visible``
+    ``(T, N)`` bool. Frame 0 and hidden points do not count.
 
     Returns:
-        Shares of points ``pck@t`` within ``t`` pixels, by ``thresholds``; ``mean`` and ``median``
-        in pixels, and ``count`` of the points measured.
+        Errors in pixels, ``mean`` and ``median``; for each of ``thresholds`` in pixels, the share
+        of points within it, ``pck@<threshold>``; the ``count`` of measured points.
     """
     token_frames(features, at_least=2)
     expected = (len(features), len(points))
@@ -178,12 +179,12 @@ def tracking_error(
     seen = visible[1:].bool().cpu()
     if not seen.any():
         raise FrameError(
-            "got no point that is visible after frame 0, so there is nothing to measure. "
-            "Choose points that stay in view."
+            "got no point that is visible after frame 0, expected at least one; choose points that "
+            "stay in view."
         )
     patches = geometry.pixels_to_cells(points.to(features.device))
-    found = geometry.cells_to_pixels(track_points(features, patches).positions).cpu().double()
-    errors = (found - positions.cpu().double()).norm(dim=-1)[1:][seen]
+    tracked = geometry.cells_to_pixels(track_points(features, patches).positions).cpu().double()
+    errors = (tracked - positions.cpu().double()).norm(dim=-1)[1:][seen]
     figures = {"mean": float(errors.mean()), "median": float(errors.median())}
     for threshold in thresholds:
         figures[f"pck@{threshold:g}"] = float((errors <= threshold).double().mean())
@@ -204,6 +205,6 @@ def token_frames(features: Tensor, *, at_least: int = 1) -> Tensor:
 
 
 def nearest(queries: Tensor, keys: Tensor, offsets: Tensor | float = 0.0) -> Tensor:
-    """Index of the key ``(M, C)`` with the largest inner product minus its offset, by query."""
+    """Return for each query the index of the key with the largest inner product minus offset."""
     parts = torch.split(queries, _CHUNK)
     return torch.cat([(part @ keys.T - offsets).argmax(dim=1) for part in parts])

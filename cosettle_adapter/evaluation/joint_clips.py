@@ -1,7 +1,7 @@
-"""Clips with joints: JHMDB, whose 15 are propagated as heat maps, and BADJA, whose 20 are tracked.
+"""Clips with joints: JHMDB (15 joints, propagated as heat maps) and BADJA (20 joints, tracked).
 
-JHMDB is people in short clips; BADJA is animals in clips of DAVIS, about every fifth frame of which
-is annotated. Both may come as folders of clips with keypoint files.
+JHMDB shows people in short clips; BADJA shows animals, mostly in clips of DAVIS, and annotates
+about every fifth frame. Both can also be read from folders of clips with keypoint files.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ JHMDB_JOINTS = (
     *("right_elbow", "left_elbow", "right_knee", "left_knee", "right_wrist", "left_wrist"),
     *("right_ankle", "left_ankle"),
 )
-# joints of the SMAL animal model that are annotated, by their place in BADJA's files
+# annotated joints of the SMAL animal model, and their indices in BADJA's files
 _NAMES = """
     upper_right_1 upper_right_2 upper_right_3 upper_left_1 upper_left_2 upper_left_3 neck_lower
     lower_right_1 lower_right_2 lower_right_3 lower_left_1 lower_left_2 lower_left_3
     tail_0 tail_3 tail_6 jaw nose right_ear left_ear
 """
-_PLACES = (8, 9, 10, 12, 13, 14, 15, 18, 19, 20, 22, 23, 24, 25, 28, 31, 32, 33, 35, 36)
-BADJA_JOINTS = dict(zip(_NAMES.split(), _PLACES, strict=True))
-_IN_FILE = 37  # positions a frame in BADJA's files
+_INDICES = (8, 9, 10, 12, 13, 14, 15, 18, 19, 20, 22, 23, 24, 25, 28, 31, 32, 33, 35, 36)
+BADJA_JOINTS = dict(zip(_NAMES.split(), _INDICES, strict=True))
+_IN_FILE = 37  # positions per frame in BADJA's files
 KEYPOINTS = "keypoints.json"
 JHMDB = "the folder of JHMDB that holds Rename_Images, joint_positions and splits"
 BADJA = "the folder of BADJA that holds joint_annotations, DAVIS and extra_videos"
 _JHMDB_PARTS = ("Rename_Images", "joint_positions", "splits")
 _THRESHOLDS = (0.1, 0.2)
 _SIGMA = 0.5  # patches
-_REACH = 2  # patches that are drawn around a joint: 3 sigma, in whole patches
-_BEST = 5  # patches whose centroid is a joint's position
+_REACH = 2  # patches drawn around a joint: 3 sigma, rounded up
+_STRONGEST = 5  # patches whose centroid is a joint's position
 
 
 class Joints(NamedTuple):
-    """Annotated joints of a clip, one row for every annotated frame."""
+    """Annotated joints of a clip, one row per annotated frame."""
 
     names: tuple[str, ...]
-    xy: NDArray[np.float64]  # (A, J, 2) (x, y) pixels of the frames; any value where not visible
+    xy: NDArray[np.float64]  # (A, J, 2) (x, y) pixels of the frames; undefined where not visible
     visible: NDArray[np.bool_]  # (A, J)
-    areas: NDArray[np.float64] | None = None  # (A,) pixels that show the whole animal
+    areas: NDArray[np.float64] | None = None  # (A,) pixels of the animal's mask
 
 
 def jhmdb_clips(
@@ -68,12 +68,13 @@ def jhmdb_clips(
 
     The official layout is ``Rename_Images/<class>/<clip>/*.png``,
     ``joint_positions/<class>/<clip>/joint_positions.mat`` with ``pos_img`` of shape (2, 15, T),
-    and ``splits/<class>_test_split<n>.txt`` with ``<clip>.avi 1`` (train) or ``2`` (test) a line.
+    and ``splits/<class>_test_split<n>.txt`` with lines ``<clip>.avi 1`` (train) or ``2`` (test).
     Frames beyond T, which some clips have, are left out. Published figures use the 268 clips of
-    split 1. A folder of clips with ``frames/`` and ``keypoints.json`` is taken as well, without
-    splits. Files count pixels from 1, so 0.5 is subtracted, for pixel (0, 0) has its centre at
-    (0.5, 0.5) here. (The published evaluation subtracts 1 and takes a pixel's centre as a whole
-    number.) Visible are joints inside the frame; the published measure counts joints outside too.
+    split 1. A folder of clips with ``frames/`` and ``keypoints.json``, without splits, works too.
+
+    The files count pixels from 1, and the centre of pixel (0, 0) is (0.5, 0.5) here, so 0.5 is
+    subtracted. (The published evaluation subtracts 1 and puts pixel centres at whole numbers.)
+    Joints inside the frame are visible; the published measure also counts joints outside.
     """
     root = folders.data_folder(root, JHMDB)
     official = any((root / part).is_dir() for part in _JHMDB_PARTS[:2])
@@ -112,31 +113,31 @@ def jhmdb_clips(
 def jhmdb_protocol(
     data: Path, *, clips: Sequence[str] | None = None, propagation: Propagation = PUBLISHED
 ) -> Protocol[Joints]:
-    """Return the benchmark on JHMDB: PCK, pooled over all frames of all clips but their first."""
+    """Return the benchmark on JHMDB: PCK, pooled over all clips without their first frames."""
 
     def score(
         clip: Clip[Joints], features: Tensor, geometry: Geometry, predictions: Path | None
     ) -> ClipScores:
-        """Propagate a heat map for every joint; positions are those of the original frames."""
+        """Propagate one heat map per joint; positions are pixels of the original frames."""
         truth = clip.read_annotations().xy
         start = geometry.pixels_to_cells(torch.from_numpy(truth[0]))
-        heat = joint_heat_maps(start, geometry.grid).to(features.device)
-        places, found = decode_joints(propagate_labels(features, heat, **propagation.options()))
-        guess = geometry.cells_to_pixels(places.double().cpu()).numpy()
+        maps = joint_heat_maps(start, geometry.grid).to(features.device)
+        patches, visible = decode_joints(propagate_labels(features, maps, **propagation.options()))
+        guess = geometry.cells_to_pixels(patches.double().cpu()).numpy()
         save_positions(guess, predictions)
-        counted = pck(truth, guess, _THRESHOLDS, visible=found.cpu().numpy())
-        counts = {"correct": counted.correct.tolist(), "total": counted.total.tolist()}
-        return ClipScores(named(counted), counts)
+        result = pck(truth, guess, _THRESHOLDS, visible=visible.cpu().numpy())
+        counts = {"correct": result.correct.tolist(), "total": result.total.tolist()}
+        return ClipScores(figures(result), counts)
 
     def total(scores: Sequence[ClipScores]) -> dict[str, float]:
         clips = [
-            Pck(_THRESHOLDS, np.array(each.counts["correct"]), np.array(each.counts["total"]))
-            for each in scores
+            Pck(_THRESHOLDS, np.array(clip.counts["correct"]), np.array(clip.counts["total"]))
+            for clip in scores
         ]
-        return named(sum(clips[1:], start=clips[0]))
+        return figures(sum(clips[1:], start=clips[0]))
 
-    def named(counted: Pck) -> dict[str, float]:
-        return {f"PCK@{threshold:g}": share for threshold, share in counted.mean.items()}
+    def figures(result: Pck) -> dict[str, float]:
+        return {f"PCK@{threshold:g}": share for threshold, share in result.mean.items()}
 
     return Protocol(
         name="jhmdb",
@@ -152,24 +153,24 @@ def jhmdb_protocol(
 def badja_clips(
     root: str | Path, *, clips: Sequence[str] | None = None, davis: str | Path | None = None
 ) -> list[Clip[Joints]]:
-    """List clips with :class:`Joints`, each all frames from the first annotated to the last.
+    """List clips with :class:`Joints`; a clip spans the first to the last annotated frame.
 
     The official layout is ``joint_annotations/<clip>.json``, each a list of ``{"image_path",
     "segmentation_path", "joints", "visibility"}`` with paths below the root, ``DAVIS/...`` at full
-    resolution and ``extra_videos/...``. A folder of ``<clip>/keypoints.json`` is taken as well;
-    its frame numbers are those of the clip of that name in DAVIS at 480p. DAVIS is the folder of
-    that name in the root, or ``davis``. ``cat_jump`` and ``tiger`` were never published in full.
+    resolution and ``extra_videos/...``. A folder of ``<clip>/keypoints.json`` works too; its frame
+    numbers refer to the clip of that name in DAVIS at 480p. ``davis`` is the folder of DAVIS, by
+    default ``DAVIS`` in the root. ``cat_jump`` and ``tiger`` were never published in full.
 
-    Areas are a mask's share of its image times the frame's size; all values above 0 are the animal,
-    as in the published evaluations, so a rider counts too. (No file says whether a whole number is
-    a pixel's corner or its centre.)
+    The area is the mask's share of its image times the frame's size. All mask values above 0 are
+    the animal, as in the published evaluations, so a rider counts too. (The files do not say
+    whether whole numbers are corners or centres of pixels.)
     """
     root = folders.data_folder(root, BADJA)
     images = root / "DAVIS" if davis is None else folders.data_folder(davis, "the folder of DAVIS")
     known = {path.stem: path for path in sorted(root.glob("joint_annotations/*.json"))}
     if not known:
-        found = folders.clip_folders(root, BADJA, [KEYPOINTS], ["joint_annotations"])
-        known = {name: path / KEYPOINTS for name, path in found.items()}
+        children = folders.clip_folders(root, BADJA, [KEYPOINTS], ["joint_annotations"])
+        known = {name: path / KEYPOINTS for name, path in children.items()}
 
     return folders.list_clips(
         "BADJA clip", root, known, clips, lambda name: _badja_clip(name, known[name], root, images)
@@ -179,41 +180,41 @@ def badja_clips(
 def badja_protocol(
     data: Path, *, clips: Sequence[str] | None = None, davis: Path | None = None
 ) -> Protocol[Joints]:
-    """Return the benchmark on BADJA: every joint is tracked from where it is first seen."""
+    """Return the benchmark on BADJA: every joint is tracked from its first annotation."""
 
     def score(
         clip: Clip[Joints], features: Tensor, geometry: Geometry, predictions: Path | None
     ) -> ClipScores:
-        """Frames up to a joint's first annotation do not count."""
+        """Track every joint; frames up to its first annotation do not count."""
         joints, annotated = clip.read_annotations(), np.asarray(clip.annotated)
         if joints.areas is None:
             raise FrameError(f"{clip.name!r} has no areas of its animal, which delta_seg needs")
         seen, first = joints.visible.any(0), joints.visible.argmax(0)
-        where = torch.from_numpy(joints.xy[first[seen], seen.nonzero()[0]])
-        tracks, _ = track_queries(features, annotated[first[seen]], where, geometry)
+        queries = torch.from_numpy(joints.xy[first[seen], seen.nonzero()[0]])
+        tracks, _ = track_queries(features, annotated[first[seen]], queries, geometry)
         guess = np.zeros_like(joints.xy)
         guess[:, seen] = rearrange(tracks, "q t two -> t q two").numpy()[annotated]
         save_positions(guess, predictions)
         later = joints.visible & (np.arange(len(annotated))[:, None] > first)
-        found = badja_accuracy(joints.xy, guess, later, joints.areas)
-        return ClipScores({"delta_seg": found.delta_seg, "delta_3px": found.delta_3px})
+        result = badja_accuracy(joints.xy, guess, later, joints.areas)
+        return ClipScores({"delta_seg": result.delta_seg, "delta_3px": result.delta_3px})
 
     return Protocol(
         name="badja",
         measures=("delta_seg", "delta_3px"),
         clips=lambda: badja_clips(data, clips=clips, davis=davis),
-        size=lambda _: (480, 880),  # as for DAVIS, from which the clips are
+        size=lambda _: (480, 880),  # as for DAVIS, the source of most clips
         score=score,
         settings={"tracking": "nearest neighbour", "queries": "where a joint is first annotated"},
     )
 
 
 def joint_heat_maps(places: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Draw a Gaussian, sigma half a patch, for joints ``(J, 2)`` at fractional (row, col).
+    """Draw joints ``(J, 2)``, fractional (row, col), as Gaussians with a sigma of half a patch.
 
     Returns:
-        ``(J, h, w)`` float32, 1 where a joint lies on a patch's centre, 0 more than two patches
-        away: a joint well outside the frame leaves its map empty.
+        ``(J, h, w)`` float32, 1 at a joint on a patch's centre and 0 more than two patches away;
+        empty for a joint well outside the frame.
     """
     rows, columns = (torch.arange(side, dtype=torch.float32) for side in grid)
     row, column = places.float().unbind(-1)
@@ -224,22 +225,22 @@ def joint_heat_maps(places: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def decode_joints(heat_maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Read positions out of maps ``(..., J, h, w)``: the centroid of the five strongest patches.
+    """Locate joints in maps ``(..., J, h, w)``: the centroid of the five strongest patches.
 
     Returns:
-        ``(..., J, 2)`` fractional (row, col), and ``(..., J)`` whether a map is not all empty.
+        ``(..., J, 2)`` fractional (row, col), and ``(..., J)`` whether a map has any weight.
     """
     width = heat_maps.shape[-1]
     flat = rearrange(heat_maps, "... h w -> ... (h w)")
-    weights, index = flat.topk(min(_BEST, flat.shape[-1]), dim=-1)
-    found = weights.sum(-1) > 0
+    weights, index = flat.topk(min(_STRONGEST, flat.shape[-1]), dim=-1)
+    visible = weights.sum(-1) > 0
     share = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    places = torch.stack([index // width, index % width], dim=-1).to(share)
-    return reduce(share[..., None] * places, "... k two -> ... two", "sum"), found
+    patches = torch.stack([index // width, index % width], dim=-1).to(share)
+    return reduce(share[..., None] * patches, "... k two -> ... two", "sum"), visible
 
 
 def read_keypoints(path: Path) -> tuple[Joints, tuple[int, int], list[int]]:
-    """Read the joints of a keypoint file, the (height, width) they are in, and their frames."""
+    """Read a keypoint file: its joints, the (height, width) of their frames, the frame numbers."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names = tuple(str(name) for name in content["keypoint_names"])
@@ -249,7 +250,7 @@ def read_keypoints(path: Path) -> tuple[Joints, tuple[int, int], list[int]]:
         xy = np.array([rows[frame]["xy"] for frame in frames], dtype=np.float64)
         visible = np.array([rows[frame]["visible"] for frame in frames])
         if len(rows) < len(content["annotations"]):
-            raise ValueError("a frame that is there twice")
+            raise ValueError("a frame occurs twice")
         expected = (len(rows), len(names))
         if xy.shape != (*expected, 2) or visible.shape != expected or visible.dtype != np.bool_:
             raise ValueError(f"xy of shape {xy.shape}, visible {visible.dtype} {visible.shape}")
@@ -257,13 +258,13 @@ def read_keypoints(path: Path) -> tuple[Joints, tuple[int, int], list[int]]:
         raise FrameError(
             f"{path} is not a keypoint file ({type(error).__name__}: {error}); expected "
             '{"keypoint_names", "width", "height", "annotations": [{"frame", "xy", "visible"}]}, '
-            "an [x, y] and a true or false for every name"
+            "with one [x, y] and one true or false per name"
         ) from error
     return Joints(names, xy, visible), size, frames
 
 
 def _badja_clip(name: str, path: Path, root: Path, davis: Path) -> Clip[Joints]:
-    """The clip from its first annotated image to its last, whatever lies between."""
+    """Return the clip from its first annotated image to its last."""
     size = None
     if path.name == KEYPOINTS:
         joints, size, numbers = read_keypoints(path)
@@ -276,7 +277,7 @@ def _badja_clip(name: str, path: Path, root: Path, davis: Path) -> Clip[Joints]:
     if missing:
         raise FrameError(
             f"{len(missing)} of its files are missing: {folders.few(missing, 2)}; unpack "
-            "DAVIS-2017 trainval and BADJA's extra videos there, or pass davis="
+            "DAVIS-2017 trainval and BADJA's extra videos there, or pass davis= (--davis)"
         )
     frames = folders.images_in(images[0].parent)
     if images != [frame for frame in frames if frame in images]:
@@ -314,7 +315,7 @@ def _official(path: Path, root: Path, davis: Path) -> tuple[Joints, list[Path], 
 
 
 def _below(root: Path, path: str, davis: Path) -> Path:
-    """A path of a file, which must stay below the root; ``DAVIS/`` may be elsewhere."""
+    """Resolve a path below ``root``, or below ``davis`` if it starts with ``DAVIS/``."""
     relative = Path(path)
     if relative.is_absolute() or ".." in relative.parts:
         raise FrameError(f"{path} leads out of the folder of BADJA; expected a path below it")
@@ -323,28 +324,28 @@ def _below(root: Path, path: str, davis: Path) -> Path:
 
 
 def _listed(folder: Path, ending: str) -> dict[str, Path]:
-    """Name to class/name of the clips to test on."""
-    found = {
+    """Return ``<class>/<clip>`` of the test clips by name."""
+    clips = {
         name: Path(path.name.removesuffix(ending), name)
         for path in sorted(folder.glob(f"*{ending}"))
         for name in re.findall(r"^(\S+?)(?:\.avi)?[ \t]+2[ \t]*$", path.read_text(), re.M)
     }
-    if not found:
+    if not clips:
         raise FrameError(
             f"no lists in {folder}: expected <class>{ending}, found {folders.found_in(folder)}; "
             "unpack splits.zip there"
         )
-    return found
+    return clips
 
 
 def _read_mat(path: Path) -> NDArray[np.float64]:
-    """``(T, 15, 2)`` (x, y), the first pixel's centre at 1."""
+    """Read ``(T, 15, 2)`` (x, y); the first pixel's centre is at 1."""
     io: Any = require("scipy.io", extra="eval", purpose="reading .mat files")
     if not path.is_file():
         raise FrameError(f"no {path}; unpack joint_positions.zip")
     try:
         xy = np.asarray(io.loadmat(path)["pos_img"], dtype=np.float64)
-    except Exception as error:  # what SciPy raises for a damaged file is not documented
+    except Exception as error:  # SciPy does not document its errors for damaged files
         raise FrameError(f"{path} cannot be read as a MATLAB file: {error}") from error
     if xy.ndim != 3 or xy.shape[:2] != (2, len(JHMDB_JOINTS)) or not xy.size:
         raise FrameError(f"{path} has pos_img of shape {xy.shape}, expected (2, 15, T)")

@@ -1,8 +1,7 @@
-"""Does a frame's feature tell what happens in it? Its neighbours among labelled segments.
+"""Action localisation: each frame takes the label of its nearest segments in other videos.
 
-Every frame is one query: the mean of its patches. What it is compared with are the labelled
-segments of all other videos, each the mean of its frames. Frames outside every segment are
-background, and each stretch of them a segment too.
+The feature of a frame is the mean of its patches, that of a segment the mean of its frames. A run
+of frames outside all labelled segments is a segment of the background.
 """
 
 from __future__ import annotations
@@ -28,39 +27,35 @@ _COLUMNS = ("video", "start", "end", "label")
 
 
 class Segment(NamedTuple):
-    """A labelled stretch of a video."""
+    """A labelled part of a video."""
 
-    video: str  # path below the data folder, as the table has it
-    start: float  # first second
-    end: float  # second it stops before
+    video: str  # path below the data folder, as in the file
+    start: float  # in seconds
+    end: float  # in seconds, exclusive
     label: str
 
 
 def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
     """Read a CSV file with the header ``video,start,end,label``, times in seconds.
 
-    Further columns and blank lines are ignored. Segments come by video in order of first mention,
-    each video's by start.
-
-    Raises:
-        FrameError: no such table, a row that cannot be meant, or segments of a video that overlap
-            although their labels differ.
+    Other columns and blank lines are ignored; segments of different labels must not overlap. They
+    are returned sorted by video, in order of first occurrence, then by start.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FrameError(f"{path} does not exist; expected a CSV file with {','.join(_COLUMNS)}")
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        held = reader.fieldnames or ()
-        missing = [name for name in _COLUMNS if name not in held]
+        columns = reader.fieldnames or ()
+        missing = [name for name in _COLUMNS if name not in columns]
         if missing:
             raise FrameError(
-                f"{path} has the columns {', '.join(held) or 'none'}, and lacks "
+                f"{path} has the columns {', '.join(columns) or 'none'}, and lacks "
                 f"{', '.join(missing)}; its first line must be {','.join(_COLUMNS)}"
             )
         rows = [_segment(row, path, reader.line_num) for row in reader]
     if not rows:
-        raise FrameError(f"{path} has a header and no segments")
+        raise FrameError(f"{path} has no segments below its header; expected at least one")
     order = list(dict.fromkeys(row.video for row in rows))
     rows.sort(key=lambda row: (order.index(row.video), row.start, row.end))
     for video, own in groupby(rows, key=lambda row: row.video):
@@ -68,7 +63,7 @@ def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
             if first.label != second.label and second.start < first.end:
                 raise FrameError(
                     f"{path}: {first.label!r} and {second.label!r} overlap in {video} at "
-                    f"{second.start:g} s; a frame has one label, so cut one of them"
+                    f"{second.start:g} s; a frame can have only one label, so shorten one of them"
                 )
     return rows
 
@@ -76,66 +71,65 @@ def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
 def localise(
     videos: Sequence[VideoFrames], segments: Sequence[Segment], *, ks: Sequence[int] = (1, 5)
 ) -> dict[str, dict[int, Predictions]]:
-    """Label the frames of each video by the k nearest segments of all others.
+    """Label the frames of each video by the k nearest segments of all other videos.
 
-    Segments of other videos than these are ignored, and so is background that one video alone has.
+    Segments of videos that are not among these are ignored, and so is the background if only one
+    video has any. Centred features are the raw ones minus the mean of the segments searched.
 
     Returns:
-        Variant (centred features are raw ones minus the mean of the segments searched) to k to
-        what frames were taken for.
-
-    Raises:
-        FrameError: no frame lies within a segment, or only one video shows a label.
+        Predictions for all frames by variant of features, then by k.
     """
-    stretches = [
+    runs = [
         (row, label, frames)
         for row, video in enumerate(videos)
-        for label, frames in _stretches(video, segments)
+        for label, frames in _runs(video, segments)
     ]
-    shown = Counter(label for _, label in {each[:2] for each in stretches})
-    if shown[BACKGROUND] == 1:
-        stretches = [each for each in stretches if each[1] != BACKGROUND]
-        del shown[BACKGROUND]
-    if not shown.keys() & {segment.label for segment in segments}:
+    videos_with = Counter(label for _, label in {(row, label) for row, label, _ in runs})
+    if videos_with[BACKGROUND] == 1:
+        runs = [run for run in runs if run[1] != BACKGROUND]
+        del videos_with[BACKGROUND]
+    if not videos_with.keys() & {segment.label for segment in segments}:
         raise FrameError(
             "no frame lies within a segment; check that start and end are seconds of the videos, "
             "or positions of the images in a folder"
         )
-    lonely = sorted(label for label, count in shown.items() if count < 2)
-    if lonely:
+    single = sorted(label for label, count in videos_with.items() if count < 2)
+    if single:
         raise FrameError(
-            f"only one readable video shows {few(lonely)}, so nothing can be learnt about it from "
-            "others; add videos that show it or remove its segments"
+            f"only one readable video shows {few(single)}, expected at least two; add videos that "
+            "show it, or remove its segments"
         )
-    classes = sorted(shown)
-    labels = torch.tensor([classes.index(label) for _, label, _ in stretches])
-    rows = torch.tensor([row for row, _, _ in stretches])
+    classes = sorted(videos_with)
+    labels = torch.tensor([classes.index(label) for _, label, _ in runs])
+    rows = torch.tensor([row for row, _, _ in runs])
     means = {
-        name: torch.stack([videos[row].features[name][at].mean(0) for row, _, at in stretches])
+        name: torch.stack([videos[row].features[name][frames].mean(0) for row, _, frames in runs])
         for name in videos[0].features
     }
-    columns: defaultdict[str, defaultdict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-    shows: list[tuple[str, str]] = []  # video and label of each frame
+    predicted: defaultdict[str, defaultdict[int, list[str]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    truth: list[tuple[str, str]] = []  # video and label of each frame
     for row, video in enumerate(videos):
-        mine = [(frame, label) for at, label, frames in stretches if at == row for frame in frames]
-        shows += [(video.video, label) for _, label in mine]
-        judged = [frame for frame, _ in mine]
-        own = {name: values[judged] for name, values in video.features.items()}
+        own = [(frame, label) for at, label, frames in runs if at == row for frame in frames]
+        truth += [(video.video, label) for _, label in own]
+        tested = [frame for frame, _ in own]
+        features = {name: values[tested] for name, values in video.features.items()}
         bank = {name: values[rows != row] for name, values in means.items()}
-        queries, known = with_centred(own, bank), labels[rows != row]
+        queries, bank_labels = with_centred(features, bank), labels[rows != row]
         for name, keys in with_centred(bank, bank).items():
-            votes = nearest_votes(keys, known, queries[name], ks=ks, classes=len(classes))
-            for k, tally in votes.items():
-                columns[name][k] += [classes[best] for best in tally.argmax(dim=1).tolist()]
-    names, truth = zip(*shows, strict=True)
+            votes = nearest_votes(keys, bank_labels, queries[name], ks=ks, classes=len(classes))
+            for k, by_class in votes.items():
+                predicted[name][k] += [classes[best] for best in by_class.argmax(dim=1).tolist()]
+    names, shown = zip(*truth, strict=True)
     return {
-        variant: {k: Predictions(names, truth, tuple(found)) for k, found in by_k.items()}
-        for variant, by_k in columns.items()
+        variant: {k: Predictions(names, shown, tuple(column)) for k, column in by_k.items()}
+        for variant, by_k in predicted.items()
     }
 
 
-def _stretches(video: VideoFrames, segments: Sequence[Segment]) -> list[tuple[str, list[int]]]:
-    """Label and frames of each stretch of a video that is of one segment, or of none."""
+def _runs(video: VideoFrames, segments: Sequence[Segment]) -> list[tuple[str, list[int]]]:
+    """Split a video into runs of frames of one segment or of none: label and frames of each."""
     own = [segment for segment in segments if segment.video == video.video]
 
     def segment_at(frame: int) -> int:

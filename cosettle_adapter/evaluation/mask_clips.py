@@ -1,4 +1,4 @@
-"""Clips with masks: DAVIS, VIP and one's own, and their benchmarks by label propagation."""
+"""Clips with masks (DAVIS, VIP and your own) and their benchmarks by label propagation."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ ALL_FRAMES = FrameSelection()
 MASK_MEASURES = ("J&F", "J mean", "J recall", "J decay", "F mean", "F recall", "F decay")
 VIP_CLASSES = 20  # the background is 0
 DAVIS = "the folder of DAVIS that holds JPEGImages, Annotations and ImageSets"
-FOLDER = "a folder with frames/ and masks/, or of such folders"
+FOLDER = "a folder with frames/ and masks/, or a folder of such folders"
 VIP = "the folder VIP_Fine, with Images, Annotations/Category_ids and lists"
-_FRAME_SIZE = (480, 880)  # DAVIS's published protocol resizes to it, whatever the aspect
+_FRAME_SIZE = (480, 880)  # of the published protocol on DAVIS, for any aspect ratio
 _LONG_SIDE, _STEP = 880, 64  # of VIP
-_MANY = 64  # more labels than this in one clip are not objects
+_MAX_OBJECTS = 64  # of a clip; more different values come from soft edges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Propagation:
     """How labels are propagated through a clip.
 
     Attributes:
-        protocol: the published settings to start from: crw or dino.
-        topk: matches that vote for a patch, in place of the protocol's.
-        context: preceding frames to match with, in place of the protocol's.
-        radius: patches within which matches are looked for, in place of the protocol's.
+        protocol: published settings, crw or dino, which the following options override.
+        topk: number of matches that vote for a patch.
+        context: number of preceding frames to match with.
+        radius: radius of the search for matches, in patches.
     """
 
     protocol: Literal["crw", "dino"] = "crw"
@@ -57,9 +57,9 @@ class Propagation:
     radius: float | None = None
 
     def options(self) -> dict[str, Any]:
-        """Return the protocol and what differs from it, as keywords of ``LabelPropagator``."""
-        given = dataclasses.asdict(self)
-        return {name: value for name, value in given.items() if value is not None}
+        """Return the protocol and its overrides as keywords of ``LabelPropagator``."""
+        options = dataclasses.asdict(self)
+        return {name: value for name, value in options.items() if value is not None}
 
 
 PUBLISHED = Propagation()
@@ -71,10 +71,10 @@ def mask_protocol(
     propagation: Propagation,
     settings: Mapping[str, Any],
 ) -> Protocol[Masks]:
-    """Return the benchmark on a data set that is scored by J and F of propagated masks."""
+    """Return a benchmark that scores propagated masks by J and F."""
 
     def size(clip: Clip[Masks]) -> tuple[int, int]:
-        """``crw``: 480 x 880; ``dino``: the shorter side 480, the other a multiple of 64."""
+        """``crw``: 480 x 880; ``dino``: shorter side 480, longer side a multiple of 64."""
         if propagation.protocol == "crw":
             return _FRAME_SIZE
         height, width = clip.read_frame(0).shape[:2]
@@ -85,29 +85,29 @@ def mask_protocol(
     def score(
         clip: Clip[Masks], features: Tensor, _: Geometry, predictions: Path | None
     ) -> ClipScores:
-        """Propagate the first mask and score the others; every object counts once."""
+        """Propagate the first mask and score the others; every object has equal weight."""
 
         def save(index: int, labels: Masks) -> None:
             if predictions is not None:
                 save_labels(labels, predictions / f"{clip.frames[index].stem}.png")
 
         masks, options = clip.read_annotations(), propagation.options()
-        found = evaluate_sequence(
+        scores = evaluate_sequence(
             features, masks, annotated=clip.annotated, on_mask=save, **options
         )
         objects = [  # mean, recall and decay of each
             dict(zip(MASK_MEASURES[1:], (*summarise(j), *summarise(f)), strict=True))
-            for j, f in zip(found.j, found.f, strict=True)
+            for j, f in zip(scores.j, scores.f, strict=True)
         ]
-        return ClipScores(over(objects), counts={"objects": objects})
+        return ClipScores(average(objects), counts={"objects": objects})
 
-    def over(objects: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        figures = {name: mean(each[name] for each in objects) for name in MASK_MEASURES[1:]}
+    def average(objects: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        figures = {name: mean(row[name] for row in objects) for name in MASK_MEASURES[1:]}
         return {"J&F": (figures["J mean"] + figures["F mean"]) / 2, **figures}
 
     def total(scores: Sequence[ClipScores]) -> dict[str, float]:
-        """Mean over all objects of all clips, as the official evaluation has it."""
-        return over([each for clip in scores for each in clip.counts["objects"]])
+        """Average over all objects of all clips, like the official evaluation."""
+        return average([row for clip in scores for row in clip.counts["objects"]])
 
     settings = {**propagation.options(), **settings}
     return Protocol(name, MASK_MEASURES, clips, size, score, settings, total)
@@ -122,13 +122,13 @@ def davis_clips(
     clips: Sequence[str] | None = None,
     select: FrameSelection = ALL_FRAMES,
 ) -> list[Clip[Masks]]:
-    """List clips with masks ``(T, H, W)`` uint8 of object ids, 0 the background, 255 void.
+    """List the clips of DAVIS with masks ``(T, H, W)`` uint8: object ids, 0 background, 255 void.
 
     The layout is ``JPEGImages/<resolution>/<clip>/*.jpg``,
-    ``Annotations/<resolution>/<clip>/*.png`` and ``ImageSets/<year>/<subset>.txt``. The year, by
-    default the newest there is, decides whether objects are merged into one (2016). The subset is
-    by default val, or train where there is no list of val. Seconds of ``select`` are positions
-    over ``fps`` (1).
+    ``Annotations/<resolution>/<clip>/*.png`` and ``ImageSets/<year>/<subset>.txt``. The default
+    year is the newest available; 2016 merges all objects into one. The default subset is val, or
+    train if there is no list of val. In ``select``, the time of a frame is its position divided by
+    ``fps`` (default 1).
     """
     kinds = [f"JPEGImages/{resolution}", f"Annotations/{resolution}"]
     root = folders.data_folder(root, DAVIS, [*kinds, "ImageSets"])
@@ -153,8 +153,8 @@ def davis_clips(
             )
 
         def read() -> Masks:
-            found = folders.read_masks(masks)
-            return (found > 0).astype(np.uint8) if year == "2016" else found
+            labels = folders.read_masks(masks)
+            return (labels > 0).astype(np.uint8) if year == "2016" else labels
 
         return Clip(name, frames, read, tuple(range(len(frames))), (*frames, *masks))
 
@@ -170,8 +170,8 @@ def davis_protocol(
 ) -> Protocol[Masks]:
     """Return the benchmark on DAVIS; several folders are parts of one evaluation.
 
-    Clips of several are called ``<folder>/<clip>``, and ``clips`` may name them without the
-    folder. ``select`` is one selection of frames for all folders or one for each.
+    With several folders, clips are named ``<folder>/<clip>``; ``clips`` may omit the folder.
+    ``select`` is one selection of frames for all folders or one for each.
     """
     selections = [select] if isinstance(select, FrameSelection) else list(select)
     selections = selections * len(data) if len(selections) == 1 else selections
@@ -179,24 +179,24 @@ def davis_protocol(
     if len(selections) != len(data) or len(set(parts)) != len(parts):
         raise ValueError(
             f"got {len(data)} folders of DAVIS and {len(selections)} selections of frames; "
-            "expected one for all or one for each, and folders of different names"
+            "expected one for all or one for each, and folders with different names"
         )
 
     def listed() -> list[Clip[Masks]]:
         if not parts:
             return davis_clips(data[0], year=year, clips=clips, select=selections[0])
-        found = [
+        pairs = [
             (f"{part}/{clip.name}", clip)
-            for part, root, chosen in zip(parts, data, selections, strict=True)
-            for clip in davis_clips(root, year=year, select=chosen)
+            for part, root, selection in zip(parts, data, selections, strict=True)
+            for clip in davis_clips(root, year=year, select=selection)
         ]
-        known = [name for full, clip in found for name in (full, clip.name)]
-        wanted = set(pick(clips, known, f"clip {{}} in {', '.join(map(str, data))}"))
-        return [dataclasses.replace(c, name=full) for full, c in found if wanted & {full, c.name}]
+        known = [name for full, clip in pairs for name in (full, clip.name)]
+        names = set(pick(clips, known, f"clip {{}} in {', '.join(map(str, data))}"))
+        return [dataclasses.replace(c, name=full) for full, c in pairs if names & {full, c.name}]
 
     settings: dict[str, Any] = {"year": year or newest_year(data[0])}
     for field in ("every", "max_frames", "start", "end", "fps"):
-        values = [getattr(chosen, field) for chosen in selections]
+        values = [getattr(selection, field) for selection in selections]
         settings[field] = values[0] if len(set(values)) == 1 else values
     if parts:
         settings["parts"] = parts
@@ -204,7 +204,7 @@ def davis_protocol(
 
 
 def newest_year(root: str | Path) -> Year:
-    """Return the newest release that a folder of DAVIS has lists of."""
+    """Return the newest release for which a folder of DAVIS has lists."""
     return "2017" if (Path(root) / "ImageSets" / "2017").is_dir() else "2016"
 
 
@@ -213,25 +213,25 @@ def folder_clips(
 ) -> list[Clip[Masks]]:
     """List the clips of a folder, each with ``frames/*.jpg`` and ``masks/*.png`` in it.
 
-    Other images serve as well. A mask, palette or grey, belongs to the frame of the same name; the
-    first frame needs one, the others may have one and are scored where they do. Names go in natural
-    order, ``2`` before ``10``. ``root`` may be a single clip. ``late_labels``, which appear after
-    the first frame and cannot be propagated, are an error when masks are read or do not count.
+    Other image formats work too. A mask, palette or grey, has the name of its frame; the first
+    frame needs one, and the others are scored if they have one. Frames are in natural order, ``2``
+    before ``10``. ``root`` may be a single clip. Labels that first appear after the first frame
+    cannot be propagated; ``late_labels`` makes them an error when masks are read, or void.
 
     Returns:
-        Clips with masks ``(A, H, W)`` uint8 of object ids, 0 the background, 255 void. Where masks
-        have no values but 0 and 255, 255 is not void but their one object, id 1.
+        Clips with masks ``(A, H, W)`` uint8: object ids, 0 background, 255 void. If a clip's masks
+        have no values but 0 and 255, then 255 is its one object, with id 1.
     """
     if late_labels not in ("error", "void"):
         raise ValueError(f"got late_labels={late_labels!r}, expected 'error' or 'void'")
     root = folders.data_folder(root, FOLDER)
-    found = folders.clip_folders(root, FOLDER, ["frames", "masks"])
+    known = folders.clip_folders(root, FOLDER, ["frames", "masks"])
 
     def make(name: str) -> Clip[Masks]:
-        clip = folders.mask_clip(name, found[name] / "frames", found[name] / "masks")
+        clip = folders.mask_clip(name, known[name] / "frames", known[name] / "masks")
         return dataclasses.replace(clip, read=lambda: _labels(clip, late_labels))
 
-    return folders.list_clips("clip", root, found, clips, make)
+    return folders.list_clips("clip", root, known, clips, make)
 
 
 def folder_protocol(
@@ -241,7 +241,7 @@ def folder_protocol(
     late_labels: LateLabels = "error",
     propagation: Propagation = PUBLISHED,
 ) -> Protocol[Masks]:
-    """Return the benchmark on clips of one's own; see :func:`folder_clips`."""
+    """Return the benchmark on your own clips; see :func:`folder_clips`."""
     return mask_protocol(
         "folder",
         lambda: folder_clips(data, clips=clips, late_labels=late_labels),
@@ -253,12 +253,12 @@ def folder_protocol(
 def vip_clips(
     root: str | Path, *, subset: str = "val", clips: Sequence[str] | None = None
 ) -> list[Clip[Masks]]:
-    """List clips in the layout of the archive VIP_Fine, whose frames are 25 apart.
+    """List the clips of VIP with label maps ``(A, H, W)`` uint8 of classes, 0 the background.
 
-    That is ``Images/<video>/*.jpg``, ``Annotations/Category_ids/<video>/*.png`` (or
-    ``Category_ids/<video>/*.png``) and ``lists/<subset>_videos.txt`` with a video a line, or
-    ``lists/<subset>_id.txt`` with a frame a line. Given ``clips``, no list is needed.
-    Annotations are label maps ``(A, H, W)`` uint8 of classes, 0 the background.
+    The layout is that of the archive VIP_Fine, which has every 25th frame:
+    ``Images/<video>/*.jpg``, ``Annotations/Category_ids/<video>/*.png`` (or
+    ``Category_ids/<video>/*.png``) and ``lists/<subset>_videos.txt`` with one video per line, or
+    ``lists/<subset>_id.txt`` with one frame per line. Given ``clips``, no list is needed.
     """
     root = folders.data_folder(root, VIP, ["Images"])
     images, labels = root / "Images", root / "Category_ids"
@@ -279,12 +279,14 @@ def vip_clips(
 def vip_protocol(
     data: Path, *, clips: Sequence[str] | None = None, propagation: Propagation = PUBLISHED
 ) -> Protocol[Masks]:
-    """Return the benchmark on VIP: mIoU from one confusion matrix over all frames of all clips."""
-    # VIP takes the top 10
+    """Return the benchmark on VIP: mIoU from one confusion matrix over all frames of all clips.
+
+    The default ``topk`` is 10.
+    """
     options = dataclasses.replace(propagation, topk=propagation.topk or 10).options()
 
     def size(clip: Clip[Masks]) -> tuple[int, int]:
-        """The longer side 880, the other floored to a multiple of 64."""
+        """Longer side 880, shorter side rounded down to a multiple of 64."""
         height, width = clip.read_frame(0).shape[:2]
         other = int(_LONG_SIDE * min(height, width) / max(height, width))
         other = max(_STEP, other // _STEP * _STEP)
@@ -293,7 +295,7 @@ def vip_protocol(
     def score(
         clip: Clip[Masks], features: Tensor, _: Geometry, predictions: Path | None
     ) -> ClipScores:
-        """Propagate the classes of the first frame; it counts as the others do."""
+        """Propagate the classes of the first frame; unlike on DAVIS, that frame counts too."""
         masks = dict(zip(clip.annotated, clip.read_annotations(), strict=True))
         if 0 not in masks:
             raise FrameError(f"{clip.name!r} has no labels for its first frame")
@@ -318,7 +320,7 @@ def vip_protocol(
 
 
 def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
-    """Object ids as they are scored, or why they cannot be."""
+    """Read a clip's object ids and check that they can be scored."""
     masks, size = clip.read_annotations(), clip.read_frame(0).shape[:2]
     if masks.shape[1:] != size:
         raise FrameError(
@@ -328,20 +330,20 @@ def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
     labels = set(np.unique(masks).tolist())
     if labels <= {0, VOID}:
         masks = (masks == VOID).astype(np.uint8)
-    elif len(labels) > _MANY:
+    elif len(labels) > _MAX_OBJECTS:
         raise FrameError(
-            f"the masks of {clip.name!r} have {len(labels)} different values, more than the "
-            f"{_MANY} expected of labels; soft edges are no labels: save the masks as PNG, "
-            "without anti-aliasing, with one whole number for every object"
+            f"the masks of {clip.name!r} have {len(labels)} different values, expected at most "
+            f"{_MAX_OBJECTS} object ids; do they have soft edges? Save the masks as PNG, without "
+            "anti-aliasing, with one whole number for every object"
         )
     late = ~np.isin(masks, [*np.unique(masks[0]), 0, VOID])
     if late_labels == "error" and late.any():
         path = clip.inputs[len(clip) + int(late.any((1, 2)).argmax())]
         names = ", ".join(map(str, np.unique(masks[late]).tolist()))
         raise FrameError(
-            f"{path} of {clip.name!r} has label(s) {names}, which the first mask does not have, so "
-            "they cannot be propagated; start the clip at a frame that shows all objects, or pass "
-            'late_labels="void" (--late-labels void) to leave them out of the scores'
+            f"{path} of {clip.name!r} has label(s) {names}, which the first mask does not have; "
+            "they cannot be propagated. Start the clip at a frame that shows all objects, or pass "
+            'late_labels="void" (--late-labels void) to exclude them from the scores'
         )
     masks[late] = VOID
     return masks

@@ -1,10 +1,10 @@
-"""Masks: DAVIS's J and F, VIP's mean IoU, PNG files; label propagation, scored as DAVIS scores it.
+"""Masks: DAVIS's J and F, VIP's mean IoU, PNG files, and label propagation scored like DAVIS.
 
-J and F equal the official evaluation's numbers (davis2017-evaluation) to rounding; F finds boundary
-pixels near one another with a k-d tree over the boundaries, whose cost does not depend on the
-size of the frame, in place of dilating whole frames. As in the official semi-supervised evaluation,
-every object of the first frame is one value a frame, first and last frame do not count, and a data
-set's figure is the mean over objects.
+J and F equal the official evaluation (davis2017-evaluation) up to rounding. Where the official F
+dilates whole frames, this one finds boundary pixels near one another with a k-d tree, whose cost
+does not depend on the size of the frame. As in the official semi-supervised evaluation, every
+object of the first frame has one value per frame, the first and the last frame do not count, and
+the figure of a data set is the mean over objects.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
 
 Mask = NDArray[np.bool_]
-VOID = 255  # pixels that belong to no object and do not count
+VOID = 255  # label of pixels that do not count
 
 
 class Summary(NamedTuple):
@@ -55,11 +55,11 @@ def boundary_f(
 ) -> float:
     """Return F in [0, 1], the harmonic mean of precision and recall of a mask's boundary.
 
-    A boundary pixel counts as found if a boundary pixel of the other mask lies within the
-    tolerance, by Euclidean distance. F is 1 if neither mask has a boundary, 0 if only one has.
+    A boundary pixel is matched if a boundary pixel of the other mask lies within the tolerance, by
+    Euclidean distance. F is 1 if neither mask has a boundary, 0 if only one has.
 
     Masks are ``(H, W)`` boolean; pixels of ``void`` are background in both. A tolerance below 1 is
-    a share of the frame's diagonal, rounded up to whole pixels; from 1 on, it is pixels.
+    a share of the frame's diagonal, rounded up to whole pixels; otherwise it is in pixels.
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or more, got {tolerance}")
@@ -76,54 +76,54 @@ def boundary_f(
 def summarise(values: ArrayLike) -> Summary:
     """Summarise a measure over frames ``(T,)`` as the official evaluation does.
 
-    NaN stands for frames that do not count. Quarters share their border frames, and clips of more
-    than 255 frames get the decay the definition says (the official code's frame index overflows).
+    NaN marks frames that do not count. Neighbouring quarters share a frame. The decay of clips of
+    more than 255 frames follows the definition; in the official code the frame index overflows.
     """
     series: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     if series.ndim != 1 or not len(series):
         raise ValueError(f"got values of shape {series.shape}, expected (T,) with T at least 1")
     edges = np.round(np.linspace(1, len(series), 5) + 1e-10).astype(int) - 1
     first, last = series[: edges[1] + 1], series[edges[3] :]
-    # a frame without a value is not above 0.5, and still a frame
+    # recall counts a frame without a value as a miss
     return Summary(mean(series), float((series > 0.5).mean()), mean(first) - mean(last))
 
 
 class ConfusionMatrix:
-    """Counts of annotated (rows) and predicted classes over any number of frames.
+    """Counts of annotated (rows) and predicted (columns) classes over any number of frames.
 
-    ``counts`` is ``(K, K)`` int64 for K classes, of which the background is one.
+    ``counts`` is ``(K, K)`` int64 for K classes, including the background.
     """
 
     def __init__(self, classes: int) -> None:
         self.counts: NDArray[np.int64] = np.zeros((classes, classes), dtype=np.int64)
 
     def add(self, gt: ArrayLike, pred: ArrayLike, ignore: int | None = 255) -> None:
-        """Count whole numbers of one shape; pixels annotated with ``ignore`` do not count.
+        """Count integer labels of one shape; pixels annotated with ``ignore`` do not count.
 
         Raises:
-            FrameError: shapes that differ, or a pixel that counts and is no class.
+            FrameError: the shapes differ, or a pixel that counts is not a class.
         """
         classes = len(self.counts)
         truth, guess = np.asarray(gt), np.asarray(pred)
         if truth.shape != guess.shape:
             raise FrameError(
-                f"got pred of shape {guess.shape}, expected {truth.shape} like gt: bring the "
-                "prediction to the size of the annotation first (nearest)"
+                f"got pred of shape {guess.shape}, expected {truth.shape} like gt: resize the "
+                "prediction to the annotation first (nearest)"
             )
         counted = np.full(truth.shape, True) if ignore is None else truth != ignore
         for name, labels in (("gt", truth), ("pred", guess)):
             wrong = labels[counted & ~np.isin(labels, np.arange(classes))]
             if wrong.size:
                 raise FrameError(
-                    f"{name} has class {wrong.flat[0]}, expected 0 to {classes - 1}; make "
-                    "the matrix with more classes, or pass an annotated value as ignore"
+                    f"{name} has class {wrong.flat[0]}, expected 0 to {classes - 1}; create the "
+                    "matrix with more classes, or pass an annotated value as ignore"
                 )
         pairs = truth[counted].astype(np.int64) * classes + guess[counted].astype(np.int64)
         counts = np.bincount(pairs, minlength=classes**2)
         self.counts += rearrange(counts, "(truth guess) -> truth guess", truth=classes)
 
     def mean_iou(self) -> float:
-        """Return the mean IoU over classes annotated or predicted somewhere; NaN without any.
+        """Return the mean IoU over all classes that occur; NaN if none does.
 
         As in VIP's published evaluation, a class that is only predicted counts as 0.
         """
@@ -134,7 +134,7 @@ class ConfusionMatrix:
 
 def palette() -> bytes:
     """Return the palette of PASCAL VOC and DAVIS: 256 RGB colours."""
-    # a label's bits, three at a time, set those of red, green and blue from the highest down
+    # each three bits of a label are one bit of red, green and blue, the highest first
     return bytes(
         sum((label >> (3 * place + channel) & 1) << (7 - place) for place in range(3))
         for label in range(256)
@@ -152,10 +152,10 @@ def save_labels(labels: NDArray[np.uint8], path: Path) -> None:
 
 
 class SequenceScores(NamedTuple):
-    """J and F in [0, 1] of a clip: of every object, a value for each frame that counts."""
+    """J and F in [0, 1] of a clip's objects in each frame that counts."""
 
-    objects: tuple[int, ...]  # their ids
-    j: tuple[tuple[float, ...], ...]
+    objects: tuple[int, ...]  # object ids
+    j: tuple[tuple[float, ...], ...]  # by object, then by frame
     f: tuple[tuple[float, ...], ...]
 
     @property
@@ -180,13 +180,13 @@ def evaluate_sequence(
     """Propagate the first mask of a clip by features and score the others.
 
     Features and options are those of :func:`propagate_masks`. Masks are ``(T, H, W)`` uint8 object
-    ids, 0 the background, 255 void. Where not every frame has one, ``annotated`` is the frame of
-    each, ascending from 0; the others are propagated through and not scored. ``on_mask`` is called
-    with the index of every frame and its propagated object ids ``(H, W)``.
+    ids, 0 background, 255 void. If not every frame has a mask, ``annotated`` is the frame of each
+    mask, ascending from 0; only these frames are scored. ``on_mask`` is called with the index of
+    every frame and its propagated object ids ``(H, W)``.
 
     Raises:
-        FrameError: masks that cannot be scored, or another number of feature maps than masks.
-        GeometryError: features that do not fit together.
+        FrameError: the masks cannot be scored, or the number of feature maps does not fit them.
+        GeometryError: the features do not fit together.
     """
     masks = np.asarray(masks)
     frames = list(range(len(masks))) if annotated is None else list(annotated)
@@ -206,14 +206,14 @@ def evaluate_sequence(
             ]
     if count <= frames[-1] or (annotated is None and count != len(masks)):
         raise FrameError(
-            f"got masks up to frame {frames[-1]}, but {count} feature maps; give one map for every "
-            "frame, and a mask for every frame unless annotated says which have one"
+            f"got masks up to frame {frames[-1]}, but {count} feature maps; pass one map for every "
+            "frame, and a mask for every frame unless annotated lists the frames with a mask"
         )
     scores.pop(count - 1, None)  # the last frame does not count
     if not scores:
         raise FrameError(
-            f"none of the masks of the frames {frames[:9]} counts: the first and the last frame "
-            f"of the clip's {count} do not; annotate one between them"
+            f"got masks for the frames {frames[:9]}, none of which counts: the first and the last "
+            f"of the clip's {count} frames do not; annotate a frame between them"
         )
     rows, columns = list(scores.values()), range(len(objects))
     return SequenceScores(
@@ -236,15 +236,15 @@ def propagate_masks(
     protocol: Literal["crw", "dino"] = "crw",
     **options: Any,
 ) -> Iterator[Masks]:
-    """Propagate a label map through a clip and yield that of every frame, at constant memory.
+    """Propagate a label map through a clip in constant memory; yield the map of every frame.
 
-    The first map is one-hot at its full size and brought to the grid: bilinear and soft for
-    ``crw``, nearest for ``dino``. Propagated labels are brought back bilinear to the size of the
-    map (for ``dino`` each then stretched to [0, 1]) and the strongest one wins.
+    The one-hot first map is resized to the grid: bilinear for ``crw``, nearest for ``dino``. The
+    propagated labels are resized back (bilinear), for ``dino`` each label is stretched to [0, 1],
+    and every pixel takes the strongest label.
 
-    Features are ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``, the map
-    is ``(H, W)`` uint8. The first of the classes is the background, which takes whatever has no
-    other of these labels. Options are those of
+    Features are ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``; the
+    label map is ``(H, W)`` uint8. The first class is the background, which includes all pixels
+    with none of the other labels. Options are those of
     :class:`~cosettle_adapter.correspondence.LabelPropagator`.
     """
     names = np.asarray(classes, dtype=np.uint8)
@@ -257,18 +257,18 @@ def propagate_masks(
 
 
 def _checked_objects(masks: Masks, frames: Sequence[int]) -> tuple[int, ...]:
-    """Return the ids of the first mask's objects, of masks that can be scored."""
-    right = masks.ndim == 3 and masks.dtype == np.uint8
-    if not right or frames[:1] != [0] or len(frames) != len(masks):
+    """Check that masks can be scored; return the ids of the first mask's objects."""
+    valid = masks.ndim == 3 and masks.dtype == np.uint8
+    if not valid or frames[:1] != [0] or len(frames) != len(masks):
         raise FrameError(
             f"got {masks.dtype} masks of shape {masks.shape} for the frames {frames[:9]}, expected "
-            "uint8 (T, H, W), one mask for each, the first of frame 0"
+            "uint8 (T, H, W), one mask per frame, the first of frame 0"
         )
     objects = tuple(int(label) for label in np.unique(masks[0]) if label not in (0, VOID))
     if not objects:
         raise FrameError(
-            "the first mask has no object (no value from 1 to 254), so there is nothing to "
-            "propagate; start the clip at a frame that shows one"
+            "the first mask has no object (no value from 1 to 254) to propagate; start the clip at "
+            "a frame that shows one"
         )
     return objects
 
@@ -285,7 +285,7 @@ def _first_labels(
 
 
 def _decode(labels: Tensor, size: Sequence[int], protocol: str) -> NDArray[np.int64]:
-    """Positions ``(H, W)`` of the strongest label among the classes."""
+    """Return the index of the strongest label of every pixel, ``(H, W)``."""
     soft = F.interpolate(rearrange(labels, "k h w -> 1 k h w"), tuple(size), mode="bilinear")
     soft = rearrange(soft, "1 k h w -> k h w")
     if protocol == "dino":
@@ -298,26 +298,29 @@ def _decode(labels: Tensor, size: Sequence[int], protocol: str) -> NDArray[np.in
 
 def _masks(gt: ArrayLike, pred: ArrayLike, void: ArrayLike | None) -> tuple[Mask, Mask]:
     truth, guess = np.asarray(gt), np.asarray(pred)
-    out: Mask = np.zeros(truth.shape, dtype=bool) if void is None else np.asarray(void)
-    if truth.ndim != 2 or not truth.shape == guess.shape == out.shape:
+    ignored: Mask = np.zeros(truth.shape, dtype=bool) if void is None else np.asarray(void)
+    if truth.ndim != 2 or not truth.shape == guess.shape == ignored.shape:
         raise FrameError(
-            f"got gt {truth.shape}, pred {guess.shape} and void {out.shape}, expected (H, W) of one"
-            " size: resize the prediction to the annotation first (nearest)"
+            f"got gt {truth.shape}, pred {guess.shape} and void {ignored.shape}, expected (H, W) of"
+            " one size: resize the prediction to the annotation first (nearest)"
         )
-    if not truth.dtype == guess.dtype == out.dtype == np.bool_:
-        raise FrameError("masks must be boolean; for an object of a label map use labels == id")
-    return truth & ~out, guess & ~out
+    if not truth.dtype == guess.dtype == ignored.dtype == np.bool_:
+        raise FrameError(
+            f"got gt {truth.dtype}, pred {guess.dtype} and void {ignored.dtype}, expected boolean "
+            "masks; for an object of a label map use labels == id"
+        )
+    return truth & ~ignored, guess & ~ignored
 
 
 def _boundary_points(mask: Mask) -> NDArray[np.int64]:
-    """Pixels that differ from their right, lower or lower right neighbour, ``(N, 2)``."""
+    """Return ``(N, 2)`` pixels that differ from their right, lower or lower right neighbour."""
     rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
     if not len(rows):
         return np.zeros((0, 2), dtype=np.int64)
-    # all boundary pixels lie in the mask's bounding box or one before it
+    # all boundary pixels lie in the mask's bounding box or one pixel above or left of it
     top, left = max(rows[0] - 1, 0), max(columns[0] - 1, 0)
     box = mask[top : rows[-1] + 2, left : columns[-1] + 2]
-    # outside the frame is like its last row and column, as in the official seg2bmap
+    # the last row and column continue outside the frame, as in the official seg2bmap
     padded = np.pad(box, ((0, 1), (0, 1)), mode="edge")
     right, below, diagonal = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
     edges = (box ^ right) | (box ^ below) | (box ^ diagonal)
@@ -326,9 +329,9 @@ def _boundary_points(mask: Mask) -> NDArray[np.int64]:
 
 
 def _share_near(points: Any, others: Any, reach: float) -> float:
-    """Share of integer points that lie within ``reach`` of one of the others."""
+    """Return the share of integer points within ``reach`` of any of the others."""
     spatial: Any = require("scipy.spatial", extra="eval", purpose="measuring boundaries")
-    # squared distances are whole numbers: the bound, which is strict, lies between two of them
+    # squared distances are whole numbers, so a strict bound between two of them is exact
     bound = math.sqrt(math.floor(reach**2) + 0.5)
     distance, _ = spatial.cKDTree(others).query(points, distance_upper_bound=bound)
     return float((distance < bound).mean())

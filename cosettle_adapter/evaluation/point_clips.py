@@ -1,9 +1,9 @@
-"""TAP-Vid: videos with tracked points, published as pickles, which are not executed.
+"""TAP-Vid: videos with tracked points, published as pickles, which are read without executing them.
 
-A pickle is a program: it names functions, and unpickling calls them. Here only the names that NumPy
-writes for an array are known, none of them means NumPy's own function, and every other is refused
-before anything is called. What stands in for NumPy's functions only takes down shape, type and
-bytes; arrays are made of these afterwards.
+A pickle is a program: it names functions, and unpickling calls them. This unpickler knows only the
+names that NumPy writes for an array, and refuses all others before it calls anything. It replaces
+NumPy's functions by ones that only record shape, type and bytes; arrays are built from these
+records afterwards.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from cosettle_adapter.evaluation.points import (
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, save_positions
 from cosettle_adapter.video.geometry import Geometry
 
-TAPVID = "a pickle of TAP-Vid (tapvid_davis.pkl, 0000_of_0010.pkl, ...) or a folder of such"
-_RASTER = 256  # pixels of a square frame, which the measures' thresholds belong to
+TAPVID = "a pickle of TAP-Vid (tapvid_davis.pkl, 0000_of_0010.pkl, ...) or a folder of them"
+_RASTER = 256  # side in pixels of the square frame in which the measures are defined
 _KEYS = ("video", "points", "occluded")
-_HIDDEN = 2.0  # patches by which a point that is still visible may miss itself on the way back
-# plain numbers, booleans, fixed-length byte and text strings, and objects, which must be bytes
+_HIDDEN = 2.0  # patches; a point with a larger cycle error counts as hidden
+# numbers, booleans, fixed-length byte and text strings, and objects, which must be bytes
 _TYPES = re.compile(r"b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,8}|O8?")
 
 
@@ -43,11 +43,11 @@ class Tracks(NamedTuple):
     """Annotated tracks of a video."""
 
     points: NDArray[np.float64]  # (N, T, 2) (x, y) as shares of the frame's width and height
-    occluded: NDArray[np.bool_]  # (N, T); where true, the point may be anywhere
+    occluded: NDArray[np.bool_]  # (N, T); where true, the point is undefined
 
 
 def tapvid_clips(path: str | Path, *, clips: Sequence[str] | None = None) -> list[Clip[Tracks]]:
-    """List the videos of a pickle of TAP-Vid, or of all in a folder; all of them in memory.
+    """List the videos of a pickle of TAP-Vid, or of all pickles in a folder; holds all in memory.
 
     A file is a dict of videos by name or a list of videos, each with ``video`` (uint8 frames or
     JPEG files), ``points`` and ``occluded``. It is read without being executed: anything but
@@ -60,8 +60,8 @@ def tapvid_clips(path: str | Path, *, clips: Sequence[str] | None = None) -> lis
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.pkl"))
     if not files:
         raise FrameError(f"{path} holds no .pkl, expected {TAPVID}; found {found_in(path)}")
-    found = {name: entry for file in files for name, entry in _videos(file).items()}
-    return list_clips("TAP-Vid video", path, found, clips, lambda name: _clip(name, found[name]))
+    known = {name: entry for file in files for name, entry in _videos(file).items()}
+    return list_clips("TAP-Vid video", path, known, clips, lambda name: _clip(name, known[name]))
 
 
 def tapvid_protocol(
@@ -69,11 +69,11 @@ def tapvid_protocol(
 ) -> Protocol[Tracks]:
     """Return the benchmark on TAP-Vid: points are tracked to their nearest neighbours.
 
-    A point counts as hidden that misses itself on the way back by more than two patches.
+    A point counts as hidden if tracking it back misses its start by more than two patches.
     """
 
     def size(clip: Clip[Tracks]) -> tuple[int, int]:
-        """Shorter side 480, aspect kept."""
+        """Shorter side 480, same aspect ratio."""
         height, width = clip.read_frame(0).shape[:2]
         return round(480 * height / min(height, width)), round(480 * width / min(height, width))
 
@@ -92,10 +92,10 @@ def tapvid_protocol(
         )
         save_positions(xy.numpy(), predictions)
         guess, hidden = (xy / to_frame).numpy(), (error > _HIDDEN).numpy()
-        found = tapvid_metrics(
+        result = tapvid_metrics(
             queries.points, queries.occluded, queries.tracks, hidden, guess, mode
         )
-        shares = (found.delta_avg, found.occlusion_accuracy, found.average_jaccard)
+        shares = (result.delta_avg, result.occlusion_accuracy, result.average_jaccard)
         return ClipScores(dict(zip(measures, shares, strict=True)))
 
     measures = ("delta_avg", "OA", "AJ")
@@ -112,18 +112,18 @@ def _videos(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise FrameError(f"{path} holds a {type(content).__name__}, expected {TAPVID}")
     if content.keys() >= set(_KEYS):
-        raise FrameError(f"{path} holds one video's entries, expected a dict or list of videos")
+        raise FrameError(f"{path} holds a single video, expected a dict or a list of videos")
     return {str(name): entry for name, entry in content.items()}
 
 
 def _clip(name: str, entry: Any) -> Clip[Tracks]:
     if not isinstance(entry, Mapping) or not set(_KEYS) <= set(entry):
-        held = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
-        raise FrameError(f"got {held}, expected {', '.join(_KEYS)}")
+        content = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+        raise FrameError(f"got {content}, expected {', '.join(_KEYS)}")
     try:
-        video, points, occluded = (_made(entry[key]) for key in _KEYS)
+        video, points, occluded = (_array(entry[key]) for key in _KEYS)
     except (TypeError, ValueError) as error:
-        raise FrameError(f"an array that cannot be made: {error}") from error
+        raise FrameError(f"invalid array: {error}") from error
     points, occluded = np.asarray(points), np.asarray(occluded)
     if isinstance(video, np.ndarray) and video.dtype.kind == "S":
         video = video.tolist()
@@ -133,7 +133,7 @@ def _clip(name: str, entry: Any) -> Clip[Tracks]:
         jpegs = isinstance(video, (list, tuple)) and all(isinstance(f, bytes) for f in video)
         frames = list(video) if jpegs else []
     if not frames:
-        raise FrameError("no frames; expected uint8 (T, H, W, 3) or T JPEG files")
+        raise FrameError("got no frames, expected uint8 (T, H, W, 3) or T JPEG files")
     if (
         points.dtype.kind not in "fiu"
         or points.shape[1:] != (len(frames), 2)
@@ -141,15 +141,15 @@ def _clip(name: str, entry: Any) -> Clip[Tracks]:
         or not np.isin(occluded, (0, 1)).all()
     ):
         raise FrameError(
-            f"points of shape {points.shape} and occlusion of shape {occluded.shape}, expected "
-            f"numbers (N, {len(frames)}, 2) and booleans (N, {len(frames)})"
+            f"got points of shape {points.shape} and occlusion of shape {occluded.shape}, "
+            f"expected numbers (N, {len(frames)}, 2) and booleans (N, {len(frames)})"
         )
     tracks = Tracks(points.astype(np.float64), occluded.astype(bool))
     return Clip(name, frames, lambda: tracks, inputs=(*frames, *tracks))
 
 
 def _loaded(path: Path) -> Any:
-    """Read a pickle without running it; arrays in it are still to be made."""
+    """Read a pickle without executing it; its arrays are returned as :class:`_Array` records."""
     try:
         with path.open("rb") as file:
             return _Unpickler(file).load()
@@ -165,7 +165,7 @@ def _loaded(path: Path) -> Any:
 
 
 class _Type:
-    """What a pickle says of an array's type."""
+    """Record of an array's type."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not _TYPES.fullmatch(code):
@@ -178,7 +178,7 @@ class _Type:
 
 
 class _Array:
-    """What a pickle says of an array; its state comes with the call or after it."""
+    """Record of an array; a pickle passes its content to the constructor or sets it later."""
 
     def __init__(self, *content: Any) -> None:
         self.content = content  # type, bytes, shape, order
@@ -189,17 +189,17 @@ class _Array:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names that NumPy's arrays need."""
+    """Resolves only the names that NumPy's arrays need."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # functions are made anew each time: a pickle can set attributes of one it was given
+        # new functions for every call, because a pickle can set attributes of a function
         known = {
-            "numpy.ndarray": None,  # named in calls of _reconstruct, which take no notice
+            "numpy.ndarray": None,  # an argument of _reconstruct, which ignores it
             "numpy.dtype": lambda *args: _Type(*args),
             "_codecs.encode": lambda text, _: str(text).encode("latin-1"),
-            "__builtin__.bytes": lambda: b"",  # how old protocols write no bytes
+            "__builtin__.bytes": lambda: b"",  # empty bytes in old protocols
             "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
-            "numpy._core.multiarray.scalar": lambda *_: None,  # no scalar is an annotation
+            "numpy._core.multiarray.scalar": lambda *_: None,  # no annotation is a scalar
             "numpy._core.numeric._frombuffer": lambda data, *rest: _Array(rest[0], data, *rest[1:]),
         }
         full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")  # before NumPy 2
@@ -208,13 +208,13 @@ class _Unpickler(pickle.Unpickler):
         return known[full]
 
 
-def _made(value: Any) -> Any:
-    """An array of numbers as a view of the file's bytes; one of objects as the list of them."""
+def _array(value: Any) -> Any:
+    """Build the array of a record, as a view of its bytes; return an object array as a list."""
     if not isinstance(value, _Array):
         return value
-    kind, data, shape, order = value.content  # fails where there was no state
+    kind, data, shape, order = value.content  # raises ValueError if the pickle set no content
     if not isinstance(kind, _Type):
-        raise ValueError("its type is none")
+        raise ValueError("it has no type")
     if kind.code.startswith("O"):
         return data
     return np.ndarray(shape, np.dtype(kind.code).newbyteorder(kind.order), data, order=order)

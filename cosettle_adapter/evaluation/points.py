@@ -1,6 +1,6 @@
-"""Measures of tracked joints and points: PCK as on JHMDB, BADJA's deltas, TAP-Vid's figures.
+"""Measures of tracked joints and points: PCK of JHMDB, BADJA's deltas, TAP-Vid's metrics.
 
-A predicted position that is not a number is a miss; a true one, where it counts, is an error.
+A predicted position that is NaN is a miss; a true one that is not finite is an error if it counts.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 QueryMode = Literal["first", "strided"]
 
-_JOINT_BOX_SHARE = 0.6  # of the diagonal of the joints' box: a stand-in for the person's size
+_JOINT_BOX_SHARE = 0.6  # of the diagonal of the joints' box, as the size of a person
 _THRESHOLDS = (1, 2, 4, 8, 16)  # of TAP-Vid, in pixels of a 256 x 256 frame
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pck:
-    """How many joints were found at K thresholds, in a form that adds up over clips."""
+    """Counts of correct joints at K thresholds, which can be added over clips."""
 
-    thresholds: tuple[float, ...]  # shares of the scale
-    correct: NDArray[np.int64]  # (J, K), how often a joint lay within a threshold
+    thresholds: tuple[float, ...]  # shares of the person's size
+    correct: NDArray[np.int64]  # (J, K), how often a joint was within a threshold
     total: NDArray[np.int64]  # (J,), how often it counted
 
     @property
     def mean(self) -> dict[float, float]:
-        """PCK by threshold: the mean over joints that counted, each joint once."""
+        """PCK by threshold: the mean share over the joints that counted; NaN if none did."""
         known = self.total > 0
         shares = self.correct[known] / self.total[known, None]
         return {
@@ -46,7 +46,7 @@ class Pck:
         }
 
     def __add__(self, other: Pck) -> Pck:
-        """Pool two clips: a joint's share is over all its frames, long clips count for more."""
+        """Pool two clips: a joint's share is over all frames, so long clips weigh more."""
         if self.thresholds != other.thresholds or self.total.shape != other.total.shape:
             raise ValueError("cannot pool counts of other joints or at other thresholds")
         return Pck(self.thresholds, self.correct + other.correct, self.total + other.total)
@@ -59,13 +59,14 @@ def pck(
     *,
     visible: ArrayLike | None = None,
 ) -> Pck:
-    """Count the joints of a clip that are within shares of the person's size of the truth.
+    """Count the joints of a clip whose distance from the truth is within shares of the person.
 
-    This is the JHMDB measure of videowalk and all who follow it: the size is 0.6 * the diagonal of
-    the box of a frame's visible joints (0 counts as missed), the first frame, which is given, does
-    not count, every joint's share is pooled over all frames of all clips, and PCK is the mean of
-    the 15 shares. As in the published code, "visible" is a property of the prediction: a joint
-    whose propagated heat map is empty everywhere is left out of the box and of the counts.
+    This is the measure on JHMDB of videowalk and later work. The person's size is 0.6 * the
+    diagonal of the box of a frame's visible joints; joints of a frame of size 0 are missed. The
+    first frame, which is given, does not count. Each joint's share is pooled over all frames of
+    all clips, and PCK is the mean of the 15 shares. As in the published code, "visible" is a
+    property of the prediction: a joint whose propagated heat map is empty is left out of the box
+    and of the counts.
 
     Positions are ``(T, J, 2)`` (x, y) pixels, ``visible`` is ``(T, J)`` boolean, by default all.
     Counts add up over clips: ``sum(rest, start=first).mean[0.1]``.
@@ -75,7 +76,7 @@ def pck(
     _check_finite("gt", truth, seen)
     low = np.where(seen[..., None], truth, np.inf).min(1)
     high = np.where(seen[..., None], truth, -np.inf).max(1)
-    # the published code divides, so that 0 / 0, which is not a number, is a miss
+    # division as in the published code: 0 / 0 is NaN, which is a miss
     with np.errstate(divide="ignore", invalid="ignore"):
         size = _JOINT_BOX_SHARE * np.linalg.norm(high - low, axis=1)
         relative = np.linalg.norm(guess - truth, axis=2) / size[:, None]
@@ -85,24 +86,24 @@ def pck(
 
 
 class BadjaAccuracy(NamedTuple):
-    """Share of joints found in one clip; a data set's figure is the mean over its clips."""
+    """Shares of correct joints in one clip; the figure of a data set is the mean over clips."""
 
     delta_seg: float  # within 0.2 * sqrt(area of the animal's mask), in [0, 1]
-    delta_3px: float  # within 3 pixels; it depends on the frame size
-    positions: int  # how many counted; where it is 0, both shares are NaN
+    delta_3px: float  # within 3 pixels, in [0, 1]; it depends on the frame size
+    positions: int  # number of positions that counted; if 0, both shares are NaN
 
 
 def badja_accuracy(
     gt: ArrayLike, pred: ArrayLike, visible: ArrayLike, areas: ArrayLike
 ) -> BadjaAccuracy:
-    """Share of an animal's joints that were tracked well, by the published rule.
+    """Measure the share of an animal's joints that are tracked correctly, by the published rule.
 
-    A position counts where the joint is annotated as visible, in every frame but the first of the
-    clip; distances are strictly below the threshold, and all positions of the clip are pooled.
+    A position counts if its joint is annotated as visible, except in the clip's first frame. A
+    correct distance is strictly below the threshold; all positions of the clip are pooled.
 
-    Positions are ``(T, J, 2)`` (x, y) pixels, ``areas`` ``(T,)`` those of the animal's mask, of
-    all frames or the annotated ones; both are read where ``visible``, ``(T, J)`` boolean. Mark
-    joints as invisible that were never queried, or not yet.
+    Positions are ``(T, J, 2)`` (x, y) pixels, ``areas`` ``(T,)`` pixels of the animal's mask,
+    ``visible`` ``(T, J)`` boolean; ``T`` are all frames or the annotated ones. Only visible
+    positions are read. Mark a joint as invisible until after its query, or if it has none.
     """
     truth, guess = _positions("(T, J, 2)", gt=gt, pred=pred)
     counted = _flags("visible", visible, truth) & (np.arange(len(truth)) > 0)[:, None]
@@ -120,10 +121,10 @@ def badja_accuracy(
 
 
 class TapVidMetrics(NamedTuple):
-    """TAP-Vid's figures of one video, in [0, 1]; NaN where nothing is there to be counted."""
+    """TAP-Vid's metrics of one video, in [0, 1]; NaN if nothing counts."""
 
     delta_avg: float  # mean of pts_within
-    occlusion_accuracy: float  # OA, share of positions whose occlusion is predicted rightly
+    occlusion_accuracy: float  # OA, share of positions whose occlusion is predicted correctly
     average_jaccard: float  # AJ, mean of jaccard
     pts_within: dict[int, float]  # by threshold, share of visible positions strictly within it
     jaccard: dict[int, float]  # by threshold, true positives / (visible + false positives)
@@ -139,11 +140,11 @@ def tapvid_metrics(
 ) -> TapVidMetrics:
     """Score the tracked points of one video as TAP-Vid does.
 
-    A benchmark's figure is the mean over videos in which it is not NaN.
+    A benchmark's figure is the mean over all videos in which it is not NaN.
 
-    Queries are ``(Q, 3)`` (t, y, x), of which only t is read, occlusion is ``(Q, T)`` boolean,
-    tracks are ``(Q, T, 2)`` (x, y) pixels of a 256 x 256 frame, which the thresholds belong to.
-    Mode ``"first"`` counts the frames after the query's, ``"strided"`` all but the query's.
+    Queries are ``(Q, 3)`` (t, y, x), of which only t is read; occlusion is ``(Q, T)`` boolean;
+    tracks are ``(Q, T, 2)`` (x, y) pixels of a 256 x 256 frame. Mode ``"first"`` counts the frames
+    after the query's, ``"strided"`` all frames except the query's.
     """
     if mode not in ("first", "strided"):
         raise ValueError(f"got mode={mode!r}, expected 'first' or 'strided'")
@@ -166,10 +167,10 @@ def tapvid_metrics(
     squared = ((guess - tracks) ** 2).sum(2)
     within, jaccard = {}, {}
     for threshold in _THRESHOLDS:
-        found = visible & (squared < threshold**2)
-        false_positives = (guess_visible & ~found).sum()
-        within[threshold] = _share(found.sum(), visible.sum())
-        jaccard[threshold] = _share((found & guess_visible).sum(), visible.sum() + false_positives)
+        near = visible & (squared < threshold**2)
+        false_positives = (guess_visible & ~near).sum()
+        within[threshold] = _share(near.sum(), visible.sum())
+        jaccard[threshold] = _share((near & guess_visible).sum(), visible.sum() + false_positives)
     return TapVidMetrics(
         delta_avg=float(np.mean(list(within.values()))),
         occlusion_accuracy=_share(((occluded == guess_occluded) & counted).sum(), counted.sum()),
@@ -180,16 +181,16 @@ def tapvid_metrics(
 
 
 class Queries(NamedTuple):
-    """Points to ask for, each with the track it belongs to."""
+    """Points to track, each with its annotated track."""
 
     points: Floats  # (Q, 3) (t, y, x): frame number, then the position in the tracks' units
     occluded: Flags  # (Q, T)
     tracks: Floats  # (Q, T, 2) (x, y)
-    track: NDArray[np.int64]  # (Q,) row of the annotated track that the query comes from
+    track: NDArray[np.int64]  # (Q,) row of the annotated track
 
 
 def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
-    """Ask for every track where it is first visible; tracks never visible are left out.
+    """Query every track where it is first visible; tracks that are never visible are left out.
 
     ``occluded`` is ``(N, T)`` boolean, ``tracks`` ``(N, T, 2)`` (x, y) in any unit.
     """
@@ -200,9 +201,9 @@ def queries_first(occluded: ArrayLike, tracks: ArrayLike) -> Queries:
 
 
 def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> Queries:
-    """Ask for every track in frames 0, stride, 2 * stride, ... in which it is visible.
+    """Query every track in each of the frames 0, stride, 2 * stride, ... in which it is visible.
 
-    Arguments are those of :func:`queries_first`; queries come by frame, then by track.
+    Arguments are those of :func:`queries_first`; queries are sorted by frame, then by track.
     """
     if stride < 1:
         raise ValueError(f"stride must be at least 1 frame, got {stride}")
@@ -215,28 +216,27 @@ def queries_strided(occluded: ArrayLike, tracks: ArrayLike, stride: int = 5) -> 
 def track_queries(
     features: Tensor, frames: Any, points: Tensor, geometry: Geometry, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Track points by features ``(T, C, h, w)``, both ways from the frame each is asked for in.
+    """Track points by features ``(T, C, h, w)`` from their query frames to all frames.
 
     Points are ``(Q, 2)`` (x, y) pixels in ``frames`` ``(Q,)``; one outside is moved to the edge.
     Options are those of :func:`~cosettle_adapter.correspondence.track_points`.
 
     Returns:
-        ``(Q, T, 2)`` float64 (x, y) pixels, and ``(Q, T)`` patches by which a point misses itself
-        on the way back.
+        ``(Q, T, 2)`` float64 (x, y) pixels, and the cycle error ``(Q, T)`` in patches.
     """
-    asked = torch.as_tensor(frames).long()
+    query_frames = torch.as_tensor(frames).long()
     limits = torch.tensor(features.shape[-2:], dtype=torch.float64) - 0.5
-    places = geometry.pixels_to_cells(points.double()).clamp(min=-0.5).minimum(limits)
-    xy = torch.zeros(len(asked), len(features), 2, dtype=torch.float64)
-    error = torch.zeros(len(asked), len(features))
-    for frame in sorted(set(asked.tolist())):
-        chosen = asked == frame
-        # frames are matched with the query's one by one, so their order does not matter
+    patches = geometry.pixels_to_cells(points.double()).clamp(min=-0.5).minimum(limits)
+    xy = torch.zeros(len(query_frames), len(features), 2, dtype=torch.float64)
+    error = torch.zeros(len(query_frames), len(features))
+    for frame in sorted(set(query_frames.tolist())):
+        rows = query_frames == frame
+        # each frame is matched with the query's frame alone, so their order does not matter
         maps = (features[index] for index in (frame, *range(len(features))))
-        tracks = track_points(maps, places[chosen].to(features.device), **options)
-        found = geometry.cells_to_pixels(tracks.positions[1:].double().cpu())
-        xy[chosen] = rearrange(found, "t q two -> q t two")
-        error[chosen] = rearrange(tracks.cycle_error[1:].float().cpu(), "t q -> q t")
+        tracks = track_points(maps, patches[rows].to(features.device), **options)
+        positions = geometry.cells_to_pixels(tracks.positions[1:].double().cpu())
+        xy[rows] = rearrange(positions, "t q two -> q t two")
+        error[rows] = rearrange(tracks.cycle_error[1:].float().cpu(), "t q -> q t")
     return xy, error
 
 
@@ -245,28 +245,31 @@ def _queries(hidden: Flags, positions: Floats, index: Any, frames: Any) -> Queri
     return Queries(points, hidden[index], positions[index], index)
 
 
-def _positions(form: str, **given: ArrayLike) -> list[Floats]:
-    found: list[Floats] = [np.asarray(value, dtype=np.float64) for value in given.values()]
-    for name, xy in zip(given, found, strict=True):
-        if xy.ndim != 3 or xy.shape[2] != 2 or xy.shape != found[0].shape:
+def _positions(form: str, **values: ArrayLike) -> list[Floats]:
+    arrays: list[Floats] = [np.asarray(value, dtype=np.float64) for value in values.values()]
+    for name, xy in zip(values, arrays, strict=True):
+        if xy.ndim != 3 or xy.shape[2] != 2 or xy.shape != arrays[0].shape:
             raise FrameError(
                 f"got {name} of shape {xy.shape}, expected {form}: (x, y) positions, all of one "
-                f"shape ({next(iter(given))} has {found[0].shape})"
+                f"shape ({next(iter(values))} has {arrays[0].shape})"
             )
-    return found
+    return arrays
 
 
 def _flags(name: str, value: ArrayLike, positions: Floats) -> Flags:
     shape = positions.shape[:2]
-    found: Flags = np.asarray(value)
-    if found.shape != shape or found.dtype != np.bool_:
-        raise FrameError(f"got {name} {found.dtype} {found.shape}, expected bool {shape}")
-    return found
+    flags: Flags = np.asarray(value)
+    if flags.shape != shape or flags.dtype != np.bool_:
+        raise FrameError(f"got {name} {flags.dtype} {flags.shape}, expected bool {shape}")
+    return flags
 
 
 def _check_finite(name: str, positions: Floats, counted: Flags) -> None:
     if not np.isfinite(positions[counted]).all():
-        raise FrameError(f"{name} has a position that counts and is not finite; mark it as unseen")
+        raise FrameError(
+            f"{name} has a position that counts and is not finite; correct it, or mark it as not "
+            "visible"
+        )
 
 
 def _share(part: Any, whole: Any) -> float:

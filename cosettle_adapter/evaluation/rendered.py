@@ -1,4 +1,4 @@
-"""Photographs in known motion: do patches match what they show, and how far do they drift?"""
+"""Clips rendered from photographs, whose motion is known, and their benchmark of matching."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cosettle_adapter.video.synthetic import Motion
 
 FRAMES = 16
 SIZE = (280, 490)
-MOTIONS: tuple[Motion, ...] = ("zoom", "mixed")  # a pan takes all patches equally far
+MOTIONS: tuple[Motion, ...] = ("zoom", "mixed")  # not "pan", which moves all patches equally
 AMOUNT = 0.5
 CAMERA_NOISE = 0.5
 
@@ -35,41 +35,39 @@ CAMERA_NOISE = 0.5
 def rendered_clips(
     root: str | Path | None = None, *, clips: Sequence[str] | None = None
 ) -> list[Clip[RenderedClip]]:
-    """List clips ``<photograph>-<motion>``, in each of which the next photograph moves over one.
+    """List clips ``<photograph>-<motion>``: the next photograph moves over a moving photograph.
 
-    Photographs are the images of a folder, or else those that scikit-image carries. Annotations
-    are the whole rendered clip, which knows its motion.
+    Photographs are the images in ``root``, by default those of scikit-image. The annotation is
+    the whole rendered clip, which knows its motion.
 
     Raises:
-        FrameError: a folder without images, two images of one name, or a clip that is not there.
-        MissingExtraError: scikit-image is not installed and ``root`` not given.
+        FrameError: the folder has no images or two of one name, or a clip does not exist.
+        MissingExtraError: scikit-image is not installed and ``root`` is not given.
     """
     folder = None if root is None else data_folder(root, "a folder of photographs")
     photos: list[Any] = list(photographs()) if folder is None else images_in(folder)
     if folder is not None and not photos:
         raise FrameError(f"{folder} holds no image files; found {found_in(folder)}")
-    found: dict[str, Clip[RenderedClip]] = {}
+    known: dict[str, Clip[RenderedClip]] = {}
     for number, photo in enumerate(photos):
         cutout = photos[(number + 1) % len(photos)]
         for motion in MOTIONS:
             name = f"{Path(photo).stem}-{motion}"
-            if name in found:
+            if name in known:
                 raise FrameError(f"{root} has several photographs for {name!r}; rename one")
-            made = (photo, cutout, motion, number)
-            frames = [functools.partial(_frame, made, index) for index in range(FRAMES)]
-            read = functools.partial(_rendered, *made)
-            found[name] = Clip(name, frames, read, inputs=(photo, cutout))
-    return [found[name] for name in pick(clips, found, "rendered clip {}")]
+            recipe = (photo, cutout, motion, number)
+            frames = [functools.partial(_frame, recipe, index) for index in range(FRAMES)]
+            read = functools.partial(_rendered, *recipe)
+            known[name] = Clip(name, frames, read, inputs=(photo, cutout))
+    return [known[name] for name in pick(clips, known, "rendered clip {}")]
 
 
 def rendered_protocol(
     data: Path | None = None, *, clips: Sequence[str] | None = None
 ) -> Protocol[RenderedClip]:
-    """Return the benchmark: the share of patches whose nearest neighbour is within one patch of
-    the truth, by gap in frames.
-    """
+    """Return the benchmark: shares of patches that match within one patch of the truth, by gap."""
 
-    @functools.lru_cache(maxsize=1)  # all variants of a clip are measured by the same ones
+    @functools.lru_cache(maxsize=1)  # shared by all variants of a clip
     def correspondences(
         clip: Clip[RenderedClip], geometry: Geometry
     ) -> Mapping[int, Sequence[Correspondence]]:
@@ -82,7 +80,7 @@ def rendered_protocol(
         pairs = correspondences(clip, geometry)
         return ClipScores({f"match@{gap}": match_accuracy(features, pairs[gap]) for gap in gaps})
 
-    gaps = (4, 1, 8)  # compared by the middle one
+    gaps = (4, 1, 8)  # the first measure, by which variants are compared, is the middle gap
     settings = {"frames": FRAMES, "rendered_size": list(SIZE), "amount": AMOUNT}
     return Protocol(
         name="rendered",
@@ -98,8 +96,8 @@ def rendered_protocol(
 @functools.lru_cache(maxsize=1)
 def _rendered(photo: str | Path, cutout: str | Path, motion: Motion, seed: int) -> RenderedClip:
     first, second = (
-        files.read_image(each) if isinstance(each, Path) else photographs()[each]
-        for each in (photo, cutout)
+        files.read_image(source) if isinstance(source, Path) else photographs()[source]
+        for source in (photo, cutout)
     )
     return render_clip(
         first, cutout=second, motion=motion, amount=AMOUNT, photometric=CAMERA_NOISE,
@@ -107,5 +105,5 @@ def _rendered(photo: str | Path, cutout: str | Path, motion: Motion, seed: int) 
     )  # fmt: skip
 
 
-def _frame(made: tuple[str | Path, str | Path, Motion, int], index: int) -> NDArray[np.uint8]:
-    return rearrange(_rendered(*made).frames[index], "c h w -> h w c").numpy()
+def _frame(recipe: tuple[str | Path, str | Path, Motion, int], index: int) -> NDArray[np.uint8]:
+    return rearrange(_rendered(*recipe).frames[index], "c h w -> h w c").numpy()

@@ -1,7 +1,7 @@
-"""One HTML page with tables, figures and films that can be sent around as a single file.
+"""An HTML page with tables, figures and films in a single file, and the figures of a model's page.
 
-It needs no other file and no network, follows the reader's light or dark setting, and is written
-whole or not at all. All text is escaped. Below are the figures of a model's page.
+The page needs no other file and no network, follows the reader's light or dark setting, and is
+written atomically. All text is escaped.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
 
 _MEDIA_TYPES = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
-# a player's controls would cover half of a flat film
+# the player's controls would cover half of a low film
 _TOGGLE = "this.paused ? this.play() : this.pause()"
 _COLOURS = {RAW_LAST: "#8b9099", RAW_SAME: "#b0578f", CENTRED: "#c07a12", ADAPTED: "#3f7fdf"}
 _OTHERS = ("#2b8a5f", "#8a70e0")
-_INK = "#85888f"  # legible on a light page and on a dark one
+_INK = "#85888f"  # legible on light and dark pages
 _STYLE = {
     "svg.fonttype": "none",
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "grid.color"), _INK),
@@ -41,7 +41,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "grid.alpha": 0.25,
 }
-_MOST_BARS = 40  # sequences a chart shows
+_MAX_BARS = 40  # clips in a chart
 _LOST = (0.89, 0.25, 0.18, 0.55)  # red over patches that are not cycle-consistent
 
 
@@ -49,9 +49,9 @@ _LOST = (0.89, 0.25, 0.18, 0.55)  # red over patches that are not cycle-consiste
 class Table:
     """A table of text, for a page or the terminal.
 
-    The first column names the rows; ``note`` is shown below. By index: ``best`` has the columns to
-    set in bold for each row, ``emphasis`` is the row that the table is about, and before ``rule``
-    a line is drawn in the terminal.
+    The first column names the rows; ``note`` is shown below. ``best`` gives the columns to
+    set in bold for each row, ``emphasis`` is the row that the table is about, and the terminal
+    draws a line before the row ``rule``; all are indices.
     """
 
     title: str
@@ -64,7 +64,7 @@ class Table:
 
 
 class Figure(NamedTuple):
-    """HTML that is inserted as it is, the text below it, and its share of the page's width."""
+    """Unescaped HTML, its caption, and its share of the page's width."""
 
     content: str
     caption: str
@@ -72,7 +72,7 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A section of a page, of tables, figures and notes (plain text); left out without any."""
+    """A section of tables, figures and notes (plain text); omitted if it has none."""
 
     title: str
     parts: Sequence[Table | Figure | str]
@@ -88,7 +88,7 @@ def write_page(
 ) -> Path:
     """Write a page and return its path; missing folders are created.
 
-    ``lead`` is the paragraph below the heading, ``facts`` what was run with what, by name.
+    ``lead`` is the paragraph below the heading, ``facts`` are settings and versions by name.
     """
     jinja: Any = require("jinja2", extra="report", purpose="writing a report")
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ def write_page(
 
 
 def film(path: Path, caption: str) -> Figure:
-    """Return an ``.mp4``, ``.gif`` or ``.png`` file, whose bytes go into the page."""
+    """Embed an ``.mp4``, ``.gif`` or ``.png`` file."""
     media_type = _MEDIA_TYPES.get(path.suffix.lower())
     if media_type is None:
         known = ", ".join(_MEDIA_TYPES)
@@ -120,7 +120,7 @@ def film(path: Path, caption: str) -> Figure:
 
 
 def representation_sections(found: RepresentationReport) -> list[Section]:
-    """Return what :func:`evaluate_representation` measured as sections of a page."""
+    """Return the results of :func:`evaluate_representation` as sections of a page."""
     intra: dict[str, dict[str, float]] = {}
     cycle: dict[str, dict[str, float]] = {}
     rows = []
@@ -131,27 +131,27 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
             intra.setdefault(video.name, {})[variant] = video.d_intra
             cycle.setdefault(video.name, {})[variant] = 100 * video.cycle_accuracy
     note = (
-        "Means over videos. D_intra: distance from a patch to its nearest in the next frame, the "
-        "closer half, in diameters of the video. D_inter: distance between videos at equal "
-        "positions, in diameters of all. Margin: D_inter - D_intra. Diameters are twice the 95th "
-        "percentile of the distance from the mean patch. D_intra is also low for features that "
-        "tell little apart."
+        "Means over videos. D_intra: distance from a patch to the nearest patch in the next frame, "
+        "over the closest half, in diameters of the video. D_inter: distance between videos at "
+        "equal positions, in diameters of all videos. Margin: D_inter - D_intra. A diameter is "
+        "twice the 95th percentile of the distance from the mean patch. D_intra is also low for "
+        "features that hardly distinguish anything."
     )
     figures = next(iter(found.results.values())).figures
     table = Table("", ["features", *figures], rows, note)
     return [
         Section("Within and between videos", [_distances(found), table]),
-        Section("What the projection does to each direction", _spectra(found)),
+        Section("Effect of the projection on each direction", _spectra(found)),
         bar_section("Cycle accuracy by video", "cycle-consistent patches, %", cycle),
         bar_section("Distance to the next frame by video", "D_intra, diameters", intra),
-        Section("Where it fails", [_failure(moment) for moment in found.failures]),
+        Section("Failures", [_failure(moment) for moment in found.failures]),
     ]
 
 
 def bar_section(title: str, label: str, values: Mapping[str, Mapping[str, float]]) -> Section:
-    """Return bars of ``values`` by sequence and variant, in the order of what the projection gains.
+    """Return a bar chart of ``values`` by clip and variant, sorted by the projection's gain.
 
-    ``label`` is what is measured, with the unit. A variant may be missing here and there.
+    ``label`` names the measure and its unit. A clip may lack variants.
     """
     variants = list(dict.fromkeys(variant for row in values.values() for variant in row))
     if not variants:
@@ -164,19 +164,19 @@ def bar_section(title: str, label: str, values: Mapping[str, Mapping[str, float]
             return -math.inf if math.isnan(value) else value
 
         names.sort(key=gain, reverse=True)
-        captions.append(f"In the order of {ADAPTED} minus {before}.")
-    if len(names) > _MOST_BARS:
-        half = _MOST_BARS // 2
-        captions.append(f"The first and the last {half} of {len(names)}.")
+        captions.append(f"Sorted by {ADAPTED} minus {before}.")
+    if len(names) > _MAX_BARS:
+        half = _MAX_BARS // 2
+        captions.append(f"The first and the last {half} of {len(names)} clips.")
         names = names[:half] + names[-half:]
 
     def draw(axes: Any) -> None:
         for index, (variant, colour) in enumerate(_colours(variants).items()):
             numbers = [values[name].get(variant, math.nan) for name in names]
             shift = (index - (len(variants) - 1) / 2) * 0.8 / len(variants)
-            places = [row + shift for row in range(len(names))]
-            drawn = [0.0 if math.isnan(number) else number for number in numbers]
-            bars = axes.barh(places, drawn, 0.75 / len(variants), color=colour, label=variant)
+            positions = [row + shift for row in range(len(names))]
+            widths = [0.0 if math.isnan(number) else number for number in numbers]
+            bars = axes.barh(positions, widths, 0.75 / len(variants), color=colour, label=variant)
             texts = ["none" if math.isnan(number) else f"{number:.3g}" for number in numbers]
             axes.bar_label(bars, texts, padding=2, fontsize=7, color=_INK)
         shown = [name if len(name) < 29 else f"{name[:27]}…" for name in names]
@@ -190,7 +190,7 @@ def bar_section(title: str, label: str, values: Mapping[str, Mapping[str, float]
 
 
 def _distances(found: RepresentationReport) -> Figure:
-    """D_intra against D_inter of videos before and after, and the means of all variants."""
+    """Plot D_intra against D_inter: videos before and after, and the means of all variants."""
 
     def draw(axes: Any) -> None:
         for variant, colour in _colours(found.results).items():
@@ -205,13 +205,13 @@ def _distances(found: RepresentationReport) -> Figure:
         draw,
         (9.6, 4.6),
         "D_intra against D_inter before and after the projection",
-        "Small dots are videos, before and after; large ones the means. Up and to the left is the "
-        "paper's aim: patches stay close within a video, and videos stay apart.",
+        "Small dots are videos before and after the projection, large dots are means. The paper "
+        "aims up and to the left: patches stay close within a video, and videos stay apart.",
     )
 
 
 def _spectra(found: RepresentationReport) -> list[Table | Figure | str]:
-    """The eigenvalues, and the gain of every direction against its variance."""
+    """Plot the eigenvalues, and the gain of every direction against its variance."""
     spectrum = found.spectrum
     if spectrum is None:
         return []
@@ -236,28 +236,30 @@ def _spectra(found: RepresentationReport) -> list[Table | Figure | str]:
             eigenvalues,
             (5.2, 3.6),
             "Eigenvalues of the covariance within and between videos",
-            "How tokens vary before the projection: corresponding patches of neighbouring frames "
-            "(within videos), and the same position of different videos (between).",
+            "Variance of the tokens before the projection: of corresponding patches in "
+            "neighbouring frames (within videos), and of one position in different videos "
+            "(between videos).",
             width="half",
         ),
         _figure(
             gain,
             (5.2, 3.6),
             "Gain of the projection against the variance within videos",
-            "A dot is an eigen-direction of the variance within videos; its height is how much "
-            "longer a small step along it is after the projection. The paper predicts a fall from "
-            "left to right, across the dashed line.",
+            "A dot is an eigenvector of the covariance within videos; its height is the factor by "
+            "which the projection lengthens a small step along it. The paper predicts that the "
+            "gain falls from left to right, across the dashed line.",
             width="half",
         ),
-        f"Gain and variance within videos have a rank correlation of {within:+.3f}; -1 would be "
-        "shrinking exactly in the order of the variance. Against the variance within as a share of "
-        f"that between videos it is {share:+.3f}. From {spectrum.videos} videos and "
-        f"{spectrum.pairs:,} corresponding patches.",
+        f"The rank correlation of gain and variance within videos is {within:+.3f}; at -1 the "
+        "projection would shrink directions exactly in the order of their variance. The rank "
+        "correlation of gain and variance within over variance between videos is "
+        f"{share:+.3f}. Measured on {spectrum.videos} videos and {spectrum.pairs:,} pairs of "
+        "corresponding patches.",
     ]
 
 
 def _failure(moment: WorstMoment) -> Figure:
-    """The first frame with its inconsistent patches in red, the second one beside it."""
+    """Show the first frame with its inconsistent patches in red, beside the second frame."""
     height, width = moment.frames.shape[2:]
 
     def draw(axes: Any) -> None:
@@ -284,7 +286,7 @@ def _before(variants: Iterable[str]) -> str | None:
 
 
 def _colours(variants: Iterable[str]) -> dict[str, str]:
-    """The four variants always have the same colours; others share what is left."""
+    """Return fixed colours for the four standard variants; the others share the rest."""
     others = itertools.cycle(_OTHERS)
     return {variant: _COLOURS.get(variant) or next(others) for variant in variants}
 
@@ -297,7 +299,7 @@ def _figure(
     width: Literal["whole", "half", "third"] = "whole",
     columns: int = 1,
 ) -> Figure:
-    """An ``<svg>`` element of ``size`` inches, with a legend above if there is something for it."""
+    """Draw an ``<svg>`` element of ``size`` inches; a single plot has a legend above."""
     matplotlib: Any = require("matplotlib", extra="report", purpose="drawing figures")
     figures: Any = require("matplotlib.figure", extra="report", purpose="drawing figures")
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):

@@ -1,8 +1,8 @@
-"""The paper's Figure 1 on a set of videos: what stays together within them, and what apart.
+"""The measures of the paper's Figure 1: distances within and between videos, cycles, rank.
 
-Definitions are those of the released ``cal_metric`` code (Co-Settle, arXiv:2603.26597), taken on
-patch tokens alone whatever the backbone: the released code compares different token sets before
-and after the projection.
+Definitions are those of the released ``cal_metric`` code (Co-Settle, arXiv:2603.26597), but always
+use patch tokens only: the released code compares different sets of tokens before and after the
+projection.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from cosettle_adapter.video.geometry import resize
 
 _PERCENTILE = 95.0  # of the distance from the mean patch; twice that is a diameter
 _POSITIONS = 8  # patches of a frame that D_inter compares
-_SEED = 42  # of these positions; they are those of the released code
-_THUMBNAIL = 256  # pixels of the longest side that is kept of a frame
-_CROP = 224 / 256  # side of the central square, as a share of the short side
-_FAILURES = 6  # worst moments that are kept
+_SEED = 42  # of these positions, as in the released code
+_THUMBNAIL = 256  # pixels; largest side of a thumbnail
+_CROP = 224 / 256  # side of the central square, as a share of the shorter side
+_FAILURES = 6  # number of worst moments kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,14 @@ class RepresentationSettings:
     """How videos are read and measured; the defaults follow the released code.
 
     Attributes:
-        frames: at most this many of a video, from its beginning.
-        rate: about how many frames a second; all of image folders. The released code takes 40
-            frames of clips of 10 seconds.
-        size: side of the central square (224 / 256 of the short side), rounded to whole patches.
-        gap: frames between the two ends of a cycle; the released code's mean distance at 40.
-        trim: frames left out of D_intra at both ends.
+        frames: maximum number of frames per video, from its beginning.
+        rate: approximate number of frames per second; image folders are read in full. The default
+            is that of the released code, 40 frames in 10 seconds.
+        size: size to which the central square (224 / 256 of the shorter side) is resized, rounded
+            to whole patches.
+        gap: frames between the two ends of a cycle; the default is the released code's mean for
+            40 frames.
+        trim: frames at both ends of a video that D_intra leaves out.
     """
 
     frames: int = 40
@@ -76,7 +78,7 @@ class VideoRepresentation(NamedTuple):
 
 
 class Representation(NamedTuple):
-    """Means over videos, leaving out what is NaN, and the videos in the order they were added."""
+    """Means over videos without NaN, and the videos in the order they were added."""
 
     videos: tuple[VideoRepresentation, ...]
     d_intra: float
@@ -86,7 +88,7 @@ class Representation(NamedTuple):
 
     @property
     def figures(self) -> dict[str, float]:
-        """What tables show; the margin is large where videos are apart and their frames close."""
+        """Figures for tables; the margin is large if videos are distant and their frames close."""
         return {
             "D_intra": self.d_intra,
             "D_inter": self.d_inter,
@@ -97,18 +99,18 @@ class Representation(NamedTuple):
 
 
 class RepresentationMetrics:
-    """Collects the representation metrics video by video, in little memory.
+    """Measures videos one by one, in little memory.
 
-    * **D_intra**: Euclidean distance from every patch to its nearest patch in the next frame; of
-      every pair of frames the closest half counts, and ``trim`` frames at both ends do not. Mean
-      over patches and pairs, in diameters of the video: twice the 95th percentile (linear between
-      ranks) of the distance of all its patches from their mean. NaN where all are equal.
-    * **D_inter**: the middle frame ``T // 2`` of every video at 8 fixed random positions of the
-      grid; Euclidean distance at equal positions, mean over positions and pairs of videos, in
+    * **D_intra**: Euclidean distance from a patch to the nearest patch in the next frame. The mean
+      is over the closest half of the patches of every pair of frames, without ``trim`` frames at
+      both ends, in diameters of the video: twice the 95th percentile (linear between ranks) of the
+      distance of all its patches from their mean. NaN if all patches are equal.
+    * **D_inter**: Euclidean distance between the middle frames ``T // 2`` of two videos at one
+      position of the grid. The mean is over 8 fixed random positions and all pairs of videos, in
       diameters of those patches. NaN for a single video.
     * **Effective rank**: of the patches of all middle frames, ``(N, C)`` and not centred: the
       exponential of the entropy of the singular values, normalised to sum 1, over min(N, C).
-    * **Cycle accuracy**: share of patches that return from ``gap`` frames on.
+    * **Cycle accuracy**: share of patches that are cycle-consistent over ``gap`` frames.
     """
 
     def __init__(self, *, gap: int = 1, trim: int = 0) -> None:
@@ -122,7 +124,7 @@ class RepresentationMetrics:
         self._gram = torch.empty(0)
 
     def check(self, features: Tensor) -> Tensor:
-        """Return features as ``(T, h w, C)``, unless they cannot be measured with those before."""
+        """Check that features can be measured with the earlier ones; return ``(T, h w, C)``."""
         frames, shape = token_frames(features, at_least=self.at_least), tuple(features.shape[1:])
         if self._shape not in ((), shape):
             raise GeometryError(
@@ -138,7 +140,7 @@ class RepresentationMetrics:
         """Measure one video of features ``(T, C, h, w)``, the same ``(C, h, w)`` for all videos.
 
         Returns:
-            Which patches return in a cycle, ``(T - gap, h, w)`` bool.
+            Which patches are cycle-consistent, ``(T - gap, h, w)`` bool.
         """
         frames = self.check(features)
         length, patches, width = frames.shape
@@ -153,19 +155,19 @@ class RepresentationMetrics:
         self._gram += middle.T @ middle
         order = torch.randperm(patches, generator=torch.Generator().manual_seed(_SEED))
         self._samples.append(middle[order[:_POSITIONS]])
-        returns = cycle_consistent(features, gap=self.gap)
-        share = float(returns.float().mean())
+        consistent = cycle_consistent(features, gap=self.gap)
+        share = float(consistent.float().mean())
         self._rows.append(VideoRepresentation(name, length, d_intra, math.nan, share))
-        return returns
+        return consistent
 
     @torch.no_grad()
     def result(self) -> Representation:
         """Return the figures of the videos so far, at least one; more may be added afterwards."""
         samples = torch.stack(self._samples)
         centred = samples - samples.mean(dim=(0, 1))
-        everyone = rearrange(centred, "v s c -> s v c")
-        sums = torch.stack([torch.cdist(at, at).sum(dim=1) for at in everyone]).sum(dim=0)
-        others = len(everyone) * (len(samples) - 1) or math.nan
+        by_position = rearrange(centred, "v s c -> s v c")
+        sums = torch.stack([torch.cdist(at, at).sum(dim=1) for at in by_position]).sum(dim=0)
+        others = len(by_position) * (len(samples) - 1) or math.nan
         d_inter = (sums / others / _diameter(centred)).tolist()
         rows = [row._replace(d_inter=d) for row, d in zip(self._rows, d_inter, strict=True)]
         most = min(len(rows) * math.prod(self._shape[1:]), len(self._gram))
@@ -181,21 +183,21 @@ class RepresentationMetrics:
 
 
 class WorstMoment(NamedTuple):
-    """The two frames of a video between which features lose most patches."""
+    """The two frames of a video between which the fewest patches are cycle-consistent."""
 
     video: str
     when: str
-    frames: Tensor  # made small
-    consistent: Tensor  # (h, w), which patches of the first return in a cycle
+    frames: Tensor  # (2, 3, H, W) uint8 thumbnails
+    consistent: Tensor  # (h, w) bool, which patches of the first frame are cycle-consistent
     cycle_accuracy: float
 
 
 class RepresentationReport(NamedTuple):
-    """Figures by variant of features, and what else :func:`evaluate_representation` found.
+    """Results of :func:`evaluate_representation`, by variant of features.
 
-    ``spectrum`` is that of the tokens the projection reads, None with a single video or no motion;
-    ``failures`` are the worst moments of the adapted features (raw ones without a projection),
-    worst first; ``skipped`` says why videos could not be used.
+    ``spectrum`` is that of the tokens the projection reads, None without a projection, for a
+    single video or without motion; ``failures`` are the worst moments of the adapted features (raw
+    ones without a projection), worst first; ``skipped`` maps unusable videos to the reasons.
     """
 
     results: Mapping[str, Representation]
@@ -213,20 +215,19 @@ def evaluate_representation(
     variants: Sequence[FeatureVariant] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> RepresentationReport:
-    """Measure what stays together within videos and apart between them, one video at a time.
+    """Measure the features of videos as in the paper's Figure 1, one video at a time.
 
-    ``videos`` are files or folders of images. Of the variants that are made of a whole clip only
-    the centred features are measured. ``on_video`` is called with the number of videos done and
-    their number.
-
-    Raises:
-        FrameError: no video could be used.
+    ``videos`` are files or folders of images. Of the variants that need a whole clip only the
+    centred features are measured. ``on_video`` is called with the number of videos done and the
+    number of all.
     """
     settings = settings or RepresentationSettings()
     variants = variants or feature_variants(adapter)
-    variants = [each for each in variants if not each.needs_clip or each.name == CENTRED]
-    options = {"gap": settings.gap, "trim": settings.trim}
-    metrics = {each.name: RepresentationMetrics(**options) for each in variants}
+    variants = [v for v in variants if not v.needs_clip or v.name == CENTRED]
+    metrics = {
+        variant.name: RepresentationMetrics(gap=settings.gap, trim=settings.trim)
+        for variant in variants
+    }
     statistics = SpectrumStatistics()
     worst: list[WorstMoment] = []
     paths = list(dict.fromkeys(map(Path, videos)))
@@ -238,13 +239,13 @@ def evaluate_representation(
         select = dataclasses.replace(
             frames_of(path, rate=settings.rate), max_frames=settings.frames
         )
-        times, small = [], []
+        times, thumbnails = [], []
 
         def batches() -> Iterator[Tensor]:
             for chunk in open_frames(path, select, chunk_size=batch_size):
                 square = _central_square(chunk.frames)
                 side = min(_THUMBNAIL, square.shape[-1])
-                small.append(resize(square, (side, side)).round().to(torch.uint8))
+                thumbnails.append(resize(square, (side, side)).round().to(torch.uint8))
                 times.extend(chunk.timestamps.tolist())
                 yield square
 
@@ -252,23 +253,25 @@ def evaluate_representation(
         needed = metrics[variants[0].name].at_least
         if len(times) < needed:
             raise FrameError(
-                f"got {len(times)} frames at {settings.rate:g} a second, expected at least "
-                f"{needed}; take more a second (rate), or a smaller gap and trim"
+                f"got {len(times)} frames at {settings.rate:g} per second, expected at least "
+                f"{needed}; increase rate, or decrease gap or trim"
             )
-        for kind, maps in features.items():  # before anything of them is counted
-            metrics[kind].check(maps)
-        returns = {kind: metrics[kind].add(maps, name=name) for kind, maps in features.items()}
+        for variant, maps in features.items():  # all checks come before the first is added
+            metrics[variant].check(maps)
+        cycles = {
+            variant: metrics[variant].add(maps, name=name) for variant, maps in features.items()
+        }
         statistics.add(raw_same(features))
-        consistent = returns[ADAPTED] if ADAPTED in returns else raw_same(returns)
+        consistent = cycles[ADAPTED] if ADAPTED in cycles else raw_same(cycles)
         shares = reduce(consistent.double(), "t h w -> t", "mean")
-        lost = int(shares.argmin())
-        pair = [lost, lost + settings.gap]
+        lowest = int(shares.argmin())
+        pair = [lowest, lowest + settings.gap]
         first, second = (times[index] for index in pair)
         when = f"{first:.2f} s to {second:.2f} s"
         if path.is_dir():  # images have positions, not times
             when = f"frame {first:g} to {second:g}"
-        frames, share = torch.cat(small)[pair], float(shares[lost])
-        worst.append(WorstMoment(name, when, frames, consistent[lost], share))
+        frames, share = torch.cat(thumbnails)[pair], float(shares[lowest])
+        worst.append(WorstMoment(name, when, frames, consistent[lowest], share))
         worst.sort(key=lambda moment: moment.cycle_accuracy)
         del worst[_FAILURES:]
 
@@ -276,12 +279,12 @@ def evaluate_representation(
     spectrum = None
     if statistics.enough and ADAPTED in metrics:
         spectrum = statistics.spectrum(adapter.projection.project)
-    results = {variant: gathered.result() for variant, gathered in metrics.items()}
+    results = {variant: metric.result() for variant, metric in metrics.items()}
     return RepresentationReport(results, spectrum, worst, skipped)
 
 
 def _central_square(frames: Tensor) -> Tensor:
-    """Cut the central square out of frames ``(N, 3, H, W)``."""
+    """Crop the central square of frames ``(N, 3, H, W)``."""
     height, width = frames.shape[-2:]
     side = max(1, round(_CROP * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
@@ -289,19 +292,19 @@ def _central_square(frames: Tensor) -> Tensor:
 
 
 def _diameter(centred: Tensor) -> float:
-    """Twice the percentile of the length of patches ``(..., C)``; NaN if all are zero."""
+    """Return twice the 95th percentile of the length of patches ``(..., C)``; NaN if all are 0."""
     radius = centred.norm(dim=-1).double().flatten().cpu().numpy()
     return 2 * float(np.percentile(radius, _PERCENTILE)) or math.nan
 
 
 def _steps(frames: Tensor) -> Tensor:
-    """The Euclidean distance ``(T - 1, N)`` of every patch to its nearest one a frame on.
+    """Return ``(T - 1, N)`` distances of centred patches to the nearest in the next frame.
 
-    ``frames`` are ``(T, N, C)`` and centred: a large common offset would cost digits.
+    Without centring, a large common offset would cost precision.
     """
     distances = []
     for here, there in pairwise(frames):
         closest = nearest(here, there, there.square().sum(dim=-1) / 2)
-        # measured anew: a distance read off the matrix product is far from 0 for equal patches
+        # not from the matrix product, whose rounding would make equal patches distant
         distances.append((here - there[closest]).norm(dim=-1))
     return torch.stack(distances)

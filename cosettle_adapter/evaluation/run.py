@@ -1,6 +1,6 @@
-"""A benchmark on clips and its run: every variant of features from one encoder pass, as JSON.
+"""Run a benchmark on clips: all variants of features from one encoder pass, results as JSON.
 
-A run that is repeated with the same output resumes: what the file holds is not computed again.
+A run with an existing output file resumes: results in the file are not computed again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DRIFTS = tuple(f"drift@{gap}" for gap in GAPS)
 class ClipScores:
     """One clip's figures by measure, for one variant of features.
 
-    ``counts`` are what the data set's figures are made of, where they are no mean over clips.
+    The data set's figures are computed from ``counts`` if they are not the mean over clips.
     """
 
     values: Mapping[str, float]
@@ -56,21 +56,21 @@ class ClipScores:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol(Generic[A]):
-    """A benchmark on clips that frozen features alone can solve.
+    """A benchmark on clips for frozen features.
 
-    ``size`` is the ``(height, width)`` in pixels that frames of a clip are resized to. ``score``
-    solves the task on a clip with features ``(T, C, h, w)``, given the geometry from frames to the
-    grid, and scores it; it writes predictions to a folder, if there is one.
+    ``size`` returns the ``(height, width)`` in pixels to which a clip's frames are resized.
+    ``score`` solves the task on a clip with features ``(T, C, h, w)`` and the geometry of their
+    grid, and scores the result; given a folder, it writes predictions there.
     """
 
     name: str
-    measures: tuple[str, ...]  # shares of 1, the one to compare by first
+    measures: tuple[str, ...]  # shares in [0, 1]; variants are compared by the first
     clips: Callable[[], Sequence[Clip[A]]]
     size: Callable[[Clip[A]], tuple[int, int]]
     score: Callable[[Clip[A], Tensor, Geometry, Path | None], ClipScores]
-    settings: Mapping[str, Any]  # all the figures depend on besides model, data and frame size
-    total: Callable[[Sequence[ClipScores]], dict[str, float]] | None = None  # if no mean over clips
-    correspondences: (  # by gap, the patches that truly correspond, where that is known
+    settings: Mapping[str, Any]  # that affect the figures, besides model, data and frame size
+    total: Callable[[Sequence[ClipScores]], dict[str, float]] | None = None  # by default the mean
+    correspondences: (  # by gap, the patches that truly correspond, if known
         Callable[[Clip[A], Geometry], Mapping[int, Sequence[Correspondence]]] | None
     ) = None
 
@@ -83,35 +83,32 @@ class Protocol(Generic[A]):
 
 @dataclasses.dataclass
 class ClipResult:
-    """A clip's scores by variant of features, and the size that its frames were encoded at.
+    """A clip's scores by variant of features."""
 
-    ``inputs`` is a hash of its files, by which a resumed run knows them again.
-    """
-
-    inputs: str
-    size: list[int]
+    inputs: str  # digest of the clip, by which a resumed run detects changes
+    size: list[int]  # (height, width) of the encoded frames
     scores: dict[str, ClipScores]
 
 
 @dataclasses.dataclass
 class Evaluation:
-    """Figures of a model on a benchmark, which scores and totals have :data:`DRIFTS` beside."""
+    """Results of a model on a benchmark; scores and totals include :data:`DRIFTS`."""
 
     task: str
-    measures: tuple[str, ...]  # the one to compare by first
-    settings: dict[str, Any]  # everything the figures depend on
+    measures: tuple[str, ...]  # variants are compared by the first
+    settings: dict[str, Any]  # everything that affects the figures
     clips: dict[str, ClipResult] = dataclasses.field(default_factory=dict)
     total: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by variant
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # clips, which do not count
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # unscored clip to the reason
 
     def first(self, variant: str) -> dict[str, float]:
-        """Clip to the first measure of a variant of features, where it is a number."""
-        found = {
+        """Return the first measure of a variant by clip, without NaN."""
+        values = {
             name: clip.scores[variant].values[self.measures[0]]
             for name, clip in self.clips.items()
             if variant in clip.scores
         }
-        return {name: value for name, value in found.items() if value == value}
+        return {name: value for name, value in values.items() if value == value}
 
 
 def evaluate(
@@ -130,19 +127,19 @@ def evaluate(
 
     Args:
         protocol: the benchmark.
-        adapter: the model; ``model`` is what to call it in the results.
-        variants: what to compare; by default
+        adapter: the model; the results call it ``model``.
+        variants: variants to compare; by default
             :func:`~cosettle_adapter.evaluation.variants.feature_variants`.
-        output: JSON file that is written after every clip. One of an earlier run with the same
-            settings is continued: what it has is not computed again, unless a clip's files changed
-            or predictions are wanted that are not there. Clips and variants not asked for stay.
+        output: JSON file that is written after every clip. An existing file with the same settings
+            is resumed: its scores are not computed again, unless a clip's files changed or
+            predictions are missing. It keeps clips and variants that this run does not request.
         predictions: folder for predictions, ``<variant>/<clip>/...``.
-        size: ``(height, width)`` in place of the protocol's; sides go to the nearest whole patch.
-        batch_size: frames a forward pass.
-        on_clip: called with the number of clips done, their number and the name of the next.
+        size: ``(height, width)`` in place of the protocol's, rounded to whole patches.
+        batch_size: frames per forward pass.
+        on_clip: called with the number of clips done, the number of all and the next clip's name.
 
     Raises:
-        FrameError: not one clip could be scored; the reasons are given.
+        FrameError: no clip could be scored; the message gives the reasons.
         ValueError: ``output`` holds results of other settings.
     """
     variants = variants or feature_variants(adapter)
@@ -166,44 +163,44 @@ def evaluate(
             return None
         return predictions / variant.replace(" ", "-") / clip.name
 
-    def score(clip: Clip[Any], missing: Sequence[FeatureVariant], held: ClipResult) -> None:
+    def score(clip: Clip[Any], missing: Sequence[FeatureVariant], entry: ClipResult) -> None:
         height, width = clip.read_frame(0).shape[:2]
         patch, stride = adapter.backbone.patch, adapter.backbone.stride
         rows, columns = (nearest_valid(s, patch, stride) for s in size or protocol.size(clip))
         geometry = plan_geometry(height, width, patch=patch, stride=stride, size=(rows, columns))
         truth = protocol.correspondences
         matches = None if truth is None else truth(clip, geometry)
-        wanted = [*([guide] if matches is None else []), *missing]
+        encoded = [*([guide] if matches is None else []), *missing]
         frames = (clip.read_frame(index) for index in range(len(clip)))
         batches = (chunk.frames for chunk in open_frames(frames, chunk_size=batch_size))
-        found = {}
-        for name, features in encode_variants(adapter, batches, wanted, size=geometry.resized):
-            if matches is None:  # the first one is the guide
+        new = {}
+        for name, features in encode_variants(adapter, batches, encoded, size=geometry.resized):
+            if matches is None:  # the guide comes first
                 matches = {gap: mutual_correspondences(features, gap) for gap in GAPS}
                 continue
             scores = protocol.score(clip, features, geometry, folder(name, clip))
             values = {**scores.values, **drift_by_gap(features, matches)}
-            found[name] = dataclasses.replace(scores, values=values)
-        held.size = list(geometry.resized)
-        held.scores |= found
-        result.clips[clip.name] = held
+            new[name] = dataclasses.replace(scores, values=values)
+        entry.size = list(geometry.resized)
+        entry.scores |= new
+        result.clips[clip.name] = entry
 
     for number, clip in enumerate(clips):
         on_clip(number, len(clips), clip.name)
-        held, digest = result.clips.get(clip.name), clip.digest()
-        if held is None or held.inputs != digest:
+        entry, digest = result.clips.get(clip.name), clip.digest()
+        if entry is None or entry.inputs != digest:
             result.clips.pop(clip.name, None)
-            held = ClipResult(digest, [], {})
+            entry = ClipResult(digest, [], {})
         missing = []
         for variant in variants:
-            place = folder(variant.name, clip)
-            if variant.name not in held.scores or (place and not place.is_dir()):
+            path = folder(variant.name, clip)
+            if variant.name not in entry.scores or (path and not path.is_dir()):
                 missing.append(variant)
         if not missing:
             continue
         try:
-            score(clip, missing, held)
-        except MissingExtraError:
+            score(clip, missing, entry)
+        except MissingExtraError:  # would fail for every clip
             raise
         except (CosettleError, OSError) as error:
             logger.warning("%s: %s", clip.name, error)
@@ -222,28 +219,28 @@ def evaluate(
 
 
 def mean(values: Iterable[float]) -> float:
-    """Return the mean of the values that are numbers; NaN without any."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     known = [value for value in values if value == value]
     return float(sum(known) / len(known)) if known else math.nan
 
 
 def save_positions(xy: Any, folder: Path | None) -> None:
-    """Write predicted (x, y) pixels of a clip's frames as ``positions.json``, given a folder."""
+    """Write predicted (x, y) pixels as ``positions.json``, if ``folder`` is given."""
     if folder is not None:
         write_json({"xy": xy.tolist()}, folder / "positions.json")
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write a value as a JSON file, whole or not at all; see :func:`plain`."""
+    """Write a value as a JSON file, atomically; see :func:`plain`."""
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
-    """Return a value as dictionaries, lists, strings, numbers and None.
+    """Convert a value to dictionaries with string keys, lists, strings, numbers and None.
 
-    Records become dictionaries, keys strings, and NaN and infinities None: JSON has neither.
+    Records become dictionaries; NaN and infinities, which JSON lacks, become None.
     """
     if dataclasses.is_dataclass(value):
         value = vars(value)
@@ -259,7 +256,7 @@ def plain(value: Any) -> Any:
 
 
 def model_settings(adapter: CoSettleAdapter) -> dict[str, Any]:
-    """Return what figures depend on of a model."""
+    """Return the properties of a model that affect its figures."""
     config, backbone = adapter.config, adapter.backbone
     return {
         "backbone": config.backbone,
@@ -281,29 +278,29 @@ def _tensors(projection: Projection) -> str:
 
 
 def _described(variant: FeatureVariant) -> str:
-    """Text that differs where a variant's features do."""
+    """Return a text that differs if the variant's features differ."""
     projection = variant.projection
-    made = None if projection is None else (_tensors(projection), projection.config.averaging)
+    applied = None if projection is None else (_tensors(projection), projection.config.averaging)
     finish = None if variant.finish is None else variant.finish.__name__
-    return str((variant.reads, made, finish, variant.fusion))
+    return str((variant.reads, applied, finish, variant.fusion))
 
 
 def _resume(result: Evaluation, output: Path) -> None:
-    """Take over what an earlier run found; the variants that it had join the settings."""
+    """Add the clips and variants of an earlier run, which must have the same settings."""
     try:
         stored = json.loads(output.read_text(encoding="utf-8"))
         before, scored = stored["settings"], stored["settings"].pop("kinds")
         for name, clip in stored["clips"].items():
-            scores = {each: ClipScores(**_numbers(row)) for each, row in clip["scores"].items()}
+            scores = {kind: ClipScores(**_numbers(row)) for kind, row in clip["scores"].items()}
             result.clips[name] = ClipResult(**clip | {"scores": scores})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{output} is not a results file ({error}); move it away or choose another"
+            f"{output} is not a results file ({error}); move it away or choose another file"
         ) from error
     now = plain(result.settings)
     kinds = now.pop("kinds")
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    changed += [name for name, made in kinds.items() if scored.get(name, made) != made]
+    changed += [name for name, text in kinds.items() if scored.get(name, text) != text]
     if changed:
         raise ValueError(
             f"{output} holds results of other settings (different: {', '.join(changed)}); move it "
@@ -313,7 +310,7 @@ def _resume(result: Evaluation, output: Path) -> None:
 
 
 def _numbers(value: Any) -> Any:
-    """Undo :func:`plain` for figures: None becomes NaN again."""
+    """Undo :func:`plain` for figures: None becomes NaN."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -322,12 +319,12 @@ def _numbers(value: Any) -> Any:
 
 
 def _add_up(result: Evaluation, protocol: Protocol[Any]) -> None:
-    """Total what was scored, also variants of an earlier run."""
+    """Compute the totals of all variants, including those of an earlier run."""
     result.total = {}
     for name in result.settings["kinds"]:
         scores = [clip.scores[name] for clip in result.clips.values() if name in clip.scores]
-        if scores:  # short clips lack the long gaps
-            drifts = {
+        if scores:
+            drifts = {  # short clips lack the long gaps
                 gap: mean(clip.values.get(gap, math.nan) for clip in scores) for gap in DRIFTS
             }
             result.total[name] = protocol.totals(scores) | drifts

@@ -1,7 +1,7 @@
-"""Along which directions features change over time, and what the projection does there.
+"""The directions in which features vary over time, and the projection's gain along them.
 
 The paper's section 4 predicts that a good projection shrinks the directions in which a patch
-varies within its video, and keeps or amplifies those in which it does not.
+varies within its video, and keeps or amplifies the others.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from cosettle_adapter.correspondence import corresponding_patches
 from cosettle_adapter.evaluation.drift import token_frames
 from cosettle_adapter.imports import require
 
-_TIE = 1e-5  # relative gains that differ by less are equal: projections are float32
-_KEPT = 4  # tokens of each video, at which gains may be evaluated
-_SAMPLES = 64  # of them, at which gains are evaluated
-_ROWS = 4096  # pairs of token and direction that a projection sees at a time
+_TIE = 1e-5  # smaller differences of relative gains are rounding: projections are float32
+_KEPT = 4  # tokens kept of each video
+_SAMPLES = 64  # kept tokens at which gains are evaluated
+_ROWS = 4096  # pairs of token and direction per call of the projection
 
 
 class Spectrum(NamedTuple):
-    """Variance by direction of features ``(..., C)``, and what the projection does to each."""
+    """Variance of features ``(..., C)`` by direction, and the projection's gain along each."""
 
     videos: int
     pairs: int  # of corresponding patches
     intra: Tensor  # (C,) eigenvalues of the covariance within videos, descending
-    directions: Tensor  # (C, C) their unit eigenvectors, one a row
+    directions: Tensor  # (C, C) their unit eigenvectors as rows
     inter: Tensor  # (C,) eigenvalues of the covariance between videos, descending
     inter_along: Tensor  # (C,) variance between videos along the directions
-    gain: Tensor  # (C,) directional_gain along them
+    gain: Tensor  # (C,) directional_gain along the directions
 
     @property
     def relative_gain(self) -> Tensor:
-        """``(C,)`` gain over its root mean square: features have no scale of their own."""
+        """``(C,)`` gain over its root mean square, independent of the features' scale."""
         return self.gain / self.gain.square().mean().sqrt()
 
     @property
     def correlations(self) -> tuple[float, float]:
-        """Rank correlation of gain and variance within videos; and of gain and its share.
+        """Rank correlation of gain with variance within videos, and with its share.
 
-        The first is -1 where the projection shrinks exactly in the order of the variance, NaN
-        where all gains are equal. The share is variance within over variance between videos.
+        The first is -1 if the projection shrinks directions exactly in the order of their
+        variance, NaN if all gains are equal. The share is variance within over variance between.
         """
         gain = (self.relative_gain / _TIE).round() * _TIE
         share = torch.where(self.intra > 0, self.intra / self.inter_along, 0.0)  # never 0 / 0
@@ -55,12 +55,12 @@ class Spectrum(NamedTuple):
 
 
 class SpectrumStatistics:
-    """Collects, video by video, what a :class:`Spectrum` is made from.
+    """Accumulates the covariances of a :class:`Spectrum` video by video.
 
     * **Covariance within videos**: half the mean outer product of differences between mutually
       nearest patches (cosine, centred) of neighbouring frames; pairs of equal frames are left out.
-    * **Covariance between videos**: of the patch at one position of the grid over the middle
-      frames of all videos (with the V - 1 denominator), mean over positions.
+    * **Covariance between videos**: covariance of the middle frames' patches over all videos at
+      one position of the grid (with the V - 1 denominator), averaged over positions.
     """
 
     def __init__(self) -> None:
@@ -71,12 +71,12 @@ class SpectrumStatistics:
 
     @property
     def enough(self) -> bool:
-        """Whether there are two videos, and patches that correspond."""
+        """Whether there are two videos and corresponding patches."""
         return len(self._tokens) > 1 and self._intra.pairs > 0
 
     @torch.no_grad()
     def add(self, tokens: Tensor) -> None:
-        """Add a video's ``(T, C, h, w)`` before the projection, one ``(C, h, w)`` for all."""
+        """Add a video's backbone tokens ``(T, C, h, w)``, the same ``(C, h, w)`` for all videos."""
         frames = token_frames(tokens, at_least=2)
         middle = frames[len(frames) // 2].to("cpu", torch.float64)
         if not self._tokens:
@@ -92,7 +92,7 @@ class SpectrumStatistics:
 
     @torch.no_grad()
     def spectrum(self, projection: Callable[[Tensor], Tensor]) -> Spectrum:
-        """Return the spectrum under a projection ``(N, C) -> (N, C')``, given enough videos."""
+        """Return the spectrum under a projection ``(N, C) -> (N, C')``; needs ``enough``."""
         videos, tokens = len(self._tokens), torch.cat(self._tokens)
         within = self._sums.T @ self._sums / videos
         covariance = (self._outer - within) / (len(self._sums) * (videos - 1))
@@ -107,10 +107,10 @@ class SpectrumStatistics:
 def directional_gain(
     projection: Callable[[Tensor], Tensor], tokens: Tensor, directions: Tensor
 ) -> Tensor:
-    """Return how much longer small steps along unit directions ``(K, C)`` become, ``(K,)``.
+    """Return the factors ``(K,)`` by which small steps along unit directions ``(K, C)`` lengthen.
 
-    That is the root mean square over tokens ``(N, C)`` of the length of the Jacobian times the
-    direction; for an affine projection the length of its matrix times the direction.
+    A factor is the root mean square over tokens ``(N, C)`` of the length of the Jacobian times the
+    direction; for an affine projection it is the length of the matrix times the direction.
     """
     module = getattr(projection, "__self__", None)
     if isinstance(module, torch.nn.Module):
@@ -123,7 +123,7 @@ def directional_gain(
         return moved.double().square().sum(-1).mean()
 
     with warnings.catch_warnings():
-        # torch's own forward mode compiles a few rules when it is first used
+        # torch's forward mode compiles some rules on first use
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         chunk = max(1, _ROWS // len(tokens))
         gains: Tensor = torch.func.vmap(squared, chunk_size=chunk)(directions)
@@ -138,7 +138,7 @@ def _spearman(a: Tensor, b: Tensor) -> float:
 
 
 def eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Descending eigenvalues, zeros exactly so, and unit eigenvectors as rows."""
+    """Return descending eigenvalues, exactly 0 where below rounding, and eigenvectors as rows."""
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0), vectors.flip(1)
     noise = values[0].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps

@@ -1,4 +1,4 @@
-"""Results as tables of text: what each variant gains over others, clip by clip, and how sure."""
+"""Tables of results: the gains of each variant over others, with intervals, and figures by clip."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from cosettle_adapter.evaluation.variants import CENTRED, RAW_LAST
 
 _RESAMPLES = 10_000
 _SHOWN = ("protocol", "every", "max_frames", "mode", "layers", "patch", "stride")
-_COMPARED = {  # measure: heading, the better of several, what it means
+_COMPARED = {  # measure: heading, function that selects the best value, explanation
     "drift": (
         "drift",
         min,
-        "Drift: cosine distance of patches that show the same thing, over that of any two patches; "
-        "by the true motion, or by matches of a layer that the projection does not read.",
+        "Drift: cosine distance of patches that show the same thing, over that of any two patches. "
+        "Pairs come from the true motion, or from matches of a layer that the projection does not "
+        "read.",
     ),
     "matches": (
         "right matches",
@@ -33,7 +34,7 @@ _COMPARED = {  # measure: heading, the better of several, what it means
 
 
 class Gain(NamedTuple):
-    """Mean of differences by clip with its 95 % interval, and the clip that gains least."""
+    """Mean of the clips' differences with its 95 % interval, and the clip with the smallest."""
 
     mean: float
     low: float
@@ -49,8 +50,7 @@ class Gain(NamedTuple):
 def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % percentile interval of a mean by the bootstrap (Efron, 1979).
 
-    The differences are drawn anew, as many as there are and with replacement, 10,000 times with a
-    fixed seed.
+    It resamples the differences with replacement 10,000 times, with a fixed seed.
     """
     values = torch.tensor(differences, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -61,10 +61,7 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def gain(result: Evaluation, variant: str, against: Mapping[str, str]) -> Gain:
-    """Compare a variant of features by the first measure with another one of each clip.
-
-    Clips that lack either do not count.
-    """
+    """Return the gain of a variant in the first measure over the variant ``against[clip]``."""
     scores = {other: result.first(other) for other in {*against.values()}}
     differences = {
         clip: value - scores[against[clip]][clip]
@@ -79,11 +76,10 @@ def gain(result: Evaluation, variant: str, against: Mapping[str, str]) -> Gain:
 
 
 def best_layers(result: Evaluation) -> dict[str, str]:
-    """Choose for every clip the best raw single layer centred; none where none was scored.
+    """Choose the best centred single layer to compare each clip with, if any was scored.
 
-    It is the one with the highest mean of the first measure over the clips of the other parts of
-    the data, so that no clip has a say in what it is compared with; over all clips where the data
-    has a single part.
+    It has the highest mean of the first measure over the clips of the other parts of the data, so
+    that a clip does not influence its own baseline; over all clips if the data has a single part.
     """
     single = CENTRED if len(result.settings["layers"]) == 1 else None
     scores = {
@@ -94,9 +90,9 @@ def best_layers(result: Evaluation) -> dict[str, str]:
     chosen: dict[str, str] = {}
     for part in {_part(result, clip) for clip in result.clips}:
         own = {clip for clip in result.clips if _part(result, clip) == part}
-        judges = set(result.clips) - own or own
+        others = set(result.clips) - own or own
         means = {
-            layer: mean(value for clip, value in values.items() if clip in judges)
+            layer: mean(value for clip, value in values.items() if clip in others)
             for layer, values in scores.items()
         }
         known = {layer: value for layer, value in means.items() if value == value}
@@ -106,14 +102,14 @@ def best_layers(result: Evaluation) -> dict[str, str]:
 
 
 def result_tables(result: Evaluation) -> list[Table]:
-    """Return a table with a row a variant of features, and one with a row a clip and a measure."""
+    """Return a table by variant of features, and one by clip and measure."""
     first, best = result.measures[0], best_layers(result)
     raw = dict.fromkeys(result.clips, RAW_LAST)
     rows = []
     for number, (variant, total) in enumerate(result.total.items(), 1):
         row = [str(number), variant, _percent(total[first])]
-        for found in (gain(result, variant, raw), gain(result, variant, best)):
-            row += [str(found), _percent(found.worst, "+.1f")]
+        for over in (gain(result, variant, raw), gain(result, variant, best)):
+            row += [str(over), _percent(over.worst, "+.1f")]
         rows.append([*row, "/".join(_percent(total[drift]) for drift in DRIFTS)])
     by_variant = Table(
         f"{result.task}: {len(result.clips)} clips, in percent",
@@ -121,13 +117,13 @@ def result_tables(result: Evaluation) -> list[Table]:
         rows,
     )
     values = [result.first(variant) for variant in result.total]
-    clips = [[clip, *(_percent(each.get(clip)) for each in values)] for clip in result.clips]
+    clips = [[clip, *(_percent(column.get(clip)) for column in values)] for clip in result.clips]
     totals = [
-        [f"all: {measure}", *(_percent(each[measure]) for each in result.total.values())]
+        [f"all: {measure}", *(_percent(total[measure]) for total in result.total.values())]
         for measure in result.measures
     ]
     by_clip = Table(
-        f"{first} by clip, then all clips; features by their numbers",
+        f"{first} by clip, then over all clips; columns are the numbers of the features",
         ("", *(str(number) for number in range(1, len(values) + 1))),
         [*clips, *totals],
         rule=len(clips),
@@ -136,10 +132,10 @@ def result_tables(result: Evaluation) -> list[Table]:
 
 
 def result_notes(result: Evaluation) -> Iterator[str]:
-    """Say what the figures are relative to, and under which settings."""
+    """Explain the tables, and list the settings."""
     best, settings = best_layers(result), result.settings
-    against = dict.fromkeys(result.clips, RAW_LAST)
-    yield "over ...: mean difference over clips, its 95 % interval by the paired bootstrap"
+    raw = dict.fromkeys(result.clips, RAW_LAST)
+    yield "over ...: mean difference over clips and its 95 % interval by the paired bootstrap"
     if best:
         by_part = {_part(result, clip): layer for clip, layer in best.items()}
         chosen = ", ".join(f"{layer} for {part}" for part, layer in sorted(by_part.items()))
@@ -149,12 +145,13 @@ def result_notes(result: Evaluation) -> Iterator[str]:
             yield f"best layer: {next(iter(best.values()))}; chosen on these clips"
     gaps = " / ".join(map(str, GAPS))
     by = settings["drift"]
-    yield f"drift: corresponding patches over all patches, {gaps} frames apart, by {by}"
+    yield f"drift: distance of corresponding over all patches, {gaps} frames apart, by {by}"
     for variant in result.total:
         if variant.startswith(("raw ", "centred")) and "fused" not in variant:
-            continue  # what others are compared with
-        raw, layer = gain(result, variant, against), gain(result, variant, best)
-        yield f"{variant}: worst over raw last: {raw.clip}; over best layer: {layer.clip or '-'}"
+            continue  # a baseline
+        last, layer = gain(result, variant, raw), gain(result, variant, best)
+        worst = f"over raw last: {last.clip}; over best layer: {layer.clip or '-'}"
+        yield f"{variant}: worst clip {worst}"
     sizes = sorted({" x ".join(map(str, clip.size)) for clip in result.clips.values()})
     yield f"frames encoded at {', '.join(sizes)}"
     yield ", ".join(f"{key} {settings[key]}" for key in _SHOWN if settings.get(key) is not None)
@@ -163,10 +160,10 @@ def result_notes(result: Evaluation) -> Iterator[str]:
 def comparison(
     title: str, figures: Mapping[str, Mapping[str, float]], *, emphasis: str = ""
 ) -> Table:
-    """Tabulate drift and matches of several variants of features, the best of each marked.
+    """Tabulate drift and matches of several variants of features; the best figures are marked.
 
-    ``figures`` are by variant ``drift@1``, ``matches@4`` and so on, shares of 1; what was not
-    measured for all is left out. ``emphasis`` is the variant that the table is about.
+    ``figures`` are shares by variant, then by measure (``drift@1``, ``matches@4``, ...); measures
+    that a variant lacks are left out. ``emphasis`` is the variant that the table is about.
     """
     names, columns, notes = list(figures), ["features"], []
     rows = [[name] for name in names]
@@ -177,22 +174,22 @@ def comparison(
         notes += [meaning] if known else []
         for key in known:
             gap = key.partition("@")[2]
-            columns.append(f"{heading}, next frame" if gap == "1" else f"{gap} frames on")
+            columns.append(f"{heading}, next frame" if gap == "1" else f"{gap} frames apart")
             winner = f"{better(row[key] for row in figures.values()):.1%}"
             for number, row in enumerate(figures.values()):
                 rows[number].append(f"{row[key]:.1%}")
-                if rows[number][-1] == winner:  # reads the same: as good
+                if rows[number][-1] == winner:  # equal after rounding
                     best[number].append(len(rows[number]) - 1)
     about = names.index(emphasis) if emphasis in names else None
     return Table(title, columns, rows, note=" ".join(notes), best=best, emphasis=about)
 
 
 def _part(result: Evaluation, clip: str) -> str:
-    """The part of the data that a clip belongs to; empty where it has no parts."""
+    """Return the part of the data that a clip belongs to; empty if there are no parts."""
     return clip.split("/")[0] if result.settings.get("parts") else ""
 
 
 def _percent(share: float | None, form: str = ".1f") -> str:
     if share is None or share != share:
         return "-"
-    return format(round(100 * share, 1) + 0.0, form)  # no minus before a zero
+    return format(round(100 * share, 1) + 0.0, form)  # + 0.0 turns -0.0 into 0.0

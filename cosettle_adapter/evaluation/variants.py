@@ -1,4 +1,4 @@
-"""A clip's features before and after projections, from one pass of the backbone."""
+"""Variants of a clip's features, with and without projections, from one pass of the backbone."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True)
 class FeatureVariant:
-    """One way to make features: the layers that are read, and what is done with their tokens.
+    """One way to compute features: the layers to read and the steps applied to their tokens.
 
-    ``projection`` is applied to each frame, then ``finish`` to the whole clip ``(T, C, h, w)``,
-    then temporal fusion, for which ``widths`` are the channels of each layer.
+    The steps are ``projection`` for each frame, ``finish`` for the whole clip ``(T, C, h, w)``,
+    and temporal fusion, for which ``widths`` are the channels of each layer.
     """
 
     name: str
@@ -44,7 +44,7 @@ class FeatureVariant:
 
     @property
     def needs_clip(self) -> bool:
-        """Whether it is made of a whole clip, and not of each frame alone."""
+        """Whether a frame's features depend on the whole clip."""
         return self.finish is not None or self.fusion is not None
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class FeatureVariant:
 
     @torch.no_grad()
     def of_clip(self, tokens: Tensor) -> Tensor:
-        """Make the features of a whole clip ``(T, C, h, w)``; float32."""
+        """Compute the features of a whole clip ``(T, C, h, w)``; float32."""
         features = self.of_frames(tokens)
         features = features if self.finish is None else self.finish(features)
         if self.fusion is None:
@@ -71,23 +71,23 @@ def feature_variants(
     baseline_layers: Sequence[int] = (),
     fusion: FusionMode | None = None,
 ) -> list[FeatureVariant]:
-    """Return an adapter's features and what they must be compared with.
+    """Return the variants of an adapter's features, with their baselines.
 
-    Most of what a projection seems to gain over the last layer can come from reading another
-    layer, or from removing the mean token; so both are compared with. The variants are ``raw last
-    layer``, ``raw same layer`` (the layers that the projection reads, if others), ``centred``
-    (those minus the clip's mean token) and ``adapted``; of a projection that reads several layers
-    also each earlier one alone, ``raw layer 7`` and ``centred layer 7``.
+    Much of a projection's gain over the last layer can come from reading another layer, or from
+    removing the mean token, so the baselines do both. The variants are ``raw last layer``, ``raw
+    same layer`` (the layers that the projection reads, if different), ``centred`` (the same minus
+    the clip's mean token) and ``adapted``; if the projection reads several layers, also ``raw
+    layer 7`` and ``centred layer 7`` for each of them but the last.
 
     Args:
         adapter: backbone and projection.
-        baselines: name to other projections of the same backbone.
-        settle: also settle what the adapter and each baseline return by the clip's own
-            statistics; by default where the adapter was loaded with ``projection="settle"``.
-        centre: also subtract the clip's mean token from what the adapter returns.
+        baselines: further projections of the same backbone, by name.
+        settle: also settle the features of the adapter and each baseline by the clip's own
+            statistics; by default if the adapter was loaded with ``projection="settle"``.
+        centre: also subtract the clip's mean token from the adapter's features.
         baseline_layers: single layers to compare with, centred by the clip's mean token.
-        fusion: also fuse over time what the adapter and each baseline return and the centred
-            single layers.
+        fusion: also fuse over time the features of the adapter, of each baseline and of the
+            centred single layers.
     """
     backbone, config, projection = adapter.backbone, adapter.config, adapter.projection
     baselines = baselines or {}
@@ -114,7 +114,7 @@ def feature_variants(
         if other.config.fingerprint != config.fingerprint:
             raise BackboneMismatchError(
                 f"{name} was fitted on another backbone ({other.config.backbone}) than the model "
-                f"here ({config.backbone}); compare projections of one backbone"
+                f"({config.backbone}); compare projections of one backbone"
             )
         reads = _reads(backbone, other)
         variants.append(FeatureVariant(name, reads, other))
@@ -122,13 +122,13 @@ def feature_variants(
             variants.append(FeatureVariant(f"{name}, settled", reads, other, settle_clip))
     if fusion is None:
         return variants
-    ending = ", fused causally" if fusion == "causal" else ", fused"
+    suffix = ", fused causally" if fusion == "causal" else ", fused"
     fused: list[FeatureVariant] = []
-    for each in variants:
-        if each.name in {ADAPTED, *baselines} or each.name.startswith("centred layer"):
-            widths = tuple(backbone.widths[layer] for layer in each.reads[0])
-            name = each.name + ending
-            fused.append(dataclasses.replace(each, name=name, fusion=fusion, widths=widths))
+    for variant in variants:
+        if variant.name in {ADAPTED, *baselines} or variant.name.startswith("centred layer"):
+            widths = tuple(backbone.widths[layer] for layer in variant.reads[0])
+            name = variant.name + suffix
+            fused.append(dataclasses.replace(variant, name=name, fusion=fusion, widths=widths))
     return variants + fused
 
 
@@ -138,10 +138,10 @@ def _reads(backbone: Backbone, projection: Projection) -> Reads:
 
 
 def guide_variant(adapter: CoSettleAdapter, variants: Sequence[FeatureVariant]) -> FeatureVariant:
-    """Return the centred single layer whose matches stand for the truth on real clips.
+    """Return the centred single layer whose matches serve as truth on real clips.
 
-    Of those that no projection reads and no fusion matches by it is the nearest to two thirds of
-    the depth, the later of two; of all layers where none is left.
+    It is the layer nearest to two thirds of the depth (the later of two) that no projection and no
+    fusion reads; if they read all layers, the nearest of all.
     """
     depth = adapter.backbone.depth
     read = {adapter.backbone.block(layer) for layer in adapter.config.layers}
@@ -159,23 +159,24 @@ def centred(features: Tensor) -> Tensor:
 
 
 def raw_same(features: Mapping[str, Value]) -> Value:
-    """Return, of values by variant, that of the raw layers which the projection reads."""
+    """Return the value of the raw variant with the layers that the projection reads."""
     return features[RAW_SAME if RAW_SAME in features else RAW_LAST]
 
 
-def read_layers(backbone: Backbone, images: Tensor, wanted: Iterable[Reads]) -> dict[Reads, Tensor]:
+def read_layers(backbone: Backbone, images: Tensor, sets: Iterable[Reads]) -> dict[Reads, Tensor]:
     """Read several sets of layers of images ``(B, 3, H, W)`` in one pass of the backbone.
 
-    Each set gives ``(B, C, h, w)``, its layers concatenated along the channels.
+    Returns:
+        ``(B, C, h, w)`` by set, its layers concatenated along the channels.
     """
-    singles = sorted({(layer, norm) for layers, norm in wanted for layer in layers})
+    singles = sorted({(layer, norm) for layers, norm in sets for layer in layers})
     maps = backbone.intermediate_tokens(
         images, [layer for layer, _ in singles], norm=[norm for _, norm in singles]
     )
-    found = dict(zip(singles, maps, strict=True))
+    tokens = dict(zip(singles, maps, strict=True))
     return {
-        (layers, norm): torch.cat([found[layer, norm] for layer in layers], dim=1)
-        for layers, norm in wanted
+        (layers, norm): torch.cat([tokens[layer, norm] for layer in layers], dim=1)
+        for layers, norm in sets
     }
 
 
@@ -189,7 +190,7 @@ def encode_variants(
     """Encode batches of a clip's frames ``(N, 3, H, W)`` uint8, in one pass of the backbone.
 
     Yields:
-        Name of a variant and its features ``(T, C, h, w)``, float32 on the CPU, one at a time.
+        The name and features ``(T, C, h, w)`` of each variant, float32 on the CPU.
     """
     parts: dict[Reads, list[Tensor]] = {variant.reads: [] for variant in variants}
     for frames in batches:
@@ -210,10 +211,9 @@ def compare_features(
     on_frames: Callable[[int], None] = lambda done: None,
     variants: Sequence[FeatureVariant] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a clip's features ``(T, C, h, w)`` by the name of their variant.
+    """Return a clip's features ``(T, C, h, w)`` by variant; frames are ``(T, 3, H, W)`` uint8.
 
-    ``frames`` are ``(T, 3, H, W)`` uint8, the variants by default those of
-    :func:`feature_variants`; ``on_frames`` is called with the number of frames done.
+    ``on_frames`` is called with the number of frames done.
     """
 
     def batches() -> Iterator[Tensor]:

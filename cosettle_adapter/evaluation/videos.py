@@ -1,4 +1,4 @@
-"""Videos, listed by class and split, as features by variant."""
+"""Lists of labelled videos, and features of whole videos by variant."""
 
 from __future__ import annotations
 
@@ -29,27 +29,24 @@ from cosettle_adapter.video.files import VIDEO_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 Part = Literal["train", "val"]
 
 
 class LabelledVideo(NamedTuple):
-    """A video of a class."""
+    """A video and its class."""
 
-    path: Path  # a video file, or a folder of images
+    path: Path  # video file or folder of images
     label: str
     name: str  # path below the data folder, with forward slashes
-    part: Part | None = None  # if the folder has these parts
+    part: Part | None = None  # of the split, if the folder has one
 
 
 def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
     """List the videos of ``DIR/<class>/<video>``, or of ``DIR/train`` and ``DIR/val``.
 
-    A video is a video file or a folder of images. When ``train`` and ``val`` are the only folders
-    of ``root``, each is read as a folder of classes. Videos come in order of name.
-
-    Raises:
-        FrameError: no classes, or a class without videos.
+    A video is a video file or a folder of images. If ``train`` and ``val`` are the only folders
+    of ``root``, each is a folder of classes. Videos are sorted by name.
     """
     root = data_folder(Path(root), "a folder of <class>/<video>")
     if {folder.name for folder in _folders(root)} == {"train", "val"}:
@@ -58,7 +55,7 @@ def labelled_videos(root: str | os.PathLike[str]) -> list[LabelledVideo]:
 
 
 class VideoFrames(NamedTuple):
-    """One feature a frame of a video, the mean over its patches."""
+    """One feature per frame of a video, the mean over its patches."""
 
     video: str
     times: Tensor  # (T,) float64 seconds; positions in a folder of images
@@ -66,11 +63,11 @@ class VideoFrames(NamedTuple):
 
 
 class PooledVideos(NamedTuple):
-    """One feature a labelled video, the mean over its patches and frames."""
+    """One feature per labelled video, the mean over its patches and frames."""
 
-    videos: tuple[LabelledVideo, ...]  # those that could be read
-    features: Mapping[str, Tensor]  # variant to (V, C) float32, a row for each of these
-    skipped: Mapping[str, str]  # name to why, of those that could not
+    videos: tuple[LabelledVideo, ...]  # the readable videos
+    features: Mapping[str, Tensor]  # variant to (V, C) float32, one row per readable video
+    skipped: Mapping[str, str]  # name of an unreadable video to the reason
 
 
 def encode_videos(
@@ -84,18 +81,17 @@ def encode_videos(
     variants: Sequence[FeatureVariant] | None = None,
     on_video: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[VideoFrames], dict[str, str]]:
-    """Encode videos, files or folders of images, into one feature a frame.
+    """Encode video files or folders of images into one feature per frame.
 
-    Frames are chosen as in :func:`frames_of`, ``batch_size`` is that of a forward pass. Variants
-    made of a whole clip, such as centred features, are left out. ``on_video`` is called with the
-    number of videos done and their number.
+    Frames are selected by :func:`frames_of` and encoded ``batch_size`` at a time. Variants that
+    need a whole clip, such as centred features, are left out. ``on_video`` is called with the
+    number of videos done and the number of all.
 
     Returns:
-        Videos that could be read, and name to why of those that could not; see
-        :func:`each_readable`.
+        The readable videos, and the reason for each unreadable one; see :func:`each_readable`.
     """
-    variants = [each for each in variants or feature_variants(adapter) if not each.needs_clip]
-    wanted = [variant.reads for variant in variants]
+    variants = [v for v in variants or feature_variants(adapter) if not v.needs_clip]
+    reads = [variant.reads for variant in variants]
 
     def read(name: str) -> VideoFrames:
         select = frames_of(paths[name], frames=frames, rate=rate)
@@ -103,7 +99,7 @@ def encode_videos(
         times: list[Tensor] = []
         for chunk in open_frames(paths[name], select, chunk_size=batch_size):
             images = adapter.preprocess(chunk.frames, size=size)
-            tokens = read_layers(adapter.backbone, images, wanted)
+            tokens = read_layers(adapter.backbone, images, reads)
             for variant in variants:
                 maps = variant.of_frames(tokens[variant.reads]).cpu()
                 parts[variant.name].append(reduce(maps, "t c h w -> t c", "mean"))
@@ -117,28 +113,27 @@ def encode_videos(
 def pool_videos(
     adapter: CoSettleAdapter, videos: Sequence[LabelledVideo], *, frames: int = 16, **options: Any
 ) -> PooledVideos:
-    """Encode videos into one feature each, the mean over patches and frames.
+    """Encode videos into one feature each, from about ``frames`` evenly spread frames.
 
-    ``frames`` of a video, about so many, are evenly spread over it; the options and errors are
-    those of :func:`encode_videos`.
+    Options are those of :func:`encode_videos`.
     """
-    named = {video.name: video for video in videos}
-    paths = {name: video.path for name, video in named.items()}
-    found, skipped = encode_videos(adapter, paths, frames=frames, **options)
+    by_name = {video.name: video for video in videos}
+    paths = {name: video.path for name, video in by_name.items()}
+    encoded, skipped = encode_videos(adapter, paths, frames=frames, **options)
     features = {
-        variant: torch.stack([reduce(each.features[variant], "t c -> c", "mean") for each in found])
-        for variant in found[0].features
+        variant: torch.stack([reduce(v.features[variant], "t c -> c", "mean") for v in encoded])
+        for variant in encoded[0].features
     }
-    return PooledVideos(tuple(named[each.video] for each in found), features, skipped)
+    return PooledVideos(tuple(by_name[v.video] for v in encoded), features, skipped)
 
 
 def with_centred(
     features: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Add the centred features, raw ones minus the mean of a reference ``(M, C)``, after the raw.
+    """Insert centred features after the raw ones: these minus the mean of ``reference`` ``(M, C)``.
 
-    A video's own mean would leave nothing of a pooled feature, so it is the mean of the videos
-    that are learnt from or searched; it uses no labels.
+    The reference are the videos trained on or searched, without their labels: subtracting a video's
+    own mean would leave nothing of its pooled feature.
     """
     raw = {name: features[name] for name in (RAW_LAST, RAW_SAME) if name in features}
     if not raw:
@@ -151,8 +146,8 @@ def frames_of(
 ) -> FrameSelection:
     """Select frames of a video file or a folder of images.
 
-    ``frames`` spreads about so many evenly over the whole source, and takes no more; ``rate``
-    takes about so many a second, or all where the source has no times of its own.
+    ``frames`` spreads about that many, and at most that many, evenly over the source; ``rate``
+    selects about that many per second, or all frames of a source without frame times.
     """
     if (frames is not None and frames < 1) or (rate is not None and not rate > 0):
         raise ValueError(f"got frames={frames} and rate={rate}, expected both above 0")
@@ -163,19 +158,14 @@ def frames_of(
 
 
 def each_readable(
-    names: Sequence[str], read: Callable[[str], Found], on_video: Callable[[int, int], None]
-) -> tuple[list[Found], dict[str, str]]:
-    """Read videos one by one; return what was read, and name to why of what could not be.
-
-    Raises:
-        MissingExtraError: what would fail for every video alike.
-        FrameError: not a single one could be read, or there is none.
-    """
-    found, skipped = [], {}
+    names: Sequence[str], read: Callable[[str], Result], on_video: Callable[[int, int], None]
+) -> tuple[list[Result], dict[str, str]]:
+    """Read videos one by one; return the results, and the reason for each unreadable video."""
+    results, skipped = [], {}
     for done, name in enumerate(names, start=1):
         try:
-            found.append(read(name))
-        except MissingExtraError:
+            results.append(read(name))
+        except MissingExtraError:  # would fail for every video
             raise
         except (CosettleError, OSError) as error:
             logger.warning("skipped %s: %s", name, error)
@@ -183,25 +173,25 @@ def each_readable(
         on_video(done, len(names))
     if not names:
         raise FrameError("got no videos to read; expected at least one")
-    if not found:
-        name, why = next(iter(skipped.items()))
-        raise FrameError(f"none of {len(names)} videos could be read. The first, {name}: {why}")
-    return found, skipped
+    if not results:
+        name, reason = next(iter(skipped.items()))
+        raise FrameError(f"none of {len(names)} videos could be read. The first, {name}: {reason}")
+    return results, skipped
 
 
 def _classes(folder: Path, root: Path, part: Part | None) -> list[LabelledVideo]:
     videos = []
     for label in _folders(folder):
         paths = [label / name for name in entries(label)]
-        found = [path for path in paths if images_in(path) or (path.is_file() and is_video(path))]
-        if not found:
+        usable = [path for path in paths if images_in(path) or (path.is_file() and is_video(path))]
+        if not usable:
             raise FrameError(
                 f"{label} holds no videos: expected video files ({', '.join(VIDEO_SUFFIXES)}) or "
-                "folders of images. Fill the folder or remove it"
+                "folders of images. Add videos or remove the folder"
             )
         videos += [
             LabelledVideo(path, label.name, path.relative_to(root).as_posix(), part)
-            for path in found
+            for path in usable
         ]
     if not videos:
         raise FrameError(

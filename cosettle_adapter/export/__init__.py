@@ -1,4 +1,4 @@
-"""Adapters as files that run without this package: ONNX models and torch.export programs."""
+"""Export adapters to files that run without this package: ONNX and torch.export."""
 
 from __future__ import annotations
 

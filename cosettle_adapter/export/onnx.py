@@ -1,4 +1,4 @@
-"""Adapters as ONNX files."""
+"""Export adapters to ONNX files."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from cosettle_adapter.imports import require
 
 logger = logging.getLogger(__name__)
 
-OPSET = 18  # what torch's exporter is made for
-_FIRST_TORCH = (2, 6)  # its exporter takes torch.export programs
-_LARGEST_FILE = 2**31 - 2**24  # protobuf's 2 GB, less what the graph takes
+OPSET = 18  # the target of torch's exporter
+_FIRST_TORCH = (2, 6)  # the first whose exporter accepts torch.export programs
+_LARGEST_FILE = 2**31 - 2**24  # protobuf's limit of 2 GB, less space for the graph
 
 
 def to_onnx(
@@ -43,11 +43,11 @@ def to_onnx(
     check: bool = True,
     check_on: Any = None,
 ) -> Exported:
-    """Write an adapter, float32 or float16, at one frame size as an ONNX model with metadata.
+    """Write an adapter, float32 or float16, for one frame size as an ONNX model with metadata.
 
     Arguments and errors are those of :func:`to_torch_export`; the file is checked in ONNX Runtime
-    where that is installed. Weights of more than 2 GB, which ONNX files cannot hold, go into a
-    second file, ``<name>.onnx.data``, which has to stay beside it.
+    if that is installed. Weights of more than 2 GB, the limit of an ONNX file, go into a second
+    file ``<name>.onnx.data``, which must stay beside it.
 
     Raises:
         MissingExtraError: the exporter's packages are not installed.
@@ -60,7 +60,7 @@ def to_onnx(
             "dtype=torch.float16 or torch.float32, or export a .pt2 file"
         )
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # what the exporter says about its own work
+    logging.disable(logging.WARNING)  # messages of the exporter about its internals
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -71,21 +71,21 @@ def to_onnx(
     tensors = (*traced.program.state_dict.values(), *traced.program.constants.values())
     weights = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # in a folder under their final names, since a model names its data file
+    # under the final names in a temporary folder: a model stores the name of its data file
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         model = Path(folder) / path.name
         onnx_program.save(model, external_data=weights > _LARGEST_FILE)
         parity = _check(model, traced, check_on) if check else None
-        beside = [file for file in Path(folder).iterdir() if file != model]
-        written = sum(file.stat().st_size for file in (*beside, model))
-        for file in (*beside, model):
+        data = [file for file in Path(folder).iterdir() if file != model]
+        size_written = sum(file.stat().st_size for file in (*data, model))
+        for file in (*data, model):
             with file.open("rb") as content:
                 os.fsync(content.fileno())
-        if beside:  # an earlier model must not meet the weights of this one
+        if data:  # an earlier model must not be read with the weights of this one
             path.unlink(missing_ok=True)
-        for file in (*beside, model):
+        for file in (*data, model):
             file.replace(path.parent / file.name)
-    return traced.exported(path, written, parity)
+    return traced.exported(path, size_written, parity)
 
 
 def check_exporter() -> None:
@@ -112,15 +112,15 @@ def _translate(traced: Traced) -> Any:
             opset_version=OPSET,
             verbose=False,
         )
-    except Exception as error:  # torch raises errors of its exporter's many parts
+    except Exception as error:  # the exporter raises errors of many types
         raise ExportError(
             f"torch {torch.__version__} cannot export {traced.metadata['backbone']} to ONNX: "
-            f"{reason(error)}. A newer torch may, and so may a .pt2 file"
+            f"{reason(error)}. Try a newer torch, or export a .pt2 file"
         ) from error
-    for name, value in traced.metadata.items():  # strings as they are, all else as JSON
+    for name, value in traced.metadata.items():  # strings unchanged, other values as JSON
         text = value if isinstance(value, str) else json.dumps(value)
         program.model.metadata_props[name] = text
-    for node in program.model.graph:  # names of Python functions, several times the graph's size
+    for node in program.model.graph:  # names of Python functions, larger than the graph itself
         node.metadata_props.clear()
     return program
 
@@ -129,19 +129,19 @@ def _check(path: Path, traced: Traced, check_on: Any) -> Parity | None:
     try:
         runtime: Any = importlib.import_module("onnxruntime")
     except ImportError:
-        logger.warning("not compared with PyTorch without ONNX Runtime: pip install onnxruntime")
+        logger.warning("not compared with PyTorch: pip install onnxruntime to compare")
         return None
     version = f"ONNX Runtime {runtime.__version__}"
     try:
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of types that it names by numbers
+    except Exception as error:  # ONNX Runtime has a type per error code
         raise ExportError(
-            f"{version} cannot load the model, so it was not kept: {reason(error)}. Upgrade it "
-            "with pip install -U onnxruntime; check=False (--no-check) keeps the file"
+            f"{version} cannot load {path.name}, which was not kept: {reason(error)}. Upgrade it "
+            "with pip install -U onnxruntime, or keep the file with check=False (--no-check)"
         ) from error
 
     def run(inputs: Tensor) -> Tensor:
-        (found,) = session.run(None, {traced.name: inputs.cpu().numpy()})
-        return torch.from_numpy(found)
+        (features,) = session.run(None, {traced.name: inputs.cpu().numpy()})
+        return torch.from_numpy(features)
 
     return traced.compare(run, version, check_on)

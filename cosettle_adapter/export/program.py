@@ -1,4 +1,4 @@
-"""An adapter at one frame size as a ``torch.export`` program, checked against PyTorch."""
+"""Export an adapter for one frame size with ``torch.export``, and check it against PyTorch."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from cosettle_adapter.video.geometry import resize
 
 METADATA_FILE = "cosettle_adapter.json"
 _FRAMES = 3  # to compare on
-# Of the largest feature. Kernels differ by far less than what a wrong graph does.
-_ALLOWED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+# largest difference as a share of the largest feature: a wrong graph differs by far more
+_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 class ExportError(CosettleError, ValueError):
-    """A model that cannot be exported, or whose file computes something else than the model."""
+    """A model that cannot be exported, or whose file computes different features."""
 
 
 @dataclass(frozen=True)
 class Parity:
     """A comparison of an exported file with the model in PyTorch."""
 
-    runtime: str  # what ran the file, with its version
+    runtime: str  # name and version of the software that ran the file
     frames: int
     difference: float  # largest absolute difference of any feature
     largest: float  # largest absolute feature
@@ -52,16 +52,16 @@ class Parity:
 
 @dataclass(frozen=True)
 class Exported:
-    """A model that was written, what it takes and returns, and what it says about itself."""
+    """An exported file: its input, output and metadata."""
 
     path: Path
-    size: int  # bytes, of a ``.data`` file beside it too
-    # "frames uint8 (batch, 3, H, W)", RGB in [0, 255]; where preprocessing was left out, "images
-    # float32", normalised with the ``mean`` and ``std`` of the metadata
+    size: int  # bytes, including a ``.data`` file
+    # "frames uint8 (batch, 3, H, W)", RGB in [0, 255]; without preprocessing "images float32 ...",
+    # normalised with the ``mean`` and ``std`` of the metadata
     input: str
     output: str  # "features float32 (batch, C, h, w)"
-    metadata: Mapping[str, Any]  # where the model comes from and what its patches are
-    parity: Parity | None  # with PyTorch, if it was compared
+    metadata: Mapping[str, Any]  # origin of the model, geometry of its patches
+    parity: Parity | None  # comparison with PyTorch, if it was made
 
 
 def to_torch_export(
@@ -75,30 +75,30 @@ def to_torch_export(
     check: bool = True,
     check_on: Any = None,
 ) -> Exported:
-    """Write an adapter at one frame size as a ``torch.export`` program.
+    """Write an adapter for one frame size as a ``torch.export`` program.
 
-    It is read back by ``torch.export.load(path).module()``, called with one tensor, on the
-    device it was exported on. Its metadata is in the file as ``cosettle_adapter.json``:
-    ``torch.export.load(path, extra_files={"cosettle_adapter.json": ""})`` fills it in.
+    ``torch.export.load(path).module()`` returns a function of one tensor on the device of the
+    export. Metadata is stored in the file as ``cosettle_adapter.json``: pass a dictionary to
+    ``torch.export.load(path, extra_files={"cosettle_adapter.json": ""})``, which fills it in.
 
     Args:
-        adapter: frozen backbone and projection; device and dtype become the file's.
+        adapter: frozen backbone and projection; the file has their device and dtype.
         path: a ``.pt2`` file.
-        size: ``(H, W)`` of the frames, whole patches; positions are resized for it and stored.
+        size: ``(H, W)`` of the frames, whole patches; position embeddings are stored at this size.
         preprocessing: take uint8 frames; otherwise images as ``adapter.preprocess`` returns them.
         normalize: scale every patch's feature to unit length.
-        static_batch: take exactly so many frames at a time; ``None`` takes any number.
-        check: run the file on a few frames, and keep it only if it computes the same.
-        check_on: frames to check on, of any kind and size that the adapter takes; rendered ones
-            by default.
+        static_batch: a fixed number of frames per call; ``None`` allows any number.
+        check: run the file on a few frames, and keep it only if it computes the same features.
+        check_on: frames to check on, of any kind and size that the adapter takes; by default,
+            rendered frames.
 
     Raises:
         GeometryError: ``size`` is not made of whole patches.
-        ExportError: torch cannot trace this model, or the file computes something else.
+        ExportError: torch cannot trace this model, or the file computes different features.
     """
     path = check_suffix(path, ".pt2")
     traced = Traced(adapter, size, preprocessing, normalize, static_batch)
-    # Through memory: the format's own writer hides that it was the disk that is full.
+    # written via memory: torch's own writer hides the reason when a disk is full
     content = io.BytesIO()
     metadata = {METADATA_FILE: json.dumps(traced.metadata)}
     torch.export.save(traced.program, content, extra_files=metadata)
@@ -112,7 +112,7 @@ def to_torch_export(
 
 
 class _OneSize(nn.Module):
-    """Frames, or normalised images, of one size to features: the function that is exported."""
+    """The exported function: frames, or normalised images, to features."""
 
     def __init__(self, adapter: CoSettleAdapter, preprocessing: bool, normalize: bool) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class _OneSize(nn.Module):
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` to ``(N, C, h, w)``, in one pass whatever ``N``."""
+        """``(N, 3, H, W)`` to ``(N, C, h, w)`` in one pass."""
         adapter = self.adapter
         if self.preprocessing:
             inputs = adapter._normalize(inputs, adapter.geometry(*inputs.shape[-2:]))
@@ -130,10 +130,10 @@ class _OneSize(nn.Module):
 
 
 class Traced:
-    """An adapter traced at one size; tensors that its features do not depend on are left out.
+    """An adapter traced at one size, without tensors that its features do not depend on.
 
-    ``unfused`` spells attention out. The fused operator computes the same, but the exporter of
-    ONNX knows it for four axes only, and Hiera's has five.
+    ``unfused`` computes attention in elementary operations: the ONNX exporter supports the fused
+    operator for four axes only, and Hiera needs five.
     """
 
     @torch.no_grad()
@@ -173,58 +173,58 @@ class Traced:
         }
         self.count = static_batch
         self.model = _OneSize(adapter, preprocessing, normalize)
-        # torch 2.6 asks for any bound below that of its integers
+        # torch 2.6 requires a bound below the largest integer
         batch = None if static_batch else torch.export.Dim("batch", max=2**20)
         self.dynamic_shapes: Any = None if batch is None else {"inputs": {0: batch}}
-        # a batch of one would be taken for a constant
+        # torch.export would make a batch of one a constant
         example = torch.zeros(
             (static_batch or 2, 3, *size), dtype=getattr(torch, kind), device=adapter.device
         )
-        self.model(example)  # positions of this size are computed now, and stored as constants
+        self.model(example)  # caches position embeddings of this size, to be stored as constants
         with _plain_attention(self.model) if unfused else contextlib.nullcontext():
             self.program = _trace(self.model, example, self.dynamic_shapes)
-            unread = _unread(self.program)
-            # One stays in any case: encoders look at their first parameter for their dtype.
-            unread.discard(next(name for name, _ in self.model.named_parameters()))
-            if unread:
-                slim = _without(self.model, unread)
-                self.program = _trace(slim, example, self.dynamic_shapes)
-        for node in self.program.graph.nodes:  # would take folders of this machine into the file
+            unused = _unused(self.program)
+            # encoders read their dtype from their first parameter
+            unused.discard(next(name for name, _ in self.model.named_parameters()))
+            if unused:
+                reduced = _without(self.model, unused)
+                self.program = _trace(reduced, example, self.dynamic_shapes)
+        for node in self.program.graph.nodes:  # stack traces contain paths of this machine
             node.meta.pop("stack_trace", None)
 
     @torch.no_grad()
     def compare(self, run: Callable[[Tensor], Tensor], runtime: str, check_on: Any) -> Parity:
-        """Compare the model with a file made of it, which ``run`` runs; raise if they differ."""
+        """Compare the model with its exported file, executed by ``run``; raise if they differ."""
         height, width = self.metadata["size"]
         frames = frames_to_compare(check_on, (height, width), self.count)
         inputs = frames if self.model.preprocessing else self.model.adapter.preprocess(frames)
         inputs = inputs.to(self.model.adapter.device)
-        found, expected = (each(inputs).detach().cpu() for each in (run, self.model))
-        if found.shape != expected.shape:
+        actual, expected = run(inputs).detach().cpu(), self.model(inputs).detach().cpu()
+        if actual.shape != expected.shape:
             raise ExportError(
-                f"{runtime} returns {tuple(found.shape)}, PyTorch {tuple(expected.shape)}: the "
+                f"{runtime} returns {tuple(actual.shape)}, PyTorch {tuple(expected.shape)}: the "
                 "file was not kept"
             )
-        difference = float((found.double() - expected.double()).abs().max())
+        difference = float((actual.double() - expected.double()).abs().max())
         parity = Parity(runtime, len(expected), difference, float(expected.abs().max()))
         dtype = str(expected.dtype).removeprefix("torch.")
-        if not difference <= _ALLOWED[dtype] * max(parity.largest, 1e-6):
+        if not difference <= _TOLERANCE[dtype] * max(parity.largest, 1e-6):
             raise ExportError(
-                f"{runtime} differs from PyTorch by {difference:.3g} where features reach "
+                f"{runtime} differs from PyTorch by {difference:.3g} with features up to "
                 f"{parity.largest:.3g}, more than rounding explains in {dtype}: the file was not "
-                "kept. check=False (--no-check) keeps it for a look at it"
+                "kept. To examine it, keep it with check=False (--no-check)"
             )
         return parity
 
     def exported(self, path: Path, size: int, parity: Parity | None) -> Exported:
-        """Return what is to be said of the file."""
+        """Return the description of the written file."""
         return Exported(path, size, self.input, self.output, self.metadata, parity)
 
 
 def frames_to_compare(given: Any, size: tuple[int, int], count: int | None) -> Tensor:
-    """Return ``(N, 3, H, W)`` uint8 frames to compare on: the ``given`` ones, resized, or rendered.
+    """Return ``(N, 3, H, W)`` uint8 frames to compare on: those given, resized, or rendered ones.
 
-    Given a ``count``, the last one is repeated where there are too few.
+    With a ``count``, frames are cut to it, or the last one is repeated.
     """
     if given is None:
         photo = next(iter(starter_photographs().values()))
@@ -239,14 +239,14 @@ def frames_to_compare(given: Any, size: tuple[int, int], count: int | None) -> T
 
 
 def check_suffix(path: str | Path, suffix: str) -> Path:
-    """Return the path of a file that is named as what it will be, or raise."""
+    """Return the path if it has the suffix, or raise :class:`ExportError`."""
     if Path(path).suffix != suffix:
         raise ExportError(f"expected a file name that ends in {suffix}, got {path}")
     return Path(path)
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error began with: its type and the first line that says anything."""
+    """Return the type and the first line of an error's root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -256,8 +256,8 @@ def reason(error: BaseException) -> str:
 def _check(adapter: CoSettleAdapter, size: tuple[int, int], static_batch: int | None) -> None:
     if adapter.settles:
         raise ExportError(
-            "this adapter settles on every clip anew, which one exported model cannot do. Export "
-            "adapter.settle(clip), which is settled on one clip for good, or a fitted projection"
+            "this adapter settles on every clip, which an exported model cannot do. Export "
+            "adapter.settle(clip), which is settled on one clip permanently, or a fitted projection"
         )
     if static_batch is not None and static_batch < 1:
         raise ExportError(f"static_batch must be at least 1, or None for any, got {static_batch}")
@@ -272,11 +272,11 @@ def _check(adapter: CoSettleAdapter, size: tuple[int, int], static_batch: int | 
 
 @contextlib.contextmanager
 def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """Have timm's encoders multiply queries by keys themselves meanwhile."""
-    # Encoders whose windows belong to one size keep copies for others, which are no submodules.
-    fitted = getattr(model.adapter.backbone, "_fitted", {}).values()  # type: ignore[union-attr]
-    inside = itertools.chain(model.modules(), *(each.modules() for each in fitted))
-    fused = [module for module in inside if getattr(module, "fused_attn", False) is True]
+    """Turn off the fused attention of timm's encoders during the block."""
+    # copies of encoders for other window sizes are not submodules
+    copies = getattr(model.adapter.backbone, "_fitted", {}).values()  # type: ignore[union-attr]
+    modules = itertools.chain(model.modules(), *(encoder.modules() for encoder in copies))
+    fused = [module for module in modules if getattr(module, "fused_attn", False) is True]
     try:
         for module in fused:
             module.fused_attn = False
@@ -289,15 +289,15 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
 def _trace(model: nn.Module, example: Tensor, shapes: Any) -> Any:
     try:
         return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch raises errors of its compiler's many parts
-        remedy = "" if shapes is None else "; a static batch may be traced nevertheless"
+    except Exception as error:  # torch.export raises errors of many types
+        remedy = "" if shapes is None else "; try static_batch= (--static-batch)"
         raise ExportError(
             f"torch {torch.__version__} cannot trace this model: {reason(error)}{remedy}"
         ) from error
 
 
-def _unread(program: Any) -> set[str]:
-    """Names of parameters and buffers that nothing in a program reads: later layers, heads."""
+def _unused(program: Any) -> set[str]:
+    """Return the names of parameters and buffers that a program does not read."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return {
@@ -308,10 +308,10 @@ def _unread(program: Any) -> set[str]:
 
 
 def _without(model: nn.Module, names: set[str]) -> nn.Module:
-    """Copy a model without some tensors, sharing all others."""
+    """Copy a model without the named tensors; the copy shares all others."""
     tensors = (*model.parameters(), *model.buffers())
-    slim: nn.Module = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    reduced: nn.Module = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name in names:
         module, _, leaf = name.rpartition(".")
-        setattr(slim.get_submodule(module), leaf, None)
-    return slim
+        setattr(reduced.get_submodule(module), leaf, None)
+    return reduced

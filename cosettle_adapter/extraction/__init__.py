@@ -1,4 +1,4 @@
-"""Frames through an adapter into feature files: any length, any number, resumable."""
+"""Extract the features of one or many sources, of any length, to files; resumable."""
 
 from __future__ import annotations
 

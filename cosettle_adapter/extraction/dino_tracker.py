@@ -1,9 +1,9 @@
-"""Features for DINO-Tracker (github.com/AssafSinger94/dino-tracker), whose code stays as it is.
+"""Features for the unmodified code of DINO-Tracker (github.com/AssafSinger94/dino-tracker).
 
-It reads features from one file: a float32 tensor ``(T, 1024, h, w)`` whose patches are centred at
-pixel 7 + stride * k of frames of 476 x 854. Here frames are resized as everywhere in this package,
-not by Lanczos as DINO-Tracker does it, and features keep their length;
-``examples/dino_tracker_features.py`` does both its way, and prepares a whole folder.
+It reads a float32 tensor ``(T, 1024, h, w)`` from a file. The patches are centred at pixels
+7 + stride * k of frames of 476 x 854. Unlike DINO-Tracker, which resizes frames with Lanczos and
+normalises features, this module resizes as the rest of the package and keeps the features' length;
+``examples/dino_tracker_features.py`` does both as DINO-Tracker does, and prepares a whole folder.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.extraction.settings import DinoTrackerError, ExtractSettings, FormatError
 from cosettle_adapter.video import Geometry, plan_geometry, resample_to_points
 
-# written into its code in several places, whatever its configs say
+# hard-coded in DINO-Tracker, regardless of its configs
 FRAME = (476, 854)
 PATCH = 14
 STRIDES = (7, 14)
-CHANNELS = 1024  # of the residual that its DeltaDINO network adds to the features
-LOCATION = "cuda:0"  # where torch.load puts it: its code indexes the tensor by others on the GPU
+CHANNELS = 1024  # of the residual that its network DeltaDINO adds to the features
+LOCATION = "cuda:0"  # device of the loaded tensor, which its code indexes by tensors on the GPU
 
-_LOCAL_HEADER, _ZIP64_FIELD = 30, 20  # bytes before the numbers, beside a name
-_PADDING_FIELD = 0x4246  # torch.save's own mark, "FB"; readers skip it
+_LOCAL_HEADER, _ZIP64_FIELD = 30, 20  # bytes before the data, in addition to the name
+_PADDING_FIELD = 0x4246  # torch.save's id of this ZIP field, "FB"; readers skip it
 
 
 def cells(stride: int, *, frame: tuple[int, int] = FRAME) -> Geometry:
-    """Return its grid over frames of any size: 67 x 121 at stride 7, 34 x 61 at stride 14."""
+    """Return DINO-Tracker's grid for any frame: 67 x 121 at stride 7, 34 x 61 at stride 14."""
     if stride not in STRIDES:
         raise DinoTrackerError(f"stride must be 7 or 14, got {stride}")
     return plan_geometry(*frame, patch=PATCH, stride=stride, size=FRAME)
 
 
 def check_adapter(adapter: CoSettleAdapter) -> None:
-    """Raise :class:`DinoTrackerError` for features of more channels than its network has."""
+    """Raise :class:`DinoTrackerError` if features have more channels than its network."""
     if adapter.width > CHANNELS:
         raise DinoTrackerError(
             f"{adapter.backbone.row.name} has {adapter.width} channels, but DINO-Tracker adds a "
-            f"residual of {CHANNELS} to them: take a backbone or a projection with at most "
+            f"residual of {CHANNELS} channels: use a backbone or projection with at most "
             f"{CHANNELS} (cosettle-adapter list --backbones shows widths)"
         )
 
 
 def plan_settings(adapter: CoSettleAdapter, settings: ExtractSettings) -> ExtractSettings:
-    """Use frames of 476 x 854, or of the nearest sides that are whole patches."""
+    """Set the frame size to 476 x 854, or to the nearest whole patches of the adapter."""
     check_adapter(adapter)
     if settings.size is not None or settings.fit != "resize":
         raise FormatError("DINO-Tracker's frames are 476 x 854: leave --size and --fit out")
@@ -63,14 +63,14 @@ def plan_settings(adapter: CoSettleAdapter, settings: ExtractSettings) -> Extrac
 
 
 def arrange(features: Tensor, geometry: Geometry, *, stride: int, first: int = 0) -> Tensor:
-    """Put features onto DINO-Tracker's grid.
+    """Resample features to DINO-Tracker's grid.
 
-    Where the adapter's own patches lie there (patch 14, at that stride), features stay as they are;
-    otherwise they are interpolated between the centres of patches.
+    ``(N, C, h, w)`` features on ``geometry.grid`` become ``(N, 1024, h', w')`` float32, with zeros
+    in the additional channels. If the grids agree (patch 14, same stride), features are copied;
+    otherwise they are interpolated between patch centres.
 
-    From ``(N, C, h, w)`` on ``geometry.grid`` to ``(N, 1024, h, w)`` float32; channels that they do
-    not have are zero. Features that are zero or not finite are a :class:`DinoTrackerError`, which
-    counts frames from ``first``.
+    Raises:
+        DinoTrackerError: a feature is zero or not finite; its frame is counted from ``first``.
     """
     points = cells(stride, frame=geometry.frame).cell_centers()
     features = features.float()
@@ -84,31 +84,31 @@ def arrange(features: Tensor, geometry: Geometry, *, stride: int, first: int = 0
         what = "zero" if bool(norms[index, row, col] == 0) else "not finite"
         raise DinoTrackerError(
             f"the feature of frame {first + index} at row {row}, column {col} is {what}, and "
-            "DINO-Tracker divides by its length; check that this frame is a picture, and compute "
-            "in float32"
+            "DINO-Tracker divides by its length; check that this frame shows an image, and "
+            "compute in float32"
         )
     return F.pad(features, (0, 0, 0, 0, 0, CHANNELS - features.shape[1]))
 
 
 def save_tensor(numbers: Path, path: Path, shape: tuple[int, ...], *, offset: int = 0) -> Path:
-    """Write what ``torch.save`` writes of a float32 tensor on a GPU, at constant memory.
+    """Write the file that ``torch.save`` writes for a float32 tensor on a GPU, in constant memory.
 
-    Its numbers are those of the file ``numbers`` from ``offset`` bytes on. The file is an
-    uncompressed ZIP archive of them and a pickle that says what they are.
+    The values are read from the file ``numbers`` at byte ``offset``. The result is an uncompressed
+    ZIP archive of the values and a pickle that describes the tensor.
     """
     tensor = torch.from_numpy(np.memmap(numbers, np.float32, "c", offset, shape))
-    described = io.BytesIO()
-    _TensorPickler(described, tensor.numel()).dump(tensor)
-    # a name alone would put the time of day into the file
+    description = io.BytesIO()
+    _TensorPickler(description, tensor.numel()).dump(tensor)
+    # passing only a name would write the current time into the file
     data = zipfile.ZipInfo("archive/data/0")
-    # readers map the numbers, which begin at a multiple of 64 bytes behind this field
+    # the values, which readers map into memory, begin at a multiple of 64 bytes after this field
     padding = -(_LOCAL_HEADER + len(data.filename) + _ZIP64_FIELD + 4) % 64
     data.extra = struct.pack("<HH", _PADDING_FIELD, padding) + bytes(padding)
     with zipfile.ZipFile(path, "w") as archive:
-        with archive.open(data, "w", force_zip64=True) as target:  # there may be more than 4 GB
+        with archive.open(data, "w", force_zip64=True) as target:  # for more than 4 GB
             target.write(tensor.numpy().data)
         for name, text in (
-            ("data.pkl", described.getvalue()),
+            ("data.pkl", description.getvalue()),
             ("byteorder", sys.byteorder),
             ("version", "3\n"),
         ):
@@ -117,7 +117,7 @@ def save_tensor(numbers: Path, path: Path, shape: tuple[int, ...], *, offset: in
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickles a tensor as ``torch.save`` does, its ``count`` numbers being stored elsewhere."""
+    """Pickles a tensor as ``torch.save`` does; its ``count`` values are stored elsewhere."""
 
     def __init__(self, file: io.BytesIO, count: int) -> None:
         super().__init__(file, protocol=2)

@@ -1,7 +1,7 @@
-"""The formats of feature files: how appended numbers become a whole file, and how it is read.
+"""Formats of feature files: completing them from appended values, and reading them.
 
-While an extraction runs, the numbers of all formats are appended to one plain file, behind
-:data:`RESERVED` bytes. Most formats then need a header in that space, and perhaps an ending.
+During an extraction, the values of every format are appended to a plain file after
+:data:`RESERVED` bytes. Most formats are completed by a header in that space and perhaps a trailer.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from cosettle_adapter.imports import require
 from cosettle_adapter.video import Geometry
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_CHUNK_BYTES = 16 << 20  # of zarr, at most
-# what safetensors, NumPy, zarr and torch raise for files that are damaged
+_CHUNK_BYTES = 16 << 20  # maximum size of a zarr chunk
+# raised by safetensors, NumPy, zarr and torch for damaged files
 _UNREADABLE = (
     SafetensorError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 
-# features, and what the file itself says: metadata with geometry and timestamps, if it does
-Found = tuple[Tensor, Mapping[str, Any] | None]
+# features, and the metadata in the file (with geometry and timestamps), if any
+Content = tuple[Tensor, Mapping[str, Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +44,16 @@ class Format:
     name: str
     suffix: str
     dtypes: tuple[str, ...]
-    finish: Callable[[Path, RunRecord], Path]  # makes a whole file of numbers, here or beside them
-    read: Callable[[Path, slice], Found]
+    finish: Callable[[Path, RunRecord], Path]  # completes the file in place, or writes another
+    read: Callable[[Path, slice], Content]
+    require: Callable[[], object] = lambda: None  # raises if the format's package is missing
 
 
 def _finish_safetensors(path: Path, record: RunRecord) -> Path:
     frames, *_ = shape = record.shape
     end = frames * record.frame_bytes
-    times = end + -end % 8  # timestamps are aligned, and the format allows no holes
-    dtype = _SAFETENSORS[record.asked["storage"]]
+    times = end + -end % 8  # aligned; the format allows no holes, hence the padding
+    dtype = _SAFETENSORS[record.request["storage"]]
     header = {
         "__metadata__": {"description": json.dumps(record.description)},
         "features": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]},
@@ -74,35 +75,37 @@ def _finish_safetensors(path: Path, record: RunRecord) -> Path:
     return path
 
 
-def _read_safetensors(path: Path, frames: slice) -> Found:
-    """Features are mapped from disk; a range of them is copied."""
+def _read_safetensors(path: Path, frames: slice) -> Content:
+    """Map all features from disk, or copy a range."""
     with safe_open(path, framework="pt") as file:
-        every = frames == slice(None)
-        features = file.get_tensor("features") if every else file.get_slice("features")[frames]
+        if frames == slice(None):
+            features = file.get_tensor("features")
+        else:
+            features = file.get_slice("features")[frames]
         description = json.loads((file.metadata() or {})["description"])
         return features, description | {"timestamps": file.get_tensor("timestamps").tolist()}
 
 
 def _finish_npy(path: Path, record: RunRecord) -> Path:
-    """Make it a plain array for ``np.load(path, mmap_mode="r")``; the sidecar holds the rest."""
-    descr = np.dtype(record.asked["storage"]).newbyteorder("<").str
+    """Write the header for ``np.load(path, mmap_mode="r")``; metadata is in the sidecar."""
+    descr = np.dtype(record.request["storage"]).newbyteorder("<").str
     fields = {"descr": descr, "fortran_order": False, "shape": tuple(record.shape)}
-    start = np.lib.format.magic(1, 0)
-    length = RESERVED - len(start) - 2
+    magic = np.lib.format.magic(1, 0)
+    length = RESERVED - len(magic) - 2
     with path.open("r+b") as file:
-        file.write(start + struct.pack("<H", length) + repr(fields).encode().ljust(length - 1))
+        file.write(magic + struct.pack("<H", length) + repr(fields).encode().ljust(length - 1))
         file.write(b"\n")
     return path
 
 
-def _read_npy(path: Path, frames: slice) -> Found:
-    """Features are mapped from disk; writing to them changes no file."""
+def _read_npy(path: Path, frames: slice) -> Content:
+    """Map features from disk; writing to them does not change the file."""
     return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)[frames]), None
 
 
 def _finish_zarr(path: Path, record: RunRecord) -> Path:
-    """Copy the numbers into a group of features and timestamps, in small chunks of frames."""
-    whole, dtype = path.with_suffix(".whole"), record.asked["storage"]
+    """Copy the values into a group of features and timestamps, in chunks of frames."""
+    whole, dtype = path.with_suffix(".whole"), record.request["storage"]
     numbers = np.memmap(path, dtype=dtype, offset=RESERVED, shape=tuple(record.shape))
     group = _open_zarr(whole, "w")
     group.attrs.update({"description": record.description})
@@ -120,7 +123,7 @@ def _finish_zarr(path: Path, record: RunRecord) -> Path:
     return whole
 
 
-def _read_zarr(path: Path, frames: slice) -> Found:
+def _read_zarr(path: Path, frames: slice) -> Content:
     group = _open_zarr(path, "r")
     description = group.attrs["description"] | {"timestamps": group["timestamps"][:].tolist()}
     return torch.from_numpy(group["features"][frames]), description
@@ -130,13 +133,16 @@ def _finish_tracker(path: Path, record: RunRecord) -> Path:
     return save_tensor(path, path.with_suffix(".whole"), tuple(record.shape), offset=RESERVED)
 
 
-def _read_tracker(path: Path, frames: slice) -> Found:
+def _read_tracker(path: Path, frames: slice) -> Content:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)[frames], None
 
 
+def _require_zarr() -> Any:
+    return require("zarr", extra="zarr", purpose="the zarr format")
+
+
 def _open_zarr(path: Path, mode: str) -> Any:
-    zarr = require("zarr", extra="zarr", purpose="the zarr format")
-    return zarr.open_group(str(path), mode=mode)
+    return _require_zarr().open_group(str(path), mode=mode)
 
 
 _NUMPY, _ALL = ("float32", "float16"), tuple(_SAFETENSORS)  # NumPy has no bfloat16
@@ -144,7 +150,7 @@ FORMATS = {
     form.name: form
     for form in (
         Format("safetensors", ".safetensors", _ALL, _finish_safetensors, _read_safetensors),
-        Format("zarr", ".zarr", _NUMPY, _finish_zarr, _read_zarr),
+        Format("zarr", ".zarr", _NUMPY, _finish_zarr, _read_zarr, _require_zarr),
         Format("npy-memmap", ".npy", _NUMPY, _finish_npy, _read_npy),
         Format("dino-tracker", ".pt", ("float32",), _finish_tracker, _read_tracker),
     )
@@ -154,7 +160,7 @@ _SUFFIXES = ", ".join(f"{form.suffix} ({form.name})" for form in FORMATS.values(
 
 @dataclasses.dataclass(frozen=True)
 class FeatureFile:
-    """Features, when they were and where in the frames, and how they were made."""
+    """Features with their times, their geometry and a description of how they were made."""
 
     features: Tensor  # (T, C, h, w)
     timestamps: Tensor  # (T,) float64, seconds
@@ -165,13 +171,13 @@ class FeatureFile:
 def read_features(
     path: str | os.PathLike[str], *, start: int | None = None, stop: int | None = None
 ) -> FeatureFile:
-    """Read a feature file of any format, or frames ``start`` to ``stop`` of it.
+    """Read a feature file of any format, or its frames from ``start`` to before ``stop``.
 
-    Whole files are mapped from disk, not copied, but for zarr. The sidecar lies beside the file;
-    safetensors and zarr can be read without it.
+    Whole files are mapped from disk, except zarr, which is copied. Metadata comes from the sidecar
+    ``PATH.json``; safetensors and zarr can be read without it.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         CorruptFeatureFileError: truncated, or not a feature file.
         MissingExtraError: zarr is not installed.
     """
@@ -205,32 +211,35 @@ def format_of(path: Path) -> Format | None:
 
 
 def choose_format(path: Path, name: str | None) -> Format:
-    """Return the format of a file to be written, by ``name`` or else by its suffix, or raise."""
+    """Return the format of an output, by ``name`` or suffix, and check that it can be written."""
     by_suffix = format_of(path)
     form = by_suffix if name is None else FORMATS.get(name)
     if form is None and name is not None:
         close = did_you_mean(name, FORMATS)
-        raise FormatError(f"unknown format {name!r}; there are {', '.join(FORMATS)}.{close}")
+        raise FormatError(f"unknown format {name!r}; expected one of {', '.join(FORMATS)}.{close}")
     if form is None:
         raise FormatError(
-            f"{path.name} does not tell its format by its suffix: end it in one of {_SUFFIXES}, "
-            "or give --format (format=)"
+            f"the suffix of {path.name} is not that of a format: use one of {_SUFFIXES}, or give "
+            "--format (format=)"
         )
-    if by_suffix not in (None, form):
+    if by_suffix is not None and by_suffix is not form:
         raise FormatError(
-            f"{path.name} is to be {form.name}, but its suffix is not {form.suffix}: "
-            f"end it in {form.suffix}"
+            f"got format {form.name} for {path.name}, whose suffix is that of {by_suffix.name}: "
+            f"use the suffix {form.suffix}, or another format"
         )
+    form.require()
     return form
 
 
-def storage_dtype(form: Format, wanted: str | torch.dtype | None, own: torch.dtype) -> str:
-    """Name the dtype that features are stored in: by default their own, or float32 for it."""
-    name, (default, *_) = str(wanted or own).removeprefix("torch."), form.dtypes
-    if name not in form.dtypes and wanted is not None:
-        able = " or ".join(other.name for other in FORMATS.values() if name in other.dtypes)
-        raise FormatError(
-            f"{form.name} stores {' or '.join(form.dtypes)}, not {name}: give --storage {default} "
-            f"(storage=torch.{default}){f'; {name} goes into {able}' if able else ''}"
-        )
-    return name if name in form.dtypes else default
+def storage_dtype(form: Format, requested: str | torch.dtype | None, own: torch.dtype) -> str:
+    """Return the dtype to store: by default the features' own, or float32 if it is unsupported."""
+    name, default = str(requested or own).removeprefix("torch."), form.dtypes[0]
+    if name in form.dtypes:
+        return name
+    if requested is None:
+        return default
+    others = " or ".join(other.name for other in FORMATS.values() if name in other.dtypes)
+    raise FormatError(
+        f"{form.name} stores {' or '.join(form.dtypes)}, not {name}: give --storage {default} "
+        f"(storage=torch.{default}){f'; {name} goes into {others}' if others else ''}"
+    )

@@ -1,6 +1,6 @@
-"""Many sources: which are meant, what their outputs are called, whose share they are, doing them.
+"""Extract features of many sources: find them, name the outputs, shard the work and do it.
 
-They are done one after the other, or by the workers of a Ray cluster (extra ``ray``).
+Sources are processed one after another, or by the workers of a Ray cluster (extra ``ray``).
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 _KINDS = f"videos ({', '.join(VIDEO_SUFFIXES)}) nor images ({', '.join(IMAGE_SUFFIXES)})"
-# what launchers tell the processes they start: which one, of how many, which on its machine
+# environment variables of launchers: index of the process, their number, index on its machine
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
 )
-_OBJECT_STORE_BYTES = 128 << 20  # only names and outcomes are passed, never features
+_OBJECT_STORE_BYTES = 128 << 20  # holds only names and outcomes, never features
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One thing to extract features of."""
+    """One video, or the images of one clip."""
 
     path: str  # a file, a folder of images, or a pattern of images
     kind: Literal["video", "images"]
-    name: PurePosixPath  # relative to the folder it was found in: what its output is called after
+    name: PurePosixPath  # path in the folder it was found in; its output is named after it
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One source and where its features go."""
+    """A source and the output file for its features."""
 
     source: str
     output: Path
@@ -60,38 +60,38 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a job: an extraction, or why it failed."""
+    """The result of a job: an extraction, or the reason why it failed."""
 
     job: Job
     extraction: Extraction | None = None
     error: str | None = None
-    transient: bool = False  # neither source nor settings are at fault, so try again
+    transient: bool = False  # a retry may succeed: neither source nor settings are at fault
 
     @property
     def skipped(self) -> bool:
-        """Whether it was finished before."""
+        """Whether an earlier run had finished it."""
         return self.extraction is not None and self.extraction.found == self.extraction.frames
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A share of the sources: every ``count``-th, from ``index`` (0-based) on."""
+    """A share of the sources: every ``count``-th, starting from ``index`` (0-based)."""
 
     index: int = 0
     count: int = 1
     local: int = 0  # index among the processes of this machine
-    given_by: str = "--shard"  # or a variable of the launcher
+    given_by: str = "--shard"  # or an environment variable of a launcher
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
             raise ExtractionError(
-                f"{self.given_by} says shard {self.index} of {self.count}; shards are counted from "
-                f"0, so 0/{max(self.count, 1)} is the first"
+                f"{self.given_by} gives shard {self.index} of {self.count}, expected an index "
+                f"from 0: the first is 0/{max(self.count, 1)}"
             )
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read ``0/4``, the first of four."""
+        """Parse text such as ``0/4``, the first of four."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None:
             raise ExtractionError(f"expected a shard such as 0/4, the first of four, got {text!r}")
@@ -99,7 +99,7 @@ class Shard:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Shard:
-        """Return the share that ``torchrun`` or ``srun`` gave this process; all without either."""
+        """Return this process's shard under ``torchrun`` or ``srun``; otherwise all sources."""
         for rank, size, local in _LAUNCHERS:
             if rank in variables and size in variables:
                 index = int(variables[rank])
@@ -111,7 +111,7 @@ class Shard:
         return list(items[self.index :: self.count])
 
     def device(self, name: str) -> str:
-        """Return this process's device: ``cuda`` becomes one GPU a process."""
+        """Return this process's device: ``cuda`` becomes one GPU per process."""
         if name != "cuda" or self.count == 1 or not torch.cuda.is_available():
             return name
         return f"cuda:{self.local % torch.cuda.device_count()}"
@@ -119,13 +119,13 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class RayOptions:
-    """How an extraction is spread over a Ray cluster.
+    """How an extraction is distributed over a Ray cluster.
 
     Attributes:
-        workers: models at work at once, each in a process of its own.
-        cpus_per_worker: processors a worker is given.
-        gpus_per_worker: GPUs a worker is given; a fraction shares one.
-        retries: how often a worker tries again what failed, unless it can only fail again.
+        workers: number of processes, each with its own copy of the model.
+        cpus_per_worker: CPUs per worker.
+        gpus_per_worker: GPUs per worker; a fraction shares one GPU.
+        retries: how often a worker retries a source after an error that may be temporary.
     """
 
     workers: int = 1
@@ -135,21 +135,23 @@ class RayOptions:
 
 
 def find_sources(given: Iterable[str | os.PathLike[str]]) -> list[Source]:
-    """Find what files, folders and patterns mean, each once, in the order given.
+    """Find the sources that files, folders and patterns stand for, each once, in order.
 
-    A folder of images is one source. A folder of videos, at any depth, is as many; one that holds
-    neither, but folders of images below it, is as many as those. Hidden files are ignored. What
-    does not exist or holds nothing usable, or images beside videos, is a :class:`FrameError`.
+    A folder of images is one source. In a folder of videos, at any depth, each video is a source;
+    in a folder with neither, each subfolder of images. Hidden files are ignored.
+
+    Raises:
+        FrameError: a path does not exist, or holds nothing usable, or images beside videos.
     """
-    found = (source for each in given for source in _find(os.fspath(each)))
-    return list({_location(source): source for source in found}.values())
+    sources = (source for path in given for source in _find(os.fspath(path)))
+    return list({_location(source): source for source in sources}.values())
 
 
 def plan_jobs(sources: Sequence[Source], folder: Path, form: Format) -> list[Job]:
-    """Give every source an output in ``folder``, named after it.
+    """Assign every source an output in ``folder``, named after it.
 
-    ``clip.mp4`` becomes ``clip``. Where names coincide, also but for capital letters, it becomes
-    ``clip.mp4``, then ``morning/clip``, from the folder that holds all sources, then both.
+    ``clip.mp4`` becomes ``clip``. Names that coincide, ignoring case, become ``clip.mp4``, then
+    ``morning/clip``, relative to the folder that holds all sources, then ``morning/clip.mp4``.
     """
     parents = [_location(source).parent.parts for source in sources]
     shared = max(1, len(os.path.commonprefix(parents)))  # noqa: RUF071  # of tuples
@@ -162,7 +164,7 @@ def plan_jobs(sources: Sequence[Source], folder: Path, form: Format) -> list[Job
             for name, longer in zip(names, spellings, strict=True)
         ]
     outputs = (folder / f"{name}{form.suffix}" for name in names)
-    return [Job(each.path, output) for each, output in zip(sources, outputs, strict=True)]
+    return [Job(source.path, output) for source, output in zip(sources, outputs, strict=True)]
 
 
 def extract_many(
@@ -172,11 +174,10 @@ def extract_many(
     on_job: Callable[[Job], None] = lambda job: None,
     **options: Any,
 ) -> Iterator[Outcome]:
-    """Do jobs one after the other and yield their outcomes; one that fails affects no other.
+    """Process jobs one after another and yield their outcomes; a failed job affects no other.
 
-    ``on_job`` is called before each; ``options`` are those of :func:`extract`. Where all others
-    would fail too (a full disk, a format that cannot hold the features, a missing package), the
-    error is raised.
+    ``on_job`` is called before each job; ``options`` are those of :func:`extract`. Errors that
+    would affect all jobs (a full disk, an unsuitable format, a missing package) are raised.
     """
     for job in jobs:
         on_job(job)
@@ -190,13 +191,13 @@ def extract_with_ray(
     how: RayOptions,
     **options: Any,
 ) -> Iterator[Outcome]:
-    """Do jobs in the workers of a Ray cluster; yield their outcomes as they come.
+    """Process jobs in the workers of a Ray cluster; yield their outcomes as they finish.
 
-    A running cluster is used (``ray.init`` was called, or ``RAY_ADDRESS`` is set); otherwise one
-    is started on this machine, and ended. Sources and outputs must lie where all its machines see
-    them. A worker that dies is replaced, and what it was doing is resumed, once.
+    A running cluster is used if ``ray.init`` was called or ``RAY_ADDRESS`` is set; otherwise one is
+    started on this machine and stopped at the end. All machines must have access to sources and
+    outputs. A worker that dies is replaced, and its job is resumed once.
 
-    ``make_adapter`` is pickled and makes the model in every worker; ``options`` are those of
+    ``make_adapter`` is pickled and creates the model in every worker; ``options`` are those of
     :func:`extract`, other than callbacks.
 
     Raises:
@@ -210,7 +211,7 @@ def extract_with_ray(
             num_cpus=how.cpus_per_worker,
             num_gpus=how.gpus_per_worker or 0,
             max_restarts=-1,
-            max_task_retries=1,  # where the worker died
+            max_task_retries=1,  # if the worker dies
         )
         count = min(how.workers, len(jobs))
         idle = [start.remote(make_adapter, how.retries, options) for _ in range(count)]
@@ -218,21 +219,21 @@ def extract_with_ray(
         while waiting or running:
             while waiting and idle:
                 job, worker = waiting.popleft(), idle.pop()
-                # a worker has a working folder of its own
+                # a worker has its own working folder
                 source = str(Path(job.source).expanduser().absolute())
-                there = Job(source, job.output.absolute())
-                running[worker.attempt.remote(there)] = job, worker
+                absolute = Job(source, job.output.absolute())
+                running[worker.attempt.remote(absolute)] = job, worker
             (done, *_), _ = ray.wait(list(running))
             job, worker = running.pop(done)
             idle.append(worker)
             try:
                 yield dataclasses.replace(ray.get(done), job=job)
-            except ray.exceptions.ActorDiedError as error:  # twice, or it could not start
+            except ray.exceptions.ActorDiedError as error:  # died twice, or could not start
                 yield Outcome(job, error=f"its worker died: {error}")
             except ray.exceptions.RayError as error:
                 raise EngineError(
-                    f"Ray failed with {len(waiting) + len(running) + 1} of {len(jobs)} sources to "
-                    f"go; the same command resumes from there: {error}"
+                    f"Ray failed with {len(waiting) + len(running) + 1} of {len(jobs)} sources "
+                    f"left; run the same command again to resume: {error}"
                 ) from error
 
 
@@ -242,7 +243,7 @@ def require_ray() -> Any:
 
 
 class _Worker:
-    """What a process of the cluster holds: the model, and how to use it."""
+    """A worker process: its model and the options of its extractions."""
 
     def __init__(
         self, make_adapter: Callable[[], CoSettleAdapter], retries: int, options: Any
@@ -262,7 +263,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _cluster(ray: Any, how: RayOptions) -> Iterator[None]:
-    """Use the cluster that is there, or have one on this machine while the block runs."""
+    """Use the running cluster, or start one on this machine during the block."""
     if ray.is_initialized():
         yield
         return
@@ -272,7 +273,7 @@ def _cluster(ray: Any, how: RayOptions) -> Iterator[None]:
         options["object_store_memory"] = _OBJECT_STORE_BYTES
     try:
         ray.init(logging_level=logging.ERROR, **options)
-    except Exception as error:  # it raises that very class
+    except Exception as error:  # ray raises Exception itself
         raise EngineError(f"no Ray cluster could be reached or started: {error}") from error
     try:
         yield
@@ -281,7 +282,7 @@ def _cluster(ray: Any, how: RayOptions) -> Iterator[None]:
 
 
 def _attempt(adapter: CoSettleAdapter, job: Job, **options: Any) -> Outcome:
-    """Do one job; return what is wrong with it as its outcome, raise what would stop all."""
+    """Process one job; raise errors that would affect all jobs, return others in the outcome."""
     try:
         return Outcome(job, extract(adapter, job.source, job.output, **options))
     except (FormatError, MissingExtraError):
@@ -302,47 +303,47 @@ def _find(text: str) -> Iterator[Source]:
         kind: Literal["video", "images"] = "video" if isinstance(resolve(text), Path) else "images"
         yield Source(text, kind, PurePosixPath(path.name))
     else:
-        names = glob.glob(str(path), recursive=True)  # noqa: PTH207  # it knows "**" and dots
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207  # supports "**" and hidden names
         paths = [Path(name) for name in sorted(names, key=natural_key)]
-        usable = [each for each in paths if each.is_dir() or is_video(each)]
+        usable = [path for path in paths if path.is_dir() or is_video(path)]
         if paths and all(map(is_image, paths)):
             folder = PurePosixPath(paths[0].parent.resolve().name or "images")
             yield Source(text, "images", folder)
         elif not usable:
-            found = f"{paths[0]}, but neither {_KINDS}" if paths else "nothing"
-            raise FrameError(f"pattern {text} matches {found}")
-        for each in usable:
-            yield from _find(str(each))
+            matches = f"{paths[0]}, but neither {_KINDS}" if paths else "nothing"
+            raise FrameError(f"pattern {text} matches {matches}")
+        for path in usable:
+            yield from _find(str(path))
 
 
 def _in_folder(root: Path) -> Iterator[Source]:
     images, videos = find_images(root), find_videos(root, recursive=True)
     if images and videos:
         raise FrameError(
-            f"{root} holds images ({images[0].name}) beside videos ({videos[0].name}): is it "
-            f"one source or many? Give '{root}/*{images[0].suffix}' for the images as one "
-            f"source, or '{root}/*{videos[0].suffix}' for the videos"
+            f"{root} holds images ({images[0].name}) and videos ({videos[0].name}); expected "
+            f"only one kind. Give '{root}/*{images[0].suffix}' for the images as one source, or "
+            f"'{root}/*{videos[0].suffix}' for the videos"
         )
     if images:
         yield Source(str(root), "images", PurePosixPath(root.resolve().name or "images"))
         return
-    below = dict.fromkeys(image.parent for image in find_images(root, recursive=True))
-    if not videos and not below:
+    folders = dict.fromkeys(image.parent for image in find_images(root, recursive=True))
+    if not videos and not folders:
         raise FrameError(f"{root} holds neither {_KINDS}")
-    for path in videos or below:
+    for path in videos or folders:
         name = PurePosixPath(path.relative_to(root).as_posix())
         yield Source(str(path), "video" if videos else "images", name)
 
 
 def _location(source: Source) -> Path:
-    """Return the absolute path, by which the same source given twice is recognised."""
+    """Return the absolute path, which identifies a source."""
     return Path(source.path).expanduser().absolute()
 
 
 def _spellings(source: Source, shared: int, number: int) -> tuple[str, ...]:
-    """Names for an output, ever longer; the first ``shared`` parts of all sources' paths agree."""
+    """Names for an output, from short to long; all paths share their first ``shared`` parts."""
     name, full = source.name, PurePosixPath(*_location(source).parts[shared:-1], source.name.name)
-    plain, plain_full = (
-        each.with_suffix("") if source.kind == "video" else each for each in (name, full)
-    )
-    return str(plain), str(name), str(plain_full), str(full), f"{plain_full}-{number}"
+    stem, full_stem = name, full
+    if source.kind == "video":
+        stem, full_stem = name.with_suffix(""), full.with_suffix("")
+    return str(stem), str(name), str(full_stem), str(full), f"{full_stem}-{number}"

@@ -1,4 +1,4 @@
-"""The record of a run: what it was asked for, of which source, and how far it came."""
+"""The record of a run: its source, settings and progress."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ from cosettle_adapter.video.files import resolve
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-RESERVED = 8192  # bytes before the numbers, for the header of any format
+RESERVED = 8192  # bytes before the values, for the header of any format
 REDO = "start over with --overwrite (overwrite=True), or give the output another name"
 
-# These may change the last bits of features. A finished file is accepted whatever they are, but
-# both parts of a resumed file must agree in them.
+# Changes of these may change the last bits of features. They do not matter for a finished file,
+# but an unfinished one is not resumed with others.
 _NUMERICAL = ("batch_size", "device", "versions")
 _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
 _CHANGED = {
     "source_identity": "the source's content has changed",
-    "fingerprint": "the backbone's weights are others",
-    "projection.fingerprint": "the projection's weights are others",
+    "fingerprint": "the backbone's weights have changed",
+    "projection.fingerprint": "the projection's weights have changed",
 }
 
 
 class RunRecord:
-    """An extraction on its way: what was asked for, and how far it came.
+    """An unfinished extraction in the folder ``.NAME.partial`` beside the output.
 
-    It lies in ``.NAME.partial`` beside the output, which one run at a time has: the numbers in one
-    plain file behind :data:`RESERVED` bytes, and a journal, a line of JSON for the run and one with
-    checksum and timestamps for every batch. Both become the output and its sidecar once they are
-    whole; what a run leaves that ends early is resumed by the next one.
+    The folder holds the values in a plain file after :data:`RESERVED` bytes, and a journal: a line
+    of JSON for the run, and one for every batch with its checksum and timestamps. When complete,
+    they become the output and its sidecar; otherwise the next run resumes them. A lock admits one
+    run at a time.
     """
 
-    def __init__(self, output: Path, asked: Mapping[str, Any]) -> None:
-        """Name the output and what :func:`describe_run` returned; nothing is touched."""
-        self.asked = asked
+    def __init__(self, output: Path, request: Mapping[str, Any]) -> None:
+        """``request`` is what :func:`describe_run` returns; no file is touched yet."""
+        self.request = request
         self.folder = output.with_name(f".{output.name}.partial")
-        self.keep = False  # whether the folder is kept in the end
-        self.timestamps: list[float] = []  # seconds of the frames that are written
+        self.keep = False  # whether the folder is kept at the end of the run
+        self.timestamps: list[float] = []  # seconds of the written frames
         self._output = output
         self._frame: list[int] = []  # (C, h, w) of a frame's features
         self._geometry: Mapping[str, Any] = {}
@@ -66,33 +66,33 @@ class RunRecord:
 
     @property
     def shape(self) -> list[int]:
-        """(T, C, h, w) of what is written."""
+        """(T, C, h, w) of the written features."""
         return [len(self.timestamps), *self._frame]
 
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame's features."""
-        dtype: torch.dtype = getattr(torch, self.asked["storage"])
+        dtype: torch.dtype = getattr(torch, self.request["storage"])
         return math.prod(self._frame) * dtype.itemsize
 
     @property
     def description(self) -> dict[str, Any]:
-        """All but the timestamps: what a feature file says of itself."""
-        return {**self.asked, "geometry": self._geometry}
+        """Metadata of the feature file, without timestamps."""
+        return {**self.request, "geometry": self._geometry}
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other runs from this output while the block runs, or raise if one has it."""
+        """Lock the output during the block; raise :class:`OutputBusyError` if a run holds it."""
         refusal = OutputBusyError(
             f"another run is writing {self._output}: wait until it ends, or use another name"
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with exclusive(self.folder, refusal=refusal):
-                self.keep = self._journal.exists()  # the work of another run, until it is resumed
+                self.keep = self._journal.exists()  # an earlier run's work, until it is resumed
                 try:
                     yield
-                except OSError as error:  # of a full disk, which names no file
+                except OSError as error:  # a full disk is reported without a file name
                     if error.errno is None or error.filename is not None:
                         raise
                     raise OSError(error.errno, error.strerror, str(self._output)) from error
@@ -100,45 +100,45 @@ class RunRecord:
                     if not self.keep:
                         self._discard()
         finally:
-            with contextlib.suppress(OSError):  # not empty, or locked by another run already
+            with contextlib.suppress(OSError):  # not empty, or already locked by another run
                 self.folder.rmdir()
 
     def resume(self, *, overwrite: bool) -> None:
-        """Continue what an earlier run left after its last undamaged batch, or discard it.
+        """Continue an earlier run after its last undamaged batch, or discard it.
 
         Raises:
-            OutputExistsError: it was asked for something else, and not to ``overwrite`` it.
+            OutputExistsError: it has other settings, and ``overwrite`` is false.
         """
-        self.keep, lines = self.asked["source_identity"] is not None, self._read_journal()
-        different = differences(lines[0]["asked"], self.asked) if lines and self.keep else ""
-        if different and not overwrite:
+        self.keep, lines = self.request["source_identity"] is not None, self._read_journal()
+        changes = differences(lines[0]["asked"], self.request) if lines and self.keep else ""
+        if changes and not overwrite:
             raise OutputExistsError(
-                f"{self._output} was started with other settings: {different}; use the same ones "
+                f"{self._output} was started with other settings: {changes}; use the same settings "
                 f"to resume it, or {REDO}"
             )
-        if different or not lines or not self.keep or not self._numbers.is_file():
+        if changes or not lines or not self.keep or not self._numbers.is_file():
             self._discard()
             return
-        whole = lines[:1]
-        self._frame, self._geometry = whole[0]["shape"], whole[0]["geometry"]
+        valid = lines[:1]
+        self._frame, self._geometry = valid[0]["shape"], valid[0]["geometry"]
         with self._numbers.open("r+b") as file:
             file.seek(RESERVED)
             for checksum, times in lines[1:]:
                 if zlib.crc32(file.read(len(times) * self.frame_bytes)) != checksum:
                     break
                 self.timestamps += times
-                whole.append([checksum, times])
+                valid.append([checksum, times])
             file.truncate(RESERVED + len(self.timestamps) * self.frame_bytes)
-        self._write_journal(whole)
+        self._write_journal(valid)
         logger.info("resuming %s after %d frames", self._output, len(self.timestamps))
 
     def append(self, features: Tensor, geometry: Geometry, timestamps: Tensor) -> None:
-        """Write ``(N, C, h, w)`` features of the dtype to store, so that they outlive the run."""
+        """Append a batch of ``(N, C, h, w)`` features in the storage dtype."""
         flat = rearrange(features.cpu(), "n c h w -> (n c h w)").contiguous()
-        numbers = flat.view(torch.uint8).numpy().data  # of any dtype, also of those NumPy lacks
+        numbers = flat.view(torch.uint8).numpy().data  # bytes, as NumPy lacks bfloat16
         if not self.timestamps:
             self._frame, self._geometry = list(features.shape[1:]), geometry.to_dict()
-            run = {"version": VERSION, "asked": self.asked, "shape": self._frame}
+            run = {"version": VERSION, "asked": self.request, "shape": self._frame}
             self._write_journal([run | {"geometry": self._geometry}])
             self._numbers.write_bytes(bytes(RESERVED))
         with self._numbers.open("ab") as file:
@@ -147,9 +147,9 @@ class RunRecord:
             file.write(f"{json.dumps([zlib.crc32(numbers), timestamps.tolist()])}\n")
         self.timestamps += timestamps.tolist()
 
-    def finish(self, make_whole: Callable[[Path, RunRecord], Path], truncated: str | None) -> None:
-        """Have the output made whole, of the numbers, and give it its name and its sidecar."""
-        whole = make_whole(self._numbers, self)
+    def finish(self, complete: Callable[[Path, RunRecord], Path], truncated: str | None) -> None:
+        """Complete the file by its format, write the sidecar, and move both into place."""
+        whole = complete(self._numbers, self)
         for path in [whole] if whole.is_file() else filter(Path.is_file, whole.rglob("*")):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -163,13 +163,13 @@ class RunRecord:
         text = ",\n".join(f" {json.dumps(name)}: {json.dumps(fields[name])}" for name in fields)
         with atomic_path(sidecar_path(self._output)) as temporary:
             temporary.write_text(f"{{\n{text}\n}}\n")
-            _remove(self._output)  # the new one is whole, and so is its sidecar
+            _remove(self._output)  # the new file and its sidecar are complete
         whole.replace(self._output)
         self.keep = False
 
     def _read_journal(self) -> list[Any]:
         lines: list[Any] = []
-        # none yet, or of a process killed while it wrote a line
+        # no journal yet, or its last line is incomplete
         with contextlib.suppress(FileNotFoundError, ValueError), self._journal.open() as file:
             for line in file:
                 lines.append(json.loads(line))
@@ -193,12 +193,12 @@ def _remove(path: Path) -> None:
 
 
 def sidecar_path(output: Path) -> Path:
-    """Return where the sidecar of a feature file is."""
+    """Return the path of a feature file's sidecar."""
     return output.with_name(f"{output.name}.json")
 
 
 def read_sidecar(output: Path) -> dict[str, Any] | None:
-    """Return the sidecar of a feature file; ``None`` if there is none that can be read."""
+    """Return the sidecar of a feature file; ``None`` if it is missing or unreadable."""
     try:
         fields = json.loads(sidecar_path(output).read_text())
     except (OSError, ValueError):
@@ -216,7 +216,7 @@ def describe_run(
     format: str,
     storage: str,
 ) -> dict[str, Any]:
-    """Describe a run, JSON-ready: source, model, settings, and what computes it."""
+    """Return the source, model, settings and versions of a run, ready for JSON."""
     config, backbone = adapter.config, adapter.backbone
     weights = adapter.projection.state_dict()
     is_path = isinstance(source, (str, os.PathLike))
@@ -255,31 +255,31 @@ def describe_run(
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, numerical: bool = True
 ) -> str:
-    """Say how a run differs from an earlier one: ``size was 280 and is 476, ...``.
+    """Return how a run differs from an earlier one: ``size was 280 and is 476, ...``.
 
-    ``numerical`` says whether differences count that change only the last bits.
+    With ``numerical``, settings that change only the last bits of features count as well.
     """
-    was = _flat(before)
-    found: list[str] = []
+    previous = _flat(before)
+    changes: list[str] = []
     for name, value in _flat(now).items():
-        if was.get(name) == value or name == "source":  # a renamed file is the same
+        if previous.get(name) == value or name == "source":  # the file may be renamed
             continue
         if numerical or not name.startswith(_NUMERICAL):
             short = name.removeprefix("settings.").replace("_", "-").replace(".", " ")
-            old, new = ("not given" if v is None else v for v in (was.get(name), value))
-            found.append(_CHANGED.get(name, f"{short} was {old} and is {new}"))
-    return ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+            old, new = ("not given" if v is None else v for v in (previous.get(name), value))
+            changes.append(_CHANGED.get(name, f"{short} was {old} and is {new}"))
+    return ", ".join(changes[:4]) + (", ..." if len(changes) > 4 else "")
 
 
 def identify(source: Any) -> str | None:
-    """Return a hash by which a file, or images in files, are recognised; no times, so copies agree.
+    """Return a hash that identifies a file or a list of images; copies have the same hash.
 
-    It covers sizes, the names of several files, and samples of their content. Frames in memory and
-    iterators have none.
+    It covers file sizes, samples of the content and, for several files, their names. Frames in
+    memory and iterators have none.
     """
     if isinstance(source, (str, os.PathLike)):
-        found = resolve(source)
-        files = [found] if isinstance(found, Path) else found
+        resolved = resolve(source)
+        files = [resolved] if isinstance(resolved, Path) else resolved
     elif isinstance(source, (list, tuple)) and source:
         if not all(isinstance(item, (str, os.PathLike)) for item in source):
             return None
@@ -287,7 +287,7 @@ def identify(source: Any) -> str | None:
     else:
         return None
     digest = hashlib.sha256()
-    for file in files:  # a single file may be renamed; the names of several are their order
+    for file in files:  # a single file may be renamed; several are ordered by their names
         name = file.name if len(files) > 1 else ""
         digest.update(f"{name}\0{file.stat().st_size}\n".encode())
     samples = max(1, _SAMPLES // len(files))

@@ -1,4 +1,4 @@
-"""One source through an adapter into a feature file, at constant memory."""
+"""Extract the features of one source to a file, in constant memory."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """What :func:`extract` wrote."""
+    """The result of :func:`extract`."""
 
-    path: Path  # its sidecar lies beside it, as PATH.json
+    path: Path  # the sidecar is PATH.json
     frames: int
     shape: tuple[int, ...]  # (C, h, w) of one frame's features
-    truncated: str | None = None  # why the source ended early
-    found: int = 0  # frames that an earlier run had written
+    truncated: str | None = None  # why the source ended early, if it did
+    found: int = 0  # frames written by an earlier run
 
 
 @selects_frames
@@ -56,24 +56,26 @@ def extract(
     on_chunk: Callable[[int], None] = lambda frames: None,
     **options: Any,
 ) -> Extraction:
-    """Write the features of a video of any length to a file, and a JSON sidecar beside it.
+    """Write the features of a video of any length to a file, with a JSON sidecar ``PATH.json``.
 
-    The file appears whole or not at all. When a run is interrupted or killed, the same call resumes
-    it after its last whole batch, and the file is byte-identical to that of an uninterrupted run;
-    arrays and iterators start over. What is finished already is left as it is. When a video breaks
-    off, the features of its readable frames are kept and the result says so.
+    The file appears complete or not at all. If a run is interrupted or killed, the same call
+    resumes it after its last complete batch, and the file is byte-identical to that of an
+    uninterrupted run; arrays and iterators start over. A finished file is left unchanged. If a
+    video is truncated, the features of its readable frames are kept, and the result says so.
 
     Args:
         source, select: as in :meth:`CoSettleAdapter.stream`.
-        overwrite: replace what is there under that name, once the new file is whole.
-        on_chunk: called with the number of frames written so far after every batch.
-        **options: fields of :class:`ExtractSettings`, instead of ``settings`` or to change it.
+        overwrite: replace an existing file once the new one is complete.
+        on_chunk: called after every batch with the number of frames written so far.
+        **options: fields of :class:`ExtractSettings` that override ``settings``.
 
     Raises:
-        FrameError: not a single frame could be read, or frames cannot be used.
-        FormatError: no such format, or it cannot store that dtype.
+        FrameError: no frame can be read, or frames cannot be used.
+        FormatError: unknown format, or one that cannot store the dtype.
+        MissingExtraError: the format's package is not installed; raised before any frame is read.
         OutputExistsError: the file exists, or was started, with other settings; or the folder holds
-            features by another recipe. OutputBusyError: another run is writing this file.
+            features of another recipe.
+        OutputBusyError: another run is writing this file.
     """
     path, select = Path(destination), select or FrameSelection()
     settings = dataclasses.replace(settings or ExtractSettings(), **options)
@@ -81,47 +83,49 @@ def extract(
     if form.name == "dino-tracker":
         settings = dino_tracker.plan_settings(adapter, settings)
     storage = storage_dtype(form, settings.storage, adapter.dtype)
-    asked = describe_run(adapter, source, settings, select, format=form.name, storage=storage)
-    _check_recipe(path, asked)
-    record = RunRecord(path, asked)
-    # nothing is touched for what is finished, which may lie where nothing can be written
-    if not overwrite and not record.folder.exists() and (finished := _finished(path, asked)):
+    request = describe_run(adapter, source, settings, select, format=form.name, storage=storage)
+    _check_recipe(path, request)
+    record = RunRecord(path, request)
+    # return a finished file without locking: its folder may be read-only
+    if not overwrite and not record.folder.exists() and (finished := _finished(path, request)):
         return finished
     with record.claimed():
-        if not overwrite and (finished := _finished(path, asked)):
+        if not overwrite and (finished := _finished(path, request)):
             return finished
         record.resume(overwrite=overwrite)
-        found = len(record.timestamps)
+        resumed_after = len(record.timestamps)
         truncated = _encode(adapter, source, record, settings, select, on_chunk)
         record.finish(form.finish, truncated)
         frames, *shape = record.shape
-        return Extraction(path, frames, tuple(shape), truncated, found)
+        return Extraction(path, frames, tuple(shape), truncated, resumed_after)
 
 
-def _finished(path: Path, asked: Mapping[str, Any]) -> Extraction | None:
-    """Return what is under ``path`` if it is what was asked for, ``None`` if nothing is."""
+def _finished(path: Path, request: Mapping[str, Any]) -> Extraction | None:
+    """Return the finished file of the same request, ``None`` if there is no file; else raise."""
     if not path.exists():
         return None
-    different = ""
+    problem = ""
     sidecar = read_sidecar(path)
     if sidecar is None:
-        different = f", but not {sidecar_path(path).name}, which says what it is"
-    elif asked["source_identity"] is not None:
-        if not (told := differences(sidecar, asked, numerical=False)):
+        problem = f", but not {sidecar_path(path).name}, which describes it"
+    elif request["source_identity"] is not None:
+        if not (changes := differences(sidecar, request, numerical=False)):
             frames, *shape = sidecar["shape"]
             return Extraction(path, frames, tuple(shape), sidecar["truncated"], frames)
-        different = f": {told}"
-    raise OutputExistsError(f"{path} exists{different}; {REDO}")
+        problem = f": {changes}"
+    raise OutputExistsError(f"{path} exists{problem}; {REDO}")
 
 
-def _check_recipe(path: Path, asked: Mapping[str, Any]) -> None:
-    """Refuse features by one recipe of a backbone beside others: a neighbour tells that of all."""
-    recipe = asked["projection"]["recipe"]
-    for file in path.parent.glob("*.json") if recipe is not None else ():
-        beside = read_sidecar(file.with_suffix(""))
-        if beside is None or beside["fingerprint"] != asked["fingerprint"]:
+def _check_recipe(path: Path, request: Mapping[str, Any]) -> None:
+    """Raise if the folder holds features of the same backbone by another recipe."""
+    recipe = request["projection"]["recipe"]
+    if recipe is None:
+        return
+    for file in path.parent.glob("*.json"):
+        neighbour = read_sidecar(file.with_suffix(""))
+        if neighbour is None or neighbour["fingerprint"] != request["fingerprint"]:
             continue
-        other = beside["projection"].get("recipe")
+        other = neighbour["projection"].get("recipe")
         if other not in (recipe, None):
             raise OutputExistsError(
                 f"{path.parent} holds features by recipe {other} ({file.stem}), which cannot be "
@@ -129,7 +133,7 @@ def _check_recipe(path: Path, asked: Mapping[str, Any]) -> None:
                 f"adapter with recipe={other}, or give another folder"
             )
         if other is not None:
-            return
+            return  # all features in a folder are by one recipe
 
 
 def _encode(
@@ -140,13 +144,13 @@ def _encode(
     select: FrameSelection,
     on_chunk: Callable[[int], None],
 ) -> str | None:
-    """Write all frames that are not there yet; return why the source ended early, if it did."""
+    """Append all missing frames; return why the source ended early, if it did."""
     batch_size = settings.batch_size
-    skip = found = len(record.timestamps)
-    if record.asked["settings"]["settle"]:
+    skip = written_before = len(record.timestamps)
+    if record.request["settings"]["settle"]:
         skip = 0
-    elif settings.temporal_fusion is not None:  # whole batches on which no frame to come depends
-        skip = max(0, found - WINDOW) // batch_size * batch_size
+    elif settings.temporal_fusion is not None:  # whole batches that no missing frame depends on
+        skip = max(0, written_before - WINDOW) // batch_size * batch_size
     stream = adapter.stream(
         source,
         select=select,
@@ -157,9 +161,9 @@ def _encode(
         settle=settings.settle,
         temporal_fusion=settings.temporal_fusion,
     )
-    dtype = getattr(torch, record.asked["storage"])
+    dtype = getattr(torch, record.request["storage"])
     truncated: str | None = None
-    written: Future[None] | None = None
+    writing: Future[None] | None = None
 
     def write(wait: Callable[[], Tensor], geometry: Geometry, timestamps: Tensor) -> None:
         record.append(wait(), geometry, timestamps)
@@ -172,47 +176,47 @@ def _encode(
         ):
             try:
                 for chunk in stream:
-                    if chunk.start < found:
-                        continue  # encoded only for those that depend on it
+                    if chunk.start < written_before:
+                        continue  # encoded only because later frames depend on it
                     features, geometry = chunk.features, chunk.geometry
-                    if record.asked["format"] == "dino-tracker":
+                    if record.request["format"] == "dino-tracker":
                         stride = 7 if geometry.stride == 7 else 14
                         features = dino_tracker.arrange(
                             features, geometry, stride=stride, first=chunk.start
                         )
                         geometry = dino_tracker.cells(stride, frame=geometry.frame)
-                    arriving = _to_cpu(features.detach().to(dtype))
-                    if written is not None:
-                        written.result()
-                    written = writer.submit(write, arriving, geometry, chunk.timestamps)
+                    wait = _to_cpu(features.detach().to(dtype))
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(write, wait, geometry, chunk.timestamps)
                     on_chunk(chunk.start + len(chunk.timestamps))
             except TruncatedVideoError as error:
                 truncated = str(error)
-                if written is None and not found:
+                if writing is None and not written_before:
                     raise
             finally:
-                if written is not None:
-                    written.result()
+                if writing is not None:
+                    writing.result()
     except BaseException as error:
-        # nothing is to be resumed where the source is at fault
+        # an unusable source is not resumed
         resumable = bool(record.timestamps) and not isinstance(error, FrameError)
         record.keep = record.keep and resumable
         if record.keep:
-            kept = "%d frames are kept in %s: the same call resumes after them"
-            logger.warning(kept, len(record.timestamps), record.folder)
+            message = "%d frames are kept in %s: the same call resumes after them"
+            logger.warning(message, len(record.timestamps), record.folder)
         raise
     return truncated
 
 
 def _to_cpu(features: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy features to the CPU; return what waits for them, in another thread."""
+    """Start copying features to the CPU; return a function that waits for the copy."""
     if not features.is_cuda:
         return features.cpu
-    arriving = features.to("cpu", non_blocking=True)  # into page-locked memory
+    copy = features.to("cpu", non_blocking=True)  # into page-locked memory
     copied = torch.cuda.current_stream(features.device).record_event()
 
     def wait() -> Tensor:
         copied.synchronize()
-        return arriving
+        return copy
 
     return wait

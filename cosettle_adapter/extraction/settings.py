@@ -1,7 +1,6 @@
-"""What can be asked of an extraction, and the errors that refuse it.
+"""Settings and errors of an extraction."""
 
-Without ``from __future__ import annotations``, so that the command line can derive its options.
-"""
+# no `from __future__ import annotations`: the command line derives its options from the types
 
 import dataclasses
 from typing import Literal
@@ -18,11 +17,11 @@ StorageName = Literal["float32", "bfloat16", "float16"]
 
 
 class ExtractionError(CosettleError, RuntimeError):
-    """An extraction that cannot be done as it was asked for."""
+    """An extraction that cannot be done with these settings."""
 
 
 class FormatError(ExtractionError, ValueError):
-    """A format that does not exist, or that cannot hold the features."""
+    """A format that does not exist or cannot hold the features."""
 
 
 class OutputExistsError(ExtractionError, FileExistsError):
@@ -46,14 +45,14 @@ class ExtractSettings:
     """How features are computed and stored.
 
     Attributes:
-        format: of the file; by default as its suffix says.
+        format: file format; by default, from the suffix of the output.
         batch_size: frames per forward pass.
-        size: what frames are resized to: the shorter side, or height and width.
-        fit: what happens to sides that are not whole patches.
-        settle: settle each frame by the statistics of those before it; by default, as the adapter
-            does.
-        temporal_fusion: average patches with their matches in neighbouring frames: on both sides,
-            or in past ones only.
+        size: size that frames are resized to: the shorter side, or height and width.
+        fit: resize frames to whole patches, or pad them.
+        settle: settle each frame by the statistics of the frames before it; by default, as the
+            adapter does.
+        temporal_fusion: average patches with their matches in neighbouring frames: past and
+            future (symmetric), or past only (causal).
         storage: dtype on disk; by default, the adapter's.
     """
 

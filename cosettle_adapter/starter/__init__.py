@@ -22,16 +22,15 @@ _FOLDER = Path(__file__).parent
 
 
 def starter_photographs() -> dict[str, Tensor]:
-    """Load the photographs in order of name: ``(3, H, W)`` uint8, sides of 240 to 560 pixels."""
+    """Load the photographs by name: ``(3, H, W)`` uint8, sides of 240 to 560 pixels."""
     return {path.stem: read_image(path) for path in sorted(_FOLDER.glob("*.jpg"))}
 
 
 def starter_clips(size: tuple[int, int], *, skip: int = 0) -> Iterator[RenderedClip]:
-    """Render the corpus: a camera pans, zooms and turns, and another photograph's cut-out moves.
+    """Render the corpus: :data:`CLIPS` clips of :data:`FRAMES` frames, the same on every call.
 
-    Noise, exposure and sharpness vary as they do in a camera. Every one of :data:`CLIPS` clips, of
-    :data:`FRAMES` frames each, is the same on every call and does not depend on the others; the
-    first ``skip`` are left out.
+    The camera pans, zooms and turns over a photograph, a cut-out of another photograph moves, and
+    noise, exposure and sharpness vary as in a camera. The first ``skip`` clips are not rendered.
     """
     photographs = list(starter_photographs().values())
     for number in range(skip, CLIPS):
@@ -49,10 +48,9 @@ def starter_clips(size: tuple[int, int], *, skip: int = 0) -> Iterator[RenderedC
 def known_correspondences(
     clip: RenderedClip, frame: int, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Return which patches of a frame show what patches of frame 0 show, by the known motion.
+    """Return the numbers ``(M,)`` int64 of corresponding patches in frame 0 and in ``frame``.
 
-    ``grid`` (h, w) divides the frames evenly. Patches are numbered row by row: ``(M,)`` int64 of
-    frame 0, and those of the other frame into which their centres move, if they are seen there.
+    They are the patches of frame 0 whose centres are visible in ``frame``, and those they move to.
     """
     patch = torch.tensor([clip.frames.shape[-1] / grid[1], clip.frames.shape[-2] / grid[0]])
     axes = torch.meshgrid(torch.arange(grid[1]), torch.arange(grid[0]), indexing="xy")

@@ -1,4 +1,4 @@
-"""Anything to uint8 frames and timestamps, one chunk at a time, and from pixels to patches."""
+"""Read any source as chunks of uint8 frames with timestamps, and map pixels to patches."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Frames in memory - tensors, arrays, PIL images - as one channel-first tensor, checked."""
+"""Convert frames in memory (tensors, arrays, PIL images) to one valid channel-first tensor."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ _ACCEPTED = (
     "a PIL image; or a list of images of one size"
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ROUNDING = 1e-5  # a resize or a division in float32 may end this far outside [0, 1]
+_ROUNDING = 1e-5  # float32 resizing and division may exceed [0, 1] by this much
 
 
 def as_frames(frames: Any) -> Tensor:
-    """Turn frames of any kind into one channel-first tensor, else :class:`FrameError`.
+    """Convert frames of any kind to one channel-first tensor, without rescaling values.
 
-    A tensor comes back as it is, an array shares its memory where torch allows it. Values are never
-    rescaled.
+    Tensors are returned unchanged; arrays share their memory where torch allows it.
 
     Args:
         frames: a tensor (3, H, W), (T, 3, H, W) or (B, T, 3, H, W); a numpy array with channels
-            last, (H, W, 3) or (T, H, W, 3), or first where only that reading gives 3 channels; a
-            PIL image of any mode; or a list of such single images, all of one size. uint8 in
+            last, (H, W, 3) or (T, H, W, 3), or first if only that reading gives 3 channels; a PIL
+            image of any mode; or a list of such single images, all of one size. uint8 in
             [0, 255], or float in [0, 1].
+
+    Raises:
+        FrameError: another type, shape, dtype or range; the message says how to convert it.
     """
     tensor = _to_tensor(frames)
     validate_frames(tensor)
@@ -39,7 +41,7 @@ def as_frames(frames: Any) -> Tensor:
 
 
 def validate_frames(frames: Tensor) -> None:
-    """Check that a tensor is what :func:`as_frames` returns; FrameErrors say what to call."""
+    """Raise :class:`FrameError` unless a tensor is what :func:`as_frames` returns."""
     _check_shape(tuple(frames.shape))
     if frames.dtype == torch.uint8:
         return
@@ -48,7 +50,7 @@ def validate_frames(frames: Tensor) -> None:
             f"got dtype {frames.dtype}, expected uint8 in [0, 255] or float in [0, 1]; scale the "
             "values to one of these, then use .to(torch.uint8) or .float()"
         )
-    if torch.compiler.is_compiling():  # looking at values would break the graph
+    if torch.compiler.is_compiling():  # reading values would break the graph
         return
     low, high = (bound.item() for bound in torch.aminmax(frames.detach()))
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
@@ -56,9 +58,12 @@ def validate_frames(frames: Tensor) -> None:
 
 
 def holds_pixels(candidate: Any) -> bool:
-    """Tell whether something is a tensor, a numpy array or a PIL image, importing neither."""
-    others = _is_a(candidate, "numpy", "ndarray") or _is_a(candidate, "PIL.Image", "Image")
-    return isinstance(candidate, Tensor) or others
+    """Return whether an object is a tensor, NumPy array or PIL image; imports neither library."""
+    return (
+        isinstance(candidate, Tensor)
+        or _is_a(candidate, "numpy", "ndarray")
+        or _is_a(candidate, "PIL.Image", "Image")
+    )
 
 
 def image_to_frame(image: Any) -> Tensor:
@@ -73,7 +78,7 @@ def image_to_frame(image: Any) -> Tensor:
 
 
 def _is_a(candidate: Any, module: str, kind: str) -> bool:
-    # an object of a class exists only once its module is imported
+    # if its module is not imported, no object of the class exists
     return module in sys.modules and isinstance(candidate, getattr(sys.modules[module], kind))
 
 
@@ -104,7 +109,7 @@ def _to_tensor(frames: Any) -> Tensor:
 
 def _array_to_tensor(array: Any) -> Tensor:
     if not array.flags.writeable or any(step < 0 for step in array.strides):
-        array = array.copy()  # torch takes neither
+        array = array.copy()  # torch accepts neither
     try:
         tensor = torch.from_numpy(array)
     except (TypeError, ValueError) as error:
@@ -132,11 +137,11 @@ def _check_shape(shape: tuple[int, ...]) -> None:
         return
     hint = "frames are RGB: pick 3 channels"
     if last in (1, 3, 4):
-        hint = "channels look to be last: pass the numpy array, or frames.movedim(-1, -3)"
+        hint = "channels seem to be last: pass the numpy array, or frames.movedim(-1, -3)"
     elif channels == 1:
         hint = "a grayscale image: frames.repeat_interleave(3, dim=-3)"
     elif channels == 4:
-        hint = "drop alpha with frames[..., :3, :, :], or [..., :3] where channels are last"
+        hint = "drop alpha with frames[..., :3, :, :], or [..., :3] if channels are last"
     elif len(shape) == 3:
         hint = "a grayscale clip (T, H, W): frames.unsqueeze(1).expand(-1, 3, -1, -1)"
     raise FrameError(f"got {channels} channel(s) in shape {shape}, expected {axes}; {hint}")
@@ -144,11 +149,11 @@ def _check_shape(shape: tuple[int, ...]) -> None:
 
 def _wrong_range(low: float, high: float) -> str:
     if not (-torch.inf < low and high < torch.inf):
-        return "float frames hold NaN or infinite values; expected finite ones in [0, 1]"
+        return "float frames hold NaN or infinite values; expected finite values in [0, 1]"
     if low > -0.25 and high < 1.25:
-        hint = "if a resize overshot, frames.clamp(0, 1); if they are normalised, undo that"
+        hint = "if a resize overshot, use frames.clamp(0, 1); if they are normalised, undo it"
     elif low < -_ROUNDING:
-        hint = "these look normalised: do not normalise, the adapter does"
+        hint = "these look normalised: pass raw frames, the adapter normalises them"
     else:
-        hint = f"divide by the largest value the format allows ({high:g} was met), such as 255"
+        hint = "divide by the largest value of the format, such as 255"
     return f"float frames must lie in [0, 1], got min {low:g} and max {high:g}; {hint}"

@@ -1,4 +1,4 @@
-"""Which files are videos and images, which of them a path or pattern means, and reading images."""
+"""Find videos and images by path or pattern, and read images."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ VIDEO_SUFFIXES = (
 
 
 def is_video(path: str | os.PathLike[str]) -> bool:
-    """Tell by its name whether a file is a video: a suffix in any case, and not hidden."""
+    """Return whether a file is a video by its name: a suffix in any case, not hidden."""
     return _has_suffix(path, VIDEO_SUFFIXES)
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
-    """Tell by its name whether a file is an image: a suffix in any case, and not hidden."""
+    """Return whether a file is an image by its name: a suffix in any case, not hidden."""
     return _has_suffix(path, IMAGE_SUFFIXES)
 
 
 def find_videos(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
-    """Find the video files of a folder, and below it if ``recursive``, in natural order."""
+    """Return the videos of a folder, if ``recursive`` of its subfolders too, in natural order."""
     return natural_order(path for path in _files(Path(folder), recursive) if is_video(path))
 
 
 def find_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
-    """Find the image files of a folder, as :func:`find_videos` finds videos."""
+    """Return the images of a folder, if ``recursive`` of its subfolders too, in natural order."""
     return natural_order(path for path in _files(Path(folder), recursive) if is_image(path))
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
-    """Find what a path or pattern means: one file, perhaps a video, or images in natural order."""
+    """Resolve a path or pattern to one file, perhaps a video, or to images in natural order."""
     path, pattern = Path(source).expanduser(), os.path.expanduser(source)  # noqa: PTH111
     if path.is_dir():
-        if found := find_images(path):
-            return found
-        held = ", ".join(entry.name for entry in natural_order(path.iterdir())[:3]) or "nothing"
+        if images := find_images(path):
+            return images
+        contents = ", ".join(entry.name for entry in natural_order(path.iterdir())[:3]) or "nothing"
         raise FrameError(
-            f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {held}; "
-            "a video is opened by its own path"
+            f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {contents}; "
+            "to open a video, pass its own path"
         )
     if path.is_file():
         return [path] if path.suffix.lower() in IMAGE_SUFFIXES else path
@@ -69,12 +69,12 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
         return images
     if len(files) == 1:
         return files[0]
-    met = ", ".join(file.name for file in files[:3]) or "nothing"
-    raise FrameError(f"pattern {source} matches {met}; expected images, or a single video")
+    names = ", ".join(file.name for file in files[:3]) or "nothing"
+    raise FrameError(f"pattern {source} matches {names}; expected images, or a single video")
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as (3, H, W) uint8, upright as its EXIF orientation says."""
+    """Read an image file as (3, H, W) uint8, rotated upright by its EXIF orientation."""
     operations = imports.require("PIL.ImageOps", extra="video", purpose="reading image files")
     pil = operations.Image
     try:
@@ -97,17 +97,17 @@ def natural_order(paths: Iterable[Path]) -> list[Path]:
 
 
 def _has_suffix(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> bool:
-    name = Path(path).name  # hidden files are left out: macOS keeps attributes in ._name.jpg
+    name = Path(path).name  # not hidden: macOS stores attributes in ._name.jpg
     return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
 def _files(folder: Path, recursive: bool) -> Iterator[Path]:
-    """Yield files, also those in folders below that are not hidden."""
-    os.scandir(folder).close()  # raises if it cannot be read
+    """Yield the files of a folder, if ``recursive`` also those of subfolders not hidden."""
+    os.scandir(folder).close()  # raises if the folder cannot be read; os.walk would not
 
     def report(error: OSError) -> None:
-        logger.warning("%s is left out: %s", error.filename, error.strerror)
+        logger.warning("skipping %s: %s", error.filename, error.strerror)
 
-    for root, below, names in os.walk(folder, onerror=report):
-        below[:] = [name for name in below if recursive and not name.startswith(".")]
+    for root, subfolders, names in os.walk(folder, onerror=report):
+        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
         yield from (Path(root, name) for name in names)

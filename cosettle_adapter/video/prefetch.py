@@ -1,4 +1,4 @@
-"""Produce ahead of the consumer, in a thread."""
+"""Iterate ahead of the consumer in a thread."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from cosettle_adapter.errors import FrameError
 
 Item = TypeVar("Item")
 
-# a producer that hangs in its own read must not hang the consumer's close
-_PATIENCE = 5.0
+_JOIN_TIMEOUT = 5.0  # seconds; a producer that hangs in a read must not block the consumer
 
 
 def prefetch(iterable: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Iterate in a daemon thread that runs ahead by up to ``depth`` items, at least 1.
 
-    An exception of the producer is raised here, after the items before it. When the consumer stops
-    early, by closing this generator or dropping it, the producer stops after the item it is at and
-    closes ``iterable`` if that is a generator. The thread starts with the first ``next``.
+    An exception in the producer is raised here after the items before it. When the consumer closes
+    or drops this generator, the producer stops after its current item and closes ``iterable`` if
+    that is a generator. The thread starts with the first ``next``.
     """
     if depth < 1:
         raise FrameError(f"depth must be at least 1, got {depth}")
@@ -28,7 +27,7 @@ def prefetch(iterable: Iterable[Item], depth: int = 2) -> Generator[Item, None, 
 
 
 def _consume(iterable: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    # one item in a list, or how the producer ended: its error, or None
+    # one item in a list; at the end the producer's error, or None
     ready: queue.Queue[list[Item] | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
     producer = threading.Thread(
@@ -39,18 +38,18 @@ def _consume(iterable: Iterable[Item], depth: int) -> Generator[Item, None, None
     received: list[Item] | BaseException | None = None
     try:
         while isinstance(received := ready.get(), list):
-            yield received.pop()  # not kept alive while the next one is awaited
+            yield received.pop()  # no reference is kept while waiting for the next
         if received is not None:
             raise received
     finally:
-        received = None  # an error and its traceback would keep each other alive
+        received = None  # breaks the cycle of an error and its traceback
         stop.set()
-        # room for the item the producer may be waiting to hand over
+        # make room for an item that the producer is waiting to put
         while not ready.empty():
             ready.get_nowait()
-        # the collector may run in any thread, this one's producer included
+        # garbage collection may close this generator in the producer thread
         if producer is not threading.current_thread():
-            producer.join(_PATIENCE)
+            producer.join(_JOIN_TIMEOUT)
 
 
 def _produce(
@@ -70,7 +69,7 @@ def _produce(
         finally:
             if isinstance(iterator, Generator):
                 iterator.close()
-    except BaseException as raised:  # the consumer raises it
+    except BaseException as raised:  # raised by the consumer
         error = raised
     if not stop.is_set():
         ready.put(error)

@@ -1,4 +1,4 @@
-"""Whatever holds frames, as chunks of uint8 pixels with timestamps."""
+"""Read frames of any source as chunks of uint8 pixels with timestamps."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class FrameChunk:
 def open_frames(
     source: Any, select: FrameSelection | None = None, *, skip: int = 0, chunk_size: int = 8
 ) -> Generator[FrameChunk, None, None]:
-    """Read frames chunk by chunk; one chunk at a time is in memory.
+    """Read frames chunk by chunk, with one chunk in memory at a time.
 
     Args:
         source: a video file; a folder of images or a glob pattern, read in natural order
             (``frame2`` before ``frame10``); a list of image files; frames in memory as
             :func:`as_frames` takes them; or an iterator of single frames, which is not closed.
             Float frames in [0, 1] are rounded to uint8.
-        select: which frames; all by default.
-        skip: pass over the first ones of those kept, without making their pixels.
-        chunk_size: frames in a chunk; the last one may hold fewer.
+        select: the frames to read; all by default.
+        skip: number of selected frames to skip at the start, without converting their pixels.
+        chunk_size: frames per chunk; the last chunk may hold fewer.
 
     Raises:
-        FrameError: at once for arguments and sources that cannot be used; while reading, after the
-            frames before it, for a damaged file, another size, and a range without frames.
-        TruncatedVideoError: after the last readable frame of a video that breaks off or ends
-            before the length its header promises.
+        FrameError: at once for unusable arguments and sources; while reading, after the frames
+            before it, for a damaged file, a frame of another size, or a range without frames.
+        TruncatedVideoError: after the last readable frame of a video that is damaged or ends
+            before its announced duration.
     """
     select = select or FrameSelection()
     if skip < 0:
@@ -58,58 +58,58 @@ def open_frames(
         raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
     is_path = isinstance(source, (str, os.PathLike))
     name = str(source) if is_path else f"the {type(source).__name__} of frames"
-    wanted = select.of(pending_frames(source, select.start, select.fps), name, skip=skip)
-    return _chunks(wanted, chunk_size, name, skip)
+    selected = select.of(pending_frames(source, select.start, select.fps), name, skip=skip)
+    return _chunks(selected, chunk_size, name, skip)
 
 
 def pending_frames(
     source: Any, start: float | None = None, fps: float | None = None
 ) -> Generator[PendingFrame, None, None]:
-    """Yield all frames of a source; those of a video before ``start`` may be left out."""
-    found = _find(source)
-    if not isinstance(found, Path):
+    """Yield all frames of a source; frames of a video before ``start`` may be left out."""
+    content = _open(source)
+    if not isinstance(content, Path):
         return (
             PendingFrame(
                 index / (fps or 1.0),
                 str(item) if isinstance(item, (str, os.PathLike)) else f"frame {index}",
                 partial(_load, item, index),
             )
-            for index, item in enumerate(found)
+            for index, item in enumerate(content)
         )
     if fps is not None:
         raise FrameError(f"{source} is a video and has times of its own; leave out fps")
-    with decoder.open_video(found):
-        pass  # what is no video is refused at once
-    return decoder.decode_video(found, start)
+    with decoder.open_video(content):
+        pass  # raises at once if it is not a video
+    return decoder.decode_video(content, start)
 
 
 def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, None, None]:
-    """Move frames into page-locked memory, from which a GPU copies while it computes."""
+    """Move frames to page-locked memory, which a GPU can copy from while it computes."""
     with contextlib.closing(chunks):
         for chunk in chunks:
             yield replace(chunk, frames=chunk.frames.pin_memory())
 
 
 def probe(source: Any) -> SourceInfo:
-    """Tell the number and size of the frames of what :func:`open_frames` takes.
+    """Return the number and size of the frames of any source that :func:`open_frames` takes.
 
-    They are not all read, and an iterator is not advanced.
+    At most one frame is read, and an iterator is not advanced.
     """
-    found = _find(source)
-    if isinstance(found, Path):
-        with decoder.open_video(found, threads=False) as video:
+    content = _open(source)
+    if isinstance(content, Path):
+        with decoder.open_video(content, threads=False) as video:
             fps = float(1 / video.step) if video.step else None
-            promised = round((video.seconds or 0) * (fps or 0)) or None
+            estimate = round((video.seconds or 0) * (fps or 0)) or None
             with contextlib.closing(video.timed_frames(from_start=True)) as frames:
                 height, width = video.pixels(next(frames)[0]).shape[-2:]
-            return SourceInfo(video.stream.frames or promised, height, width, fps)
-    if isinstance(found, (Tensor, list, tuple)):
-        return SourceInfo(len(found), *_load(found[0], 0).shape[-2:])
-    return SourceInfo(len(found) if isinstance(found, Sized) else None)
+            return SourceInfo(video.stream.frames or estimate, height, width, fps)
+    if isinstance(content, (Tensor, list, tuple)):
+        return SourceInfo(len(content), *_load(content[0], 0).shape[-2:])
+    return SourceInfo(len(content) if isinstance(content, Sized) else None)
 
 
-def _find(source: Any) -> Path | Tensor | Iterable[Any]:
-    """Tell what a source is: a video, a clip (T, 3, H, W), or frames and image files one by one."""
+def _open(source: Any) -> Path | Tensor | Iterable[Any]:
+    """Resolve a source to a video file, a clip (T, 3, H, W), or single frames and image files."""
     if isinstance(source, (str, os.PathLike)):
         return files.resolve(source)
     if holds_pixels(source):
@@ -117,7 +117,7 @@ def _find(source: Any) -> Path | Tensor | Iterable[Any]:
         if frames.ndim == 5:
             raise FrameError(
                 f"got a batch of clips, shape {tuple(frames.shape)}; "
-                "a source is one clip (T, 3, H, W), so open them one by one"
+                "a source is one clip (T, 3, H, W): open them one by one"
             )
         return frames if frames.ndim == 4 else rearrange(frames, "c h w -> 1 c h w")
     if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, Mapping)):
@@ -144,28 +144,28 @@ def _load(item: Any, index: int) -> Tensor:
 
 
 def _chunks(
-    wanted: Generator[PendingFrame, None, None], chunk_size: int, source: str, delivered: int
+    selected: Generator[PendingFrame, None, None], chunk_size: int, source: str, delivered: int
 ) -> Generator[FrameChunk, None, None]:
-    first: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = ()
     failure: Exception | None = None
-    with contextlib.closing(wanted):
+    with contextlib.closing(selected):
         while failure is None:
             times: list[float] = []
             frames: Tensor | None = None
             try:
-                while len(times) < chunk_size and (pending := next(wanted, None)) is not None:
+                while len(times) < chunk_size and (pending := next(selected, None)) is not None:
                     pixels = pending.load()
                     if pixels.dtype != torch.uint8:
                         pixels = (pixels.detach().float() * 255).round_().clamp_(0, 255)
-                    first = first or tuple(pixels.shape)
-                    if tuple(pixels.shape) != first:
-                        here, there = (f"{size[-2]} x {size[-1]}" for size in (pixels.shape, first))
+                    shape = shape or tuple(pixels.shape)
+                    if tuple(pixels.shape) != shape:
                         raise FrameError(
-                            f"{pending.name} of {source} is {here}, but the first "
-                            f"frame is {there}; resize the frames to one size"
+                            f"{pending.name} of {source} is {pixels.shape[-2]} x "
+                            f"{pixels.shape[-1]}, but the first frame is {shape[-2]} x "
+                            f"{shape[-1]}; resize the frames to one size"
                         )
                     if frames is None:
-                        frames = pixels.new_empty((chunk_size, *first), dtype=torch.uint8)
+                        frames = pixels.new_empty((chunk_size, *shape), dtype=torch.uint8)
                     frames[len(times)] = pixels
                     times.append(pending.time)
             except Exception as error:
@@ -181,4 +181,4 @@ def _chunks(
         if failure is not None:
             raise failure
     finally:
-        del failure  # it and its traceback would keep each other alive
+        del failure  # breaks the cycle of an error and its traceback

@@ -1,4 +1,4 @@
-"""Which frames of a source to read: one object, wherever frames are chosen."""
+"""Select which frames of a source to read."""
 
 from __future__ import annotations
 
@@ -20,22 +20,30 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, eq=False)
 class PendingFrame:
-    """A frame whose time is known and whose pixels are made when they are asked for."""
+    """A frame with a known time, whose pixels are loaded on request."""
 
     time: float  # seconds from the start of the source
-    name: str  # what errors call it: a file, or a position
-    load: Callable[[], Tensor]  # makes the pixels, (3, H, W) uint8 or float in [0, 1]
+    name: str  # in error messages: a file or a position
+    load: Callable[[], Tensor]  # returns (3, H, W) uint8 or float in [0, 1]
 
 
 @dataclass(frozen=True)
 class FrameSelection:
-    """Which frames of a source to read; values out of range are a :class:`FrameError`."""
+    """Selection of frames of a source; values out of range are a :class:`FrameError`.
 
-    start: float | None = None  # first second to read
-    end: float | None = None  # second to stop before
-    every: int = 1  # keep every n-th frame of those in range
+    Attributes:
+        start: first second to read.
+        end: second to stop before.
+        every: keep every n-th frame in this range.
+        max_frames: largest number of frames to keep.
+        fps: frames per second of images and arrays; by default 1, so times are positions.
+    """
+
+    start: float | None = None
+    end: float | None = None
+    every: int = 1
     max_frames: int | None = None
-    fps: float | None = None  # of images and arrays; 1 by default, so that times are positions
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         first = self.start or 0
@@ -52,9 +60,10 @@ class FrameSelection:
     def of(
         self, frames: Generator[PendingFrame, None, None], source: str, *, skip: int = 0
     ) -> Generator[PendingFrame, None, None]:
-        """Yield the wanted ones of frames in order of time, but the first ``skip``; close them.
+        """Yield the selected frames after the first ``skip``; ``frames``, in order, are closed.
 
-        ``source`` is what a :class:`FrameError` calls them if none are wanted.
+        Raises:
+            FrameError: no frame of ``source``, which is its name, is selected.
         """
         kept = in_range = 0
         times: list[float] = []
@@ -78,12 +87,12 @@ class FrameSelection:
             until = "on" if self.end is None else f"to {self.end} s"
             raise FrameError(
                 f"{source} has no frame from {self.start or 0} s {until}; "
-                f"the frames met lie from {times[0]:g} s to {times[-1]:g} s"
+                f"the frames read range from {times[0]:g} s to {times[-1]:g} s"
             )
 
 
 def selects_frames(function: Callable[P, R]) -> Callable[P, R]:
-    """Let keywords of version 0.1 (``start=``, ``every=``, ...) make ``select``, with a warning."""
+    """Accept the keywords of version 0.1 (``start=``, ``every=``, ...) with a warning."""
     known = {field.name for field in fields(FrameSelection)}
 
     @functools.wraps(function)
@@ -92,8 +101,9 @@ def selects_frames(function: Callable[P, R]) -> Callable[P, R]:
         if old and options.get("select") is not None:
             raise TypeError(f"got select and {', '.join(old)}; put them into FrameSelection")
         if old:
-            said = f"pass select=FrameSelection({', '.join(f'{name}=...' for name in old)})"
-            warnings.warn(f"{said}; the keywords go in 0.3", DeprecationWarning, stacklevel=2)
+            names = ", ".join(f"{name}=..." for name in old)
+            message = f"pass select=FrameSelection({names}); version 0.3 removes the keywords"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
             options["select"] = FrameSelection(**old)
         return function(*args, **options)
 

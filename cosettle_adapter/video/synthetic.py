@@ -1,11 +1,11 @@
-"""Clips with exactly known motion, rendered by moving a camera over a photograph.
+"""Render clips with exactly known motion by moving a camera over a photograph.
 
-The camera is a similarity: it shifts, turns and zooms. A second photograph, cut out as an ellipse
-with a soft edge, may move over the first on a path of its own. Where every pixel went is known in
-closed form, so tracks need no annotation.
+The camera moves by similarities: it shifts, rotates and zooms. A second photograph, cut out as an
+ellipse with a soft edge, may move over the first on its own path. The motion of every pixel is
+known in closed form, so tracks need no annotation.
 
-Evaluation figures and fitted projections depend on the rendered pixels, bit by bit: keep the order
-of random draws and of floating-point operations.
+Evaluation results and fitted projections depend on every bit of the rendered pixels: keep the
+order of random draws and of floating-point operations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SOFT_EDGE = 1.5
 _OBJECT_SIZE = 0.45
 _FULL_TURN = 2 * math.pi
 
-# dedicated to the public domain, as scikit-image documents beside each of them: Eileen Collins
+# in the public domain, as scikit-image documents for each of them: Eileen Collins
 # (NASA), a cat (Stefan van der Walt), a cup (Rachel Michetti), stars (NASA and ESA), a retina
 # (Mikael Haggstrom), a launch at dusk (SpaceX)
 _PHOTOGRAPHS = (
@@ -55,21 +55,24 @@ def photographs() -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class RenderedClip:
-    """A rendered clip and where its pixels (x, y) went; pixel (0, 0) has its centre at 0.5."""
+    """A rendered clip and the motion of its pixels (x, y); pixel (0, 0) has its centre at 0.5."""
 
     frames: Tensor  # (T, 3, H, W) uint8
-    homographies: Tensor  # (T, 3, 3) float64, of background pixels (x, y, 1) of frame 0 to frame t
-    object_mask: Tensor | None = None  # (T, H, W) bool, where the moving object is, if there is one
-    object_homographies: Tensor | None = None  # of the object's pixels
+    homographies: Tensor  # (T, 3, 3) float64, background pixels (x, y, 1) of frame 0 to t
+    object_mask: Tensor | None = None  # (T, H, W) bool, pixels of the moving object
+    object_homographies: Tensor | None = None  # for the object's pixels
 
     def track(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Follow points of frame 0, (N, 2) of (x, y) pixels, else :class:`FrameError`.
+        """Follow points of frame 0, (N, 2) pixels (x, y), through all frames.
 
         Points on the object in frame 0 move with the object, all others with the background.
 
         Returns:
-            positions, (T, N, 2) float64 pixels, also where a point cannot be seen; and visible,
+            positions, (T, N, 2) float64 pixels, also of points that are not visible; and visible,
             (T, N) bool: false outside the frame, and for the background behind the object.
+
+        Raises:
+            FrameError: points of another shape.
         """
         if points.ndim != 2 or points.shape[-1] != 2:
             raise FrameError(f"got points of shape {tuple(points.shape)}, expected (N, 2)")
@@ -98,21 +101,24 @@ def render_clip(
 ) -> RenderedClip:
     """Render a clip by moving a camera smoothly over a photograph.
 
-    The photograph is first scaled, with antialiasing, to the smallest size at which the camera's
-    whole path lies inside it, so there are no borders and no aliasing at any time.
+    The photograph is first scaled, with antialiasing, to the smallest size that contains the
+    camera's whole path, so no frame shows borders or aliasing.
 
     Args:
         photo: (3, h, w) uint8.
         frames, size: number of frames, and their (H, W).
         motion: ``"pan"``, ``"zoom"``, ``"rotate"``, or ``"mixed"`` for all three at once.
-        amount: how far, from 0 to 2, over the whole clip: a pan goes ``amount`` times the short
+        amount: motion over the whole clip, from 0 to 2: a pan covers ``amount`` times the shorter
             side, a zoom magnifies or reduces by ``1 + amount``, a rotation turns by ``amount``
             radians.
-        seed: decides directions, centres and paths.
-        cutout: (3, h', w') uint8 photograph to cut an ellipse from, which then moves over the
-            background; as wide as about half of the short side.
-        photometric: camera noise, 0 for none to 1 for strong: a slow drift in gain, brightness
-            and sharpness, and noise, which real clips have.
+        seed: of directions, centres and paths.
+        cutout: (3, h', w') uint8 photograph to cut an ellipse from, which moves over the
+            background and is about half as wide as the shorter side.
+        photometric: strength of camera noise from 0 to 1: slow drift of gain, brightness and
+            sharpness, and pixel noise, as in real clips.
+
+    Raises:
+        FrameError: values out of range, or photographs of another shape or dtype.
     """
     count, sides = check_side("frames", frames), as_sides("size", size)
     if motion not in _MOTIONS:
@@ -130,7 +136,7 @@ def render_clip(
     mask = object_homographies = None
     if cutout is not None:
         _check_photo("cutout", cutout)
-        # at its largest it takes its share of the frame
+        # the object's size where it is largest
         factor = _OBJECT_SIZE * min(sides) / max(cutout.shape[-2:])
         height, width = (max(1, round(side * factor)) for side in cutout.shape[-2:])
         sprite = resize(cutout[None], (height, width))[0]
@@ -150,7 +156,7 @@ def render_clip(
 def _camera_path(
     count: int, sides: tuple[int, int], motion: str, amount: float, generator: Generator
 ) -> Tensor:
-    """(count, 3, 3) similarities from each frame to a plane; no frame pixel exceeds one unit."""
+    """(count, 3, 3) similarities from frame pixels to a plane; a pixel spans at most one unit."""
     height, width = sides
     draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
     direction, pivot_x, pivot_y, *signs = draws
@@ -172,7 +178,7 @@ def _camera_path(
 def _object_path(
     count: int, sides: tuple[int, int], cutout: tuple[int, int], amount: float, generator: Generator
 ) -> Tensor:
-    """(count, 3, 3) similarities from the cut-out to each frame; its centre stays inside."""
+    """(count, 3, 3) similarities from the cutout to each frame; its centre stays inside."""
     height, width = sides
     draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
     direction, start_x, start_y, *signs = draws
@@ -188,7 +194,7 @@ def _object_path(
 
 
 def _progress(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Rise from 0 to 1 at a varying speed, and a swing out and back of height 1."""
+    """(count,) rise from 0 to 1 at varying speed, and (count,) full sine wave."""
     time = torch.linspace(0, 1, count, dtype=torch.float64)
     phase = _FULL_TURN * torch.rand(1, generator=generator, dtype=torch.float64).item()
     sway = (torch.sin(_FULL_TURN * time + phase) - math.sin(phase)) / _FULL_TURN
@@ -196,6 +202,7 @@ def _progress(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
 
 
 def _curve(along: Tensor, across: Tensor, direction: float) -> Tensor:
+    """(T, 2) offsets along and across a direction in radians."""
     cos, sin = math.cos(direction), math.sin(direction)
     return torch.stack((cos * along - sin * across, sin * along + cos * across), dim=-1)
 
@@ -212,7 +219,7 @@ def _similarities(offset: Tensor, factor: Tensor, angle: Tensor, pivot: Tensor) 
 
 
 def _transform(matrices: Tensor, points: Tensor) -> Tensor:
-    """(T, N, 2): points (N, 2) under each of (T, 3, 3) homographies."""
+    """Map points (N, 2) by each of (T, 3, 3) homographies to (T, N, 2)."""
     homogeneous = torch.cat((points, torch.ones_like(points[:, :1])), dim=-1)
     mapped = einsum(matrices, homogeneous, "t i j, n j -> t n i")
     return mapped[..., :2] / mapped[..., 2:]
@@ -221,11 +228,11 @@ def _transform(matrices: Tensor, points: Tensor) -> Tensor:
 def _fit_scene(
     photo: Tensor, camera: Tensor, sides: tuple[int, int], generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Scale the photograph to the camera's path, and place the path in the photograph."""
+    """Scale the photograph to contain the camera's path, and place the path in it."""
     height, width = sides
     corners = torch.tensor([[0, 0], [width, 0], [0, height], [width, height]], dtype=torch.float64)
-    seen = rearrange(_transform(camera, corners), "t n xy -> (t n) xy")
-    low, high = seen.amin(0) - _MARGIN, seen.amax(0) + _MARGIN
+    covered = rearrange(_transform(camera, corners), "t n xy -> (t n) xy")
+    low, high = covered.amin(0) - _MARGIN, covered.amax(0) + _MARGIN
     photo_sides = torch.tensor([photo.shape[-1], photo.shape[-2]], dtype=torch.float64)
     factor = ((high - low) / photo_sides).max()
     scaled = torch.ceil(photo_sides * factor)
@@ -237,28 +244,28 @@ def _fit_scene(
 
 
 def _sample(image: Tensor, to_image: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Look at an image through a similarity from frame pixels to the image's pixels."""
+    """Sample an image (C, h, w) at frame pixels mapped by ``to_image``: (C, H, W)."""
     height, width = image.shape[-2:]
-    points = rearrange(_through(to_image, sides), "h w xy -> 1 h w xy")
+    points = rearrange(_pixel_centres(to_image, sides), "h w xy -> 1 h w xy")
     grid = points / torch.tensor([width / 2, height / 2], dtype=torch.float64) - 1
     return F.grid_sample(
         image[None], grid.to(image.dtype), "bicubic", "border", align_corners=False
     )[0]
 
 
-def _through(matrix: Tensor, sides: tuple[int, int]) -> Tensor:
-    """(H, W, 2) images of the pixels' centres under a homography."""
+def _pixel_centres(matrix: Tensor, sides: tuple[int, int]) -> Tensor:
+    """(H, W, 2) centres of a frame's pixels, mapped by a homography."""
     y, x = (torch.arange(side, dtype=torch.float64) + 0.5 for side in sides)
     centres = rearrange(torch.stack(torch.meshgrid(x, y, indexing="xy")), "xy h w -> (h w) xy")
     return rearrange(_transform(matrix[None], centres), "1 (h w) xy -> h w xy", h=sides[0])
 
 
 def _ellipse(sprite: tuple[int, int], to_sprite: Tensor, sides: tuple[int, int]) -> Tensor:
-    """(H, W) opacity of the cut-out: 1 inside the ellipse, falling softly to 0 at its rim."""
+    """(H, W) opacity of the cutout: 1 inside the ellipse, with a soft edge to 0."""
     half_sides = torch.tensor([sprite[1] / 2, sprite[0] / 2], dtype=torch.float64)
-    # the soft rim must end inside the cut-out
+    # the soft edge must end inside the cutout
     radii = (half_sides - 2 * _SOFT_EDGE).clamp(min=0.5)
-    offset = (_through(to_sprite, sides) - half_sides) / radii
+    offset = (_pixel_centres(to_sprite, sides) - half_sides) / radii
     distance: Tensor = torch.linalg.vector_norm(offset, dim=-1)
     inwards = (1 - distance) * radii.min() / _SOFT_EDGE
     cover = (0.5 + 0.5 * inwards).clamp(0, 1)
@@ -266,7 +273,7 @@ def _ellipse(sprite: tuple[int, int], to_sprite: Tensor, sides: tuple[int, int])
 
 
 def _add_camera_noise(clip: Tensor, strength: float, generator: Generator) -> None:
-    """Let gain, brightness and sharpness drift and add noise, in place."""
+    """Drift gain, brightness and sharpness over time and add noise, in place."""
     time = torch.linspace(0, 1, len(clip), dtype=torch.float64)
     phases = _FULL_TURN * torch.rand(3, generator=generator, dtype=torch.float64)
     gain, brightness, softness = torch.sin(
@@ -292,7 +299,7 @@ def _inside(positions: Tensor, sides: tuple[int, int]) -> Tensor:
 
 
 def _lookup(masks: Tensor, positions: Tensor) -> Tensor:
-    """(T, N) bool: what (T, H, W) masks say at (T, N, 2) positions; False outside."""
+    """Read (T, H, W) masks at (T, N, 2) positions: (T, N) bool, False outside."""
     height, width = masks.shape[-2:]
     col = positions[..., 0].floor().clamp(0, width - 1).long()
     row = positions[..., 1].floor().clamp(0, height - 1).long()

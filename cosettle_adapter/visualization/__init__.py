@@ -1,4 +1,4 @@
-"""Pictures of features: PCA colours, masks, tracks and similarity over frames (extra ``[viz]``)."""
+"""Draw features: PCA colours, masks, tracks and similarity maps (extra ``viz``)."""
 
 from __future__ import annotations
 

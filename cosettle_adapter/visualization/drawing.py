@@ -1,4 +1,4 @@
-"""What all pictures share: colours that readers can tell apart, frames to draw on, maps on them."""
+"""Colours, frame checks and resampling shared by all pictures."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _DISTINCT = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0),
     (0, 114, 178),
 )  # fmt: skip
-_DARKEST = 0.35  # share of the scale too dark to be seen as a line
+_DARKEST = 0.35  # share of the scale that is too dark for lines
 
 
 def distinct_colours(count: int) -> Tensor:
-    """Return ``(count, 3)`` uint8 RGB for things that must not be mistaken for one another.
+    """Return ``(count, 3)`` uint8 RGB colours that are easy to tell apart.
 
-    Up to seven take the palette of Okabe and Ito, which readers with any kind of colour vision tell
-    apart; more are spread over :func:`colour_scale` in their order, so that neighbours look alike.
+    Up to seven are from the palette of Okabe and Ito, which is safe for colour-blind readers; more
+    are spread over :func:`colour_scale` in order, so that neighbours have similar colours.
     """
     if count <= len(_DISTINCT):
         return torch.tensor(_DISTINCT, dtype=torch.uint8)[:count]
@@ -32,17 +32,17 @@ def distinct_colours(count: int) -> Tensor:
 
 
 def colour_scale(values: Tensor) -> Tensor:
-    """Map values in [0, 1] to matplotlib's "inferno", whose lightness rises evenly.
+    """Map values in [0, 1] to matplotlib's perceptually uniform colour map "inferno".
 
-    Returns ``(..., 3)`` uint8 RGB on the CPU; what lies outside has the colour of that end.
+    Returns ``(..., 3)`` uint8 RGB on the CPU; values outside are clamped.
     """
-    matplotlib = require("matplotlib", extra="viz", purpose="a scale of colours")
+    matplotlib = require("matplotlib", extra="viz", purpose="a colour scale")
     rgba = matplotlib.colormaps["inferno"](values.float().clamp(0, 1).cpu().numpy(), bytes=True)
     return torch.from_numpy(rgba)[..., :3]
 
 
 def check_frames(frames: Tensor, geometry: Geometry | None = None, *, name: str = "frames") -> None:
-    """Raise unless they are ``(T, 3, H, W)`` uint8, and of the size a geometry is planned for."""
+    """Raise unless frames are ``(T, 3, H, W)`` uint8, of the size planned in a geometry."""
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8:
         raise FrameError(
             f"got {name} of shape {tuple(frames.shape)} and dtype {frames.dtype}, expected "
@@ -51,18 +51,17 @@ def check_frames(frames: Tensor, geometry: Geometry | None = None, *, name: str 
     if geometry is not None and tuple(frames.shape[-2:]) != geometry.frame:
         raise GeometryError(
             f"got {name} of {tuple(frames.shape[-2:])} pixels, but the geometry was planned for "
-            f"{geometry.frame}; draw on the frames that were encoded, or plan the geometry for "
-            "the frames to draw on"
+            f"{geometry.frame}; draw on the encoded frames, or plan the geometry for these frames"
         )
 
 
 def at_pixels(maps: Tensor, geometry: Geometry) -> Tensor:
-    """Read maps ``(T, C, h, w)`` at every pixel of the original frame: ``(T, C, H, W)``."""
+    """Resample maps ``(T, C, h, w)`` to every pixel of the original frame: ``(T, C, H, W)``."""
     y, x = (torch.arange(side) + 0.5 for side in geometry.frame)
     centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     return resample_to_points(maps, geometry, centres)
 
 
 def to_image(frame: Tensor) -> Image.Image:
-    """Return a frame ``(3, H, W)`` uint8 as an image."""
+    """Convert a ``(3, H, W)`` uint8 frame to a PIL image."""
     return Image.fromarray(rearrange(frame, "c h w -> h w c").contiguous().cpu().numpy())

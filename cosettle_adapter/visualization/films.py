@@ -1,4 +1,4 @@
-"""Clips beside one another under captions, and films and pictures on disk, complete or absent."""
+"""Arrange clips side by side with captions, and write films and pictures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from cosettle_adapter.visualization.pca import fit_alike, pca_frames
 
 _SUFFIXES = (".mp4", ".gif", ".png", ".webp")
 _CRF = "18"  # visually lossless H.264
-_PALETTE_FRAMES = 8  # frames a GIF's one palette is chosen from
+_PALETTE_FRAMES = 8  # frames that determine the palette of a GIF
 _BACKGROUND, _TEXT = (18, 20, 24), (236, 238, 241)
 _MARGIN = 8  # pixels between panels and around captions
-_NOTE = 28  # pixels, height of a line of small text
-_MOMENTS = 3  # frames of a still picture
+_NOTE = 28  # pixels, height of a line of text
+_STILLS = 3  # frames shown in a comparison picture
 
 
 def write_film(
@@ -40,20 +40,21 @@ def write_film(
 ) -> Path:
     """Write frames as an H.264 film or an animated picture, by the suffix of ``path``.
 
-    An error or an interrupt leaves whatever stood there before.
+    An error or interrupt leaves an existing file unchanged.
 
     Args:
         frames: ``(T, 3, H, W)`` uint8, or an iterable of ``(3, H, W)`` uint8 frames, all of one
-            size. For ``.mp4`` they are encoded one by one as they come; an odd last row or
-            column is doubled, because H.264 wants even sides.
+            size. An ``.mp4`` file is encoded frame by frame; odd sides are made even, as H.264
+            requires, by repeating the last row or column.
         path: ``.mp4`` (needs PyAV), ``.gif``, ``.webp`` or ``.png`` (animated when there is more
             than one frame). Missing folders are created.
         fps: frames per second.
-        palette: write a ``.png`` in the 256 colours that suit all frames, as every ``.gif`` is:
-            a third of the size.
+        palette: reduce a ``.png`` to 256 colours for all frames, as in every ``.gif``, which
+            takes a third of the space.
 
     Raises:
-        ValueError, FrameError: a suffix, frame rate or frame that no film can have, or no frames.
+        ValueError: unknown suffix, or a frame rate that is not positive.
+        FrameError: frames of another shape, dtype or size, or no frames.
         MissingExtraError: PyAV is not installed.
     """
     path = Path(path)
@@ -89,10 +90,11 @@ def pca_film(
     fps: float = 12,
     mode: str = "nearest",
 ) -> Path:
-    """Write a film of a clip beside the PCA colours of its features.
+    """Write a film of a clip side by side with the PCA colours of its features.
 
-    Args and errors are those of :func:`feature_panels` and :func:`write_film`; ``features`` are
-    ``(T, C, h, w)`` floats, or several by caption: ``{"raw": raw, "adapted": features}``.
+    ``features`` are ``(T, C, h, w)`` floats, or several by caption:
+    ``{"raw": raw, "adapted": features}``. Other arguments and errors are those of
+    :func:`feature_panels` and :func:`write_film`.
     """
     check_frames(frames)
     named = {"features": features} if isinstance(features, Tensor) else features
@@ -104,11 +106,12 @@ def feature_panels(
 ) -> dict[str, Tensor]:
     """Return a clip and the PCA colours of its features, ready for :func:`side_by_side`.
 
-    Every panel has its own basis for the whole clip. The colours of the first features are their
-    principal components; those of the others are turned to agree with the first.
+    Every panel has one basis for the whole clip. The colours of the first features are their
+    principal components; the others are rotated to agree with the first.
 
-    ``frames`` are ``(T, 3, H, W)`` uint8, and so is what is returned for ``"frame"`` and each
-    caption; ``features`` are ``(T, C, h, w)`` floats by caption, all on one grid.
+    ``frames`` are ``(T, 3, H, W)`` uint8, and so are the results for ``"frame"`` and each caption;
+    ``features`` are ``(T, C, h, w)`` floats by caption, all on one grid; the mode ``"bilinear"``
+    interpolates between patches.
     """
     height, width = frames.shape[-2:]
     return {"frame": frames} | {
@@ -118,10 +121,10 @@ def feature_panels(
 
 
 def side_by_side(panels: Mapping[str, Tensor]) -> Tensor:
-    """Place clips beside one another, each with its caption on a strip above.
+    """Place clips side by side, each below its caption.
 
-    ``panels`` are clips by caption, ``(T, 3, H, W)`` uint8 with the same ``T`` and ``H``, or a
-    :class:`FrameError`. Returns ``(T, 3, H', W')`` uint8, both sides even, as codecs want them.
+    ``panels`` are clips by caption, ``(T, 3, H, W)`` uint8 with equal ``T`` and ``H``; others are a
+    :class:`FrameError`. Returns ``(T, 3, H', W')`` uint8 with even sides, as codecs require.
     """
     if not panels:
         raise FrameError("got no panels; give a mapping such as {'frame': frames, 'PCA': colours}")
@@ -147,14 +150,14 @@ def side_by_side(panels: Mapping[str, Tensor]) -> Tensor:
 
 
 def time_slice(clip: Tensor, row: int, *, height: int | None = None) -> Tensor:
-    """Stack one row of every frame: an x-t slice, time from top to bottom.
+    """Stack one row of every frame: an x-t slice with time from top to bottom.
 
-    What moves smoothly draws smooth stripes; what flickers is texture.
+    Smooth motion appears as smooth stripes, flicker as texture.
 
     Args:
-        clip: ``(T, C, H, W)`` pictures of any dtype, such as those of :func:`pca_frames`, or maps.
-        row: the row, counted from the top.
-        height: rows of the result, over which the frames are spread evenly; by default ``T``.
+        clip: ``(T, C, H, W)`` pictures or maps of any dtype, such as those of :func:`pca_frames`.
+        row: index of the row, from the top.
+        height: number of rows of the result, to which frames are resampled; by default ``T``.
 
     Returns:
         ``(C, height, W)`` in the dtype of ``clip``.
@@ -171,17 +174,17 @@ def time_slice(clip: Tensor, row: int, *, height: int | None = None) -> Tensor:
 def comparison_picture(
     panels: Mapping[str, Tensor], *, row: int, notes: Mapping[str, str]
 ) -> Tensor:
-    """Lay out clips as one picture: a column each, with three moments above a row over time.
+    """Arrange clips in one picture: a column per clip, three frames above a row over time.
 
-    ``panels`` are those of :func:`side_by_side`; ``row`` is marked in each moment; ``notes`` are
-    lines of text below the column of a caption. Returns ``(3, H', W')`` uint8.
+    ``panels`` are those of :func:`side_by_side`; ``row`` is marked in each frame; ``notes`` are
+    lines of text, by caption, below the columns. Returns ``(3, H', W')`` uint8.
     """
     texts = {caption: notes.get(caption, "").splitlines() for caption in panels}
     lines = max(map(len, texts.values()))
     columns = {}
     for caption, clip in panels.items():
         length, _, height, width = clip.shape
-        times = torch.linspace(0, length - 1, min(_MOMENTS, length)).round().long()
+        times = torch.linspace(0, length - 1, min(_STILLS, length)).round().long()
         stills = clip.cpu()[times]
         stills[:, :, row] = 255
         stacked = torch.cat([stills, _plain(len(stills), _MARGIN, width)], dim=2)
@@ -203,7 +206,7 @@ def _plain(length: int, height: int, width: int) -> Tensor:
 
 
 def _caption(text: str, height: int, width: int) -> Tensor:
-    """``(3, height, width)`` uint8 strip with the text left-aligned, shrunk until it fits."""
+    """``(3, height, width)`` uint8 strip of left-aligned text, reduced in size until it fits."""
     strip = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(strip)
     size = height - 2 * _MARGIN
@@ -215,11 +218,11 @@ def _caption(text: str, height: int, width: int) -> Tensor:
 
 
 def _checked(frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the frames, each checked when it is taken."""
+    """Check each frame when it is requested."""
     shape: tuple[int, ...] = ()
     for index, frame in enumerate(frames):
-        right = frame.ndim == 3 and len(frame) == 3 and frame.dtype == torch.uint8
-        if not right or tuple(frame.shape) != (shape or tuple(frame.shape)):
+        valid = frame.ndim == 3 and len(frame) == 3 and frame.dtype == torch.uint8
+        if not valid or tuple(frame.shape) != (shape or tuple(frame.shape)):
             raise FrameError(
                 f"got frame {index} of shape {tuple(frame.shape)} and dtype {frame.dtype}, "
                 f"expected {shape or '(3, H, W)'} uint8 in [0, 255], all of one size"
@@ -239,7 +242,7 @@ def _write_h264(frames: Iterator[Tensor], path: Path, fps: float) -> None:
         stream = container.add_stream("libx264", rate=rate, options={"crf": _CRF})
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
-        # players guess the matrix of untagged films by their size; saying it keeps the colours
+        # players guess the colour matrix of untagged films from their size
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
         codec.color_range = 1  # limited
@@ -252,7 +255,7 @@ def _write_h264(frames: Iterator[Tensor], path: Path, fps: float) -> None:
 
 
 def _in_one_palette(images: list[Image.Image]) -> list[Image.Image]:
-    """Reduce colours by one palette for all frames: one a frame would make still ones flicker."""
+    """Reduce all frames to one palette; a palette per frame would flicker."""
     chosen = images[:: max(1, len(images) // _PALETTE_FRAMES)]
     width, height = images[0].size
     mosaic = Image.new("RGB", (width, height * len(chosen)))

@@ -1,8 +1,8 @@
-"""Patch features as colours: three principal components, one basis for a whole clip.
+"""Show patch features as colours: three principal components, one basis for a whole clip.
 
-A basis fitted frame by frame changes sign, order and scale from one frame to the next, and the
-film flickers even where the features do not. Here mean, components and colour range are those of
-the clip; whatever still flickers is in the features.
+A basis fitted per frame changes sign, order and scale between frames, and the film flickers even if
+the features do not. Here mean, components and colour range are fitted to the whole clip, so any
+flicker is in the features.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch.nn import functional as F
 from cosettle_adapter.errors import FrameError, GeometryError
 
 _COMPONENTS = 3
-_SAMPLES = 20_000  # patches that the covariance is estimated from
-_RANGE = (0.01, 0.99)  # shares of the scores below the ends of the colours
+_SAMPLES = 20_000  # patches to estimate the covariance from
+_RANGE = (0.01, 0.99)  # quantiles of the scores at the ends of the colour range
 
 
 @dataclass(frozen=True)
 class PCABasis:
-    """A linear map from features to three colours, and the range that colours span; float32."""
+    """A linear map from features to three colours, and the colour range; float32."""
 
-    mean: Tensor  # (C,), subtracted first
-    components: Tensor  # (3, C): orthonormal rows, strongest first, unless they were aligned
-    low: Tensor  # (3,), the scores shown as 0: the clip's 1st percentile
-    high: Tensor  # (3,), the scores shown as 255: the clip's 99th percentile
+    mean: Tensor  # (C,), subtracted from features
+    components: Tensor  # (3, C): orthonormal rows, strongest first, unless aligned
+    low: Tensor  # (3,) scores shown as 0: the clip's 1st percentile
+    high: Tensor  # (3,) scores shown as 255: the clip's 99th percentile
 
     def scores(self, features: Tensor) -> Tensor:
         """Project ``(T, C, h, w)`` features onto the components: ``(T, 3, h, w)`` float32."""
@@ -37,12 +37,12 @@ class PCABasis:
         if features.shape[1] != self.mean.shape[0]:
             raise GeometryError(
                 f"got features with {features.shape[1]} channels, but the basis was fitted on "
-                f"{self.mean.shape[0]}. Fit one basis for each kind of features."
+                f"{self.mean.shape[0]}. Fit a basis to each kind of features."
             )
         return _project(features, self.mean, self.components)
 
     def colours(self, features: Tensor) -> Tensor:
-        """Scores of ``(T, C, h, w)`` features within the range: ``(T, 3, h, w)`` in [0, 1]."""
+        """Scale the scores of ``(T, C, h, w)`` features to [0, 1]: ``(T, 3, h, w)`` float32."""
         scores = self.scores(features)
         low, high = (rearrange(end, "k -> k 1 1").to(scores) for end in (self.low, self.high))
         return ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0.0, 1.0)
@@ -51,36 +51,36 @@ class PCABasis:
 def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
     """Fit one PCA basis of three components to all frames of a clip.
 
-    The covariance of 20,000 patches, drawn by a fixed seed, is diagonalised in float64. Each
-    component's sign makes its largest loading positive, so the same features give the same colours
-    on every run.
+    The covariance of 20,000 patches, sampled with a fixed seed, is diagonalised in float64. The
+    largest loading of each component is positive, so the colours are the same on every run.
 
     Args:
         features: ``(T, C, h, w)`` floats.
-        align_to: scores of another basis on the same patches, ``basis.scores(other)`` of shape
-            ``(T, 3, h, w)``. The new components, each scaled to unit variance, are then rotated
-            among themselves to agree with those scores as well as an orthogonal map can
-            (Procrustes), so that two panels share their colours where the features share their
-            structure. It is one rotation for the clip: it cannot hide flicker.
+        align_to: scores of another basis on the same patches, ``basis.scores(other)``, of shape
+            ``(T, 3, h, w)``. The new components, scaled to unit variance, are rotated to match
+            these scores (orthogonal Procrustes), so that similar structure has similar colours in
+            both panels. One rotation serves the whole clip and cannot hide flicker.
 
-    Features of another shape, too few or not finite are a GeometryError or FrameError.
+    Raises:
+        GeometryError: features of another shape, or too few patches or channels.
+        FrameError: features that are not finite.
     """
     _check_features(features)
     frames, width, rows, columns = features.shape
     patches = frames * rows * columns
     if width < _COMPONENTS or patches <= _COMPONENTS:
         raise GeometryError(
-            f"got {patches} patches of {width} channels, but a colour picture needs at least "
-            f"{_COMPONENTS + 1} patches of {_COMPONENTS} channels."
+            f"got {patches} patches of {width} channels, expected at least {_COMPONENTS + 1} "
+            f"patches of {_COMPONENTS} channels."
         )
     if not features.isfinite().all():
         raise FrameError(
-            "got features with NaN or infinite values, which have no principal components. "
-            "Look for the first frame where features.isfinite().all() is False."
+            "got features with NaN or infinite values, expected finite ones; check each frame with "
+            "features[t].isfinite().all()"
         )
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(patches, generator=generator)[:_SAMPLES].sort().values
-    frame, row, column = torch.unravel_index(chosen, (frames, rows, columns))
+    indices = torch.randperm(patches, generator=generator)[:_SAMPLES].sort().values
+    frame, row, column = torch.unravel_index(indices, (frames, rows, columns))
     sample = features.detach()[frame, :, row, column].cpu().double()
     mean = sample.mean(dim=0)
     centred = sample - mean
@@ -98,14 +98,14 @@ def fit_pca(features: Tensor, *, align_to: Tensor | None = None) -> PCABasis:
             )
         rotation = _procrustes(scores, _tokens(align_to))
         basis, scores = rotation.T @ basis, scores @ rotation.float()
-    # kthvalue, because torch.quantile refuses more than 16 million values
+    # torch.quantile accepts at most 16 million values
     ranks = [round(share * (len(scores) - 1)) + 1 for share in _RANGE]
     low, high = (scores.kthvalue(rank, dim=0).values for rank in ranks)
     return PCABasis(mean.float(), basis.float(), low, high)
 
 
 def fit_alike(features: Mapping[str, Tensor]) -> dict[str, PCABasis]:
-    """Fit a basis to each of several features of one clip, all aligned to the first one's."""
+    """Fit a basis to each of several features of one clip, aligned to the first basis."""
     bases: dict[str, PCABasis] = {}
     reference: Tensor | None = None
     for name, maps in features.items():
@@ -117,10 +117,10 @@ def fit_alike(features: Mapping[str, Tensor]) -> dict[str, PCABasis]:
 def pca_frames(
     features: Tensor, basis: PCABasis, *, size: tuple[int, int], mode: str = "nearest"
 ) -> Tensor:
-    """Paint features in the colours of a basis.
+    """Draw ``(T, C, h, w)`` features in the colours of a basis.
 
-    The grid of ``(T, C, h, w)`` features is stretched over ``size``, ``(H, W)`` pixels; the mode
-    ``"bilinear"`` smooths between patches. Returns ``(T, 3, H, W)`` uint8 on the CPU.
+    The grid is resized to ``size``, ``(H, W)`` pixels; the mode ``"bilinear"`` interpolates between
+    patches. Returns ``(T, 3, H, W)`` uint8 on the CPU.
     """
     painted = F.interpolate(basis.colours(features), size=size, mode=mode)
     return (painted * 255).round().to(torch.uint8).cpu()
@@ -135,8 +135,9 @@ def _check_features(features: Tensor) -> None:
 
 
 def _project(features: Tensor, mean: Tensor, components: Tensor) -> Tensor:
-    mean, components = (each.to(features.device, torch.float32) for each in (mean, components))
-    # frame by frame: a float32 copy of a long clip would be the largest thing here
+    # converted before they move: MPS has no float64
+    mean, components = (tensor.float().to(features.device) for tensor in (mean, components))
+    # frame by frame, without a float32 copy of the clip
     scores = [
         einsum(frame.float() - rearrange(mean, "c -> c 1 1"), components, "c h w, k c -> k h w")
         for frame in features
@@ -149,7 +150,7 @@ def _tokens(scores: Tensor) -> Tensor:
 
 
 def _procrustes(scores: Tensor, reference: Tensor) -> Tensor:
-    """``(3, 3)`` map: unit variance, then the rotation that meets the reference best."""
+    """``(3, 3)`` map: scale scores to unit variance, then rotate them to match the reference."""
     (standard, deviation), (target, _) = map(_standardised, (scores.double(), reference.double()))
     left, _, right = torch.linalg.svd(standard.T @ target)
     rotation: Tensor = (left @ right) / rearrange(deviation, "k -> k 1")

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 
-_LONGEST = 960  # pixels of a picture's longer side; panels are hardly ever wider
+_LONGEST = 960  # pixels, longer side of a picture; panels are rarely wider
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
@@ -43,15 +43,15 @@ _HEADERS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ViewedClip:
-    """What the page shows of a clip."""
+    """The data of a clip that the page shows."""
 
     name: str
-    facts: Sequence[str]  # on the model and how the clip was encoded
-    pictures: Sequence[bytes]  # a JPEG for every frame
+    facts: Sequence[str]  # about the model and the encoding
+    pictures: Sequence[bytes]  # a JPEG per frame
     times: Tensor  # (T,) seconds
-    geometry: Geometry  # how the original frames became the grid of all features
-    features: Mapping[str, Tensor]  # by kind, in the order to offer them: (T, C, h, w) float16
-    pca: Mapping[str, bytes]  # by kind, a PNG of PCA colours, frames below one another
+    geometry: Geometry  # maps the original frames to the grid of all features
+    features: Mapping[str, Tensor]  # by kind, in the order of the menu: (T, C, h, w) float16
+    pca: Mapping[str, bytes]  # by kind, a PNG of PCA colours, frames stacked vertically
 
 
 @torch.inference_mode()
@@ -65,11 +65,11 @@ def view_clip(
     fusion: FusionMode | None = None,
     on_frames: Callable[[int], None] = lambda done: None,
 ) -> ViewedClip:
-    """Encode a clip for the page; of a video that breaks off, what could be read of it.
+    """Encode a clip for the page; a truncated video is encoded up to its end.
 
     Arguments are those of the adapter's ``stream``; with a ``fusion``, the projection's features
-    are shown fused over time as well. ``on_frames`` is called with the number of frames done,
-    after each pass. What cannot be read or used is a :class:`FrameError`.
+    are shown fused over time as well. ``on_frames`` is called after each forward pass with the
+    number of encoded frames. An unusable source raises :class:`FrameError`.
     """
     pictures: list[bytes] = []
     times: list[Tensor] = []
@@ -110,12 +110,12 @@ def view_clip(
 
 
 class ViewerServer(ThreadingHTTPServer):
-    """Serves one clip to this machine alone, on a wanted port, or any if it is taken."""
+    """Serves one clip to this machine only."""
 
-    daemon_threads = True  # an open connection does not hold up the end
+    daemon_threads = True  # open connections do not delay the exit
 
     def __init__(self, clip: ViewedClip, port: int = 0) -> None:
-        """Bind to the port and listen; 0 is any."""
+        """Listen on the port, or on any free one if it is 0 or taken."""
         self.clip = clip
         try:
             super().__init__((HOST, port), _Handler)
@@ -126,13 +126,13 @@ class ViewerServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """Address of the page."""
         return f"http://{HOST}:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log in place of printing; a reader who goes away in the middle is no news."""
+        """Log errors instead of printing them, except closed connections."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
-            logger.exception("a request of %s failed", client_address)
+            logger.exception("a request from %s failed", client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -140,15 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        # a page of another site whose name was made to lead here would read the clip otherwise
+        # rejects DNS rebinding: another site's page must not read the clip
         if self.headers.get("Host", "").split(":")[0] not in (HOST, "localhost"):
-            self._send(403, "text/plain", f"This page is for {self.server.url} alone.".encode())
+            self._send(403, "text/plain", f"Open {self.server.url} instead.".encode())
             return
         parts = urlsplit(self.path)
         try:
             answer = self._answer(parts.path, dict(parse_qsl(parts.query)))
         except (CosettleError, KeyError, ValueError) as error:
-            answer = 400, "text/plain", f"{self.path} makes no sense: {error}".encode()
+            answer = 400, "text/plain", f"{self.path} is not a valid request: {error}".encode()
         self._send(*answer)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -165,11 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path in ("/frame", "/similarity"):
             frame, count = int(query["frame"]), len(clip.pictures)
             if not 0 <= frame < count:
-                raise FrameError(f"got frame={frame}, expected one from 0 to {count - 1}")
+                raise FrameError(f"got frame={frame}, expected 0 to {count - 1}")
             if path == "/frame":
                 return 200, "image/jpeg", clip.pictures[frame]
             return 200, "application/json", json.dumps(_similarity(clip, frame, query)).encode()
-        return 404, "text/plain", f"There is nothing at {path}.".encode()
+        return 404, "text/plain", f"{path} does not exist.".encode()
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -181,17 +181,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _similarity(clip: ViewedClip, frame: int, query: Mapping[str, str]) -> dict[str, Any]:
-    """Compare all patches with a point (x, y) of a frame: heat as a PNG, peaks of all frames."""
+    """Compare all patches with a point (x, y) of a frame: a PNG heat map, peaks of all frames."""
     point = float(query["x"]), float(query["y"])
     maps = similarity_maps(clip.features[query["kind"]], clip.geometry, point, frame=frame)
     values = rearrange(maps, "t h w -> (t h) w").clamp(0, 1)
     drawn = _png(rearrange(heat(values), "c h w -> h w c"))
-    peaks = torch.cat([similarity_peaks(maps, clip.geometry), maps.amax((1, 2))[:, None]], dim=1)
+    highest = rearrange(maps.amax((1, 2)), "t -> t 1")
+    peaks = torch.cat([similarity_peaks(maps, clip.geometry), highest], dim=1)
     return {"peaks": peaks.tolist(), "heat": base64.b64encode(drawn).decode()}
 
 
 def _describe(clip: ViewedClip) -> dict[str, Any]:
-    """``/clip.json``; sizes are (width, height), as pages have them."""
+    """Return the content of ``/clip.json``; sizes are (width, height)."""
     h, w = clip.geometry.grid
     corners = torch.tensor([[-0.5, -0.5], [h - 0.5, w - 0.5]], dtype=torch.float64)
     return {
@@ -200,7 +201,7 @@ def _describe(clip: ViewedClip) -> dict[str, Any]:
         "times": clip.times.tolist(),
         "size": clip.geometry.frame[::-1],
         "grid": [w, h],
-        # left and top, right and bottom pixel of what the patches cover, each a stride wide
+        # top left and bottom right pixel of the area of the patches, each a stride wide
         "covered": clip.geometry.cells_to_pixels(corners).tolist(),
         "kinds": list(clip.features),
         "colours": colour_scale(torch.linspace(0, 1, 16)).tolist(),
@@ -215,7 +216,7 @@ def _jpeg(frame: Tensor) -> bytes:
 
 
 def _png(pixels: Tensor) -> bytes:
-    """``(H, W, 3 or 4)`` uint8 as PNG."""
+    """Encode ``(H, W, 3 or 4)`` uint8 pixels as PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels.contiguous().numpy()).save(file, format="PNG")
     return file.getvalue()

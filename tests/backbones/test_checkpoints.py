@@ -75,7 +75,9 @@ def test_what_is_not_a_tensor_is_named_and_never_run(
     for zipped in (True, False):
         file = tmp_path / f"{zipped}.pth"
         torch.save(content.get(where, payload), file, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(CorruptWeightsError, match=r"more than tensors \(.*\); it was not run"):
+        with pytest.raises(
+            CorruptWeightsError, match=r"more than tensors \(.*\); it was not executed"
+        ):
             read_checkpoint(file)
     assert not target.exists()
     torch.load(file, weights_only=False)
@@ -110,7 +112,7 @@ def test_files_that_hold_no_weights_give_one_line(tmp_path: Path) -> None:
     for kind in ("script", "tar"):
         assert "it is a TorchScript or tar archive" in messages[kind]
     assert "holds a list, expected a dictionary" in messages["list"]
-    assert "holds no tensors; at its top are: epoch, model" in messages["empty"]
+    assert "holds no tensors; its top-level keys are: epoch, model" in messages["empty"]
 
 
 # ONNX
@@ -123,7 +125,7 @@ def test_files_that_are_not_the_export_of_an_encoder(tmp_path: Path) -> None:
     with pytest.raises(CorruptWeightsError, match=r"model\.onnx is not a readable ONNX file"):
         read_checkpoint(path)
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), str(path))
-    with pytest.raises(CorruptWeightsError, match="not the export of a DINOv2 encoder"):
+    with pytest.raises(CorruptWeightsError, match="not an exported DINOv2 encoder"):
         read_checkpoint(path)
 
 

@@ -276,7 +276,7 @@ def test_bfloat16(architecture: str) -> None:
 def test_a_size_that_a_model_cannot_take(architecture: str, reason: str) -> None:
     backbone = built(architecture)
     assert backbone.patch_tokens(torch.zeros(1, 3, 224, 224)).shape[-2:] == (14, 14)
-    message = rf"{architecture} does not take images of 208 x 272 pixels \({reason}.*224\)"
+    message = rf"{architecture} does not accept images of 208 x 272 pixels \({reason}.*224\)"
     with pytest.raises(GeometryError, match=message):
         backbone.patch_tokens(torch.zeros(1, 3, 208, 272))
     backbone = build("resnet18")
@@ -375,7 +375,9 @@ def test_what_feature_maps_do_not_have_is_said() -> None:
     with pytest.raises(ValueError, match=r"0 to 3 .* got layer 4"):
         backbone.patch_tokens(images, layer=4)
     for stride in (8, 32):
-        with pytest.raises(GeometryError, match=f"choose, got {stride}.*@<pixels a patch>"):
+        with pytest.raises(
+            GeometryError, match=f"stride, got stride {stride}.*@<pixels per patch>"
+        ):
             build("resnet18", stride=stride)
     with pytest.raises(GeometryError, match="no stage of 14 pixels; it has 2, 4, 8"):
         build("resnet18", changes={"patch": 14})

@@ -170,10 +170,10 @@ def test_licence_mean_and_source_are_timms() -> None:
         # an old name that timm still maps, but has no configuration of
         ("vit_base_patch16_224_dino", r"no model .* Did you mean 'vit_base_patch16_224\.dino'"),
         ("resnet50.a9_in1k", r"no weights 'resnet50\.a9_in1k'\. Did you mean 'resnet50\.\w+_in1k'"),
-        ("botnet50ts_256.in1k", r"no weights .*\. It has none of botnet50ts_256 at all"),
+        ("botnet50ts_256.in1k", r"no weights .*\. It has no weights of botnet50ts_256"),
         ("resnet50@7", r"timm:resnet50\.\w+@7 has no stage with 7 pixels .* has 2, 4, 8, 16, 32$"),
-        ("resnet50@", r"no stage with no number of pixels a patch; it has 2, 4"),
-        ("vit_small_patch16_224.dino@8", r"no stage with 8 pixels a patch; it has 16$"),
+        ("resnet50@", r"no stage with no number of pixels per patch; it has 2, 4"),
+        ("vit_small_patch16_224.dino@8", r"no stage with 8 pixels per patch; it has 16$"),
     ],
 )
 def test_what_timm_does_not_have_is_named_with_what_comes_near(tag: str, message: str) -> None:

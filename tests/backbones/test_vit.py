@@ -239,7 +239,7 @@ def test_what_cannot_be_read_is_said(tiny_backbone: VisionTransformerBackbone) -
         with pytest.raises(GeometryError, match=f"between 1 and the patch size 16, got {stride}"):
             build(stride=stride)
     row = small("timm:vit_pe_spatial_tiny_patch16_512.fb")
-    with pytest.raises(ValueError, match="has no final norm; leave norm=True away"):
+    with pytest.raises(ValueError, match="has no final norm; omit norm=True"):
         build(row).patch_tokens(torch.zeros(1, 3, 32, 32), norm=True)
 
 

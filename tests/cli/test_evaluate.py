@@ -122,7 +122,7 @@ def test_a_clip_that_failed_is_named_and_is_the_status(
     [
         *(([task, "--data", "nowhere"], 1, "nowhere") for task in TASKS),
         (["rendered", "--size", "224"], 1, "write HEIGHTxWIDTH"),
-        (["rendered", "--baselines", "a/x", "b/x"], 1, "two baselines have one name"),
+        (["rendered", "--baselines", "a/x", "b/x"], 1, "several baselines of one name"),
         (["jhmdb", "--data", ".", "--year", "2017"], 2, "--year"),
         (["davis", "--data", ".", "--frames", "3"], 2, "--frames"),
         (["retrieval", "--data", ".", "--every", "2"], 2, "--every"),

@@ -57,7 +57,7 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(
     (workplace / "model.pt2").write_bytes(b"an earlier one")
     arguments = ["--size", "64", "64", "-o", "model.pt2", "--no-check"]
     assert export(*arguments) == 1
-    assert "model.pt2 is there already; give --overwrite" in capsys.readouterr().err
+    assert "model.pt2 exists already; give --overwrite" in capsys.readouterr().err
     assert (workplace / "model.pt2").read_bytes() == b"an earlier one"
     assert export(*arguments, "--overwrite") == 0
     assert (workplace / "model.pt2").stat().st_size > 1000
@@ -76,8 +76,8 @@ def test_a_missing_extra_is_told_before_a_model_is_loaded(
     ("arguments", "told"),
     [
         (["--size", "65", "64", "-o", "model.pt2"], "the nearest size that does is 64 x 64"),
-        (["--size", "64", "64", "-o", "model.trt"], ".onnx or .pt2 (torch.export); got model.trt"),
-        (["--size", "64", "64", "-o", "."], "the output's suffix"),
+        (["--size", "64", "64", "-o", "model.trt"], "got model.trt, expected an output file"),
+        (["--size", "64", "64", "-o", "."], "with the suffix .onnx or .pt2"),
         (
             ["--size", "64", "64", "-o", "model.pt2", "--check-on", "a.mp4", "--no-check"],
             "contradict each other",

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -61,7 +64,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_files(
     assert names(tmp_path / "out") == [f"{n}.npy{s}" for n in "abc" for s in ("", ".json")]
     (videos / "bad.mp4").unlink()
     assert main(command) == 0
-    assert "3 there already" in capsys.readouterr().out
+    assert "3 existing" in capsys.readouterr().out
     assert main([*command, "--overwrite"]) == 0
     assert "3 written" in capsys.readouterr().out
 
@@ -90,6 +93,15 @@ def test_options_reach_the_extraction(videos: Path, tmp_path: Path) -> None:
         "fps": None, "settle": True, "temporal_fusion": "causal",
     }  # fmt: skip
     assert (said["storage"], said["batch_size"], said["shape"]) == ("float16", 3, [4, 32, 2, 3])
+
+
+def test_help_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["extract", "--help"]) == 0
+    shown = capsys.readouterr().out
+    options = re.findall(r"^│ [ *] +(--\S+.*)", shown, re.MULTILINE)
+    assert len(options) > 15
+    for option in options:
+        assert re.search(r"\S  +[a-z]", option), f"no description: {option}"
 
 
 def test_ray_spreads_the_videos(
@@ -177,7 +189,48 @@ def test_where_outputs_go(videos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["extract", str(videos), "-o", str(tmp_path / "x.npy")]) == 1
     assert "3 sources need a folder to write to" in capsys.readouterr().err
     assert main(["extract", source, "-o", str(tmp_path / "x.npy"), "--format", "zarr"]) == 1
-    assert "x.npy is to be zarr, but its suffix is not .zarr" in capsys.readouterr().err
+    assert "zarr for x.npy, whose suffix is that of npy-memmap" in capsys.readouterr().err
+    assert main(["extract", source, "-o", str(tmp_path / "x.safetensrs")]) == 1
+    assert "the suffix of x.safetensrs is not that of a format" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["out", "a.zarr"])
+@pytest.mark.parametrize(("module", "extra"), [("zarr", "zarr"), ("av", "video")])
+def test_a_missing_extra_is_reported_before_the_model_is_loaded(
+    videos: Path,
+    tmp_path: Path,
+    loaded: list[dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    extra: str,
+    output: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    if module == "av":
+        monkeypatch.setitem(sys.modules, "zarr", ModuleType("zarr"))
+    command = ["extract", str(videos / "a.mp4"), "-o", str(tmp_path / output), "--format", "zarr"]
+    assert main(command) == 1
+    assert f"cosettle-adapter[{extra}]" in capsys.readouterr().err
+    assert not loaded
+    assert names(tmp_path) == ["videos"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_speed_of_one_source_is_printed(
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminal: bool,
+) -> None:
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stdout for a terminal
+    command = ["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.npy")]
+    assert main(command) == 0
+    assert re.search(r"a\.npy: features .*, timestamps, [0-9.]+ frames/s", capsys.readouterr().out)
+    assert main(command) == 0
+    assert "frames/s" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_ctrl_c_says_that_the_work_is_kept(

@@ -32,6 +32,11 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert "``" not in printed
 
 
+def test_the_help_of_a_command_is_its_whole_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    assert "An interrupted run continues with --resume DIR" in capsys.readouterr().out
+
+
 def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--jsn"]) == 2
     assert "Did you mean --json?" in capsys.readouterr().err
@@ -89,9 +94,9 @@ def test_a_truncated_source_is_told_and_fails(
     ("arguments", "message"),
     [
         (["extract", "nowhere.mp4", "-o", "x.safetensors"], "nowhere.mp4 does not exist"),
-        (["extract", "x.mp4", "-o", "x", "--model", "dinov2-vitb41"], "Did you mean"),
+        (["extract", __file__, "-o", "x", "--model", "dinov2-vitb41"], "Did you mean"),
         (
-            ["extract", "x.mp4", "-o", "x", "--model", "dinov3-vitb16", "--offline"],
+            ["extract", __file__, "-o", "x", "--model", "dinov3-vitb16", "--offline"],
             "no weights for dinov3",
         ),
         (["download", "clip-vitb61"], "unknown backbone 'clip-vitb61'"),

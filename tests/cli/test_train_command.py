@@ -287,7 +287,7 @@ def test_a_corpus_is_prepared_and_trained_on(
     assert "cosettle-adapter train --data ./frames" in printed
     assert [video.length() for video in Corpus.open("frames").videos] == [5, 5, 5]
     assert main(words) == 0
-    assert "the frames of 3 videos, 3 of them from before" in capsys.readouterr().out
+    assert "the frames of 3 videos, 3 of them extracted before" in capsys.readouterr().out
     assert train("--data", "frames", "--epochs", "1") == 0
     for wrong, message in {
         "--data .": "choose a folder outside",

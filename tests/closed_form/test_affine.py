@@ -71,7 +71,7 @@ def test_more_axes_than_data_has_are_finite() -> None:
 
 def test_layers_that_do_not_fit_are_errors() -> None:
     statistics, tokens = two_layers()
-    with pytest.raises(ValueError, match=r"layers of \[4, 5\] channels are not 10 in all"):
+    with pytest.raises(ValueError, match=r"layers with 10 channels in total, got \[4, 5\]"):
         solve_layers(statistics, (4, 5), centre, out_width=4)
     flat = TokenStatistics(10)
     tokens[:, 4:] = 1

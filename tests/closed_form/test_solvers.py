@@ -172,7 +172,7 @@ def test_degenerate_statistics_are_errors_not_nan(solver: Solver) -> None:
     flat.add_pairs(tokens, tokens + torch.randn(10, WIDTH))
     with pytest.raises(StatisticsError, match="all tokens are equal"):
         solver.solve(flat, solver.strength, "intra")
-    with pytest.raises(StatisticsError, match=r"no (tokens|corresponding pairs) were gathered"):
+    with pytest.raises(StatisticsError, match=r"no (tokens|corresponding pairs) were collected"):
         solver.solve(TokenStatistics(WIDTH), solver.strength, "intra")
     still, tokens = TokenStatistics(WIDTH), torch.randn(10, WIDTH)
     still.add_tokens(tokens)

@@ -117,7 +117,7 @@ def test_tensors_of_something_else_are_refused() -> None:
         TokenStatistics.from_tensors({"weight": torch.zeros(3)})
     tensors = collect(random_clips(2)).to_tensors()
     tensors["outer"] = torch.zeros(2, 2)
-    with pytest.raises(StatisticsError, match=r"outer is \(2, 2\) at width 3"):
+    with pytest.raises(StatisticsError, match=r"outer has shape \(2, 2\), expected \(3, 3\)"):
         TokenStatistics.from_tensors(tensors)
     with pytest.raises(ValueError, match="statistics of 4 channels, expected 3"):
         TokenStatistics(3).merge(TokenStatistics(4))
@@ -127,13 +127,13 @@ def test_tensors_of_something_else_are_refused() -> None:
         TokenStatistics(3).add_tokens(torch.zeros(5, 4))
 
 
-def test_nothing_gathered_is_an_error() -> None:
+def test_nothing_collected_is_an_error() -> None:
     empty = TokenStatistics(3)
     missing = {
-        "mean": "no tokens were gathered",
-        "intra_covariance": "no corresponding pairs were gathered",
-        "clip_covariance": "no whole clips were gathered",
-        "leakage_covariance": "no tokens with perturbed positions were gathered",
+        "mean": "no tokens were collected",
+        "intra_covariance": "no corresponding pairs were collected",
+        "clip_covariance": "no whole clips were collected",
+        "leakage_covariance": "no tokens with perturbed positions were collected",
     }
     for name, message in missing.items():
         with pytest.raises(StatisticsError, match=message):

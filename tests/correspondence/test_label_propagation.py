@@ -115,7 +115,7 @@ def test_chunks_and_frames_compared_together_do_not_change_the_result(
     options = {"protocol": protocol, "context": 5, "radius": 5}
     whole = propagate_labels(features, labels, **options)
     for against, chunk in ((1, 6), (300, 1), (2 * 6 * 28, 10), (8192, 10_000)):
-        monkeypatch.setattr("cosettle_adapter.correspondence.propagation._AGAINST", against)
+        monkeypatch.setattr("cosettle_adapter.correspondence.propagation._CONTEXT_CHUNK", against)
         # maps one by one, of either shape
         stream = (frame[None] if t % 2 else frame for t, frame in enumerate(features))
         torch.testing.assert_close(propagate_labels(stream, labels, chunk=chunk, **options), whole)

@@ -51,7 +51,11 @@ def test_one_bad_clip_does_not_lose_the_others() -> None:
         ("0.png", "0.jpg", r"expected PNG masks in .*masks, found 0.jpg"),
         ("0.png 1.png", "0.png 1.png 3.png", r"masks without a frame in .*: 3.png; .* 0.png, 1"),
         ("0.png 1.png", "1.png", r"first frame, 0.png, has no mask; expected .*masks.0.png"),
-        ("0.png 1.jpg 1.png", "0.png", r"has other files for the frames 1.jpg; keep one of each"),
+        (
+            "0.png 1.jpg 1.png",
+            "0.png",
+            r"several files for the same frame, such as 1.jpg;",
+        ),
     ],
 )
 def test_frames_and_masks_that_do_not_fit(

@@ -231,7 +231,7 @@ ROW = {"frame": 0, "xy": [[1, 2]] * 15, "visible": [True] * 15}
         ({"annotations": []}, r"xy of shape \(0,\)"),
         ({"annotations": [{**ROW, "xy": [[1, 2]]}]}, r"xy of shape \(1, 1, 2\)"),
         ({"annotations": [{**ROW, "visible": [2] * 15}]}, r"visible int64 \(1, 15\)"),
-        ({"annotations": [ROW, ROW]}, "a frame that is there twice"),
+        ({"annotations": [ROW, ROW]}, "a frame occurs twice"),
         ({"annotations": [{**ROW, "frame": 1}]}, "must have JHMDB's 15 joints, for every frame"),
     ],
 )

@@ -122,7 +122,7 @@ def test_segments_are_read_in_order(tmp_path: Path) -> None:
     [
         ("video,start,end\na,0,1\n", "lacks label; its first line must be video,start,end,label"),
         ("", "has the columns none"),
-        ("video,start,end,label\n", "has a header and no segments"),
+        ("video,start,end,label\n", "has no segments below its header"),
         ("video,start,end,label\na,0,1,x\na,2,1,y\n", "line 3: got video 'a', start '2', end '1'"),
         ("video,start,end,label\na,zero,1,x\n", "line 2: .*expected a video, a label and seconds"),
         ("video,start,end,label\na,0\n", "line 2"),

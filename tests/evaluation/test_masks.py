@@ -188,7 +188,7 @@ def test_the_mean_is_over_objects_not_over_clips() -> None:
         (FEATURES[:4], SQUARES, None, "masks up to frame 4, but 4 feature maps"),
         (FEATURES, SQUARES[:4], None, "masks up to frame 3, but 5 feature maps"),
         (FEATURES[:4], SQUARES[[0, 2, 4]], [0, 2, 4], "masks up to frame 4, but 4 feature maps"),
-        (FEATURES[:2], SQUARES[:2], None, "first and the last frame of the clip's 2 do not"),
+        (FEATURES[:2], SQUARES[:2], None, "first and the last of the clip's 2 frames do not"),
         (FEATURES, SQUARES[[1, 3]], [1, 3], r"48, 80\) for the frames \[1, 3\].* of frame 0"),
         (
             FEATURES,
@@ -243,7 +243,7 @@ def test_wrong_labels_say_what_was_expected_and_leave_the_matrix() -> None:
     gt = np.array([[0, 1], [2, 255]])
     for truth, guess, ignore, message in [
         (gt, np.zeros((2, 3), dtype=int), 255, r"pred of shape \(2, 3\), expected \(2, 2\)"),
-        (gt, np.full((2, 2), 3), 255, "pred has class 3, expected 0 to 2; make .* more classes"),
+        (gt, np.full((2, 2), 3), 255, "pred has class 3, expected 0 to 2; create .* more classes"),
         (gt, gt * 0, None, "gt has class 255, expected 0 to 2; .* value as ignore"),
         (gt - 1, gt * 0, 255, "gt has class -1"),
     ]:

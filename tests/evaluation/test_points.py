@@ -232,7 +232,11 @@ def test_wrong_arrays_say_what_was_expected() -> None:
         (badja_accuracy, (gt[..., 0], gt[..., 0], seen, [1, 1]), r"gt of shape \(2, 4\), expected"),
         (badja_accuracy, (gt, gt, seen * 1, [1, 1]), r"visible int64 \(2, 4\), expected bool"),
         (badja_accuracy, (gt, gt, seen, [1]), r"areas of shape \(1,\), expected \(T,\) = \(2,\)"),
-        (pck, (lost, gt), "gt has a position that counts and is not finite; mark it as unseen"),
+        (
+            pck,
+            (lost, gt),
+            "gt has a position that counts and is not finite; correct it, or",
+        ),
         (badja_accuracy, (lost, gt, seen, [1, 1]), "gt has a position that counts and is not"),
         (tapvid_metrics, (query, ~seen, lost, seen, gt), "gt_tracks has a position that counts"),
         (tapvid_metrics, (query[:1], seen, gt, seen, gt), r"query_points of .*, expected \(2, 3\)"),

@@ -107,7 +107,7 @@ def test_a_whole_page_needs_nothing_else_and_escapes_all(tmp_path: Path) -> None
     assert not re.search(r"(src|href|@import)[ =(]*[\"']?(https?:|//|/)", text)
     assert page.words.count(NASTY) >= 8
     assert "75 % of the patches are cycle-consistent, those in red are not" in page.words
-    assert "rank correlation of -1.000;" in page.words
+    assert "variance within videos is -1.000;" in page.words
     assert f"{report().results[ADAPTED].figures['margin D']:.4f}" in page.words
 
 
@@ -125,8 +125,8 @@ def test_bars_go_from_what_gains_most_to_what_loses_most(tmp_path: Path) -> None
     shown = [text for text in page.texts if re.fullmatch(r"clip\d{3}|broken", text)]
     kept = [*range(99, 79, -1), *range(18, -1, -1)]
     assert shown == [*(f"clip{i:03}" for i in kept), "broken"]
-    assert "The first and the last 20 of 101." in page.words
-    assert "In the order of adapted minus raw same layer." in page.words
+    assert "The first and the last 20 of 101 clips." in page.words
+    assert "Sorted by adapted minus raw same layer." in page.words
 
 
 def test_inconsistent_patches_are_red_and_others_as_they_were() -> None:

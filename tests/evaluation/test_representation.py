@@ -287,7 +287,7 @@ def test_a_video_that_cannot_be_used_does_not_lose_the_others(
     given = [tmp_path / "broken.mp4", clips[0], short, clips[1]]
     report = evaluate_representation(tiny_adapter, given, QUICK)
     assert list(report.skipped) == ["broken.mp4", "short.mp4"]
-    assert "got 2 frames at 12.5 a second, expected at least 4" in report.skipped["short.mp4"]
+    assert "got 2 frames at 12.5 per second, expected at least 4" in report.skipped["short.mp4"]
     assert all(len(result.videos) == 2 for result in report.results.values())
     assert evaluate_representation(tiny_adapter, clips[:1], QUICK).spectrum is None
     tiny_adapter.projection.linears[0].bias.fill_(math.nan)

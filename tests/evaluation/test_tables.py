@@ -83,7 +83,7 @@ def test_the_tables_show_gains_with_their_worst_clip() -> None:
     assert clips.rows[clips.rule or 0][0] == "all: J&F"
     notes = list(result_notes(results(TABLE, parts=PARTS)))
     assert any("centred layer 7 for one, centred layer 5 for two" in note for note in notes)
-    assert any(note.startswith("adapted: worst over raw last: one/a") for note in notes)
+    assert any(note.startswith("adapted: worst clip over raw last: one/a") for note in notes)
     assert "frames encoded at 48 x 80" in notes
 
 

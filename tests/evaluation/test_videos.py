@@ -74,9 +74,9 @@ def test_a_given_split_is_kept(tmp_path: Path) -> None:
         ("train/a/1.mp4", "train"), ("train/b/2.mp4", "train"), ("val/a/3.mp4", "val"),
     ]  # fmt: skip
     assert split_videos(found) == ([0, 1], [2])
-    with pytest.raises(FrameError, match="got 2 videos to learn from and 0 to be judged by"):
+    with pytest.raises(FrameError, match="got 2 videos to train on and 0 to test on"):
         split_videos(found[:2])
-    with pytest.raises(FrameError, match="no readable video to learn from of 'a'"):
+    with pytest.raises(FrameError, match="no readable training video of 'a'"):
         split_videos(found[1:])
     touch(tmp_path, "plane/3.mp4", "train/1.mp4", "val/1.mp4")  # among others they are classes
     assert {video.label for video in labelled_videos(tmp_path)} == {"train", "val", "plane"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from cosettle_adapter import CoSettleAdapter, FrameSelection
-from cosettle_adapter.errors import FrameError
+from cosettle_adapter.errors import FrameError, MissingExtraError
 from cosettle_adapter.extraction import ExtractSettings, extract, read_features
 from cosettle_adapter.extraction.record import RunRecord
 from cosettle_adapter.extraction.settings import FormatError, OutputExistsError
@@ -71,8 +72,12 @@ def test_the_format_is_told_by_name_or_suffix(
     result = extract(small_adapter, clip, tmp_path / "f", format="npy-memmap", select=FEW)
     assert read_features(result.path).features.shape == (2, 32, 3, 4)
     for name, options, message in [
-        ("f.bin", {}, r"f\.bin does not tell its format by its suffix: end it in one of"),
-        ("f.npy", {"format": "safetensors"}, r"f\.npy is to be safetensors, .* end it in \.safe"),
+        ("f.bin", {}, r"suffix of f\.bin is not that of a format: use one of"),
+        (
+            "f.npy",
+            {"format": "safetensors"},
+            r"format safetensors for f\.npy, .* use the suffix \.safe",
+        ),
         ("f.npy", {"format": "npy-memap"}, r"unknown format .*Did you mean 'npy-memmap'"),
         ("f.npy", {"storage": "bfloat16"}, r"--storage float32 .*bfloat16 goes into safetensors"),
     ]:
@@ -105,6 +110,17 @@ def test_a_full_disk_leaves_no_file(
         extract(small_adapter, cut if broken else clip, tmp_path / "f.npy", batch_size=20)
     assert not (tmp_path / "f.npy").exists()
     assert (tmp_path / ".f.npy.partial").exists() == broken, "kept where batches were written"
+
+
+def test_without_zarr_no_frame_is_read(
+    small_adapter: CoSettleAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    frames = iter([torch.zeros(3, 48, 64, dtype=torch.uint8)])
+    with pytest.raises(MissingExtraError, match=r"cosettle-adapter\[zarr\]"):
+        extract(small_adapter, frames, tmp_path / "f.zarr")
+    assert len(list(frames)) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_read_leaves_nothing(small_adapter: CoSettleAdapter, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_what_folders_files_and_patterns_mean(tmp_path: Path) -> None:
     assert found("davis") == [("images", "bear"), ("images", "camel")]
     assert found("vid*") == videos
     for given_, message in {
-        "both": r"one source or many\? Give .*/\*\.png' for the images",
+        "both": r"expected only one kind\. Give .*/\*\.png' for the images",
         "empty": "holds neither videos",
         "*.mkv": "matches nothing",
         "none.mp4": "does not exist",

@@ -132,7 +132,7 @@ def test_no_readable_clip_and_no_clip_to_render_from(
     tiny_backbone: VisionTransformerBackbone, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
-    with pytest.raises(StatisticsError, match="no corresponding pairs were gathered"):
+    with pytest.raises(StatisticsError, match="no corresponding pairs were collected"):
         fit_projection(tiny_backbone, tmp_path, QUICK)
     write_video(tmp_path / "c.mp4", frames=30, height=64, width=96, noisy=True)
     for name in range(9):  # the fifth and the tenth clip are held out

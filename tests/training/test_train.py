@@ -117,7 +117,7 @@ def test_a_small_corpus_makes_small_batches(
     assert train_on_cpu(backbone, tmp_path, settings, FakeData(5)).steps == 2
     assert "batch size lowered from 128 to 5, because an epoch has only 5 samples" in caplog.text
     data = FakeData()
-    with pytest.raises(GeometryError, match="the nearest that does is 48 or 64"):
+    with pytest.raises(GeometryError, match="the nearest valid size is 48 or 64"):
         train_on_cpu(backbone, tmp_path / "out", dataclasses.replace(QUICK, size=60), data)
     assert not data.seen
     assert not (tmp_path / "out").exists()

@@ -265,7 +265,7 @@ def test_patched_frames_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureF
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING, logger="cosettle_adapter"):
         assert len(read(path)[0]) == 12
-    assert caplog.messages == [f"{path} is damaged: the decoder patched it up"]
+    assert caplog.messages == [f"{path} is damaged: the decoder concealed the errors"]
 
 
 def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_what_is_no_video_says_so(
     messages = {
         "sound.wav": r"has no video stream \(streams: audio\)",
         "frames.npy": r"load it with numpy\.load or torch\.load and pass the frames",
-        "none.avi": "no frame of it can be decoded",
+        "none.avi": "no frame can be decoded",
         "notes.txt": "it looks like text",
         "empty.mp4": "cannot be read as a video",
         "bytes.bin": "cannot be read as a video",

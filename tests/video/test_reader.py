@@ -134,7 +134,10 @@ def test_selections_are_checked(options: dict[str, float], message: str) -> None
 
 def test_a_range_without_frames() -> None:
     for select, message in (
-        (FrameSelection(start=7.5), r"no frame from 7\.5 s on; the frames met lie from 0 s to 4 s"),
+        (
+            FrameSelection(start=7.5),
+            r"no frame from 7\.5 s on; the frames read range from 0 s to 4 s",
+        ),
         (FrameSelection(start=1.2, end=1.8), r"from 1\.2 s to 1\.8 s; .* from 0 s to 2"),
     ):
         with pytest.raises(FrameError, match=message):
@@ -202,7 +205,7 @@ def test_iterators_and_iterables_with_a_length() -> None:
         (7, "cannot read frames from an object of type int; expected a video"),
         (b"clip.mp4", "object of type bytes"),
         ({}, "object of type dict"),
-        (torch.zeros(2, 3, 4, 4) - 1, "do not normalise"),
+        (torch.zeros(2, 3, 4, 4) - 1, "pass raw frames"),
         ("nowhere/clip.mp4", r"does not exist\.$"),
         ("https://example.org/clip.mp4", "is a URL; download it"),
     ],
@@ -263,7 +266,7 @@ def test_folders_and_patterns_without_images(tmp_path: Path) -> None:
     for name in ("clip_b.py", "clip_a.mp4", "c.mp4", "d.mp4"):
         (tmp_path / name).touch()
     for source, message in (
-        (tmp_path, r"it holds c\.mp4, clip_a\.mp4, clip_b\.py; a video is opened by its own path"),
+        (tmp_path, r"it holds c\.mp4, clip_a\.mp4, clip_b\.py; to open a video, pass"),
         (tmp_path / "*.png", "matches nothing; expected images"),
         (tmp_path / "*", r"matches c\.mp4, clip_a\.mp4, clip_b\.py; expected images, or a single"),
         (

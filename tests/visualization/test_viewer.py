@@ -97,14 +97,14 @@ def test_similarities_are_those_of_the_library(server: ViewerServer, viewed: Vie
     ("path", "status", "sentence"),
     [
         ("/frame", 400, "'frame'"),
-        ("/frame?frame=5", 400, "frame=5, expected one from 0 to 4"),
+        ("/frame?frame=5", 400, "frame=5, expected 0 to 4"),
         ("/frame?frame=-1", 400, "frame=-1"),
         ("/pca?kind=other", 400, "'other'"),
         ("/similarity?kind=adapted&frame=0&x=a&y=3", 400, "'a'"),
         ("/similarity?kind=adapted&frame=0&x=90.5&y=3", 400, "outside the frame of 90 x 60"),
         ("/similarity?kind=adapted&frame=0&x=nan&y=3", 400, "outside the frame"),
-        ("/../viewer.py", 404, "nothing at"),
-        ("/%2e%2e/viewer.py", 404, "nothing at"),
+        ("/../viewer.py", 404, "does not exist"),
+        ("/%2e%2e/viewer.py", 404, "does not exist"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_sentence(

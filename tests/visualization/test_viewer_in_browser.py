@@ -60,7 +60,7 @@ def test_a_click_asks_for_the_patch_and_every_frame_shows_its_best_match(
     box = canvas.bounding_box()
     with page.expect_response("**/similarity?**"):
         canvas.click(position={"x": box["width"] * 0.25, "y": box["height"] * 0.7})
-    playwright.expect(page.locator("#asked")).to_contain_text("at 32, 67")
+    playwright.expect(page.locator("#status")).to_contain_text("at 32, 67")
     point = (128 * 0.25, 96 * 0.7)
     for frame in range(3):
         for panel in ("left", "right"):
@@ -73,7 +73,7 @@ def test_a_click_asks_for_the_patch_and_every_frame_shows_its_best_match(
     page.locator("#strip button").first.click()
     assert page.locator("#moment").inner_text().startswith("frame 1 of 6")
     assert page.locator("#strip button").count() == 6
-    assert page.locator("#trouble").is_hidden()
+    assert page.locator("#error").is_hidden()
 
 
 def test_views_kinds_and_the_address_follow_each_other(page: Any, server: ViewerServer) -> None:
@@ -83,7 +83,7 @@ def test_views_kinds_and_the_address_follow_each_other(page: Any, server: Viewer
     with page.expect_response("**/pca?**"):
         page.keyboard.press("p")
     playwright.expect(page).to_have_url(re.compile("view=pca"))
-    playwright.expect(page.locator("#asked")).to_contain_text("principal")
+    playwright.expect(page.locator("#status")).to_contain_text("principal")
     assert canvas.evaluate(painted) != similarity
     kind = next(iter(server.clip.features))
     page.locator("#right select").select_option(kind)
