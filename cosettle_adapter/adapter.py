@@ -18,7 +18,7 @@ from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
 from cosettle_adapter.correspondence import FusionMode, TemporalFusion
-from cosettle_adapter.errors import ProjectionFormatError, TruncatedVideoError
+from cosettle_adapter.errors import DamagedError, FrameError, ProjectionFormatError
 from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.hub import RAW, identity_projection, load_parts
 from cosettle_adapter.io import atomic_path
@@ -44,6 +44,7 @@ class FeatureChunk:
     geometry: Geometry  # how patches map to pixels of the source's frames
     start: int  # number of frames delivered before this chunk
     backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, on request
+    lost: tuple[float, ...] = ()  # seconds of frames that damage took, in this chunk or around it
 
 
 class CoSettleAdapter(FeatureModel):
@@ -233,23 +234,34 @@ class CoSettleAdapter(FeatureModel):
                 ``"causal"`` uses past frames only. Fused features carry no gradients.
 
         Raises:
-            FrameError: the source has no frames, or frames of an unsupported shape or range.
-            TruncatedVideoError: the video ends early; all readable frames were yielded before.
+            FrameError: the source has no frames, or frames of an unsupported shape or range, or
+                frames of several sizes that ``size`` does not bring to one grid.
+            DamagedError: with ``select.on_damage="error"``, after the features before the damage.
         """
         settles = self.settles if settle is None else settle
         settler = Settler(self.width, forgetting=forgetting) if settles else None
         fusion = None if temporal_fusion is None else TemporalFusion(temporal_fusion)
-        chunks = open_frames(source, select, skip=skip, chunk_size=batch_size)
+        chunks = open_frames(
+            source, select, skip=skip, chunk_size=batch_size, one_size=size is None
+        )
         chunks = pinned(chunks) if self.device.type == "cuda" else chunks
 
         def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
+            first: Geometry | None = None
             for chunk in prefetch(chunks):
                 tokens, features, geometry = self._encode(chunk.frames, size=size, fit=fit)
+                first = first or geometry
+                if geometry.grid != first.grid:
+                    raise FrameError(
+                        f"the frame at {chunk.timestamps[0]:g} s is {geometry.frame[0]} x "
+                        f"{geometry.frame[1]}, but the first is {first.frame[0]} x "
+                        f"{first.frame[1]}; give a size (height, width) to resize all to"
+                    )
                 if settler is not None:
                     features = settler.settle(features)
                 backbone = tokens if return_backbone else None
                 times, start = chunk.timestamps, chunk.start
-                yield FeatureChunk(features, times, geometry, start, backbone), tokens
+                yield FeatureChunk(features, times, geometry, start, backbone, chunk.lost), tokens
 
         results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
         if fusion is not None:
@@ -276,8 +288,7 @@ class CoSettleAdapter(FeatureModel):
 
         The clip's mean token is subtracted, and directions in which corresponding patches of
         adjacent frames differ are damped. The new adapter shares the backbone and keeps this
-        adapter as :attr:`unsettled`: settling again starts from there and does not accumulate. Of a
-        video that ends early, the readable part is used.
+        adapter as :attr:`unsettled`: settling again starts from there and does not accumulate.
 
         Args:
             source, select, size, fit, batch_size: as in :meth:`stream`.
@@ -289,13 +300,8 @@ class CoSettleAdapter(FeatureModel):
         base = self.unsettled
         settler = Settler(base.width, ridge=ridge, prior_pairs=prior_pairs)
         frames = open_frames(source, select, chunk_size=batch_size)
-        try:
-            for chunk in prefetch(frames):
-                settler.update(base._encode(chunk.frames, size=size, fit=fit)[1])
-        except TruncatedVideoError as error:
-            if not settler.frames:
-                raise
-            logger.warning("settled on the readable part of the clip: %s", error)
+        for chunk in prefetch(frames):
+            settler.update(base._encode(chunk.frames, size=size, fit=fit)[1])
         is_path = isinstance(source, (str, Path))
         record = {
             "method": "settled on one clip: centred, then damped by the clip's own intra-video "
@@ -336,16 +342,16 @@ def _fused(
             del ready[:frames]
             yield dataclasses.replace(waiting.popleft(), features=features)
 
-    truncated: TruncatedVideoError | None = None
+    damaged: DamagedError | None = None
     try:
         for chunk, guide in chunks:
             ready.extend(fusion.push(chunk.features, guide))
             # without the unfused features, to free their memory
             waiting.append(dataclasses.replace(chunk, features=chunk.features.new_empty(0)))
             yield from complete()
-    except TruncatedVideoError as error:
-        truncated = error
+    except DamagedError as error:
+        damaged = error
     ready.extend(fusion.flush())
     yield from complete()
-    if truncated is not None:
-        raise truncated
+    if damaged is not None:
+        raise damaged

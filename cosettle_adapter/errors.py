@@ -50,12 +50,8 @@ class FrameError(CosettleError, ValueError):
     """Frames of an unsupported shape or range, or a source without frames."""
 
 
-class TruncatedVideoError(FrameError):
-    """A video that ends early or is damaged in the middle."""
-
-    def __init__(self, message: str, *, frames_read: int) -> None:
-        super().__init__(message)
-        self.frames_read = frames_read  # before the damage
+class DamagedError(FrameError):
+    """A source that lost frames to damage, read with ``on_damage="error"``."""
 
 
 class GeometryError(CosettleError, ValueError):

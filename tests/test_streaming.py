@@ -12,7 +12,7 @@ from torch import Tensor
 from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.correspondence import FusionMode, fusion, temporal_fusion
-from cosettle_adapter.errors import FrameError, TruncatedVideoError
+from cosettle_adapter.errors import DamagedError, FrameError
 
 from helpers import write_video
 
@@ -34,7 +34,7 @@ def no_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_streaming_equals_one_call(tiny_adapter: CoSettleAdapter, clip: Tensor) -> None:
-    select = FrameSelection(fps=10, max_frames=7)
+    select = FrameSelection(source_fps=10, max_frames=7)
     chunks = list(tiny_adapter.stream(clip, batch_size=3, return_backbone=True, select=select))
     assert [len(chunk.features) for chunk in chunks] == [3, 3, 1]
     assert [chunk.start for chunk in chunks] == [0, 3, 6]
@@ -127,9 +127,13 @@ def test_frames_that_wait_when_a_video_breaks_off_are_returned(
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     plain, fused = [], []
-    with pytest.raises(TruncatedVideoError):
-        plain.extend(tiny_adapter.stream(cut))
-    with pytest.raises(TruncatedVideoError):
-        fused.extend(tiny_adapter.stream(cut, temporal_fusion="symmetric"))
+    select = FrameSelection(on_damage="error")
+    with pytest.raises(DamagedError):
+        plain.extend(tiny_adapter.stream(cut, select=select))
+    with pytest.raises(DamagedError):
+        fused.extend(tiny_adapter.stream(cut, select=select, temporal_fusion="symmetric"))
+    warned = list(tiny_adapter.stream(cut, temporal_fusion="symmetric"))
+    assert [len(chunk.features) for chunk in warned] == [len(chunk.features) for chunk in plain]
+    assert len(warned[-1].lost) == 40 - sum(len(chunk.features) for chunk in plain)
     assert len(plain) > 1
     assert [len(chunk.features) for chunk in fused] == [len(chunk.features) for chunk in plain]

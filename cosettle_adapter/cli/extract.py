@@ -191,7 +191,11 @@ def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> boo
         counts["failed"] = len(outcomes) - len(written)
         summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         say(summary + speed if summary else "nothing to do")
-    lines = [f"the source ended early: {file.truncated}" for file in written if file.truncated]
+    lines = [
+        f"{file.path}: {len(file.lost)} frames of its source were lost to damage"
+        for file in written
+        if file.lost
+    ]
     for outcome in outcomes:
         if outcome.error is not None:
             source = "" if outcome.job.source in outcome.error else f"{outcome.job.source}: "

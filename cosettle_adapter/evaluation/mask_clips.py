@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,8 @@ from cosettle_adapter.evaluation.masks import (
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, mean
 from cosettle_adapter.video import FrameSelection
 from cosettle_adapter.video.geometry import Geometry
+from cosettle_adapter.video.reader import pending_frames
+from cosettle_adapter.video.selection import PendingFrame
 
 Year = Literal["2016", "2017"]
 LateLabels = Literal["error", "void"]
@@ -128,7 +129,7 @@ def davis_clips(
     ``Annotations/<resolution>/<clip>/*.png`` and ``ImageSets/<year>/<subset>.txt``. The default
     year is the newest available; 2016 merges all objects into one. The default subset is val, or
     train if there is no list of val. In ``select``, the time of a frame is its position divided by
-    ``fps`` (default 1).
+    ``source_fps`` (default 1).
     """
     kinds = [f"JPEGImages/{resolution}", f"Annotations/{resolution}"]
     root = folders.data_folder(root, DAVIS, [*kinds, "ImageSets"])
@@ -141,9 +142,8 @@ def davis_clips(
 
     def make(name: str) -> Clip[Masks]:
         images, labels = (root / kind / name for kind in kinds)
-        start, end, fps = select.start or 0, select.end or math.inf, select.fps or 1
-        frames = [path for i, path in enumerate(images_in(images)) if start <= i / fps < end]
-        frames = frames[:: select.every][: select.max_frames]
+        listed = select.of(pending_frames(images_in(images), select), name)
+        frames = [Path(item.name) for item in listed if isinstance(item, PendingFrame)]
         masks = images_named(labels, [frame.stem for frame in frames], lossless=True)
         missing = [path for path in masks if not path.is_file()] if frames else [images / "*.jpg"]
         if missing:

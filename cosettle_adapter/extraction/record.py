@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class RunRecord:
         self.folder = output.with_name(f".{output.name}.partial")
         self.keep = False  # whether the folder is kept at the end of the run
         self.timestamps: list[float] = []  # seconds of the written frames
+        self.lost: list[float] = []  # seconds of frames that damage took from the source
         self._output = output
         self._frame: list[int] = []  # (C, h, w) of a frame's features
         self._geometry: Mapping[str, Any] = {}
@@ -123,16 +124,23 @@ class RunRecord:
         self._frame, self._geometry = valid[0]["shape"], valid[0]["geometry"]
         with self._numbers.open("r+b") as file:
             file.seek(RESERVED)
-            for checksum, times in lines[1:]:
+            for checksum, times, lost in lines[1:]:
                 if zlib.crc32(file.read(len(times) * self.frame_bytes)) != checksum:
                     break
                 self.timestamps += times
-                valid.append([checksum, times])
+                self._lose(lost)
+                valid.append([checksum, times, lost])
             file.truncate(RESERVED + len(self.timestamps) * self.frame_bytes)
         self._write_journal(valid)
         logger.info("resuming %s after %d frames", self._output, len(self.timestamps))
 
-    def append(self, features: Tensor, geometry: Geometry, timestamps: Tensor) -> None:
+    def append(
+        self,
+        features: Tensor,
+        geometry: Geometry,
+        timestamps: Tensor,
+        lost: Sequence[float] = (),
+    ) -> None:
         """Append a batch of ``(N, C, h, w)`` features in the storage dtype."""
         flat = rearrange(features.cpu(), "n c h w -> (n c h w)").contiguous()
         numbers = flat.view(torch.uint8).numpy().data  # bytes, as NumPy lacks bfloat16
@@ -144,10 +152,15 @@ class RunRecord:
         with self._numbers.open("ab") as file:
             file.write(numbers)
         with self._journal.open("a") as file:
-            file.write(f"{json.dumps([zlib.crc32(numbers), timestamps.tolist()])}\n")
+            line = [zlib.crc32(numbers), timestamps.tolist(), list(lost)]
+            file.write(f"{json.dumps(line)}\n")
         self.timestamps += timestamps.tolist()
+        self._lose(lost)
 
-    def finish(self, complete: Callable[[Path, RunRecord], Path], truncated: str | None) -> None:
+    def _lose(self, lost: Iterable[float]) -> None:
+        self.lost = sorted({*self.lost, *lost})
+
+    def finish(self, complete: Callable[[Path, RunRecord], Path]) -> None:
         """Complete the file by its format, write the sidecar, and move both into place."""
         whole = complete(self._numbers, self)
         for path in [whole] if whole.is_file() else filter(Path.is_file, whole.rglob("*")):
@@ -156,7 +169,7 @@ class RunRecord:
         fields = {
             "cosettle_adapter_features": VERSION,
             **self.description,
-            "truncated": truncated,
+            "lost": self.lost,
             "shape": self.shape,
             "timestamps": self.timestamps,
         }

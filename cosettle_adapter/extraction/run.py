@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.adapter import CoSettleAdapter, FeatureChunk
 from cosettle_adapter.correspondence.fusion import WINDOW
-from cosettle_adapter.errors import FrameError, TruncatedVideoError
+from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import dino_tracker
 from cosettle_adapter.extraction.formats import choose_format, storage_dtype
 from cosettle_adapter.extraction.record import (
@@ -40,7 +40,7 @@ class Extraction:
     path: Path  # the sidecar is PATH.json
     frames: int
     shape: tuple[int, ...]  # (C, h, w) of one frame's features
-    truncated: str | None = None  # why the source ended early, if it did
+    lost: tuple[float, ...] = ()  # seconds of the source's frames that damage took
     found: int = 0  # frames written by an earlier run
 
 
@@ -60,8 +60,8 @@ def extract(
 
     The file appears complete or not at all. If a run is interrupted or killed, the same call
     resumes it after its last complete batch, and the file is byte-identical to that of an
-    uninterrupted run; arrays and iterators start over. A finished file is left unchanged. If a
-    video is truncated, the features of its readable frames are kept, and the result says so.
+    uninterrupted run; arrays and iterators start over. A finished file is left unchanged.
+    Frames that damage took from the source are left out, and the result says which.
 
     Args:
         source, select: as in :meth:`CoSettleAdapter.stream`.
@@ -94,10 +94,10 @@ def extract(
             return finished
         record.resume(overwrite=overwrite)
         resumed_after = len(record.timestamps)
-        truncated = _encode(adapter, source, record, settings, select, on_chunk)
-        record.finish(form.finish, truncated)
+        _encode(adapter, source, record, settings, select, on_chunk)
+        record.finish(form.finish)
         frames, *shape = record.shape
-        return Extraction(path, frames, tuple(shape), truncated, resumed_after)
+        return Extraction(path, frames, tuple(shape), tuple(record.lost), resumed_after)
 
 
 def _finished(path: Path, request: Mapping[str, Any]) -> Extraction | None:
@@ -111,7 +111,7 @@ def _finished(path: Path, request: Mapping[str, Any]) -> Extraction | None:
     elif request["source_identity"] is not None:
         if not (changes := differences(sidecar, request, numerical=False)):
             frames, *shape = sidecar["shape"]
-            return Extraction(path, frames, tuple(shape), sidecar["truncated"], frames)
+            return Extraction(path, frames, tuple(shape), tuple(sidecar["lost"]), frames)
         problem = f": {changes}"
     raise OutputExistsError(f"{path} exists{problem}; {REDO}")
 
@@ -143,8 +143,8 @@ def _encode(
     settings: ExtractSettings,
     select: FrameSelection,
     on_chunk: Callable[[int], None],
-) -> str | None:
-    """Append all missing frames; return why the source ended early, if it did."""
+) -> None:
+    """Append all missing frames."""
     batch_size = settings.batch_size
     skip = written_before = len(record.timestamps)
     if record.request["settings"]["settle"]:
@@ -162,11 +162,10 @@ def _encode(
         temporal_fusion=settings.temporal_fusion,
     )
     dtype = getattr(torch, record.request["storage"])
-    truncated: str | None = None
     writing: Future[None] | None = None
 
-    def write(wait: Callable[[], Tensor], geometry: Geometry, timestamps: Tensor) -> None:
-        record.append(wait(), geometry, timestamps)
+    def write(wait: Callable[[], Tensor], geometry: Geometry, chunk: FeatureChunk) -> None:
+        record.append(wait(), geometry, chunk.timestamps, chunk.lost)
 
     try:
         # a batch is written while the next one is encoded
@@ -188,12 +187,9 @@ def _encode(
                     wait = _to_cpu(features.detach().to(dtype))
                     if writing is not None:
                         writing.result()
-                    writing = writer.submit(write, wait, geometry, chunk.timestamps)
+                    bare = dataclasses.replace(chunk, features=features.new_empty(0))
+                    writing = writer.submit(write, wait, geometry, bare)
                     on_chunk(chunk.start + len(chunk.timestamps))
-            except TruncatedVideoError as error:
-                truncated = str(error)
-                if writing is None and not written_before:
-                    raise
             finally:
                 if writing is not None:
                     writing.result()
@@ -205,7 +201,6 @@ def _encode(
             message = "%d frames are kept in %s: the same call resumes after them"
             logger.warning(message, len(record.timestamps), record.folder)
         raise
-    return truncated
 
 
 def _to_cpu(features: Tensor) -> Callable[[], Tensor]:

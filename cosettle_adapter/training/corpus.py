@@ -25,8 +25,8 @@ from cosettle_adapter.imports import require
 from cosettle_adapter.video.decoder import FileRange, VideoSource, decode_video
 from cosettle_adapter.video.files import is_image, is_video, natural_key, read_image
 from cosettle_adapter.video.random_access import count_frames, read_frames
-from cosettle_adapter.video.reader import pending_frames
-from cosettle_adapter.video.selection import PendingFrame
+from cosettle_adapter.video.reader import damage, pending_frames
+from cosettle_adapter.video.selection import LostFrames, PendingFrame
 
 Places = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -51,14 +51,14 @@ class Video(NamedTuple):
         """Count the frames, without decoding them."""
         with self._named():
             images = self._images()
-            return count_frames(self.source) if images is None else len(images)
+            return count_frames(self.source, verify=False) if images is None else len(images)
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return the frames at 0-based ``indices`` in that order, ``(T, 3, H, W)`` uint8."""
         with self._named():
             images = self._images()
             if images is None:
-                return read_frames(self.source, indices)
+                return read_frames(self.source, indices, verify=False)
             frames = {index: read_image(images[index]) for index in set(indices)}
             if len({frame.shape for frame in frames.values()}) > 1:
                 raise FrameError(
@@ -70,7 +70,12 @@ class Video(NamedTuple):
         """Yield all frames in order, with times in seconds (of images: their indices)."""
         with self._named():
             images = self._images()
-            yield from decode_video(self.source) if images is None else pending_frames(images)
+            items = decode_video(self.source) if images is None else pending_frames(images)
+            with contextlib.closing(items):
+                for item in items:
+                    if isinstance(item, LostFrames):
+                        raise FrameError(f"{self.name} {damage(item.times, item.reason)}")
+                    yield item
 
     def size(self) -> int:
         """Return the size of a video file in bytes, or -1 for a folder or a missing file."""

@@ -18,6 +18,8 @@ _ACCEPTED = (
     "a PIL image; or a list of images of one size"
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# by PIL's mode, the values that may stand for white; an image takes the least that holds its own
+_FULL_SCALES = {"F": (1, 255, 65535), "I;": (4095, 65535), "I": (255, 4095, 65535)}
 _ROUNDING = 1e-5  # float32 resizing and division may exceed [0, 1] by this much
 
 
@@ -69,11 +71,19 @@ def holds_pixels(candidate: Any) -> bool:
 def image_to_frame(image: Any) -> Tensor:
     """Convert a PIL image to (3, H, W) uint8 RGB; transparency is dropped."""
     numpy = imports.require("numpy", extra="video", purpose="reading PIL images")
-    if image.mode == "F":
-        raise FrameError("got a 32-bit float PIL image; pass it as a float array in [0, 1] instead")
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip rather than scale
-        grey = torch.from_numpy(numpy.array(image, dtype=numpy.int64))
-        return repeat((grey // 257).clamp(0, 255).to(torch.uint8), "h w -> c h w", c=3)
+    scales = next(
+        (tops for mode, tops in _FULL_SCALES.items() if image.mode.startswith(mode)), None
+    )
+    if scales is not None:  # grey of more than 8 bits, which PIL would clip rather than scale
+        grey = torch.from_numpy(numpy.array(image, dtype=numpy.float64))
+        low, high = float(grey.min()), float(grey.max())
+        full = next((top for top in scales if low >= 0 and high <= top), None)
+        if full is None:
+            raise FrameError(
+                f"got grey values from {low:g} to {high:g}, expected 0 to one of "
+                f"{', '.join(map(str, scales))}; scale them to [0, 255] and store them as uint8"
+            )
+        return repeat((grey * 255 / full + 1e-9).to(torch.uint8), "h w -> c h w", c=3)
     return rearrange(torch.from_numpy(numpy.array(image.convert("RGB"))), "h w c -> c h w")
 
 

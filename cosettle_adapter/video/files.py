@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import glob
+import itertools
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.video.arrays import image_to_frame
+from cosettle_adapter.video.selection import PendingFrame
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-VIDEO_SUFFIXES = (
-    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
-    ".ogv", ".ts", ".webm", ".wmv",
+_NAMED = 8  # files that a log line lists
+_KINDS = {".jpeg": ".jpg", ".jfif": ".jpg", ".tiff": ".tif"}  # suffixes of one kind of image
+
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
+    ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+VIDEO_SUFFIXES = (
+    ".264", ".265", ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264",
+    ".h265", ".hevc", ".ivf", ".m1v", ".m2t", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv",
+    ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".qt", ".rm", ".rmvb",
+    ".ts", ".vob", ".webm", ".wmv", ".y4m",
+)  # fmt: skip
+
+
+class DamagedImageError(FrameError):
+    """An image file that cannot be read to its end."""
 
 
 def is_video(path: str | os.PathLike[str]) -> bool:
@@ -36,12 +54,24 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 
 def find_videos(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
     """Return the videos of a folder, if ``recursive`` of its subfolders too, in natural order."""
-    return natural_order(path for path in _files(Path(folder), recursive) if is_video(path))
+    return find_media(folder, recursive=recursive)[1]
 
 
 def find_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[Path]:
     """Return the images of a folder, if ``recursive`` of its subfolders too, in natural order."""
-    return natural_order(path for path in _files(Path(folder), recursive) if is_image(path))
+    return find_media(folder, recursive=recursive)[0]
+
+
+def find_media(
+    folder: str | os.PathLike[str], *, recursive: bool = False
+) -> tuple[list[Path], list[Path]]:
+    """Find the images and the videos of a folder; other files are named in a log line."""
+    paths = natural_order(_files(Path(folder), recursive))
+    images, videos = [*filter(is_image, paths)], [*filter(is_video, paths)]
+    if others := [path.name for path in paths if not is_image(path) and not is_video(path)]:
+        named = ", ".join(others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
+        logger.info("%s: left out %d files of other suffixes: %s", folder, len(others), named)
+    return images, videos
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
@@ -49,7 +79,7 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
     path, pattern = Path(source).expanduser(), os.path.expanduser(source)  # noqa: PTH111
     if path.is_dir():
         if images := find_images(path):
-            return images
+            return _one_kind(path, images)
         contents = ", ".join(entry.name for entry in natural_order(path.iterdir())[:3]) or "nothing"
         raise FrameError(
             f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}); it holds {contents}; "
@@ -74,15 +104,77 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as (3, H, W) uint8, rotated upright by its EXIF orientation."""
+    """Read an image file as (3, H, W) uint8, upright according to its EXIF orientation.
+
+    Raises:
+        DamagedImageError: the file is damaged or cut off.
+        FrameError: it is no image, or its values are in no known range.
+    """
+    return _read(path, 0)
+
+
+def read_pages(path: Path) -> list[PendingFrame]:
+    """Return the frames of an image file that holds several, with the times it stores.
+
+    Empty for a file of one image. Times are positions where the file stores none.
+    """
+    with _opened(path) as image:
+        count = getattr(image, "n_frames", 1)
+        if count == 1:
+            return []
+        durations = []
+        for page in range(count):
+            image.seek(page)
+            durations.append(image.info.get("duration"))
+    seconds = [1.0 if duration is None else duration / 1000 for duration in durations]
+    times = [0.0, *itertools.accumulate(seconds[:-1])]
+    return [
+        PendingFrame(
+            round(time, 6), f"frame {page} of {path}", functools.partial(_read, path, page)
+        )
+        for page, time in enumerate(times)
+    ]
+
+
+def _read(path: Path, page: int) -> Tensor:
     operations = imports.require("PIL.ImageOps", extra="video", purpose="reading image files")
-    pil = operations.Image
+    with _opened(path) as image:
+        if page:
+            image.seek(page)
+        try:
+            return image_to_frame(operations.exif_transpose(image))
+        except FrameError as error:
+            raise FrameError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    pil = imports.require("PIL.Image", extra="video", purpose="reading image files")
+    if path.suffix.lower() in (".heic", ".heif"):
+        imports.require(
+            "pillow_heif", extra="heif", purpose="reading HEIC images"
+        ).register_heif_opener()
     try:
         with pil.open(path) as image:
-            return image_to_frame(operations.exif_transpose(image))
-    except (OSError, SyntaxError, pil.DecompressionBombError) as error:
+            yield image
+    except (OSError, SyntaxError, EOFError, ValueError, pil.DecompressionBombError) as error:
+        if isinstance(error, FrameError):
+            raise
         # PIL reports some broken files as SyntaxError
-        raise FrameError(f"{path} cannot be read as an image: {error}") from error
+        raise DamagedImageError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _one_kind(folder: Path, images: list[Path]) -> list[Path]:
+    """Keep one kind of images where several kinds share names, such as frames and their masks."""
+    stems = Counter(path.stem for path in images)
+    if max(stems.values()) == 1:
+        return images
+    kinds = Counter(_KINDS.get(path.suffix.lower(), path.suffix.lower()) for path in images)
+    best = max(kinds, key=lambda kind: (kinds[kind], kind == ".jpg"))
+    kept = [path for path in images if _KINDS.get(path.suffix.lower(), path.suffix.lower()) == best]
+    told = "%s: reading its %d images of kind %s; left out %d of other kinds with the same names"
+    logger.warning(told, folder, len(kept), best, len(images) - len(kept))
+    return kept
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -102,12 +194,18 @@ def _has_suffix(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> bool
 
 
 def _files(folder: Path, recursive: bool) -> Iterator[Path]:
-    """Yield the files of a folder, if ``recursive`` also those of subfolders not hidden."""
-    os.scandir(folder).close()  # raises if the folder cannot be read; os.walk would not
+    """Yield files, and those in folders below that are not hidden; links are followed, once."""
+    os.scandir(folder).close()  # raises if it cannot be read
+    visited: set[str] = set()
 
     def report(error: OSError) -> None:
-        logger.warning("skipping %s: %s", error.filename, error.strerror)
+        logger.warning("%s is left out: %s", error.filename, error.strerror)
 
-    for root, subfolders, names in os.walk(folder, onerror=report):
-        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
-        yield from (Path(root, name) for name in names)
+    for root, below, names in os.walk(folder, followlinks=True, onerror=report):
+        real = os.path.realpath(root)
+        below[:] = [name for name in below if recursive and not name.startswith(".")]
+        if real in visited:
+            below.clear()
+            continue
+        visited.add(real)
+        yield from (Path(root, name) for name in names if not name.startswith("."))

@@ -1,4 +1,4 @@
-"""Read selected frames of a video, each decoded from the keyframe before it."""
+"""Read individual frames of a video, by their position in what sequential reading delivers."""
 
 from __future__ import annotations
 
@@ -7,168 +7,180 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cosettle_adapter.errors import FrameError, TruncatedVideoError
-from cosettle_adapter.video.decoder import Video, VideoSource, open_video, pyav, reason
-
-if TYPE_CHECKING:
-    from av.packet import Packet
-
-# keyframes to go back before the nearest one, tried in turn; None is the start of the file
-_ATTEMPTS = (0, 1, None)
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.video.decoder import (
+    FileRange,
+    NotSeekable,
+    VideoSource,
+    decode_video,
+    open_video,
+    pyav,
+    reason,
+)
+from cosettle_adapter.video.selection import LostFrames
 
 
 class _Index(NamedTuple):
-    """Presentation times of frames and keyframes in ticks, ascending.
+    """Times of frames in increasing order, and of keyframes.
 
-    In files without reliable times, places are positions from 0, and there are no keyframes.
+    Without keyframes, frames can only be found by decoding the file from its start.
     """
 
-    places: Sequence[int]
-    keys: Sequence[int] = ()
+    times: Sequence[Fraction]
+    keys: Sequence[Fraction] = ()
 
 
-class _Packet(NamedTuple):
-    """The properties of a packet that the index needs; times in ticks."""
+def count_frames(source: VideoSource, *, verify: bool = True) -> int:
+    """Count the frames that sequential reading delivers.
 
-    is_key: bool
-    is_hidden: bool
-    pts: int | None
-    dts: int | None
-    duration: int | None
-
-
-def count_frames(source: VideoSource) -> int:
-    """Count the frames of a video without decoding; errors are those of :func:`read_frames`."""
-    return len(_index(source).places)
-
-
-def read_frames(source: VideoSource, indices: Sequence[int]) -> Tensor:
-    """Decode selected frames of a video, and as few others as possible.
-
-    Frame ``i`` is the ``i``-th of sequential decoding, even if frames are coded out of order or
-    unevenly spaced. One thread decodes from the keyframe before each frame, or from the start of
-    files without reliable times.
-
-    Returns (T, 3, H, W) uint8, upright, in the order of ``indices``, which may repeat.
+    The file is decoded once to know, and the result is kept while the file does not change.
+    Without ``verify`` the frames that its packets announce are counted, a hundred times faster,
+    wherever these tell: a damaged file may deliver fewer.
 
     Raises:
-        FrameError: not a video, no such frame, or a damaged frame.
-        TruncatedVideoError: the file ends before its announced duration.
+        FrameError: not a video, or a video without frames.
     """
-    index = _index(source)
+    return len(_index(source, verify).times)
+
+
+def read_frames(source: VideoSource, indices: Sequence[int], *, verify: bool = True) -> Tensor:
+    """Decode individual frames of a video.
+
+    Frame ``i`` is the one that sequential reading delivers at position ``i``, also in files whose
+    frames are stored out of order, unevenly spaced or damaged. Decoding begins at the keyframe
+    before each frame, or at the start of files that do not tell; it uses one thread.
+
+    Args:
+        source: the video.
+        indices: 0-based positions, in any order; they may repeat.
+        verify: as in :func:`count_frames`.
+
+    Returns:
+        ``(T, 3, H, W)`` uint8, upright, in the order of ``indices``.
+
+    Raises:
+        FrameError: not a video, no such frame, frames of several sizes, or, without ``verify``, a
+            frame that is damaged.
+    """
+    index = _index(source, verify)
     if not indices:
-        raise FrameError(f"got no indices of frames of {source}; give at least one index")
-    last = len(index.places) - 1
+        raise FrameError(f"no frames of {source} were requested; give at least one index")
+    last = len(index.times) - 1
     outside = [number for number in indices if not 0 <= number <= last]
     if outside:
         raise FrameError(f"{source} has frames 0 to {last}, got index {outside[0]}")
-    problem = ""
-    for back in _ATTEMPTS if index.keys else (None,):
-
-        def keyframe(number: int, back: int | None = back) -> int | None:
-            """Return the keyframe to decode a frame from; None for the start of the file."""
-            if back is None:
-                return None
-            nearest = bisect.bisect_right(index.keys, index.places[number]) - 1
-            return index.keys[max(0, nearest - back)]
-
-        decoded: dict[int, Tensor] = {}
-        try:
-            with open_video(source, threads=False) as video:
-                for key, group in itertools.groupby(sorted(set(indices)), keyframe):
-                    decoded |= _decode(video, index, key, list(group))
-            frames = [decoded[number] for number in indices]
-            break
-        except (FrameError, pyav().error.FFmpegError, OSError) as error:
-            problem = reason(error)
-    else:
-        raise FrameError(f"{source} cannot be decoded at the requested frames: {problem}")
-    sizes = dict.fromkeys(f"{frame.shape[-2]} x {frame.shape[-1]}" for frame in frames)
+    wanted = sorted(set(indices))
+    try:
+        found = _from_keyframes(source, index, wanted) if index.keys else {}
+    except NotSeekable:
+        found = {}
+    if len(found) < len(wanted):
+        found = _from_start(source, wanted)
+    if missing := [number for number in wanted if number not in found]:
+        raise FrameError(f"frame {missing[0]} of {source} is damaged")
+    sizes = dict.fromkeys(f"{frame.shape[-2]} x {frame.shape[-1]}" for frame in found.values())
     if len(sizes) > 1:
         raise FrameError(f"the frames of {source} are of several sizes: {', '.join(sizes)}")
-    return torch.stack(frames)
+    return torch.stack([found[number] for number in indices])
 
 
-def _decode(video: Video, index: _Index, key: int | None, numbers: list[int]) -> dict[int, Tensor]:
-    """Decode frames of ascending numbers from a keyframe, or from the start of the file."""
-    missing = {index.places[number]: number for number in numbers}
-    frames: dict[int, Tensor] = {}
-    last, codec = index.places[numbers[-1]], video.stream.codec_context
+def _from_keyframes(source: VideoSource, index: _Index, wanted: Sequence[int]) -> dict[int, Tensor]:
+    """Decode from the keyframe before each group of frames; fewer frames where this fails."""
+    found: dict[int, Tensor] = {}
+    number_at = {index.times[number]: number for number in wanted}
 
-    def skip_unneeded(packet: Packet[Any]) -> None:
-        """Do not decode frames that are not requested and that no other frame refers to."""
-        unneeded = index.keys and packet.pts is not None and packet.pts not in missing
-        codec.skip_frame = "NONREF" if unneeded else "DEFAULT"
+    def key_before(number: int) -> int:
+        return max(0, bisect.bisect_right(index.keys, index.times[number]) - 1)
 
-    if key is not None:
-        video.seek(key)
-    with contextlib.closing(video.frames(skip_unneeded)) as decoded:
-        for position, frame in enumerate(decoded):
-            place = frame.pts if index.keys else position
-            if place in missing:
-                number = missing.pop(place)
-                if frame.is_corrupt:
-                    raise FrameError(f"frame {number} is damaged")
-                frames[number] = video.pixels(frame)
-            if not missing:
-                return frames
-            if place is not None and place > last:
-                break
-    raise FrameError(f"decoding does not reach frame {min(missing.values())}")
+    with open_video(source, threads=False) as video:
+        video.needed = number_at
+        for key, group in itertools.groupby(wanted, key_before):
+            numbers = list(group)
+            # frames may refer to others before the keyframe that is shown before them
+            for begin in dict.fromkeys((key, max(0, key - 1))):
+                with contextlib.closing(video.items_from(index.keys[begin])) as items:
+                    for item in items:
+                        if isinstance(item, LostFrames) or item[0] > index.times[numbers[-1]]:
+                            break
+                        time, frame = item
+                        if time in number_at and not frame.is_corrupt:
+                            found[number_at[time]] = video.pixels(frame)
+                        if time == index.times[numbers[-1]]:
+                            break
+                if all(number in found for number in numbers):
+                    break
+            else:
+                return {}
+    return found
 
 
-def _index(source: VideoSource) -> _Index:
-    """Index a video by its packets, a hundred times faster than decoding it."""
-    path = source if isinstance(source, Path) else source.path
+def _from_start(source: VideoSource, wanted: Sequence[int]) -> dict[int, Tensor]:
+    frames = (item for item in decode_video(source) if not isinstance(item, LostFrames))
+    with contextlib.closing(frames):
+        upto = enumerate(itertools.islice(frames, wanted[-1] + 1))
+        return {number: frame.load() for number, frame in upto if number in set(wanted)}
+
+
+def _index(source: VideoSource, verify: bool) -> _Index:
+    path: Path = source if isinstance(source, Path) else source.path
+    end = 0
+    if isinstance(source, FileRange):
+        end = source.start + source.size
     try:
         status = path.stat()
     except OSError as error:
         raise FrameError(f"{source} cannot be read ({reason(error)})") from error
-    if not isinstance(source, Path) and source.start + source.size > status.st_size:
-        message = f"{source} ends early: {path.name} is truncated"
-        raise TruncatedVideoError(message, frames_read=0)
-    return _read_index(source, status.st_mtime_ns, status.st_size)
+    if end > status.st_size:
+        raise FrameError(f"{source} is cut off: {path.name} ends before it does")
+    return _read_index(source, verify, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=256)
-def _read_index(source: VideoSource, modified: int, size: int) -> _Index:
-    del modified, size  # part of the cache key: a changed file is indexed again
+def _read_index(source: VideoSource, verify: bool, modified: int, size: int) -> _Index:
+    del modified, size  # a file that changed is another key of the cache
+    announced = _packet_index(source)
+    if not verify and announced is not None:
+        return announced
+    delivered = []
+    intact = True
+    for item in decode_video(source):
+        if isinstance(item, LostFrames):
+            intact = False
+        else:
+            delivered.append(Fraction(item.exact))
+    if announced is not None and intact and list(announced.times) == delivered:
+        return announced
+    return _Index(delivered)
+
+
+def _packet_index(source: VideoSource) -> _Index | None:
+    """Find frames and keyframes in a video's packets; ``None`` where these do not tell."""
     with open_video(source, threads=False) as video:
+        if not video.seekable:
+            return None
+        times: list[int] = []
+        keys: list[int] = []
         try:
-            packets = [
-                _Packet(
-                    packet.is_keyframe, packet.is_discard, packet.pts, packet.dts, packet.duration
-                )
-                for packet in video.packets()
-                if packet.size
-            ]
-        except (pyav().error.FFmpegError, OSError) as error:
-            message = f"{source} breaks off ({reason(error)})"
-            raise TruncatedVideoError(message, frames_read=0) from error
-        # a recording may begin between keyframes, and an edit list may hide frames
-        decodable = list(itertools.dropwhile(lambda packet: not packet.is_key, packets)) or packets
-        shown = [packet for packet in decodable if not packet.is_hidden]
-        if not shown:
-            raise FrameError(f"{source} has a video stream, but no frame in it")
-        ticks = [packet.pts for packet in shown if packet.pts is not None]
-        timed = len(ticks) == len(shown)
-        durations = [(packet.duration or 0) * video.base or video.step for packet in shown]
-        times = [number * video.step for number in range(len(shown))]
-        if timed:
-            origin = min(ticks) if video.stream.start_time is None else video.stream.start_time
-            times = [(tick - origin) * video.base for tick in ticks]
-        for time, duration in sorted(zip(times, durations, strict=True)):
-            video.note_frame(time, duration)
-        video.check_complete(len(shown), from_start=True)
-        # frames are shown in another order than they are coded in, but their times do not say so
-        reordered = getattr(video.stream.codec_context, "has_b_frames", False)
-        if not timed or (reordered and all(packet.pts == packet.dts for packet in shown)):
-            return _Index(range(len(shown)))
-        keys = sorted(tick for tick, packet in zip(ticks, shown, strict=True) if packet.is_key)
-        return _Index(sorted(set(ticks)), keys or [min(ticks)])
+            for packet in video.container.demux(video.stream):
+                if not packet.size or (packet.is_discard and packet.pts is not None):
+                    continue
+                if packet.pts is None or packet.is_corrupt or not (times or packet.is_keyframe):
+                    return None
+                times.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+        except (pyav().error.FFmpegError, OSError):
+            return None
+        if not times or len(set(times)) < len(times) or min(times) < times[0]:
+            return None
+        return _Index(
+            [(time - times[0]) * video.base for time in sorted(times)],
+            [(time - times[0]) * video.base for time in keys],
+        )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, fields
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -22,9 +25,22 @@ R = TypeVar("R")
 class PendingFrame:
     """A frame with a known time, whose pixels are loaded on request."""
 
-    time: float  # seconds from the start of the source
+    exact: Fraction | float  # seconds since the first frame of the source
     name: str  # in error messages: a file or a position
     load: Callable[[], Tensor]  # returns (3, H, W) uint8 or float in [0, 1]
+
+    @property
+    def time(self) -> float:
+        """Seconds since the first frame of the source."""
+        return float(self.exact)
+
+
+@dataclass(frozen=True, eq=False)
+class LostFrames:
+    """Frames that damage took out of a source."""
+
+    times: tuple[float, ...]  # when they would have been shown
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -35,69 +51,143 @@ class FrameSelection:
         start: first second to read.
         end: second to stop before.
         every: keep every n-th frame in this range.
+        fps: keep the frames nearest to a regular clock of this many per second, each once.
+        times: keep the frames nearest to these seconds, each once.
         max_frames: largest number of frames to keep.
-        fps: frames per second of images and arrays; by default 1, so times are positions.
+        source_fps: frames per second of a source without times: of images and arrays, whose times
+            are positions by default, and of raw streams, whose rate is a guess by default.
+        stream_index: stream of a file to read; by default its default video stream.
+        on_damage: "warn" reports frames lost to damage and continues, "error" raises DamagedError.
     """
 
     start: float | None = None
     end: float | None = None
     every: int = 1
-    max_frames: int | None = None
     fps: float | None = None
+    times: tuple[float, ...] | None = None
+    max_frames: int | None = None
+    source_fps: float | None = None
+    stream_index: int | None = None
+    on_damage: Literal["warn", "error"] = "warn"
 
     def __post_init__(self) -> None:
         first = self.start or 0
+        chosen = [self.every > 1, self.fps is not None, self.times is not None]
         for name, in_range, expected in (
             ("start", first >= 0, "at least 0 seconds"),
             ("end", self.end is None or self.end > first, f"after start={first}"),
             ("every", self.every >= 1, "at least 1 (every frame)"),
-            ("max_frames", self.max_frames is None or self.max_frames >= 1, "at least 1, or None"),
+            ("every", sum(chosen) <= 1, "left out with fps or times, and only one of these given"),
             ("fps", self.fps is None or 0 < self.fps < math.inf, "positive"),
+            ("times", self.times is None or [*self.times] == sorted(self.times), "increasing"),
+            ("times", self.times is None or len(self.times) > 0, "at least one"),
+            ("max_frames", self.max_frames is None or self.max_frames >= 1, "at least 1, or None"),
+            ("source_fps", self.source_fps is None or 0 < self.source_fps < math.inf, "positive"),
+            ("on_damage", self.on_damage in ("warn", "error"), "'warn' or 'error'"),
         ):
             if not in_range:
                 raise FrameError(f"{name} must be {expected}, got {getattr(self, name)}")
 
     def of(
-        self, frames: Generator[PendingFrame, None, None], source: str, *, skip: int = 0
-    ) -> Generator[PendingFrame, None, None]:
-        """Yield the selected frames after the first ``skip``; ``frames``, in order, are closed.
+        self,
+        frames: Generator[PendingFrame | LostFrames, None, None],
+        source: str,
+        *,
+        skip: int = 0,
+    ) -> Generator[PendingFrame | LostFrames, None, None]:
+        """Yield the selected frames, in order of time, and what was lost; close ``frames``.
 
-        Raises:
-            FrameError: no frame of ``source``, which is its name, is selected.
+        The first ``skip`` of the selected are left out. If none is selected, a
+        :class:`FrameError` names the ``source``.
         """
-        kept = in_range = 0
-        times: list[float] = []
+        kept = 0
+        met: list[float] = []
         with contextlib.closing(frames):
-            for frame in frames:
-                times = [*times[:1], frame.time]
-                if self.start is not None and frame.time < self.start:
-                    continue
-                if self.end is not None and frame.time >= self.end:
-                    break
-                if in_range % self.every == 0:
-                    if kept >= skip:
-                        yield frame
+            for item in self._sampled(self._in_range(frames, met), source):
+                if isinstance(item, PendingFrame):
                     kept += 1
-                    if kept == self.max_frames:
-                        return
-                in_range += 1
-        if not times:
+                    if kept <= skip:
+                        continue
+                yield item
+                if kept == self.max_frames and isinstance(item, PendingFrame):
+                    return
+        if not met:
             raise FrameError(f"{source} holds no frames")
         if not kept:
             until = "on" if self.end is None else f"to {self.end} s"
             raise FrameError(
                 f"{source} has no frame from {self.start or 0} s {until}; "
-                f"the frames read range from {times[0]:g} s to {times[-1]:g} s"
+                f"the frames read range from {met[0]:g} s to {met[-1]:g} s"
             )
+
+    def _in_range(
+        self, frames: Iterable[PendingFrame | LostFrames], met: list[float]
+    ) -> Iterator[PendingFrame | LostFrames]:
+        """Leave out what lies before ``start`` or after ``end``; note the ends of times met."""
+        first, last = self.start or 0, math.inf if self.end is None else self.end
+        for item in frames:
+            if isinstance(item, LostFrames):
+                times = tuple(time for time in item.times if first <= time < last)
+                if times:
+                    yield dataclasses.replace(item, times=times)
+                continue
+            met[1:] = [item.time]
+            if item.time >= last:
+                break
+            if self.start is None or item.time >= first:
+                yield item
+
+    def _sampled(
+        self, items: Iterator[PendingFrame | LostFrames], source: str
+    ) -> Iterator[PendingFrame | LostFrames]:
+        """Keep every n-th frame, or those nearest to the wanted times."""
+        if self.fps is None and self.times is None:
+            position = 0
+            for item in items:
+                if isinstance(item, LostFrames) or position % self.every == 0:
+                    yield item
+                position += isinstance(item, PendingFrame)
+            return
+        wanted: Iterator[float] | None = None if self.times is None else iter(self.times)
+        target: float | None = None
+        before: PendingFrame | None = None
+        last: PendingFrame | None = None
+        for item in items:
+            if isinstance(item, LostFrames):
+                yield item
+                continue
+            if before is None:
+                if wanted is None:  # the clock starts with the first frame
+                    begin = item.time
+                    wanted = (begin + tick / (self.fps or 1) for tick in itertools.count())
+                target = next(wanted, None)
+            while target is not None and item.time >= target:
+                nearest = item
+                if before is not None and target - before.time <= item.time - target:
+                    nearest = before
+                if nearest is not last:
+                    yield nearest
+                last, target = nearest, next(wanted or iter(()), None)
+            if target is None:
+                return
+            before = item
+        if self.times is not None and target is not None:
+            if before is None or target > before.time + 1:
+                ends = "" if before is None else f"; its last frame is at {before.time:g} s"
+                raise FrameError(f"{source} has no frame near {target:g} s{ends}")
+            if before is not last:
+                yield before
 
 
 def selects_frames(function: Callable[P, R]) -> Callable[P, R]:
     """Accept the keywords of version 0.1 (``start=``, ``every=``, ...) with a warning."""
-    known = {field.name for field in fields(FrameSelection)}
+    known = {name: name for name in ("start", "end", "every", "max_frames")} | {"fps": "source_fps"}
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
-        old: dict[str, Any] = {name: options.pop(name) for name in known & options.keys()}
+        old: dict[str, Any] = {
+            known[name]: options.pop(name) for name in known.keys() & options.keys()
+        }
         if old and options.get("select") is not None:
             raise TypeError(f"got select and {', '.join(old)}; put them into FrameSelection")
         if old:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter, Size
 from cosettle_adapter.correspondence.fusion import FusionMode
-from cosettle_adapter.errors import CosettleError, FrameError, TruncatedVideoError
+from cosettle_adapter.errors import CosettleError, FrameError
 from cosettle_adapter.evaluation.variants import encode_variants, feature_variants
 from cosettle_adapter.video import FrameSelection, Geometry, open_frames, prefetch
 from cosettle_adapter.visualization.drawing import colour_scale, to_image
@@ -65,7 +65,7 @@ def view_clip(
     fusion: FusionMode | None = None,
     on_frames: Callable[[int], None] = lambda done: None,
 ) -> ViewedClip:
-    """Encode a clip for the page; a truncated video is encoded up to its end.
+    """Encode a clip for the page.
 
     Arguments are those of the adapter's ``stream``; with a ``fusion``, the projection's features
     are shown fused over time as well. ``on_frames`` is called after each forward pass with the
@@ -77,17 +77,12 @@ def view_clip(
 
     def batches() -> Iterator[Tensor]:
         nonlocal sides
-        try:
-            for chunk in prefetch(open_frames(source, select, chunk_size=batch_size)):
-                pictures.extend(map(_jpeg, chunk.frames))
-                times.append(chunk.timestamps)
-                sides = chunk.frames.shape[-2:]
-                yield chunk.frames
-                on_frames(len(pictures))
-        except TruncatedVideoError as error:
-            if not pictures:
-                raise
-            logger.warning("showing the readable part of the clip: %s", error)
+        for chunk in prefetch(open_frames(source, select, chunk_size=batch_size)):
+            pictures.extend(map(_jpeg, chunk.frames))
+            times.append(chunk.timestamps)
+            sides = chunk.frames.shape[-2:]
+            yield chunk.frames
+            on_frames(len(pictures))
 
     kinds = feature_variants(adapter, fusion=fusion)
     kinds = [kind for kind in kinds if kind.fusion is None or kind.projection is not None]

@@ -54,8 +54,14 @@ def test_deep_grey_images_are_scaled_not_clipped() -> None:
     image = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
     assert image.mode == "I;16"
     assert as_frames(image)[:, 0].tolist() == [[0, 1, 255]] * 3
-    with pytest.raises(FrameError, match=r"32-bit float PIL image; pass it as a float array"):
-        as_frames(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
+    twelve = Image.fromarray(np.array([[0, 2048, 4095]], dtype=np.uint16))
+    assert as_frames(twelve)[0, 0].tolist() == [0, 127, 255]
+    for dtype, values in ((np.float32, [0, 0.5, 1]), (np.float32, [0, 127.5, 255])):
+        image = Image.fromarray(np.array([values], dtype=dtype))
+        assert as_frames(image)[0, 0].tolist() == [0, 127, 255]
+    assert as_frames(Image.fromarray(np.array([[0, 127, 255]], np.int32)))[0, 0, 2] == 255
+    with pytest.raises(FrameError, match=r"grey values from -3 to 0, expected 0 to one of 1, 255"):
+        as_frames(Image.fromarray(np.array([[-3, 0]], dtype=np.float32)))
 
 
 def test_lists_of_images() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosettle_adapter.errors import FrameError
+from cosettle_adapter.errors import DamagedError, FrameError
 from cosettle_adapter.video import (
     FrameChunk,
     FrameSelection,
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_sizes_starts_and_times_of_chunks() -> None:
-    chunks = list(open_frames(numbered(7), FrameSelection(fps=2), chunk_size=3))
+    chunks = list(open_frames(numbered(7), FrameSelection(source_fps=2), chunk_size=3))
     assert [chunk.frames.shape for chunk in chunks] == [(n, 3, 4, 6) for n in (3, 3, 1)]
     assert [chunk.start for chunk in chunks] == [0, 3, 6]
     times = torch.cat([chunk.timestamps for chunk in chunks])
@@ -64,7 +64,7 @@ def test_sizes_starts_and_times_of_chunks() -> None:
         ({"start": 2.5, "end": 6}, [3, 4, 5]),
         ({"start": 1, "every": 4}, [1, 5, 9]),
         ({"start": 1, "end": 9, "every": 3, "max_frames": 2}, [1, 4]),
-        ({"fps": 5, "start": 0.6, "end": 1.2}, [3, 4, 5]),
+        ({"source_fps": 5, "start": 0.6, "end": 1.2}, [3, 4, 5]),
         ({"end": 1000}, list(range(10))),
     ],
 )
@@ -73,7 +73,7 @@ def test_selection(options: dict[str, float], expected: list[int]) -> None:
     chunks = list(open_frames(numbered(10), select, chunk_size=2))
     assert numbers(iter(chunks)) == expected
     times = torch.cat([chunk.timestamps for chunk in chunks]).tolist()
-    assert times == [number / options.get("fps", 1) for number in expected]
+    assert times == [number / options.get("source_fps", 1) for number in expected]
     later = list(open_frames(numbered(10), select, skip=1))
     assert numbers(iter(later)) == expected[1:]
     assert later[0].start == 1
@@ -123,8 +123,11 @@ def test_memory_holds_one_chunk() -> None:
         ({"end": 0}, "end must be after start=0, got 0"),
         ({"every": 0}, "every must be at least 1"),
         ({"max_frames": 0}, "max_frames must be at least 1, or None, got 0"),
-        ({"fps": 0}, "fps must be positive, got 0"),
+        ({"source_fps": 0}, "source_fps must be positive, got 0"),
         ({"fps": float("inf")}, "fps must be positive, got inf"),
+        ({"fps": 2, "every": 2}, "every must be left out with fps or times"),
+        ({"times": (2.0, 1.0)}, "times must be increasing"),
+        ({"on_damage": "skip"}, "on_damage must be 'warn' or 'error', got skip"),
     ],
 )
 def test_selections_are_checked(options: dict[str, float], message: str) -> None:
@@ -256,12 +259,17 @@ def test_images_that_cannot_be_used_are_named(folder: Path) -> None:
     content = save(last, 4, (64, 64)).read_bytes()
     for damaged in (content[: len(content) // 2], b"no image"):
         last.write_bytes(damaged)
+        chunks = list(open_frames(folder))
+        assert [chunk.lost for chunk in chunks] == [(3.0,)]
+        assert len(chunks[0].frames) == 3, "the others are not lost with it"
+        with pytest.raises(DamagedError, match=r"frame11\.png cannot be read as an image"):
+            list(open_frames(folder, FrameSelection(on_damage="error")))
         with pytest.raises(FrameError, match=r"frame11\.png cannot be read as an image"):
-            list(open_frames(folder))
+            list(open_frames(last))
 
 
 def test_folders_and_patterns_without_images(tmp_path: Path) -> None:
-    with pytest.raises(FrameError, match=r"holds no images \(\.png, .*; it holds nothing;"):
+    with pytest.raises(FrameError, match=r"holds no images \(\.avif, .*; it holds nothing;"):
         open_frames(tmp_path)
     for name in ("clip_b.py", "clip_a.mp4", "c.mp4", "d.mp4"):
         (tmp_path / name).touch()
