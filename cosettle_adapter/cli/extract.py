@@ -43,6 +43,7 @@ from cosettle_adapter.hub import is_published
 from cosettle_adapter.video import FrameSelection
 from cosettle_adapter.video.decoder import pyav
 
+FAILED, DAMAGED = 1, 2  # exit status: a source failed, or lost frames to damage
 _TOKENS = Group("Features without the projection", validator=validators.LimitedChoice())
 _DISTRIBUTED = Group("Distributed extraction")
 
@@ -144,7 +145,7 @@ def extract(
     if failed and share.given_by == "RANK":
         say("exit status 0 despite errors: otherwise torchrun would end the other shards")
         return 0
-    return int(failed)
+    return failed
 
 
 def _load(model: ModelOptions, *, raw: bool, layer: int | None) -> CoSettleAdapter:
@@ -173,8 +174,8 @@ def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
     return [Job(sources[0].path, output)]
 
 
-def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> bool:
-    """Print the outcomes and the frames per second; return whether any source failed."""
+def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> int:
+    """Print the outcomes and the frames per second; return the exit status."""
     say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
     written = [outcome.extraction for outcome in outcomes if outcome.extraction]
     skipped = sum(outcome.skipped for outcome in outcomes)
@@ -202,4 +203,4 @@ def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> boo
             lines.append(f"failed: {source}{outcome.error}")
     for line in lines:
         say(line, style="red")
-    return bool(lines)
+    return FAILED if len(written) < len(outcomes) else DAMAGED if lines else 0

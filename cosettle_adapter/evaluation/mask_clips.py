@@ -142,8 +142,11 @@ def davis_clips(
 
     def make(name: str) -> Clip[Masks]:
         images, labels = (root / kind / name for kind in kinds)
-        listed = select.of(pending_frames(images_in(images), select), name)
-        frames = [Path(item.name) for item in listed if isinstance(item, PendingFrame)]
+        listed = images_in(images)
+        if listed:
+            chosen = select.of(pending_frames(listed, select), name)
+            listed = [Path(item.name) for item in chosen if isinstance(item, PendingFrame)]
+        frames = listed
         masks = images_named(labels, [frame.stem for frame in frames], lossless=True)
         missing = [path for path in masks if not path.is_file()] if frames else [images / "*.jpg"]
         if missing:

@@ -57,7 +57,8 @@ class FrameSelection:
         source_fps: frames per second of a source without times: of images and arrays, whose times
             are positions by default, and of raw streams, whose rate is a guess by default.
         stream_index: stream of a file to read; by default its default video stream.
-        on_damage: "warn" reports frames lost to damage and continues, "error" raises DamagedError.
+        on_damage: what frames lost to damage are: "warn" reports them and continues, "error" raises
+            :class:`DamagedError`.
     """
 
     start: float | None = None

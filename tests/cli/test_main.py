@@ -85,8 +85,8 @@ def test_a_truncated_source_is_told_and_fails(
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     out = tmp_path / "cut.safetensors"
-    assert main(["extract", str(cut), "-o", str(out), "--layer", "0"]) == 1
-    assert "the source ended early" in capsys.readouterr().out
+    assert main(["extract", str(cut), "-o", str(out), "--layer", "0"]) == 2
+    assert "frames of its source were lost to damage" in capsys.readouterr().out
     assert 0 < len(read_features(out).features) < 60
 
 

@@ -57,7 +57,7 @@ def test_several_folders_are_parts_of_one_evaluation(tmp_path: Path) -> None:
     ("select", "stems"),
     [
         (FrameSelection(every=2, max_frames=2), ["00000", "00002"]),
-        (FrameSelection(start=0.5, end=2.0, fps=2.0), ["00001", "00002", "00003"]),
+        (FrameSelection(start=0.5, end=2.0, source_fps=2.0), ["00001", "00002", "00003"]),
     ],
 )
 def test_frames_are_chosen(tmp_path: Path, select: FrameSelection, stems: list[str]) -> None:

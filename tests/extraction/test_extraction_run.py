@@ -32,7 +32,7 @@ def test_a_video_becomes_a_feature_file(
         small_adapter, clip, tmp_path / "f.safetensors", ExtractSettings(batch_size=4),
         select=select, on_chunk=seen.append,
     )  # fmt: skip
-    assert (result.frames, result.shape, result.truncated) == (10, (32, 3, 4), None)
+    assert (result.frames, result.shape, result.lost) == (10, (32, 3, 4), ())
     assert seen == [4, 8, 10]
     read = read_features(result.path)
     streamed = torch.cat([c.features for c in small_adapter.stream(clip, select=select)])

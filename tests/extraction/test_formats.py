@@ -34,7 +34,7 @@ def written(folder: Path, name: str, batches: list[torch.Tensor], *, sidecar: bo
     with record.claimed():
         for batch, seconds in zip(batches, times.split([*map(len, batches)]), strict=True):
             record.append(batch, GEOMETRY, seconds)
-        record.finish(FORMATS[name].finish, None)
+        record.finish(FORMATS[name].finish)
     if not sidecar:
         sidecar_path(path).unlink()
     return path
@@ -75,7 +75,7 @@ def test_a_range_of_frames_and_what_files_say_of_themselves(name: str, tmp_path:
     assert torch.equal(read.features, features[2:7])
     assert torch.equal(read.timestamps, torch.arange(2, 7).double() / 24)
     sidecar = json.loads(sidecar_path(path).read_text())
-    assert (sidecar["shape"], sidecar["truncated"]) == ([9, 5, 2, 3], None)
+    assert (sidecar["shape"], sidecar["lost"]) == ([9, 5, 2, 3], [])
     assert (sidecar["timestamps"][:2], sidecar["geometry"]) == ([0.0, 1 / 24], GEOMETRY.to_dict())
     sidecar_path(path).unlink()
     if name in ("npy-memmap", "dino-tracker"):
