@@ -9,15 +9,14 @@ from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.correspondence import temporal_fusion
 from cosettle_adapter.correspondence.fusion import FusionMode
 from cosettle_adapter.errors import BackboneMismatchError
+from cosettle_adapter.evaluation import variants
 from cosettle_adapter.evaluation.variants import (
     ADAPTED,
     CENTRED,
     RAW_LAST,
     RAW_SAME,
-    SETTLED,
     compare_features,
     feature_variants,
-    guide_variant,
 )
 
 from helpers import projection_for
@@ -32,29 +31,27 @@ def centred(features: Tensor) -> Tensor:
 def test_one_pass_gives_what_the_parts_give(tiny_adapter: CoSettleAdapter) -> None:
     done: list[int] = []
     found = compare_features(tiny_adapter, FRAMES, batch_size=2, on_frames=done.append)
-    assert list(found) == [RAW_LAST, RAW_SAME, CENTRED, ADAPTED]
     assert done == [2, 4, 5]
     raw, adapted = tiny_adapter(FRAMES, return_backbone=True)
-    torch.testing.assert_close(found[RAW_SAME], raw)
-    torch.testing.assert_close(found[ADAPTED], adapted)
-    torch.testing.assert_close(found[CENTRED], centred(raw))
     last = tiny_adapter.backbone.patch_tokens(tiny_adapter.preprocess(FRAMES))
-    torch.testing.assert_close(found[RAW_LAST], last)
+    expected = {RAW_LAST: last, RAW_SAME: raw, CENTRED: centred(raw), ADAPTED: adapted}
+    assert list(found) == list(expected)
+    torch.testing.assert_close(dict(found), expected)
 
 
 @pytest.mark.parametrize(("mode", "ending"), [("symmetric", ""), ("causal", " causally")])
 def test_fused_and_settled_features_are_the_adapters(
     tiny_adapter: CoSettleAdapter, mode: FusionMode, ending: str
 ) -> None:
-    variants = feature_variants(
+    chosen = feature_variants(
         tiny_adapter, fusion=mode, settle=True, centre=True, baseline_layers=[9]
     )
-    found = compare_features(tiny_adapter, FRAMES, variants=variants)
+    found = compare_features(tiny_adapter, FRAMES, variants=chosen)
     streamed = tiny_adapter.stream(FRAMES, temporal_fusion=mode)
     expected = torch.cat([chunk.features for chunk in streamed])
     torch.testing.assert_close(found[f"adapted, fused{ending}"], expected)
     torch.testing.assert_close(found["adapted, centred"], centred(found[ADAPTED]))
-    assert not torch.allclose(found[SETTLED], found[ADAPTED])
+    assert not torch.allclose(found[variants.SETTLED], found[ADAPTED])
     single = found["centred layer 9"]
     guide = single - single.mean((2, 3), keepdim=True)
     fused = temporal_fusion(single, guide, mode=mode)
@@ -86,11 +83,9 @@ def test_the_names_say_what_is_compared(tiny_backbone: VisionTransformerBackbone
     raw = CoSettleAdapter.raw(tiny_backbone)
     assert [each.name for each in feature_variants(raw)] == [RAW_LAST, CENTRED]
     baselines = {"other": projection_for(tiny_backbone, layers=(5,), seed=3)}
-    variants = feature_variants(
-        last, baselines=baselines, baseline_layers=[-2], settle=True, fusion="causal"
-    )
-    assert [each.name for each in variants] == [
-        RAW_LAST, CENTRED, "centred layer 10", ADAPTED, SETTLED, "other", "other, settled",
+    options = {"baselines": baselines, "baseline_layers": [-2], "settle": True, "fusion": "causal"}
+    assert [each.name for each in feature_variants(last, **options)] == [
+        RAW_LAST, CENTRED, "centred layer 10", ADAPTED, "settled", "other", "other, settled",
         "centred layer 10, fused causally", "adapted, fused causally", "other, fused causally",
     ]  # fmt: skip
     foreign = projection_for(tiny_backbone, fingerprint="another")
@@ -108,6 +103,7 @@ def test_the_layer_that_judges_is_read_by_nothing_else(
     width = tiny_backbone.width * len(read)
     projection = projection_for(tiny_backbone, layers=read, in_width=width)
     adapter = CoSettleAdapter(tiny_backbone, projection)
-    variants = feature_variants(adapter, baseline_layers=fused, fusion="symmetric")
-    guide = guide_variant(adapter, variants)
+    guide = variants.guide_variant(
+        adapter, feature_variants(adapter, baseline_layers=fused, fusion="symmetric")
+    )
     assert (guide.name, guide.reads) == (f"matches of centred layer {layer}", ((layer,), False))

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError, MissingExtraError
 from cosettle_adapter.evaluation import videos as videos_module
-from cosettle_adapter.evaluation.classification import classify, retrieve, split_videos
+from cosettle_adapter.evaluation.classification import classify, split_videos
 from cosettle_adapter.evaluation.variants import (
     ADAPTED,
     CENTRED,
@@ -20,15 +20,7 @@ from cosettle_adapter.evaluation.variants import (
     RAW_SAME,
     compare_features,
 )
-from cosettle_adapter.evaluation.videos import (
-    LabelledVideo,
-    each_readable,
-    encode_videos,
-    frames_of,
-    labelled_videos,
-    pool_videos,
-    with_centred,
-)
+from cosettle_adapter.evaluation.videos import LabelledVideo, frames_of, labelled_videos
 from cosettle_adapter.video import FrameSelection, SourceInfo, open_frames
 from cosettle_adapter.video.files import VIDEO_SUFFIXES
 
@@ -83,17 +75,19 @@ def test_a_given_split_is_kept(tmp_path: Path) -> None:
 
 
 def test_wrong_folders_are_described(tmp_path: Path) -> None:
-    with pytest.raises(FrameError, match="nowhere does not exist, expected a folder of <class>/"):
-        labelled_videos(tmp_path / "nowhere")
-    with pytest.raises(FrameError, match="has no folders; expected one for each class"):
-        labelled_videos(tmp_path)
-    touch(tmp_path, "run/a.mp4", "jump/readme.txt")
-    with pytest.raises(FrameError, match="jump holds no videos: expected video files"):
-        labelled_videos(tmp_path)
+    touch(tmp_path / "a", "run/a.mp4", "jump/readme.txt")
+    for folder, message in (
+        ("nowhere", "nowhere does not exist, expected a folder of <class>/"),
+        ("a/jump", "has no folders; expected one for each class"),
+        ("a", "jump holds no videos: expected video files"),
+    ):
+        with pytest.raises(FrameError, match=message):
+            labelled_videos(tmp_path / folder)
     with pytest.raises(FrameError, match=r"single readable video of 'c0', .*'c8'; expected both"):
         split_videos(named({f"c{i}": 1 for i in range(9)} | {"more": 2}))
 
 
+@settings(max_examples=30)
 @given(
     counts=st.lists(st.integers(2, 12), min_size=1, max_size=5),
     seed=st.integers(0, 5),
@@ -133,7 +127,7 @@ def test_a_video_is_the_mean_of_its_patches_and_frames(
 ) -> None:
     done: list[tuple[int, int]] = []
     videos = labelled_videos(folder)
-    pooled = pool_videos(
+    pooled = videos_module.pool_videos(
         tiny_adapter, videos, frames=4, size=48, batch_size=3,
         on_video=lambda *progress: done.append(progress),
     )  # fmt: skip
@@ -146,7 +140,6 @@ def test_a_video_is_the_mean_of_its_patches_and_frames(
         for name, values in pooled.features.items():
             torch.testing.assert_close(values[row], maps[name].mean((0, 2, 3)))
     assert all(row["1-NN"].accuracy == 1.0 for row in classify(pooled, ks=(1,)).values())
-    assert all(found.figures["R@1"] == 1.0 for found in retrieve(pooled).values())
 
 
 def test_videos_are_encoded_at_a_rate_and_broken_ones_listed(
@@ -157,7 +150,7 @@ def test_videos_are_encoded_at_a_rate_and_broken_ones_listed(
     paths = {name: tmp_path / name for name in ("a.mp4", "broken.mp4", "gone.mp4")}
     done: list[tuple[int, int]] = []
     with caplog.at_level(logging.WARNING):
-        videos, skipped = encode_videos(
+        videos, skipped = videos_module.encode_videos(
             tiny_adapter, paths, rate=12.5, size=48,
             on_video=lambda *progress: done.append(progress),
         )  # fmt: skip
@@ -171,7 +164,7 @@ def test_videos_are_encoded_at_a_rate_and_broken_ones_listed(
     assert "skipped broken.mp4" in caplog.text
     assert done == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(FrameError, match=r"none of 1 videos could be read.*gone\.mp4"):
-        encode_videos(tiny_adapter, {"gone.mp4": tmp_path / "gone.mp4"})
+        videos_module.encode_videos(tiny_adapter, {"gone.mp4": tmp_path / "gone.mp4"})
 
 
 def test_what_fails_for_every_video_is_not_blamed_on_each() -> None:
@@ -179,9 +172,9 @@ def test_what_fails_for_every_video_is_not_blamed_on_each() -> None:
         raise MissingExtraError(f"{item} needs the package 'av'")
 
     with pytest.raises(MissingExtraError, match="needs the package"):
-        each_readable(["a", "b"], read, lambda *_: None)
+        videos_module.each_readable(["a", "b"], read, lambda *_: None)
     with pytest.raises(FrameError, match="got no videos to read"):
-        each_readable([], read, lambda *_: None)
+        videos_module.each_readable([], read, lambda *_: None)
 
 
 def test_frames_are_spread_or_taken_at_a_rate(
@@ -202,7 +195,7 @@ def test_frames_are_spread_or_taken_at_a_rate(
 
 def test_centred_features_stand_between_raw_and_adapted() -> None:
     features = {RAW_LAST: torch.ones(2, 3), ADAPTED: torch.zeros(2, 3)}
-    found = with_centred(features, {RAW_LAST: torch.full((4, 3), 5.0)})
+    found = videos_module.with_centred(features, {RAW_LAST: torch.full((4, 3), 5.0)})
     assert list(found) == [RAW_LAST, CENTRED, ADAPTED]
     assert bool((found[CENTRED] == -4).all())
-    assert list(with_centred({"mine": torch.ones(1, 2)}, {})) == ["mine"]
+    assert list(videos_module.with_centred({"mine": torch.ones(1, 2)}, {})) == ["mine"]
