@@ -78,33 +78,26 @@ def test_ctrl_c_ends_the_server_cleanly(
     connections[0].close()
 
 
-def test_it_tells_what_was_left_out_and_that_the_port_was_taken(
-    clip: Path, stopped_at_once: list[ViewerServer], run: Run
-) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        command = ("view", clip, "--size", 32, "--no-browser", "--max-frames", 2, "--port", port)
-        printed = run(*command)
-    assert "these are the first 2 frames; --every 3 spreads them" in printed
-    assert f"port {port} is taken" in printed
-    assert stopped_at_once[0].server_port != port
-
-
 def test_the_browser_opens_only_where_there_is_a_screen(
     clip: Path, stopped_at_once: list[ViewerServer], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
     monkeypatch.setattr(sys, "platform", "linux")
-    command = ("view", clip, "--size", 32, "--port", 0, "--max-frames", 1)
-    run(*command)
+    command = ("view", clip, "--size", 32, "--max-frames", 2, "--port")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        printed = run(*command, port)
+    assert "these are the first 2 frames; --every 3 spreads them" in printed
+    assert f"port {port} is taken" in printed
+    assert stopped_at_once[0].server_port != port
     monkeypatch.setenv("DISPLAY", ":0")
-    run(*command, "--no-browser")
+    run(*command, 0, "--no-browser")
     assert opened == []
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 1 10.0.0.2 22")
-    printed = run(*command)
+    printed = run(*command, 0)
     assert opened == [stopped_at_once[-1].url]
     assert f"ssh -L {stopped_at_once[-1].server_port}:127.0.0.1:" in printed
 
