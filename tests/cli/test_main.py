@@ -64,26 +64,18 @@ def test_a_truncated_source_is_told_and_fails(
     assert 0 < len(read_features(out).features) < 60
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
+def test_a_mistake_is_one_sentence_and_a_status(
+    real_backbone: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command, message in (
         ("extract nowhere.mp4 -o x.safetensors", "nowhere.mp4 does not exist"),
         ("extract clip.py -o x --model dinov2-vitb41", "Did you mean"),
         ("extract clip.py -o x --model dinov3-vitb16 --offline", "no weights for dinov3"),
         ("download clip-vitb61", "unknown backbone 'clip-vitb61'"),
         (f"fit --backbone {REAL} --data nowhere -o x", "nowhere does not exist"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_a_status(
-    command: str,
-    message: str,
-    real_backbone: VisionTransformerBackbone,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run: Run,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert message in run(*command.replace("clip.py", __file__).split(), status=1)
+    ):
+        assert message in run(*command.replace("clip.py", __file__).split(), status=1)
     assert not list(tmp_path.iterdir())
 
 

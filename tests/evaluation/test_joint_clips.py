@@ -128,9 +128,9 @@ def test_the_official_layout_of_badja(tmp_path: Path, masks: str) -> None:
     assert joints.areas == pytest.approx([30, 80, 110])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path) -> None:
+    write_images(write_badja(tmp_path) / "DAVIS")
+    for content, message in (
         ("[]", r"ValueError: joints of shape \(0,\)"),
         ([{"image_path": "a"}], "is not a list of objects .*KeyError: 'segmentation_path'"),
         (rows(image_path="/etc/passwd"), "/etc/passwd leads out of the folder of BADJA"),
@@ -139,13 +139,10 @@ def test_the_official_layout_of_badja(tmp_path: Path, masks: str) -> None:
         (rows((11, 3)), "are not in order"),
         (rows(joints=[[1, 2]] * 5), r"joints of shape \(3, 5, 2\)"),
         ("[{", "is not a list of objects .*JSONDecodeError"),
-    ],
-)
-def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path, content: Any, message: str) -> None:
-    write_images(tmp_path / "DAVIS")
-    good, wrong = badja_clips(write_badja(write_badja(tmp_path), content, "wrong"))
-    assert good.read_annotations().xy.shape == (3, 20, 2)
-    assert re.search(f"BADJA clip 'wrong': .*{message}", problem_of(wrong))
+    ):
+        good, wrong = badja_clips(write_badja(tmp_path, content, "wrong"))
+        assert good.read_annotations().xy.shape == (3, 20, 2)
+        assert re.search(f"BADJA clip 'wrong': .*{message}", problem_of(wrong))
 
 
 def test_wrong_folders_are_explained(tmp_path: Path) -> None:
@@ -205,19 +202,14 @@ def test_keypoint_files_beside_davis(tmp_path: Path) -> None:
 ROW = {"frame": 0, "xy": [[1, 2]] * 15, "visible": [True] * 15}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_keypoint_files_of_another_form(tmp_path: Path) -> None:
+    for changes, message in (
         ({"width": None}, "is not a keypoint file .TypeError"),
         ({"annotations": []}, r"xy of shape \(0,\)"),
         ({"annotations": [{**ROW, "xy": [[1, 2]]}]}, r"xy of shape \(1, 1, 2\)"),
         ({"annotations": [{**ROW, "visible": [2] * 15}]}, r"visible int64 \(1, 15\)"),
         ({"annotations": [ROW, ROW]}, "a frame occurs twice"),
         ({"annotations": [{**ROW, "frame": 1}]}, "must have JHMDB's 15 joints, for every frame"),
-    ],
-)
-def test_keypoint_files_of_another_form(
-    tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    folder = write_json_clip(tmp_path / "catch", **changes)
-    assert re.search(rf"'catch': .*keypoints.json .*{message}", problem_of(jhmdb_clips(folder)[0]))
+    ):
+        (clip,) = jhmdb_clips(write_json_clip(tmp_path / "catch", **changes))
+        assert re.search(rf"'catch': .*keypoints.json .*{message}", problem_of(clip))

@@ -247,24 +247,21 @@ def test_a_clip_that_cannot_be_made_tells_why_when_it_is_read() -> None:
         Clip("clip", [b"no picture"], lambda: None).read_frame(0)
 
 
-@pytest.mark.parametrize(
-    ("frames", "masks", "message"),
-    [
+def test_frames_and_masks_that_do_not_fit(tmp_path: Path) -> None:
+    cases = (
         ("", "0.png", r"expected images in .*frames, found nothing"),
         ("0.png", "0.jpg", r"expected PNG masks in .*masks, found 0.jpg"),
         ("0.png 1.png", "0.png 1.png 3.png", r"masks without a frame in .*: 3.png; .* 0.png, 1"),
         ("0.png 1.png", "1.png", r"first frame, 0.png, has no mask; expected .*masks.0.png"),
         ("0.png 1.jpg 1.png", "0.png", r"several files for the same frame, such as 1.jpg;"),
-    ],
-)
-def test_frames_and_masks_that_do_not_fit(
-    tmp_path: Path, frames: str, masks: str, message: str
-) -> None:
-    for kind, names in (("frames", frames), ("masks", masks)):
-        for name in names.split():
-            save(tmp_path / kind / name, MASK, "L")
-    with pytest.raises(FrameError, match=message):
-        mask_clip("clip", tmp_path / "frames", tmp_path / "masks")
+    )
+    for number, (frames, masks, message) in enumerate(cases):
+        root = tmp_path / str(number)
+        for kind, names in (("frames", frames), ("masks", masks)):
+            for name in names.split():
+                save(root / kind / name, MASK, "L")
+        with pytest.raises(FrameError, match=message):
+            mask_clip("clip", root / "frames", root / "masks")
 
 
 def test_some_frames_have_masks_and_ten_comes_after_two(tmp_path: Path) -> None:

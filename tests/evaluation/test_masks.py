@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -149,9 +148,8 @@ def test_the_mean_is_over_objects_not_over_clips() -> None:
     assert evaluation.mean_over_objects([one, three]) == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize(
-    ("features", "masks", "annotated", "message"),
-    [
+def test_masks_that_cannot_be_scored() -> None:
+    for features, masks, annotated, message in (
         (FEATURES[:4], SQUARES, None, "masks up to frame 4, but 4 feature maps"),
         (FEATURES, SQUARES[:4], None, "masks up to frame 3, but 5 feature maps"),
         (FEATURES[:4], SQUARES[[0, 2, 4]], [0, 2, 4], "masks up to frame 4, but 4 feature maps"),
@@ -162,13 +160,9 @@ def test_the_mean_is_over_objects_not_over_clips() -> None:
         (FEATURES, SQUARES.astype(int), None, "int64 masks"),
         (FEATURES, SQUARES * 0, None, "first mask has no object"),
         ([torch.rand(2, 3, 6, 10)] * 5, SQUARES, None, r"\(C, h, w\)"),
-    ],
-)
-def test_masks_that_cannot_be_scored(
-    features: Any, masks: Any, annotated: list[int] | None, message: str
-) -> None:
-    with pytest.raises((FrameError, GeometryError), match=message):
-        evaluate_sequence(features, masks, annotated=annotated)
+    ):
+        with pytest.raises((FrameError, GeometryError), match=message):
+            evaluate_sequence(features, masks, annotated=annotated)
 
 
 @given(seed=st.integers(0, 10_000), classes=st.sampled_from([1, 2, 5, 20]))

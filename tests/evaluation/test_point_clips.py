@@ -159,9 +159,9 @@ ENCODE = named("_codecs", "encode")
 KEYS = (b"video", b"points", b"occluded")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_tampered_streams_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pkl"
+    for content, message in (
         (stream(named("builtins", "list"), b")R"), "asks for builtins.list"),
         (stream(named("numpy", "ndarray"), b"K\x05\x85R"), "cannot be read .* TypeError"),
         (stream(named("numpy", "ndarray.tobytes")), "asks for numpy.ndarray.tobytes"),
@@ -175,15 +175,12 @@ KEYS = (b"video", b"points", b"occluded")
         (b"PK\x03\x04", "cannot be read"),
         (pickle.dumps(np.ma.masked_array([1, 2])), "asks for numpy.ma"),
         (pickle.dumps(np.array(["2020"], dtype="datetime64[D]")), "an array of type 'M8'"),
-    ],
-)
-def test_tampered_streams_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "evil.pkl"
-    path.write_bytes(content)
-    with pytest.raises(FrameError, match=message):
-        tapvid_clips(path)
-    # nor has it changed how the next one is read
-    assert len(tapvid_clips(write(path, {"a": entry(b=b"\xff\x00")}, protocol=2))) == 1
+    ):
+        path.write_bytes(content)
+        with pytest.raises(FrameError, match=message):
+            tapvid_clips(path)
+        # nor has it changed how the next one is read
+        assert len(tapvid_clips(write(path, {"a": entry(b=b"\xff\x00")}, protocol=2))) == 1
 
 
 def test_arrays_that_cannot_be_made_are_the_clips_problem(tmp_path: Path) -> None:

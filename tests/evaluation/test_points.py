@@ -66,12 +66,16 @@ def test_pck_is_the_published_definition_on_50_data_sets() -> None:
             assert pooled.mean[threshold] == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
-def test_pck_ignores_what_is_hidden_and_a_position_that_is_not_known_is_a_miss() -> None:
+def test_pck_counts_what_is_just_at_the_threshold_and_never_what_is_hidden() -> None:
     gt = np.zeros((3, 3, 2))
-    gt[:, 1], gt[:, 2] = [30, 40], [np.nan, 1e9]
+    gt[:, 1], gt[:, 2] = [30, 40], [np.nan, 1e9]  # a diagonal of 50, a scale of 30
+    pred = gt.copy()
+    pred[1, 0] += [3, 0]
+    pred[2, 0] += [0, 4]
     visible = np.array([[True, True, False]] * 3)
-    result = pck(gt, gt, visible=visible)
+    result = pck(gt, pred, visible=visible)
     np.testing.assert_array_equal(result.total, [2, 2, 0])
+    np.testing.assert_array_equal(result.correct, [[1, 2], [2, 2], [0, 0]])
     assert pck(gt[:, :2], np.full((3, 2, 2), np.nan)).mean == {0.1: 0, 0.2: 0}
     with pytest.raises(ValueError, match="cannot pool counts"):
         result + pck(gt, gt, (0.5,), visible=visible)

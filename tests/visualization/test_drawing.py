@@ -206,9 +206,8 @@ MAPS = similarity_maps(CLIP, GEOMETRY, (35, 25))
 TRACKED, GREY = black(8, 60, 100), black(4, 60, 90)
 
 
-@pytest.mark.parametrize(
-    ("draw", "arguments", "options", "message"),
-    [
+def test_what_does_not_fit_is_told() -> None:
+    for draw, arguments, options, message in (
         (overlay_masks, (black(), squares()[:, :4, :6]), {}, r"\(2, 4, 6\).*\(2, 40, 60\).*geom"),
         (overlay_masks, (black(), squares().float()), {}, r"floats in \[0, 1\]"),
         (overlay_masks, (black(), 3 * torch.ones(2, 1, 40, 60)), {}, r"floats in \[0, 1\]"),
@@ -228,13 +227,9 @@ TRACKED, GREY = black(8, 60, 100), black(4, 60, 90)
         (similarity_frames, (GREY, MAPS, GEOMETRY), {"limits": (1, 1)}, r"limits=\(1, 1\), expec"),
         (similarity_frames, (GREY, MAPS[:3], GEOMETRY), {}, r"expected \(4, h, w\)"),
         (similarity_frames, (GREY[:, :, :30], MAPS, GEOMETRY), {}, r"frames of \(30, 90\) pixels"),
-    ],
-)  # fmt: skip
-def test_what_does_not_fit_is_told(
-    draw: object, arguments: object, options: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        draw(*arguments, **options)  # type: ignore[operator,misc]
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(*arguments, **options)  # type: ignore[operator]
 
 
 def test_components_are_the_principal_ones() -> None:
