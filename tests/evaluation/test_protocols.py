@@ -120,8 +120,8 @@ def test_sizes_follow_the_protocols() -> None:
     for protocol, sides, expected in (
         (CASES["davis"][0], (720, 1280), (480, 880)),
         (CASES["jhmdb"][0], (720, 1280), (320, 320)),
-        (dino, (480, 854), (480, 832)),
-        (dino, (854, 480), (832, 480)),
+        (dino, (480, 880), (480, 832)),
+        (dino, (880, 480), (832, 480)),
         (CASES["vip"][0], (720, 1280), (448, 880)),  # 495 floored to a multiple of 64
         (CASES["vip"][0], (1280, 720), (880, 448)),
         (CASES["tapvid"][0], (720, 1280), (480, 853)),

@@ -28,9 +28,13 @@ def decoded(path: Path) -> torch.Tensor:
 def test_a_film_comes_back_as_it_was_written(tmp_path: Path) -> None:
     frames = film(6, 33, 47)
     path = write_film(iter(frames), tmp_path / "new" / "film.mp4", fps=12.5)
-    back = decoded(path)
+    back = decoded(path).float()
     assert back.shape == (6, 3, 34, 48)
-    assert (back[..., :33, :47].float() - frames.float()).abs().mean() < 6
+    here, *shifted = (
+        (back[..., y : y + 33, x : x + 47] - frames).abs().mean()
+        for y, x in ((0, 0), (0, 1), (1, 0))
+    )
+    assert here < min(6, *shifted)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert float(stream.average_rate) == pytest.approx(12.5)
