@@ -127,7 +127,7 @@ def test_mistakes_are_a_sentence(run: Run, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_classification_retrieval_and_localisation(run: Run, tmp_path: Path) -> None:
-    root, rows = tmp_path / "classes", ["video,start,end,label"]
+    root, rows = tmp_path / "classes", ["video,start,end,label", "gone.mp4,0,1,square"]
     for label in ("square", "noise"):
         (root / label).mkdir(parents=True)
         for number in range(3):
@@ -145,7 +145,8 @@ def test_classification_retrieval_and_localisation(run: Run, tmp_path: Path) -> 
     printed = run("evaluate", "retrieval", *common, 3, "--frames", 2)
     for text in ("R@1", "R@3", "mAP", "adapted", "6 queries over 6 videos"):
         assert text in printed
-    printed = run("evaluate", "localisation", *common, "--rate", 12, "--raw")
+    printed = run("evaluate", "localisation", *common, "--rate", 12, "--raw", status=1)
+    assert "skipped gone.mp4: " in printed
     assert "frames, 1 neighbours" in printed
     assert "adapted" not in printed
     (tmp_path / "few" / "alone").mkdir(parents=True)
