@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,19 @@ QUICK = FitSettings(layers=(0, 1), size=64, pairs=2, rendered=1)
 ONE_LAYER = dataclasses.replace(QUICK, layers=(1,), rendered=0)
 
 
-@pytest.fixture
-def clips(tmp_path: Path) -> Path:
-    folder = tmp_path / "clips"
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoded")
     (folder / "more").mkdir(parents=True)
     for name in ("a.mp4", "b.mkv", "more/c.mp4"):
         write_video(folder / name, frames=30, height=64, width=96, noisy=True)
     (folder / "notes.txt").write_text("not a clip")
     return folder
+
+
+@pytest.fixture
+def clips(encoded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(encoded, tmp_path / "clips"))
 
 
 @given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 20))
