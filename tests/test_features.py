@@ -24,6 +24,8 @@ from cosettle_adapter.errors import (
 
 from helpers import REAL, projection_for
 
+COMPILED = ("vit", "rotary", "convnext")
+
 
 def frames(count: int = 3, height: int = 48, width: int = 64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +172,10 @@ def compiled(adapter: CoSettleAdapter, backend: str = "eager") -> CoSettleAdapte
     return module
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in COMPILED else pytest.mark.slow) for name in ROWS],
+)
 def test_forward_compiles_to_one_graph(name: str) -> None:
     adapter = small_adapter(name)
     fast = compiled(adapter, "aot_eager" if name == "vit" else "eager")
@@ -181,11 +186,10 @@ def test_forward_compiles_to_one_graph(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "clip"),
     [
-        ({"normalize": True}, frames()[None] / 255),
-        ({"size": 48, "return_backbone": True}, frames()),
+        ({"normalize": True, "size": 48, "return_backbone": True}, frames()[None] / 255),
         ({"fit": "pad", "batch_size": 2}, frames()[..., :-3]),
     ],
-    ids=["a clip of floats, normalised", "resized", "padded, in two batches"],
+    ids=["a clip of floats, resized and normalised", "padded, in two batches"],
 )
 def test_every_option_compiles_to_one_graph(options: dict[str, object], clip: torch.Tensor) -> None:
     adapter = small_adapter("vit")
