@@ -7,17 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 
 from cosettle_adapter import CoSettleAdapter, FrameSelection, Projection
 from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
 from cosettle_adapter.closed_form import AffineMap, settle_clip
-from cosettle_adapter.errors import (
-    ProjectionFormatError,
-    WeightsUnavailableError,
-)
+from cosettle_adapter.errors import ProjectionFormatError, WeightsUnavailableError
 
-from helpers import projection_for, tiny_state, write_video
+from helpers import projection_for, write_video
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 
@@ -29,22 +25,15 @@ def clip(count: int = 6, *, seed: int = 0) -> torch.Tensor:
     return torch.stack([photo[..., 7 * t : 7 * t + 80] for t in range(count)])
 
 
-@pytest.fixture
-def weights(tiny_registered: BackboneRow, tmp_path: Path) -> Path:
-    """The registered tiny backbone's file."""
-    save_file(tiny_state(), tmp_path / "backbone.safetensors")
-    return tmp_path / "backbone.safetensors"
-
-
 def test_raw_takes_what_from_pretrained_takes_and_reads_any_layer(
     tiny_backbone: VisionTransformerBackbone,
     tiny_registered: BackboneRow,
-    weights: Path,
+    tiny_file: Path,
     tmp_path: Path,
 ) -> None:
     raw = CoSettleAdapter.raw(
         tiny_registered.name,
-        backbone_weights=weights,
+        backbone_weights=tiny_file,
         cache_dir=tmp_path,
         local_files_only=True,
         dtype=torch.bfloat16,
@@ -88,10 +77,6 @@ def test_names_that_are_nothing(name: str, projection: str | None, message: str)
         CoSettleAdapter.from_pretrained(name, projection=projection)
 
 
-def with_kind(backbone: VisionTransformerBackbone, kind: str) -> CoSettleAdapter:
-    return CoSettleAdapter(backbone, projection_for(backbone, kind=kind))
-
-
 @pytest.mark.parametrize(
     ("kind", "found"),
     [("identity", "affine"), ("affine", "affine"), ("linear", "linear"), ("mlp2", "mlp2")],
@@ -99,7 +84,7 @@ def with_kind(backbone: VisionTransformerBackbone, kind: str) -> CoSettleAdapter
 def test_a_settled_adapter_returns_its_clip_settled_and_can_be_saved(
     tiny_backbone: VisionTransformerBackbone, kind: str, found: str, tmp_path: Path
 ) -> None:
-    adapter = with_kind(tiny_backbone, kind)
+    adapter = CoSettleAdapter(tiny_backbone, projection_for(tiny_backbone, kind=kind))
     before = adapter(clip())
     settled = adapter.settle(clip(), batch_size=4)
     assert next(settled.projection.parameters()).dtype == torch.float32

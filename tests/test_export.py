@@ -50,14 +50,16 @@ def made_once() -> tuple[Traced, Any]:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare tests of what becomes of a program the seconds of tracing it."""
+    traced, _ = made_once()
     for module in (onnx, program):
-        monkeypatch.setattr(module, "Traced", lambda *_, **__: made_once()[0])
+        monkeypatch.setattr(module, "Traced", lambda *_, **__: traced)
 
 
 @pytest.fixture
 def translated(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for tests of what becomes of an ONNX model."""
-    monkeypatch.setattr(onnx, "_translate", lambda _: made_once()[1])
+    _, translated = made_once()
+    monkeypatch.setattr(onnx, "_translate", lambda _: translated)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from cosettle_adapter.video.synthetic import render_clip
 
 from helpers import small_corpus, tiny_state
 
-NARROW = {"embed_dim": 48, "num_heads": 2}
+NARROW = {"embed_dim": 48, "num_heads": 2, "depth": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,10 @@ def corpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def narrow(name: str, width: int, **options: object) -> BackboneRow:
     row = REGISTRY[name]
-    return dataclasses.replace(row, width=width, options={**row.options, **options})
+    options = {**row.options, **options}
+    return dataclasses.replace(
+        row, width=width, depth=options.get("depth", row.depth), options=options
+    )
 
 
 ROWS = (

@@ -74,10 +74,9 @@ def test_names_of_version_0_1_warn(module: str, name: str) -> None:
         assert getattr(old, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         old.nothing  # noqa: B018
-    with pytest.raises(AttributeError, match="has davis_clips"):
-        importlib.import_module("cosettle_adapter.evaluation").davis_sequences  # noqa: B018
-    with pytest.raises(AttributeError, match="no attribute 'Davis'"):
-        importlib.import_module("cosettle_adapter.evaluation").Davis  # noqa: B018
+    if module == "evaluation":
+        with pytest.raises(AttributeError, match="has davis_clips"):
+            old.davis_sequences  # noqa: B018
 
 
 def test_frame_keywords_of_version_0_1_make_a_selection() -> None:
