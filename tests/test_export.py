@@ -220,19 +220,20 @@ def test_what_cannot_be_exported_says_what_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, size = small_adapter("vit"), (64, 64)
+    model, program = tmp_path / "model.onnx", tmp_path / "model.pt2"
     settling = CoSettleAdapter.raw(adapter.backbone)
     settling.settles = True
-    with pytest.raises(ExportError, match=r"Export adapter\.settle\(clip\)"):
-        to_onnx(settling, tmp_path / "model.onnx", size)
-    with pytest.raises(ExportError, match=r"ends in \.onnx, got"):
-        to_onnx(adapter, tmp_path / "model.pt", size)
-    with pytest.raises(ExportError, match="static_batch must be at least 1"):
-        to_torch_export(adapter, tmp_path / "model.pt2", size, static_batch=0)
+    half = small_adapter("vit", dtype=torch.bfloat16)
+    for export, message in (
+        (lambda: to_onnx(settling, model, size), r"Export adapter\.settle\(clip\)"),
+        (lambda: to_onnx(adapter, program, size), r"ends in \.onnx, got"),
+        (lambda: to_onnx(half, model, size), r"dtype=torch\.float16 or .* \.pt2"),
+        (lambda: to_torch_export(adapter, program, size, static_batch=0), "must be at least 1"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export()
     with pytest.raises(GeometryError, match=r"65 x 90 .* nearest size that does is 64 x 96"):
-        to_torch_export(adapter, tmp_path / "model.pt2", (65, 90))
-    monkeypatch.setattr(CoSettleAdapter, "dtype", torch.bfloat16)
-    with pytest.raises(ExportError, match=r"dtype=torch\.float16 or torch\.float32, or .* \.pt2"):
-        to_onnx(adapter, tmp_path / "model.onnx", size)
+        to_torch_export(adapter, program, (65, 90))
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
     with pytest.raises(ExportError, match=r"needs torch 2\.6 or newer, this is 2\.4\.1"):
         onnx.check_exporter()

@@ -84,8 +84,10 @@ def test_an_encoder_has_the_activation_it_was_trained_with(
 
 @pytest.mark.parametrize("name", ["dinov2-vits14", "dinov3-vits16", "resnet50", "swin-base"])
 def test_a_model_whose_weights_come_from_a_file_is_not_initialised(name: str) -> None:
+    before = torch.random.get_rng_state()
     with torch.profiler.profile() as profile:
         empty_model(REGISTRY[name])
+    assert torch.equal(before, torch.random.get_rng_state())
     ran = {event.key for event in profile.key_averages()}
     assert "aten::empty" in ran
     assert not ran & {"aten::uniform_", "aten::normal_"}

@@ -67,17 +67,6 @@ def test_positions_are_computed_once_a_grid_and_few_are_kept() -> None:
     assert len(backbone._positions) <= 16
 
 
-def test_frozen_means_frozen_but_for_input_gradients_on_request() -> None:
-    for wanted in (False, True):
-        backbone = build(small("plain"), requires_input_grad=wanted)
-        wrapped = torch.nn.Sequential(backbone).train()
-        assert wrapped.training
-        assert not any(module.training for module in backbone.modules())
-        assert not any(parameter.requires_grad for parameter in backbone.parameters())
-        images = torch.randn(1, 3, 32, 32, requires_grad=True)
-        assert backbone.patch_tokens(images).requires_grad == wanted
-
-
 def test_weights_of_another_model_are_listed() -> None:
     state = {**tiny_state(), "surprise": torch.zeros(1), "norm.bias": torch.zeros(3)}
     del state["norm.weight"]
@@ -86,16 +75,6 @@ def test_weights_of_another_model_are_listed() -> None:
     )
     with pytest.raises(CorruptWeightsError, match=message):
         build_backbone(TINY, state, fingerprint="sha256:0")
-
-
-def test_building_leaves_the_random_state_alone() -> None:
-    row = dataclasses.replace(
-        lookup("timm:vit_small_patch16_dinov3.lvd1689m"), depth=1, options={"depth": 1}
-    )
-    state = tiny_state(row)
-    before = torch.random.get_rng_state()
-    build_backbone(row, state, fingerprint="sha256:0")
-    assert torch.equal(before, torch.random.get_rng_state())
 
 
 PLAIN = {
@@ -160,17 +139,20 @@ def test_half_precision_keeps_positions_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", *ROTARY])
-def test_gradients_flow_after_inference_at_the_same_size(name: str) -> None:
-    """Positions of a grid are cached, and must not be tensors of inference mode."""
+def test_frozen_means_frozen_but_for_input_gradients_on_request(name: str) -> None:
     row = small(name)
     backbone = build(row, requires_input_grad=True)
+    assert torch.nn.Sequential(backbone).train().training
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
     images = torch.randn(1, 3, 3 * row.patch, 2 * row.patch)
-    with torch.inference_mode():
+    with torch.inference_mode():  # whose tensors must not be cached as positions
         backbone.patch_tokens(images)
     images.requires_grad_()
     backbone.patch_tokens(images).square().sum().backward()
     assert images.grad is not None
     assert float(images.grad.abs().sum()) > 0
+    assert not build(row).patch_tokens(images).requires_grad
 
 
 @pytest.mark.parametrize("name", ["plain", "timm:eva02_tiny_patch14_224.mim_in22k"])
