@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,24 +155,3 @@ def test_nothing_known_is_nothing_claimed(monkeypatch: pytest.MonkeyPatch) -> No
     assert "weights from your own file" in card
     card = model_card(config("ibot-vitb16", backbone_revision="c0ffee"))
     assert "weights from yafeng19/Co-Settle at c0ffee" in card
-
-
-def test_the_script_writes_and_checks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["cards.py", *arguments])
-        status: int = SCRIPT["main"]()
-        return status
-
-    folder = ("-o", str(tmp_path))
-    assert run("--check", *folder) == 1
-    assert not list(tmp_path.iterdir())
-    assert run(*folder) == run("--check", *folder) == run("--check") == 0
-    (tmp_path / f"{REAL}.md").write_text("stale")
-    (tmp_path / "gone.md").write_text("orphan")
-    capsys.readouterr()
-    assert run("--check", *folder) == 1
-    told = capsys.readouterr().out
-    assert f"stale: {REAL}.md" in told
-    assert "no such model, delete: gone.md" in told

@@ -253,7 +253,7 @@ FAILURES: dict[str, tuple[Callable[[FakeHub], None], dict[str, str]]] = {
     "cannot read it": (lambda hub: hub.fail("POST", "/commit/", 404), {}),
     "rejected": (lambda hub: hub.fail("POST", "/commit/", 500), {}),
     "rejects this token; log in": (lambda hub: None, {"token": "hf_wrong"}),
-    "the Hub rejected it; .*license.*must be one of": (
+    "license.*must be one of": (
         lambda hub: None,
         {"card": "---\nlicense: none-of-yours\n---\n# Mine\n"},
     ),
@@ -268,8 +268,9 @@ def test_a_push_that_fails_says_why_and_commits_nothing(
     hub.create(REPO)
     prepare, options = FAILURES[message]
     prepare(hub)
-    with pytest.raises(HubUploadError, match=f"{message}.*Nothing was committed"):
+    with pytest.raises(HubUploadError, match=message) as caught:
         push(first, REPO, **{"token": TOKEN, **options})  # type: ignore[arg-type]
+    assert "Nothing was committed" in str(caught.value)
     assert hub.history(REPO) == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubUploadError, match="HF_HUB_OFFLINE is set; unset it"):
