@@ -96,7 +96,8 @@ def test_the_real_backbone_too(real_adapter: CoSettleAdapter, tmp_path: Path) ->
 def test_an_onnx_model_has_metadata_and_no_paths_of_this_machine(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     model = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 80), check=False)
-    assert model.parity is None
+    other = to_torch_export(small_adapter("vit"), tmp_path / "model.pt2", (64, 80), check=False)
+    assert model.parity is other.parity is None
     stored = runtime.InferenceSession(model.path).get_modelmeta().custom_metadata_map
     assert stored["backbone"] == "small-vit16"
     assert stored["fingerprint"] == small_adapter("vit").backbone.fingerprint

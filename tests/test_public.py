@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ def test_every_public_name_is_there() -> None:
     assert dir(cosettle_adapter) == sorted(cosettle_adapter.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'CoSettel'"):
         cosettle_adapter.CoSettel  # noqa: B018
+
+
+def test_every_module_imports_and_has_a_docstring() -> None:
+    prefix = cosettle_adapter.__name__ + "."
+    for module in pkgutil.walk_packages(cosettle_adapter.__path__, prefix):
+        assert importlib.import_module(module.name).__doc__, module.name
 
 
 def test_every_error_is_ours_and_a_builtin_one() -> None:

@@ -53,7 +53,8 @@ def small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = LoadedWeights(state, fingerprint(state), "random")
     monkeypatch.setitem(REGISTRY, REAL, row)
     monkeypatch.setattr("cosettle_adapter.backbones.load_weights", lambda *_, **__: loaded)
-    projection_for(load_backbone(REAL), layers=(1,)).save(tmp_path / "projections" / REAL)
+    projection = projection_for(load_backbone(REAL), layers=(1,), averaging=0.2, recipe=1)
+    projection.save(tmp_path / "projections" / REAL)
     monkeypatch.setattr(hub, "_BUNDLED", tmp_path / "projections")
 
 

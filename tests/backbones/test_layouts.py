@@ -76,7 +76,7 @@ _ATTENTION = {  # queries, keys and values apart
     r"attn\.([qkv])\.": r"attention.\1_proj.", r"attn\.proj": "attention.o_proj"
 }  # fmt: skip
 _GATES = {
-    r"mlp\.gate": "mlp.gate_proj", r"mlp\.up": "mlp.up_proj", r"mlp\.fc2": "mlp.down_proj"
+    r"mlp\.gate": "mlp.gate_proj", r"mlp\.(up|fc1)": "mlp.up_proj", r"mlp\.fc2": "mlp.down_proj"
 }  # fmt: skip
 _EMBEDDINGS = {
     r"^(cls_token|register_tokens|mask_token)": r"embeddings.\1",
@@ -140,25 +140,21 @@ CASES: dict[str, tuple[Kind, Names, tuple[str, ...]]] = {  # with what stands be
 def file_of(case: str, kind: Kind | None = None) -> Tensors:
     """A file as somebody writes it, by default of the kind that the case is about."""
     known, names, beside = CASES[case]
-    file = random_state((kind or known).encoder, width=WIDTH, depth=DEPTH)
-    splits = (
-        {"attn.qkv.": ("q", "k", "v")} if any("[qkv]" in n or r"\.q" in n for n in names) else {}
-    )
-    if (kind or known).encoder.gated and any("gate" in name for name in names):
-        splits["mlp.fc1."] = ("gate", "up")
-    elif names is HF_DINOV3:
-        names = {**names, r"mlp\.fc1": "mlp.up_proj"}
+    encoder = (kind or known).encoder
+    file = random_state(encoder, width=WIDTH, depth=DEPTH)
+    splits = {"attn.qkv": ("attn.q", "attn.k", "attn.v")} if "Hugging Face" in case else {}
+    if encoder.gated and any("gate" in name for name in names):
+        splits["mlp.fc1"] = ("mlp.gate", "mlp.up")
     for whole, parts in splits.items():
-        for name in [name for name in file if whole in name]:
-            layer = whole.partition(".")[0]
-            for part, tensor in zip(parts, file.pop(name).chunk(len(parts)), strict=True):
-                file[name.replace(whole, f"{layer}.{part}.")] = tensor
+        for name in [name for name in file if f"{whole}." in name]:
+            pieces = file.pop(name).chunk(len(parts))
+            file |= {name.replace(whole, part): t for part, t in zip(parts, pieces, strict=True)}
     renamed = {}
     for name, tensor in file.items():
         for pattern, new in names.items():
             name = re.sub(pattern, new, name)
         renamed[name] = tensor.squeeze(0) if names is HF_CLIP and "position" in name else tensor
-    if names.get("^blocks") == "layer":  # no key bias
+    if names is HF_DINOV3:  # it has no key bias
         renamed = {name: tensor for name, tensor in renamed.items() if "k_proj.bias" not in name}
     return renamed | {name: torch.zeros(3) for name in beside}
 
