@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
+from fake_hub import FakeHub, fake_hub
 from hypothesis import settings
+from safetensors.torch import save_file
 
 import cosettle_adapter
 from cosettle_adapter.backbones import (
@@ -75,6 +78,20 @@ def tiny_registered(monkeypatch: pytest.MonkeyPatch) -> BackboneRow:
     """Put the tiny row into the registry for one test."""
     monkeypatch.setitem(registry.REGISTRY, TINY.name, TINY)
     return TINY
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A Hub of this process, in place of the real one."""
+    yield from fake_hub(monkeypatch, tmp_path / "home")
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the tiny backbone's weights."""
+    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
+    save_file(tiny_state(), path)
+    return path
 
 
 @pytest.fixture(scope="session")

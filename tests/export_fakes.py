@@ -38,10 +38,16 @@ ROWS: dict[str, BackboneRow] = {
 def small_adapter(
     name: str, *, dtype: torch.dtype = torch.float32, stride: int | None = None
 ) -> CoSettleAdapter:
-    """A random encoder of a family with a random projection of its last but one layer."""
+    """A random encoder of a family with a random projection of its last but one layer.
+
+    That of DINOv2 averages patches, as projections fitted on first use do.
+    """
     row = ROWS[name]
     state = tiny_state(row)
     backbone = build_backbone(row, state, fingerprint=fingerprint(state), stride=stride).to(dtype)
     width, layer = backbone.widths[-2], backbone.depth - 2
-    projection = projection_for(backbone, layers=(layer,), in_width=width, out_width=width)
+    averaging = 0.2 if name == "dinov2" else 0.0
+    projection = projection_for(
+        backbone, layers=(layer,), in_width=width, out_width=width, averaging=averaging
+    )
     return CoSettleAdapter(backbone, projection)

@@ -2,10 +2,6 @@
 
 It answers what ``huggingface_hub`` asks for models: creating repositories and branches, one commit
 of many files, listing, and resolving files at any revision. History is kept.
-
-    with FakeHub() as hub:
-        use_fake_hub(monkeypatch, hub, tmp_path)
-        hub.put("owner/name", "config.json", b"{}")
 """
 
 from __future__ import annotations
@@ -17,9 +13,9 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import pytest
@@ -34,8 +30,7 @@ _LARGE = (".safetensors", ".bin", ".pth")  # named by their sha256
 _LICENCES = {"apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "mit", "other", "unknown"}
 
 
-@dataclasses.dataclass
-class Request:
+class Request(NamedTuple):
     """One request, as it arrived: ``path`` is without the query."""
 
     method: str
@@ -45,14 +40,17 @@ class Request:
     body: bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Commit:
+class Commit(NamedTuple):
     """One commit: what the repository holds from then on."""
 
     oid: str
     title: str
     files: Mapping[str, bytes]
     parent: str | None
+
+
+class Refusal(Exception):  # noqa: N818
+    """An answer that is an error: status, message, the Hub's code for it."""
 
 
 @dataclasses.dataclass
@@ -80,10 +78,6 @@ class Repository:
         return self.commits[oid]
 
 
-class Refusal(Exception):  # noqa: N818
-    """An answer that is an error: status, message, the Hub's code for it."""
-
-
 class FakeHub:
     """The Hub; ``requests`` is everything asked so far.
 
@@ -95,16 +89,10 @@ class FakeHub:
         self.requests: list[Request] = []
         self.spoil: dict[str, Callable[[bytes], bytes]] = {}
         self.on_request: Callable[[Request], None] = lambda request: None
+        self.repositories: dict[str, Repository] = {}
         self._failures: list[tuple[str, str, int]] = []
-        self._repositories: dict[str, Repository] = {}
         self._lock = threading.RLock()
         self.url = constants.ENDPOINT
-
-    def __enter__(self) -> FakeHub:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _http.close_session()
 
     def client(self) -> Any:
         """What ``huggingface_hub`` sends its requests with: an httpx client that ends here."""
@@ -114,7 +102,7 @@ class FakeHub:
             token = request.headers.get("Authorization", "").removeprefix("Bearer ") or None
             path, _, query = request.url.raw_path.decode().partition("?")
             asked = Request(request.method, path, query, token, request.read())
-            status, headers, body = self.answer(asked)
+            status, headers, body = self._answer(asked)
             headers["Content-Length"] = str(len(body))
             body = b"" if request.method == "HEAD" else body
             return library.Response(status, headers=headers, content=body)
@@ -122,42 +110,37 @@ class FakeHub:
         return library.Client(transport=library.MockTransport(handle), follow_redirects=True)
 
     def create(self, repo: str, *, private: bool = False) -> Repository:
-        if repo not in self._repositories:
-            self._repositories[repo] = Repository(repo.partition("/")[0])
-            self._repositories[repo].commit("initial commit", {})
-        repository = self._repositories[repo]
-        repository.private = private
-        return repository
+        if repo not in self.repositories:
+            self.repositories[repo] = Repository(repo.partition("/")[0], private)
+            self.repositories[repo].commit("initial commit", {})
+        return self.repositories[repo]
 
     def put(self, repo: str, path: str, data: bytes) -> str:
         """Commit one file, creating the repository if there is none; return the commit."""
-        repository = self._repositories.get(repo) or self.create(repo)
+        repository = self.create(repo)
         return repository.commit(f"Upload {path}", {**repository.at("main").files, path: data}).oid
 
     def files(self, repo: str) -> Mapping[str, bytes]:
-        return self._repositories[repo].at("main").files
+        return self.repositories[repo].at("main").files
 
     def history(self, repo: str) -> list[Commit]:
         """Commits, newest first, but for the initial one."""
-        repository, commits = self._repositories[repo], []
+        repository, commits = self.repositories[repo], []
         commit = repository.at("main")
         while commit.parent is not None:
             commits.append(commit)
             commit = repository.at(commit.parent)
         return commits
 
-    def repository(self, repo: str) -> Repository | None:
-        return self._repositories.get(repo)
-
     def fail(self, method: str, path: str, status: int) -> None:
         """Answer the next request whose path contains ``path`` with a bare status."""
         self._failures.append((method, path, status))
 
-    def asked(self, *methods: str) -> list[str]:
-        """Paths asked for by these methods (``GET`` and ``HEAD`` by default), in order."""
-        return [r.path for r in self.requests if r.method in (methods or ("GET", "HEAD"))]
+    def asked(self) -> list[str]:
+        """Paths of files asked for, in order."""
+        return [each.path for each in self.requests if each.method in ("GET", "HEAD")]
 
-    def answer(self, request: Request) -> tuple[int, dict[str, str], bytes]:
+    def _answer(self, request: Request) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body."""
         self.on_request(request)
         with self._lock:
@@ -177,7 +160,7 @@ class FakeHub:
         for failure in self._failures:
             if failure[0] == request.method and failure[1] in request.path:
                 self._failures.remove(failure)
-                raise Refusal(failure[2], "")
+                raise Refusal(failure[2])
         if request.token is not None and request.token not in _USERS:
             raise Refusal(401, "Invalid credentials in Authorization header")
         if request.path == "/api/repos/create":
@@ -197,9 +180,9 @@ class FakeHub:
         if match is None:
             raise Refusal(404, f"the fake Hub has no {request.method} {request.path}")
         repo, verb, revision = (unquote(part or "") for part in match.groups())
-        proposed = "create_pr" in request.query
-        write = verb in ("branch", "preupload", "commit")
-        repository = self._visible(request, repo, write=write and not proposed)
+        repository = self._visible(request, repo)
+        if verb in ("branch", "preupload", "commit") and "create_pr" not in request.query:
+            self._may_write(request, repository.owner)
         if verb == "branch":
             if revision in repository.refs:
                 raise Refusal(409, "Reference already exists")
@@ -208,21 +191,19 @@ class FakeHub:
         commit = repository.at(revision or "main")
         if verb == "preupload":
             paths = [file["path"] for file in json.loads(request.body)["files"]]
-            return {}, {"files": [_upload(path) for path in paths]}
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            return {}, {"files": [{"path": path, **how} for path in paths]}
         if verb == "commit":
-            return {}, self._commit(request, repo, repository, revision, proposed=proposed)
+            return {}, self._commit(request, repo, repository, revision)
         siblings = [{"rfilename": path} for path in commit.files]
         found = {"id": repo, "sha": commit.oid, "private": repository.private}
         return {}, {**found, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
 
-    def _visible(self, request: Request, repo: str, *, write: bool = False) -> Repository:
-        """The repository, if this token may see it, or write to it."""
-        repository, user = self._repositories.get(repo), _USERS.get(request.token or "")
+    def _visible(self, request: Request, repo: str) -> Repository:
+        repository, user = self.repositories.get(repo), _USERS.get(request.token or "")
         if repository is None or (repository.private and user != repository.owner):
             # The Hub does not tell strangers whether a private repository exists.
             raise Refusal(404 if user else 401, "Repository not found", "RepoNotFound")
-        if write:
-            self._may_write(request, repository.owner)
         return repository
 
     def _may_write(self, request: Request, owner: str) -> None:
@@ -236,7 +217,7 @@ class FakeHub:
         owner = value.get("organization") or _USERS[request.token or ""]
         repo = f"{owner}/{value['name']}"
         self._may_write(request, owner)
-        if repo in self._repositories:
+        if repo in self.repositories:
             raise Refusal(409, repo)
         private = value.get("visibility") == "private" or value.get("private") is True
         self.create(repo, private=private)
@@ -245,8 +226,7 @@ class FakeHub:
     def _resolve(
         self, request: Request, repo: str, revision: str, path: str
     ) -> tuple[dict[str, str], bytes]:
-        repository = self._visible(request, repo)
-        commit = repository.at(revision)
+        commit = self._visible(request, repo).at(revision)
         if path not in commit.files:
             raise Refusal(404, "Entry not found", "EntryNotFound")
         data = commit.files[path]
@@ -257,15 +237,9 @@ class FakeHub:
         return headers, data
 
     def _commit(
-        self,
-        request: Request,
-        repo: str,
-        repository: Repository,
-        revision: str,
-        *,
-        proposed: bool,
+        self, request: Request, repo: str, repository: Repository, ref: str
     ) -> dict[str, object]:
-        head, title, ref = repository.at(revision), "", revision
+        head, title, proposed = repository.at(ref), "", "create_pr" in request.query
         files = dict(head.files)
         for line in request.body.splitlines():
             value = json.loads(line)["value"]
@@ -275,22 +249,18 @@ class FakeHub:
                     raise Refusal(412, "A commit has happened since.")
             else:
                 files[value["path"]] = base64.b64decode(value["content"])
+        answer: dict[str, object] = {"success": True}
         if proposed:
-            ref = f"refs/pr/{1 + sum(name.startswith('refs/pr/') for name in repository.refs)}"
-            repository.refs[ref] = head.oid
+            number = 1 + sum(name.startswith("refs/pr/") for name in repository.refs)
+            ref = f"refs/pr/{number}"
+            answer["pullRequestUrl"] = f"{self.url}/{repo}/discussions/{number}"
         oid = repository.commit(title, files, ref=ref).oid
-        answer = {"commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}", "success": True}
-        if proposed:
-            answer["pullRequestUrl"] = f"{self.url}/{repo}/discussions/{ref.rpartition('/')[2]}"
-        return answer
+        return answer | {"commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}"}
 
 
-def _upload(path: str) -> dict[str, object]:
-    return {"path": path, "uploadMode": "regular", "shouldIgnore": False}
-
-
-def use_fake_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, cache: Path) -> None:
-    """Make ``huggingface_hub`` talk to ``hub`` alone, with an empty cache and no stored login."""
+def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
+    """The only Hub that ``huggingface_hub`` talks to, with an empty cache and no stored login."""
+    hub = FakeHub()
     values = {
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
@@ -309,3 +279,5 @@ def use_fake_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, cache: Path) -> 
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", hub.client)
     monkeypatch.setattr(_http, "_GLOBAL_CLIENT", None)
+    yield hub
+    _http.close_session()

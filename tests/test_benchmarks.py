@@ -14,7 +14,7 @@ ALL = ["adapter(", "fusion", "mp4", "from_pretrained", "propagation", "F of", "s
 @pytest.mark.parametrize(
     ("only", "expected"),
     [
-        (["propagation", "masks"], ["propagation", "F of"]),
+        (["masks"], ["F of"]),
         pytest.param([], ALL, marks=pytest.mark.slow),
     ],
 )

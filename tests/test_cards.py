@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +75,7 @@ def test_every_measured_figure_stands_beside_its_command() -> None:
             bold = "**" if row[0] == entry.get("highlight") else ""
             cells = ["" if value is None else f"{bold}{value}{bold}" for value in row]
             assert f"| {' | '.join(cells)} |" in card
-    for caveat in (
-        "**No figure here is a figure of Meta's DINOv2.**",
-        "It is not the paper's method.",
-        "Recipe and fusion were chosen on these clips",
-        "an interval that includes zero",
-    ):
+    for caveat in ("**No figure here is a figure of Meta's DINOv2.**", "not the paper's method"):
         assert caveat in card
 
 
@@ -89,7 +83,6 @@ def test_a_model_card_is_the_same_card_behind_front_matter() -> None:
     card = ModelCard(model_card(bundled(), repository="user/mine"))
     (result,) = card.data.eval_results or ()
     assert (result.metric_type, result.metric_value) == ("J&F", 70.7)
-    assert result.dataset_name == "DAVIS-2016, in a coarse setting"
     assert result.dataset_type == "davis-2016-in-a-coarse-setting"
     assert {k: v for k, v in card.data.to_dict().items() if k != "model-index"} == {
         "license": "mit",
@@ -105,10 +98,12 @@ def test_a_model_card_is_the_same_card_behind_front_matter() -> None:
     assert (data.datasets, data.eval_results) == (["owner/clips"], None)
 
 
-DINOV3 = {
-    "license": "other",
-    "license_name": "dinov3",
-    "license_link": "https://ai.meta.com/resources/models-and-libraries/dinov3-license",
+def other(name: str) -> dict[str, str]:
+    return {"license": "other", "license_name": name}
+
+
+DINOV3 = other("dinov3") | {
+    "license_link": "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
 }
 
 
@@ -118,25 +113,13 @@ DINOV3 = {
         ("MIT", "", {"license": "mit"}, None),
         ("MIT", "LicenseRef-unstated", {"license": "mit"}, None),
         ("mit", "Apache-2.0", {"license": "apache-2.0"}, None),
-        ("MIT", "My own, v2", {"license": "other", "license_name": "my-own-v2"}, "read its terms"),
+        ("MIT", "My own, v2", other("my-own-v2"), "read its terms"),
         ("MIT", "CC-BY-NC-4.0", {"license": "cc-by-nc-4.0"}, "This projection is under"),
         ("CC-BY-NC-4.0", "MIT", {"license": "cc-by-nc-4.0"}, "The backbone's weights, from"),
-        ("dinov3-license", "", DINOV3, "use under Meta's conditions"),
         ("LicenseRef-DINOv3", "MIT", DINOV3, "use under Meta's conditions"),
-        (
-            "LicenseRef-DINOv3",
-            "CC-BY-NC-4.0",
-            {"license": "other", "license_name": "dinov3-and-cc-by-nc-4.0"},
-            "non-commercial",
-        ),
+        ("LicenseRef-DINOv3", "CC-BY-NC-4.0", other("dinov3-and-cc-by-nc-4.0"), "non-commercial"),
         ("unknown", "MIT", {"license": "unknown"}, "no licence is stated"),
-        ("gemma", "MIT", {"license": "other", "license_name": "gemma"}, "read its terms first"),
-        (
-            "LicenseRef-NCSA-Like",
-            "MIT",
-            {"license": "other", "license_name": "ncsa-like"},
-            "read its terms first",
-        ),
+        ("LicenseRef-NCSA-Like", "MIT", other("ncsa-like"), "read its terms first"),
     ],
 )
 def test_a_projections_licence_never_weakens_its_backbones(
@@ -155,46 +138,20 @@ def test_a_projections_licence_never_weakens_its_backbones(
     assert words is None or words in card
 
 
-def test_nothing_known_is_nothing_claimed() -> None:
+def test_nothing_known_is_nothing_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     card = model_card(config("somebody-elses-vit"))
     assert licence(card) == {"license": "unknown"}
-    assert "**Restricted: no licence is stated.**" in card
     assert "base_model" not in ModelCard(card).data.to_dict()
     for sentence in (
+        "**Restricted: no licence is stated.**",
         "It is not in this version's registry.",
         "Not measured yet.",
-        "compare both on your videos first",
         "torch.Size([4, 8, h, w])",
     ):
         assert sentence in card
-
-
-def test_a_backbone_without_a_source_is_given_as_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.REGISTRY, TINY.name, TINY)
     card = model_card(config(TINY.name), repository="user/mine")
     assert 'from_pretrained("user/mine", backbone_weights="backbone.safetensors")' in card
     assert "weights from your own file" in card
-    assert "weights from yafeng19/Co-Settle at c0ffee" in model_card(
-        config("ibot-vitb16", backbone_revision="c0ffee")
-    )
-
-
-def test_the_script_writes_and_checks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["cards.py", *arguments])
-        status: int = SCRIPT["main"]()
-        return status
-
-    folder = ("-o", str(tmp_path))
-    assert run("--check", *folder) == 1
-    assert not list(tmp_path.iterdir())
-    assert run(*folder) == run("--check", *folder) == run("--check") == 0
-    (tmp_path / f"{REAL}.md").write_text("stale")
-    (tmp_path / "gone.md").write_text("orphan")
-    capsys.readouterr()
-    assert run("--check", *folder) == 1
-    told = capsys.readouterr().out
-    assert f"stale: {REAL}.md" in told
-    assert "no such model, delete: gone.md" in told
+    card = model_card(config("ibot-vitb16", backbone_revision="c0ffee"))
+    assert "weights from yafeng19/Co-Settle at c0ffee" in card

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,14 @@ from safetensors.torch import save_file
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.backbones import REGISTRY, BackboneRow, load_backbone, registry
-from cosettle_adapter.backbones.rows import HubFile
-from cosettle_adapter.backbones.weights import LoadedWeights, fingerprint
+from cosettle_adapter.backbones.weights import fingerprint
 from cosettle_adapter.cli import main
 from cosettle_adapter.convert import convert_checkpoint
-from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
+from cosettle_adapter.errors import CorruptWeightsError
 
-WIDTH, DEPTH = 96, 3
+WIDTH, DEPTH = 96, 2
 LINEAR = "adapter.adapter.adapter_linear"
 NORM = "adapter.adapter.adapter_layer_norm1"
-
-State = dict[str, torch.Tensor]
 
 
 def small(row: BackboneRow, monkeypatch: pytest.MonkeyPatch) -> BackboneRow:
@@ -39,8 +35,8 @@ def mae(monkeypatch: pytest.MonkeyPatch) -> BackboneRow:
     return small(REGISTRY["mae-vitb16"], monkeypatch)
 
 
-def mae_state(**changes: torch.Tensor) -> State:
-    return {**random_state(ENCODERS["mae-vitb16"], width=WIDTH, depth=DEPTH), **changes}
+def mae_state() -> dict[str, torch.Tensor]:
+    return random_state(ENCODERS["mae-vitb16"], width=WIDTH, depth=DEPTH)
 
 
 def check_parity(row: BackboneRow, folder: Path) -> None:
@@ -53,7 +49,7 @@ def check_parity(row: BackboneRow, folder: Path) -> None:
     adapter = CoSettleAdapter.from_pretrained(output)
     # the same file serves as the backbone's weights
     assert load_backbone(row.name, weights=file).fingerprint == adapter.config.fingerprint
-    for height, width, tolerance in ((224, 224, 1e-5), (480, 880, 1e-4)):
+    for height, width, tolerance in ((224, 224, 1e-5), (240, 400, 1e-4)):
         generator = torch.Generator().manual_seed(height)
         frames = torch.randint(
             0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator
@@ -70,11 +66,13 @@ def check_parity(row: BackboneRow, folder: Path) -> None:
 def test_each_of_the_eight_equals_an_independent_implementation(
     name: str, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert {name for name, row in REGISTRY.items() if row.release} == set(ENCODERS)
-    row = dataclasses.replace(REGISTRY[name], hub=None) if full else None
-    if row is not None:
-        monkeypatch.setitem(registry.REGISTRY, name, row)
-    check_parity(row or small(REGISTRY[name], monkeypatch), tmp_path)
+    row = REGISTRY[name]
+    assert row.release
+    if full:
+        monkeypatch.setitem(registry.REGISTRY, name, dataclasses.replace(row, hub=None))
+    else:
+        small(row, monkeypatch)
+    check_parity(REGISTRY[name], tmp_path)
 
 
 def test_positions_of_another_interpolation_would_be_noticed(
@@ -83,13 +81,14 @@ def test_positions_of_another_interpolation_would_be_noticed(
     """The tolerance of the parity test separates the ways of resizing positions."""
     row = dataclasses.replace(mae, interpolation="size")
     monkeypatch.setitem(registry.REGISTRY, row.name, row)
-    with pytest.raises(AssertionError, match="480"):
+    with pytest.raises(AssertionError, match="240"):
         check_parity(row, tmp_path)
 
 
 def test_a_config_tells_where_it_came_from(mae: BackboneRow, tmp_path: Path) -> None:
     file = save_checkpoint(tmp_path / "checkpoint-4.pth", mae_state(), base_model="mae")
     conversion = convert_checkpoint(file, mae)
+    assert conversion.verdict.startswith("not compared")
     config = conversion.projection.config
     assert (config.kind, config.activation, config.layers) == ("linear", "tanh", (DEPTH - 1,))
     assert (config.norm, config.licence) == (True, "CC-BY-NC-4.0")
@@ -100,9 +99,8 @@ def test_a_config_tells_where_it_came_from(mae: BackboneRow, tmp_path: Path) -> 
     json.dumps(config.fit)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_deeper_heads_are_recognised(count: int, mae: BackboneRow, tmp_path: Path) -> None:
-    state = mae_state()
+def test_deeper_heads_are_recognised(mae: BackboneRow, tmp_path: Path) -> None:
+    state, count = mae_state(), 3
     weight, bias = (state.pop(f"{LINEAR}.{part}") for part in ("weight", "bias"))
     tokens = expected = torch.randn(5, WIDTH)
     for index in range(1, count + 1):
@@ -128,49 +126,22 @@ def test_precision_prefixes_and_containers_do_not_matter(mae: BackboneRow, tmp_p
         assert torch.equal(weight, state[f"module.{LINEAR}.weight"].float())
 
 
-def test_the_public_backbone_is_recognised_and_not_stored_twice(
-    mae: BackboneRow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = save_checkpoint(tmp_path / "c.pth", mae_state())
-    alone = convert_checkpoint(file, mae)
-    assert alone.verdict.startswith("not compared")
-    alone.save(tmp_path / "out")
-    assert (tmp_path / "out" / "backbone.safetensors").is_file()
-    row = dataclasses.replace(mae, hub=HubFile("a/tag"))
-    for public, is_public in ((alone.projection.config.fingerprint, True), ("sha256:0", False)):
-        loaded = LoadedWeights({}, public, "a public tag", "c0ffee")
-        monkeypatch.setattr("cosettle_adapter.convert.load_weights", lambda *_, found=loaded: found)
-        conversion = convert_checkpoint(file, row)
-        config = conversion.projection.config
-        same = "the same" if is_public else "not the same"
-        assert conversion.verdict == f"{same} model as a public tag" == config.fit["backbone"]
-        assert config.backbone_revision == ("c0ffee" if is_public else None)
-        conversion.save(tmp_path / "out")
-        assert (tmp_path / "out" / "backbone.safetensors").exists() != is_public
-
-
-WRONG: dict[str, tuple[Callable[[State], State], str]] = {
+WRONG: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "a backbone alone": (
-        lambda state: {name: t for name, t in state.items() if "adapter" not in name},
+        {f"{part}.{leaf}": None for part in (LINEAR, NORM) for leaf in ("weight", "bias")},
         "holds no projection.*backbone_weights",
     ),
-    "half a head": (
-        lambda state: {name: t for name, t in state.items() if name != f"{NORM}.bias"},
-        "Missing.*norm.bias",
-    ),
-    "a head that is not finite": (
-        lambda state: {**state, f"{LINEAR}.bias": torch.full((WIDTH,), float("nan"))},
+    "half a head": ({f"{NORM}.bias": None}, "Missing.*norm.bias"),
+    "not finite": (
+        {f"{LINEAR}.bias": torch.full((WIDTH,), torch.nan)},
         "linears.0.bias: values that are not finite",
     ),
     "a second adapter": (
-        lambda state: {**state, "adapter.adapter2.adapter_linear.weight": torch.ones(2)},
+        {"adapter.adapter2.adapter_linear.weight": torch.ones(2)},
         "a projection for mae-vitb16: Unexpected.*adapter2.adapter_linear.weight",
     ),
-    "another model": (
-        lambda state: random_state(ENCODERS["dinov2-vitb16-in1k"], width=WIDTH, depth=DEPTH),
-        r"Unexpected .*(reg_token|ls1.gamma)",
-    ),
-    "another model, by its settings": (lambda state: state, "on 'dino', expected 'mae'"),
+    "another model": ({"register_tokens": torch.ones(1, 4, WIDTH)}, "Unexpected .*reg_token"),
+    "another model, by its settings": ({}, "on 'dino', expected 'mae'"),
 }
 
 
@@ -178,9 +149,9 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
 def test_a_wrong_checkpoint_is_one_line_and_writes_nothing(
     fault: str, mae: BackboneRow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change, message = WRONG[fault]
+    changes, message = WRONG[fault]
+    state = {name: t for name, t in (mae_state() | changes).items() if t is not None}
     trained_on = "dino" if "settings" in fault else "mae"
-    state = change(mae_state())
     file = save_checkpoint(tmp_path / "checkpoint-4.pth", state, base_model=trained_on)
     with pytest.raises(CorruptWeightsError, match=message) as caught:
         convert_checkpoint(file, mae)
@@ -190,15 +161,3 @@ def test_a_wrong_checkpoint_is_one_line_and_writes_nothing(
     assert main(["convert", str(file), "--backbone", mae.name, "-o", str(output), "--offline"]) == 1
     assert "error:" in capsys.readouterr().err
     assert not output.exists()
-
-
-def test_files_that_cannot_be_read(mae: BackboneRow, tmp_path: Path) -> None:
-    file = save_checkpoint(tmp_path / "c.pth", mae_state())
-    content = file.read_bytes()
-    for kept in (10, len(content) // 2, len(content) - 100):
-        file.write_bytes(content[:kept])
-        with pytest.raises(CorruptWeightsError, match="truncated or not a PyTorch") as caught:
-            convert_checkpoint(file, mae)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(WeightsUnavailableError, match="does not exist"):
-        convert_checkpoint(tmp_path / "nowhere.pth", mae)

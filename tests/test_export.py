@@ -15,11 +15,12 @@ from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.errors import GeometryError, MissingExtraError
-from cosettle_adapter.export import ExportError, onnx, to_onnx, to_torch_export
+from cosettle_adapter.export import ExportError, onnx, program, to_onnx, to_torch_export
 from cosettle_adapter.export.program import Traced, frames_to_compare
 from cosettle_adapter.starter import starter_photographs
 from cosettle_adapter.video.geometry import resize
 
+SLOW = pytest.mark.slow
 SIZE = {"dinov2": (56, 70), "clip": (64, 80), "rotary": (64, 80), "convnext": (64, 96)}
 
 
@@ -42,20 +43,28 @@ def files(folder: Path) -> set[str]:
 
 @functools.cache
 def made_once() -> tuple[Traced, Any]:
-    traced = Traced(small_adapter("vit"), (64, 64), unfused=True)
+    traced = Traced(small_adapter("vit"), (64, 80), normalize=True, unfused=True)
     return traced, onnx._translate(traced)
 
 
 @pytest.fixture
-def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare tests of what becomes of a file the seconds of making it."""
-    traced, program = made_once()
-    monkeypatch.setattr(onnx, "Traced", lambda *_, **__: traced)
-    monkeypatch.setattr(onnx, "_translate", lambda _: program)
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare tests of what becomes of a program the seconds of tracing it."""
+    traced, _ = made_once()
+    for module in (onnx, program):
+        monkeypatch.setattr(module, "Traced", lambda *_, **__: traced)
+
+
+@pytest.fixture
+def translated(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for tests of what becomes of an ONNX model."""
+    _, translated = made_once()
+    monkeypatch.setattr(onnx, "_translate", lambda _: translated)
 
 
 @pytest.mark.parametrize(
-    "name", ["dinov2", "clip", "convnext", pytest.param("rotary", marks=pytest.mark.slow)]
+    "name",
+    ["dinov2", "convnext", *(pytest.param(kind, marks=SLOW) for kind in ("clip", "rotary"))],
 )
 def test_onnx_runtime_equals_pytorch_on_photographs(name: str, tmp_path: Path) -> None:
     adapter, size = small_adapter(name), SIZE[name]
@@ -79,37 +88,43 @@ def test_the_real_backbone_too(real_adapter: CoSettleAdapter, tmp_path: Path) ->
     torch.testing.assert_close(found, real_adapter(frames), atol=1e-4, rtol=0)
     layer = CoSettleAdapter.raw(real_adapter.backbone, layer=7)
     shorter = to_onnx(layer, tmp_path / "layer.onnx", size, check=False)
-    unread = 4 * 384 * 384 * 12 * 4  # layers 8 to 11
+    unread = 2 * 384 * 384 * 12 * 4  # layers 8 and 9
     assert shorter.size < exported.size - unread
 
 
-def test_metadata_and_no_paths_of_this_machine(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("translated")
+def test_an_onnx_model_has_metadata_and_no_paths_of_this_machine(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    adapter = small_adapter("vit")
-    model = to_onnx(adapter, tmp_path / "model.onnx", (64, 80), normalize=True, check=False)
-    program = to_torch_export(
-        adapter, tmp_path / "model.pt2", (64, 80), normalize=True, check=False
-    )
-    assert (model.output, model.metadata) == (program.output, program.metadata)
+    model = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 80), check=False)
+    other = to_torch_export(small_adapter("vit"), tmp_path / "model.pt2", (64, 80), check=False)
+    assert model.parity is other.parity is None
     stored = runtime.InferenceSession(model.path).get_modelmeta().custom_metadata_map
     assert stored["backbone"] == "small-vit16"
-    assert stored["fingerprint"] == adapter.backbone.fingerprint
+    assert stored["fingerprint"] == small_adapter("vit").backbone.fingerprint
     assert {key: json.loads(stored[key]) for key in ("layers", "patch", "grid", "normalized")} == {
         "layers": [0], "patch": 16, "grid": [4, 5], "normalized": True,
     }  # fmt: skip
-    extra = {"cosettle_adapter.json": ""}
-    torch.export.load(program.path, extra_files=extra)
-    assert json.loads(extra["cosettle_adapter.json"]) == program.metadata
-    for path in (model.path, program.path):
-        content = path.read_bytes()
-        assert b"site-packages" not in content
-        assert str(Path(__file__).parents[1]).encode() not in content
+    check_no_paths(model.path)
 
 
-def test_a_program_runs_without_this_package(tmp_path: Path) -> None:
+def check_no_paths(file: Path) -> None:
+    content = file.read_bytes()
+    assert b"site-packages" not in content
+    assert str(Path(__file__).parents[1]).encode() not in content
+
+
+def test_a_program_runs_without_this_package_and_holds_what_it_reads(tmp_path: Path) -> None:
     adapter, frames = small_adapter("vit", stride=8), photos((64, 80), 3)
     exported = to_torch_export(adapter, tmp_path / "model.pt2", (64, 80))
     assert exported.output == "features float32 (batch, 32, 7, 9)"
+    assert exported.parity is not None
+    extra = {"cosettle_adapter.json": ""}
+    loaded = torch.export.load(exported.path, extra_files=extra)
+    assert json.loads(extra["cosettle_adapter.json"]) == exported.metadata
+    read = {name.partition("blocks.")[2][:1] for name in loaded.state_dict}
+    assert read == {"", "0"}, "of two layers the first is read"
+    assert adapter.backbone.vit.blocks[1].norm1.weight is not None, "the adapter is left alone"
+    check_no_paths(exported.path)
     torch.save(frames, tmp_path / "frames.pt")
     script = (
         "import sys, torch; sys.modules['cosettle_adapter'] = sys.modules['timm'] = None\n"
@@ -136,71 +151,62 @@ def test_half_precision_and_images_as_preprocess_returns_them(tmp_path: Path) ->
     )
 
 
-def test_what_is_not_read_is_left_out(tmp_path: Path) -> None:
-    backbone = small_adapter("vit").backbone
-    first, last = (
-        to_torch_export(
-            CoSettleAdapter.raw(backbone, layer=layer), tmp_path / f"{layer}.pt2", (64, 64),
-            check=False,
-        )
-        for layer in (0, 1)
-    )  # fmt: skip
-    layer = sum(each.nbytes for each in backbone.vit.blocks[1].parameters())
-    assert last.size - first.size > layer
-    assert backbone.vit.blocks[1].norm1.weight is not None, "the adapter itself is left alone"
-    assert first.parity is None
+@pytest.mark.usefixtures("translated")
+def test_weights_beyond_two_gigabytes_go_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx, "_LARGEST_FILE", 0)
+    exported = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 80))
+    assert files(tmp_path) == {"model.onnx", "model.onnx.data"}
+    assert exported.size == sum(file.stat().st_size for file in tmp_path.iterdir())
+    moved = exported.path.parent.rename(tmp_path.with_name("elsewhere")) / "model.onnx"
+    frames = photos((64, 80), 1)
+    torch.testing.assert_close(
+        onnx_features(moved, frames), small_adapter("vit")(frames, normalize=True)
+    )
 
 
-@pytest.mark.usefixtures("one_program")
-class TestFiles:
-    def test_weights_beyond_two_gigabytes_go_beside_the_model(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(onnx, "_LARGEST_FILE", 0)
-        exported = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
-        assert files(tmp_path) == {"model.onnx", "model.onnx.data"}
-        assert exported.size == sum(file.stat().st_size for file in tmp_path.iterdir())
-        moved = exported.path.parent.rename(tmp_path.with_name("elsewhere")) / "model.onnx"
-        frames = photos((64, 64), 1)
-        torch.testing.assert_close(onnx_features(moved, frames), small_adapter("vit")(frames))
+@pytest.mark.usefixtures("translated")
+@pytest.mark.parametrize("kind", ["wrong", "misshapen", "unloadable"])
+def test_a_file_that_does_not_compute_the_same_is_not_kept(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
 
-    @pytest.mark.parametrize("kind", ["wrong", "misshapen", "unloadable"])
-    def test_a_file_that_does_not_compute_the_same_is_not_kept(
-        self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        onnxruntime = pytest.importorskip("onnxruntime")
+    class Wrong:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            if kind == "unloadable":
+                raise RuntimeError("Opset 18 is under development")
 
-        class Wrong:
-            def __init__(self, *_: Any, **__: Any) -> None:
-                if kind == "unloadable":
-                    raise RuntimeError("Opset 18 is under development")
+        def run(self, _: Any, inputs: dict[str, Any]) -> list[Any]:
+            side = 4 if kind == "wrong" else 3
+            return [torch.zeros(len(inputs["frames"]), 32, side, 5).numpy()]
 
-            def run(self, _: Any, inputs: dict[str, Any]) -> list[Any]:
-                side = 4 if kind == "wrong" else 3
-                return [torch.zeros(len(inputs["frames"]), 32, side, 4).numpy()]
-
-        monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
-        (tmp_path / "model.onnx").write_bytes(b"an earlier one")
-        told = {
-            "wrong": r"differs from PyTorch by .* was not kept",
-            "misshapen": r"returns \(3, 32, 3, 4\), PyTorch \(3, 32, 4, 4\)",
-            "unloadable": r"cannot load .* Opset 18 .*install -U onnxruntime",
-        }
-        with pytest.raises(ExportError, match=told[kind]):
-            to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
-        assert files(tmp_path) == {"model.onnx"}
-        assert (tmp_path / "model.onnx").read_bytes() == b"an earlier one"
-
-    def test_without_onnx_runtime_the_file_is_kept(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        monkeypatch.setitem(sys.modules, "onnxruntime", None)
-        exported = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 64))
-        assert exported.parity is None
-        assert exported.path.is_file()
-        assert "onnxruntime" in caplog.text
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    (tmp_path / "model.onnx").write_bytes(b"an earlier one")
+    told = {
+        "wrong": r"differs from PyTorch by .* was not kept",
+        "misshapen": r"returns \(3, 32, 3, 5\), PyTorch \(3, 32, 4, 5\)",
+        "unloadable": r"cannot load .* Opset 18 .*install -U onnxruntime",
+    }
+    with pytest.raises(ExportError, match=told[kind]):
+        to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 80))
+    assert files(tmp_path) == {"model.onnx"}
+    assert (tmp_path / "model.onnx").read_bytes() == b"an earlier one"
 
 
+@pytest.mark.usefixtures("translated")
+def test_without_onnx_runtime_the_file_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    exported = to_onnx(small_adapter("vit"), tmp_path / "model.onnx", (64, 80))
+    assert exported.parity is None
+    assert exported.path.is_file()
+    assert "onnxruntime" in caplog.text
+
+
+@pytest.mark.usefixtures("traced")
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -215,19 +221,20 @@ def test_what_cannot_be_exported_says_what_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, size = small_adapter("vit"), (64, 64)
+    model, program = tmp_path / "model.onnx", tmp_path / "model.pt2"
     settling = CoSettleAdapter.raw(adapter.backbone)
     settling.settles = True
-    with pytest.raises(ExportError, match=r"Export adapter\.settle\(clip\)"):
-        to_onnx(settling, tmp_path / "model.onnx", size)
-    with pytest.raises(ExportError, match=r"ends in \.onnx, got"):
-        to_onnx(adapter, tmp_path / "model.pt", size)
-    with pytest.raises(ExportError, match="static_batch must be at least 1"):
-        to_torch_export(adapter, tmp_path / "model.pt2", size, static_batch=0)
+    half = small_adapter("vit", dtype=torch.bfloat16)
+    for export, message in (
+        (lambda: to_onnx(settling, model, size), r"Export adapter\.settle\(clip\)"),
+        (lambda: to_onnx(adapter, program, size), r"ends in \.onnx, got"),
+        (lambda: to_onnx(half, model, size), r"dtype=torch\.float16 or .* \.pt2"),
+        (lambda: to_torch_export(adapter, program, size, static_batch=0), "must be at least 1"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export()
     with pytest.raises(GeometryError, match=r"65 x 90 .* nearest size that does is 64 x 96"):
-        to_torch_export(adapter, tmp_path / "model.pt2", (65, 90))
-    monkeypatch.setattr(CoSettleAdapter, "dtype", torch.bfloat16)
-    with pytest.raises(ExportError, match=r"dtype=torch\.float16 or torch\.float32, or .* \.pt2"):
-        to_onnx(adapter, tmp_path / "model.onnx", size)
+        to_torch_export(adapter, program, (65, 90))
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
     with pytest.raises(ExportError, match=r"needs torch 2\.6 or newer, this is 2\.4\.1"):
         onnx.check_exporter()
@@ -240,8 +247,11 @@ def test_what_cannot_be_exported_says_what_can(
 
 @pytest.mark.parametrize("exporter", [to_onnx, to_torch_export])
 def test_what_torch_cannot_trace_says_why(
-    exporter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exporter: Any, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if exporter is to_onnx:
+        request.getfixturevalue("traced")
+
     def failing(*_: Any, **__: Any) -> None:
         raise RuntimeError("\n  no kernel for this\nmore") from ValueError("\n deeper\n")
 

@@ -20,7 +20,7 @@ from cosettle_adapter.video.synthetic import render_clip
 
 from helpers import small_corpus, tiny_state
 
-NARROW = {"embed_dim": 48, "num_heads": 2}
+NARROW = {"embed_dim": 48, "num_heads": 2, "depth": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,10 @@ def corpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def narrow(name: str, width: int, **options: object) -> BackboneRow:
     row = REGISTRY[name]
-    return dataclasses.replace(row, width=width, options={**row.options, **options})
+    options = {**row.options, **options}
+    return dataclasses.replace(
+        row, width=width, depth=options.get("depth", row.depth), options=options
+    )
 
 
 ROWS = (
@@ -89,6 +92,15 @@ def test_patches_are_matched_where_the_motion_takes_them() -> None:
     pixels = rearrange(clip.frames.float(), "t c (h y) (w x) -> t (c y x) h w", y=8, x=8)
     assert fitting._match_rate(pixels, clip) > 0.45
     assert fitting._match_rate(torch.randn(2, 8, 12, 16), clip) < 0.3
+    here, there = known_correspondences(clip, 0, (6, 8))
+    assert torch.equal(here, torch.arange(48))
+    assert torch.equal(there, here)
+    here, there = known_correspondences(clip, 1, (6, 8))
+    shift = clip.homographies[1, :2, 2] / 16
+    column = (here % 8 + 0.5 + shift[0]).floor().long()
+    row = (here // 8 + 0.5 + shift[1]).floor().long()
+    assert 0 < len(here) < 48
+    assert torch.equal(there, row * 8 + column)
 
 
 def test_it_is_what_it_says_on_the_corpus(tiny_backbone: VisionTransformerBackbone) -> None:
@@ -143,17 +155,3 @@ def test_a_backbone_of_one_size_is_fitted_at_it(
     monkeypatch.setattr(tiny_backbone, "_maps", only)
     monkeypatch.setattr(starter, "CLIPS", 1)
     assert fit_starter(tiny_backbone).config.fit["size"] == [224, 224]
-
-
-def test_known_correspondences_are_where_the_motion_takes_them() -> None:
-    photograph = starter_photographs()["chelsea"]
-    clip = render_clip(photograph, frames=3, size=(64, 96), motion="pan", amount=0.5, seed=3)
-    here, there = known_correspondences(clip, 0, (4, 6))
-    assert torch.equal(here, torch.arange(24))
-    assert torch.equal(there, here)
-    here, there = known_correspondences(clip, 2, (4, 6))
-    shift = clip.homographies[2, :2, 2] / 16
-    column = (here % 6 + 0.5 + shift[0]).floor().long()
-    row = (here // 6 + 0.5 + shift[1]).floor().long()
-    assert 0 < len(here) < 24
-    assert torch.equal(there, row * 6 + column)

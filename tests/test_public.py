@@ -19,6 +19,7 @@ def test_every_public_name_is_there() -> None:
     for package in ("", ".video", ".correspondence", ".closed_form"):
         module = importlib.import_module(f"cosettle_adapter{package}")
         assert all(getattr(module, name) is not None for name in module.__all__)
+    assert (Path(cosettle_adapter.__path__[0]) / "py.typed").is_file()
     assert dir(cosettle_adapter) == sorted(cosettle_adapter.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'CoSettel'"):
         cosettle_adapter.CoSettel  # noqa: B018
@@ -26,11 +27,8 @@ def test_every_public_name_is_there() -> None:
 
 def test_every_module_imports_and_has_a_docstring() -> None:
     prefix = cosettle_adapter.__name__ + "."
-    names = [module.name for module in pkgutil.walk_packages(cosettle_adapter.__path__, prefix)]
-    assert len(names) > 20
-    for name in names:
-        assert importlib.import_module(name).__doc__, name
-    assert (Path(cosettle_adapter.__path__[0]) / "py.typed").is_file()
+    for module in pkgutil.walk_packages(cosettle_adapter.__path__, prefix):
+        assert importlib.import_module(module.name).__doc__, module.name
 
 
 def test_every_error_is_ours_and_a_builtin_one() -> None:
@@ -74,10 +72,9 @@ def test_names_of_version_0_1_warn(module: str, name: str) -> None:
         assert getattr(old, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         old.nothing  # noqa: B018
-    with pytest.raises(AttributeError, match="has davis_clips"):
-        importlib.import_module("cosettle_adapter.evaluation").davis_sequences  # noqa: B018
-    with pytest.raises(AttributeError, match="no attribute 'Davis'"):
-        importlib.import_module("cosettle_adapter.evaluation").Davis  # noqa: B018
+    if module == "evaluation":
+        with pytest.raises(AttributeError, match="has davis_clips"):
+            old.davis_sequences  # noqa: B018
 
 
 def test_frame_keywords_of_version_0_1_make_a_selection() -> None:

@@ -83,7 +83,7 @@ def test_a_stream_settles_by_the_frames_that_came(
 
 
 @each_mode
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [3, 64])
 @pytest.mark.usefixtures("no_cuts")
 def test_a_fused_stream_is_the_fused_clip_in_the_same_chunks(
     tiny_adapter: CoSettleAdapter, clip: Tensor, mode: FusionMode, batch_size: int

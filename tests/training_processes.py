@@ -30,7 +30,7 @@ def run(folder: Path) -> None:
 
     note("processes", str(accelerator.num_processes))
     train(vit, FakeData(), folder / "vit", HALF, accelerator=accelerator)
-    quarter = dataclasses.replace(HALF, batch_size=1, accumulation=2)
+    quarter = dataclasses.replace(HALF, batch_size=1, accumulation=2, epochs=1)
     train(clip, FakeData(), folder / "clip", quarter, accelerator=accelerator)
 
     class Interrupting(FakeData):

@@ -1,4 +1,4 @@
-"""Other people's names for tensors, against one transformer written again in plain PyTorch.
+"""Other people's names for tensors, against the transformer of ``official``.
 
 open_clip's own towers are held against open_clip itself in ``test_open_clip``.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
 from einops import rearrange
+from official import HEADS, PATCH, SIDE, Encoder, quick_gelu, random_state, tokens
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,312 +25,162 @@ from cosettle_adapter.errors import CorruptWeightsError
 
 from helpers import TINY, tiny_state
 
-WIDTH, HEADS, DEPTH, PATCH, SIDE, HIDDEN = 64, 2, 2, 8, 32, 128
-PATCHES = (SIDE // PATCH) ** 2
+WIDTH, DEPTH = 96, 2
 Tensors = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A transformer: the timm model that should equal it, and what distinguishes it."""
+    """An encoder, and the timm model that should equal it."""
 
     architecture: str
+    encoder: Encoder
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    class_token: bool = True
-    registers: int = 0
-    eps: float = 1e-6
-    act: Callable[[Tensor], Tensor] = F.gelu
-    pre_norm: bool = False
-    scaled: bool = False
-    gated: bool = False
-    rotary: bool = False
-    biased: bool = True  # queries and values
 
     @property
     def row(self) -> BackboneRow:
+        ratio = 8 if self.encoder.gated and not self.encoder.rotary else 4
         size = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "patch_size": PATCH}
-        ratio = {"mlp_ratio": HIDDEN / WIDTH * (1 + (self.gated and not self.rotary))}
         return BackboneRow(
             name="tiny", family="random", architecture=self.architecture, patch=PATCH,
-            width=WIDTH, depth=DEPTH, image_size=SIDE, licence="MIT",
-            positions="rotary" if self.rotary else "absolute",
-            options={"img_size": SIDE, **size, **ratio, **self.options},
+            width=WIDTH, depth=DEPTH, image_size=SIDE * PATCH, licence="MIT",
+            positions="rotary" if self.encoder.rotary else "absolute",
+            options={"img_size": SIDE * PATCH, "mlp_ratio": ratio, **size, **self.options},
         )  # fmt: skip
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-CLIP = Kind("vit_base_patch16_clip_quickgelu_224", eps=1e-5, act=quick_gelu, pre_norm=True)
+CLIP = Kind("vit_base_patch16_clip_quickgelu_224", Encoder(eps=1e-5, pre_norm=True, act=quick_gelu))
 SIGLIP = Kind(
     "vit_base_patch16_siglip_224",
+    Encoder(class_token=False, act=functools.partial(F.gelu, approximate="tanh")),
     {"act_layer": "gelu_tanh"},
-    class_token=False,
-    act=functools.partial(F.gelu, approximate="tanh"),
 )
-VIT = Kind("vit_base_patch16_224")
-DINOV2 = Kind("vit_base_patch14_dinov2", scaled=True)
-REGISTERS = Kind("vit_base_patch14_reg4_dinov2", registers=4, scaled=True)
-GIANT = Kind("vit_giant_patch14_dinov2", scaled=True, gated=True, act=F.silu)
-DINOV3 = Kind(
-    "vit_small_patch16_dinov3", registers=4, eps=1e-5, scaled=True, rotary=True, biased=False
+VIT = Kind("vit_base_patch16_224", Encoder())
+DINOV2 = Kind("vit_base_patch14_dinov2", Encoder(layer_scale=True))
+REGISTERS = Kind("vit_base_patch14_reg4_dinov2", Encoder(layer_scale=True, registers=4))
+GIANT = Kind("vit_giant_patch14_dinov2", Encoder(layer_scale=True, gated=True, act=F.silu))
+_ROTARY = Encoder(registers=4, eps=1e-5, layer_scale=True, rotary=True, biased=False)
+DINOV3 = Kind("vit_small_patch16_dinov3", _ROTARY)
+DINOV3_GATED = Kind(
+    "vit_small_plus_patch16_dinov3", dataclasses.replace(_ROTARY, gated=True, act=F.silu)
 )
-DINOV3_GATED = dataclasses.replace(
-    DINOV3, architecture="vit_small_plus_patch16_dinov3", gated=True, act=F.silu
-)
-DINOV3_BIASED = dataclasses.replace(
-    DINOV3, architecture="vit_small_patch16_dinov3_qkvb", biased=True
-)
+DINOV3_BIASED = Kind("vit_small_patch16_dinov3_qkvb", dataclasses.replace(_ROTARY, biased=True))
 
 
-def random_model(kind: Kind) -> Tensors:
-    """Tensors under names of our own, of which all layouts are made."""
-    generator = torch.Generator().manual_seed(0)
+# Tables of patterns and replacements, applied in order to the names of ``official``.
 
-    def random(*shape: int, mean: float = 0.0, scale: float = 0.2) -> Tensor:
-        return torch.randn(shape, generator=generator) * scale + mean
+Names = dict[str, str]
 
-    def norm(name: str) -> Tensors:
-        return {f"{name}.weight": random(WIDTH, mean=1.0), f"{name}.bias": random(WIDTH)}
-
-    def linear(name: str, out: int, into: int) -> Tensors:
-        return {
-            f"{name}.weight": random(out, into, scale=into**-0.5),
-            f"{name}.bias": random(out),
-        }
-
-    model = {"patch.weight": random(WIDTH, 3, PATCH, PATCH, scale=0.1)}
-    model |= {} if kind.pre_norm else {"patch.bias": random(WIDTH)}
-    model |= norm("norm") | (norm("pre") if kind.pre_norm else {})
-    if kind.class_token:
-        model["cls"] = random(1, 1, WIDTH)
-    if kind.registers:
-        model["registers"] = random(1, kind.registers, WIDTH)
-    if not kind.rotary:
-        model["positions"] = random(1, PATCHES + kind.class_token, WIDTH)
-    for index in range(DEPTH):
-        for name in "qkvo":
-            model |= linear(f"{index}.{name}", WIDTH, WIDTH)
-            if kind.rotary and (name == "k" or (name in "qv" and not kind.biased)):
-                model[f"{index}.{name}.bias"].zero_()
-        for name in ("gate", "up") if kind.gated else ("up",):
-            model |= linear(f"{index}.{name}", HIDDEN, WIDTH)
-        model |= linear(f"{index}.down", WIDTH, HIDDEN)
-        model |= norm(f"{index}.norm1") | norm(f"{index}.norm2")
-        if kind.scaled:
-            model |= {f"{index}.scale{number}": random(WIDTH) for number in (1, 2)}
-    return model
-
-
-def reference(model: Tensors, kind: Kind, images: Tensor) -> Tensor:
-    """Patch tokens ``(B, C, h, w)`` after the final norm."""
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        weight, bias = model[f"{name}.weight"], model[f"{name}.bias"]
-        return F.layer_norm(x, (WIDTH,), weight, bias, kind.eps)
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, model[f"{name}.weight"], model[f"{name}.bias"])
-
-    patches = F.conv2d(images, model["patch.weight"], model.get("patch.bias"), stride=PATCH)
-    batch, _, h, w = patches.shape
-    x = rearrange(patches, "b c h w -> b (h w) c")
-    if kind.class_token:
-        x = torch.cat([model["cls"].expand(batch, -1, -1), x], dim=1)
-    x = x + model.get("positions", 0.0)
-    if kind.registers:
-        x = torch.cat([x[:, :1], model["registers"].expand(batch, -1, -1), x[:, 1:]], dim=1)
-    prefix = kind.class_token + kind.registers
-    if kind.pre_norm:
-        x = norm(x, "pre")
-    # DINOv3: rotary positions of patch centres in [-1, 1], periods from 1 to 100
-    size = WIDTH // HEADS
-    periods = 100 ** (2 * torch.arange(size // 4) / (size // 2))
-    rows = (2 * (torch.arange(h) + 0.5) / h - 1).repeat_interleave(w)
-    columns = (2 * (torch.arange(w) + 0.5) / w - 1).repeat(h)
-    angles = torch.cat([2 * math.pi * axis[:, None] / periods for axis in (rows, columns)], dim=1)
-    cosine, sine = angles.cos().tile(2), angles.sin().tile(2)
-
-    def rotate(part: Tensor) -> Tensor:
-        if not kind.rotary:
-            return part
-        kept, turned = part[:, :, :prefix], part[:, :, prefix:]
-        first, second = turned.chunk(2, dim=-1)
-        turned = turned * cosine + torch.cat([-second, first], dim=-1) * sine
-        return torch.cat([kept, turned], dim=2)
-
-    for index in range(DEPTH):
-        inner = norm(x, f"{index}.norm1")
-        query, key, value = (
-            rearrange(linear(inner, f"{index}.{part}"), "b n (a d) -> b a n d", a=HEADS)
-            for part in "qkv"
-        )
-        scores = rotate(query) @ rotate(key).transpose(-2, -1) / size**0.5
-        mixed = rearrange(scores.softmax(-1) @ value, "b a n d -> b n (a d)")
-        x = x + model.get(f"{index}.scale1", 1.0) * linear(mixed, f"{index}.o")
-        inner = norm(x, f"{index}.norm2")
-        up = linear(inner, f"{index}.up")
-        hidden = kind.act(linear(inner, f"{index}.gate")) * up if kind.gated else kind.act(up)
-        x = x + model.get(f"{index}.scale2", 1.0) * linear(hidden, f"{index}.down")
-    return rearrange(norm(x, "norm")[:, prefix:], "b (h w) c -> b c h w", h=h)
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """Somebody's names for these tensors; ``beside`` stands in the file and is not the encoder."""
-
-    block: str
-    names: Mapping[str, str]
-    packed: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    flat: bool = False  # class token and positions without leading dimensions
-    beside: tuple[str, ...] = ()
-
-    def file(self, model: Tensors) -> Tensors:
-        model = dict(model)
-        for index in range(DEPTH):
-            for leaf in ("weight", "bias"):
-                for whole, parts in self.packed.items():
-                    if f"{index}.{parts[0]}.{leaf}" in model:
-                        found = [model.pop(f"{index}.{part}.{leaf}") for part in parts]
-                        model[f"{index}.{whole}.{leaf}"] = torch.cat(found)
-        if self.flat:
-            for name in model.keys() & {"cls", "positions"}:
-                model[name] = model[name].squeeze(0).squeeze(0)
-        return {
-            **{self.of(name): tensor for name, tensor in model.items()},
-            **{name: torch.zeros(3) for name in self.beside},
-        }
-
-    def of(self, name: str) -> str:
-        index, dot, inner = name.partition(".")
-        prefix = self.block.format(index) if index.isdigit() else ""
-        inner = inner if index.isdigit() else name
-        module, dot, leaf = inner.rpartition(".")
-        return prefix + (self.names[module] + dot + leaf if dot else self.names[leaf])
-
-
+_SCALES = {r"\.ls(\d)\.gamma": r".layer_scale\1.lambda1"}
+_ATTENTION = {  # queries, keys and values apart
+    r"attn\.([qkv])\.": r"attention.\1_proj.", r"attn\.proj": "attention.o_proj"
+}  # fmt: skip
+_GATES = {
+    r"mlp\.gate": "mlp.gate_proj", r"mlp\.(up|fc1)": "mlp.up_proj", r"mlp\.fc2": "mlp.down_proj"
+}  # fmt: skip
 _EMBEDDINGS = {
-    "cls": "embeddings.cls_token", "registers": "embeddings.register_tokens",
-    "positions": "embeddings.position_embeddings", "norm": "layernorm",
-    "patch": "embeddings.patch_embeddings.projection",
-}  # fmt: skip
+    r"^(cls_token|register_tokens|mask_token)": r"embeddings.\1",
+    r"^pos_embed": "embeddings.position_embeddings",
+    r"^patch_embed\.proj": "embeddings.patch_embeddings.projection",
+    r"^norm\.": "layernorm.",
+}
 _SELF = {
-    "q": "attention.attention.query", "k": "attention.attention.key",
-    "v": "attention.attention.value", "o": "attention.output.dense",
+    r"attn\.q\.": "attention.attention.query.", r"attn\.k\.": "attention.attention.key.",
+    r"attn\.v\.": "attention.attention.value.", r"attn\.proj": "attention.output.dense",
 }  # fmt: skip
-_SCALES = {f"scale{number}": f"layer_scale{number}.lambda1" for number in (1, 2)}
-_PROJECTIONS = {part: f"attention.{part}_proj" for part in "qkvo"}
-_NORMS, _MLP = {"norm1": "norm1", "norm2": "norm2"}, {"up": "mlp.fc1", "down": "mlp.fc2"}
-_GATES = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-HF_CLIP = Names(
-    "encoder.layers.{}.",
-    {
-        **_MLP, **{part: f"self_attn.{part}_proj" for part in "qkv"}, "o": "self_attn.out_proj",
-        "cls": "embeddings.class_embedding", "positions": "embeddings.position_embedding.weight",
-        "patch": "embeddings.patch_embedding", "pre": "pre_layrnorm", "norm": "post_layernorm",
-        "norm1": "layer_norm1", "norm2": "layer_norm2",
-    },
-    flat=True,
-    beside=("embeddings.position_ids",),
-)  # fmt: skip
-HF_SIGLIP = dataclasses.replace(HF_CLIP, beside=("head.probe", "head.mlp.fc1.weight"))
-HF_VIT = Names(
-    "encoder.layer.{}.",
-    {
-        **_EMBEDDINGS, **_SELF, "norm1": "layernorm_before", "norm2": "layernorm_after",
-        "up": "intermediate.dense", "down": "output.dense",
-    },
-    beside=("pooler.dense.weight", "classifier.bias", "decoder.decoder_embed.weight"),
-)  # fmt: skip
-HF_DINOV2 = Names(
-    "encoder.layer.{}.",
-    {**_EMBEDDINGS, **_SELF, **_SCALES, **_NORMS, **_MLP},
-    beside=("embeddings.mask_token", "classifier.weight"),
-)
-HF_GIANT = dataclasses.replace(
-    HF_DINOV2,
-    names={**HF_DINOV2.names, "in": "mlp.weights_in", "down": "mlp.weights_out"},
-    packed={"in": ("gate", "up")},
-)
+_BLOCKS = {r"^blocks": "encoder.layer"}
+_VIT_NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+HF_CLIP = {
+    r"^blocks": "encoder.layers", r"attn\.([qkv])\.": r"self_attn.\1_proj.",
+    r"attn\.proj": "self_attn.out_proj", "^cls_token": "embeddings.class_embedding",
+    "^pos_embed": "embeddings.position_embedding.weight",
+    r"^patch_embed\.proj": "embeddings.patch_embedding", "^norm_pre": "pre_layrnorm",
+    r"^norm\.": "post_layernorm.", r"\.norm(\d)": r".layer_norm\1",
+}  # fmt: skip
+HF_VIT = {
+    **_BLOCKS, **_EMBEDDINGS, **_SELF, **_VIT_NORMS, r"\.mlp\.fc1": ".intermediate.dense",
+    r"\.mlp\.fc2": ".output.dense",
+}  # fmt: skip
 # What transformers 5 calls the same modules in memory, though not in the files it writes.
-HF_VIT_IN_MEMORY = Names("layers.{}.", {**HF_VIT.names, **_PROJECTIONS, **_MLP})
-HF_GIANT_IN_MEMORY = Names("encoder.layer.{}.", {**HF_DINOV2.names, **_PROJECTIONS, **_GATES})
-HF_DINOV3 = Names(
-    "layer.{}.",
-    {
-        **_EMBEDDINGS, **_PROJECTIONS, **_GATES, **_SCALES, **_NORMS,
-        "patch": "embeddings.patch_embeddings", "norm": "norm",
-    },
-    beside=("embeddings.mask_token",),
-)  # fmt: skip
-META_DINOV3 = Names(
-    "blocks.{}.",
-    {
-        "cls": "cls_token", "registers": "storage_tokens", "patch": "patch_embed.proj",
-        "norm": "norm", "qkv": "attn.qkv", "o": "attn.proj", "scale1": "ls1.gamma",
-        "scale2": "ls2.gamma", **_MLP, **_NORMS,
-    },
-    packed={"qkv": ("q", "k", "v")},
-    beside=("mask_token", "rope_embed.periods", "blocks.0.attn.qkv.bias_mask"),
-)  # fmt: skip
-META_GATED = dataclasses.replace(
-    META_DINOV3, names={**META_DINOV3.names, "gate": "mlp.w1", "up": "mlp.w2", "down": "mlp.w3"}
-)
-META_DINOV2 = Names(
-    "blocks.{}.",
-    {**META_DINOV3.names, "registers": "register_tokens", "positions": "pos_embed"},
-    packed={"qkv": ("q", "k", "v")},
-    beside=("mask_token",),
-)
-META_GIANT = dataclasses.replace(
-    META_DINOV2,
-    names={**META_DINOV2.names, "in": "mlp.w12", "down": "mlp.w3"},
-    packed={"qkv": ("q", "k", "v"), "in": ("gate", "up")},
-)
-CASES = {
-    "Hugging Face CLIP": (CLIP, HF_CLIP),
-    "Hugging Face SigLIP": (SIGLIP, HF_SIGLIP),
-    "Hugging Face ViT": (VIT, HF_VIT),
-    "Hugging Face ViT, in memory": (VIT, HF_VIT_IN_MEMORY),
-    "Hugging Face DINOv2": (DINOV2, HF_DINOV2),
-    "Hugging Face DINOv2 with registers": (REGISTERS, HF_DINOV2),
-    "Hugging Face DINOv2 giant": (GIANT, HF_GIANT),
-    "Hugging Face DINOv2 giant, in memory": (GIANT, HF_GIANT_IN_MEMORY),
-    "Hugging Face DINOv3": (DINOV3, HF_DINOV3),
-    "Hugging Face DINOv3, gated": (DINOV3_GATED, HF_DINOV3),
-    "Hugging Face DINOv3, biased": (DINOV3_BIASED, HF_DINOV3),
-    "Meta DINOv2 with registers": (REGISTERS, META_DINOV2),
-    "Meta DINOv2 giant": (GIANT, META_GIANT),
-    "Meta DINOv3": (DINOV3, META_DINOV3),
-    "Meta DINOv3, gated": (DINOV3_GATED, META_GATED),
-    "Meta DINOv3, biased": (DINOV3_BIASED, META_DINOV3),
+HF_VIT_IN_MEMORY = {"^blocks": "layers", **_EMBEDDINGS, **_ATTENTION, **_VIT_NORMS}
+HF_DINOV2 = {**_BLOCKS, **_EMBEDDINGS, **_SELF, **_SCALES}
+HF_GIANT = {**HF_DINOV2, "fc1": "weights_in", "fc2": "weights_out"}
+HF_GIANT_IN_MEMORY = {**_BLOCKS, **_EMBEDDINGS, **_ATTENTION, **_GATES, **_SCALES}
+HF_DINOV3 = {
+    "^blocks": "layer", r"^patch_embed\.proj": "embeddings.patch_embeddings", r"^norm\.": "norm.",
+    **{k: v for k, v in _EMBEDDINGS.items() if "token" in k}, **_ATTENTION, **_GATES, **_SCALES,
+}  # fmt: skip
+META_DINOV2: Names = {}
+META_GIANT = {"fc1": "w12", "fc2": "w3"}
+META_DINOV3 = {"register_tokens": "storage_tokens"}
+META_GATED = {**META_DINOV3, r"mlp\.gate": "mlp.w1", r"mlp\.up": "mlp.w2", "fc2": "w3"}
+
+_CLIP_BESIDE = ("embeddings.position_ids",)
+_META_BESIDE = ("rope_embed.periods", "blocks.0.attn.qkv.bias_mask")
+CASES: dict[str, tuple[Kind, Names, tuple[str, ...]]] = {  # with what stands beside the encoder
+    "Hugging Face CLIP": (CLIP, HF_CLIP, _CLIP_BESIDE),
+    "Hugging Face SigLIP": (SIGLIP, HF_CLIP, ("head.probe", "head.mlp.fc1.weight")),
+    "Hugging Face ViT": (VIT, HF_VIT, ("pooler.dense.weight", "decoder.decoder_embed.weight")),
+    "Hugging Face ViT, in memory": (VIT, HF_VIT_IN_MEMORY, ()),
+    "Hugging Face DINOv2": (DINOV2, HF_DINOV2, ("embeddings.mask_token", "classifier.weight")),
+    "Hugging Face DINOv2 with registers": (REGISTERS, HF_DINOV2, ()),
+    "Hugging Face DINOv2 giant": (GIANT, HF_GIANT, ()),
+    "Hugging Face DINOv2 giant, in memory": (GIANT, HF_GIANT_IN_MEMORY, ()),
+    "Hugging Face DINOv3": (DINOV3, HF_DINOV3, ()),
+    "Hugging Face DINOv3, gated": (DINOV3_GATED, HF_DINOV3, ()),
+    "Hugging Face DINOv3, biased": (DINOV3_BIASED, HF_DINOV3, ()),
+    "Meta DINOv2 with registers": (REGISTERS, META_DINOV2, ()),
+    "Meta DINOv2 giant": (GIANT, META_GIANT, ("mask_token",)),
+    "Meta DINOv3": (DINOV3, META_DINOV3, _META_BESIDE),
+    "Meta DINOv3, gated": (DINOV3_GATED, META_GATED, _META_BESIDE),
+    "Meta DINOv3, biased": (DINOV3_BIASED, META_DINOV3, _META_BESIDE),
 }
 
 
 def file_of(case: str, kind: Kind | None = None) -> Tensors:
-    known, names = CASES[case]
-    file = names.file(random_model(kind or known))
+    """A file as somebody writes it, by default of the kind that the case is about."""
+    known, names, beside = CASES[case]
+    encoder = (kind or known).encoder
+    file = random_state(encoder, width=WIDTH, depth=DEPTH)
+    splits = {"attn.qkv": ("attn.q", "attn.k", "attn.v")} if "Hugging Face" in case else {}
+    if encoder.gated and any("gate" in name for name in names):
+        splits["mlp.fc1"] = ("mlp.gate", "mlp.up")
+    for whole, parts in splits.items():
+        for name in [name for name in file if f"{whole}." in name]:
+            pieces = file.pop(name).chunk(len(parts))
+            file |= {name.replace(whole, part): t for part, t in zip(parts, pieces, strict=True)}
+    renamed = {}
+    for name, tensor in file.items():
+        for pattern, new in names.items():
+            name = re.sub(pattern, new, name)
+        renamed[name] = tensor.squeeze(0) if names is HF_CLIP and "position" in name else tensor
     if names is HF_DINOV3:  # it has no key bias
-        file = {name: tensor for name, tensor in file.items() if "k_proj.bias" not in name}
-    return file
+        renamed = {name: tensor for name, tensor in renamed.items() if "k_proj.bias" not in name}
+    return renamed | {name: torch.zeros(3) for name in beside}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_converted_file_gives_the_same_tokens(case: str) -> None:
-    kind, _ = CASES[case]
-    file = file_of(case)
+    kind, file = CASES[case][0], file_of(case)
     before = dict(file)
     backbone = build_backbone(kind.row, to_timm(file, kind.row), fingerprint="")
     assert file.keys() == before.keys()
     assert all(file[name] is before[name] for name in file), "the file is left as it was"
-    images = torch.randn(2, 3, *((40, 56) if kind.rotary else (SIDE, SIDE)))
-    expected = reference(random_model(kind), kind, images)
+    h, w = (5, 7) if kind.encoder.rotary else (SIDE, SIDE)
+    images = torch.randn(2, 3, h * PATCH, w * PATCH)
+    state = random_state(kind.encoder, width=WIDTH, depth=DEPTH)
+    expected = tokens(state, images, kind.encoder, DEPTH)
     torch.testing.assert_close(backbone.patch_tokens(images), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["Hugging Face CLIP", "Hugging Face ViT", "Meta DINOv3"])
-@pytest.mark.parametrize("prefix", ["vision_model.", "module.a_0.backbone."])
+@pytest.mark.parametrize(
+    ("prefix", "case"),
+    [
+        ("vision_model.", "Hugging Face CLIP"),
+        ("module.a_0.backbone.", "Hugging Face ViT"),
+        ("module.a_0.backbone.", "Meta DINOv3"),
+    ],
+)
 def test_whatever_stands_before_the_names(prefix: str, case: str) -> None:
     file, row = file_of(case), CASES[case][0].row
     expected = to_timm(file, row)
@@ -345,7 +195,6 @@ def test_whatever_stands_before_the_names(prefix: str, case: str) -> None:
     ("case", "kind", "extra", "listed"),
     [
         ("Hugging Face CLIP", CLIP, "encoder.layers.0.self_attn.gate", "blocks.0.self_attn.gate"),
-        ("Hugging Face SigLIP", SIGLIP, "embeddings.class_embedding_2", "class_embedding_2"),
         ("Hugging Face DINOv2", DINOV2, "encoder.layer.1.mlp.extra.weight", "1.mlp.extra.weight"),
         ("Hugging Face ViT", VIT, "embeddings.distillation_token", "distillation_token"),
         ("Meta DINOv3", DINOV3, "surprise.weight", "surprise.weight"),
@@ -370,7 +219,6 @@ def test_a_query_without_its_key_is_listed() -> None:
 
 # timm's names inside somebody's training code
 
-
 SMALL = dataclasses.replace(TINY, depth=2, options={"depth": 2})
 STATE = tiny_state(SMALL)
 
@@ -384,7 +232,6 @@ def ones(*names: str) -> dict[str, torch.Tensor]:
 
 
 TRAINING = {
-    "timm": prefixed(""),
     "wrapped twice": prefixed("module.module."),
     "MAE with its decoder": {
         **prefixed(""),
@@ -424,16 +271,13 @@ def test_two_encoders_that_cannot_be_told_apart_are_an_error() -> None:
         to_timm({**prefixed("left."), **prefixed("right.")}, SMALL)
 
 
-def test_registers_and_the_class_position_take_timms_shape() -> None:
+def test_the_class_position_is_folded_into_the_token_once() -> None:
     row = REGISTRY["dinov2-vitb16-in1k"]
     shapes = {"cls_token": (1, 1, 8), "pos_embed": (1, 197, 8), "register_tokens": (1, 4, 8)}
-    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    converted = to_timm(tensors, row)
-    assert converted.keys() == {"cls_token", "pos_embed", "reg_token"}
-    assert torch.equal(converted["cls_token"], tensors["cls_token"] + tensors["pos_embed"][:, :1])
-    assert torch.equal(converted["pos_embed"], tensors["pos_embed"][:, 1:])
+    converted = to_timm({name: torch.randn(shape) for name, shape in shapes.items()}, row)
     again = to_timm(converted, row)
-    assert torch.equal(again["cls_token"], converted["cls_token"]), "folded once only"
+    assert again.keys() == converted.keys() == {"cls_token", "pos_embed", "reg_token"}
+    assert torch.equal(again["cls_token"], converted["cls_token"])
 
 
 def test_blip_positions_come_down_to_224_as_its_authors_do_it() -> None:

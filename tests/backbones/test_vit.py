@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -29,6 +32,11 @@ def build(row: BackboneRow = TINY, **options: object) -> VisionTransformerBackbo
     return build_backbone(row, tiny_state(row), fingerprint="sha256:0", **options)  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def strided() -> dict[int, VisionTransformerBackbone]:
+    return {stride: build(small("plain"), stride=stride) for stride in (4, 7, 8, 16)}
+
+
 def test_layers_after_the_deepest_asked_for_do_not_run() -> None:
     backbone = build()
     ran: list[int] = []
@@ -41,36 +49,22 @@ def test_layers_after_the_deepest_asked_for_do_not_run() -> None:
     torch.testing.assert_close(fourth, backbone.patch_tokens(images, layer=-8))
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    stride=st.sampled_from([4, 7, 8, 16]),
-    rows=st.integers(0, 5),
-    columns=st.integers(0, 5),
-)
-def test_overlapping_patches(stride: int, rows: int, columns: int) -> None:
-    backbone = build(stride=stride)
+@settings(max_examples=20)
+@given(stride=st.sampled_from([4, 7, 8, 16]), rows=st.integers(0, 5), columns=st.integers(0, 5))
+def test_overlapping_patches(
+    strided: dict[int, VisionTransformerBackbone], stride: int, rows: int, columns: int
+) -> None:
     height, width = 16 + rows * stride, 16 + columns * stride
-    tokens = backbone.patch_tokens(torch.zeros(1, 3, height, width), layer=0)
-    assert tokens.shape[-2:] == (rows + 1, columns + 1) == backbone.grid(height, width)
+    tokens = strided[stride].patch_tokens(torch.zeros(1, 3, height, width), layer=0)
+    assert tokens.shape[-2:] == (rows + 1, columns + 1) == strided[stride].grid(height, width)
 
 
-def test_positions_are_computed_once_a_grid() -> None:
-    backbone = build()
+def test_positions_are_computed_once_a_grid_and_few_are_kept() -> None:
+    backbone = build(small("plain"))
     assert backbone.positions((3, 4)) is backbone.positions((3, 4))
     for side in range(1, 40):
         backbone.positions((side, 1))
     assert len(backbone._positions) <= 16
-
-
-def test_frozen_means_frozen_but_for_input_gradients_on_request() -> None:
-    for wanted in (False, True):
-        backbone = build(requires_input_grad=wanted)
-        wrapped = torch.nn.Sequential(backbone).train()
-        assert wrapped.training
-        assert not any(module.training for module in backbone.modules())
-        assert not any(parameter.requires_grad for parameter in backbone.parameters())
-        images = torch.randn(1, 3, 32, 32, requires_grad=True)
-        assert backbone.patch_tokens(images).requires_grad == wanted
 
 
 def test_weights_of_another_model_are_listed() -> None:
@@ -81,27 +75,6 @@ def test_weights_of_another_model_are_listed() -> None:
     )
     with pytest.raises(CorruptWeightsError, match=message):
         build_backbone(TINY, state, fingerprint="sha256:0")
-
-
-def test_building_leaves_the_random_state_alone() -> None:
-    row = dataclasses.replace(
-        lookup("timm:vit_small_patch16_dinov3.lvd1689m"), depth=1, options={"depth": 1}
-    )
-    state = tiny_state(row)
-    before = torch.random.get_rng_state()
-    build_backbone(row, state, fingerprint="sha256:0")
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_the_real_backbone_equals_timm(real_backbone: VisionTransformerBackbone) -> None:
-    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
-    model.load_state_dict(real_backbone.vit.state_dict())
-    images = torch.randn(1, 3, 518, 518)
-    with torch.no_grad():
-        expected = model.forward_intermediates(
-            images, indices=[11], norm=True, output_fmt="NCHW", intermediates_only=True
-        )[0]
-    torch.testing.assert_close(real_backbone.patch_tokens(images), expected, atol=1e-5, rtol=1e-5)
 
 
 PLAIN = {
@@ -121,14 +94,14 @@ ROTARY = {
 }
 
 
+@functools.cache
 def small(name: str) -> BackboneRow:
     row = PLAIN[name] if name in PLAIN else lookup(name)
     return dataclasses.replace(row, depth=2, options={"depth": 2})
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *ROTARY])
-@pytest.mark.parametrize("cells", [(5, 9), "stored"])
-def test_tokens_equal_timms(name: str, cells: tuple[int, int] | str) -> None:
+def test_tokens_equal_timms(name: str) -> None:
     row = small(name)
     state = tiny_state(row)
     model: Any = timm.create_model(
@@ -136,9 +109,9 @@ def test_tokens_equal_timms(name: str, cells: tuple[int, int] | str) -> None:
     ).eval()
     model.load_state_dict(state)
     backbone = build_backbone(row, state, fingerprint="sha256:0")
-    h, w = (row.image_size // row.patch,) * 2 if isinstance(cells, str) else cells
-    images = torch.randn(2, 3, h * row.patch, w * row.patch)
-    for norm in (False, row.final_norm):
+    stored = row.image_size // row.patch
+    for (h, w), norm in itertools.product([(stored, stored), (5, 9)], (False, row.final_norm)):
+        images = torch.randn(1, 3, h * row.patch, w * row.patch)
         with torch.no_grad():
             expected = model.forward_intermediates(
                 images, indices=[0, 1], norm=norm, intermediates_only=True
@@ -149,34 +122,37 @@ def test_tokens_equal_timms(name: str, cells: tuple[int, int] | str) -> None:
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *ROTARY])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_positions_in_float32(name: str, dtype: torch.dtype) -> None:
-    row = small(name)
-    backbone = build(row).to(dtype)
+def test_half_precision_keeps_positions_in_float32(name: str) -> None:
+    row, dtype = small(name), torch.float16 if name == "plain" else torch.bfloat16
+    full = build(row)
+    backbone = copy.deepcopy(full).to(dtype)
     images = torch.randn(1, 3, 4 * row.patch, 4 * row.patch)
     tokens = backbone.patch_tokens(images)
     assert tokens.dtype == dtype
-    own, exact = backbone.positions((4, 4)), build(row).positions((4, 4))
+    own, exact = backbone.positions((4, 4)), full.positions((4, 4))
     for kind in ("absolute", "rotary"):
         if (wanted := getattr(exact, kind)) is not None:
             assert wanted.dtype == torch.float32
             assert torch.equal(getattr(own, kind), wanted)
-    cosine = torch.cosine_similarity(tokens.float(), build(row).patch_tokens(images), dim=1)
+    cosine = torch.cosine_similarity(tokens.float(), full.patch_tokens(images), dim=1)
     assert float(cosine.min()) > 0.98
 
 
 @pytest.mark.parametrize("name", ["plain", *ROTARY])
-def test_gradients_flow_after_inference_at_the_same_size(name: str) -> None:
-    """Positions of a grid are cached, and must not be tensors of inference mode."""
+def test_frozen_means_frozen_but_for_input_gradients_on_request(name: str) -> None:
     row = small(name)
     backbone = build(row, requires_input_grad=True)
+    assert torch.nn.Sequential(backbone).train().training
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
     images = torch.randn(1, 3, 3 * row.patch, 2 * row.patch)
-    with torch.inference_mode():
+    with torch.inference_mode():  # whose tensors must not be cached as positions
         backbone.patch_tokens(images)
     images.requires_grad_()
     backbone.patch_tokens(images).square().sum().backward()
     assert images.grad is not None
     assert float(images.grad.abs().sum()) > 0
+    assert not build(row).patch_tokens(images).requires_grad
 
 
 @pytest.mark.parametrize("name", ["plain", "timm:eva02_tiny_patch14_224.mim_in22k"])
@@ -210,7 +186,7 @@ def test_positions_can_be_replaced(name: str) -> None:
 
 
 def test_an_overlapping_patch_sees_its_own_pixels() -> None:
-    backbone = build(stride=8)
+    backbone = build(small("plain"), stride=8)
     images = torch.randn(1, 3, 48, 40)
     row, column = 3, 1
     patch = images[..., row * 8 : row * 8 + 16, column * 8 : column * 8 + 16]
@@ -237,7 +213,7 @@ def test_what_cannot_be_read_is_said(tiny_backbone: VisionTransformerBackbone) -
         tiny_backbone.patch_tokens(torch.zeros(3, 32, 32))
     for stride in (0, 17):
         with pytest.raises(GeometryError, match=f"between 1 and the patch size 16, got {stride}"):
-            build(stride=stride)
+            build(small("plain"), stride=stride)
     row = small("timm:vit_pe_spatial_tiny_patch16_512.fb")
     with pytest.raises(ValueError, match="has no final norm; omit norm=True"):
         build(row).patch_tokens(torch.zeros(1, 3, 32, 32), norm=True)

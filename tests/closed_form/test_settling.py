@@ -65,7 +65,7 @@ def test_the_solution_is_what_it_says() -> None:
 
 
 @given(prior=st.floats(0, 1e6), ridge=st.floats(0.05, 100))
-@hypothesis_settings(max_examples=20)
+@hypothesis_settings(max_examples=10)
 def test_the_more_prior_or_ridge_the_closer_to_centring(prior: float, ridge: float) -> None:
     clip = moving(8)
 
@@ -80,7 +80,7 @@ def test_the_more_prior_or_ridge_the_closer_to_centring(prior: float, ridge: flo
 
 
 @given(cuts=st.lists(st.integers(0, 23), max_size=4))
-@hypothesis_settings(max_examples=15)
+@hypothesis_settings(max_examples=8)
 def test_how_frames_are_split_over_calls_does_not_matter(cuts: list[int]) -> None:
     clip = moving(24)
     whole = Settler(WIDTH, forgetting=0.9)

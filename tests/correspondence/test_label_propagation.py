@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,8 +64,7 @@ def soft_labels(h: int, w: int, labels: int = 3) -> Tensor:
 
 
 @both_protocols
-@pytest.mark.parametrize("grid", [(5, 9), (9, 5), (6, 6), (28, 4)])
-@pytest.mark.parametrize("frames", [2, 7])
+@pytest.mark.parametrize(("grid", "frames"), [((5, 9), 7), ((9, 5), 2), ((28, 4), 4)])
 def test_it_equals_the_dense_definition(protocol: str, grid: tuple[int, int], frames: int) -> None:
     features, labels = clip(frames, *grid), soft_labels(*grid)
     options = {"context": 3, "radius": 4.0 if protocol == "crw" else 3.0}
@@ -79,12 +78,13 @@ def test_it_equals_the_dense_definition(protocol: str, grid: tuple[int, int], fr
 def test_the_named_protocols_are_the_published_numbers(protocol: str) -> None:
     row = DEFAULTS[protocol]
     assert {key: getattr(PROTOCOLS[protocol], key) for key in row} == row
-    features, labels = clip(24, 5, 28), soft_labels(5, 28)
+    features, labels = clip(23, 4, 26), soft_labels(4, 26)
     got = propagate_labels(features, labels, protocol=protocol)
     expected = dense(features, labels, protocol)
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
 
 
+@settings(max_examples=30)
 @given(
     st.sampled_from(["crw", "dino"]),
     st.integers(1, 6),
@@ -111,10 +111,10 @@ def test_it_equals_the_dense_definition_for_any_options(
 def test_chunks_and_frames_compared_together_do_not_change_the_result(
     protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features, labels = clip(9, 6, 28), soft_labels(6, 28)
+    features, labels = clip(8, 5, 12), soft_labels(5, 12)
     options = {"protocol": protocol, "context": 5, "radius": 5}
     whole = propagate_labels(features, labels, **options)
-    for against, chunk in ((1, 6), (300, 1), (2 * 6 * 28, 10), (8192, 10_000)):
+    for against, chunk in ((1, 6), (300, 1), (2 * 5 * 12, 10), (8192, 10_000)):
         monkeypatch.setattr("cosettle_adapter.correspondence.propagation._CONTEXT_CHUNK", against)
         # maps one by one, of either shape
         stream = (frame[None] if t % 2 else frame for t, frame in enumerate(features))

@@ -77,6 +77,7 @@ def test_the_search_radius_follows_the_point() -> None:
     assert (tracks.positions[:, 0] - expected).norm(dim=-1).max() < 0.5
 
 
+@settings(max_examples=30)
 @given(st.floats(-0.5, 5.5), st.floats(-0.5, 7.5))
 def test_positions_stay_on_the_grid(row: float, column: float) -> None:
     maps = torch.randn(3, 16, 6, 8, generator=torch.Generator().manual_seed(0))

@@ -7,25 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from drawn import grey, problem_of, save, save_frames
 from numpy.typing import NDArray
 from scipy.io import savemat
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation import (
-    BADJA_JOINTS,
-    JHMDB_JOINTS,
-    Clip,
-    Joints,
-    badja_accuracy,
-    badja_clips,
-    badja_protocol,
-    jhmdb_clips,
-)
-from cosettle_adapter.video.geometry import plan_geometry
-
-from helpers import shared_data
+from cosettle_adapter.evaluation import BADJA_JOINTS, JHMDB_JOINTS, badja_clips, jhmdb_clips
 
 SIZE = H, W = 24, 32
 
@@ -125,8 +112,10 @@ def write_badja(root: Path, content: Any = None, name: str = "dog") -> Path:
 
 @pytest.mark.parametrize("masks", ["P", "L", "RGB"])
 def test_the_official_layout_of_badja(tmp_path: Path, masks: str) -> None:
-    write_images(tmp_path / "DAVIS", masks=masks)
-    (clip,) = badja_clips(write_badja(tmp_path))
+    write_images(tmp_path / "downloads" / "DAVIS", masks=masks)
+    root = write_badja(tmp_path / "BADJA")
+    assert "BADJA clip 'dog': 6 of its files are missing" in problem_of(badja_clips(root)[0])
+    (clip,) = badja_clips(root, davis=tmp_path / "downloads" / "DAVIS")
     # all frames from the first annotated to the last
     assert [frame.stem for frame in clip.frames] == [f"{t:05d}" for t in range(3, 12)]
     assert (clip.name, clip.annotated, grey(clip, 0)) == ("dog", (0, 5, 8), 3)
@@ -137,19 +126,11 @@ def test_the_official_layout_of_badja(tmp_path: Path, masks: str) -> None:
     assert joints.visible.sum() == 3 * 20 - 1
     assert not joints.visible[1, 0]
     assert joints.areas == pytest.approx([30, 80, 110])
-    assert badja_accuracy(joints.xy, joints.xy, joints.visible, joints.areas) == (1.0, 1.0, 39)
 
 
-def test_davis_may_be_elsewhere(tmp_path: Path) -> None:
-    write_images(tmp_path / "downloads" / "DAVIS")
-    root = write_badja(tmp_path / "BADJA")
-    assert "BADJA clip 'dog': 6 of its files are missing" in problem_of(badja_clips(root)[0])
-    assert len(badja_clips(root, davis=tmp_path / "downloads" / "DAVIS")[0]) == 9
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path) -> None:
+    write_images(write_badja(tmp_path) / "DAVIS")
+    for content, message in (
         ("[]", r"ValueError: joints of shape \(0,\)"),
         ([{"image_path": "a"}], "is not a list of objects .*KeyError: 'segmentation_path'"),
         (rows(image_path="/etc/passwd"), "/etc/passwd leads out of the folder of BADJA"),
@@ -158,13 +139,10 @@ def test_davis_may_be_elsewhere(tmp_path: Path) -> None:
         (rows((11, 3)), "are not in order"),
         (rows(joints=[[1, 2]] * 5), r"joints of shape \(3, 5, 2\)"),
         ("[{", "is not a list of objects .*JSONDecodeError"),
-    ],
-)
-def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path, content: Any, message: str) -> None:
-    write_images(tmp_path / "DAVIS")
-    good, wrong = badja_clips(write_badja(write_badja(tmp_path), content, "wrong"))
-    assert good.read_annotations().xy.shape == (3, 20, 2)
-    assert re.search(f"BADJA clip 'wrong': .*{message}", problem_of(wrong))
+    ):
+        good, wrong = badja_clips(write_badja(tmp_path, content, "wrong"))
+        assert good.read_annotations().xy.shape == (3, 20, 2)
+        assert re.search(f"BADJA clip 'wrong': .*{message}", problem_of(wrong))
 
 
 def test_wrong_folders_are_explained(tmp_path: Path) -> None:
@@ -224,48 +202,14 @@ def test_keypoint_files_beside_davis(tmp_path: Path) -> None:
 ROW = {"frame": 0, "xy": [[1, 2]] * 15, "visible": [True] * 15}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_keypoint_files_of_another_form(tmp_path: Path) -> None:
+    for changes, message in (
         ({"width": None}, "is not a keypoint file .TypeError"),
         ({"annotations": []}, r"xy of shape \(0,\)"),
         ({"annotations": [{**ROW, "xy": [[1, 2]]}]}, r"xy of shape \(1, 1, 2\)"),
         ({"annotations": [{**ROW, "visible": [2] * 15}]}, r"visible int64 \(1, 15\)"),
         ({"annotations": [ROW, ROW]}, "a frame occurs twice"),
         ({"annotations": [{**ROW, "frame": 1}]}, "must have JHMDB's 15 joints, for every frame"),
-    ],
-)
-def test_keypoint_files_of_another_form(
-    tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    folder = write_json_clip(tmp_path / "catch", **changes)
-    assert re.search(rf"'catch': .*keypoints.json .*{message}", problem_of(jhmdb_clips(folder)[0]))
-
-
-def test_a_joint_counts_after_the_frame_that_it_is_asked_for_in() -> None:
-    geometry = plan_geometry(64, 96, patch=16)
-    features = torch.randn(4, 32, 4, 6, generator=torch.Generator().manual_seed(0))
-    xy = np.full((4, 2, 2), 40.0)
-    visible = np.array([[True, False], [True, False], [True, True], [True, True]])
-    joints = Joints(("a", "b"), xy, visible, np.full(4, 25.0))
-    clip = Clip("clip", [None] * 4, lambda: joints, (0, 1, 2, 3))
-    scores = badja_protocol(Path()).score(clip, features, geometry, None)
-    assert scores.values == {"delta_seg": 0, "delta_3px": 0}, "only the queries are where they were"
-    bare = Clip("bare", [None] * 4, lambda: joints._replace(areas=None), (0, 1, 2, 3))
-    with pytest.raises(FrameError, match="'bare' has no areas of its animal"):
-        badja_protocol(Path()).score(bare, features, geometry, None)
-
-
-@pytest.mark.shared
-def test_the_development_clips_are_read() -> None:
-    clips = badja_clips(shared_data() / "badja", davis=shared_data() / "davis_dev")
-    assert [clip.name for clip in clips] == ["cows", "dog", "horsejump-high"]
-    for clip in clips:
-        joints = clip.read_annotations()
-        assert joints.xy.shape == (len(clip.annotated), 20, 2)
-        assert (clip.annotated[0], clip.annotated[-1]) == (0, len(clip) - 1)
-        # visible joints are on or near the animal
-        assert (joints.xy[joints.visible] >= 0).all()
-        assert (joints.xy[joints.visible] <= [854, 480]).all()
-        assert joints.areas is not None
-        assert all(0.01 < area / (480 * 854) < 0.5 for area in joints.areas)
+    ):
+        (clip,) = jhmdb_clips(write_json_clip(tmp_path / "catch", **changes))
+        assert re.search(rf"'catch': .*keypoints.json .*{message}", problem_of(clip))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,18 +11,17 @@ from numpy.typing import NDArray
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import davis_clips, davis_protocol, folder_clips, vip_clips
+from cosettle_adapter.evaluation.clips import Clip, images_in, list_clips, mask_clip, read_masks
 from cosettle_adapter.video import FrameSelection
 
 MASKS = moving_squares()[1]
 
 
 def test_the_official_2017_layout(tmp_path: Path) -> None:
-    clips = davis_clips(write_davis(tmp_path, {"walk": MASKS, "run": MASKS[::-1]}))
-    assert [(clip.name, len(clip), clip.annotated) for clip in clips] == [
-        ("walk", 5, (0, 1, 2, 3, 4)), ("run", 5, (0, 1, 2, 3, 4)),
-    ]  # fmt: skip
-    np.testing.assert_array_equal(clips[0].read_annotations(), MASKS)
-    assert grey(clips[1], 3) == 3
+    walk, run = davis_clips(write_davis(tmp_path, {"walk": MASKS, "run": MASKS[::-1]}))
+    assert (walk.name, len(walk), walk.annotated) == ("walk", 5, (0, 1, 2, 3, 4))
+    np.testing.assert_array_equal(walk.read_annotations(), MASKS)
+    assert (run.name, grey(run, 3)) == ("run", 3)
 
 
 def test_the_2016_layout_merges_objects(tmp_path: Path) -> None:
@@ -65,26 +65,6 @@ def test_frames_are_chosen(tmp_path: Path, select: FrameSelection, stems: list[s
     assert [path.stem for path in clip.frames] == stems
     chosen = [int(stem) for stem in stems]
     np.testing.assert_array_equal(clip.read_annotations(), MASKS[chosen])
-
-
-@pytest.mark.parametrize(
-    ("folder", "options", "message"),
-    [
-        ("DAVIS/JPEGImages", {}, r"JPEGImages/480p, .* in it, found 480p\. Did you mean .*DAVIS\?"),
-        (".", {}, r"found DAVIS\. Did you mean .*DAVIS\?"),
-        ("DAVIS/ImageSets/2017/val.txt", {}, "val.txt is a file, expected the folder of DAVIS"),
-        ("DAVIS", {"subset": "vall"}, r"no list of clips .* Did you mean 'val.txt'\?"),
-        ("DAVIS", {"year": "2016"}, r"no list of clips .*ImageSets.2016.val.txt; found nothing"),
-        ("DAVIS", {"clips": ["wlak"]}, r"no DAVIS-2017 clip 'wlak'.* Did you mean 'walk'"),
-        ("DAVIS", {"resolution": "48p"}, r"expected JPEGImages/48p, .* Did you mean '480p'"),
-    ],
-)
-def test_what_is_missing_is_named(
-    tmp_path: Path, folder: str, options: dict[str, str], message: str
-) -> None:
-    write_davis(tmp_path / "DAVIS", {"walk": MASKS})
-    with pytest.raises(FrameError, match=message):
-        davis_clips(tmp_path / folder, **options)  # type: ignore[arg-type]
 
 
 def test_one_bad_clip_does_not_lose_the_others(tmp_path: Path) -> None:
@@ -159,22 +139,6 @@ def test_masks_that_cannot_be_used(tmp_path: Path) -> None:
         folder_clips(folder)[0].read_annotations()
 
 
-@pytest.mark.parametrize(
-    ("folder", "message"),
-    [
-        ("clisp", r"clisp does not exist, .* Did you mean 'clips'\?"),
-        ("clips/cat/masks", r"found 0.png, .*Did you mean .*cat\?"),
-        (".", r"found clips, video\. Did you mean .*clips\?"),
-        ("video", r"found Frame\. Did you mean 'Frame'\?"),
-    ],
-)
-def test_wrong_folders_of_clips_are_explained(tmp_path: Path, folder: str, message: str) -> None:
-    write_folder(tmp_path / "clips" / "cat")
-    (tmp_path / "video" / "Frame").mkdir(parents=True)
-    with pytest.raises(FrameError, match=message):
-        folder_clips(tmp_path / folder)
-
-
 LISTED = ["videos12", "videos8"]
 
 
@@ -193,8 +157,7 @@ def write_vip(root: Path, *, labels: str = "Annotations/Category_ids") -> Path:
 def test_the_official_layout_of_vip(tmp_path: Path, labels: str) -> None:
     clips = vip_clips(write_vip(tmp_path, labels=labels))
     assert [clip.name for clip in clips] == LISTED
-    assert (len(clips[0]), clips[0].annotated) == (3, (0, 1, 2))
-    assert grey(clips[0], 1) == 6
+    assert (len(clips[0]), clips[0].annotated, grey(clips[0], 1)) == (3, (0, 1, 2), 6)
     np.testing.assert_array_equal(clips[0].read_annotations()[:, 0, 0], [1, 6, 11])
 
 
@@ -223,12 +186,106 @@ def test_one_bad_video_of_vip_does_not_lose_the_others(tmp_path: Path) -> None:
     assert [clip.name for clip in vip_clips(root, clips=["videos1"])] == ["videos1"]
 
 
-def test_wrong_folders_of_vip_are_explained(tmp_path: Path) -> None:
-    root = write_vip(tmp_path / "VIP" / "VIP_Fine")
-    with pytest.raises(FrameError, match=r"expected Images in it, found VIP_Fine\. Did you mean"):
-        vip_clips(tmp_path / "VIP")
-    with pytest.raises(FrameError, match=r"no VIP video 'videos21' in .* Did you mean 'videos1'"):
-        vip_clips(root, clips=["videos21"])
-    (root / "Annotations" / "Category_ids").rename(root / "Annotations" / "Category_id")
+def test_wrong_folders_are_explained(tmp_path: Path) -> None:
+    write_davis(tmp_path / "d" / "DAVIS", {"walk": MASKS})
+    write_folder(tmp_path / "f" / "clips" / "cat")
+    (tmp_path / "f" / "video" / "Frame").mkdir(parents=True)
+    fine = write_vip(tmp_path / "v" / "VIP" / "VIP_Fine")
+    for list_them, folder, options, message in (
+        (davis_clips, "d/DAVIS/JPEGImages", {}, r"in it, found 480p\. Did you mean .*DAVIS\?"),
+        (davis_clips, "d", {}, r"JPEGImages/480p, .*found DAVIS\. Did you mean .*DAVIS\?"),
+        (davis_clips, "d/DAVIS/ImageSets/2017/val.txt", {}, "val.txt is a file, expected the fold"),
+        (davis_clips, "d/DAVIS", {"subset": "vall"}, r"no list of clips .* mean 'val.txt'\?"),
+        (davis_clips, "d/DAVIS", {"year": "2016"}, r"ImageSets.2016.val.txt; found nothing"),
+        (davis_clips, "d/DAVIS", {"clips": ["wlak"]}, r"DAVIS-2017 clip 'wlak'.* mean 'walk'"),
+        (davis_clips, "d/DAVIS", {"resolution": "48p"}, r"JPEGImages/48p, .* mean '480p'"),
+        (folder_clips, "f/clisp", {}, r"clisp does not exist, .* Did you mean 'clips'\?"),
+        (folder_clips, "f/clips/cat/masks", {}, r"found 0.png, .*Did you mean .*cat\?"),
+        (folder_clips, "f", {}, r"found clips, video\. Did you mean .*clips\?"),
+        (folder_clips, "f/video", {}, r"found Frame\. Did you mean 'Frame'\?"),
+        (vip_clips, "v/VIP", {}, r"expected Images in it, found VIP_Fine\. Did you mean"),
+        (vip_clips, fine, {"clips": ["videos21"]}, r"no VIP video 'videos21' .* mean 'videos1'"),
+    ):
+        with pytest.raises(FrameError, match=message):
+            list_them(tmp_path / folder, **options)  # type: ignore[operator]
+    (fine / "Annotations" / "Category_ids").rename(fine / "Annotations" / "Category_id")
     with pytest.raises(FrameError, match=r"expected Annotations/Category_ids .* 'Category_id'\?"):
-        vip_clips(root)
+        vip_clips(fine)
+
+
+MASK = np.zeros((4, 6), dtype=np.uint8)
+
+
+def test_a_digest_is_of_contents_not_of_sizes(tmp_path: Path) -> None:
+    mask, frame = tmp_path / "0.png", np.zeros((2, 2, 3), dtype=np.uint8)
+    mask.write_bytes(b"one")
+    clip = Clip("clip", [frame], lambda: None, inputs=(mask, b"jpeg", frame, "name"))
+    before = clip.digest()
+    assert clip.digest() == before
+    for part in (b"JPEG", frame + 1, "eman"):
+        inputs = tuple(part if type(old) is type(part) else old for old in clip.inputs)
+        assert dataclasses.replace(clip, inputs=inputs).digest() != before
+    mask.write_bytes(b"two")
+    assert clip.digest() != before
+    mask.unlink()
+    assert clip.digest() != before
+
+
+def test_a_clip_that_cannot_be_made_tells_why_when_it_is_read() -> None:
+    def make(name: str) -> Clip[int]:
+        if name == "bad":
+            raise FrameError("no frames")
+        return Clip(name, [lambda: MASK], lambda: 3)
+
+    good, bad = list_clips("clip", Path("root"), ["good", "bad", "other"], ["good", "bad"], make)
+    assert good.read_annotations() == 3
+    np.testing.assert_array_equal(good.read_frame(0), MASK)
+    assert problem_of(bad) == "clip 'bad': no frames"
+    with pytest.raises(FrameError, match=r"no clip 'godo' in root\. Did you mean 'good'\?"):
+        list_clips("clip", Path("root"), ["good"], ["godo"], make)
+    with pytest.raises(FrameError, match="frame 0 of 'clip' cannot be read"):
+        Clip("clip", [b"no picture"], lambda: None).read_frame(0)
+
+
+def test_frames_and_masks_that_do_not_fit(tmp_path: Path) -> None:
+    cases = (
+        ("", "0.png", r"expected images in .*frames, found nothing"),
+        ("0.png", "0.jpg", r"expected PNG masks in .*masks, found 0.jpg"),
+        ("0.png 1.png", "0.png 1.png 3.png", r"masks without a frame in .*: 3.png; .* 0.png, 1"),
+        ("0.png 1.png", "1.png", r"first frame, 0.png, has no mask; expected .*masks.0.png"),
+        ("0.png 1.jpg 1.png", "0.png", r"several files for the same frame, such as 1.jpg;"),
+    )
+    for number, (frames, masks, message) in enumerate(cases):
+        root = tmp_path / str(number)
+        for kind, names in (("frames", frames), ("masks", masks)):
+            for name in names.split():
+                save(root / kind / name, MASK, "L")
+        with pytest.raises(FrameError, match=message):
+            mask_clip("clip", root / "frames", root / "masks")
+
+
+def test_some_frames_have_masks_and_ten_comes_after_two(tmp_path: Path) -> None:
+    for first, suffix in enumerate((".png", ".jpeg", ".JPG", ".PNG")):
+        save_frames(tmp_path / "frames", range(first, 12, 4), (4, 6), f"{{}}{suffix}")
+    for t in (0, 2, 10):
+        save(tmp_path / "masks" / f"{t}.PNG", MASK + t, "P")
+    (tmp_path / "masks" / "._2.png").write_bytes(b"what macOS keeps beside a file")
+    clip = mask_clip("clip", tmp_path / "frames", tmp_path / "masks")
+    assert [grey(clip, t) for t in range(12)] == list(range(12))
+    assert clip.annotated == (0, 2, 10)
+    np.testing.assert_array_equal(clip.read_annotations()[:, 0, 0], [0, 2, 10])
+
+
+def test_masks_that_are_none_are_named(tmp_path: Path) -> None:
+    for number, (mask, mode) in enumerate(((MASK, "L"), (MASK[:3], "L"), (MASK, "RGB"))):
+        save(tmp_path / f"{number}.png", mask, mode)
+    (tmp_path / "3.png").write_bytes(b"not a picture")
+    first, *others = images_in(tmp_path)
+    messages = (
+        r"1.png is 3 x 6, but the clip's first mask is 4 x 6",
+        r"2.png is a RGB image, expected a palette",
+        r"3.png cannot be read as a mask",
+    )
+    for other, message in zip(others, messages, strict=True):
+        with pytest.raises(FrameError, match=message):
+            read_masks([first, other])

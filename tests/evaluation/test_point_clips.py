@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from drawn import grey, problem_of
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from cosettle_adapter.errors import FrameError
@@ -43,10 +40,15 @@ def write(path: Path, content: Any, protocol: int = 4) -> Path:
     return path
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_dict_of_videos(tmp_path: Path, protocol: int) -> None:
-    content = {"goat": entry(), "car": entry(more=1)}
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("dtype", ["<f8", ">f4", "<i2"])
+def test_a_dict_of_videos(tmp_path: Path, protocol: int, dtype: str) -> None:
+    points = np.asfortranarray(10 * entry()["points"]).astype(dtype)
+    also = [np.float32(2.5), 3, None, (True, b"\xff")]
+    content = {"goat": entry(), "car": entry(points=points, also=also)}
     path = write(tmp_path / "tapvid_davis.pkl", content, protocol)
+    if protocol == 2:  # has no lengths in it: as NumPy 1 wrote it
+        path.write_bytes(path.read_bytes().replace(b"numpy._core.", b"numpy.core."))
     clips = tapvid_clips(path)
     assert [(clip.name, len(clip)) for clip in clips] == [("goat", T), ("car", T)]
     for clip, expected in zip(clips, content.values(), strict=True):
@@ -59,7 +61,7 @@ def test_a_dict_of_videos(tmp_path: Path, protocol: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [list, np.array, lambda x: np.array(x, dtype=object)])
-@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 5])
 def test_frames_as_jpeg_files(tmp_path: Path, kind: Any, protocol: int) -> None:
     damaged = [*jpegs()[:1], jpegs()[1][:40], *jpegs()[2:]]
     content = [entry(video=kind(jpegs())), entry(video=kind(damaged))]
@@ -78,29 +80,23 @@ def test_a_folder_is_read_in_order_of_its_files(tmp_path: Path) -> None:
 
 
 def test_one_bad_video_does_not_lose_the_others(tmp_path: Path) -> None:
-    messages = {
-        "pointless": r"got \['occluded', 'tracks', 'video'\], expected video, points, occluded",
-        "no dict": "got int, expected video",
-        "short": r"points of shape \(3, 2, 2\) .* numbers \(N, 4, 2\)",
-        "grey": r"no frames, expected uint8 \(T, H, W, 3\)",
-        "unclear": r"occlusion of shape \(3, 4\), expected",
-        "text": "no frames",
-    }
     pointless = {"tracks": 1, **{name: entry()[name] for name in ("video", "occluded")}}
-    content = {
-        "good": entry(),
-        "pointless": pointless,
-        "no dict": 3,
-        "short": entry(points=entry()["points"][:, :2]),
-        "grey": entry(video=entry()["video"][..., 0]),
-        "unclear": entry(occluded=np.full((N, T), 0.5)),
-        "text": entry(video=["a"] * T),
+    bad = {
+        "pointless": (pointless, r"got \['occluded', 'tracks', 'video'\], expected video, points"),
+        "no dict": (3, "got int, expected video"),
+        "short": (entry(points=entry()["points"][:, :2]), r"\(3, 2, 2\) .* numbers \(N, 4, 2\)"),
+        "grey": (
+            entry(video=entry()["video"][..., 0]),
+            r"no frames, expected uint8 \(T, H, W",
+        ),
+        "unclear": (entry(occluded=np.full((N, T), 0.5)), r"occlusion of shape \(3, 4\), expected"),
+        "text": (entry(video=["a"] * T), "no frames"),
     }
-    good, *bad = tapvid_clips(write(tmp_path / "davis.pkl", content))
+    content = {"good": entry()} | {name: video for name, (video, _) in bad.items()}
+    good, *others = tapvid_clips(write(tmp_path / "davis.pkl", content))
     assert good.read_frame(0).shape == (H, W, 3)
-    assert [clip.name for clip in bad] == list(messages)
-    for clip, message in zip(bad, messages.values(), strict=True):
-        assert re.search(f"TAP-Vid video '{clip.name}': .*{message}", problem_of(clip))
+    for clip, (name, (_, message)) in zip(others, bad.items(), strict=True):
+        assert re.search(f"TAP-Vid video '{name}': .*{message}", problem_of(clip))
 
 
 def test_wrong_paths_are_explained(tmp_path: Path) -> None:
@@ -127,7 +123,7 @@ class Call:
         return self.call
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_a_call_is_refused_and_not_made(tmp_path: Path, protocol: int) -> None:
     trace = tmp_path / "was here"
     for function, arguments in [
@@ -160,14 +156,12 @@ RECONSTRUCT = named("numpy._core.multiarray", "_reconstruct")
 ARRAY = RECONSTRUCT + named("numpy", "ndarray") + b"K\x00\x85U\x01b\x87R"
 FLOAT = named("numpy", "dtype") + b"U\x02f8\x85R"
 ENCODE = named("_codecs", "encode")
-
-
 KEYS = (b"video", b"points", b"occluded")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_tampered_streams_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pkl"
+    for content, message in (
         (stream(named("builtins", "list"), b")R"), "asks for builtins.list"),
         (stream(named("numpy", "ndarray"), b"K\x05\x85R"), "cannot be read .* TypeError"),
         (stream(named("numpy", "ndarray.tobytes")), "asks for numpy.ndarray.tobytes"),
@@ -175,59 +169,28 @@ KEYS = (b"video", b"points", b"occluded")
         (stream(FLOAT), "holds a _Type"),
         (stream(named("numpy", "dtype"), b"U\x05O,f8,\x85R"), "an array of type 'O,f8,'"),
         (stream(named("numpy", "dtype"), b"U\x02V8\x85R"), "an array of type 'V8'"),
-        (
-            stream(ENCODE, b"}U\x04evilK\x01sb"),
-            "holds a function, expected",
-        ),  # sets an attribute of it
+        (stream(ENCODE, b"}U\x04evilK\x01sb"), "holds a function, expected"),  # sets its attribute
         (stream(b"U\x01aQ"), "cannot be read .* persistent"),
         (b"", "cannot be read .* EOFError"),
         (b"PK\x03\x04", "cannot be read"),
         (pickle.dumps(np.ma.masked_array([1, 2])), "asks for numpy.ma"),
         (pickle.dumps(np.array(["2020"], dtype="datetime64[D]")), "an array of type 'M8'"),
-    ],
-)
-def test_tampered_streams_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "evil.pkl"
-    path.write_bytes(content)
-    with pytest.raises(FrameError, match=message):
-        tapvid_clips(path)
-    # nor has it changed how the next one is read
-    assert len(tapvid_clips(write(path, {"a": entry(b=b"\xff\x00")}, protocol=2))) == 1
+    ):
+        path.write_bytes(content)
+        with pytest.raises(FrameError, match=message):
+            tapvid_clips(path)
+        # nor has it changed how the next one is read
+        assert len(tapvid_clips(write(path, {"a": entry(b=b"\xff\x00")}, protocol=2))) == 1
 
 
 def test_arrays_that_cannot_be_made_are_the_clips_problem(tmp_path: Path) -> None:
     path = tmp_path / "a.pkl"
     short = pickle.dumps({"a": entry(occluded=np.zeros((N, T), dtype=np.uint8))}, 2)
     path.write_bytes(short.replace(b"K\x03K\x04\x86", b"K\x03K\x05\x86"))
-    mixed = np.array([1, "a"], dtype=object)
-    for file, message in (
-        (path, "invalid array: .*too small"),
-        (write(tmp_path / "b.pkl", {"a": entry(video=mixed)}), "no frames, expected"),
-    ):
-        assert re.search(message, problem_of(tapvid_clips(file)[0]))
+    assert re.search("invalid array: .*too small", problem_of(tapvid_clips(path)[0]))
     # a function that has been given the attributes of a type, and an array without a state
     fake = b"(K\x01K\x01" + ENCODE + b"}U\x04codeU\x04f8,Osb\x89C\x00tb"
     for array in (ARRAY + fake, ARRAY):
         keys = b"".join(b"U" + bytes([len(key)]) + key + array for key in KEYS)
         path.write_bytes(stream(b"}U\x01a}(", keys, b"us"))
         assert "invalid array" in problem_of(tapvid_clips(path)[0])
-
-
-NUMBERS = st.one_of(
-    arrays.integer_dtypes(endianness="?"),
-    arrays.floating_dtypes(endianness="?", sizes=(16, 32, 64)),
-)
-
-
-@given(arrays.arrays(NUMBERS, (N, T, 2)), st.sampled_from([2, 3, 4, 5]), st.sampled_from("CF"))
-def test_arrays_come_back_as_they_were(
-    tmp_path_factory: pytest.TempPathFactory, array: Any, protocol: int, order: Any
-) -> None:
-    path = tmp_path_factory.mktemp("p") / "a.pkl"
-    array = np.asarray(array, order=order)
-    content = {"a": entry(points=array, also=[np.float32(2.5), 3, None, (True, b"\xff")])}
-    data = pickle.dumps(content, protocol)
-    for old, new in [(b"numpy.core.", b"numpy._core."), (b"numpy._core.", b"numpy.core.")]:
-        path.write_bytes(data.replace(old, new) if protocol == 2 else data)  # no lengths in it
-        found = tapvid_clips(path)[0].read_annotations().points
-        np.testing.assert_array_equal(found, array.astype(np.float64))

@@ -6,33 +6,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from cosettle_adapter import CoSettleAdapter
-from cosettle_adapter.errors import FrameError, MissingExtraError
+from cosettle_adapter.backbones import VisionTransformerBackbone
+from cosettle_adapter.correspondence import temporal_fusion
+from cosettle_adapter.correspondence.fusion import FusionMode
+from cosettle_adapter.errors import BackboneMismatchError, FrameError, MissingExtraError
+from cosettle_adapter.evaluation import variants
 from cosettle_adapter.evaluation import videos as videos_module
-from cosettle_adapter.evaluation.classification import classify, retrieve, split_videos
+from cosettle_adapter.evaluation.classification import classify, split_videos
 from cosettle_adapter.evaluation.variants import (
     ADAPTED,
     CENTRED,
     RAW_LAST,
     RAW_SAME,
     compare_features,
+    feature_variants,
 )
-from cosettle_adapter.evaluation.videos import (
-    LabelledVideo,
-    each_readable,
-    encode_videos,
-    frames_of,
-    labelled_videos,
-    pool_videos,
-    with_centred,
-)
+from cosettle_adapter.evaluation.videos import LabelledVideo, frames_of, labelled_videos
 from cosettle_adapter.video import FrameSelection, SourceInfo, open_frames
 from cosettle_adapter.video.files import VIDEO_SUFFIXES
 
-from helpers import write_video
+from helpers import projection_for, write_video
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -83,17 +81,19 @@ def test_a_given_split_is_kept(tmp_path: Path) -> None:
 
 
 def test_wrong_folders_are_described(tmp_path: Path) -> None:
-    with pytest.raises(FrameError, match="nowhere does not exist, expected a folder of <class>/"):
-        labelled_videos(tmp_path / "nowhere")
-    with pytest.raises(FrameError, match="has no folders; expected one for each class"):
-        labelled_videos(tmp_path)
-    touch(tmp_path, "run/a.mp4", "jump/readme.txt")
-    with pytest.raises(FrameError, match="jump holds no videos: expected video files"):
-        labelled_videos(tmp_path)
+    touch(tmp_path / "a", "run/a.mp4", "jump/readme.txt")
+    for folder, message in (
+        ("nowhere", "nowhere does not exist, expected a folder of <class>/"),
+        ("a/jump", "has no folders; expected one for each class"),
+        ("a", "jump holds no videos: expected video files"),
+    ):
+        with pytest.raises(FrameError, match=message):
+            labelled_videos(tmp_path / folder)
     with pytest.raises(FrameError, match=r"single readable video of 'c0', .*'c8'; expected both"):
         split_videos(named({f"c{i}": 1 for i in range(9)} | {"more": 2}))
 
 
+@settings(max_examples=30)
 @given(
     counts=st.lists(st.integers(2, 12), min_size=1, max_size=5),
     seed=st.integers(0, 5),
@@ -133,7 +133,7 @@ def test_a_video_is_the_mean_of_its_patches_and_frames(
 ) -> None:
     done: list[tuple[int, int]] = []
     videos = labelled_videos(folder)
-    pooled = pool_videos(
+    pooled = videos_module.pool_videos(
         tiny_adapter, videos, frames=4, size=48, batch_size=3,
         on_video=lambda *progress: done.append(progress),
     )  # fmt: skip
@@ -146,7 +146,6 @@ def test_a_video_is_the_mean_of_its_patches_and_frames(
         for name, values in pooled.features.items():
             torch.testing.assert_close(values[row], maps[name].mean((0, 2, 3)))
     assert all(row["1-NN"].accuracy == 1.0 for row in classify(pooled, ks=(1,)).values())
-    assert all(found.figures["R@1"] == 1.0 for found in retrieve(pooled).values())
 
 
 def test_videos_are_encoded_at_a_rate_and_broken_ones_listed(
@@ -157,7 +156,7 @@ def test_videos_are_encoded_at_a_rate_and_broken_ones_listed(
     paths = {name: tmp_path / name for name in ("a.mp4", "broken.mp4", "gone.mp4")}
     done: list[tuple[int, int]] = []
     with caplog.at_level(logging.WARNING):
-        videos, skipped = encode_videos(
+        videos, skipped = videos_module.encode_videos(
             tiny_adapter, paths, rate=12.5, size=48,
             on_video=lambda *progress: done.append(progress),
         )  # fmt: skip
@@ -171,7 +170,7 @@ def test_videos_are_encoded_at_a_rate_and_broken_ones_listed(
     assert "skipped broken.mp4" in caplog.text
     assert done == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(FrameError, match=r"none of 1 videos could be read.*gone\.mp4"):
-        encode_videos(tiny_adapter, {"gone.mp4": tmp_path / "gone.mp4"})
+        videos_module.encode_videos(tiny_adapter, {"gone.mp4": tmp_path / "gone.mp4"})
 
 
 def test_what_fails_for_every_video_is_not_blamed_on_each() -> None:
@@ -179,9 +178,9 @@ def test_what_fails_for_every_video_is_not_blamed_on_each() -> None:
         raise MissingExtraError(f"{item} needs the package 'av'")
 
     with pytest.raises(MissingExtraError, match="needs the package"):
-        each_readable(["a", "b"], read, lambda *_: None)
+        videos_module.each_readable(["a", "b"], read, lambda *_: None)
     with pytest.raises(FrameError, match="got no videos to read"):
-        each_readable([], read, lambda *_: None)
+        videos_module.each_readable([], read, lambda *_: None)
 
 
 def test_frames_are_spread_or_taken_at_a_rate(
@@ -202,7 +201,95 @@ def test_frames_are_spread_or_taken_at_a_rate(
 
 def test_centred_features_stand_between_raw_and_adapted() -> None:
     features = {RAW_LAST: torch.ones(2, 3), ADAPTED: torch.zeros(2, 3)}
-    found = with_centred(features, {RAW_LAST: torch.full((4, 3), 5.0)})
+    found = videos_module.with_centred(features, {RAW_LAST: torch.full((4, 3), 5.0)})
     assert list(found) == [RAW_LAST, CENTRED, ADAPTED]
     assert bool((found[CENTRED] == -4).all())
-    assert list(with_centred({"mine": torch.ones(1, 2)}, {})) == ["mine"]
+    assert list(videos_module.with_centred({"mine": torch.ones(1, 2)}, {})) == ["mine"]
+
+
+FRAMES = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8, generator=torch.manual_seed(0))
+
+
+def centred(features: Tensor) -> Tensor:
+    return features - features.mean((0, 2, 3), keepdim=True)
+
+
+def test_variants_are_what_the_parts_give(tiny_adapter: CoSettleAdapter) -> None:
+    done: list[int] = []
+    found = compare_features(tiny_adapter, FRAMES, batch_size=2, on_frames=done.append)
+    assert done == [2, 4, 5]
+    raw, adapted = tiny_adapter(FRAMES, return_backbone=True)
+    last = tiny_adapter.backbone.patch_tokens(tiny_adapter.preprocess(FRAMES))
+    expected = {RAW_LAST: last, RAW_SAME: raw, CENTRED: centred(raw), ADAPTED: adapted}
+    assert list(found) == list(expected)
+    torch.testing.assert_close(dict(found), expected)
+
+
+@pytest.mark.parametrize(("mode", "ending"), [("symmetric", ""), ("causal", " causally")])
+def test_fused_and_settled_features_are_the_adapters(
+    tiny_adapter: CoSettleAdapter, mode: FusionMode, ending: str
+) -> None:
+    chosen = feature_variants(
+        tiny_adapter, fusion=mode, settle=True, centre=True, baseline_layers=[9]
+    )
+    found = compare_features(tiny_adapter, FRAMES, variants=chosen)
+    streamed = tiny_adapter.stream(FRAMES, temporal_fusion=mode)
+    expected = torch.cat([chunk.features for chunk in streamed])
+    torch.testing.assert_close(found[f"adapted, fused{ending}"], expected)
+    torch.testing.assert_close(found["adapted, centred"], centred(found[ADAPTED]))
+    assert not torch.allclose(found[variants.SETTLED], found[ADAPTED])
+    single = found["centred layer 9"]
+    guide = single - single.mean((2, 3), keepdim=True)
+    fused = temporal_fusion(single, guide, mode=mode)
+    mine = found[f"centred layer 9, fused{ending}"]
+    torch.testing.assert_close(mine, fused, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "norm"), [((3,), False), ((3,), True), ((11,), False), ((3, 11), False)]
+)
+def test_what_is_read_is_what_the_config_says(
+    tiny_backbone: VisionTransformerBackbone, layers: tuple[int, ...], norm: bool
+) -> None:
+    width = tiny_backbone.width * len(layers)
+    projection = projection_for(tiny_backbone, layers=layers, norm=norm, in_width=width)
+    adapter = CoSettleAdapter(tiny_backbone, projection)
+    found = compare_features(adapter, FRAMES[:1])
+    torch.testing.assert_close(found[ADAPTED], adapter(FRAMES[:1]))
+    earlier = [f"{name} layer 3" for name in ("raw", "centred")] if len(layers) > 1 else []
+    assert list(found) == [RAW_LAST, RAW_SAME, CENTRED, *earlier, ADAPTED]
+    if earlier:
+        assert torch.equal(found["raw layer 3"], found[RAW_SAME][:, : tiny_backbone.width])
+
+
+def test_the_names_say_what_is_compared(tiny_backbone: VisionTransformerBackbone) -> None:
+    normed = tiny_backbone.row.final_norm
+    last = CoSettleAdapter(tiny_backbone, projection_for(tiny_backbone, layers=(11,), norm=normed))
+    assert [each.name for each in feature_variants(last)] == [RAW_LAST, CENTRED, ADAPTED]
+    raw = CoSettleAdapter.raw(tiny_backbone)
+    assert [each.name for each in feature_variants(raw)] == [RAW_LAST, CENTRED]
+    baselines = {"other": projection_for(tiny_backbone, layers=(5,), seed=3)}
+    options = {"baselines": baselines, "baseline_layers": [-2], "settle": True, "fusion": "causal"}
+    assert [each.name for each in feature_variants(last, **options)] == [
+        RAW_LAST, CENTRED, "centred layer 10", ADAPTED, "settled", "other", "other, settled",
+        "centred layer 10, fused causally", "adapted, fused causally", "other, fused causally",
+    ]  # fmt: skip
+    foreign = projection_for(tiny_backbone, fingerprint="another")
+    with pytest.raises(BackboneMismatchError, match="foreign was fitted on another backbone"):
+        feature_variants(last, baselines={"foreign": foreign})
+
+
+@pytest.mark.parametrize(
+    ("read", "fused", "layer"),
+    [((7, 11), [], 8), ((7, 8), [], 6), ((11,), [7], 8), (tuple(range(12)), [], 7)],
+)
+def test_the_layer_that_judges_is_read_by_nothing_else(
+    tiny_backbone: VisionTransformerBackbone, read: tuple[int, ...], fused: list[int], layer: int
+) -> None:
+    width = tiny_backbone.width * len(read)
+    projection = projection_for(tiny_backbone, layers=read, in_width=width)
+    adapter = CoSettleAdapter(tiny_backbone, projection)
+    guide = variants.guide_variant(
+        adapter, feature_variants(adapter, baseline_layers=fused, fusion="symmetric")
+    )
+    assert (guide.name, guide.reads) == (f"matches of centred layer {layer}", ((layer,), False))

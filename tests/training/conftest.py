@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,14 @@ from training_fakes import small_backbone, train_on_cpu
 
 from cosettle_adapter.backbones import Backbone
 from cosettle_adapter.training.train import Trained
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_garbage() -> Iterator[None]:
+    """Accelerate collects garbage after every run, among all that the modules hold."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

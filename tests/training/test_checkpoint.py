@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -69,34 +70,6 @@ def test_twenty_four_steps_are_ten_and_fourteen(
     assert (tmp_path / "README.md").exists()
 
 
-def test_a_termination_signal_saves_too(backbone: Backbone, tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TrainingInterrupted):
-        train_on_cpu(backbone, tmp_path, on_step=stop_at(2, signal.SIGTERM))
-    assert read_run(tmp_path).step == 2
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert (
-        train_on_cpu(backbone, tmp_path, ONE_EPOCH, overwrite=True, on_step=stop_at(6)).steps == 6
-    )
-
-
-def test_a_second_interruption_stops_at_once(
-    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cosettle_adapter.training.errors._REPEAT_SECONDS", 0.0)
-
-    def twice(report: StepReport) -> None:
-        signal.raise_signal(signal.SIGINT)
-        time.sleep(0.001)
-        signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt) as caught:
-        train_on_cpu(backbone, tmp_path, on_step=twice)
-    assert not isinstance(caught.value, TrainingInterrupted)
-    assert read_run(tmp_path).step == 0
-
-
 def test_another_run_is_neither_resumed_nor_overwritten(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(TrainingInterrupted):
         train_on_cpu(backbone, tmp_path, on_step=stop_at(1))
@@ -124,14 +97,16 @@ def test_another_run_is_neither_resumed_nor_overwritten(backbone: Backbone, tmp_
         train_on_cpu(backbone, tmp_path / "file")
 
 
-@pytest.mark.parametrize("damage", ["optimizer.bin", "model.safetensors", "run.json"])
-def test_a_damaged_checkpoint_is_refused(damage: str, backbone: Backbone, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(TrainingInterrupted):
         train_on_cpu(backbone, tmp_path, on_step=stop_at(1))
-    file = latest(tmp_path) / damage  # type: ignore[operator]
-    file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(CheckpointError, match="is damaged or not a checkpoint of this version"):
-        train_on_cpu(backbone, tmp_path, resume=True)
+    for damage in ("optimizer.bin", "model.safetensors", "run.json"):
+        file = latest(tmp_path) / damage  # type: ignore[operator]
+        good = file.read_bytes()
+        file.write_bytes(good[:50])
+        with pytest.raises(CheckpointError, match="is damaged or not a checkpoint of this version"):
+            train_on_cpu(backbone, tmp_path, resume=True)
+        file.write_bytes(good)
 
 
 def test_a_full_disk_keeps_what_was_saved(
@@ -167,28 +142,24 @@ def test_a_full_disk_keeps_what_was_saved(
 
 
 def test_two_runs_do_not_share_a_folder(backbone: Backbone, tmp_path: Path) -> None:
-    refusals: list[str] = []
-
     def meanwhile(report: StepReport) -> None:
         if report.step == 2:
             for how in ({"resume": True}, {"overwrite": True}):
-                with pytest.raises(TrainingError, match="another run is writing into") as caught:
+                with pytest.raises(TrainingError, match="another run is writing into"):
                     train_on_cpu(backbone, tmp_path, QUICK, **how)  # type: ignore[arg-type]
-                refusals.append(str(caught.value))
 
-    train_on_cpu(
-        backbone, tmp_path, dataclasses.replace(ONE_EPOCH, save_every=1), on_step=meanwhile
-    )
-    assert len(refusals) == 2
+    settings = dataclasses.replace(ONE_EPOCH, save_every=1)
+    train_on_cpu(backbone, tmp_path, settings, on_step=meanwhile)
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7))
     with exclusive(tmp_path, refusal=TrainingError("still held")):
         pass
 
 
 def test_skipped_videos_are_counted_over_a_resume(backbone: Backbone, tmp_path: Path) -> None:
+    first, rest = FakeData(skips=(2, 5)), FakeData()
     with pytest.raises(TrainingInterrupted):
-        train_on_cpu(backbone, tmp_path, data=FakeData(skips=(2, 5)), on_step=stop_at(6))
-    trained = train_on_cpu(backbone, tmp_path, data=FakeData(), resume=True)
+        train_on_cpu(backbone, tmp_path, data=first, on_step=stop_at(6))
+    trained = train_on_cpu(backbone, tmp_path, data=rest, resume=True)
     assert trained.skipped == {"gone02.mp4": "not a video", "gone05.mp4": "not a video"}
     record = trained.projection.config.fit
     assert (record["skipped"], record["skipped_clips"]) == (2, ["gone02.mp4", "gone05.mp4"])
@@ -211,71 +182,83 @@ import dataclasses, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from cosettle_adapter.training.processes import make_accelerator
-from cosettle_adapter.training.train import train
-from training_fakes import QUICK, FakeData, small_backbone
+from training_fakes import QUICK, small_backbone, train_on_cpu
 
-output, replace, saves = Path(sys.argv[1]), Path.replace, 0
+replace = Path.replace
 
 def slowly(path, target):
-    global saves
-    if target.name.startswith("step_"):
-        saves += 1
-        if saves == 8 and sys.argv[2] == "kill":  # all is there, under its temporary name
-            (path / "optimizer.bin").write_bytes(b"half")
-            print("writing", flush=True)
-            time.sleep(60)
+    if target.name == "step_00000007":  # all is there, under its temporary name
+        (path / "optimizer.bin").write_bytes(b"half")
+        print("writing", flush=True)
+        time.sleep(60)
     return replace(path, target)
 
 Path.replace = slowly
-more = {"save_every": 1}
-if sys.argv[2] == "interrupt":
-    more = {"batch_size": 2, "accumulation": 2, "workers": 2, "epochs": 2000}
-train(
-    small_backbone(), FakeData(), output, dataclasses.replace(QUICK, **more),
-    accelerator=make_accelerator("cpu"), on_step=lambda report: print(report.step, flush=True),
-)
+train_on_cpu(small_backbone(), Path(sys.argv[1]), dataclasses.replace(QUICK, save_every=1))
 """
-
-
-def start(folder: Path, how: str) -> subprocess.Popen[bytes]:
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), how],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
 
 
 def test_a_kill_in_the_middle_of_a_write_loses_one_step(
     whole: tuple[Trained, Path], backbone: Backbone, tmp_path: Path
 ) -> None:
-    with start(tmp_path, "kill") as process:
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    ) as process:
         assert process.stdout is not None
-        while process.stdout.readline() != b"writing\n":
-            assert process.poll() is None
+        assert process.stdout.readline() == b"writing\n"
         process.kill()
     assert (tmp_path / "checkpoints" / ".step_00000007").is_dir()
     assert read_run(tmp_path).step == 6
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
-    trained = train_on_cpu(
-        backbone, tmp_path, dataclasses.replace(QUICK, save_every=1), resume=True
-    )
+    settings = dataclasses.replace(QUICK, save_every=1)
+    trained = train_on_cpu(backbone, tmp_path, settings, resume=True)
     assert distance(trained.projection, whole[0].projection) == 0
     assert not list((tmp_path / "checkpoints").glob(".*"))
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 25))
 
 
-def test_ctrl_c_in_a_terminal_lets_the_workers_finish_the_step(tmp_path: Path) -> None:
+def test_ctrl_c_in_a_terminal_lets_the_workers_finish_the_step(
+    backbone: Backbone, tmp_path: Path
+) -> None:
     """A terminal sends SIGINT to the workers as well."""
-    process = start(tmp_path, "interrupt")
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"1\n"
-    os.killpg(process.pid, signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
-    assert b"TrainingInterrupted: stopped after step" in errors
-    assert b"DataLoader worker" not in errors
-    assert read_run(tmp_path).step == [1, *map(int, printed.split())][-1]
+
+    def press(report: StepReport) -> None:
+        for worker in multiprocessing.active_children() if report.step == 1 else ():
+            assert worker.pid is not None
+            assert os.getpgid(worker.pid) != os.getpgid(0)
+            os.kill(worker.pid, signal.SIGINT)
+        if report.step == 8:  # more than the workers had prepared
+            signal.raise_signal(signal.SIGINT)
+
+    settings = dataclasses.replace(QUICK, batch_size=2, accumulation=2, workers=2, epochs=20)
+    with pytest.raises(TrainingInterrupted, match="stopped after step 8 of 120"):
+        train_on_cpu(backbone, tmp_path, settings, on_step=press)
+    assert read_run(tmp_path).step == 8
+
+
+def test_signals_save_and_a_second_one_stops_at_once(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted):
+        train_on_cpu(backbone, tmp_path, on_step=stop_at(2, signal.SIGTERM))
+    assert read_run(tmp_path).step == 2
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    last = train_on_cpu(backbone, tmp_path, ONE_EPOCH, overwrite=True, on_step=stop_at(6))
+    assert last.steps == 6, "nothing was left to stop"
+    monkeypatch.setattr("cosettle_adapter.training.errors._REPEAT_SECONDS", 0.0)
+
+    def twice(report: StepReport) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.001)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train_on_cpu(backbone, tmp_path / "again", on_step=twice)
+    assert not isinstance(caught.value, TrainingInterrupted)
+    assert read_run(tmp_path / "again").step == 0

@@ -317,31 +317,6 @@ class Failing(FakeVideo):
         raise MissingExtraError("reading video files needs the package 'av'")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    ("source", "kind", "message"),
-    [
-        ("extra", MissingExtraError, "reading video files needs the package 'av'"),
-        ("value", ValueError, "a mistake in the code"),
-    ],
-)
-def test_what_is_no_fault_of_a_video_ends_training_with_its_traceback(
-    source: str, kind: type[Exception], message: str, workers: int
-) -> None:
-    data = TrainingPairs(Corpus([Failing("0", Path(source))]), settings())
-    with pytest.raises(kind) as caught:
-        next(load_batches(data, [[(0, 0)]], workers=workers))
-    assert str(caught.value) == message
-    assert "in length" in str(caught.value.__cause__)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_all_videos_has_its_traceback(workers: int) -> None:
-    with pytest.raises(FrameError, match="none of the 2 videos that were tried") as caught:
-        next(load_batches(fake_pairs([0, 0]), [[(0, 0)]], workers=workers))
-    assert "in length" in str(caught.value.__cause__)
-
-
 def test_a_killed_worker_raises_where_batches_are_taken_and_nowhere_else() -> None:
     batches = load_batches(fake_pairs([20]), [[(0, index)] for index in range(50)], workers=1)
     next(batches)
@@ -352,3 +327,22 @@ def test_a_killed_worker_raises_where_batches_are_taken_and_nowhere_else() -> No
     with pytest.raises(WorkerEndedError, match=r"exited unexpectedly\).* use fewer --workers;"):
         list(batches)
     assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL, "PyTorch's is back"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("videos", "kind", "message"),
+    [
+        ([Failing("0", Path("extra"))], MissingExtraError, "reading video files needs the package"),
+        ([Failing("0", Path("value"))], ValueError, "a mistake in the code"),
+        ([FakeVideo("0", Path("0"))] * 2, FrameError, "none of the 2 videos that were tried"),
+    ],
+)
+def test_errors_end_training_with_their_traceback(
+    videos: list[Video], kind: type[Exception], message: str, workers: int
+) -> None:
+    data = TrainingPairs(Corpus(videos), settings())
+    with pytest.raises(kind, match=message) as caught:
+        next(load_batches(data, [[(0, 0)]], workers=workers))
+    assert type(caught.value) is kind
+    assert "in length" in str(caught.value.__cause__)

@@ -6,14 +6,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_fakes import QUICK, SMALL_CLIP, SMALL_VIT, FakeData, distance, small_backbone
+from training_fakes import (
+    ONE_EPOCH,
+    QUICK,
+    SMALL_CLIP,
+    SMALL_VIT,
+    distance,
+    small_backbone,
+    train_on_cpu,
+)
 
 from cosettle_adapter import Projection
 from cosettle_adapter.backbones import BackboneRow
 from cosettle_adapter.training.checkpoint import latest, read_metrics, read_run
 from cosettle_adapter.training.errors import TrainingError
 from cosettle_adapter.training.processes import make_accelerator
-from cosettle_adapter.training.train import train
+from cosettle_adapter.training.settings import TrainSettings
 
 TESTS = Path(__file__).parents[1]
 
@@ -40,13 +48,14 @@ def notes(folder: Path, name: str) -> list[str]:
     return [(folder / f"{name}-{rank}.txt").read_text() for rank in range(2)]
 
 
-@pytest.mark.parametrize(("name", "row"), [("vit", SMALL_VIT), ("clip", SMALL_CLIP)])
+@pytest.mark.parametrize(
+    ("name", "row", "settings"), [("vit", SMALL_VIT, QUICK), ("clip", SMALL_CLIP, ONE_EPOCH)]
+)
 def test_two_processes_are_one_with_twice_the_batch(
-    name: str, row: BackboneRow, together: Path, tmp_path: Path
+    name: str, row: BackboneRow, settings: TrainSettings, together: Path, tmp_path: Path
 ) -> None:
     assert notes(together, "processes") == ["2", "2"]
-    accelerator = make_accelerator("cpu")
-    alone = train(small_backbone(row), FakeData(), tmp_path, QUICK, accelerator=accelerator)
+    alone = train_on_cpu(small_backbone(row), tmp_path, settings)
     found = Projection.load(together / name)
     assert distance(found, alone.projection) < 1e-5
     assert distance(found, Projection(found.config)) > 0.01, "it has been trained"
@@ -65,10 +74,7 @@ def test_one_that_is_told_to_stop_stops_both_after_a_step(together: Path) -> Non
     states = latest(together / "stopped").glob("random_states_*")  # type: ignore[union-attr]
     assert len(list(states)) == 2
     # one process goes on where two were stopped
-    trained = train(
-        small_backbone(), FakeData(), together / "stopped", QUICK, resume=True,
-        accelerator=make_accelerator("cpu"),
-    )  # fmt: skip
+    trained = train_on_cpu(small_backbone(), together / "stopped", resume=True)
     assert distance(trained.projection, Projection.load(together / "vit")) < 1e-5
 
 

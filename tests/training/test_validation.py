@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_fakes import QUICK, FakeData, small_backbone
+from training_fakes import QUICK, FakeData
 
 from cosettle_adapter import Projection
 from cosettle_adapter.backbones import Backbone
@@ -19,9 +19,9 @@ from cosettle_adapter.training.validation import Validation, read_evenly
 from helpers import write_video
 
 
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return small_backbone()
+@pytest.fixture(autouse=True)
+def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cosettle_adapter.training.validation._RENDERED", 4)
 
 
 @pytest.fixture
