@@ -7,6 +7,7 @@ ValueError`` also works in code that does not know this package.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -65,3 +66,11 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     if not matches:
         return ""
     return f" Did you mean {' or '.join(repr(originals[match]) for match in matches)}?"
+
+
+def __getattr__(name: str) -> type[DamagedError]:
+    if name == "TruncatedVideoError":
+        text = "TruncatedVideoError is DamagedError; version 0.3 removes the old name"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return DamagedError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

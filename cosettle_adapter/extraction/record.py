@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -36,7 +37,7 @@ REDO = "start over with --overwrite (overwrite=True), or give the output another
 # Changes of these may change the last bits of features. They do not matter for a finished file,
 # but an unfinished one is not resumed with others.
 _NUMERICAL = ("batch_size", "device", "versions")
-_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
+_BLOCK_BYTES = 1 << 20  # of a source read at a time
 _CHANGED = {
     "source_identity": "the source's content has changed",
     "fingerprint": "the backbone's weights have changed",
@@ -53,9 +54,10 @@ class RunRecord:
     run at a time.
     """
 
-    def __init__(self, output: Path, request: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, request: Mapping[str, Any], state: str = "") -> None:
         """``request`` is what :func:`describe_run` returns; no file is touched yet."""
         self.request = request
+        self.state = state  # hash of the sizes and times of the source's files
         self.folder = output.with_name(f".{output.name}.partial")
         self.keep = False  # whether the folder is kept at the end of the run
         self.timestamps: list[float] = []  # seconds of the written frames
@@ -169,6 +171,7 @@ class RunRecord:
         fields = {
             "cosettle_adapter_features": VERSION,
             **self.description,
+            "source_state": self.state,
             "lost": self.lost,
             "shape": self.shape,
             "timestamps": self.timestamps,
@@ -226,6 +229,7 @@ def describe_run(
     settings: ExtractSettings,
     select: FrameSelection,
     *,
+    identity: str | None,
     format: str,
     storage: str,
 ) -> dict[str, Any]:
@@ -235,7 +239,7 @@ def describe_run(
     is_path = isinstance(source, (str, os.PathLike))
     return {
         "source": Path(source).name if is_path else type(source).__name__,
-        "source_identity": identify(source),
+        "source_identity": identity,
         "backbone": backbone.row.name,
         "fingerprint": backbone.fingerprint,
         "layers": list(config.layers),
@@ -284,33 +288,38 @@ def differences(
     return ", ".join(changes[:4]) + (", ..." if len(changes) > 4 else "")
 
 
-def identify(source: Any) -> str | None:
-    """Return a hash that identifies a file or a list of images; copies have the same hash.
+def identify(source: Any, before: Mapping[str, Any] | None = None) -> tuple[str | None, str]:
+    """Return hashes of a source's content, and of the sizes and times of its files.
 
-    It covers file sizes, samples of the content and, for several files, their names. Frames in
-    memory and iterators have none.
+    A source is a file or a list of images. The content is only read if the sizes or times are not
+    those in ``before``, the sidecar of an earlier run. Frames in memory and iterators have no
+    content hash.
     """
     if isinstance(source, (str, os.PathLike)):
         resolved = resolve(source)
         files = [resolved] if isinstance(resolved, Path) else resolved
     elif isinstance(source, (list, tuple)) and source:
         if not all(isinstance(item, (str, os.PathLike)) for item in source):
-            return None
+            return None, ""
         files = [Path(item) for item in source]
     else:
-        return None
+        return None, ""
+    names = [file.name if len(files) > 1 else "" for file in files]  # a single one may be renamed
+    stats = [file.stat() for file in files]
+    states = [
+        f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+        for name, stat in zip(names, stats, strict=True)
+    ]
+    state = hashlib.sha256("".join(states).encode()).hexdigest()
+    if before is not None and before.get("source_state") == state:
+        return before["source_identity"], state
     digest = hashlib.sha256()
-    for file in files:  # a single file may be renamed; several are ordered by their names
-        name = file.name if len(files) > 1 else ""
-        digest.update(f"{name}\0{file.stat().st_size}\n".encode())
-    samples = max(1, _SAMPLES // len(files))
-    for index in sorted({len(files) * sample // _SAMPLES for sample in range(_SAMPLES)}):
-        last = max(0, files[index].stat().st_size - _SAMPLE_BYTES)
-        with files[index].open("rb") as content:
-            for sample in range(samples):
-                content.seek(last * sample // max(1, samples - 1))
-                digest.update(content.read(_SAMPLE_BYTES))
-    return f"sha256:{digest.hexdigest()}"
+    for name, stat, file in zip(names, stats, files, strict=True):
+        digest.update(f"{name}\0{stat.st_size}\n".encode())
+        with file.open("rb") as content:
+            for block in iter(functools.partial(content.read, _BLOCK_BYTES), b""):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}", state
 
 
 def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cosettle_adapter.extraction.record import (
     RunRecord,
     describe_run,
     differences,
+    identify,
     read_sidecar,
     sidecar_path,
 )
@@ -83,9 +84,12 @@ def extract(
     if form.name == "dino-tracker":
         settings = dino_tracker.plan_settings(adapter, settings)
     storage = storage_dtype(form, settings.storage, adapter.dtype)
-    request = describe_run(adapter, source, settings, select, format=form.name, storage=storage)
+    identity, state = identify(source, read_sidecar(path))
+    request = describe_run(
+        adapter, source, settings, select, identity=identity, format=form.name, storage=storage
+    )
     _check_recipe(path, request)
-    record = RunRecord(path, request)
+    record = RunRecord(path, request, state)
     # return a finished file without locking: its folder may be read-only
     if not overwrite and not record.folder.exists() and (finished := _finished(path, request)):
         return finished

@@ -155,6 +155,7 @@ def _read_index(source: VideoSource, verify: bool, modified: int, size: int) -> 
             intact = False
         else:
             delivered.append(Fraction(item.exact))
+            intact = intact and not item.concealed
     if announced is not None and intact and list(announced.times) == delivered:
         return announced
     return _Index(delivered)
@@ -163,7 +164,7 @@ def _read_index(source: VideoSource, verify: bool, modified: int, size: int) -> 
 def _packet_index(source: VideoSource) -> _Index | None:
     """Find frames and keyframes in a video's packets; ``None`` where these do not tell."""
     with open_video(source, threads=False) as video:
-        if not video.seekable:
+        if not video.timeline.seekable:
             return None
         times: list[int] = []
         keys: list[int] = []
@@ -181,6 +182,6 @@ def _packet_index(source: VideoSource) -> _Index | None:
         if not times or len(set(times)) < len(times) or min(times) < times[0]:
             return None
         return _Index(
-            [(time - times[0]) * video.base for time in sorted(times)],
-            [(time - times[0]) * video.base for time in keys],
+            [(time - times[0]) * video.timeline.base for time in sorted(times)],
+            [(time - times[0]) * video.timeline.base for time in keys],
         )

@@ -88,11 +88,9 @@ def pending_frames(
     select = select or FrameSelection()
     content = _open(source)
     if isinstance(content, Path):
-        with decoder.open_video(content, stream_index=select.stream_index) as video:
-            video.check_rate(select.source_fps)  # raises at once if it is not a video
-        return decoder.decode_video(
-            content, select.start, stream_index=select.stream_index, fps=select.source_fps
-        )
+        with decoder.open_video(content, select) as video:
+            video.announce()  # raises at once if it is not a video
+        return decoder.decode_video(content, select)
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Path):
         pages = files.read_pages(content[0])
         if pages:
@@ -132,11 +130,12 @@ def probe(source: Any) -> SourceInfo:
             if first is None:
                 raise FrameError(f"{content} has a video stream, but no frame of it can be decoded")
             height, width = video.pixels(first[1]).shape[-2:]
-            rate = float(1 / video.step) if video.step else None
-            frames = video.stream.frames or round((video.promised_seconds() or 0) * (rate or 0))
-            return SourceInfo(
-                frames or None, height, width, rate, video.times_from, float(video.origin or 0)
-            )
+            timeline = video.timeline
+            rate = float(1 / timeline.step) if timeline.step else None
+            frames = video.stream.frames or round((timeline.promised_seconds() or 0) * (rate or 0))
+            times_from = "container" if timeline.has_times else "frame rate"
+            offset = float(timeline.origin)
+            return SourceInfo(frames or None, height, width, rate, times_from, offset)
     if isinstance(content, (Tensor, list, tuple)):
         return SourceInfo(len(content), *_load(content[0], 0).shape[-2:])
     return SourceInfo(len(content) if isinstance(content, Sized) else None)

@@ -28,6 +28,7 @@ class PendingFrame:
     exact: Fraction | float  # seconds since the first frame of the source
     name: str  # in error messages: a file or a position
     load: Callable[[], Tensor]  # returns (3, H, W) uint8 or float in [0, 1]
+    concealed: bool = False  # whether the decoder concealed damage in it
 
     @property
     def time(self) -> float:
@@ -57,6 +58,7 @@ class FrameSelection:
         source_fps: frames per second of a source without times: of images and arrays, whose times
             are positions by default, and of raw streams, whose rate is a guess by default.
         stream_index: stream of a file to read; by default its default video stream.
+        square_pixels: widen or narrow the frames of a video whose pixels are not square.
         on_damage: what frames lost to damage are: "warn" reports them and continues, "error" raises
             :class:`DamagedError`.
     """
@@ -69,6 +71,7 @@ class FrameSelection:
     max_frames: int | None = None
     source_fps: float | None = None
     stream_index: int | None = None
+    square_pixels: bool = False
     on_damage: Literal["warn", "error"] = "warn"
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -219,12 +220,13 @@ def test_finished_files_are_left_unless_told_otherwise(
 
 
 def test_images_are_recognised(small_adapter: CoSettleAdapter, tmp_path: Path) -> None:
-    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    paths = [tmp_path / f"{index}.png" for index in range(40)]
     for index, path in enumerate(paths):
         Image.new("RGB", (64, 48), (index, 0, 0)).save(path)
     output = tmp_path / "f.npy"
     assert extract(small_adapter, paths, output).found == 0
-    assert extract(small_adapter, paths, output).found == 3
-    paths[1].write_bytes(paths[2].read_bytes())
+    os.utime(paths[7], ns=(1, 1))
+    assert extract(small_adapter, paths, output).found == 40, "it was touched, not changed"
+    paths[7].write_bytes(paths[8].read_bytes())
     with pytest.raises(OutputExistsError, match="the source's content has changed"):
         extract(small_adapter, paths, output)

@@ -125,7 +125,7 @@ def test_reading_from_a_second_gives_the_same_frames(tmp_path: Path, suffix: str
 def test_decoding_begins_at_the_keyframe_before_where_the_container_can_seek(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frames = decode_video(clip, 5.0)
+    frames = decode_video(clip, FrameSelection(start=5.0))
     assert next(frames).time == 4.8
     frames.close()
 

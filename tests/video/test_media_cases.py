@@ -152,3 +152,17 @@ def test_streams_and_sizes(cases: Path, caplog: pytest.LogCaptureFixture) -> Non
         read(cases / "size_change.ts")
     with pytest.raises(FrameError, match=r"encrypted\.mp4 is encrypted"):
         read(cases / "encrypted.mp4")
+
+
+def test_what_may_not_be_as_expected_is_told(cases: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = {"sar.mp4": "not square but 16:11", "interlaced.mp4": "interlaced", "pq.mp4": "HDR"}
+    for name, warning in told.items():
+        caplog.clear()
+        read(cases / name)
+        (record,) = caplog.records
+        assert name in record.getMessage()
+        assert warning in record.getMessage()
+    caplog.clear()
+    wide, _, _ = read(cases / "sar.mp4", square_pixels=True)
+    assert tuple(wide.shape[-2:]) == (64, round(96 * 16 / 11))
+    assert not caplog.records

@@ -1,0 +1,251 @@
+"""When the frames of a video are shown, and which of them are missing."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from cosettle_adapter.video.selection import LostFrames
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+_BLOCK_HEADERS = 96  # bytes between two packets of a Matroska file, at most
+_ON_GRID, _OFF_GRID = Fraction(1, 20), Fraction(1, 4)  # steps
+_NO_TIMESTAMPS, _MAY_RESTART = 0x0080, 0x0200  # AVFMT_NOTIMESTAMPS, AVFMT_TS_DISCONT
+
+
+class Timeline:
+    """Follows packets into the decoder and frames out of it.
+
+    Times are seconds since the first frame. ``step`` is the time between frames, 0 if unknown;
+    ``origin`` is the container's time of the first frame; ``damage`` is the first fault, if any.
+    Only once something was damaged are frames counted as lost: elsewhere a gap is a still scene.
+    """
+
+    def __init__(
+        self, container: InputContainer, stream: VideoStream, fps: float | None = None
+    ) -> None:
+        self.container, self.stream = container, stream
+        self.base = stream.time_base or Fraction(0)
+        flags = int(container.format.flags)
+        self.is_raw = bool(flags & _NO_TIMESTAMPS)
+        # AVI and raw streams have no presentation times: what a demuxer gives is a guess
+        self.has_times = container.format.name != "avi" and not self.is_raw
+        self.is_matroska = "matroska" in container.format.name
+        self.may_restart = bool(flags & _MAY_RESTART)
+        self.seekable = self.has_times and not self.may_restart
+        rate = stream.average_rate if self.has_times else stream.guessed_rate
+        self.step = 1 / rate if rate else Fraction(0)
+        self._speed = Fraction(1)
+        if fps is not None and not self.has_times:
+            self._speed = 1 / Fraction(fps) / (self.step or 1)
+            self.step = 1 / Fraction(fps)
+        self._index: list[tuple[int, Fraction]] = []  # positions and times in an AVI file
+        if container.format.name == "avi":
+            entries = getattr(stream, "index_entries", ())
+            speed = self.base * self._speed
+            self._index = sorted((e.pos, e.timestamp * speed) for e in entries if e.size)
+            if len(self._index) < stream.frames:
+                self._index = []  # the file was cut, and its index with it
+        self.damage = ""
+        self.started = False  # whether the origin is known
+        self.latest: Fraction | None = None  # time of the last frame
+        self._origin: Fraction | None = None
+        self._shift = Fraction(0)  # of a clock that started again
+        self._waiting: list[Fraction] = []  # heap: the container's times of frames to come
+        self._packets = 0
+        self._uneven = False
+        self._follows: int | None = None  # the byte after the last packet
+        self._end = self._widest_gap = Fraction(0)
+        self._from_start = True
+
+    @property
+    def origin(self) -> Fraction:
+        """The container's time of the first frame."""
+        return self._origin or Fraction(0)
+
+    @property
+    def constant_rate(self) -> bool:
+        """Whether frames are equally far apart, as the file says and as they were so far."""
+        even = self.stream.average_rate == self.stream.base_rate
+        return bool(self.step) and even and not self._uneven
+
+    def _off_grid(self, time: Fraction) -> Fraction:
+        """How far a time is from a whole number of steps, at least 1, after the last frame."""
+        steps = (time - (self.latest or 0)) / self.step
+        return abs(steps - max(1, round(steps)))
+
+    def note(self, damage: str) -> None:
+        """Note what is wrong with the file."""
+        self.damage = self.damage or damage
+
+    def jump(self) -> None:
+        """Forget what was expected: decoding begins elsewhere."""
+        self._from_start, self.latest, self._waiting = False, None, []
+        self._follows = None
+
+    def skipped(self, packet: Packet[Any]) -> None:
+        """Note where a demuxer skipped bytes of a file whose packets follow one another."""
+        if not self.is_matroska or packet.pos is None or not packet.size:
+            return
+        if self._follows is not None and packet.pos - self._follows > _BLOCK_HEADERS:
+            self.note("the demuxer skipped damaged bytes")
+        self._follows = packet.pos + packet.size
+
+    def expect(self, packet: Packet[Any]) -> Fraction | None:
+        """Note a packet before it is decoded; return the time that its frame will take up."""
+        if not packet.size:
+            return None
+        if packet.is_corrupt:
+            self.note("a packet is damaged")
+        time: Fraction | None = None
+        if not self.has_times:  # packets are equally far apart, but not in the order of showing
+            time = self._packets * self.step
+            if packet.dts is not None:
+                time = packet.dts * self.base * self._speed
+            if self._index and packet.pos is not None:
+                # a demuxer counts on where it lost chunks; the index tells which they were
+                place = bisect.bisect_right(self._index, packet.pos, key=lambda entry: entry[0])
+                time = self._index[max(0, place - 1)][1]
+            self._origin = Fraction(0)
+        elif packet.pts is not None and not packet.is_discard:
+            time = packet.pts * self.base
+            if self._origin is None and packet.is_keyframe:
+                self._origin = time
+        self._packets += 1
+        if time is not None:
+            heapq.heappush(self._waiting, time)
+        return time
+
+    def undecoded(self, time: Fraction | None) -> Iterator[LostFrames]:
+        """Tell that a packet without presentation time cannot be decoded."""
+        if time is not None and not self.has_times:
+            self._waiting.remove(time)
+            if not self._index:
+                yield from self._lost([time])
+
+    def time_of(self, frame: VideoFrame, following: VideoFrame | None) -> Fraction | None:
+        """Decide when a frame is shown; nothing else does. ``None`` if it comes too late.
+
+        A container's presentation times count where it stores some, unless the frames before and
+        ``following`` agree that one is damaged. Elsewhere the n-th frame that is shown takes the
+        n-th of its packets' times, at the stream's frame rate.
+        """
+        after = Fraction(0) if self.latest is None else self.latest + self.step
+        if not self.has_times:
+            time = heapq.heappop(self._waiting) if self._waiting else after
+            return time if self.latest is None or time > self.latest else None
+        if frame.pts is None:
+            return after
+        time = frame.pts * self.base
+        if self._origin is None or (self.latest is None and self._from_start):
+            self._origin = time if self._origin is None else min(self._origin, time)
+        time += self._shift - self.origin
+        if self.latest is not None and following is not None and following.pts is not None:
+            then = following.pts * self.base + self._shift - self.origin
+            agrees = self.latest < time < then
+            even = bool(self.damage) and self.constant_rate
+            if even and self._off_grid(then) < _ON_GRID:
+                agrees = agrees and self._off_grid(time) < _OFF_GRID
+            if self.latest < then and not agrees:
+                if even and after > then - self.step / 2:
+                    return None  # a piece of a damaged frame has no place of its own
+                return min(after, (self.latest + then) / 2)
+        if self.latest is not None and time < self.latest:
+            decoded = (frame.dts or 0) * self.base + self._shift - self.origin
+            if decoded > self.latest:  # a damaged time
+                return decoded
+            if self.damage and self.seekable:
+                return None  # out of order by damage, and counted as lost before
+            self._shift += after - time  # the clock started again
+            time = after
+        return time
+
+    def advance(self, shown: Fraction, frame: VideoFrame) -> None:
+        """Note that a frame was shown."""
+        lasts = (getattr(frame, "duration", 0) or 0) * self.base or self.step
+        if self.latest is not None and not self.damage and self.constant_rate:
+            self._uneven = self._off_grid(shown) > _OFF_GRID
+        if self.latest is not None:
+            self._widest_gap = max(self._widest_gap, shown - self.latest)
+        self.latest, self._end = shown, max(self._end, shown + lasts)
+        self.started = True
+
+    def lost_before(self, shown: Fraction) -> Iterator[LostFrames]:
+        """Tell which frames before this one did not come."""
+        if not self.has_times:
+            first = Fraction(-1) if self.latest is None else self.latest
+            yield from self._lost([time for _, time in self._index if first < time < shown])
+            return
+        expected: list[Fraction] = []
+        while self._waiting and self._waiting[0] + self._shift - self.origin <= shown:
+            expected.append(heapq.heappop(self._waiting) + self._shift - self.origin)
+        # a broadcast has no still scenes: a gap in it is a loss whatever the reason
+        if not self.damage and not (self.may_restart and self.constant_rate):
+            return
+        if (
+            self.constant_rate and self.latest is not None
+        ):  # also packets that did not arrive are missing
+            count = round((shown - self.latest) / self.step) - 1
+            expected = [self.latest + number * self.step for number in range(1, count + 1)]
+        first = Fraction(-1) if self.latest is None else self.latest
+        yield from self._lost([time for time in expected if first < time < shown])
+
+    def lost_at_end(self) -> Iterator[LostFrames]:
+        """Tell which frames the file promises after the last one.
+
+        By the number of packets where the header has it, else by the duration. Containers round,
+        and frames may be dropped at the end, so half a second may be missing, but no more than a
+        tenth of a short clip, and at least twice the widest gap between frames, as the last frame
+        of a still scene may stand for long.
+        """
+        if self.latest is None:
+            return
+        expected: list[Fraction] = []
+        if self.damage:
+            offset = self._shift - self.origin if self.has_times else Fraction(0)
+            times = sorted(time + offset for time in self._waiting)
+            expected = [time for time in times if time > self.latest]
+        last = max([self.latest, *expected])
+        count = 0
+        counted = self._from_start and self.container.format.name.startswith(("mov", "avi"))
+        if self._index:
+            expected = [time for _, time in self._index if time > self.latest]
+        elif counted and self.stream.frames:
+            count = self.stream.frames - self._packets
+        elif not self.may_restart and (seconds := self.promised_seconds()) is not None:
+            slack = max(min(0.5, 0.1 * seconds), 2 * float(self._widest_gap))
+            if self.constant_rate and self.is_matroska:  # which rounds to milliseconds
+                slack = 1.5 * float(self.step)
+            if float(self._end) < seconds - slack:
+                count = round((seconds - float(self._end)) / float(self.step)) if self.step else 1
+                count -= len(expected)
+        if count > 0 or expected:
+            self.note("it ends before what its header promises")
+        yield from self._lost(
+            [*expected, *(last + number * self.step for number in range(1, count + 1))]
+        )
+
+    def promised_seconds(self) -> float | None:
+        """How long the file says that its pictures last, if it does."""
+        first = float(self.origin)
+        alone = len(self.container.streams) == 1  # else it may be the sound that lasts so long
+        if self.stream.duration and (alone or "asf" not in self.container.format.name):
+            return float(self.stream.duration * self.base)
+        tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))
+        if tag is not None:  # Matroska's
+            hours, minutes, seconds = map(float, tag.groups())
+            return 3600 * hours + 60 * minutes + seconds - first
+        return self.container.duration / 1e6 - first if self.container.duration and alone else None
+
+    def _lost(self, times: list[Fraction]) -> Iterator[LostFrames]:
+        if times:
+            yield LostFrames(tuple(map(float, times)), self.damage)
