@@ -87,7 +87,7 @@ def fit(
     data: str = "",
     workers: int = 0,
     on_clip: Callable[[int, int], None] = lambda done, total: None,
-    **loading: Any,
+    **options: Any,
 ) -> CoSettleAdapter:
     """Fit a projection for a backbone on unlabelled clips and return the adapter.
 
@@ -99,7 +99,8 @@ def fit(
         data: description of the clips to record.
         workers: processes that decode videos; 0 decodes in this process.
         on_clip: called with the number of clips done and the total.
-        **loading: arguments of :func:`~cosettle_adapter.load_backbone` if ``backbone`` is a name.
+        **options: fields of :class:`FitSettings` that override ``settings``; if ``backbone`` is a
+            name, also arguments of :func:`~cosettle_adapter.load_backbone`.
 
     Returns:
         An adapter whose ``save_pretrained`` writes the same files as ``cosettle-adapter fit``.
@@ -109,12 +110,15 @@ def fit(
         StatisticsError: no clip has a pair of frames.
         ValueError: settings that do not fit the backbone, or several candidates but no rendered
             clips to choose by.
-        TypeError: ``loading`` with a loaded backbone.
+        TypeError: an unknown option, or one of loading with a loaded backbone.
     """
+    names = {field.name for field in dataclasses.fields(FitSettings)} & options.keys()
+    given = {name: options.pop(name) for name in names}
+    settings = dataclasses.replace(settings or FitSettings(), **given)
     if isinstance(backbone, str):
-        backbone = load_backbone(backbone, **loading)
-    elif loading:
-        raise TypeError(f"the backbone is already loaded: omit {', '.join(loading)} or give a name")
+        backbone = load_backbone(backbone, **options)
+    elif options:
+        raise TypeError(f"the backbone is already loaded: omit {', '.join(options)} or give a name")
     result = fit_projection(
         backbone, clips, settings, licence=licence, data=data, workers=workers, on_clip=on_clip
     )

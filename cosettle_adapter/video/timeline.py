@@ -83,6 +83,12 @@ class Timeline:
         steps = (time - (self.latest or 0)) / self.step
         return abs(steps - max(1, round(steps)))
 
+    def _grid_to(self, time: Fraction) -> list[Fraction]:
+        """Times of frames after the last one up to a time, also of packets that did not arrive."""
+        latest = self.latest or Fraction(0)
+        count = round((time - latest) / self.step)
+        return [latest + number * self.step for number in range(1, count + 1)]
+
     def note(self, damage: str) -> None:
         """Note what is wrong with the file."""
         self.damage = self.damage or damage
@@ -152,7 +158,7 @@ class Timeline:
         if self.latest is not None and following is not None and following.pts is not None:
             then = following.pts * self.base + self._shift - self.origin
             agrees = self.latest < time < then
-            even = bool(self.damage) and self.constant_rate
+            even = bool(self.damage or self.may_restart) and self.constant_rate
             if even and self._off_grid(then) < _ON_GRID:
                 agrees = agrees and self._off_grid(time) < _OFF_GRID
             if self.latest < then and not agrees:
@@ -191,11 +197,8 @@ class Timeline:
         # a broadcast has no still scenes: a gap in it is a loss whatever the reason
         if not self.damage and not (self.may_restart and self.constant_rate):
             return
-        if (
-            self.constant_rate and self.latest is not None
-        ):  # also packets that did not arrive are missing
-            count = round((shown - self.latest) / self.step) - 1
-            expected = [self.latest + number * self.step for number in range(1, count + 1)]
+        if self.constant_rate and self.latest is not None:
+            expected = self._grid_to(shown)[:-1]
         first = Fraction(-1) if self.latest is None else self.latest
         yield from self._lost([time for time in expected if first < time < shown])
 
@@ -214,6 +217,8 @@ class Timeline:
             offset = self._shift - self.origin if self.has_times else Fraction(0)
             times = sorted(time + offset for time in self._waiting)
             expected = [time for time in times if time > self.latest]
+        if self.constant_rate and expected:
+            expected = self._grid_to(expected[-1])
         last = max([self.latest, *expected])
         count = 0
         counted = self._from_start and self.container.format.name.startswith(("mov", "avi"))

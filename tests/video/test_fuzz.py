@@ -88,10 +88,11 @@ def check(path: Path, rate: int, *, right: bool) -> None:
     lost = [round(time * rate) for chunk in chunks for time in chunk.lost]
     assert places == sorted(set(places)), "in order, each once"
     assert not set(places) & set(lost), "delivered is not lost"
-    known = COUNT  # frames that are either delivered or lost
     if path.suffix in (".ts", ".mpg"):  # nothing tells how long a cut one was
-        known = max(*places, *lost, 0) + 1
-    assert sorted([*places, *lost]) == list(range(known)), "delivered and lost make up the whole"
+        known = max(places) + 1
+        assert sorted([*places, *(place for place in lost if place < known)]) == [*range(known)]
+    else:
+        assert sorted([*places, *lost]) == [*range(COUNT)], "they make up the whole"
     if right:
         wrong = [place for place, number in zip(places, numbers(frames), strict=True)
                  if abs(place - number) > 1]  # fmt: skip
