@@ -99,7 +99,7 @@ def frames_in(source: str, select: "FrameSelection") -> int | None:
     from cosettle_adapter.video import probe
 
     count = probe(source).frames
-    ranged = select.start is not None or select.end is not None
+    ranged = any(v is not None for v in (select.start, select.end, select.fps, select.times))
     return None if count is None or ranged else -(-count // select.every)
 
 

@@ -193,7 +193,7 @@ def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> int
         summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         say(summary + speed if summary else "nothing to do")
     lines = [
-        f"{file.path}: {len(file.lost)} frames of its source were lost to damage"
+        f"{file.path}: frames of its source were lost to damage: {len(file.lost)}"
         for file in written
         if file.lost
     ]

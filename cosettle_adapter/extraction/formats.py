@@ -110,14 +110,19 @@ def _finish_zarr(path: Path, record: RunRecord) -> Path:
     group = _open_zarr(whole, "w")
     group.attrs.update({"description": record.description})
     chunk = min(len(numbers), max(1, _CHUNK_BYTES // record.frame_bytes))
+    dimensions = ("time", "channel", "row", "column")  # what xarray calls them
     for name, values in (("features", numbers), ("timestamps", np.array(record.timestamps))):
         options: dict[str, Any] = {"shape": values.shape, "dtype": values.dtype, "fill_value": 0}
         options["chunks"] = (chunk, *values.shape[1:])
         # features hardly compress, and uncompressed bytes do not depend on a library's version
+        names = dimensions[: values.ndim]
         if hasattr(group, "create_array"):
-            array = group.create_array(name, compressors=None, **options)
+            array = group.create_array(name, compressors=None, dimension_names=names, **options)
         else:  # zarr 2, the last one for Python 3.10
             array = group.create_dataset(name, compressor=None, **options)
+            array.attrs["_ARRAY_DIMENSIONS"] = list(names)
+        if name == "features":
+            array.attrs["coordinates"] = "timestamps"
         for start in range(0, len(values), chunk):
             array[start : start + chunk] = values[start : start + chunk]
     return whole

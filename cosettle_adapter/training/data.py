@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -289,6 +290,9 @@ def work_on(
 
 def _results(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
+        if loader.num_workers:
+            # a decoder that is freed in a forked process waits for threads which only this one has
+            gc.collect()
         results = iter(loader)
         with _sigchld_suspended() if loader.num_workers else contextlib.nullcontext():
             yield from results

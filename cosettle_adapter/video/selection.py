@@ -59,8 +59,8 @@ class FrameSelection:
             are positions by default, and of raw streams, whose rate is a guess by default.
         stream_index: stream of a file to read; by default its default video stream.
         square_pixels: widen or narrow the frames of a video whose pixels are not square.
-        on_damage: what frames lost to damage are: "warn" reports them and continues, "error" raises
-            :class:`DamagedError`.
+        on_damage: how to take frames that are lost to damage: "warn" reports them and continues,
+            "error" is an error (``DamagedError``).
     """
 
     start: float | None = None

@@ -63,7 +63,7 @@ class Timeline:
         self._waiting: list[Fraction] = []  # heap: the container's times of frames to come
         self._packets = 0
         self._uneven = False
-        self._follows: int | None = None  # the byte after the last packet
+        self._block = (0, 0)  # first byte of the last packet's block, and the one after its content
         self._end = self._widest_gap = Fraction(0)
         self._from_start = True
 
@@ -96,15 +96,19 @@ class Timeline:
     def jump(self) -> None:
         """Forget what was expected: decoding begins elsewhere."""
         self._from_start, self.latest, self._waiting = False, None, []
-        self._follows = None
+        self._block = (0, 0)
 
     def skipped(self, packet: Packet[Any]) -> None:
         """Note where a demuxer skipped bytes of a file whose packets follow one another."""
         if not self.is_matroska or packet.pos is None or not packet.size:
             return
-        if self._follows is not None and packet.pos - self._follows > _BLOCK_HEADERS:
+        block, end = self._block
+        if packet.pos == block:  # several packets of sound share a block
+            self._block = (block, end + packet.size)
+            return
+        if block and packet.pos - end > _BLOCK_HEADERS:
             self.note("the demuxer skipped damaged bytes")
-        self._follows = packet.pos + packet.size
+        self._block = (packet.pos, packet.pos + packet.size)
 
     def expect(self, packet: Packet[Any]) -> Fraction | None:
         """Note a packet before it is decoded; return the time that its frame will take up."""

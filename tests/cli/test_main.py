@@ -61,7 +61,7 @@ def test_a_truncated_source_is_told_and_fails(
     cut, out = tmp_path / "cut.mkv", tmp_path / "cut.safetensors"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     printed = run("extract", cut, "-o", out, "--layer", 0, status=2)
-    assert "frames of its source were lost to damage" in printed
+    assert "frames of its source were lost to damage: " in printed
     assert 0 < len(read_features(out).features) < 60
 
 

@@ -99,6 +99,11 @@ def test_other_readers_open_the_files(tmp_path: Path, monkeypatch: pytest.Monkey
     group = zarr.open_group(str(written(tmp_path, "zarr", batches)), mode="r")
     assert group["features"].chunks == (4, 5, 2, 3)
     assert np.array_equal(group["features"][:], together.numpy())
+    xarray = pytest.importorskip("xarray")
+    opened = xarray.open_zarr(tmp_path / "clip.zarr", consolidated=False)
+    assert opened["features"].dims == ("time", "channel", "row", "column")
+    assert list(opened["features"].coords) == ["timestamps"]
+    assert opened["features"].isel(time=2).shape == (5, 2, 3)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
