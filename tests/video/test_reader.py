@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -305,3 +306,33 @@ def test_one_rule_says_what_is_found(tmp_path: Path) -> None:
     assert not any(is_video(name) or is_image(name) for name in ("mp4", "x/._a.png", "a.txt"))
     with pytest.raises(FileNotFoundError):
         find_videos(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"fps": 5}, [0, 2, 4, 6, 8]),
+        ({"fps": 4}, [0, 2, 5, 7]),
+        ({"fps": 25}, list(range(10))),  # never a frame twice
+        ({"fps": 5, "start": 0.25, "end": 0.75}, [3, 5, 7]),
+        ({"fps": 5, "max_frames": 2}, [0, 2]),
+        ({"times": (0.0, 0.34, 0.36, 0.9)}, [0, 3, 4, 9]),
+        ({"times": (0.1, 0.12)}, [1]),
+        ({"times": (0.95,)}, [9]),
+    ],
+)
+def test_frames_nearest_to_a_clock_or_to_times(
+    options: dict[str, Any], expected: list[int]
+) -> None:
+    select = FrameSelection(source_fps=10, **options)
+    times = [time for chunk in open_frames(numbered(10), select) for time in chunk.timestamps]
+    assert [round(10 * float(time)) for time in times] == expected
+    skipped = list(open_frames(numbered(10), select, skip=1))
+    assert sum(len(chunk.frames) for chunk in skipped) == len(expected) - 1
+
+
+def test_a_clock_needs_times() -> None:
+    with pytest.raises(FrameError, match=r"fps and times need the times of frames.*source_fps"):
+        open_frames(numbered(3), FrameSelection(fps=2))
+    with pytest.raises(FrameError, match=r"no frame near 9 s; its last frame is at 0\.2 s"):
+        list(open_frames(numbered(3), FrameSelection(times=(9.0,), source_fps=10)))
