@@ -201,7 +201,7 @@ class Video:
         if self._pixel_aspect != 1 and not self.select.square_pixels:
             aspect = f"{self._pixel_aspect.numerator}:{self._pixel_aspect.denominator}"
             warnings.append(f"its pixels are not square but {aspect}; give square_pixels")
-        if getattr(codec, "field_order", 0) in _INTERLACED:
+        if getattr(codec, "field_order", 0) in _INTERLACED:  # older PyAV does not tell
             warnings.append("its frames are interlaced, and read as they are")
         if getattr(codec, "color_trc", 0) in _HDR:
             warnings.append("its colours are HDR (PQ or HLG), and read without tone mapping")
@@ -311,8 +311,8 @@ def _choose_stream(
     )
     if len(streams) > 1:
         others = ", ".join(str(stream.index) for stream in streams if stream is not best)
-        told = "%s: reading video stream %d (%d x %d); others by stream_index: %s"
-        logger.info(told, source, best.index, best.height, best.width, others)
+        message = "%s: reading video stream %d (%d x %d); others by stream_index: %s"
+        logger.info(message, source, best.index, best.height, best.width, others)
     return best
 
 
@@ -352,8 +352,8 @@ def decode_video(
                 break
             finally:
                 if video.concealed and done:
-                    told = "%s is damaged: the decoder concealed errors in %d frames, from %g s on"
-                    logger.warning(told, source, len(video.concealed), video.concealed[0])
+                    message = "%s is damaged: the decoder concealed it in %d frames, from %g s on"
+                    logger.warning(message, source, len(video.concealed), video.concealed[0])
     if empty:
         raise FrameError(f"{source} has a video stream, but no frame of it can be decoded")
 

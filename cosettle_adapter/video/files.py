@@ -172,8 +172,8 @@ def _one_kind(folder: Path, images: list[Path]) -> list[Path]:
     kinds = Counter(_KINDS.get(path.suffix.lower(), path.suffix.lower()) for path in images)
     best = max(kinds, key=lambda kind: (kinds[kind], kind == ".jpg"))
     kept = [path for path in images if _KINDS.get(path.suffix.lower(), path.suffix.lower()) == best]
-    told = "%s: reading its %d images of kind %s; left out %d of other kinds with the same names"
-    logger.warning(told, folder, len(kept), best, len(images) - len(kept))
+    message = "%s: reading its %d images of kind %s; left out %d of other kinds with the same names"
+    logger.warning(message, folder, len(kept), best, len(images) - len(kept))
     return kept
 
 

@@ -91,10 +91,8 @@ def pending_frames(
         with decoder.open_video(content, select) as video:
             video.announce()  # raises at once if it is not a video
         return decoder.decode_video(content, select)
-    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Path):
-        pages = files.read_pages(content[0])
-        if pages:
-            return (page for page in pages)
+    if pages := _pages(content):
+        return (page for page in pages)
     if select.source_fps is None and (select.fps is not None or select.times is not None):
         raise FrameError(
             f"fps and times need the times of frames, which {_kind(source)} does not have; give "
@@ -137,7 +135,7 @@ def probe(source: Any) -> SourceInfo:
             offset = float(timeline.origin)
             return SourceInfo(frames or None, height, width, rate, times_from, offset)
     if isinstance(content, (Tensor, list, tuple)):
-        return SourceInfo(len(content), *_load(content[0], 0).shape[-2:])
+        return SourceInfo(len(_pages(content) or content), *_load(content[0], 0).shape[-2:])
     return SourceInfo(len(content) if isinstance(content, Sized) else None)
 
 
@@ -162,6 +160,12 @@ def _open(source: Any) -> Path | Tensor | Iterable[Any]:
     if isinstance(source, (list, tuple)) and not source:
         raise FrameError("got zero frames: an empty list")
     return source
+
+
+def _pages(content: Any) -> list[PendingFrame]:
+    """Frames of a single image file that holds several; else none."""
+    single = isinstance(content, list) and len(content) == 1 and isinstance(content[0], Path)
+    return files.read_pages(content[0]) if single else []
 
 
 def _load(item: Any, index: int) -> Tensor:

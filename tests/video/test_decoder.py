@@ -265,7 +265,7 @@ def test_patched_frames_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureF
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING, logger="cosettle_adapter"):
         assert len(read(path)[0]) == 12
-    assert re.search(r"c\.avi is damaged: the decoder concealed errors in \d+ frames", caplog.text)
+    assert re.search(r"c\.avi is damaged: the decoder concealed it in \d+ frames", caplog.text)
 
 
 def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_times_of_files_that_store_none_are_counted(
 
 def test_images_of_many_frames_and_values(cases: Path) -> None:
     for name in ("stack.tif", "stack16.tif", "ten.webp", "ten.png"):
-        assert len(read(cases / name)[0]) == 10, name
+        assert len(read(cases / name)[0]) == probe(cases / name).frames == 10, name
     assert read(cases / "ten.gif")[1][:4] == pytest.approx([0, 0.1, 0.15, 0.35])
     assert tuple(read(cases / "grid.avif")[0].shape) == (1, 3, 256, 256)
     for name in ("int32.tif", "float.tif"):
@@ -155,7 +156,9 @@ def test_streams_and_sizes(cases: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_what_may_not_be_as_expected_is_told(cases: Path, caplog: pytest.LogCaptureFixture) -> None:
-    told = {"sar.mp4": "not square but 16:11", "interlaced.mp4": "interlaced", "pq.mp4": "HDR"}
+    told = {"sar.mp4": "not square but 16:11", "pq.mp4": "HDR"}
+    if hasattr(av.VideoCodecContext, "field_order"):
+        told["interlaced.mp4"] = "interlaced"
     for name, warning in told.items():
         caplog.clear()
         read(cases / name)
