@@ -26,6 +26,7 @@ from cosettle_adapter.projection import Projection
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
 from cosettle_adapter.video.selection import selects_frames
+from cosettle_adapter.video.sources import short_name
 
 if TYPE_CHECKING:
     from cosettle_adapter.upload import Pushed
@@ -306,7 +307,7 @@ class CoSettleAdapter(FeatureModel):
         record = {
             "method": "settled on one clip: centred, then damped by the clip's own intra-video "
             "covariance, after the projection under base",
-            "clip": Path(source).name if is_path else type(source).__name__,
+            "clip": short_name(source) if is_path else type(source).__name__,
             "frames": settler.frames,
             "pairs": round(settler.pairs),
             "ridge": ridge if ridge < float("inf") else None,

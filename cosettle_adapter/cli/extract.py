@@ -41,7 +41,7 @@ from cosettle_adapter.extraction.many import require_ray
 from cosettle_adapter.extraction.settings import StorageName
 from cosettle_adapter.hub import is_published
 from cosettle_adapter.video import FrameSelection
-from cosettle_adapter.video.decoder import pyav
+from cosettle_adapter.video.sources import pyav, short_name
 
 FAILED, DAMAGED = 1, 2  # exit status: a source failed, or lost frames to damage
 _TOKENS = Group("Features without the projection", validator=validators.LimitedChoice())
@@ -117,7 +117,7 @@ def extract(
                 with contextlib.suppress(CosettleError, OSError):
                     count = frames_in(job.source, select)
             total = min(filter(None, (count, select.max_frames)), default=None)
-            name = Path(job.source).name
+            name = short_name(job.source)
             if len(jobs) > 1:
                 name += f" ({len(outcomes) + 1} of {len(jobs)})"
             progress.reset(bar, description=name, rate="")

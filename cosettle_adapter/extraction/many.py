@@ -27,6 +27,7 @@ from cosettle_adapter.extraction.settings import EngineError, ExtractionError, F
 from cosettle_adapter.imports import require
 from cosettle_adapter.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_images, find_videos
 from cosettle_adapter.video.files import is_image, is_video, natural_key, resolve
+from cosettle_adapter.video.sources import as_input, short_name
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,9 @@ def extract_with_ray(
             while waiting and idle:
                 job, worker = waiting.popleft(), idle.pop()
                 # a worker has its own working folder
-                source = str(Path(job.source).expanduser().absolute())
+                source = job.source
+                if as_input(source) is None:
+                    source = str(Path(source).expanduser().absolute())
                 absolute = Job(source, job.output.absolute())
                 running[worker.attempt.remote(absolute)] = job, worker
             (done, *_), _ = ray.wait(list(running))
@@ -299,9 +302,9 @@ def _find(text: str) -> Iterator[Source]:
     path = Path(text).expanduser()
     if path.is_dir():
         yield from _in_folder(path)
-    elif path.exists() or not glob.has_magic(text):
-        kind: Literal["video", "images"] = "video" if isinstance(resolve(text), Path) else "images"
-        yield Source(text, kind, PurePosixPath(path.name))
+    elif path.exists() or as_input(text) or not glob.has_magic(text):
+        kind: Literal["video", "images"] = "images" if isinstance(resolve(text), list) else "video"
+        yield Source(text, kind, PurePosixPath(short_name(text)))
     else:
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  # supports "**" and hidden names
         paths = [Path(name) for name in sorted(names, key=natural_key)]

@@ -27,6 +27,7 @@ from cosettle_adapter.io import LOCK_FILE, atomic_path, exclusive
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import FrameSelection, Geometry
 from cosettle_adapter.video.files import resolve
+from cosettle_adapter.video.sources import Input, short_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ REDO = "start over with --overwrite (overwrite=True), or give the output another
 
 # Changes of these may change the last bits of features. They do not matter for a finished file,
 # but an unfinished one is not resumed with others.
-_NUMERICAL = ("batch_size", "device", "versions")
+_NUMERICAL = ("batch_size", "device", "settings.decode_on", "versions")
 _BLOCK_BYTES = 1 << 20  # of a source read at a time
 _CHANGED = {
     "source_identity": "the source's content has changed",
@@ -238,7 +239,7 @@ def describe_run(
     weights = adapter.projection.state_dict()
     is_path = isinstance(source, (str, os.PathLike))
     return {
-        "source": Path(source).name if is_path else type(source).__name__,
+        "source": short_name(source) if is_path else type(source).__name__,
         "source_identity": identity,
         "backbone": backbone.row.name,
         "fingerprint": backbone.fingerprint,
@@ -292,11 +293,13 @@ def identify(source: Any, before: Mapping[str, Any] | None = None) -> tuple[str 
     """Return hashes of a source's content, and of the sizes and times of its files.
 
     A source is a file or a list of images. The content is only read if the sizes or times are not
-    those in ``before``, the sidecar of an earlier run. Frames in memory and iterators have no
-    content hash.
+    those in ``before``, the sidecar of an earlier run. A URL has what its server says of its
+    version. Frames in memory, iterators, pipes and live inputs have nothing of the kind.
     """
     if isinstance(source, (str, os.PathLike)):
         resolved = resolve(source)
+        if isinstance(resolved, Input):
+            return resolved.version(), ""
         files = [resolved] if isinstance(resolved, Path) else resolved
     elif isinstance(source, (list, tuple)) and source:
         if not all(isinstance(item, (str, os.PathLike)) for item in source):

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from cosettle_adapter.errors import CosettleError, FrameError, did_you_mean
 from cosettle_adapter.imports import require
-from cosettle_adapter.video.decoder import FileRange, VideoSource, decode_video
+from cosettle_adapter.video.decoder import decode_video
 from cosettle_adapter.video.files import is_image, is_video, natural_key, read_image
 from cosettle_adapter.video.random_access import count_frames, read_frames
 from cosettle_adapter.video.reader import damage, pending_frames
 from cosettle_adapter.video.selection import LostFrames, PendingFrame
+from cosettle_adapter.video.sources import FileRange, VideoSource
 
 Places = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 

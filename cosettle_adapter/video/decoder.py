@@ -19,7 +19,17 @@ from torch import Tensor
 
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
+from cosettle_adapter.video.filters import HDR, filtered
 from cosettle_adapter.video.selection import FrameSelection, LostFrames, PendingFrame
+from cosettle_adapter.video.sources import (
+    Input,
+    VideoSource,
+    find_device,
+    open_container,
+    pyav,
+    reason,
+    why_not,
+)
 from cosettle_adapter.video.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -36,25 +46,8 @@ _TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg reads any text as a 
 _ATTACHED_PICTURE, _DEFAULT = 0x0400, 0x0001  # AV_DISPOSITION_*: the cover of a song, the default
 _OUTPUT_CORRUPT = 0x0008  # AV_CODEC_FLAG_*: frames that the decoder patched up are delivered
 _INTERLACED = (2, 3, 4, 5)  # AV_FIELD_*
-_HDR = (16, 18)  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
 _HEADER_BYTES = 1 << 20  # read at both ends of a file that may be encrypted
 _DEMUX_ERRORS = 100  # after which the rest of a file is given up
-
-
-@dataclass(frozen=True)
-class FileRange:
-    """A file that lies inside another one, such as an uncompressed member of a tar archive."""
-
-    path: Path  # the file it lies in
-    start: int  # its first byte
-    size: int  # its length in bytes
-    name: str  # its name there
-
-    def __str__(self) -> str:
-        return f"{self.path}/{self.name}"
-
-
-VideoSource = Path | FileRange
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class Video:
 
     def __init__(
         self,
-        source: VideoSource,
+        source: VideoSource | Input,
         container: InputContainer,
         stream: VideoStream,
         select: FrameSelection,
@@ -86,7 +79,10 @@ class Video:
         # without presentation times, frames must come out as their packets go in
         self.threads = threads and self.timeline.has_times
         self.needed: Container[Fraction] | None = None  # times of frames not to be left out
-        self.concealed: list[float] = []  # times of frames whose damage the decoder concealed
+        self.concealed = 0  # frames whose damage the decoder concealed
+        self.first_concealed = 0.0  # when the first of them is shown
+        self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)  # width over height
+        self.refusal = ""  # why the selected device does not decode it
         self._begun = False  # whether a frame was decoded that refers to another one
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
 
@@ -126,7 +122,8 @@ class Video:
                 held = frame
         if held is not None:
             yield from self._shown(held, None)
-        yield from timeline.lost_at_end()
+        if not (isinstance(self.source, Input) and self.source.live):
+            yield from timeline.lost_at_end()
 
     def _shown(
         self, frame: VideoFrame, following: VideoFrame | None
@@ -137,7 +134,8 @@ class Video:
             return
         if frame.is_corrupt:
             timeline.note("the decoder concealed errors")
-            self.concealed.append(float(shown))
+            self.first_concealed = self.first_concealed if self.concealed else float(shown)
+            self.concealed += 1
         yield from timeline.lost_before(shown)
         timeline.advance(shown, frame)
         yield shown, frame
@@ -187,6 +185,10 @@ class Video:
                         yield packet
                 return
             except (pyav().error.FFmpegError, OSError) as error:
+                broken = not isinstance(error, pyav().error.InvalidDataError)
+                if broken and isinstance(self.source, Input):
+                    at = f"{float(self.timeline.latest or 0):g} s ({reason(error)})"
+                    raise ConnectionError(f"{self.source} broke off after {at}") from error
                 self.timeline.note(reason(error))
 
     def announce(self) -> None:
@@ -201,17 +203,15 @@ class Video:
         if self._pixel_aspect != 1 and not self.select.square_pixels:
             aspect = f"{self._pixel_aspect.numerator}:{self._pixel_aspect.denominator}"
             warnings.append(f"its pixels are not square but {aspect}; give square_pixels")
-        if getattr(codec, "field_order", 0) in _INTERLACED:  # older PyAV does not tell
-            warnings.append("its frames are interlaced, and read as they are")
-        if getattr(codec, "color_trc", 0) in _HDR:
-            warnings.append("its colours are HDR (PQ or HLG), and read without tone mapping")
+        interlaced = getattr(codec, "field_order", 0) in _INTERLACED  # older PyAV does not tell
+        if interlaced and not self.select.deinterlace:
+            warnings.append("its frames are interlaced, and read as they are; give deinterlace")
+        if getattr(codec, "color_trc", 0) in HDR and not self.select.tone_map:
+            warnings.append("its colours are HDR (PQ or HLG), and read as they are; give tone_map")
+        if self.refusal:
+            warnings.append(f"decoded on the CPU: {self.refusal}")
         for warning in warnings:
             logger.warning("%s: %s", self.source, warning)
-
-    @property
-    def _pixel_aspect(self) -> Fraction:
-        """Width of a stored pixel over its height."""
-        return Fraction(self.stream.sample_aspect_ratio or 1)
 
     def pending(self, time: Fraction, frame: VideoFrame) -> PendingFrame:
         """Return a decoded frame whose pixels are converted on request."""
@@ -251,7 +251,7 @@ class NotSeekable(Exception):  # noqa: N818  # handled where videos are read
 
 @contextlib.contextmanager
 def open_video(
-    source: VideoSource, select: FrameSelection | None = None, *, threads: bool = True
+    source: VideoSource | Input, select: FrameSelection | None = None, *, threads: bool = True
 ) -> Iterator[Video]:
     """Open a video and choose the stream of its pictures, else :class:`FrameError`.
 
@@ -260,26 +260,23 @@ def open_video(
     select = select or FrameSelection()
     av = pyav()
     imports.require("numpy", extra="video", purpose="reading video files")
-    hint = "it is no video, or its end, which holds the index, is missing"
-    if str(source).lower().endswith((".npy", ".npz", ".pt", ".pth")):
-        hint = "load it with numpy.load or torch.load and pass the frames"
-    url = f"file:{source}"  # the prefix keeps a colon in a name from reading as a protocol
-    if isinstance(source, FileRange):
-        end = source.start + source.size
-        url = f"subfile,,start,{source.start},end,{end},,:file:{source.path}"
+    device, refusal = find_device(select.decode_on)
     try:
-        container = av.open(url, metadata_errors="replace")
+        container = open_container(source, device)
     except (av.error.FFmpegError, OSError) as error:
-        raise FrameError(f"{source} cannot be read as a video ({reason(error)}); {hint}") from error
+        raise why_not(source, error) from error
     with container:
         stream = _choose_stream(source, container, select.stream_index)
         codec = stream.codec_context
         if codec is None:
             raise FrameError(f"{source} holds video that this FFmpeg cannot decode, or is damaged")
         if codec.name in _TEXT_CODECS:
-            raise FrameError(f"{source} cannot be read as a video (it looks like text); {hint}")
+            raise why_not(source, ValueError("it looks like text"))
         codec.flags |= _OUTPUT_CORRUPT
-        video = Video(source, container, stream, select, threads=threads)
+        on_device = bool(getattr(codec, "is_hwaccel", False))
+        video = Video(source, container, stream, select, threads=threads and not on_device)
+        if select.decode_on is not None and not on_device:
+            video.refusal = f"{select.decode_on} cannot ({refusal or f'not {codec.name}'})"
         stream.thread_type = "AUTO" if video.threads else "NONE"
         codec.thread_count = 0 if video.threads else 1
         try:
@@ -291,7 +288,7 @@ def open_video(
 
 
 def _choose_stream(
-    source: VideoSource, container: InputContainer, index: int | None
+    source: VideoSource | Input, container: InputContainer, index: int | None
 ) -> VideoStream:
     def disposition(stream: VideoStream) -> int:
         return int(getattr(stream, "disposition", 0) or 0)
@@ -317,9 +314,9 @@ def _choose_stream(
 
 
 def decode_video(
-    source: VideoSource, select: FrameSelection | None = None
+    source: VideoSource | Input, select: FrameSelection | None = None
 ) -> Generator[PendingFrame | LostFrames, None, None]:
-    """Yield the frames of a video file at the times at which they are shown.
+    """Yield the frames of a video at the times at which they are shown.
 
     Times are seconds since the first frame, and may be unevenly spaced. Pixels become 8-bit RGB,
     rotated upright by the display matrix; transparency is dropped. Frames before second
@@ -328,16 +325,20 @@ def decode_video(
 
     Raises:
         FrameError: not a video, or a video without frames.
+        ConnectionError: what sends it broke off.
     """
     select = select or FrameSelection()
     start = Fraction(select.start or 0)
     done = 0  # items yielded
-    empty, seek, threads = True, start > 0, True
+    once = isinstance(source, Input) and source.once
+    empty, seek, threads = True, start > 0 and not once, not once
     while True:
         with open_video(source, select, threads=threads) as video:
+            if once:
+                video.announce()
             items = video.items_from(start) if seek else video.items()
             try:
-                with contextlib.closing(items):
+                with contextlib.closing(filtered(items, select)) as items:
                     for number, item in enumerate(items):
                         if number < done:
                             continue
@@ -353,13 +354,17 @@ def decode_video(
             finally:
                 if video.concealed and done:
                     message = "%s is damaged: the decoder concealed it in %d frames, from %g s on"
-                    logger.warning(message, source, len(video.concealed), video.concealed[0])
+                    logger.warning(message, source, video.concealed, video.first_concealed)
+    if empty and once:
+        raise why_not(source, ValueError("no frame of it can be decoded"))
     if empty:
         raise FrameError(f"{source} has a video stream, but no frame of it can be decoded")
 
 
-def _is_encrypted(source: VideoSource) -> bool:
+def _is_encrypted(source: VideoSource | Input) -> bool:
     """Whether an MP4 file says that its pictures are encrypted, which PyAV does not tell."""
+    if isinstance(source, Input):
+        return False
     path, start, size = (source, 0, source.stat().st_size) if isinstance(source, Path) else (
         source.path, source.start, source.size
     )  # fmt: skip
@@ -370,13 +375,3 @@ def _is_encrypted(source: VideoSource) -> bool:
             if b"encv" in header and b"sinf" in header:
                 return True
     return False
-
-
-def reason(error: BaseException) -> str:
-    """Return an error's text without its number and file name."""
-    return str(getattr(error, "strerror", None) or error)
-
-
-def pyav() -> Any:
-    """Import PyAV, or say which extra brings it."""
-    return imports.require("av", extra="video", purpose="reading video files")

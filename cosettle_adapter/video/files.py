@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
-import itertools
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch import Tensor
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.video.arrays import image_to_frame
-from cosettle_adapter.video.selection import PendingFrame
+from cosettle_adapter.video.selection import LostFrames, PendingFrame
+from cosettle_adapter.video.sources import Input, as_input
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,10 @@ def find_media(
     return images, videos
 
 
-def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
-    """Resolve a path or pattern to one file, perhaps a video, or to images in natural order."""
+def resolve(source: str | os.PathLike[str]) -> Path | Input | list[Path]:
+    """Resolve a path, URL or pattern to a file, an input, or images in natural order."""
+    if (found := as_input(source)) is not None:
+        return found
     path, pattern = Path(source).expanduser(), os.path.expanduser(source)  # noqa: PTH111
     if path.is_dir():
         if images := find_images(path):
@@ -87,8 +89,6 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
         )
     if path.is_file():
         return [path] if path.suffix.lower() in IMAGE_SUFFIXES else path
-    if "://" in str(source):
-        raise FrameError(f"{source} is a URL; download it and pass the path of the file")
     if not glob.has_magic(pattern):
         entries = path.parent.iterdir() if path.parent.is_dir() else ()
         siblings = [e.name for e in entries if is_video(e) or is_image(e) or e.is_dir()]
@@ -103,48 +103,65 @@ def resolve(source: str | os.PathLike[str]) -> Path | list[Path]:
     raise FrameError(f"pattern {source} matches {names}; expected images, or a single video")
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, *, warn: bool = True) -> Tensor:
     """Read an image file as (3, H, W) uint8, upright according to its EXIF orientation.
+
+    Of a file of several images, the first one is read; a warning says so unless ``warn`` is false.
 
     Raises:
         DamagedImageError: the file is damaged or cut off.
         FrameError: it is no image, or its values are in no known range.
     """
-    return _read(path, 0)
+    with _opened(path) as image:
+        pages = getattr(image, "n_frames", 1)
+        if warn and pages > 1 and image.format != "MPO":  # a photograph with its preview
+            logger.warning("%s holds %d images; only the first one is read", path, pages)
+        return _pixels(image, path)
 
 
-def read_pages(path: Path) -> list[PendingFrame]:
-    """Return the frames of an image file that holds several, with the times it stores.
+def count_pages(path: Path) -> int:
+    """Count the images in an image file."""
+    with _opened(path) as image:
+        return getattr(image, "n_frames", 1)
 
-    Empty for a file of one image. Times are positions where the file stores none.
+
+def read_pages(path: Path) -> Generator[PendingFrame | LostFrames, None, None]:
+    """Yield the images in an image file, with the times it stores, else their positions.
+
+    The file is opened once, and read forward.
     """
-    with _opened(path) as image:
-        count = getattr(image, "n_frames", 1)
-        if count == 1:
-            return []
-        durations = []
-        for page in range(count):
+    time, lasts, page, count = 0.0, 1.0, 0, 1
+    try:
+        with _opened(path) as image:
+            count = image.n_frames
+            for page in range(count):
+                image.seek(page)
+                stored = image.info.get("duration")
+                lasts = 1.0 if stored is None else stored / 1000
+                load = functools.cache(functools.partial(_page, image, path, page))
+                yield PendingFrame(round(time, 6), f"frame {page} of {path}", load)
+                time += lasts
+                # an animation is read forward only, and the file is closed after the last page
+                if stored is not None or page == count - 1:
+                    with contextlib.suppress(FrameError):
+                        load()
+    except DamagedImageError as error:
+        yield LostFrames(tuple(time + lasts * n for n in range(count - page)), str(error))
+
+
+def _page(image: Any, path: Path, page: int) -> Tensor:
+    with _damage_told(path):
+        if image.tell() != page:
             image.seek(page)
-            durations.append(image.info.get("duration"))
-    seconds = [1.0 if duration is None else duration / 1000 for duration in durations]
-    times = [0.0, *itertools.accumulate(seconds[:-1])]
-    return [
-        PendingFrame(
-            round(time, 6), f"frame {page} of {path}", functools.partial(_read, path, page)
-        )
-        for page, time in enumerate(times)
-    ]
+        return _pixels(image, path)
 
 
-def _read(path: Path, page: int) -> Tensor:
+def _pixels(image: Any, path: Path) -> Tensor:
     operations = imports.require("PIL.ImageOps", extra="video", purpose="reading image files")
-    with _opened(path) as image:
-        if page:
-            image.seek(page)
-        try:
-            return image_to_frame(operations.exif_transpose(image))
-        except FrameError as error:
-            raise FrameError(f"{path}: {error}") from error
+    try:
+        return image_to_frame(operations.exif_transpose(image))
+    except FrameError as error:
+        raise FrameError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -154,13 +171,19 @@ def _opened(path: Path) -> Iterator[Any]:
         imports.require(
             "pillow_heif", extra="heif", purpose="reading HEIC images"
         ).register_heif_opener()
+    with _damage_told(path), pil.open(path) as image:
+        yield image
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Raise :class:`DamagedImageError` for what PIL raises of a broken file."""
+    pil = imports.require("PIL.Image", extra="video", purpose="reading image files")
     try:
-        with pil.open(path) as image:
-            yield image
+        yield
     except (OSError, SyntaxError, EOFError, ValueError, pil.DecompressionBombError) as error:
         if isinstance(error, FrameError):
             raise
-        # PIL reports some broken files as SyntaxError
         raise DamagedImageError(f"{path} cannot be read as an image: {error}") from error
 
 

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.video.decoder import (
-    FileRange,
-    NotSeekable,
-    VideoSource,
-    decode_video,
-    open_video,
-    pyav,
-    reason,
-)
+from cosettle_adapter.video.decoder import NotSeekable, decode_video, open_video
 from cosettle_adapter.video.selection import LostFrames
+from cosettle_adapter.video.sources import FileRange, VideoSource, pyav, reason
 
 
 class _Index(NamedTuple):

@@ -19,12 +19,14 @@ from cosettle_adapter.errors import DamagedError, FrameError
 from cosettle_adapter.video import decoder, files
 from cosettle_adapter.video.arrays import as_frames, holds_pixels
 from cosettle_adapter.video.decoder import SourceInfo
+from cosettle_adapter.video.live import read_live
 from cosettle_adapter.video.selection import (
     FrameSelection,
     LostFrames,
     PendingFrame,
     selects_frames,
 )
+from cosettle_adapter.video.sources import Input, as_input
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,12 @@ def open_frames(
     ``select.on_damage`` is ``"error"``.
 
     Args:
-        source: a video file; a folder of images or a glob pattern, read in natural order
-            (``frame2`` before ``frame10``); a list of image files; frames in memory as
-            :func:`as_frames` takes them; or an iterator of single frames, which is not closed.
-            Float frames in [0, 1] are rounded to uint8.
+        source: a video file; the URL of one (``https://``, ``s3://``, ...); ``-``, the standard
+            input; an open binary file, which is not closed; a live input: the URL of a stream
+            (``rtsp://``, ``udp://``, ...) or the number of a camera; a folder of images or a glob
+            pattern, read in natural order (``frame2`` before ``frame10``); a list of image files;
+            frames in memory as :func:`as_frames` takes them; or an iterator of single frames,
+            which is not closed. Float frames in [0, 1] are rounded to uint8.
         select: the frames to read; all by default.
         skip: number of selected frames to skip at the start, without converting their pixels.
         chunk_size: frames per chunk; the last chunk may hold fewer.
@@ -69,16 +73,18 @@ def open_frames(
         FrameError: at once for unusable arguments and sources; while reading, after the frames
             before it, for a frame of another size, a range without frames, or nothing but damage.
         DamagedError: for frames lost to damage, after those before them, if so selected.
+        ConnectionError: after the frames before it, when the sender of a URL breaks off for good.
     """
     select = select or FrameSelection()
     if skip < 0:
         raise FrameError(f"skip must be at least 0, got {skip}")
     if chunk_size < 1:
         raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
-    name = _kind(source)
-    selected = select.of(pending_frames(source, select), name, skip=skip)
-    eager = not isinstance(source, (str, os.PathLike, list))
-    return _Chunks(name, chunk_size, skip, select, one_size, eager).of(selected)
+    content = _open(source, select.live)
+    name = _kind(source, content)
+    selected = select.of(_frames_of(content, select, name), name, skip=skip)
+    waits = isinstance(content, (Path, list)) or (isinstance(content, Input) and not content.live)
+    return _Chunks(name, chunk_size, skip, select, one_size, eager=not waits).of(selected)
 
 
 def pending_frames(
@@ -86,16 +92,25 @@ def pending_frames(
 ) -> Generator[PendingFrame | LostFrames, None, None]:
     """Yield all frames of a source; frames of a video before ``select.start`` may be left out."""
     select = select or FrameSelection()
-    content = _open(source)
-    if isinstance(content, Path):
-        with decoder.open_video(content, select) as video:
-            video.announce()  # raises at once if it is not a video
+    content = _open(source, select.live)
+    return _frames_of(content, select, _kind(source, content))
+
+
+def _frames_of(
+    content: Any, select: FrameSelection, name: str
+) -> Generator[PendingFrame | LostFrames, None, None]:
+    if isinstance(content, Input) and content.live:
+        return read_live(content, select)
+    if isinstance(content, (Path, Input)):
+        if not (isinstance(content, Input) and content.once):
+            with decoder.open_video(content, select) as video:
+                video.announce()  # raises at once if it is not a video
         return decoder.decode_video(content, select)
-    if pages := _pages(content):
-        return (page for page in pages)
+    if (single := _single_image(content)) and files.count_pages(single) > 1:
+        return files.read_pages(single)
     if select.source_fps is None and (select.fps is not None or select.times is not None):
         raise FrameError(
-            f"fps and times need the times of frames, which {_kind(source)} does not have; give "
+            f"fps and times need the times of frames, which {name} does not have; give "
             "its frame rate as source_fps"
         )
     return (
@@ -118,10 +133,12 @@ def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, N
 def probe(source: Any) -> SourceInfo:
     """Return the number and size of the frames of any source that :func:`open_frames` takes.
 
-    At most one frame is read, and an iterator is not advanced.
+    At most one frame is read; nothing of an iterator, a pipe or a live input is.
     """
     content = _open(source)
-    if isinstance(content, Path):
+    if isinstance(content, Input) and (content.live or content.once):
+        return SourceInfo()
+    if isinstance(content, (Path, Input)):
         with decoder.open_video(content, threads=False) as video:
             with contextlib.closing(video.items()) as items:
                 first = next((item for item in items if not isinstance(item, LostFrames)), None)
@@ -135,14 +152,25 @@ def probe(source: Any) -> SourceInfo:
             offset = float(timeline.origin)
             return SourceInfo(frames or None, height, width, rate, times_from, offset)
     if isinstance(content, (Tensor, list, tuple)):
-        return SourceInfo(len(_pages(content) or content), *_load(content[0], 0).shape[-2:])
+        single = _single_image(content)
+        frame = files.read_image(single, warn=False) if single else _load(content[0], 0)
+        count = files.count_pages(single) if single else len(content)
+        return SourceInfo(count, *frame.shape[-2:])
     return SourceInfo(len(content) if isinstance(content, Sized) else None)
 
 
-def _open(source: Any) -> Path | Tensor | Iterable[Any]:
-    """Resolve a source to a video file, a clip (T, 3, H, W), or single frames and image files."""
-    if isinstance(source, (str, os.PathLike)):
-        return files.resolve(source)
+def _open(source: Any, live: bool | None = None) -> Path | Input | Tensor | Iterable[Any]:
+    """Resolve a source to a video, a clip (T, 3, H, W), or single frames and image files."""
+    is_path = isinstance(source, (str, os.PathLike))
+    content = files.resolve(source) if is_path else as_input(source)
+    if isinstance(content, Input):
+        # one that sends frames in real time will not send them again
+        once = content.once or (live is False and content.live)
+        return replace(content, live=content.live if live is None else live, once=once)
+    if live:
+        raise FrameError(f"live is for URLs, devices and pipes, and {_kind(source)} is none")
+    if content is not None:
+        return content
     if holds_pixels(source):
         frames = as_frames(source)
         if frames.ndim == 5:
@@ -154,18 +182,18 @@ def _open(source: Any) -> Path | Tensor | Iterable[Any]:
     if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, Mapping)):
         raise FrameError(
             f"cannot read frames from an object of type {type(source).__name__}; expected a video "
-            "file, an image folder, a pattern, a tensor (T, 3, H, W), an array (T, H, W, 3), or a "
-            "list or iterator of single frames"
+            "file, a URL, a binary file object, a camera's number, an image folder, a pattern, a "
+            "tensor (T, 3, H, W), an array (T, H, W, 3), or a list or iterator of single frames"
         )
     if isinstance(source, (list, tuple)) and not source:
         raise FrameError("got zero frames: an empty list")
     return source
 
 
-def _pages(content: Any) -> list[PendingFrame]:
-    """Frames of a single image file that holds several; else none."""
+def _single_image(content: Any) -> Path | None:
+    """The file of a list of one image, which may hold several pages."""
     single = isinstance(content, list) and len(content) == 1 and isinstance(content[0], Path)
-    return files.read_pages(content[0]) if single else []
+    return content[0] if single else None
 
 
 def _load(item: Any, index: int) -> Tensor:
@@ -180,7 +208,10 @@ def _load(item: Any, index: int) -> Tensor:
     return frame
 
 
-def _kind(source: Any) -> str:
+def _kind(source: Any, content: Any = None) -> str:
+    """What messages call a source."""
+    if isinstance(content, Input):
+        return content.name
     is_path = isinstance(source, (str, os.PathLike))
     return str(source) if is_path else f"the {type(source).__name__} of frames"
 
@@ -196,53 +227,51 @@ class _Chunks:
     one_size: bool
     eager: bool  # yield a full chunk at once; else as soon as it is known what was lost after it
     lost: list[float] = field(default_factory=list)  # since the last chunk
-    all_lost: list[float] = field(default_factory=list)
+    lost_in_all: int = 0
+    first_lost: list[float] = field(default_factory=list)  # a few, for the message
     reason: str = ""
+    frames: Tensor = field(default_factory=lambda: torch.empty(0))  # (size, 3, H, W) uint8
+    times: list[float] = field(default_factory=list)  # of the first of them, which are filled
 
     def of(
         self, selected: Generator[PendingFrame | LostFrames, None, None]
     ) -> Generator[FrameChunk, None, None]:
-        """Yield chunks of frames."""
+        """Yield chunks of frames; what fails or is lost is told after the frames before it."""
         shape: tuple[int, ...] = ()
-        frames: Tensor | None = None
-        times: list[float] = []
         failure: Exception | None = None
         with contextlib.closing(selected):
-            while True:
-                try:
-                    item = next(selected, None)
+            try:
+                for item in selected:
                     pixels = self._load(item)
-                except Exception as error:
-                    failure, item, pixels = error, None, None
-                if item is not None and pixels is None:
-                    continue
-                changed = pixels is not None and tuple(pixels.shape) != shape
-                if frames is not None and (item is None or changed or len(times) == self.size):
-                    yield self._chunk(frames[: len(times)], times)
-                    frames, times = None, []
-                if item is None or pixels is None or not isinstance(item, PendingFrame):
-                    break
-                if changed and shape and self.one_size:
-                    failure = FrameError(
-                        f"{item.name} of {self.source} is {pixels.shape[-2]} x {pixels.shape[-1]}, "
-                        f"but the first frame is {shape[-2]} x {shape[-1]}; resize the frames to "
-                        "one size, size=(height, width)"
-                    )
-                    break
-                shape = tuple(pixels.shape)
-                if frames is None:
-                    frames = pixels.new_empty((self.size, *shape), dtype=torch.uint8)
-                frames[len(times)] = pixels
-                times.append(item.time)
-                if self.eager and len(times) == self.size:
-                    item = pixels = None  # not kept alive
-                    yield self._chunk(frames, times)
-                    frames, times = None, []
-        if self.all_lost:
-            logger.warning("%s %s", self.source, damage(self.all_lost, self.reason))
-        try:
-            if failure is None and not shape and self.all_lost:
+                    if pixels is None or not isinstance(item, PendingFrame):
+                        continue
+                    changed = tuple(pixels.shape) != shape
+                    if self.times and (changed or len(self.times) == self.size):
+                        yield self._chunk()
+                    if changed and shape and self.one_size:
+                        raise FrameError(
+                            f"{item.name} of {self.source} is {pixels.shape[-2]} x "
+                            f"{pixels.shape[-1]}, but the first frame is {shape[-2]} x "
+                            f"{shape[-1]}; resize the frames to one size, size=(height, width)"
+                        )
+                    shape = tuple(pixels.shape)
+                    if not self.times:
+                        self.frames = pixels.new_empty((self.size, *shape), dtype=torch.uint8)
+                    self.frames[len(self.times)] = pixels
+                    self.times.append(item.time)
+                    del item, pixels  # not kept alive
+                    if self.eager and len(self.times) == self.size:
+                        yield self._chunk()
+            except Exception as error:
+                failure = error
+            if self.times:
+                yield self._chunk()
+        if self.lost_in_all:
+            lost = damage(self.first_lost, self.reason, self.lost_in_all)
+            logger.warning("%s %s", self.source, lost)
+            if failure is None and not shape:
                 failure = FrameError(f"{self.source} holds nothing but damage ({self.reason})")
+        try:
             if failure is not None:
                 raise failure
         finally:
@@ -260,23 +289,28 @@ class _Chunks:
                 item = LostFrames((item.time,), str(error))
         if item is not None:
             if self.select.on_damage == "error":
-                raise DamagedError(f"{self.source} {damage(item.times, item.reason)}")
+                count = len(item.times) + item.unlisted
+                raise DamagedError(f"{self.source} {damage(item.times, item.reason, count)}")
             self.lost += item.times
-            self.all_lost += item.times
+            self.lost_in_all += len(item.times) + item.unlisted
+            self.first_lost = sorted([*self.first_lost, *item.times])[:_NAMED]
             self.reason = self.reason or item.reason
         return None
 
-    def _chunk(self, frames: Tensor, times: list[float]) -> FrameChunk:
-        seconds = torch.tensor(times, dtype=torch.float64)
-        chunk = FrameChunk(frames, seconds, self.delivered, tuple(sorted(self.lost)))
-        self.delivered += len(times)
-        self.lost = []
+    def _chunk(self) -> FrameChunk:
+        """Return the frames so far as a chunk, and begin the next one."""
+        seconds = torch.tensor(self.times, dtype=torch.float64)
+        lost = tuple(sorted(self.lost))
+        chunk = FrameChunk(self.frames[: len(seconds)], seconds, self.delivered, lost)
+        self.delivered += len(seconds)
+        self.frames, self.times, self.lost = torch.empty(0), [], []
         return chunk
 
 
-def damage(times: Sequence[float], reason: str) -> str:
-    """Say how many frames were lost to damage, when and why."""
+def damage(times: Sequence[float], reason: str, count: int | None = None) -> str:
+    """Say how many frames were lost, when and why; ``count`` if not all times are given."""
+    count = len(times) if count is None else count
     at = ", ".join(f"{time:g}" for time in sorted(times)[:_NAMED])
-    more = ", ..." if len(times) > _NAMED else ""
-    frames = "frame" if len(times) == 1 else "frames"
-    return f"is damaged ({reason}): {len(times)} {frames} lost, at {at}{more} s"
+    more = ", ..." if count > _NAMED else ""
+    frames = "frame" if count == 1 else "frames"
+    return f"lost {count} {frames} ({reason}), at {at}{more} s"

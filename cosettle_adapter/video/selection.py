@@ -42,6 +42,7 @@ class LostFrames:
 
     times: tuple[float, ...]  # when they would have been shown
     reason: str
+    unlisted: int = 0  # more of them, whose times are not kept
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class FrameSelection:
             are positions by default, and of raw streams, whose rate is a guess by default.
         stream_index: stream of a file to read; by default its default video stream.
         square_pixels: widen or narrow the frames of a video whose pixels are not square.
+        deinterlace: draw each frame of a video from one of its two fields and the frames beside it.
+        tone_map: map HDR pictures (PQ, HLG) to BT.709, from the peak brightness that the video
+            states, else that of the format; FFmpeg first computes a table, in some seconds.
+        live: whether a URL, device or pipe sends frames in real time: it is read as fast as it
+            sends, opened again when it ends, and of unread frames the oldest are dropped; by
+            default, cameras and URLs such as rtsp:, udp: and tcp: do.
+        decode_on: device that decodes videos, such as cuda, cuda:1, vaapi or videotoolbox; the CPU
+            decodes what it cannot.
         on_damage: how to take frames that are lost to damage: "warn" reports them and continues,
             "error" is an error (``DamagedError``).
     """
@@ -72,6 +81,10 @@ class FrameSelection:
     source_fps: float | None = None
     stream_index: int | None = None
     square_pixels: bool = False
+    deinterlace: bool = False
+    tone_map: bool = False
+    live: bool | None = None
+    decode_on: str | None = None
     on_damage: Literal["warn", "error"] = "warn"
 
     def __post_init__(self) -> None:

@@ -155,29 +155,43 @@ class Timeline:
             return time if self.latest is None or time > self.latest else None
         if frame.pts is None:
             return after
-        time = frame.pts * self.base
         if self._origin is None or (self.latest is None and self._from_start):
+            time = frame.pts * self.base
             self._origin = time if self._origin is None else min(self._origin, time)
-        time += self._shift - self.origin
-        if self.latest is not None and following is not None and following.pts is not None:
-            then = following.pts * self.base + self._shift - self.origin
-            agrees = self.latest < time < then
-            even = bool(self.damage or self.may_restart) and self.constant_rate
-            if even and self._off_grid(then) < _ON_GRID:
-                agrees = agrees and self._off_grid(time) < _OFF_GRID
-            if self.latest < then and not agrees:
-                if even and after > then - self.step / 2:
-                    return None  # a piece of a damaged frame has no place of its own
-                return min(after, (self.latest + then) / 2)
-        if self.latest is not None and time < self.latest:
-            decoded = (frame.dts or 0) * self.base + self._shift - self.origin
-            if decoded > self.latest:  # a damaged time
-                return decoded
-            if self.damage and self.seekable:
-                return None  # out of order by damage, and counted as lost before
-            self._shift += after - time  # the clock started again
-            time = after
-        return time
+        time = self._since_origin(frame.pts)
+        if self.latest is None:
+            return time
+        if following is not None and following.pts is not None:
+            then = self._since_origin(following.pts)
+            if self.latest < then and not self._fits(time, then):
+                # a piece of a damaged frame has no place of its own
+                no_room = self._keeps_step and after > then - self.step / 2
+                return None if no_room else min(after, (self.latest + then) / 2)
+        if time >= self.latest:
+            return time
+        decoded = self._since_origin(frame.dts or 0)
+        if decoded > self.latest:
+            return decoded  # the time of its presentation is damaged
+        if self.damage and self.seekable:
+            return None  # out of order by damage, and counted as lost before
+        self._shift += after - time  # the clock started again
+        return after
+
+    def _since_origin(self, ticks: int) -> Fraction:
+        """Convert a container's time to seconds since the first frame."""
+        return ticks * self.base + self._shift - self.origin
+
+    @property
+    def _keeps_step(self) -> bool:
+        """Whether a frame is expected at every step, though some may be damaged."""
+        return bool(self.damage or self.may_restart) and self.constant_rate
+
+    def _fits(self, time: Fraction, then: Fraction) -> bool:
+        """Whether a time lies between those of the last and the next frame, on their grid."""
+        if not (self.latest or 0) < time < then:
+            return False
+        on_grid = self._keeps_step and self._off_grid(then) < _ON_GRID
+        return not on_grid or self._off_grid(time) < _OFF_GRID
 
     def advance(self, shown: Fraction, frame: VideoFrame) -> None:
         """Note that a frame was shown."""

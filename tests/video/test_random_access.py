@@ -12,7 +12,8 @@ from numbered import encode_numbered, numbers
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.video import count_frames, decoder, open_frames, random_access, read_frames
-from cosettle_adapter.video.decoder import FileRange, Video
+from cosettle_adapter.video.decoder import Video
+from cosettle_adapter.video.sources import FileRange
 
 COUNT = 60
 OLD = {"g": "12", "qmin": "1", "qmax": "2"}

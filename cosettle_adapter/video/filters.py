@@ -1,0 +1,89 @@
+"""FFmpeg's filters over decoded frames: deinterlacing, and tone mapping of HDR pictures."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from cosettle_adapter import imports
+from cosettle_adapter.errors import FrameError
+from cosettle_adapter.video.selection import FrameSelection, LostFrames
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+
+HDR = (16, 18)  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
+_TONE_MAP = "out_transfer=bt709:out_primaries=bt709:intent=perceptual"  # of the filter "scale"
+
+Items = Generator["tuple[Fraction, VideoFrame] | LostFrames", None, None]
+
+
+def filtered(items: Items, select: FrameSelection) -> Items:
+    """Filter the frames among items as selected; their number, times and order stay."""
+    if not select.deinterlace and not select.tone_map:
+        yield from items
+        return
+    waiting: deque[tuple[Fraction, VideoFrame] | LostFrames] = deque()  # for what the graph holds
+    graph: Any = None
+    kind: tuple[Any, ...] = ()
+    position = 0
+    for item in items:
+        if not isinstance(item, LostFrames):
+            frame = item[1]
+            if _kind(frame) != kind:
+                yield from _finished(graph, waiting, at_end=True)
+                graph, kind = _graph(frame, select), _kind(frame)
+            frame.pts, frame.time_base = position, Fraction(1, 1000)  # rising, in every container
+            position += 1
+            graph.push(frame)
+        waiting.append(item)
+        yield from _finished(graph, waiting)
+    yield from _finished(graph, waiting, at_end=True)
+
+
+def _finished(graph: Any, waiting: deque[Any], *, at_end: bool = False) -> Iterator[Any]:
+    """Yield what the graph has finished, and what was lost before it, in order."""
+    if at_end and graph is not None:
+        graph.push(None)
+    while waiting:
+        if isinstance(waiting[0], LostFrames):
+            yield waiting.popleft()
+            continue
+        try:
+            frame = graph.pull()
+        except (BlockingIOError, EOFError):  # it needs the next frame, or has none left
+            return
+        time, _ = waiting.popleft()
+        yield time, frame
+
+
+def _kind(frame: VideoFrame) -> tuple[Any, ...]:
+    return frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
+
+
+def _graph(frame: VideoFrame, select: FrameSelection) -> Any:
+    """Build the filters for frames like this one."""
+    av = imports.require("av.filter", extra="video", purpose="filtering videos")
+    width, height, pixels, colorspace, color_range = _kind(frame)
+    graph = av.Graph()
+    nodes = [
+        graph.add(
+            "buffer",
+            f"video_size={width}x{height}:pix_fmt={pixels}:time_base=1/1000"
+            f":colorspace={colorspace}:range={color_range}",
+        )
+    ]
+    if select.deinterlace:
+        nodes.append(graph.add("bwdif", "mode=send_frame"))
+    if select.tone_map and getattr(frame, "color_trc", HDR[0]) in HDR:
+        try:
+            nodes += [graph.add("scale", _TONE_MAP), graph.add("format", "rgb24")]
+        except (LookupError, ValueError) as error:
+            needs = "tone_map needs FFmpeg 8: install a newer PyAV, 'av>=16'"
+            raise FrameError(f"{needs} ({error})") from error
+    nodes.append(graph.add("buffersink"))
+    graph.link_nodes(*nodes)
+    graph.configure()
+    return graph

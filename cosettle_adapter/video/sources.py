@@ -1,0 +1,199 @@
+"""What FFmpeg opens: files, parts of files, URLs, pipes, devices and open file objects."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import os
+import re
+import sys
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cosettle_adapter import imports
+from cosettle_adapter.errors import FrameError
+
+# seconds; a connection that is silent for longer is given up
+_PATIENCE = 15.0
+_LIVE = ("rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
+_FFMPEG = ("ftp", "http", "https", "mmsh", *_LIVE)  # other schemes are fsspec's
+_HTTP = {  # FFmpeg continues where a connection broke, with a Range request
+    "reconnect": "1",
+    "reconnect_delay_max": "16",
+    "rw_timeout": f"{_PATIENCE * 1e6:.0f}",
+}
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """A file that lies inside another one, such as an uncompressed member of a tar archive."""
+
+    path: Path  # the file it lies in
+    start: int  # its first byte
+    size: int  # its length in bytes
+    name: str  # its name there
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.name}"
+
+
+VideoSource = Path | FileRange
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """A video that is not a file: a URL, a pipe, a device or an open file object."""
+
+    name: str  # in messages, without passwords
+    target: Any  # what PyAV opens
+    files: Any = None  # the fsspec file system that opens the target, if any
+    live: bool = False  # it sends frames in real time
+    once: bool = False  # it cannot be opened again, nor read from its start
+    opening: dict[str, Any] = field(default_factory=dict)  # keywords of ``av.open``
+
+    def __str__(self) -> str:
+        return self.name
+
+    def version(self) -> str | None:
+        """Return what changes with the content, ``None`` if the server does not tell."""
+        tags: list[Any] = []
+        try:
+            if self.files is not None:
+                tags = [self.files.ukey(self.target)]
+            elif str(self.target).startswith("http") and not self.live:
+                head = urllib.request.Request(self.target, method="HEAD")
+                with urllib.request.urlopen(head, timeout=_PATIENCE) as answer:
+                    tags = [answer.headers[tag] for tag in ("ETag", "Last-Modified")]
+                    tags += [answer.headers["Content-Length"]] if any(tags) else []
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
+        return " ".join([self.name, *map(str, tags)]) if any(tags) else None
+
+
+def as_input(source: Any) -> Input | None:
+    """Return the input that a URL, ``-``, a camera's number or a file object stands for."""
+    if isinstance(source, int) and not isinstance(source, bool):
+        return _camera(source)
+    if hasattr(source, "read"):
+        if isinstance(source, io.TextIOBase):
+            raise FrameError("got a file of text; open it with mode 'rb'")
+        name = getattr(source, "name", None) or f"the {type(source).__name__}"
+        seekable = hasattr(source, "seekable") and source.seekable()
+        return Input(str(name), source, once=not seekable)
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    text = os.fspath(source)
+    if text == "-":
+        return Input("standard input", "pipe:0", once=True)
+    path = Path(text)
+    if path.is_char_device():
+        return Input(text, text, live=True, opening={"format": "v4l2"})
+    if path.is_fifo():
+        return Input(text, f"file:{text}", once=True)
+    scheme, separator, _ = text.partition("://")
+    if not separator or not re.fullmatch(r"[a-z][a-z0-9+.:-]+", scheme):
+        return None
+    if scheme in _FFMPEG:
+        timed = {"options": _HTTP} if scheme.startswith("http") else {"timeout": _PATIENCE}
+        return Input(_without_secrets(text), text, live=scheme in _LIVE, opening=timed)
+    fsspec = imports.require("fsspec.core", extra="fsspec", purpose=f"reading {scheme}:// URLs")
+    try:
+        files, place = fsspec.url_to_fs(text)
+    except (ImportError, ValueError) as error:  # the package of a scheme, or no such scheme
+        raise FrameError(f"{_without_secrets(text)} cannot be opened ({error})") from error
+    return Input(_without_secrets(text), place, files=files)
+
+
+def short_name(source: str | os.PathLike[str]) -> str:
+    """Return the last part of a path or URL."""
+    text = os.fspath(source)
+    if text == "-":
+        return "stdin"
+    return Path(_without_secrets(text) if "://" in text else text).name
+
+
+def find_device(name: str | None) -> tuple[Any, str]:
+    """Return PyAV's context for decoding on a device, or ``None`` and why there is none."""
+    if name is None:
+        return None, ""
+    hardware = imports.require("av.codec.hwaccel", extra="video", purpose="decoding on a device")
+    kind, _, number = name.partition(":")
+    known = [device.name for device in hardware.HWDeviceType if device.value]
+    if kind not in known:
+        raise FrameError(f"decode_on must be one of {', '.join(known)}, got {name!r}")
+    device = hardware.HWAccel(kind, number or None, allow_software_fallback=True)
+    try:
+        device.create(pyav().Codec("h264", "r"))
+    except pyav().error.FFmpegError as error:
+        return None, reason(error)
+    except NotImplementedError:  # it may decode other codecs
+        pass
+    return device, ""
+
+
+def open_container(source: VideoSource | Input, device: Any = None) -> Any:
+    """Open a source with PyAV, or raise PyAV's error or an OSError."""
+    options: dict[str, Any] = {"metadata_errors": "replace", "hwaccel": device}
+    # the prefix keeps a colon in a name from reading as a protocol
+    target: Any = f"file:{source}"
+    if isinstance(source, FileRange):
+        end = source.start + source.size
+        target = f"subfile,,start,{source.start},end,{end},,:file:{source.path}"
+    elif isinstance(source, Input):
+        target = source.target
+        if source.files is not None:
+            try:
+                target = source.files.open(target, "rb")
+            except Exception as error:  # of any kind, from the package of its scheme
+                raise OSError(reason(error)) from error
+        elif hasattr(target, "seek") and not source.once:
+            target.seek(0)
+        options |= source.opening
+    return pyav().open(target, **options)
+
+
+def why_not(source: VideoSource | Input, error: BaseException) -> FrameError:
+    """Return the error of a source that cannot be opened, which says what to do."""
+    hint = "it is no video, or its end, which holds the index, is missing"
+    if str(source).lower().endswith((".npy", ".npz", ".pt", ".pth")):
+        hint = "load it with numpy.load or torch.load and pass the frames"
+    elif isinstance(source, Input) and not isinstance(error, ValueError):  # no invalid data
+        hint = "check the name, that what sends it runs, and that you may read it"
+    elif isinstance(source, Input) and source.once:
+        hint = "a pipe needs a format without an index at its end, such as MPEG-TS or Matroska"
+    return FrameError(f"{source} cannot be read as a video ({reason(error)}); {hint}")
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's text without its number and file name."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def pyav() -> Any:
+    """Import PyAV, or say which extra brings it."""
+    return imports.require("av", extra="video", purpose="reading video files")
+
+
+def _camera(number: int) -> Input:
+    name = f"camera {number}"
+    if sys.platform == "darwin":
+        how = {"format": "avfoundation", "options": {"framerate": "30"}}
+        return Input(name, str(number), live=True, opening=how)
+    if sys.platform == "win32":
+        device = imports.require("av.device", extra="video", purpose="listing cameras")
+        cameras = [d.name for d in device.enumerate_input_devices("dshow")
+                   if "video" in d.media_types]  # fmt: skip
+        if not 0 <= number < len(cameras):
+            raise FrameError(f"there is no {name}; cameras: {', '.join(cameras) or 'none'}")
+        return Input(name, f"video={cameras[number]}", live=True, opening={"format": "dshow"})
+    return Input(name, f"/dev/video{number}", live=True, opening={"format": "v4l2"})
+
+
+def _without_secrets(url: str) -> str:
+    """Leave out user name and password, and the query, which may hold a signature."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    host = host.rpartition("@")[2].partition("?")[0]
+    return f"{scheme}://{host}{slash}{path.partition('?')[0]}"
