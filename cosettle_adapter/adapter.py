@@ -219,7 +219,8 @@ class CoSettleAdapter(FeatureModel):
         """Yield the features of a video of any length, in frame order, in constant memory.
 
         Args:
-            source: a video file, a folder or glob of images, an array, or an iterator of frames.
+            source: a video file, its URL, a camera, a folder or glob of images, an array, or an
+                iterator of frames, as in :func:`~cosettle_adapter.video.open_frames`.
             select: frames to encode; all by default.
             batch_size: frames per chunk.
             size, fit, normalize: as in :meth:`forward`.

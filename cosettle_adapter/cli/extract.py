@@ -75,7 +75,8 @@ def extract(
     To resume after an interruption, run the same command again: it keeps finished files.
 
     Args:
-        sources: videos, folders of images, image patterns, or folders of videos.
+        sources: videos, their URLs, - for standard input, folders of images, image patterns, or
+            folders of videos.
         output: file to write, whose suffix selects the format; without a suffix or with several
             sources, folder to write (safetensors unless ``--format`` is given).
         overwrite: replace finished files, and files begun with other options.

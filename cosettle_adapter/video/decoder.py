@@ -213,6 +213,12 @@ class Video:
         for warning in warnings:
             logger.warning("%s: %s", self.source, warning)
 
+    def report(self) -> None:
+        """Warn of frames whose damage the decoder concealed."""
+        if self.concealed:
+            message = "%s is damaged: the decoder concealed it in %d frames, from %g s on"
+            logger.warning(message, self.source, self.concealed, self.first_concealed)
+
     def pending(self, time: Fraction, frame: VideoFrame) -> PendingFrame:
         """Return a decoded frame whose pixels are converted on request."""
         name = f"the frame at {float(time):g} s"
@@ -352,9 +358,8 @@ def decode_video(
             else:
                 break
             finally:
-                if video.concealed and done:
-                    message = "%s is damaged: the decoder concealed it in %d frames, from %g s on"
-                    logger.warning(message, source, video.concealed, video.first_concealed)
+                if done:
+                    video.report()
     if empty and once:
         raise why_not(source, ValueError("no frame of it can be decoded"))
     if empty:

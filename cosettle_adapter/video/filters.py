@@ -27,7 +27,7 @@ def filtered(items: Items, select: FrameSelection) -> Items:
         return
     waiting: deque[tuple[Fraction, VideoFrame] | LostFrames] = deque()  # for what the graph holds
     graph: Any = None
-    kind: tuple[Any, ...] = ()
+    kind = ""
     position = 0
     for item in items:
         if not isinstance(item, LostFrames):
@@ -59,22 +59,17 @@ def _finished(graph: Any, waiting: deque[Any], *, at_end: bool = False) -> Itera
         yield time, frame
 
 
-def _kind(frame: VideoFrame) -> tuple[Any, ...]:
-    return frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
+def _kind(frame: VideoFrame) -> str:
+    """Describe frames like this one to FFmpeg."""
+    size = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}"
+    return f"{size}:colorspace={frame.colorspace}:range={frame.color_range}:time_base=1/1000"
 
 
 def _graph(frame: VideoFrame, select: FrameSelection) -> Any:
     """Build the filters for frames like this one."""
     av = imports.require("av.filter", extra="video", purpose="filtering videos")
-    width, height, pixels, colorspace, color_range = _kind(frame)
     graph = av.Graph()
-    nodes = [
-        graph.add(
-            "buffer",
-            f"video_size={width}x{height}:pix_fmt={pixels}:time_base=1/1000"
-            f":colorspace={colorspace}:range={color_range}",
-        )
-    ]
+    nodes = [graph.add("buffer", _kind(frame))]
     if select.deinterlace:
         nodes.append(graph.add("bwdif", "mode=send_frame"))
     if select.tone_map and getattr(frame, "color_trc", HDR[0]) in HDR:

@@ -18,7 +18,7 @@ from cosettle_adapter.video.sources import Input, reason
 
 logger = logging.getLogger(__name__)
 
-_WAITING = 32  # frames that may wait for the consumer
+_WAITING = 64  # frames that may wait for the consumer
 _TOLD = 100  # times of dropped frames that are kept for the consumer
 _NONE_DROPPED = LostFrames((), "they came faster than they were read")
 _ATTEMPTS = 10  # at connecting again, in a row
@@ -56,32 +56,32 @@ class _Feed:
         self.source, self.select = source, select
         self.closed = threading.Event()  # by the consumer
         self._changed = threading.Condition()
-        self._waiting: deque[PendingFrame | LostFrames] = deque()
+        self._waiting: deque[PendingFrame | LostFrames | BaseException | None] = deque()
         self._dropped = _NONE_DROPPED  # since the consumer last asked
-        self._ended = False
-        self._error: BaseException | None = None
         self._latest, self._arrived = 0.0, 0.0  # seconds of the last frame, and when it arrived
 
     def next(self) -> PendingFrame | LostFrames | None:
         """Wait for what comes next; ``None`` at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._ended)
+            self._changed.wait_for(lambda: self._waiting)
             if self._dropped.times:
                 dropped, self._dropped = self._dropped, _NONE_DROPPED
                 return dropped
-            if self._waiting:
-                return self._waiting.popleft()
-        if self._error is not None:
-            raise self._error
-        return None
+            item = self._waiting.popleft()
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
-    def _put(self, item: PendingFrame | LostFrames) -> None:
+    def _put(self, item: PendingFrame | LostFrames | BaseException | None) -> None:
         """Hand an item to the consumer; drop the oldest one if too many wait."""
         with self._changed:
             if len(self._waiting) == _WAITING:
                 oldest = self._waiting.popleft()
-                times = oldest.times if isinstance(oldest, LostFrames) else (oldest.time,)
-                times = self._dropped.times + times
+                times = self._dropped.times
+                if isinstance(oldest, PendingFrame):
+                    times += (oldest.time,)
+                elif isinstance(oldest, LostFrames):
+                    times += oldest.times
                 unlisted = self._dropped.unlisted + len(times[_TOLD:])
                 self._dropped = LostFrames(times[:_TOLD], _NONE_DROPPED.reason, unlisted)
             self._waiting.append(item)
@@ -89,13 +89,12 @@ class _Feed:
 
     def run(self) -> None:
         """Read until closed, or until the input cannot be opened again."""
+        end: BaseException | None = None
         try:
             self._read()
         except BaseException as error:  # raised by the consumer
-            self._error = error
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
+            end = error
+        self._put(end)
 
     def _read(self) -> None:
         failures = 0
@@ -134,3 +133,4 @@ class _Feed:
                         continue
                     self._latest, self._arrived = offset + float(item[0]), time.monotonic()
                     self._put(dataclasses.replace(video.pending(*item), exact=self._latest))
+            video.report()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import io
 import os
@@ -87,14 +88,11 @@ def as_input(source: Any) -> Input | None:
     text = os.fspath(source)
     if text == "-":
         return Input("standard input", "pipe:0", once=True)
-    path = Path(text)
-    if path.is_char_device():
-        return Input(text, text, live=True, opening={"format": "v4l2"})
-    if path.is_fifo():
-        return Input(text, f"file:{text}", once=True)
     scheme, separator, _ = text.partition("://")
     if not separator or not re.fullmatch(r"[a-z][a-z0-9+.:-]+", scheme):
-        return None
+        if Path(text).is_char_device():
+            return Input(text, text, live=True, opening={"format": "v4l2"})
+        return Input(text, f"file:{text}", once=True) if Path(text).is_fifo() else None
     if scheme in _FFMPEG:
         timed = {"options": _HTTP} if scheme.startswith("http") else {"timeout": _PATIENCE}
         return Input(_without_secrets(text), text, live=scheme in _LIVE, opening=timed)
@@ -114,6 +112,7 @@ def short_name(source: str | os.PathLike[str]) -> str:
     return Path(_without_secrets(text) if "://" in text else text).name
 
 
+@functools.cache
 def find_device(name: str | None) -> tuple[Any, str]:
     """Return PyAV's context for decoding on a device, or ``None`` and why there is none."""
     if name is None:

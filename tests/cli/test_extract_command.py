@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -246,3 +249,25 @@ def test_ctrl_c_says_that_the_work_is_kept(
     monkeypatch.setattr("cosettle_adapter.extraction.record.RunRecord.append", interrupt)
     assert main(["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.npy")]) == 130
     assert "the same command resumes from there" in capsys.readouterr().err
+
+
+def test_a_video_at_a_url(
+    videos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    serve = functools.partial(SimpleHTTPRequestHandler, directory=str(videos))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.mp4?key=secret"
+        assert main(["extract", url, url[:-6], "-o", str(tmp_path / "out")]) == 0
+        for _ in range(2):
+            assert main(["extract", url, "-o", str(tmp_path / "a.npy")]) == 0
+        server.shutdown()
+    assert "exists already: features (6, 32, 3, 4)" in capsys.readouterr().out
+    assert len(names(tmp_path / "out")) == 4
+    sidecar = json.loads((tmp_path / "a.npy.json").read_text())
+    assert sidecar["source"] == "a.mp4"
+    assert "secret" not in str(sidecar)

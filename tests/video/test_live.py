@@ -13,7 +13,7 @@ import torch
 from numbered import encode_numbered, numbers
 
 from cosettle_adapter.errors import DamagedError, FrameError
-from cosettle_adapter.video import FrameSelection, live, open_frames, probe
+from cosettle_adapter.video import FrameChunk, FrameSelection, live, open_frames, probe
 
 COUNT = 40
 
@@ -57,7 +57,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_ATTEMPTS", 4)
 
 
-def times_of(chunks: list) -> list[float]:  # type: ignore[type-arg]
+def times_of(chunks: list[FrameChunk]) -> list[float]:
     return torch.cat([chunk.timestamps for chunk in chunks]).tolist()
 
 
@@ -108,10 +108,14 @@ def test_a_slow_consumer_stalls_nobody_and_is_told(
     assert 0 < len(lost) < COUNT
     count = 10 * COUNT - kept
     assert f"lost {count} frames (they came faster than they were read)" in caplog.text
+    slow = open_frames(Sender(content).url, FrameSelection(on_damage="error"), chunk_size=1)
     with pytest.raises(DamagedError, match="faster than they were read"):
-        slow = open_frames(Sender(content).url, FrameSelection(on_damage="error"), chunk_size=1)
-        for _ in slow:
-            time.sleep(0.3)
+        read_slowly(slow)
+
+
+def read_slowly(chunks: Iterator[FrameChunk]) -> None:
+    for _ in chunks:
+        time.sleep(0.3)
 
 
 def test_an_endless_source_closes_at_once(broadcast: bytes) -> None:

@@ -31,8 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encode_numbered(folder / "clip.mp4", COUNT, options={"g": "8"})  # its index is at its end
     encode_numbered(folder / "front.mp4", COUNT, muxing={"movflags": "faststart"})
     encode_numbered(folder / "clip.mkv", COUNT, options={"g": "8"})
-    encode_numbered(folder / "clip.ts", COUNT, options={"g": "1"})
-    encode_numbered(folder / "large.mp4", COUNT, 480, 640, options={"qp": "1"})
+    large: dict[str, Any] = {"height": 480, "width": 640, "options": {"qp": "1"}}
+    encode_numbered(folder / "large.mp4", COUNT, **large)
+    encode_numbered(folder / "large_front.mp4", COUNT, muxing={"movflags": "faststart"}, **large)
     return folder
 
 
@@ -157,9 +158,11 @@ def test_a_file_object_that_breaks_off(folder: Path) -> None:
                 raise OSError("the disk is gone")
             return super().read(min(size or 0, 4096))
 
-    received = []
+    received, broken = [], Breaking((folder / "large_front.mp4").read_bytes())
     with pytest.raises(ConnectionError, match=r"Breaking broke off after \d.*the disk is gone"):
-        received.extend(open_frames(Breaking((folder / "clip.ts").read_bytes()), chunk_size=4))
+        received.extend(
+            open_frames(Breaking((folder / "large_front.mp4").read_bytes()), chunk_size=4)
+        )
     assert received
 
 
