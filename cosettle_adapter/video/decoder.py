@@ -185,8 +185,8 @@ class Video:
                         yield packet
                 return
             except (pyav().error.FFmpegError, OSError) as error:
-                broken = not isinstance(error, pyav().error.InvalidDataError)
-                if broken and isinstance(self.source, Input):
+                broke_off = isinstance(error, (OSError, pyav().error.ExitError))
+                if broke_off and isinstance(self.source, Input):
                     at = f"{float(self.timeline.latest or 0):g} s ({reason(error)})"
                     raise ConnectionError(f"{self.source} broke off after {at}") from error
                 self.timeline.note(reason(error))

@@ -136,15 +136,15 @@ def read_pages(path: Path) -> Generator[PendingFrame | LostFrames, None, None]:
             count = image.n_frames
             for page in range(count):
                 image.seek(page)
-                stored = image.info.get("duration")
-                lasts = 1.0 if stored is None else stored / 1000
                 load = functools.cache(functools.partial(_page, image, path, page))
                 yield PendingFrame(round(time, 6), f"frame {page} of {path}", load)
-                time += lasts
-                # an animation is read forward only, and the file is closed after the last page
-                if stored is not None or page == count - 1:
+                # others are read forward only, and the file is closed after the last page
+                if image.format != "TIFF" or page == count - 1:
                     with contextlib.suppress(FrameError):
                         load()
+                stored = image.info.get("duration")  # milliseconds; WebP tells after loading
+                lasts = 1.0 if stored is None else stored / 1000
+                time += lasts
     except DamagedImageError as error:
         yield LostFrames(tuple(time + lasts * n for n in range(count - page)), str(error))
 
@@ -181,7 +181,10 @@ def _damage_told(path: Path) -> Iterator[None]:
     pil = imports.require("PIL.Image", extra="video", purpose="reading image files")
     try:
         yield
-    except (OSError, SyntaxError, EOFError, ValueError, pil.DecompressionBombError) as error:
+    # PIL reports some broken files as SyntaxError or TypeError
+    except (
+        OSError, SyntaxError, TypeError, EOFError, ValueError, pil.DecompressionBombError
+    ) as error:  # fmt: skip
         if isinstance(error, FrameError):
             raise
         raise DamagedImageError(f"{path} cannot be read as an image: {error}") from error

@@ -77,12 +77,11 @@ def as_input(source: Any) -> Input | None:
     """Return the input that a URL, ``-``, a camera's number or a file object stands for."""
     if isinstance(source, int) and not isinstance(source, bool):
         return _camera(source)
-    if hasattr(source, "read"):
+    if hasattr(source, "readable"):
         if isinstance(source, io.TextIOBase):
             raise FrameError("got a file of text; open it with mode 'rb'")
         name = getattr(source, "name", None) or f"the {type(source).__name__}"
-        seekable = hasattr(source, "seekable") and source.seekable()
-        return Input(str(name), source, once=not seekable)
+        return Input(str(name), source, once=not source.seekable())
     if not isinstance(source, (str, os.PathLike)):
         return None
     text = os.fspath(source)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -335,3 +336,30 @@ def test_a_clock_needs_times() -> None:
         open_frames(numbered(3), FrameSelection(fps=2))
     with pytest.raises(FrameError, match=r"no frame near 9 s; its last frame is at 0\.2 s"):
         list(open_frames(numbered(3), FrameSelection(times=(9.0,), source_fps=10)))
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".png", ".tif"])
+def test_pages_are_read_forward_from_a_file_that_is_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pages = [Image.new("RGB", (6, 4), (20 * page,) * 3) for page in range(10)]
+    path = tmp_path / f"pages{suffix}"
+    options = {} if suffix == ".tif" else {"lossless": True, "duration": 100}
+    pages[0].save(path, save_all=True, append_images=pages[1:], **options)
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda file, open=Image.open: opened.append(1) or open(file))
+    assert numbers(open_frames(path)) == [20 * page for page in range(10)]
+    assert len(opened) == 2, "to count them and to read them"
+    step = 1.0 if suffix == ".tif" else 0.1
+    select = FrameSelection(times=(0.4 * step, 3.2 * step, 9.4 * step))
+    assert numbers(open_frames(path, select)) == [0, 60, 180]
+    assert probe(path).frames == 10
+    assert not caplog.records
+    save(tmp_path / "second.png", 7)
+    assert len(numbers(open_frames([path, tmp_path / "second.png"]))) == 2
+    assert f"pages{suffix} holds 10 images; only the first one is read" in caplog.text
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    with contextlib.suppress(FrameError):  # where nothing of it can be read
+        chunks = list(open_frames(path))
+        assert sum(len(chunk.frames) + len(chunk.lost) for chunk in chunks) == 10

@@ -160,9 +160,7 @@ def test_a_file_object_that_breaks_off(folder: Path) -> None:
 
     received, broken = [], Breaking((folder / "large_front.mp4").read_bytes())
     with pytest.raises(ConnectionError, match=r"Breaking broke off after \d.*the disk is gone"):
-        received.extend(
-            open_frames(Breaking((folder / "large_front.mp4").read_bytes()), chunk_size=4)
-        )
+        received.extend(open_frames(broken, chunk_size=4))
     assert received
 
 
