@@ -46,7 +46,8 @@ def read_live(
             del item
     finally:
         feed.closed.set()
-        thread.join(_JOIN_TIMEOUT)
+        if thread is not threading.current_thread():  # where garbage may be collected
+            thread.join(_JOIN_TIMEOUT)
 
 
 class _Feed:

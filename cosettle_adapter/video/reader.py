@@ -82,23 +82,17 @@ def open_frames(
         raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
     content = _open(source, select.live)
     name = _kind(source, content)
-    selected = select.of(_frames_of(content, select, name), name, skip=skip)
+    selected = select.of(pending_frames(content, select, name), name, skip=skip)
     waits = isinstance(content, (Path, list)) or (isinstance(content, Input) and not content.live)
     return _Chunks(name, chunk_size, skip, select, one_size, eager=not waits).of(selected)
 
 
 def pending_frames(
-    source: Any, select: FrameSelection | None = None
+    source: Any, select: FrameSelection | None = None, name: str | None = None
 ) -> Generator[PendingFrame | LostFrames, None, None]:
     """Yield all frames of a source; frames of a video before ``select.start`` may be left out."""
     select = select or FrameSelection()
     content = _open(source, select.live)
-    return _frames_of(content, select, _kind(source, content))
-
-
-def _frames_of(
-    content: Any, select: FrameSelection, name: str
-) -> Generator[PendingFrame | LostFrames, None, None]:
     if isinstance(content, Input) and content.live:
         return read_live(content, select)
     if isinstance(content, (Path, Input)):
@@ -110,8 +104,8 @@ def _frames_of(
         return files.read_pages(single)
     if select.source_fps is None and (select.fps is not None or select.times is not None):
         raise FrameError(
-            f"fps and times need the times of frames, which {name} does not have; give "
-            "its frame rate as source_fps"
+            f"fps and times need the times of frames, which {name or _kind(source)} does not have; "
+            "give its frame rate as source_fps"
         )
     return (
         PendingFrame(

@@ -66,15 +66,17 @@ class Input:
             elif str(self.target).startswith("http") and not self.live:
                 head = urllib.request.Request(self.target, method="HEAD")
                 with urllib.request.urlopen(head, timeout=_PATIENCE) as answer:
-                    tags = [answer.headers[tag] for tag in ("ETag", "Last-Modified")]
-                    tags += [answer.headers["Content-Length"]] if any(tags) else []
+                    tag = answer.headers["ETag"] or answer.headers["Last-Modified"]
+                    tags = [tag, answer.headers["Content-Length"]] if tag else []
         except (OSError, ValueError, http.client.HTTPException):
             return None
-        return " ".join([self.name, *map(str, tags)]) if any(tags) else None
+        return " ".join([self.name, *map(str, tags)]) if tags else None
 
 
 def as_input(source: Any) -> Input | None:
     """Return the input that a URL, ``-``, a camera's number or a file object stands for."""
+    if isinstance(source, Input):
+        return source
     if isinstance(source, int) and not isinstance(source, bool):
         return _camera(source)
     if hasattr(source, "readable"):
