@@ -18,13 +18,14 @@ from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
 from cosettle_adapter.correspondence import FusionMode, TemporalFusion
-from cosettle_adapter.errors import DamagedError, FrameError, ProjectionFormatError
+from cosettle_adapter.errors import DamagedError, ProjectionFormatError
 from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.hub import RAW, identity_projection, load_parts
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
+from cosettle_adapter.video.reader import other_size
 from cosettle_adapter.video.selection import selects_frames
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class FeatureChunk:
     start: int  # number of frames delivered before this chunk
     backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, on request
     lost: tuple[float, ...] = ()  # seconds of frames that damage took, in this chunk or around it
+    cls: Tensor | None = None  # (N, C') class tokens, on request, if the backbone has one
+    registers: Tensor | None = None  # (N, R, C') register tokens, likewise
 
 
 class CoSettleAdapter(FeatureModel):
@@ -211,6 +214,7 @@ class CoSettleAdapter(FeatureModel):
         skip: int = 0,
         normalize: bool = False,
         return_backbone: bool = False,
+        return_prefix: bool = False,
         settle: bool | None = None,
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
@@ -224,6 +228,8 @@ class CoSettleAdapter(FeatureModel):
             size, fit, normalize: as in :meth:`forward`.
             skip: number of selected frames to skip without encoding them, to resume a stream.
             return_backbone: fill ``chunk.backbone``.
+            return_prefix: fill ``chunk.cls`` and ``chunk.registers`` as :meth:`tokens` does; they
+                are those of single frames, neither settled nor fused.
             settle: settle each frame with the statistics of the frames up to it, which suits live
                 streams; default: ``self.settles``. For a whole clip, see :meth:`settle`.
             forgetting: with ``settle``, the factor on the statistics of earlier frames at each new
@@ -245,23 +251,28 @@ class CoSettleAdapter(FeatureModel):
             source, select, skip=skip, chunk_size=batch_size, one_size=size is None
         )
         chunks = pinned(chunks) if self.device.type == "cuda" else chunks
+        prefix = self._prefix_reads(self.backbone.default_layer) if return_prefix else []
 
         def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
             first: Geometry | None = None
             for chunk in prefetch(chunks):
-                tokens, features, geometry = self._encode(chunk.frames, size=size, fit=fit)
+                tokens, features, geometry, further = self._encode(
+                    chunk.frames, size=size, fit=fit, also=prefix
+                )
                 first = first or geometry
                 if geometry.grid != first.grid:
-                    raise FrameError(
-                        f"the frame at {chunk.timestamps[0]:g} s is {geometry.frame[0]} x "
-                        f"{geometry.frame[1]}, but the first is {first.frame[0]} x "
-                        f"{first.frame[1]}; give a size (height, width) to resize all to"
-                    )
+                    seconds = chunk.timestamps[0].item()
+                    name = f"the frame at {seconds:g} s"
+                    raise other_size(name, geometry.frame, first=first.frame, seconds=seconds)
                 if settler is not None:
                     features = settler.settle(features)
                 backbone = tokens if return_backbone else None
-                times, start = chunk.timestamps, chunk.start
-                yield FeatureChunk(features, times, geometry, start, backbone, chunk.lost), tokens
+                cls, registers = self._special(further[0] if further else None)
+                times, start, lost = chunk.timestamps, chunk.start, chunk.lost
+                result = FeatureChunk(
+                    features, times, geometry, start, backbone, lost, cls, registers
+                )
+                yield result, tokens
 
         results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
         if fusion is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ class VisionTransformerBackbone(Backbone):
         widths = (row.width,) * row.depth
         super().__init__(row, widths=widths, default_layer=row.depth - 1, **loaded)
         self.vit = vit
+        self.has_cls = vit.cls_token is not None
+        self.registers = int(vit.num_prefix_tokens) - self.has_cls
         embed = vit.patch_embed
         embed.proj.stride = (self.stride, self.stride)
         embed.img_size = None  # any size; ``grid`` checks it
@@ -77,19 +81,59 @@ class VisionTransformerBackbone(Backbone):
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
     ) -> dict[Read, Tensor]:
         h, _ = self.grid(images.shape[-2], images.shape[-1])
-        layers = sorted({layer for layer, _ in reads})
+        layers = sorted({read.layer for read in reads})
+        special = any(read.kind == "prefix" for read in reads)
+        if special and not self.vit.num_prefix_tokens:
+            raise ValueError(f"{self.row.name} has neither class nor register tokens")
         self._given = None if positions is None else positions.to(self.device)
         try:
-            tokens = self.vit.forward_intermediates(
-                images, indices=layers, stop_early=True, output_fmt="NLC", intermediates_only=True
-            )
+            with self._attention(r.layer for r in reads if r.kind == "attention") as attention:
+                outputs = self.vit.forward_intermediates(
+                    images,
+                    indices=layers,
+                    return_prefix_tokens=special,
+                    stop_early=True,
+                    output_fmt="NLC",
+                    intermediates_only=True,
+                )
         finally:
             self._given = None
-        by_layer = dict(zip(layers, tokens, strict=True))
-        return {
-            read: rearrange(self._normed(by_layer[read[0]], *read), "b (h w) c -> b c h w", h=h)
-            for read in reads
-        }
+        by_layer = dict(zip(layers, outputs, strict=True))
+
+        def tensor(read: Read) -> Tensor:
+            if read.kind == "attention":
+                return attention[read.layer]
+            tokens = by_layer[read.layer]
+            patches, prefix = tokens if special else (tokens, None)
+            if read.kind == "prefix":
+                return self._normed(prefix, read.layer, read.norm)
+            return rearrange(
+                self._normed(patches, read.layer, read.norm), "b (h w) c -> b c h w", h=h
+            )
+
+        return {read: tensor(read) for read in reads}
+
+    @contextlib.contextmanager
+    def _attention(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+        """Collect the attention of layers by number while the block runs the model."""
+        found: dict[int, Tensor] = {}
+        with contextlib.ExitStack() as undo:
+            for layer in layers:
+                modules = [m for m in self.vit.blocks[layer].modules() if hasattr(m, "fused_attn")]
+                if len(modules) != 1:
+                    raise ValueError(
+                        f"layer {layer} of {self.row.name} has {len(modules)} attention modules, "
+                        "expected one"
+                    )
+                (module,) = modules
+                # a fused kernel never forms the matrix that passes through the dropout
+                undo.callback(setattr, module, "fused_attn", module.fused_attn)
+                module.fused_attn = False
+                hook = module.attn_drop.register_forward_hook(
+                    lambda _module, _inputs, output, layer=layer: found.update({layer: output})
+                )
+                undo.callback(hook.remove)
+            yield found
 
     def _embed(self, patches: Tensor) -> Any:
         """Replace timm's step from patches ``(B, h, w, C)`` to tokens with prefix and positions."""

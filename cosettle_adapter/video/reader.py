@@ -223,10 +223,9 @@ class _Chunks:
                 if item is None or pixels is None or not isinstance(item, PendingFrame):
                     break
                 if changed and shape and self.one_size:
-                    failure = FrameError(
-                        f"{item.name} of {self.source} is {pixels.shape[-2]} x {pixels.shape[-1]}, "
-                        f"but the first frame is {shape[-2]} x {shape[-1]}; resize the frames to "
-                        "one size, size=(height, width)"
+                    name = f"{item.name} of {self.source}"
+                    failure = other_size(
+                        name, pixels.shape[-2:], first=shape[-2:], seconds=item.time
                     )
                     break
                 shape = tuple(pixels.shape)
@@ -272,6 +271,17 @@ class _Chunks:
         self.delivered += len(times)
         self.lost = []
         return chunk
+
+
+def other_size(
+    name: str, size: Sequence[int], *, first: Sequence[int], seconds: float
+) -> FrameError:
+    """The error of a frame of another size ``(H, W)`` than that of the first frame."""
+    return FrameError(
+        f"{name} is {size[0]} x {size[1]}, but the first frame is {first[0]} x {first[1]}; resize "
+        "the frames to one size, size=(height, width) (--size), or stop before this one, "
+        f"end={seconds} (--end)"
+    )
 
 
 def damage(times: Sequence[float], reason: str) -> str:
