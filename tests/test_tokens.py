@@ -119,7 +119,9 @@ def test_images_clips_and_precision(leading: tuple[int, ...]) -> None:
     adapter.settles = True
     clip = noise(*leading, 3, 48, 64).sigmoid()
     tokens = adapter.tokens(clip, size=32, attention=1, batch_size=4)
-    assert tokens.cls is not None and tokens.registers is not None and tokens.attention is not None
+    assert tokens.cls is not None
+    assert tokens.registers is not None
+    assert tokens.attention is not None
     assert tokens.cls.shape == (*leading, 32)
     assert tokens.registers.shape == (*leading, 3, 32)
     assert tokens.patch.shape == (*leading, 32, 2, 3)
@@ -145,7 +147,7 @@ def test_feature_maps_have_patches_alone() -> None:
     tokens = adapter.tokens(torch.rand(2, 3, 64, 64))
     assert (tokens.cls, tokens.registers) == (None, None)
     assert torch.equal(tokens.patch, tokens.adapted)
-    with pytest.raises(ValueError, match="small-convnext returns feature maps: .* nor attention"):
+    with pytest.raises(ValueError, match=r"small-convnext returns feature maps: .* nor attention"):
         adapter.tokens(torch.rand(2, 3, 64, 64), attention=0)
-    with pytest.raises(ValueError, match="layers 0 to 1 .*, got layer 2"):
+    with pytest.raises(ValueError, match=r"layers 0 to 1 .*, got layer 2"):
         adapter_of(VIT).tokens(torch.rand(3, 48, 64), attention=2)

@@ -3,7 +3,8 @@
 # no `from __future__ import annotations`: the command line derives its options from the types
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 
@@ -12,7 +13,8 @@ from cosettle_adapter.correspondence.fusion import FusionMode
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.video import Fit
 
-FormatName = Literal["safetensors", "zarr", "npy-memmap", "dino-tracker"]
+FormatName = Literal["safetensors", "zarr", "npy-memmap", "parquet", "dino-tracker"]
+TokenKind = Literal["patch", "cls", "registers", "mean"]
 StorageName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -22,6 +24,10 @@ class ExtractionError(CosettleError, RuntimeError):
 
 class FormatError(ExtractionError, ValueError):
     """A format that does not exist or cannot hold the features."""
+
+
+class TokensError(FormatError):
+    """Tokens that the backbone lacks or the format cannot hold."""
 
 
 class OutputExistsError(ExtractionError, FileExistsError):
@@ -54,6 +60,9 @@ class ExtractSettings:
         temporal_fusion: average patches with their matches in neighbouring frames: past and
             future (symmetric), or past only (causal).
         storage: dtype on disk; by default, the adapter's.
+        tokens: what to write, separated by commas: patch (the features); cls and registers (class
+            and register tokens of the last layer, of single frames: neither settled nor fused);
+            mean (of a frame's features). Parquet holds either cls or mean, npy one of all.
     """
 
     format: FormatName | None = None
@@ -63,3 +72,17 @@ class ExtractSettings:
     settle: bool | None = None
     temporal_fusion: FusionMode | None = None
     storage: StorageName | torch.dtype | None = None
+    tokens: str | Sequence[TokenKind] = "patch"
+
+    def __post_init__(self) -> None:
+        if not self.kinds or {*self.kinds} != {*self._given()}:
+            known = ", ".join(get_args(TokenKind))
+            raise TokensError(f"expected tokens among {known}, as cls,patch; got {self.tokens!r}")
+
+    def _given(self) -> Sequence[str]:
+        return self.tokens.split(",") if isinstance(self.tokens, str) else self.tokens
+
+    @property
+    def kinds(self) -> list[TokenKind]:
+        """The kinds of ``tokens`` in the order in which they are written."""
+        return [kind for kind in get_args(TokenKind) if kind in self._given()]

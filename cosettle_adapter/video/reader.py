@@ -240,7 +240,7 @@ class _Chunks:
         if self.all_lost:
             logger.warning("%s %s", self.source, damage(self.all_lost, self.reason))
         try:
-            if failure is None and not shape and self.all_lost:
+            if failure is None and not self.delivered and self.all_lost:
                 failure = FrameError(f"{self.source} holds nothing but damage ({self.reason})")
             if failure is not None:
                 raise failure
