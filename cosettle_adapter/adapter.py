@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.backbones import Backbone, HubOptions, load_backbone
+from cosettle_adapter.backbones.backbone import Read
 from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
@@ -214,7 +215,7 @@ class CoSettleAdapter(FeatureModel):
         skip: int = 0,
         normalize: bool = False,
         return_backbone: bool = False,
-        return_prefix: bool = False,
+        return_special: bool = False,
         settle: bool | None = None,
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
@@ -228,8 +229,8 @@ class CoSettleAdapter(FeatureModel):
             size, fit, normalize: as in :meth:`forward`.
             skip: number of selected frames to skip without encoding them, to resume a stream.
             return_backbone: fill ``chunk.backbone``.
-            return_prefix: fill ``chunk.cls`` and ``chunk.registers`` as :meth:`tokens` does; they
-                are those of single frames, neither settled nor fused.
+            return_special: fill ``chunk.cls`` and ``chunk.registers``: the tokens of single frames
+                that :meth:`tokens` returns, neither settled nor fused.
             settle: settle each frame with the statistics of the frames up to it, which suits live
                 streams; default: ``self.settles``. For a whole clip, see :meth:`settle`.
             forgetting: with ``settle``, the factor on the statistics of earlier frames at each new
@@ -251,28 +252,26 @@ class CoSettleAdapter(FeatureModel):
             source, select, skip=skip, chunk_size=batch_size, one_size=size is None
         )
         chunks = pinned(chunks) if self.device.type == "cuda" else chunks
-        prefix = self._prefix_reads(self.backbone.default_layer) if return_prefix else []
+        kinds = self.backbone.special if return_special else ()
+        special = [Read(self.backbone.default_layer, kind=kind) for kind in kinds]
 
         def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
             first: Geometry | None = None
             for chunk in prefetch(chunks):
                 tokens, features, geometry, further = self._encode(
-                    chunk.frames, size=size, fit=fit, also=prefix
+                    chunk.frames, size=size, fit=fit, also=special
                 )
                 first = first or geometry
                 if geometry.grid != first.grid:
                     seconds = chunk.timestamps[0].item()
-                    name = f"the frame at {seconds:g} s"
-                    raise other_size(name, geometry.frame, first=first.frame, seconds=seconds)
+                    raise other_size(geometry.frame, first=first.frame, seconds=seconds)
                 if settler is not None:
                     features = settler.settle(features)
                 backbone = tokens if return_backbone else None
-                cls, registers = self._special(further[0] if further else None)
-                times, start, lost = chunk.timestamps, chunk.start, chunk.lost
-                result = FeatureChunk(
-                    features, times, geometry, start, backbone, lost, cls, registers
-                )
-                yield result, tokens
+                times, start = chunk.timestamps, chunk.start
+                result = FeatureChunk(features, times, geometry, start, backbone, chunk.lost)
+                found = dict(zip(kinds, further, strict=True))
+                yield dataclasses.replace(result, **found), tokens
 
         results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
         if fusion is not None:

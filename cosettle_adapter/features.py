@@ -28,12 +28,12 @@ DEFAULT_BATCH_SIZE = 8
 class Tokens:
     """The tokens of frames, in the adapter's dtype; ``T`` stands for the frames' dimensions."""
 
-    cls: Tensor | None  # (T, C) class token; None if the backbone has none
-    registers: Tensor | None  # (T, R, C) register tokens; None if the backbone has none
     patch: Tensor  # (T, C, h, w) patch tokens of the backbone
     adapted: Tensor  # (T, C', h, w) features, as ``adapter(frames)`` returns them
-    attention: Tensor | None  # (T, heads, N, N) after softmax, on request
     geometry: Geometry  # how patches map to pixels of the frames
+    cls: Tensor | None = None  # (T, C) class token, if the backbone has one
+    registers: Tensor | None = None  # (T, R, C) register tokens, if the backbone has any
+    attention: Tensor | None = None  # (T, heads, N, N) after softmax, on request
 
 
 class FeatureModel(nn.Module):
@@ -148,12 +148,10 @@ class FeatureModel(nn.Module):
             FrameError: frames of another shape, range or dtype, or no frames.
             GeometryError: frames smaller than a patch, or a size that does not fit the patch.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        frames, leading = pack([as_frames(frames)], "* c h w")
+        batches, leading = self._split(frames, batch_size)
         backbone_maps: list[Tensor] = []
         projected: list[Tensor] = []
-        for batch in frames.split(batch_size):
+        for batch in batches:
             tokens, features, *_ = self._encode(batch, size=size, fit=fit)
             projected.append(features if self.settles else self._finished(features, normalize))
             if return_backbone:
@@ -196,40 +194,30 @@ class FeatureModel(nn.Module):
             ValueError: no such layer, or no attention between all patches (feature maps).
             FrameError, GeometryError: as in :meth:`forward`.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         backbone = self.backbone
         layer = backbone.block(backbone.default_layer if layer is None else layer)
-        reads = [Read(layer), *self._prefix_reads(layer)]
+        reads = [Read(layer, kind=kind) for kind in ("patch", *backbone.special)]
         if attention is not None:
             reads.append(Read(backbone.block(attention), kind="attention"))
-        frames, leading = pack([as_frames(frames)], "* c h w")
+        batches, leading = self._split(frames, batch_size)
         projected: list[Tensor] = []
-        batches: list[list[Tensor]] = []
-        for batch in frames.split(batch_size):
+        read: list[list[Tensor]] = []
+        for batch in batches:
             _, features, geometry, further = self._encode(batch, size=size, fit=fit, also=reads)
             projected.append(features if self.settles else self._finished(features, False))
-            batches.append(further)
-        found: dict[str, Tensor] = {}
-        for read, *parts in zip(reads, *batches, strict=True):
-            axes = "* n c" if read.kind == "prefix" else "* c h w"
-            (found[read.kind],) = unpack(torch.cat(parts), leading, axes)
-        cls, registers = self._special(found.get("prefix"))
-        adapted = self._joined(projected, leading, False)
-        return Tokens(cls, registers, found["patch"], adapted, found.get("attention"), geometry)
+            read.append(further)
+        found: dict[str, Tensor] = {"adapted": self._joined(projected, leading, False)}
+        for (*_, kind), *parts in zip(reads, *read, strict=True):
+            axes = {"cls": "* c", "registers": "* n c"}.get(kind, "* c h w")
+            (found[kind],) = unpack(torch.cat(parts), leading, axes)
+        return Tokens(**found, geometry=geometry)
 
-    def _prefix_reads(self, layer: int) -> list[Read]:
-        """The read of a layer's class and register tokens; none if the backbone has neither."""
-        backbone = self.backbone
-        return [Read(layer, kind="prefix")] if backbone.has_cls or backbone.registers else []
-
-    def _special(self, prefix: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Class token ``(..., C)`` and register tokens ``(..., R, C)`` of ``(..., P, C)``."""
-        if prefix is None:
-            return None, None
-        cls = prefix[..., 0, :] if self.backbone.has_cls else None
-        registers = prefix[..., int(self.backbone.has_cls) :, :]
-        return cls, registers if self.backbone.registers else None
+    def _split(self, frames: Any, batch_size: int) -> tuple[Sequence[Tensor], Any]:
+        """Batches ``(N, 3, H, W)`` of frames, and the leading dimensions of all."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        frames, leading = pack([as_frames(frames)], "* c h w")
+        return frames.split(batch_size), leading
 
     def _joined(self, features: list[Tensor], leading: Any, normalize: bool) -> Tensor:
         """Join the batches of ``forward``, and settle each clip if the adapter does."""

@@ -21,9 +21,9 @@ class Read(NamedTuple):
 
     layer: int
     norm: bool | None = None  # whether to apply the final norm (None: as the row says)
-    # patch tokens (B, C, h, w); class and register tokens (B, P, C); attention after softmax
-    # (B, heads, P + h * w, P + h * w)
-    kind: Literal["patch", "prefix", "attention"] = "patch"
+    # patch tokens (B, C, h, w), class token (B, C), register tokens (B, R, C), or the attention of
+    # all tokens after softmax (B, heads, N, N)
+    kind: Literal["patch", "cls", "registers", "attention"] = "patch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,7 @@ class Backbone(nn.Module, abc.ABC):
     returned on one grid.
     """
 
-    has_cls = False  # whether a class token precedes the patch tokens
-    registers = 0  # number of register tokens between the two
+    special: tuple[Literal["cls", "registers"], ...] = ()  # tokens that precede the patches'
 
     def __init__(
         self,

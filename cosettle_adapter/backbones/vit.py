@@ -32,8 +32,9 @@ class VisionTransformerBackbone(Backbone):
         widths = (row.width,) * row.depth
         super().__init__(row, widths=widths, default_layer=row.depth - 1, **loaded)
         self.vit = vit
-        self.has_cls = vit.cls_token is not None
-        self.registers = int(vit.num_prefix_tokens) - self.has_cls
+        self._cls = int(vit.cls_token is not None)
+        registers = vit.num_prefix_tokens > self._cls
+        self.special = ("cls",) * self._cls + ("registers",) * registers
         embed = vit.patch_embed
         embed.proj.stride = (self.stride, self.stride)
         embed.img_size = None  # any size; ``grid`` checks it
@@ -82,9 +83,10 @@ class VisionTransformerBackbone(Backbone):
     ) -> dict[Read, Tensor]:
         h, _ = self.grid(images.shape[-2], images.shape[-1])
         layers = sorted({read.layer for read in reads})
-        special = any(read.kind == "prefix" for read in reads)
-        if special and not self.vit.num_prefix_tokens:
-            raise ValueError(f"{self.row.name} has neither class nor register tokens")
+        kinds = {read.kind for read in reads}
+        if missing := kinds - {"patch", "attention", *self.special}:
+            raise ValueError(f"{self.row.name} has no {' or '.join(sorted(missing))} tokens")
+        special = not kinds.isdisjoint(self.special)
         self._given = None if positions is None else positions.to(self.device)
         try:
             with self._attention(r.layer for r in reads if r.kind == "attention") as attention:
@@ -105,11 +107,11 @@ class VisionTransformerBackbone(Backbone):
                 return attention[read.layer]
             tokens = by_layer[read.layer]
             patches, prefix = tokens if special else (tokens, None)
-            if read.kind == "prefix":
-                return self._normed(prefix, read.layer, read.norm)
-            return rearrange(
-                self._normed(patches, read.layer, read.norm), "b (h w) c -> b c h w", h=h
-            )
+            if read.kind != "patch":
+                prefix = self._normed(prefix, read.layer, read.norm)
+                return prefix[:, 0] if read.kind == "cls" else prefix[:, self._cls :]
+            patches = self._normed(patches, read.layer, read.norm)
+            return rearrange(patches, "b (h w) c -> b c h w", h=h)
 
         return {read: tensor(read) for read in reads}
 
@@ -121,10 +123,7 @@ class VisionTransformerBackbone(Backbone):
             for layer in layers:
                 modules = [m for m in self.vit.blocks[layer].modules() if hasattr(m, "fused_attn")]
                 if len(modules) != 1:
-                    raise ValueError(
-                        f"layer {layer} of {self.row.name} has {len(modules)} attention modules, "
-                        "expected one"
-                    )
+                    raise ValueError(f"{self.row.name} has no single attention in layer {layer}")
                 (module,) = modules
                 # a fused kernel never forms the matrix that passes through the dropout
                 undo.callback(setattr, module, "fused_attn", module.fused_attn)

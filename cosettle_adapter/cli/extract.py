@@ -53,7 +53,6 @@ class Settings(ExtractSettings):  # noqa: D101
     __doc__ = ExtractSettings.__doc__
     size: Size | None = None  # as 476 or 476x882
     storage: StorageName | None = None
-    tokens: str = "patch"
 
 
 def extract(

@@ -13,7 +13,7 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +30,12 @@ from cosettle_adapter.extraction.record import (
     read_sidecar,
     sidecar_path,
 )
-from cosettle_adapter.extraction.settings import FormatError, TokenKind, TokensError
+from cosettle_adapter.extraction.settings import TOKENS, FormatError, TokensError
 from cosettle_adapter.imports import require
 from cosettle_adapter.video import Geometry
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CHUNK_BYTES = 16 << 20  # maximum size of a zarr chunk
-_ROWS = 1 << 12  # of a row group of Parquet
 # raised by safetensors, NumPy, zarr and torch for damaged files
 _UNREADABLE = (
     SafetensorError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError,
@@ -56,7 +55,7 @@ class Format:
     finish: Callable[[Path, RunRecord], Path]  # completes the file in place, or writes another
     read: Callable[[Path, slice], Content]
     require: Callable[[], object] = lambda: None  # raises if the format's package is missing
-    kinds: tuple[str, ...] = get_args(TokenKind)  # what it can hold
+    tokens: tuple[str, ...] = TOKENS  # the kinds that it can hold
     several: bool = False  # whether it can hold more than one
 
 
@@ -87,13 +86,10 @@ def _finish_safetensors(path: Path, record: RunRecord) -> Path:
 
 def _read_safetensors(path: Path, frames: slice) -> Content:
     """Map all values from disk, or copy a range."""
+    whole = frames == slice(None)
     with safe_open(path, framework="pt") as file:
-        whole = frames == slice(None)
-        arrays = {
-            name: file.get_tensor(name) if whole else file.get_slice(name)[frames]
-            for name in ARRAYS
-            if name in file.keys()  # noqa: SIM118  # not a dictionary
-        }
+        names = [name for name in ARRAYS if name in {*file.keys()}]
+        arrays = {n: file.get_tensor(n) if whole else file.get_slice(n)[frames] for n in names}
         description = json.loads((file.metadata() or {})["description"])
         return arrays, description | {"timestamps": file.get_tensor("timestamps").tolist()}
 
@@ -113,7 +109,7 @@ def _finish_npy(path: Path, record: RunRecord) -> Path:
 
 def _read_npy(path: Path, frames: slice) -> Content:
     """Map values from disk; writing to them does not change the file."""
-    (name,) = (read_sidecar(path) or {}).get("arrays", ["features"])
+    name, *_ = (read_sidecar(path) or {}).get("arrays", ["features"])
     values = np.load(path, mmap_mode="c", allow_pickle=False)[frames]
     return {name: torch.from_numpy(values)}, None
 
@@ -123,14 +119,11 @@ def _finish_zarr(path: Path, record: RunRecord) -> Path:
     whole = path.with_suffix(".whole")
     group = _open_zarr(whole, "w")
     group.attrs.update({"description": record.description})
-    values: Any
-    frame_bytes = max(map(record.frame_bytes, record.shapes))
+    arrays: dict[str, Any] = {name: _mapped(name, record) for name in record.shapes}
+    frame_bytes = max(map(record.frame_bytes, arrays))
     chunk = min(len(record.timestamps), max(1, _CHUNK_BYTES // frame_bytes))
-    for name in (*record.shapes, "timestamps"):
-        if name == "timestamps":
-            names, values = ("time",), np.array(record.timestamps)
-        else:
-            names, values = ARRAYS[name].axes, _mapped(name, record)
+    for name, values in {**arrays, "timestamps": np.array(record.timestamps)}.items():
+        _, names = ARRAYS[name]
         options: dict[str, Any] = {"shape": values.shape, "dtype": values.dtype, "fill_value": 0}
         options["chunks"] = (chunk, *values.shape[1:])
         # features hardly compress, and uncompressed bytes do not depend on a library's version
@@ -161,33 +154,25 @@ def _mapped(name: str, record: RunRecord) -> np.memmap[Any, Any]:
 
 def _finish_parquet(path: Path, record: RunRecord) -> Path:
     """Write a table with a row for every frame: source, frame, time (seconds), vector."""
-    arrow, parquet = _require_arrow()
+    arrow, parquet = _require_arrow("pyarrow"), _require_arrow()
     whole = path.with_suffix(".whole")
     ((name, (frames, width)),) = record.shapes.items()
-    vectors, times = _mapped(name, record), np.array(record.timestamps)
-    fields = {
-        "source": arrow.string(),
-        "frame": arrow.int64(),
-        "time": arrow.float64(),
-        "vector": arrow.list_(arrow.from_numpy_dtype(vectors.dtype), width),
+    flat = rearrange(_mapped(name, record), "n c -> (n c)")
+    columns = {
+        "source": arrow.repeat(record.request["source"], frames),
+        "frame": np.arange(frames),
+        "time": np.array(record.timestamps),
+        "vector": arrow.FixedSizeListArray.from_arrays(arrow.array(flat), width),  # not a copy
     }
-    schema = arrow.schema(fields.items(), {"description": json.dumps(record.description)})
-    with parquet.ParquetWriter(whole, schema) as writer:
-        for start in range(0, frames, _ROWS):
-            rows = np.arange(start, min(start + _ROWS, frames))
-            flat = arrow.array(rearrange(vectors[rows], "n c -> (n c)"))
-            vector = arrow.FixedSizeListArray.from_arrays(flat, width)
-            source = arrow.repeat(record.request["source"], len(rows))
-            columns = [source, arrow.array(rows), arrow.array(times[rows]), vector]
-            writer.write_table(arrow.table(columns, schema=schema))
+    metadata = {"description": json.dumps(record.description)}
+    parquet.write_table(arrow.table(columns, metadata=metadata), whole)
     return whole
 
 
 def _read_parquet(path: Path, frames: slice) -> Content:
-    _, parquet = _require_arrow()
-    table = parquet.read_table(path)
+    table = _require_arrow().read_table(path)
     description = json.loads(table.schema.metadata[b"description"])
-    (name,) = description["arrays"]
+    name, *_ = description["arrays"]
     flat = table["vector"].combine_chunks().flatten().to_numpy()
     vectors = rearrange(flat, "(n c) -> n c", n=table.num_rows)
     description["timestamps"] = table["time"].to_pylist()
@@ -208,10 +193,8 @@ def _require_zarr() -> Any:
     return require("zarr", extra="zarr", purpose="the zarr format")
 
 
-def _require_arrow() -> tuple[Any, Any]:
-    names = ("pyarrow", "pyarrow.parquet")
-    arrow, parquet = (require(n, extra="parquet", purpose="the Parquet format") for n in names)
-    return arrow, parquet
+def _require_arrow(module: str = "pyarrow.parquet") -> Any:
+    return require(module, extra="parquet", purpose="the Parquet format")
 
 
 def _open_zarr(path: Path, mode: str) -> Any:
@@ -230,10 +213,10 @@ FORMATS = {
         Format("npy-memmap", ".npy", _NUMPY, _finish_npy, _read_npy),
         Format(
             "parquet", ".parquet", _NUMPY, _finish_parquet, _read_parquet, _require_arrow,
-            kinds=("cls", "mean"),
+            tokens=("cls", "mean"),
         ),
         Format(
-            "dino-tracker", ".pt", ("float32",), _finish_tracker, _read_tracker, kinds=("patch",)
+            "dino-tracker", ".pt", ("float32",), _finish_tracker, _read_tracker, tokens=("patch",)
         ),
     )
 }  # fmt: skip
@@ -283,6 +266,7 @@ def read_features(
         )
     try:
         arrays, description = form.read(path, frames)
+        arrays.pop("timestamps", None)  # a range of them; the metadata has all
         metadata = dict(sidecar or description or {})
         if not metadata:
             raise ValueError(f"its sidecar {sidecar_path(path).name} is missing")
@@ -301,7 +285,7 @@ def format_of(path: Path) -> Format | None:
     return next((form for form in FORMATS.values() if form.suffix == suffix), None)
 
 
-def choose_format(path: Path, name: str | None, kinds: Sequence[TokenKind] = ("patch",)) -> Format:
+def choose_format(path: Path, name: str | None, kinds: Sequence[str] = ("patch",)) -> Format:
     """Return the format of an output, by ``name`` or suffix, and check that it can be written."""
     by_suffix = format_of(path)
     form = by_suffix if name is None else FORMATS.get(name)
@@ -318,12 +302,11 @@ def choose_format(path: Path, name: str | None, kinds: Sequence[TokenKind] = ("p
             f"got format {form.name} for {path.name}, whose suffix is that of {by_suffix.name}: "
             f"use the suffix {form.suffix}, or another format"
         )
-    wrong = [kind for kind in kinds if kind not in form.kinds]
-    if wrong or (len(kinds) > 1 and not form.several):
+    if not {*kinds} <= {*form.tokens} or (len(kinds) > 1 and not form.several):
         several = " and ".join(other.name for other in FORMATS.values() if other.several)
         raise TokensError(
-            f"{form.name} holds one of {', '.join(form.kinds)}, not {', '.join(kinds)}: give "
-            f"--tokens {form.kinds[0]} (tokens={form.kinds[0]!r}); {several} hold any of them"
+            f"{form.name} holds one of {', '.join(form.tokens)}, not {', '.join(kinds)}: give "
+            f"--tokens {form.tokens[0]} (tokens={form.tokens[0]!r}); {several} hold any of them"
         )
     form.require()
     return form

@@ -26,12 +26,12 @@ from cosettle_adapter.extraction.settings import (
     ExtractSettings,
     OutputBusyError,
     OutputExistsError,
-    TokenKind,
 )
 from cosettle_adapter.io import LOCK_FILE, atomic_path, exclusive
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import FrameSelection, Geometry
 from cosettle_adapter.video.files import resolve
+from cosettle_adapter.video.reader import other_size
 
 logger = logging.getLogger(__name__)
 
@@ -50,24 +50,13 @@ _CHANGED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """What one array of a feature file holds."""
-
-    kind: TokenKind
-    axes: tuple[str, ...]  # also the dimension names of zarr
-    content: str
-
-
+# by name: content, and axes, which are the dimension names of zarr
 ARRAYS = {
-    "features": Array(
-        "patch", ("time", "channel", "row", "column"), "patch features, after the projection"
-    ),
-    "cls": Array("cls", ("time", "backbone_channel"), "class token of the last layer"),
-    "registers": Array(
-        "registers", ("time", "register", "backbone_channel"), "register tokens of the last layer"
-    ),
-    "mean": Array("mean", ("time", "channel"), "mean of a frame's patch features"),
+    "features": ("patch features after the projection", ("time", "channel", "row", "column")),
+    "cls": ("class token of the last layer", ("time", "backbone_channel")),
+    "registers": ("register tokens of the last layer", ("time", "register", "backbone_channel")),
+    "mean": ("mean of a frame's patch features", ("time", "channel")),
+    "timestamps": ("seconds since the first frame of the source", ("time",)),
 }
 
 
@@ -98,11 +87,6 @@ class RunRecord:
         """Shapes ``(T, ...)`` of the written arrays."""
         return {name: [len(self.timestamps), *shape] for name, shape in self._frames.items()}
 
-    @property
-    def geometry(self) -> Geometry | None:
-        """Geometry of the written frames."""
-        return Geometry.from_dict(self._geometry) if self._geometry else None
-
     def values(self, name: str) -> Path:
         """Return the file of an array's values."""
         return self.folder / name
@@ -115,12 +99,12 @@ class RunRecord:
     @property
     def description(self) -> dict[str, Any]:
         """Metadata of the feature file, without timestamps."""
+        shapes = {**self.shapes, "timestamps": [len(self.timestamps)]}
         arrays = {
-            name: {"shape": shape, "axes": ARRAYS[name].axes, "content": ARRAYS[name].content}
-            for name, shape in self.shapes.items()
+            name: dict(zip(("content", "axes", "shape"), (*ARRAYS[name], shape), strict=True))
+            for name, shape in shapes.items()
         }
-        timestamps = "timestamps: seconds since the first frame of the source"
-        return {**self.request, "geometry": self._geometry, "arrays": arrays, "times": timestamps}
+        return {**self.request, "geometry": self._geometry, "arrays": arrays}
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -190,7 +174,15 @@ class RunRecord:
         timestamps: Tensor,
         lost: Sequence[float] = (),
     ) -> None:
-        """Append a batch of arrays ``(N, ...)`` in the storage dtype."""
+        """Append a batch of arrays ``(N, ...)`` in the storage dtype.
+
+        Raises:
+            FrameError: its frames have another size than those before, written by an earlier run.
+        """
+        first = Geometry.from_dict(self._geometry) if self.timestamps else geometry
+        resized = self.request["settings"]["size"] is not None
+        if geometry.grid != first.grid or not (resized or geometry.frame == first.frame):
+            raise other_size(geometry.frame, first=first.frame, seconds=timestamps[0].item())
         if not self.timestamps:
             self._frames = {name: list(values.shape[1:]) for name, values in arrays.items()}
             self._geometry = geometry.to_dict()
@@ -323,7 +315,7 @@ def describe_run(
             "size": list(settings.size) if isinstance(settings.size, tuple) else settings.size,
             "fit": settings.fit,
             **dataclasses.asdict(select),
-            "times": _digest(select.times),
+            "times": select.times and _digest(select.times),
             "settle": adapter.settles if settings.settle is None else settings.settle,
             "temporal_fusion": settings.temporal_fusion,
             "tokens": settings.kinds,
@@ -334,10 +326,8 @@ def describe_run(
     }
 
 
-def _digest(times: Sequence[float] | None) -> str | None:
-    """Chosen times in few bytes; those of the frames are in every file."""
-    if times is None:
-        return None
+def _digest(times: Sequence[float]) -> str:
+    """Describe chosen times in few bytes, which a file's header has room for."""
     return f"{len(times)}, sha256:{hashlib.sha256(repr([*times]).encode()).hexdigest()[:16]}"
 
 

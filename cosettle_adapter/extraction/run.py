@@ -20,7 +20,6 @@ from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import dino_tracker
 from cosettle_adapter.extraction.formats import choose_format, storage_dtype
 from cosettle_adapter.extraction.record import (
-    ARRAYS,
     NUMERICAL,
     REDO,
     RunRecord,
@@ -30,19 +29,11 @@ from cosettle_adapter.extraction.record import (
     read_sidecar,
     sidecar_path,
 )
-from cosettle_adapter.extraction.settings import (
-    ExtractSettings,
-    OutputExistsError,
-    TokenKind,
-    TokensError,
-)
-from cosettle_adapter.video import FrameSelection, Geometry
-from cosettle_adapter.video.reader import other_size
+from cosettle_adapter.extraction.settings import ExtractSettings, OutputExistsError, TokensError
+from cosettle_adapter.video import FrameSelection
 from cosettle_adapter.video.selection import selects_frames
 
 logger = logging.getLogger(__name__)
-
-Waits = Mapping[str, Callable[[], Tensor]]  # by array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,20 +115,18 @@ def extract(
 def _result(path: Path, description: Mapping[str, Any], found: int | None = None) -> Extraction:
     """Return the result that a description tells; ``found`` by default all frames."""
     arrays = {name: tuple(array["shape"]) for name, array in description["arrays"].items()}
-    frames = next(iter(arrays.values()))[0]
+    (frames,) = arrays.pop("timestamps")
     found = frames if found is None else found
     return Extraction(path, frames, arrays, tuple(description["lost"]), found)
 
 
 def _check_tokens(adapter: CoSettleAdapter, settings: ExtractSettings) -> None:
     """Raise if the backbone lacks tokens of the settings."""
-    backbone = adapter.backbone
-    for kind, there in (("cls", backbone.has_cls), ("registers", backbone.registers)):
-        if kind in settings.kinds and not there:
+    for kind in settings.kinds:
+        if kind in ("cls", "registers") and kind not in adapter.backbone.special:
             raise TokensError(
-                f"{backbone.row.name} has no {'class' if kind == 'cls' else 'register'} token: "
-                "leave it out of --tokens (tokens=); --tokens mean is a vector per frame of any "
-                "backbone"
+                f"{adapter.backbone.row.name} has no {kind} token: leave {kind} out of --tokens "
+                "(tokens=); mean is a vector per frame that every backbone has"
             )
 
 
@@ -198,16 +187,15 @@ def _encode(
         size=settings.size,
         fit=settings.fit,
         skip=skip,
-        return_prefix=not {"cls", "registers"}.isdisjoint(settings.kinds),
+        return_special=not {"cls", "registers"}.isdisjoint(settings.kinds),
         settle=settings.settle,
         temporal_fusion=settings.temporal_fusion,
     )
     dtype = getattr(torch, record.request["storage"])
     writing: Future[None] | None = None
 
-    def write(waits: Waits, geometry: Geometry, times: Tensor, lost: Sequence[float]) -> None:
-        arrays = {name: wait() for name, wait in waits.items()}
-        record.append(arrays, geometry, times, lost)
+    def write(waits: Mapping[str, Callable[[], Tensor]], *rest: Any) -> None:
+        record.append({name: wait() for name, wait in waits.items()}, *rest)
 
     try:
         # a batch is written while the next one is encoded
@@ -220,7 +208,6 @@ def _encode(
                     if chunk.start < written_before:
                         continue  # encoded only because later frames depend on it
                     geometry, times = chunk.geometry, chunk.timestamps
-                    _check_size(record, geometry, times)
                     arrays = _arrays(chunk, settings.kinds)
                     if record.request["format"] == "dino-tracker":
                         stride = 7 if geometry.stride == 7 else 14
@@ -247,26 +234,17 @@ def _encode(
         raise
 
 
-def _check_size(record: RunRecord, geometry: Geometry, times: Tensor) -> None:
-    """Raise if frames differ in size from those of an earlier run."""
-    first = record.geometry or geometry
-    size = record.request["settings"]["size"]
-    if record.request["format"] == "dino-tracker":
-        return  # its grid does not depend on the size
-    if geometry.grid != first.grid or (size is None and geometry.frame != first.frame):
-        seconds = times[0].item()
-        name = f"the frame at {seconds:g} s"
-        raise other_size(name, geometry.frame, first=first.frame, seconds=seconds)
-
-
-def _arrays(chunk: FeatureChunk, kinds: Sequence[TokenKind]) -> dict[str, Tensor]:
-    """Return what is written of a chunk, by name."""
-    arrays = {"features": chunk.features, "cls": chunk.cls, "registers": chunk.registers}
-    if "mean" in kinds:
-        mean = reduce(chunk.features.float(), "n c h w -> n c", "mean")
-        arrays["mean"] = mean.to(chunk.features.dtype)
-    wanted = {name for name, array in ARRAYS.items() if array.kind in kinds}
-    return {name: array for name, array in arrays.items() if array is not None and name in wanted}
+def _arrays(chunk: FeatureChunk, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Return what is written of a chunk, by the names of :data:`ARRAYS`."""
+    arrays: dict[str, Any] = {}
+    for kind in kinds:
+        if kind == "patch":
+            arrays["features"] = chunk.features
+        elif kind == "mean":
+            arrays["mean"] = reduce(chunk.features.float(), "n c h w -> n c", "mean")
+        else:
+            arrays[kind] = getattr(chunk, kind)
+    return arrays
 
 
 def _to_cpu(features: Tensor) -> Callable[[], Tensor]:

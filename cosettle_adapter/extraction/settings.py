@@ -3,8 +3,7 @@
 # no `from __future__ import annotations`: the command line derives its options from the types
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -14,7 +13,7 @@ from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.video import Fit
 
 FormatName = Literal["safetensors", "zarr", "npy-memmap", "parquet", "dino-tracker"]
-TokenKind = Literal["patch", "cls", "registers", "mean"]
+TOKENS = ("patch", "cls", "registers", "mean")
 StorageName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -72,17 +71,13 @@ class ExtractSettings:
     settle: bool | None = None
     temporal_fusion: FusionMode | None = None
     storage: StorageName | torch.dtype | None = None
-    tokens: str | Sequence[TokenKind] = "patch"
+    tokens: str = "patch"
 
     def __post_init__(self) -> None:
-        if not self.kinds or {*self.kinds} != {*self._given()}:
-            known = ", ".join(get_args(TokenKind))
-            raise TokensError(f"expected tokens among {known}, as cls,patch; got {self.tokens!r}")
-
-    def _given(self) -> Sequence[str]:
-        return self.tokens.split(",") if isinstance(self.tokens, str) else self.tokens
+        if unknown := {*self.tokens.split(",")}.difference(TOKENS):
+            raise TokensError(f"expected tokens among {', '.join(TOKENS)}, got {min(unknown)!r}")
 
     @property
-    def kinds(self) -> list[TokenKind]:
-        """The kinds of ``tokens`` in the order in which they are written."""
-        return [kind for kind in get_args(TokenKind) if kind in self._given()]
+    def kinds(self) -> list[str]:
+        """The kinds of ``tokens``, in the order in which they are written."""
+        return [kind for kind in TOKENS if kind in self.tokens.split(",")]

@@ -223,10 +223,8 @@ class _Chunks:
                 if item is None or pixels is None or not isinstance(item, PendingFrame):
                     break
                 if changed and shape and self.one_size:
-                    name = f"{item.name} of {self.source}"
-                    failure = other_size(
-                        name, pixels.shape[-2:], first=shape[-2:], seconds=item.time
-                    )
+                    name, size = f"{item.name} of {self.source}", pixels.shape[-2:]
+                    failure = other_size(size, first=shape[-2:], seconds=item.time, name=name)
                     break
                 shape = tuple(pixels.shape)
                 if frames is None:
@@ -274,13 +272,13 @@ class _Chunks:
 
 
 def other_size(
-    name: str, size: Sequence[int], *, first: Sequence[int], seconds: float
+    size: Sequence[int], *, first: Sequence[int], seconds: float, name: str = ""
 ) -> FrameError:
-    """The error of a frame of another size ``(H, W)`` than that of the first frame."""
+    """Return the error for a frame of another size ``(H, W)`` than the first frame's."""
     return FrameError(
-        f"{name} is {size[0]} x {size[1]}, but the first frame is {first[0]} x {first[1]}; resize "
-        "the frames to one size, size=(height, width) (--size), or stop before this one, "
-        f"end={seconds} (--end)"
+        f"{name or f'the frame at {seconds:g} s'} is {size[0]} x {size[1]}, but the first frame is "
+        f"{first[0]} x {first[1]}; resize the frames to one size, size=(height, width) (--size), "
+        f"or stop before this one, end={seconds} (--end)"
     )
 
 

@@ -30,6 +30,7 @@ def written(folder: Path, name: str, batches: list[torch.Tensor], *, sidecar: bo
         pytest.importorskip("zarr")
     dtype = str(batches[0].dtype).removeprefix("torch.")
     asked = {"source": "é", "source_identity": "sha256:1", "format": name, "storage": dtype}
+    asked |= {"settings": {"size": None}}
     path = folder / f"clip{FORMATS[name].suffix}"
     record, times = RunRecord(path, asked), torch.arange(sum(map(len, batches))).double() / 24
     with record.claimed():
