@@ -30,7 +30,7 @@ from cosettle_adapter.extraction.record import (
     read_sidecar,
     sidecar_path,
 )
-from cosettle_adapter.extraction.settings import TOKENS, FormatError, TokensError
+from cosettle_adapter.extraction.settings import TOKENS, FormatError
 from cosettle_adapter.imports import require
 from cosettle_adapter.video import Geometry
 
@@ -304,7 +304,7 @@ def choose_format(path: Path, name: str | None, kinds: Sequence[str] = ("patch",
         )
     if not {*kinds} <= {*form.tokens} or (len(kinds) > 1 and not form.several):
         several = " and ".join(other.name for other in FORMATS.values() if other.several)
-        raise TokensError(
+        raise FormatError(
             f"{form.name} holds one of {', '.join(form.tokens)}, not {', '.join(kinds)}: give "
             f"--tokens {form.tokens[0]} (tokens={form.tokens[0]!r}); {several} hold any of them"
         )

@@ -22,11 +22,7 @@ from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones.weights import fingerprint
-from cosettle_adapter.extraction.settings import (
-    ExtractSettings,
-    OutputBusyError,
-    OutputExistsError,
-)
+from cosettle_adapter.extraction.settings import ExtractSettings, OutputBusyError, OutputExistsError
 from cosettle_adapter.io import LOCK_FILE, atomic_path, exclusive
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import FrameSelection, Geometry
@@ -99,11 +95,10 @@ class RunRecord:
     @property
     def description(self) -> dict[str, Any]:
         """Metadata of the feature file, without timestamps."""
-        shapes = {**self.shapes, "timestamps": [len(self.timestamps)]}
-        arrays = {
-            name: dict(zip(("content", "axes", "shape"), (*ARRAYS[name], shape), strict=True))
-            for name, shape in shapes.items()
-        }
+        arrays = {}
+        for name, shape in {**self.shapes, "timestamps": [len(self.timestamps)]}.items():
+            content, axes = ARRAYS[name]
+            arrays[name] = {"content": content, "axes": axes, "shape": shape}
         return {**self.request, "geometry": self._geometry, "arrays": arrays}
 
     @contextlib.contextmanager

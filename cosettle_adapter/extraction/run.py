@@ -29,7 +29,7 @@ from cosettle_adapter.extraction.record import (
     read_sidecar,
     sidecar_path,
 )
-from cosettle_adapter.extraction.settings import ExtractSettings, OutputExistsError, TokensError
+from cosettle_adapter.extraction.settings import ExtractSettings, FormatError, OutputExistsError
 from cosettle_adapter.video import FrameSelection
 from cosettle_adapter.video.selection import selects_frames
 
@@ -124,7 +124,7 @@ def _check_tokens(adapter: CoSettleAdapter, settings: ExtractSettings) -> None:
     """Raise if the backbone lacks tokens of the settings."""
     for kind in settings.kinds:
         if kind in ("cls", "registers") and kind not in adapter.backbone.special:
-            raise TokensError(
+            raise FormatError(
                 f"{adapter.backbone.row.name} has no {kind} token: leave {kind} out of --tokens "
                 "(tokens=); mean is a vector per frame that every backbone has"
             )

@@ -22,11 +22,7 @@ class ExtractionError(CosettleError, RuntimeError):
 
 
 class FormatError(ExtractionError, ValueError):
-    """A format that does not exist or cannot hold the features."""
-
-
-class TokensError(FormatError):
-    """Tokens that the backbone lacks or the format cannot hold."""
+    """A format or tokens that do not exist, or features that the format cannot hold."""
 
 
 class OutputExistsError(ExtractionError, FileExistsError):
@@ -75,7 +71,7 @@ class ExtractSettings:
 
     def __post_init__(self) -> None:
         if unknown := {*self.tokens.split(",")}.difference(TOKENS):
-            raise TokensError(f"expected tokens among {', '.join(TOKENS)}, got {min(unknown)!r}")
+            raise FormatError(f"expected tokens among {', '.join(TOKENS)}, got {min(unknown)!r}")
 
     @property
     def kinds(self) -> list[str]:

@@ -166,11 +166,12 @@ def damage(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None
     [
         (damage("features", lambda numbers: numbers[:-5] + b"x" + numbers[-4:]), 8),
         (damage("features", lambda numbers: numbers[:-5]), 8),
+        (damage("mean", lambda numbers: numbers[:-1] + b"x"), 8),
         (damage("journal", lambda lines: lines[:-7]), 8),
         (damage("journal", lambda lines: b'{"written_by": "another version"}\n'), 0),
         (lambda partial: (partial / "features").unlink(), 0),
     ],
-    ids=["damaged", "cut", "torn journal", "another journal", "lost"],
+    ids=["damaged", "cut", "second array", "torn journal", "another journal", "lost"],
 )
 def test_what_a_crash_damaged_is_written_again(
     small_adapter: CoSettleAdapter,
@@ -180,10 +181,11 @@ def test_what_a_crash_damaged_is_written_again(
     found: int,
 ) -> None:
     output = tmp_path / "f.safetensors"
-    interrupted(small_adapter, clip, output)
+    interrupted(small_adapter, clip, output, tokens="patch,mean")
     harm(tmp_path / ".f.safetensors.partial")
-    assert extract(small_adapter, clip, output, batch_size=4).found == found
-    assert_as_unbroken(small_adapter, clip, output)
+    result = extract(small_adapter, clip, output, batch_size=4, tokens="patch,mean")
+    assert result.found == found
+    assert_as_unbroken(small_adapter, clip, output, tokens="patch,mean")
 
 
 @pytest.mark.parametrize(
