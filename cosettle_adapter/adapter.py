@@ -269,9 +269,11 @@ class CoSettleAdapter(FeatureModel):
                     features = settler.settle(features)
                 backbone = tokens if return_backbone else None
                 times, start = chunk.timestamps, chunk.start
-                result = FeatureChunk(features, times, geometry, start, backbone, chunk.lost)
-                found = dict(zip(kinds, further, strict=True))
-                yield dataclasses.replace(result, **found), tokens
+                found: dict[str, Any] = dict(zip(kinds, further, strict=True))
+                result = FeatureChunk(
+                    features, times, geometry, start, backbone, chunk.lost, **found
+                )
+                yield result, tokens
 
         results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
         if fusion is not None:

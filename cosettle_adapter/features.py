@@ -196,7 +196,7 @@ class FeatureModel(nn.Module):
         """
         backbone = self.backbone
         layer = backbone.block(backbone.default_layer if layer is None else layer)
-        reads = [Read(layer, kind=kind) for kind in ("patch", *backbone.special)]
+        reads = [Read(layer), *(Read(layer, kind=kind) for kind in backbone.special)]
         if attention is not None:
             reads.append(Read(backbone.block(attention), kind="attention"))
         batches, leading = self._split(frames, batch_size)

@@ -14,6 +14,7 @@ from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import GeometryError
 
 Grid = tuple[int, int]
+Kind = Literal["patch", "cls", "registers", "attention"]
 
 
 class Read(NamedTuple):
@@ -23,7 +24,7 @@ class Read(NamedTuple):
     norm: bool | None = None  # whether to apply the final norm (None: as the row says)
     # patch tokens (B, C, h, w), class token (B, C), register tokens (B, R, C), or the attention of
     # all tokens after softmax (B, heads, N, N)
-    kind: Literal["patch", "cls", "registers", "attention"] = "patch"
+    kind: Kind = "patch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Backbone(nn.Module, abc.ABC):
     returned on one grid.
     """
 
-    special: tuple[Literal["cls", "registers"], ...] = ()  # tokens that precede the patches'
+    special: tuple[Kind, ...] = ()  # kinds of tokens that precede the patches': cls, registers
 
     def __init__(
         self,

@@ -105,13 +105,14 @@ class VisionTransformerBackbone(Backbone):
         def tensor(read: Read) -> Tensor:
             if read.kind == "attention":
                 return attention[read.layer]
-            tokens = by_layer[read.layer]
-            patches, prefix = tokens if special else (tokens, None)
-            if read.kind != "patch":
-                prefix = self._normed(prefix, read.layer, read.norm)
-                return prefix[:, 0] if read.kind == "cls" else prefix[:, self._cls :]
-            patches = self._normed(patches, read.layer, read.norm)
-            return rearrange(patches, "b (h w) c -> b c h w", h=h)
+            tokens: Any = by_layer[read.layer]
+            if special:
+                patches, prefix = tokens
+                tokens = patches if read.kind == "patch" else prefix
+            tokens = self._normed(tokens, read.layer, read.norm)
+            if read.kind == "patch":
+                return rearrange(tokens, "b (h w) c -> b c h w", h=h)
+            return tokens[:, 0] if read.kind == "cls" else tokens[:, self._cls :]
 
         return {read: tensor(read) for read in reads}
 

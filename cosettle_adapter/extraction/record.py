@@ -144,7 +144,7 @@ class RunRecord:
         if not shapes or not all(self.values(name).is_file() for name in shapes):
             self._discard()
             return
-        valid = [{**lines[0], "asked": self.request}]
+        valid: list[Any] = [{**lines[0], "asked": self.request}]
         self._frames, self._geometry = shapes, valid[0]["geometry"]
         with contextlib.ExitStack() as opened:
             files = {name: opened.enter_context(self.values(name).open("r+b")) for name in shapes}
