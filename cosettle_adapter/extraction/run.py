@@ -122,10 +122,10 @@ def _result(path: Path, description: Mapping[str, Any], found: int | None = None
 
 def _check_tokens(adapter: CoSettleAdapter, settings: ExtractSettings) -> None:
     """Raise if the backbone lacks tokens of the settings."""
-    for kind in settings.kinds:
-        if kind in ("cls", "registers") and kind not in adapter.backbone.special:
+    for kind, name in {"cls": "class token", "registers": "register tokens"}.items():
+        if kind in settings.kinds and kind not in adapter.backbone.special:
             raise FormatError(
-                f"{adapter.backbone.row.name} has no {kind} token: leave {kind} out of --tokens "
+                f"{adapter.backbone.row.name} has no {name}: leave {kind} out of --tokens "
                 "(tokens=); mean is a vector per frame that every backbone has"
             )
 

@@ -115,7 +115,7 @@ def test_parquet_has_a_row_for_every_frame(
         ("f.parquet", "patch", r"parquet holds one of cls, mean, not patch: give --tokens cls"),
         ("f.parquet", "cls,mean", r"parquet holds one of cls, mean, not cls, mean"),
         ("f.pt", "cls", r"dino-tracker holds one of patch, not cls: give --tokens patch"),
-        ("f.npy", "registers", r"small-vit16 has no registers token: leave registers out of --tok"),
+        ("f.npy", "registers", r"small-vit16 has no register tokens: leave registers out of --tok"),
         ("f.npy", "clss", r"expected tokens among patch, cls, registers, mean.*got 'clss'"),
         ("f.npy", "", r"expected tokens among patch, .*, got ''"),
     ],
@@ -133,7 +133,9 @@ def test_tokens_that_cannot_be_written_are_named(
 def test_a_backbone_without_class_token_has_the_mean(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     frames, output = torch.rand(3, 3, 64, 64), tmp_path / "f.parquet"
-    with pytest.raises(FormatError, match=r"small-convnext has no cls token.* mean is a vector"):
+    with pytest.raises(
+        FormatError, match=r"small-convnext has no class token: .* mean is a vector"
+    ):
         extract(adapter_of("convnext"), frames, output, tokens="cls")
     mean = extract(adapter_of("convnext"), frames, output, ExtractSettings(tokens="mean"))
     assert mean.arrays == {"mean": (3, 32)}
