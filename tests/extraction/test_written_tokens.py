@@ -115,7 +115,7 @@ def test_parquet_has_a_row_for_every_frame(
         ("f.parquet", "patch", r"parquet holds one of cls, mean, not patch: give --tokens cls"),
         ("f.parquet", "cls,mean", r"parquet holds one of cls, mean, not cls, mean"),
         ("f.pt", "cls", r"dino-tracker holds one of patch, not cls: give --tokens patch"),
-        ("f.npy", "registers", r"small-vit16 has no register tokens: leave registers out of --tok"),
+        ("f.npy", "registers", r"small-vit16 has no register tokens: leave registers out of"),
         ("f.npy", "clss", r"expected tokens among patch, cls, registers, mean.*got 'clss'"),
         ("f.npy", "", r"expected tokens among patch, .*, got ''"),
     ],
