@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
-EXTRAS = {"av", "matplotlib", "onnx", "onnxruntime", "ray", "rich", "scipy", "skimage", "zarr"}
+EXTRAS = {
+    "av", "matplotlib", "onnx", "onnxruntime", "pyarrow", "ray", "rich", "scipy", "skimage", "zarr",
+}  # fmt: skip
 LAZY = EXTRAS | {"open_clip", "torch", "timm"}
 
 

@@ -12,6 +12,7 @@ from cosettle_adapter.version import __version__
 if TYPE_CHECKING:
     from cosettle_adapter.adapter import CoSettleAdapter, FeatureChunk
     from cosettle_adapter.backbones import load_backbone
+    from cosettle_adapter.features import Tokens
     from cosettle_adapter.hub import list_models
     from cosettle_adapter.projection import Projection, ProjectionConfig
     from cosettle_adapter.training.fit import fit
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CoSettleAdapter", "FeatureChunk", "FrameSelection", "Geometry", "Projection",
-    "ProjectionConfig", "__version__", "fit", "list_models", "load_backbone",
+    "ProjectionConfig", "Tokens", "__version__", "fit", "list_models", "load_backbone",
 ]  # fmt: skip
 
 __getattr__ = load_on_use(
@@ -28,6 +29,7 @@ __getattr__ = load_on_use(
     **{
         "adapter": ["CoSettleAdapter", "FeatureChunk"],
         "backbones": ["load_backbone"],
+        "features": ["Tokens"],
         "hub": ["list_models"],
         "projection": ["Projection", "ProjectionConfig"],
         "training.fit": ["fit"],

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from cosettle_adapter.backbones import Backbone, HubOptions, load_backbone
+from cosettle_adapter.backbones.backbone import Read
 from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
 from cosettle_adapter.correspondence import FusionMode, TemporalFusion
-from cosettle_adapter.errors import DamagedError, FrameError, ProjectionFormatError
+from cosettle_adapter.errors import DamagedError, ProjectionFormatError
 from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.hub import RAW, identity_projection, load_parts
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
+from cosettle_adapter.video.reader import other_size
 from cosettle_adapter.video.selection import selects_frames
 from cosettle_adapter.video.sources import short_name
 
@@ -46,6 +48,8 @@ class FeatureChunk:
     start: int  # number of frames delivered before this chunk
     backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, on request
     lost: tuple[float, ...] = ()  # seconds of frames that damage took, in this chunk or around it
+    cls: Tensor | None = None  # (N, C') class tokens, on request, if the backbone has one
+    registers: Tensor | None = None  # (N, R, C') register tokens, likewise
 
 
 class CoSettleAdapter(FeatureModel):
@@ -212,6 +216,7 @@ class CoSettleAdapter(FeatureModel):
         skip: int = 0,
         normalize: bool = False,
         return_backbone: bool = False,
+        return_special: bool = False,
         settle: bool | None = None,
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
@@ -226,6 +231,8 @@ class CoSettleAdapter(FeatureModel):
             size, fit, normalize: as in :meth:`forward`.
             skip: number of selected frames to skip without encoding them, to resume a stream.
             return_backbone: fill ``chunk.backbone``.
+            return_special: fill ``chunk.cls`` and ``chunk.registers``: the tokens of single frames
+                that :meth:`tokens` returns, neither settled nor fused.
             settle: settle each frame with the statistics of the frames up to it, which suits live
                 streams; default: ``self.settles``. For a whole clip, see :meth:`settle`.
             forgetting: with ``settle``, the factor on the statistics of earlier frames at each new
@@ -247,23 +254,28 @@ class CoSettleAdapter(FeatureModel):
             source, select, skip=skip, chunk_size=batch_size, one_size=size is None
         )
         chunks = pinned(chunks) if self.device.type == "cuda" else chunks
+        kinds = self.backbone.special if return_special else ()
+        special = [Read(self.backbone.default_layer, kind=kind) for kind in kinds]
 
         def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
             first: Geometry | None = None
             for chunk in prefetch(chunks):
-                tokens, features, geometry = self._encode(chunk.frames, size=size, fit=fit)
+                tokens, features, geometry, further = self._encode(
+                    chunk.frames, size=size, fit=fit, also=special
+                )
                 first = first or geometry
                 if geometry.grid != first.grid:
-                    raise FrameError(
-                        f"the frame at {chunk.timestamps[0]:g} s is {geometry.frame[0]} x "
-                        f"{geometry.frame[1]}, but the first is {first.frame[0]} x "
-                        f"{first.frame[1]}; give a size (height, width) to resize all to"
-                    )
+                    seconds = chunk.timestamps[0].item()
+                    raise other_size(geometry.frame, first=first.frame, seconds=seconds)
                 if settler is not None:
                     features = settler.settle(features)
                 backbone = tokens if return_backbone else None
                 times, start = chunk.timestamps, chunk.start
-                yield FeatureChunk(features, times, geometry, start, backbone, chunk.lost), tokens
+                found: dict[str, Any] = dict(zip(kinds, further, strict=True))
+                result = FeatureChunk(
+                    features, times, geometry, start, backbone, chunk.lost, **found
+                )
+                yield result, tokens
 
         results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
         if fusion is not None:

@@ -1,7 +1,8 @@
 """Extractions in processes of their own: killed in the middle, or measured.
 
 Called as ``python extraction_processes.py kill FOLDER KIND FORMAT...``, where KIND is ``plain``,
-``settle`` or a mode of temporal fusion, or ``... memory FOLDER FORMAT FRAMES...``; prints JSON.
+``settle``, ``tokens`` or a mode of temporal fusion, or ``... memory FOLDER FORMAT FRAMES...``;
+prints JSON.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def run(video: Path, output: Path, kind: str, *, kill_at: int | None = None) -> 
             os.kill(os.getpid(), signal.SIGKILL)
 
     fusion.CUT = 0.0  # features of random weights
-    how = {"plain": {}, "settle": {"settle": True}}.get(kind, {"temporal_fusion": kind})
+    named: dict[str, dict[str, Any]] = {"plain": {}, "settle": {"settle": True}}
+    named["tokens"] = {"tokens": "patch,cls,mean" if output.suffix != ".parquet" else "cls"}
+    how = named.get(kind, {"temporal_fusion": kind})
     result = extract(adapter, video, output, batch_size=4, on_chunk=on_chunk, **how)
     return {"frames": result.frames, "found": result.found, "encoded": encoded}
 

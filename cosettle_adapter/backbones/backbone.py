@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,17 @@ from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import GeometryError
 
 Grid = tuple[int, int]
-Read = tuple[int, bool | None]  # layer, whether to apply the final norm (None: as the row says)
+Kind = Literal["patch", "cls", "registers", "attention"]
+
+
+class Read(NamedTuple):
+    """One output of a pass of a backbone."""
+
+    layer: int
+    norm: bool | None = None  # whether to apply the final norm (None: as the row says)
+    # patch tokens (B, C, h, w), class token (B, C), register tokens (B, R, C), or the attention of
+    # all tokens after softmax (B, heads, N, N)
+    kind: Kind = "patch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +84,8 @@ class Backbone(nn.Module, abc.ABC):
     transformer block, or a feature map if the resolution changes between layers; all layers are
     returned on one grid.
     """
+
+    special: tuple[Kind, ...] = ()  # kinds of tokens that precede the patches': cls, registers
 
     def __init__(
         self,
@@ -155,7 +167,7 @@ class Backbone(nn.Module, abc.ABC):
     def _maps(
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
     ) -> dict[Read, Tensor]:
-        """``(B, C, h, w)`` for each read; no layer after the deepest one runs."""
+        """One tensor for each read; no layer after the deepest one runs."""
 
     def patch_tokens(
         self,
@@ -193,8 +205,19 @@ class Backbone(nn.Module, abc.ABC):
             GeometryError: the sides do not fit the patch and stride.
             ValueError: no such layer or norm, or positions of another shape or kind.
         """
+        return self.read(images, self.reads(layers, norm), positions=positions)
+
+    def reads(
+        self, layers: Sequence[int], norm: bool | Sequence[bool | None] | None = None
+    ) -> list[Read]:
+        """Return the reads of the patch tokens of ``layers``, as in :meth:`intermediate_tokens`."""
         norms = norm if isinstance(norm, Sequence) else [norm] * len(layers)
-        reads = [(self.block(layer), use) for layer, use in zip(layers, norms, strict=True)]
+        return [Read(self.block(layer), use) for layer, use in zip(layers, norms, strict=True)]
+
+    def read(
+        self, images: Tensor, reads: Sequence[Read], *, positions: Positions | None = None
+    ) -> list[Tensor]:
+        """Return one tensor per read from one pass; arguments as in :meth:`intermediate_tokens`."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
         if positions is not None:
@@ -206,4 +229,7 @@ class Backbone(nn.Module, abc.ABC):
                 maps = self._maps(images, frozenset(reads), None)
                 return [maps[read] for read in reads]
             maps = self._maps(positions.before(images, self), frozenset(reads), positions)
-            return [positions.after(maps[read]) for read in reads]
+            return [
+                positions.after(maps[read]) if read.kind == "patch" else maps[read]
+                for read in reads
+            ]

@@ -73,19 +73,24 @@ class FeatureMapBackbone(Backbone):
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
     ) -> dict[Read, Tensor]:
         del positions  # checked to be empty
-        if any(norm for _, norm in reads):
+        if any(read.kind != "patch" for read in reads):
+            raise ValueError(
+                f"{self.row.name} returns feature maps: it has neither class and register tokens "
+                "nor attention between all patches; use a vision transformer of one resolution"
+            )
+        if any(read.norm for read in reads):
             raise ValueError(
                 f"{self.row.name} returns feature maps, which have no final norm: pass norm=None"
             )
         grid = self.grid(images.shape[-2], images.shape[-1])
-        layers = sorted({layer for layer, _ in reads})
+        layers = sorted({read.layer for read in reads})
         images = self._pad(images)
         size = (images.shape[-2], images.shape[-1])
         maps = {
             layer: on_grid(tokens, size, self._pixels[layer], grid, self.patch)
             for layer, tokens in zip(layers, self._run(images, size, layers), strict=True)
         }
-        return {(layer, norm): maps[layer] for layer, norm in reads}
+        return {read: maps[read.layer] for read in reads}
 
     def _pad(self, images: Tensor) -> Tensor:
         """Repeat the last row and column until every stage has whole patches."""

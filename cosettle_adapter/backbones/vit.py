@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +32,9 @@ class VisionTransformerBackbone(Backbone):
         widths = (row.width,) * row.depth
         super().__init__(row, widths=widths, default_layer=row.depth - 1, **loaded)
         self.vit = vit
+        self._cls = int(vit.cls_token is not None)
+        registers = vit.num_prefix_tokens > self._cls
+        self.special = ("cls",) * self._cls + ("registers",) * registers
         embed = vit.patch_embed
         embed.proj.stride = (self.stride, self.stride)
         embed.img_size = None  # any size; ``grid`` checks it
@@ -77,19 +82,58 @@ class VisionTransformerBackbone(Backbone):
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
     ) -> dict[Read, Tensor]:
         h, _ = self.grid(images.shape[-2], images.shape[-1])
-        layers = sorted({layer for layer, _ in reads})
+        layers = sorted({read.layer for read in reads})
+        kinds = {read.kind for read in reads}
+        if missing := kinds - {"patch", "attention", *self.special}:
+            raise ValueError(f"{self.row.name} has no {' or '.join(sorted(missing))} tokens")
+        special = not kinds.isdisjoint(self.special)
         self._given = None if positions is None else positions.to(self.device)
         try:
-            tokens = self.vit.forward_intermediates(
-                images, indices=layers, stop_early=True, output_fmt="NLC", intermediates_only=True
-            )
+            with self._attention(r.layer for r in reads if r.kind == "attention") as attention:
+                outputs = self.vit.forward_intermediates(
+                    images,
+                    indices=layers,
+                    return_prefix_tokens=special,
+                    stop_early=True,
+                    output_fmt="NLC",
+                    intermediates_only=True,
+                )
         finally:
             self._given = None
-        by_layer = dict(zip(layers, tokens, strict=True))
-        return {
-            read: rearrange(self._normed(by_layer[read[0]], *read), "b (h w) c -> b c h w", h=h)
-            for read in reads
-        }
+        by_layer = dict(zip(layers, outputs, strict=True))
+
+        def tensor(read: Read) -> Tensor:
+            if read.kind == "attention":
+                return attention[read.layer]
+            tokens: Any = by_layer[read.layer]
+            if special:
+                patches, prefix = tokens
+                tokens = patches if read.kind == "patch" else prefix
+            tokens = self._normed(tokens, read.layer, read.norm)
+            if read.kind == "patch":
+                return rearrange(tokens, "b (h w) c -> b c h w", h=h)
+            return tokens[:, 0] if read.kind == "cls" else tokens[:, self._cls :]
+
+        return {read: tensor(read) for read in reads}
+
+    @contextlib.contextmanager
+    def _attention(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+        """Collect the attention of layers by number while the block runs the model."""
+        found: dict[int, Tensor] = {}
+        with contextlib.ExitStack() as undo:
+            for layer in layers:
+                modules = [m for m in self.vit.blocks[layer].modules() if hasattr(m, "fused_attn")]
+                if len(modules) != 1:
+                    raise ValueError(f"{self.row.name} has no single attention in layer {layer}")
+                (module,) = modules
+                # a fused kernel never forms the matrix that passes through the dropout
+                undo.callback(setattr, module, "fused_attn", module.fused_attn)
+                module.fused_attn = False
+                hook = module.attn_drop.register_forward_hook(
+                    lambda _module, _inputs, output, layer=layer: found.update({layer: output})
+                )
+                undo.callback(hook.remove)
+            yield found
 
     def _embed(self, patches: Tensor) -> Any:
         """Replace timm's step from patches ``(B, h, w, C)`` to tokens with prefix and positions."""

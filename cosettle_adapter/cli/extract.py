@@ -95,7 +95,7 @@ def extract(
         share = Shard.from_environment()
     # before the model is loaded, which may fit a projection: what is missing is reported at once
     videos = find_sources(sources)
-    jobs = share.of(_plan(videos, output, settings.format))
+    jobs = share.of(_plan(videos, output, settings))
     if any(source.kind == "video" for source in videos):
         pyav()
     model = dataclasses.replace(model, device=share.device(model.device))
@@ -159,19 +159,19 @@ def _load(model: ModelOptions, *, raw: bool, layer: int | None) -> CoSettleAdapt
     return adapter.without_projection() if raw else adapter
 
 
-def _plan(sources: list[Source], output: Path, form: str | None) -> list[Job]:
-    by_suffix = format_of(output)
+def _plan(sources: list[Source], output: Path, settings: ExtractSettings) -> list[Job]:
+    by_suffix, form, kinds = format_of(output), settings.format, settings.kinds
     if by_suffix is None:
         suffixes = [known.suffix for known in FORMATS.values()]
         if form is None and not output.is_dir() and did_you_mean(output.suffix, suffixes):
             choose_format(output, form)  # a misspelled suffix, not a folder
-        return plan_jobs(sources, output, choose_format(output, form or "safetensors"))
+        return plan_jobs(sources, output, choose_format(output, form or "safetensors", kinds))
     if len(sources) > 1:
         raise ValueError(
             f"{len(sources)} sources need a folder to write to, and -o {output} is one "
             f"{by_suffix.name} file: give -o {output.with_suffix('')} --format {by_suffix.name}"
         )
-    choose_format(output, form)
+    choose_format(output, form, kinds)
     return [Job(sources[0].path, output)]
 
 
@@ -184,10 +184,10 @@ def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> int
     speed = f", {speed}" if speed else ""
     if len(outcomes) == len(written) == 1:
         (result,) = written
-        shape = ", ".join(map(str, (result.frames, *result.shape)))
+        shapes = (f"{name} ({', '.join(map(str, s))})" for name, s in result.arrays.items())
         state = " exists already" if skipped else ""
         resumed = f" (resumed after {result.found} frames)" if result.found and not skipped else ""
-        say(f"{result.path}{state}: features ({shape}), timestamps{speed}{resumed}")
+        say(f"{result.path}{state}: {', '.join(shapes)}, timestamps{speed}{resumed}")
     elif len(outcomes) != 1:
         counts = {"written": len(written) - skipped, "existing": skipped}
         counts["failed"] = len(outcomes) - len(written)

@@ -27,6 +27,7 @@ from cosettle_adapter.io import LOCK_FILE, atomic_path, exclusive
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import FrameSelection, Geometry
 from cosettle_adapter.video.files import resolve
+from cosettle_adapter.video.reader import other_size
 from cosettle_adapter.video.sources import Input, short_name
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ REDO = "start over with --overwrite (overwrite=True), or give the output another
 
 # Changes of these may change the last bits of features. They do not matter for a finished file,
 # but an unfinished one is not resumed with others.
-_NUMERICAL = ("batch_size", "device", "settings.decode_on", "versions")
+NUMERICAL = ("batch_size", "device", "settings.decode_on", "versions")
 _BLOCK_BYTES = 1 << 20  # of a source read at a time
 _CHANGED = {
     "source_identity": "the source's content has changed",
@@ -46,13 +47,23 @@ _CHANGED = {
 }
 
 
+# by name: content, and axes, which are the dimension names of zarr
+ARRAYS = {
+    "features": ("patch features after the projection", ("time", "channel", "row", "column")),
+    "cls": ("class token of the last layer", ("time", "backbone_channel")),
+    "registers": ("register tokens of the last layer", ("time", "register", "backbone_channel")),
+    "mean": ("mean of a frame's patch features", ("time", "channel")),
+    "timestamps": ("seconds since the first frame of the source", ("time",)),
+}
+
+
 class RunRecord:
     """An unfinished extraction in the folder ``.NAME.partial`` beside the output.
 
-    The folder holds the values in a plain file after :data:`RESERVED` bytes, and a journal: a line
-    of JSON for the run, and one for every batch with its checksum and timestamps. When complete,
-    they become the output and its sidecar; otherwise the next run resumes them. A lock admits one
-    run at a time.
+    The folder holds the values of each array in a plain file after :data:`RESERVED` bytes, and a
+    journal: a line of JSON for the run, and one for every batch with its checksum and timestamps.
+    When complete, they become the output and its sidecar; otherwise the next run resumes them. A
+    lock admits one run at a time.
     """
 
     def __init__(self, output: Path, request: Mapping[str, Any], state: str = "") -> None:
@@ -64,25 +75,32 @@ class RunRecord:
         self.timestamps: list[float] = []  # seconds of the written frames
         self.lost: list[float] = []  # seconds of frames that damage took from the source
         self._output = output
-        self._frame: list[int] = []  # (C, h, w) of a frame's features
+        self._frames: dict[str, list[int]] = {}  # shapes of one frame's values, by array
         self._geometry: Mapping[str, Any] = {}
-        self._numbers, self._journal = self.folder / "features", self.folder / "journal"
+        self._journal = self.folder / "journal"
 
     @property
-    def shape(self) -> list[int]:
-        """(T, C, h, w) of the written features."""
-        return [len(self.timestamps), *self._frame]
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes ``(T, ...)`` of the written arrays."""
+        return {name: [len(self.timestamps), *shape] for name, shape in self._frames.items()}
 
-    @property
-    def frame_bytes(self) -> int:
-        """Bytes of one frame's features."""
+    def values(self, name: str) -> Path:
+        """Return the file of an array's values."""
+        return self.folder / name
+
+    def frame_bytes(self, name: str) -> int:
+        """Bytes of one frame's values."""
         dtype: torch.dtype = getattr(torch, self.request["storage"])
-        return math.prod(self._frame) * dtype.itemsize
+        return math.prod(self._frames[name]) * dtype.itemsize
 
     @property
     def description(self) -> dict[str, Any]:
         """Metadata of the feature file, without timestamps."""
-        return {**self.request, "geometry": self._geometry}
+        arrays = {}
+        for name, shape in {**self.shapes, "timestamps": [len(self.timestamps)]}.items():
+            content, axes = ARRAYS[name]
+            arrays[name] = {"content": content, "axes": axes, "shape": shape}
+        return {**self.request, "geometry": self._geometry, "arrays": arrays}
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -114,48 +132,68 @@ class RunRecord:
             OutputExistsError: it has other settings, and ``overwrite`` is false.
         """
         self.keep, lines = self.request["source_identity"] is not None, self._read_journal()
-        changes = differences(lines[0]["asked"], self.request) if lines and self.keep else ""
+        changes = ""
+        if lines and self.keep:
+            but = ("settings.end",) if self._same_before_end(lines[1:]) else ()
+            changes = differences(lines[0]["asked"], self.request, but=but)
         if changes and not overwrite:
             raise OutputExistsError(
                 f"{self._output} was started with other settings: {changes}; use the same settings "
                 f"to resume it, or {REDO}"
             )
-        if changes or not lines or not self.keep or not self._numbers.is_file():
+        shapes = lines[0]["shapes"] if lines and self.keep and not changes else {}
+        if not shapes or not all(self.values(name).is_file() for name in shapes):
             self._discard()
             return
-        valid = lines[:1]
-        self._frame, self._geometry = valid[0]["shape"], valid[0]["geometry"]
-        with self._numbers.open("r+b") as file:
-            file.seek(RESERVED)
+        valid: list[Any] = [{**lines[0], "asked": self.request}]
+        self._frames, self._geometry = shapes, valid[0]["geometry"]
+        with contextlib.ExitStack() as opened:
+            files = {name: opened.enter_context(self.values(name).open("r+b")) for name in shapes}
+            for file in files.values():
+                file.seek(RESERVED)
             for checksum, times, lost in lines[1:]:
-                if zlib.crc32(file.read(len(times) * self.frame_bytes)) != checksum:
+                batch = (f.read(len(times) * self.frame_bytes(name)) for name, f in files.items())
+                if _checksum(batch) != checksum:
                     break
                 self.timestamps += times
                 self._lose(lost)
                 valid.append([checksum, times, lost])
-            file.truncate(RESERVED + len(self.timestamps) * self.frame_bytes)
+            for name, file in files.items():
+                file.truncate(RESERVED + len(self.timestamps) * self.frame_bytes(name))
         self._write_journal(valid)
         logger.info("resuming %s after %d frames", self._output, len(self.timestamps))
 
     def append(
         self,
-        features: Tensor,
+        arrays: Mapping[str, Tensor],
         geometry: Geometry,
         timestamps: Tensor,
         lost: Sequence[float] = (),
     ) -> None:
-        """Append a batch of ``(N, C, h, w)`` features in the storage dtype."""
-        flat = rearrange(features.cpu(), "n c h w -> (n c h w)").contiguous()
-        numbers = flat.view(torch.uint8).numpy().data  # bytes, as NumPy lacks bfloat16
+        """Append a batch of arrays ``(N, ...)`` in the storage dtype.
+
+        Raises:
+            FrameError: its frames have another size than those before, written by an earlier run.
+        """
+        first = Geometry.from_dict(self._geometry) if self.timestamps else geometry
+        resized = self.request["settings"]["size"] is not None
+        if geometry.grid != first.grid or not (resized or geometry.frame == first.frame):
+            raise other_size(geometry.frame, first=first.frame, seconds=timestamps[0].item())
         if not self.timestamps:
-            self._frame, self._geometry = list(features.shape[1:]), geometry.to_dict()
-            run = {"version": VERSION, "asked": self.request, "shape": self._frame}
+            self._frames = {name: list(values.shape[1:]) for name, values in arrays.items()}
+            self._geometry = geometry.to_dict()
+            run = {"version": VERSION, "asked": self.request, "shapes": self._frames}
             self._write_journal([run | {"geometry": self._geometry}])
-            self._numbers.write_bytes(bytes(RESERVED))
-        with self._numbers.open("ab") as file:
-            file.write(numbers)
+            for name in arrays:
+                self.values(name).write_bytes(bytes(RESERVED))
+        written: list[memoryview] = []
+        for name, values in arrays.items():
+            flat = rearrange(values.cpu(), "... -> (...)").contiguous()
+            written.append(flat.view(torch.uint8).numpy().data)  # bytes, as NumPy lacks bfloat16
+            with self.values(name).open("ab") as file:
+                file.write(written[-1])
         with self._journal.open("a") as file:
-            line = [zlib.crc32(numbers), timestamps.tolist(), list(lost)]
+            line = [_checksum(written), timestamps.tolist(), list(lost)]
             file.write(f"{json.dumps(line)}\n")
         self.timestamps += timestamps.tolist()
         self._lose(lost)
@@ -165,7 +203,7 @@ class RunRecord:
 
     def finish(self, complete: Callable[[Path, RunRecord], Path]) -> None:
         """Complete the file by its format, write the sidecar, and move both into place."""
-        whole = complete(self._numbers, self)
+        whole = complete(self.values(next(iter(self._frames))), self)
         for path in [whole] if whole.is_file() else filter(Path.is_file, whole.rglob("*")):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -174,7 +212,7 @@ class RunRecord:
             **self.description,
             "source_state": self.state,
             "lost": self.lost,
-            "shape": self.shape,
+            "shape": next(iter(self.shapes.values())),
             "timestamps": self.timestamps,
         }
         text = ",\n".join(f" {json.dumps(name)}: {json.dumps(fields[name])}" for name in fields)
@@ -183,6 +221,14 @@ class RunRecord:
             _remove(self._output)  # the new file and its sidecar are complete
         whole.replace(self._output)
         self.keep = False
+
+    def _same_before_end(self, batches: Sequence[Any]) -> bool:
+        """Whether the batches would be the same if the earlier run had had this run's end."""
+        settings = self.request["settings"]
+        if settings["temporal_fusion"] == "symmetric" or settings["fps"] or settings["times"]:
+            return False  # what was written depends on later frames
+        last = max((time for _, times, _ in batches for time in times), default=0)
+        return last < (settings["end"] or math.inf)
 
     def _read_journal(self) -> list[Any]:
         lines: list[Any] = []
@@ -200,6 +246,10 @@ class RunRecord:
         for entry in self.folder.iterdir():
             if entry.name != LOCK_FILE:
                 _remove(entry)
+
+
+def _checksum(parts: Iterable[bytes | memoryview]) -> int:
+    return functools.reduce(lambda before, part: zlib.crc32(part, before), parts, 0)
 
 
 def _remove(path: Path) -> None:
@@ -261,8 +311,10 @@ def describe_run(
             "size": list(settings.size) if isinstance(settings.size, tuple) else settings.size,
             "fit": settings.fit,
             **dataclasses.asdict(select),
+            "times": select.times and _digest(select.times),
             "settle": adapter.settles if settings.settle is None else settings.settle,
             "temporal_fusion": settings.temporal_fusion,
+            "tokens": settings.kinds,
         },
         "batch_size": settings.batch_size,
         "device": adapter.device.type,
@@ -270,19 +322,24 @@ def describe_run(
     }
 
 
+def _digest(times: Sequence[float]) -> str:
+    """Describe chosen times in few bytes, which a file's header has room for."""
+    return f"{len(times)}, sha256:{hashlib.sha256(repr([*times]).encode()).hexdigest()[:16]}"
+
+
 def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, numerical: bool = True
+    before: Mapping[str, Any], now: Mapping[str, Any], *, but: tuple[str, ...] = ()
 ) -> str:
     """Return how a run differs from an earlier one: ``size was 280 and is 476, ...``.
 
-    With ``numerical``, settings that change only the last bits of features count as well.
+    Names that begin as one of ``but`` do not count.
     """
     previous = _flat(before)
     changes: list[str] = []
     for name, value in _flat(now).items():
         if previous.get(name) == value or name == "source":  # the file may be renamed
             continue
-        if numerical or not name.startswith(_NUMERICAL):
+        if not name.startswith(but):
             short = name.removeprefix("settings.").replace("_", "-").replace(".", " ")
             old, new = ("not given" if v is None else v for v in (previous.get(name), value))
             changes.append(_CHANGED.get(name, f"{short} was {old} and is {new}"))

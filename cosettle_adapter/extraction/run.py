@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from cosettle_adapter.adapter import CoSettleAdapter, FeatureChunk
@@ -19,6 +20,7 @@ from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction import dino_tracker
 from cosettle_adapter.extraction.formats import choose_format, storage_dtype
 from cosettle_adapter.extraction.record import (
+    NUMERICAL,
     REDO,
     RunRecord,
     describe_run,
@@ -27,8 +29,8 @@ from cosettle_adapter.extraction.record import (
     read_sidecar,
     sidecar_path,
 )
-from cosettle_adapter.extraction.settings import ExtractSettings, OutputExistsError
-from cosettle_adapter.video import FrameSelection, Geometry
+from cosettle_adapter.extraction.settings import ExtractSettings, FormatError, OutputExistsError
+from cosettle_adapter.video import FrameSelection
 from cosettle_adapter.video.selection import selects_frames
 
 logger = logging.getLogger(__name__)
@@ -40,9 +42,14 @@ class Extraction:
 
     path: Path  # the sidecar is PATH.json
     frames: int
-    shape: tuple[int, ...]  # (C, h, w) of one frame's features
+    arrays: Mapping[str, tuple[int, ...]]  # shapes of the written arrays: features (T, C, h, w)
     lost: tuple[float, ...] = ()  # seconds of the source's frames that damage took
     found: int = 0  # frames written by an earlier run
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one frame's values: (C, h, w) of the features, or of the first array."""
+        return next(iter(self.arrays.values()))[1:]
 
 
 @selects_frames
@@ -72,7 +79,8 @@ def extract(
 
     Raises:
         FrameError: no frame can be read, or frames cannot be used.
-        FormatError: unknown format, or one that cannot store the dtype.
+        FormatError: unknown format, or one that cannot store the dtype or the tokens, or a backbone
+            without these.
         MissingExtraError: the format's package is not installed; raised before any frame is read.
         OutputExistsError: the file exists, or was started, with other settings; or the folder holds
             features of another recipe.
@@ -80,7 +88,8 @@ def extract(
     """
     path, select = Path(destination), select or FrameSelection()
     settings = dataclasses.replace(settings or ExtractSettings(), **options)
-    form = choose_format(path, settings.format)
+    form = choose_format(path, settings.format, settings.kinds)
+    _check_tokens(adapter, settings)
     if form.name == "dino-tracker":
         settings = dino_tracker.plan_settings(adapter, settings)
     storage = storage_dtype(form, settings.storage, adapter.dtype)
@@ -100,8 +109,25 @@ def extract(
         resumed_after = len(record.timestamps)
         _encode(adapter, source, record, settings, select, on_chunk)
         record.finish(form.finish)
-        frames, *shape = record.shape
-        return Extraction(path, frames, tuple(shape), tuple(record.lost), resumed_after)
+        return _result(path, {**record.description, "lost": record.lost}, resumed_after)
+
+
+def _result(path: Path, description: Mapping[str, Any], found: int | None = None) -> Extraction:
+    """Return the result that a description tells; ``found`` by default all frames."""
+    arrays = {name: tuple(array["shape"]) for name, array in description["arrays"].items()}
+    (frames,) = arrays.pop("timestamps")
+    found = frames if found is None else found
+    return Extraction(path, frames, arrays, tuple(description["lost"]), found)
+
+
+def _check_tokens(adapter: CoSettleAdapter, settings: ExtractSettings) -> None:
+    """Raise if the backbone lacks tokens of the settings."""
+    for kind, name in {"cls": "class token", "registers": "register tokens"}.items():
+        if kind in settings.kinds and kind not in adapter.backbone.special:
+            raise FormatError(
+                f"{adapter.backbone.row.name} has no {name}: leave {kind} out of --tokens "
+                "(tokens=); mean is a vector per frame that every backbone has"
+            )
 
 
 def _finished(path: Path, request: Mapping[str, Any]) -> Extraction | None:
@@ -113,9 +139,8 @@ def _finished(path: Path, request: Mapping[str, Any]) -> Extraction | None:
     if sidecar is None:
         problem = f", but not {sidecar_path(path).name}, which describes it"
     elif request["source_identity"] is not None:
-        if not (changes := differences(sidecar, request, numerical=False)):
-            frames, *shape = sidecar["shape"]
-            return Extraction(path, frames, tuple(shape), tuple(sidecar["lost"]), frames)
+        if not (changes := differences(sidecar, request, but=NUMERICAL)):
+            return _result(path, sidecar)
         problem = f": {changes}"
     raise OutputExistsError(f"{path} exists{problem}; {REDO}")
 
@@ -162,14 +187,15 @@ def _encode(
         size=settings.size,
         fit=settings.fit,
         skip=skip,
+        return_special=not {"cls", "registers"}.isdisjoint(settings.kinds),
         settle=settings.settle,
         temporal_fusion=settings.temporal_fusion,
     )
     dtype = getattr(torch, record.request["storage"])
     writing: Future[None] | None = None
 
-    def write(wait: Callable[[], Tensor], geometry: Geometry, chunk: FeatureChunk) -> None:
-        record.append(wait(), geometry, chunk.timestamps, chunk.lost)
+    def write(waits: Mapping[str, Callable[[], Tensor]], *rest: Any) -> None:
+        record.append({name: wait() for name, wait in waits.items()}, *rest)
 
     try:
         # a batch is written while the next one is encoded
@@ -181,30 +207,44 @@ def _encode(
                 for chunk in stream:
                     if chunk.start < written_before:
                         continue  # encoded only because later frames depend on it
-                    features, geometry = chunk.features, chunk.geometry
+                    geometry, times = chunk.geometry, chunk.timestamps
+                    arrays = _arrays(chunk, settings.kinds)
                     if record.request["format"] == "dino-tracker":
                         stride = 7 if geometry.stride == 7 else 14
                         features = dino_tracker.arrange(
-                            features, geometry, stride=stride, first=chunk.start
+                            chunk.features, geometry, stride=stride, first=chunk.start
                         )
+                        arrays = {"features": features}
                         geometry = dino_tracker.cells(stride, frame=geometry.frame)
-                    wait = _to_cpu(features.detach().to(dtype))
+                    waits = {name: _to_cpu(a.detach().to(dtype)) for name, a in arrays.items()}
                     if writing is not None:
                         writing.result()
-                    bare = dataclasses.replace(chunk, features=features.new_empty(0))
-                    writing = writer.submit(write, wait, geometry, bare)
-                    on_chunk(chunk.start + len(chunk.timestamps))
+                    writing = writer.submit(write, waits, geometry, times, chunk.lost)
+                    on_chunk(chunk.start + len(times))
             finally:
                 if writing is not None:
                     writing.result()
     except BaseException as error:
-        # an unusable source is not resumed
-        resumable = bool(record.timestamps) and not isinstance(error, FrameError)
-        record.keep = record.keep and resumable
+        record.keep = record.keep and bool(record.timestamps)
         if record.keep:
             message = "%d frames are kept in %s: the same call resumes after them"
+            if isinstance(error, FrameError):
+                message += "; with the end (--end) of what can be read, it finishes the file"
             logger.warning(message, len(record.timestamps), record.folder)
         raise
+
+
+def _arrays(chunk: FeatureChunk, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Return what is written of a chunk, by the names of :data:`ARRAYS`."""
+    arrays: dict[str, Any] = {}
+    for kind in kinds:
+        if kind == "patch":
+            arrays["features"] = chunk.features
+        elif kind == "mean":
+            arrays["mean"] = reduce(chunk.features.float(), "n c h w -> n c", "mean")
+        else:
+            arrays[kind] = getattr(chunk, kind)
+    return arrays
 
 
 def _to_cpu(features: Tensor) -> Callable[[], Tensor]:

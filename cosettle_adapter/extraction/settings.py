@@ -12,7 +12,8 @@ from cosettle_adapter.correspondence.fusion import FusionMode
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.video import Fit
 
-FormatName = Literal["safetensors", "zarr", "npy-memmap", "dino-tracker"]
+FormatName = Literal["safetensors", "zarr", "npy-memmap", "parquet", "dino-tracker"]
+TOKENS = ("patch", "cls", "registers", "mean")
 StorageName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -21,7 +22,7 @@ class ExtractionError(CosettleError, RuntimeError):
 
 
 class FormatError(ExtractionError, ValueError):
-    """A format that does not exist or cannot hold the features."""
+    """A format or tokens that do not exist, or features that the format cannot hold."""
 
 
 class OutputExistsError(ExtractionError, FileExistsError):
@@ -54,6 +55,9 @@ class ExtractSettings:
         temporal_fusion: average patches with their matches in neighbouring frames: past and
             future (symmetric), or past only (causal).
         storage: dtype on disk; by default, the adapter's.
+        tokens: what to write, separated by commas: patch (the features); cls and registers (class
+            and register tokens of the last layer, of single frames: neither settled nor fused);
+            mean (of a frame's features). Parquet holds either cls or mean, npy one of all.
     """
 
     format: FormatName | None = None
@@ -63,3 +67,13 @@ class ExtractSettings:
     settle: bool | None = None
     temporal_fusion: FusionMode | None = None
     storage: StorageName | torch.dtype | None = None
+    tokens: str = "patch"
+
+    def __post_init__(self) -> None:
+        if unknown := {*self.tokens.split(",")}.difference(TOKENS):
+            raise FormatError(f"expected tokens among {', '.join(TOKENS)}, got {min(unknown)!r}")
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of ``tokens``, in the order in which they are written."""
+        return [kind for kind in TOKENS if kind in self.tokens.split(",")]

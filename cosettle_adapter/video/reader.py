@@ -243,11 +243,8 @@ class _Chunks:
                     if self.times and (changed or len(self.times) == self.size):
                         yield self._chunk()
                     if changed and shape and self.one_size:
-                        raise FrameError(
-                            f"{item.name} of {self.source} is {pixels.shape[-2]} x "
-                            f"{pixels.shape[-1]}, but the first frame is {shape[-2]} x "
-                            f"{shape[-1]}; resize the frames to one size, size=(height, width)"
-                        )
+                        name, size = f"{item.name} of {self.source}", pixels.shape[-2:]
+                        raise other_size(size, first=shape[-2:], seconds=item.time, name=name)
                     shape = tuple(pixels.shape)
                     if not self.times:
                         self.frames = pixels.new_empty((self.size, *shape), dtype=torch.uint8)
@@ -299,6 +296,17 @@ class _Chunks:
         self.delivered += len(seconds)
         self.frames, self.times, self.lost = torch.empty(0), [], []
         return chunk
+
+
+def other_size(
+    size: Sequence[int], *, first: Sequence[int], seconds: float, name: str = ""
+) -> FrameError:
+    """Return the error for a frame of another size ``(H, W)`` than the first frame's."""
+    return FrameError(
+        f"{name or f'the frame at {seconds:g} s'} is {size[0]} x {size[1]}, but the first frame is "
+        f"{first[0]} x {first[1]}; resize the frames to one size, size=(height, width) (--size), "
+        f"or stop before this one, end={seconds} (--end)"
+    )
 
 
 def damage(times: Sequence[float], reason: str, count: int | None = None) -> str:

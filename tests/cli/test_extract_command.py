@@ -95,6 +95,7 @@ def test_options_reach_the_extraction(videos: Path, tmp_path: Path) -> None:
         "size": [32, 48], "fit": "pad", "start": 0.04, "end": None, "every": 1, "max_frames": 4,
         "fps": None, "times": None, "source_fps": None, "stream_index": None,
         "square_pixels": False, "on_damage": "warn", "settle": True, "temporal_fusion": "causal",
+        "tokens": ["patch"],
     }  # fmt: skip
     assert (said["storage"], said["batch_size"], said["shape"]) == ("float16", 3, [4, 32, 2, 3])
 
@@ -106,6 +107,22 @@ def test_help_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None
     assert len(options) > 15
     for option in options:
         assert re.search(r"\S  +[a-z]", option), f"no description: {option}"
+
+
+def test_vectors_of_frames_are_written_and_told(
+    videos: Path, tmp_path: Path, loaded: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow")
+    command = ["extract", str(videos / "a.mp4"), "-o", str(tmp_path / "a.safetensors")]
+    assert main([*command, "--tokens", "cls,patch"]) == 0
+    assert "a.safetensors: features (6, 32, 3, 4), cls (6, 32), timest" in capsys.readouterr().out
+    command[1:] = [str(videos), "-o", str(tmp_path / "out"), "--format", "parquet"]
+    assert main([*command, "--tokens", "cls"]) == 0
+    assert names(tmp_path / "out")[::2] == [f"{name}.parquet" for name in "abc"]
+    loaded.clear()
+    assert main(command) == 1
+    assert "parquet holds one of cls, mean, not patch: give --tokens cls" in capsys.readouterr().err
+    assert not loaded, "told before the model is loaded"
 
 
 def test_ray_spreads_the_videos(

@@ -101,10 +101,10 @@ def test_a_full_disk_leaves_no_file(
     """Also when the last batch fails while the source ends early."""
     append = RunRecord.append
 
-    def full(record: RunRecord, features: torch.Tensor, *rest: Any) -> None:
-        if not broken or len(features) < 20:
+    def full(record: RunRecord, arrays: dict[str, torch.Tensor], *rest: Any) -> None:
+        if not broken or len(arrays["features"]) < 20:
             raise OSError(28, "No space left on device")
-        append(record, features, *rest)
+        append(record, arrays, *rest)
 
     monkeypatch.setattr(RunRecord, "append", full)
     with pytest.raises(OSError, match=r"No space left on device: .*f\.npy"):

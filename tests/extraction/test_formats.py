@@ -20,6 +20,7 @@ from cosettle_adapter.extraction.record import RunRecord, sidecar_path
 from cosettle_adapter.extraction.settings import FormatName
 from cosettle_adapter.video import plan_geometry
 
+ARRAY = {"parquet": "mean"}  # in place of features
 GEOMETRY = plan_geometry(30, 45, patch=15)
 
 
@@ -29,11 +30,12 @@ def written(folder: Path, name: str, batches: list[torch.Tensor], *, sidecar: bo
         pytest.importorskip("zarr")
     dtype = str(batches[0].dtype).removeprefix("torch.")
     asked = {"source": "é", "source_identity": "sha256:1", "format": name, "storage": dtype}
+    asked |= {"settings": {"size": None}}
     path = folder / f"clip{FORMATS[name].suffix}"
     record, times = RunRecord(path, asked), torch.arange(sum(map(len, batches))).double() / 24
     with record.claimed():
         for batch, seconds in zip(batches, times.split([*map(len, batches)]), strict=True):
-            record.append(batch, GEOMETRY, seconds)
+            record.append({ARRAY.get(name, "features"): batch}, GEOMETRY, seconds)
         record.finish(FORMATS[name].finish)
     if not sidecar:
         sidecar_path(path).unlink()
@@ -69,13 +71,15 @@ def test_what_was_appended_is_read(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_range_of_frames_and_what_files_say_of_themselves(name: str, tmp_path: Path) -> None:
-    features = torch.randn(9, 5, 2, 3)
+    array = ARRAY.get(name, "features")
+    features = torch.randn(9, 5, 2, 3) if array == "features" else torch.randn(9, 5)
     path = written(tmp_path, name, [features[:6], features[6:]])
     read = read_features(path, start=2, stop=7)
-    assert torch.equal(read.features, features[2:7])
+    assert torch.equal(read.arrays[array], features[2:7])
     assert torch.equal(read.timestamps, torch.arange(2, 7).double() / 24)
     sidecar = json.loads(sidecar_path(path).read_text())
-    assert (sidecar["shape"], sidecar["lost"]) == ([9, 5, 2, 3], [])
+    assert (sidecar["shape"], sidecar["lost"]) == (list(features.shape), [])
+    assert sidecar["arrays"][array]["axes"][:2] == ["time", "channel"]
     assert (sidecar["timestamps"][:2], sidecar["geometry"]) == ([0.0, 1 / 24], GEOMETRY.to_dict())
     sidecar_path(path).unlink()
     if name in ("npy-memmap", "dino-tracker"):
