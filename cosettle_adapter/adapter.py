@@ -23,6 +23,7 @@ from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.hub import RAW, identity_projection, load_parts
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import Projection
+from cosettle_adapter.upsampling import DenseSize, Upsampler
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
 from cosettle_adapter.video.selection import selects_frames
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 class FeatureChunk:
     """Features of consecutive frames of a stream."""
 
-    features: Tensor  # (N, C, h, w)
+    features: Tensor  # (N, C, h, w); (N, C, H, W) with ``dense``
     timestamps: Tensor  # (N,) float64, seconds
     geometry: Geometry  # how patches map to pixels of the source's frames
     start: int  # number of frames delivered before this chunk
@@ -214,6 +215,8 @@ class CoSettleAdapter(FeatureModel):
         settle: bool | None = None,
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
+        dense: DenseSize | None = None,
+        upsampler: Upsampler = "bilinear",
     ) -> Iterator[FeatureChunk]:
         """Yield the features of a video of any length, in frame order, in constant memory.
 
@@ -232,6 +235,7 @@ class CoSettleAdapter(FeatureModel):
                 settling (:class:`~cosettle_adapter.correspondence.TemporalFusion`):
                 ``"symmetric"`` uses past and future frames and delays features by two frames,
                 ``"causal"`` uses past frames only. Fused features carry no gradients.
+            dense, upsampler: as in :meth:`forward`; the last step.
 
         Raises:
             FrameError: the source has no frames, or frames of an unsupported shape or range, or
@@ -245,6 +249,7 @@ class CoSettleAdapter(FeatureModel):
             source, select, skip=skip, chunk_size=batch_size, one_size=size is None
         )
         chunks = pinned(chunks) if self.device.type == "cuda" else chunks
+        guides: dict[int, Tensor] = {}  # frames by start, until their features are complete
 
         def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
             first: Geometry | None = None
@@ -261,15 +266,20 @@ class CoSettleAdapter(FeatureModel):
                     features = settler.settle(features)
                 backbone = tokens if return_backbone else None
                 times, start = chunk.timestamps, chunk.start
+                if dense and upsampler == "guided":
+                    guides[start] = chunk.frames
                 yield FeatureChunk(features, times, geometry, start, backbone, chunk.lost), tokens
+
+        def finished(chunk: FeatureChunk) -> Tensor:
+            if not dense:
+                return self._finished(chunk.features, normalize)
+            guide = guides.pop(chunk.start, None)
+            return self._dense(chunk.features, chunk.geometry, guide, dense, upsampler, normalize)
 
         results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
         if fusion is not None:
             results = _fused(((chunk, self._guide(tokens)) for chunk, tokens in encoded()), fusion)
-        return (
-            dataclasses.replace(chunk, features=self._finished(chunk.features, normalize))
-            for chunk in results
-        )
+        return (dataclasses.replace(chunk, features=finished(chunk)) for chunk in results)
 
     @selects_frames
     @torch.no_grad()

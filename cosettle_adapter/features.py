@@ -14,6 +14,7 @@ from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence.fusion import fusion_guide
 from cosettle_adapter.errors import BackboneMismatchError, ProjectionFormatError
 from cosettle_adapter.projection import Projection, ProjectionConfig
+from cosettle_adapter.upsampling import DenseSize, Upsampler, upsample
 from cosettle_adapter.video import Fit, Geometry, apply_geometry, as_frames, plan_geometry
 
 Size = int | tuple[int, int]
@@ -85,18 +86,20 @@ class FeatureModel(nn.Module):
         """Resize and normalise frames for the backbone: ``(T, 3, H', W')`` float32."""
         frames = as_frames(frames)
         frames = frames if frames.ndim == 4 else rearrange(frames, "c h w -> 1 c h w")
-        return self._normalize(frames, self.geometry(*frames.shape[-2:], size=size, fit=fit))
+        return self._prepare(frames, self.geometry(*frames.shape[-2:], size=size, fit=fit))
 
     # fmt: off
     @overload
     def forward(
         self, frames: Any, *, size: Size | None = ..., fit: Fit = ..., batch_size: int = ...,
         normalize: bool = ..., return_backbone: Literal[False] = ...,
+        dense: DenseSize | None = ..., upsampler: Upsampler = ...,
     ) -> Tensor: ...
     @overload
     def forward(
         self, frames: Any, *, size: Size | None = ..., fit: Fit = ..., batch_size: int = ...,
         normalize: bool = ..., return_backbone: Literal[True],
+        dense: DenseSize | None = ..., upsampler: Upsampler = ...,
     ) -> tuple[Tensor, Tensor]: ...
     # fmt: on
 
@@ -109,6 +112,8 @@ class FeatureModel(nn.Module):
         batch_size: int = DEFAULT_BATCH_SIZE,
         normalize: bool = False,
         return_backbone: bool = False,
+        dense: DenseSize | None = None,
+        upsampler: Upsampler = "bilinear",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return temporally consistent patch features.
 
@@ -121,11 +126,16 @@ class FeatureModel(nn.Module):
             fit: how each side becomes a whole number of patches: ``resize`` rounds it to the
                 nearest, ``pad`` keeps the aspect ratio and repeats the bottom and right edge.
             batch_size: frames per forward pass; bounds memory and does not change the result.
-            normalize: scale every patch's feature to unit length.
+            normalize: scale every patch's (with ``dense``, pixel's) feature to unit length.
             return_backbone: also return the tokens that the projection reads.
+            dense: return one feature per pixel of the given frames (``"input"``) or of
+                ``(height, width)`` pixels that span them, without gradients.
+            upsampler: of ``dense``: ``"bilinear"``, or ``"guided"`` by the colours of the frames
+                (:mod:`~cosettle_adapter.upsampling`).
 
         Returns:
-            Features ``(T, C, h, w)`` with the leading dimensions of ``frames``; or
+            Features ``(T, C, h, w)`` with the leading dimensions of ``frames``, ``(T, C, H, W)``
+            if ``dense``; or
             ``(backbone, features)`` if ``return_backbone``. If the adapter ``settles``, each clip
             is settled with the statistics of its own T frames.
 
@@ -139,15 +149,19 @@ class FeatureModel(nn.Module):
         backbone_maps: list[Tensor] = []
         projected: list[Tensor] = []
         for batch in frames.split(batch_size):
-            tokens, features, _ = self._encode(batch, size=size, fit=fit)
-            projected.append(features if self.settles else self._finished(features, normalize))
+            tokens, features, geometry = self._encode(batch, size=size, fit=fit)
+            last = not (self.settles or dense)
+            projected.append(self._finished(features, normalize) if last else features)
             if return_backbone:
                 backbone_maps.append(tokens)
         flat = torch.cat(projected)
         if self.settles:
             length = leading[0][-1] if leading[0] else 1
-            settled = torch.cat([settle_clip(clip) for clip in torch.split(flat, length)])
-            flat = self._finished(settled, normalize)
+            flat = torch.cat([settle_clip(clip) for clip in torch.split(flat, length)])
+        if dense:
+            flat = self._dense(flat, geometry, frames, dense, upsampler, normalize)
+        elif self.settles:
+            flat = self._finished(flat, normalize)
         maps: Tensor = unpack(flat, leading, "* c h w")[0]
         if not return_backbone:
             return maps
@@ -166,7 +180,7 @@ class FeatureModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Geometry]:
         """Tokens, features and geometry of frames, in one pass."""
         geometry = self.geometry(*frames.shape[-2:], size=size, fit=fit)
-        return *self._encode_images(self._normalize(frames, geometry)), geometry
+        return *self._encode_images(self._prepare(frames, geometry)), geometry
 
     def _encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and features of what :meth:`preprocess` returns."""
@@ -177,9 +191,25 @@ class FeatureModel(nn.Module):
     def _finished(self, features: Tensor, normalize: bool) -> Tensor:
         return (F.normalize(features, dim=1) if normalize else features).to(self.dtype)
 
-    def _normalize(self, frames: Tensor, geometry: Geometry) -> Tensor:
+    def _dense(
+        self,
+        features: Tensor,
+        geometry: Geometry,
+        frames: Tensor | None,
+        size: DenseSize,
+        upsampler: Upsampler,
+        normalize: bool,
+    ) -> Tensor:
+        features = self._finished(features, normalize=False)
+        maps = upsample(features, geometry, size, frames=frames, upsampler=upsampler)
+        return F.normalize(maps, dim=1, out=maps) if normalize else maps
+
+    def _prepare(self, frames: Tensor, geometry: Geometry) -> Tensor:
+        """Resized and normalised frames, on the device."""
         images = apply_geometry(frames.to(self.device, non_blocking=True), geometry)
-        full_scale = 1.0 if frames.is_floating_point() else 255.0
+        return self._normalize(images, 1.0 if frames.is_floating_point() else 255.0)
+
+    def _normalize(self, images: Tensor, full_scale: float) -> Tensor:
         row = self.backbone.row
         mean = torch.tensor(row.mean, dtype=torch.float64)
         std = torch.tensor(row.std, dtype=torch.float64)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -77,6 +78,64 @@ def test_onnx_runtime_equals_pytorch_on_photographs(name: str, tmp_path: Path) -
         torch.testing.assert_close(
             onnx_features(exported.path, frames), adapter(frames), atol=1e-4, rtol=0
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [("dinov2", None), *(pytest.param(*kind, marks=SLOW) for kind in (("clip", None), ("vit", 8)))],
+)
+def test_one_onnx_file_takes_any_size(name: str, stride: int | None, tmp_path: Path) -> None:
+    adapter = small_adapter(name, stride=stride)
+    patch, step = adapter.backbone.patch, adapter.backbone.stride
+    exported = to_onnx(adapter, tmp_path / "any.onnx")
+    overlap = f" + {patch - step}" if stride else ""
+    assert exported.input == f"frames uint8 (batch, 3, {step} h{overlap}, {step} w{overlap})"
+    assert exported.metadata["size"] is exported.metadata["grid"] is None
+    assert exported.parity is not None
+    assert len(exported.parity.sizes) == 3
+    for count, (h, w) in ((1, (3, 9)), (4, (8, 4)), (5, (6, 6))):
+        frames = photos((patch + (h - 1) * step, patch + (w - 1) * step), count)
+        torch.testing.assert_close(
+            onnx_features(exported.path, frames), adapter(frames), atol=1e-4, rtol=0
+        )
+
+
+def test_one_program_takes_any_size_with_rotary_positions(tmp_path: Path) -> None:
+    adapter = small_adapter("rotary")
+    path = to_torch_export(adapter, tmp_path / "any.pt2", static_batch=2, check=False).path
+    program = torch.export.load(path).module()
+    for size in ((48, 112), (256, 256), (80, 64)):
+        frames = photos(size, 2)
+        torch.testing.assert_close(program(frames), adapter(frames), atol=1e-5, rtol=0)
+
+
+def test_what_needs_a_size_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match=r"small-convnext arranges stages .* size= \(--size\)"):
+        to_onnx(small_adapter("convnext"), tmp_path / "any.onnx")
+    rotary = small_adapter("rotary")
+    monkeypatch.setattr(program, "_symbolic_floats", contextlib.nullcontext)
+    with pytest.raises(ExportError, match=r"fixed the size of small-dinov3; give .* size="):
+        to_torch_export(rotary, tmp_path / "any.pt2", check=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_neighbours_may_be_chosen_differently_but_not_often() -> None:
+    adapter = small_adapter("dinov2")
+    traced = made_once()[0].__class__.__new__(Traced)
+    traced.model, traced.count = program._Exported(adapter, True, False), None
+    traced.sizes = [(14 * 18, 14 * 28)]  # 3 * 504 patches: three may differ
+
+    def changed(patches: int) -> Any:
+        def run(inputs: Tensor) -> Tensor:
+            features = traced.model(inputs)
+            features[0, :, 0, :patches] += 1
+            return features
+
+        return run
+
+    assert traced.compare(changed(3), "a runtime", None).difference < 1e-4
+    with pytest.raises(ExportError, match=r"differs from PyTorch by 1 .*frames of 252 x 392"):
+        traced.compare(changed(4), "a runtime", None)
 
 
 @pytest.mark.slow
