@@ -266,12 +266,12 @@ class CoSettleAdapter(FeatureModel):
                     features = settler.settle(features)
                 backbone = tokens if return_backbone else None
                 times, start = chunk.timestamps, chunk.start
-                if dense and upsampler == "guided":
+                if dense is not None and upsampler == "guided":
                     guides[start] = chunk.frames
                 yield FeatureChunk(features, times, geometry, start, backbone, chunk.lost), tokens
 
         def finished(chunk: FeatureChunk) -> Tensor:
-            if not dense:
+            if dense is None:
                 return self._finished(chunk.features, normalize)
             guide = guides.pop(chunk.start, None)
             return self._dense(chunk.features, chunk.geometry, guide, dense, upsampler, normalize)

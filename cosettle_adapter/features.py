@@ -150,7 +150,7 @@ class FeatureModel(nn.Module):
         projected: list[Tensor] = []
         for batch in frames.split(batch_size):
             tokens, features, geometry = self._encode(batch, size=size, fit=fit)
-            last = not (self.settles or dense)
+            last = dense is None and not self.settles
             projected.append(self._finished(features, normalize) if last else features)
             if return_backbone:
                 backbone_maps.append(tokens)
@@ -158,7 +158,7 @@ class FeatureModel(nn.Module):
         if self.settles:
             length = leading[0][-1] if leading[0] else 1
             flat = torch.cat([settle_clip(clip) for clip in torch.split(flat, length)])
-        if dense:
+        if dense is not None:
             flat = self._dense(flat, geometry, frames, dense, upsampler, normalize)
         elif self.settles:
             flat = self._finished(flat, normalize)
@@ -200,6 +200,7 @@ class FeatureModel(nn.Module):
         upsampler: Upsampler,
         normalize: bool,
     ) -> Tensor:
+        """One feature per pixel, finished."""
         features = self._finished(features, normalize=False)
         maps = upsample(features, geometry, size, frames=frames, upsampler=upsampler)
         return F.normalize(maps, dim=1, out=maps) if normalize else maps

@@ -14,6 +14,7 @@ in [0, 1].
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -86,22 +87,21 @@ def upsample(
             )
         colours = _colours(frames.to(features.device), geometry, sides)
     dense = features.new_empty((*features.shape[:2], *sides))
-    for rows, near_rows, down in _tiles(geometry, 0, sides[0], tile):
-        for columns, near_columns, across in _tiles(geometry, 1, sides[1], tile):
-            apart = (down.to(features.device), across.to(features.device))
-            if colours is None:
-                weights = _linear(*apart)
-            else:
-                pixels, patches = colours
-                here, near = (..., rows, columns), (..., near_rows, near_columns)
-                weights = _bilateral(*apart, pixels[here], patches[near])
-            values = features[..., near_rows, near_columns].float()
-            dense[..., rows, columns] = einsum(weights, values, "t y x a b, t c a b -> t c y x")
+    axes = (_tiles(geometry, axis, sides[axis], tile, features.device) for axis in (0, 1))
+    for (rows, near_rows, down), (columns, near_columns, across) in itertools.product(*axes):
+        here, near = (..., rows, columns), (..., near_rows, near_columns)
+        if colours is None:
+            weights = _linear(down, across)
+        else:
+            pixels, patches = colours
+            weights = _bilateral(down, across, pixels[here], patches[near])
+        values = features[near].float()
+        dense[here] = einsum(weights, values, "t y x a b, t c a b -> t c y x")
     return dense
 
 
 def _tiles(
-    geometry: Geometry, axis: int, side: int, tile: int
+    geometry: Geometry, axis: int, side: int, tile: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Split an axis into pixels, the patches they need, and distances ``(pixels, patches)``."""
     pixels = (torch.arange(side, dtype=torch.float64) + 0.5) * (geometry.frame[axis] / side)
@@ -109,11 +109,12 @@ def _tiles(
     count = geometry.grid[axis]
     cells = cells.clamp(0, count - 1)
     for first in range(0, count, tile):
-        start, stop = torch.searchsorted(cells, torch.tensor([first, first + tile]) - 0.5).tolist()
+        ends = cells.new_tensor([first - 0.5, first + tile - 0.5])
+        start, stop = torch.searchsorted(cells, ends).tolist()
         low, high = max(0, first - RADIUS), min(count, first + tile + RADIUS)
         if start < stop:
             distances = rearrange(cells[start:stop], "p -> p 1") - torch.arange(low, high)
-            yield slice(start, stop), slice(low, high), distances.float()
+            yield slice(start, stop), slice(low, high), distances.float().to(device)
 
 
 def _colours(frames: Tensor, geometry: Geometry, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -148,4 +149,5 @@ def _bilateral(down: Tensor, across: Tensor, pixels: Tensor, patches: Tensor) ->
     )
     exponents = rearrange(near, "y x a b -> (y x) (a b)") - colours.square() / (2 * COLOUR**2)
     weights = torch.softmax(exponents, dim=-1)
-    return weights.unflatten(2, patches.shape[-2:]).unflatten(1, pixels.shape[-2:])
+    sides = {"y": len(down), "b": across.shape[1]}
+    return rearrange(weights, "t (y x) (a b) -> t y x a b", **sides)
