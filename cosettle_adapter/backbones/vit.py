@@ -53,7 +53,7 @@ class VisionTransformerBackbone(Backbone):
 
     def positions(self, grid: Grid) -> Positions:
         """Return the positions of a grid in float32; ``None`` for kinds that the model lacks."""
-        if isinstance(grid[0], torch.SymInt):  # a graph of any size, which computes them itself
+        if type(grid[0]) is not int:  # a symbol: a graph of any size computes them itself
             return self._positions_of(grid)
         key = (grid, self.device)
         if key not in self._positions:
@@ -133,7 +133,7 @@ def resize_positions(
     # and DINOv2; size+antialias that of DINOv2 with registers, CLIP and BLIP, and timm's default.
     leading, patches = positions.float().tensor_split([prefix], dim=1)
     patches = rearrange(patches, "1 (h w) c -> 1 c h w", h=source_grid[0])
-    if isinstance(grid[0], torch.SymInt):
+    if type(grid[0]) is not int:  # a symbol
         patches = _resized_in_graph(patches, grid, interpolation)
     elif grid == source_grid:
         return positions.float()

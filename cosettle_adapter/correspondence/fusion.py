@@ -181,7 +181,7 @@ def average_neighbours(features: Tensor, share: float) -> Tensor:
     frame = torch.arange(batch, device=features.device) * (height * width)
     means = []
     bands = [(0, height)]  # a graph of any size cannot repeat a step for each band
-    if not isinstance(height, torch.SymInt):
+    if type(height) is int:
         bands = [(top, min(top + _ROWS, height)) for top in range(0, height, _ROWS)]
     for top, bottom in bands:
         low, high = max(0, top - RADIUS), min(height, bottom + RADIUS)

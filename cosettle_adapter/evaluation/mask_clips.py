@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cosettle_adapter.correspondence.propagation import PROTOCOLS
@@ -94,7 +95,7 @@ class Propagation(LabelPropagation):
         sides = (times * geometry.grid[0], times * geometry.grid[1])
 
         def maps() -> Iterator[Tensor]:
-            for index, coarse in enumerate(features.split(1)):
+            for index, coarse in enumerate(torch.split(features, 1)):
                 frame = as_frames(clip.read_frame(index)[None]) if upsampler == "guided" else None
                 yield upsample(coarse, geometry, sides, frames=frame, upsampler=upsampler)
 

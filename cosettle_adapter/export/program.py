@@ -218,10 +218,6 @@ class Traced:
             if unused:
                 reduced = _without(self.model, unused)
                 self.program = _trace(reduced, example, self.dynamic_shapes)
-        *_, output = self.program.graph.nodes
-        sides = output.args[0][0].meta["val"].shape[-2:]
-        if 2 in dynamic and any(isinstance(side, int) for side in sides):
-            raise ExportError(f"tracing fixed the size of {backbone.row.name}; {_GIVE_SIZE}")
         for node in self.program.graph.nodes:  # stack traces contain paths of this machine
             node.meta.pop("stack_trace", None)
 
@@ -241,7 +237,14 @@ class Traced:
         frames = frames_to_compare(check_on, size, self.count)
         inputs = frames if self.model.preprocessing else self.model.adapter.preprocess(frames)
         inputs = inputs.to(self.model.adapter.device)
-        actual, expected = run(inputs).detach().cpu(), self.model(inputs).detach().cpu()
+        try:
+            actual = run(inputs).detach().cpu()
+        except Exception as error:  # of many types; tracing may have fixed the size
+            raise ExportError(
+                f"{runtime} cannot run the file, which was not kept, on frames of {size[0]} x "
+                f"{size[1]}: {reason(error)}; {_GIVE_SIZE}"
+            ) from error
+        expected = self.model(inputs).detach().cpu()
         if actual.shape != expected.shape:
             raise ExportError(
                 f"{runtime} returns {tuple(actual.shape)}, PyTorch {tuple(expected.shape)}: the "
@@ -356,11 +359,11 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _symbolic_floats() -> Iterator[None]:
     """Let timm divide rotary coordinates by sides of any size; float() makes them constants."""
-    pos_embed_sincos.float = torch.sym_float  # type: ignore[attr-defined]
+    pos_embed_sincos.float = torch.sym_float
     try:
         yield
     finally:
-        del pos_embed_sincos.float  # type: ignore[attr-defined]
+        del pos_embed_sincos.float
 
 
 def _trace(model: nn.Module, example: Tensor, shapes: Any) -> Any:
