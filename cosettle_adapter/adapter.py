@@ -23,7 +23,7 @@ from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.hub import RAW, identity_projection, load_parts
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import Projection
-from cosettle_adapter.upsampling import DenseSize, Upsampler
+from cosettle_adapter.upsampling import DenseSize, Upsampler, upsample
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
 from cosettle_adapter.video.selection import selects_frames
@@ -273,8 +273,8 @@ class CoSettleAdapter(FeatureModel):
         def finished(chunk: FeatureChunk) -> Tensor:
             if dense is None:
                 return self._finished(chunk.features, normalize)
-            guide = guides.pop(chunk.start, None)
-            return self._dense(chunk.features, chunk.geometry, guide, dense, upsampler, normalize)
+            guide, features = guides.pop(chunk.start, None), chunk.features.to(self.dtype)
+            return upsample(features, chunk.geometry, dense, guide, upsampler, normalize)
 
         results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
         if fusion is not None:

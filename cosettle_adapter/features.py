@@ -159,7 +159,7 @@ class FeatureModel(nn.Module):
             length = leading[0][-1] if leading[0] else 1
             flat = torch.cat([settle_clip(clip) for clip in torch.split(flat, length)])
         if dense is not None:
-            flat = self._dense(flat, geometry, frames, dense, upsampler, normalize)
+            flat = upsample(flat.to(self.dtype), geometry, dense, frames, upsampler, normalize)
         elif self.settles:
             flat = self._finished(flat, normalize)
         maps: Tensor = unpack(flat, leading, "* c h w")[0]
@@ -190,20 +190,6 @@ class FeatureModel(nn.Module):
 
     def _finished(self, features: Tensor, normalize: bool) -> Tensor:
         return (F.normalize(features, dim=1) if normalize else features).to(self.dtype)
-
-    def _dense(
-        self,
-        features: Tensor,
-        geometry: Geometry,
-        frames: Tensor | None,
-        size: DenseSize,
-        upsampler: Upsampler,
-        normalize: bool,
-    ) -> Tensor:
-        """One feature per pixel, finished."""
-        features = self._finished(features, normalize=False)
-        maps = upsample(features, geometry, size, frames=frames, upsampler=upsampler)
-        return F.normalize(maps, dim=1, out=maps) if normalize else maps
 
     def _prepare(self, frames: Tensor, geometry: Geometry) -> Tensor:
         """Resized and normalised frames, on the device."""

@@ -42,9 +42,10 @@ def upsample(
     features: Tensor,
     geometry: Geometry,
     size: DenseSize,
-    *,
     frames: Tensor | None = None,
     upsampler: Upsampler = "bilinear",
+    normalize: bool = False,
+    *,
     tile: int = _TILE,
 ) -> Tensor:
     """Return one feature per pixel, ``(T, C, H, W)`` in the dtype of ``features``, no gradients.
@@ -61,6 +62,7 @@ def upsample(
         frames: ``(T, 3, H', W')`` of the size in ``geometry``, RGB, uint8 in [0, 255] or floating
             point in [0, 1]; only for ``guided``.
         upsampler: ``"bilinear"`` or ``"guided"`` by the frames.
+        normalize: scale every pixel's feature to unit length.
         tile: side of a tile in patches; bounds memory only.
 
     Raises:
@@ -95,8 +97,8 @@ def upsample(
         else:
             pixels, patches = colours
             weights = _bilateral(down, across, pixels[here], patches[near])
-        values = features[near].float()
-        dense[here] = einsum(weights, values, "t y x a b, t c a b -> t c y x")
+        means = einsum(weights, features[near].float(), "t y x a b, t c a b -> t c y x")
+        dense[here] = F.normalize(means, dim=1) if normalize else means
     return dense
 
 

@@ -356,14 +356,9 @@ def vip_protocol(
             matrix.counts += np.array(clip.counts["matrix"], dtype=np.int64)
         return {"mIoU": matrix.mean_iou()}
 
+    settings = propagation.options()
     return Protocol(
-        "vip",
-        ("mIoU",),
-        lambda: vip_clips(data, clips=clips),
-        size,
-        score,
-        propagation.options(),
-        total,
+        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), size, score, settings, total
     )
 
 
