@@ -24,6 +24,7 @@ from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.hub import RAW, identity_projection, load_parts
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import Projection
+from cosettle_adapter.upsampling import DenseSize, Upsampler, upsample
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
 from cosettle_adapter.video.reader import other_size
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 class FeatureChunk:
     """Features of consecutive frames of a stream."""
 
-    features: Tensor  # (N, C, h, w)
+    features: Tensor  # (N, C, h, w); (N, C, H, W) with ``dense``
     timestamps: Tensor  # (N,) float64, seconds
     geometry: Geometry  # how patches map to pixels of the source's frames
     start: int  # number of frames delivered before this chunk
@@ -220,6 +221,8 @@ class CoSettleAdapter(FeatureModel):
         settle: bool | None = None,
         forgetting: float = 1.0,
         temporal_fusion: FusionMode | None = None,
+        dense: DenseSize | None = None,
+        upsampler: Upsampler = "bilinear",
     ) -> Iterator[FeatureChunk]:
         """Yield the features of a video of any length, in frame order, in constant memory.
 
@@ -241,6 +244,7 @@ class CoSettleAdapter(FeatureModel):
                 settling (:class:`~cosettle_adapter.correspondence.TemporalFusion`):
                 ``"symmetric"`` uses past and future frames and delays features by two frames,
                 ``"causal"`` uses past frames only. Fused features carry no gradients.
+            dense, upsampler: as in :meth:`forward`; the last step.
 
         Raises:
             FrameError: the source has no frames, or frames of an unsupported shape or range, or
@@ -256,6 +260,7 @@ class CoSettleAdapter(FeatureModel):
         chunks = pinned(chunks) if self.device.type == "cuda" else chunks
         kinds = self.backbone.special if return_special else ()
         special = [Read(self.backbone.default_layer, kind=kind) for kind in kinds]
+        guides: dict[int, Tensor] = {}  # frames by start, until their features are complete
 
         def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
             first: Geometry | None = None
@@ -271,19 +276,24 @@ class CoSettleAdapter(FeatureModel):
                     features = settler.settle(features)
                 backbone = tokens if return_backbone else None
                 times, start = chunk.timestamps, chunk.start
+                if dense is not None and upsampler == "guided":
+                    guides[start] = chunk.frames
                 found: dict[str, Any] = dict(zip(kinds, further, strict=True))
                 result = FeatureChunk(
                     features, times, geometry, start, backbone, chunk.lost, **found
                 )
                 yield result, tokens
 
+        def finished(chunk: FeatureChunk) -> Tensor:
+            if dense is None:
+                return self._finished(chunk.features, normalize)
+            guide, features = guides.pop(chunk.start, None), chunk.features.to(self.dtype)
+            return upsample(features, chunk.geometry, dense, guide, upsampler, normalize)
+
         results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
         if fusion is not None:
             results = _fused(((chunk, self._guide(tokens)) for chunk, tokens in encoded()), fusion)
-        return (
-            dataclasses.replace(chunk, features=self._finished(chunk.features, normalize))
-            for chunk in results
-        )
+        return (dataclasses.replace(chunk, features=finished(chunk)) for chunk in results)
 
     @selects_frames
     @torch.no_grad()

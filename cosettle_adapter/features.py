@@ -17,6 +17,7 @@ from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence.fusion import fusion_guide
 from cosettle_adapter.errors import BackboneMismatchError, ProjectionFormatError
 from cosettle_adapter.projection import Projection, ProjectionConfig
+from cosettle_adapter.upsampling import DenseSize, Upsampler, upsample
 from cosettle_adapter.video import Fit, Geometry, apply_geometry, as_frames, plan_geometry
 
 Size = int | tuple[int, int]
@@ -100,18 +101,20 @@ class FeatureModel(nn.Module):
         """Resize and normalise frames for the backbone: ``(T, 3, H', W')`` float32."""
         frames = as_frames(frames)
         frames = frames if frames.ndim == 4 else rearrange(frames, "c h w -> 1 c h w")
-        return self._normalize(frames, self.geometry(*frames.shape[-2:], size=size, fit=fit))
+        return self._prepare(frames, self.geometry(*frames.shape[-2:], size=size, fit=fit))
 
     # fmt: off
     @overload
     def forward(
         self, frames: Any, *, size: Size | None = ..., fit: Fit = ..., batch_size: int = ...,
         normalize: bool = ..., return_backbone: Literal[False] = ...,
+        dense: DenseSize | None = ..., upsampler: Upsampler = ...,
     ) -> Tensor: ...
     @overload
     def forward(
         self, frames: Any, *, size: Size | None = ..., fit: Fit = ..., batch_size: int = ...,
         normalize: bool = ..., return_backbone: Literal[True],
+        dense: DenseSize | None = ..., upsampler: Upsampler = ...,
     ) -> tuple[Tensor, Tensor]: ...
     # fmt: on
 
@@ -124,6 +127,8 @@ class FeatureModel(nn.Module):
         batch_size: int = DEFAULT_BATCH_SIZE,
         normalize: bool = False,
         return_backbone: bool = False,
+        dense: DenseSize | None = None,
+        upsampler: Upsampler = "bilinear",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return temporally consistent patch features.
 
@@ -136,27 +141,37 @@ class FeatureModel(nn.Module):
             fit: how each side becomes a whole number of patches: ``resize`` rounds it to the
                 nearest, ``pad`` keeps the aspect ratio and repeats the bottom and right edge.
             batch_size: frames per forward pass; bounds memory and does not change the result.
-            normalize: scale every patch's feature to unit length.
+            normalize: scale every patch's (with ``dense``, pixel's) feature to unit length.
             return_backbone: also return the tokens that the projection reads.
+            dense: return one feature per pixel of the given frames (``"input"``) or of
+                ``(height, width)`` pixels that span them, without gradients.
+            upsampler: of ``dense``: ``"bilinear"``, or ``"guided"`` by the colours of the frames
+                (:mod:`~cosettle_adapter.upsampling`).
 
         Returns:
-            Features ``(T, C, h, w)`` with the leading dimensions of ``frames``; or
-            ``(backbone, features)`` if ``return_backbone``. If the adapter ``settles``, each clip
+            Features ``(T, C, h, w)`` with the leading dimensions of ``frames``, or ``(T, C, H, W)``
+            if ``dense``; ``(backbone, features)`` if ``return_backbone``. If the adapter ``settles``, each clip
             is settled with the statistics of its own T frames.
 
         Raises:
             FrameError: frames of another shape, range or dtype, or no frames.
             GeometryError: frames smaller than a patch, or a size that does not fit the patch.
         """
-        batches, leading = self._split(frames, batch_size)
+        packed, leading = self._pack(frames, batch_size)
         backbone_maps: list[Tensor] = []
         projected: list[Tensor] = []
-        for batch in batches:
-            tokens, features, *_ = self._encode(batch, size=size, fit=fit)
-            projected.append(features if self.settles else self._finished(features, normalize))
+        last = dense is None and not self.settles
+        for batch in packed.split(batch_size):
+            tokens, features, geometry, _ = self._encode(batch, size=size, fit=fit)
+            projected.append(self._finished(features, normalize) if last else features)
             if return_backbone:
                 backbone_maps.append(tokens)
-        maps = self._joined(projected, leading, normalize)
+        flat = self._settled(torch.cat(projected), leading)
+        if dense is not None:
+            flat = upsample(flat.to(self.dtype), geometry, dense, packed, upsampler, normalize)
+        elif self.settles:
+            flat = self._finished(flat, normalize)
+        maps: Tensor = unpack(flat, leading, "* c h w")[0]
         if not return_backbone:
             return maps
         return unpack(torch.cat(backbone_maps), leading, "* c h w")[0], maps
@@ -199,35 +214,33 @@ class FeatureModel(nn.Module):
         reads = [Read(layer), *(Read(layer, kind=kind) for kind in backbone.special)]
         if attention is not None:
             reads.append(Read(backbone.block(attention), kind="attention"))
-        batches, leading = self._split(frames, batch_size)
+        packed, leading = self._pack(frames, batch_size)
         projected: list[Tensor] = []
         read: list[list[Tensor]] = []
-        for batch in batches:
+        for batch in packed.split(batch_size):
             _, features, geometry, further = self._encode(batch, size=size, fit=fit, also=reads)
-            projected.append(features if self.settles else self._finished(features, False))
+            projected.append(features)
             read.append(further)
-        found: dict[str, Tensor] = {"adapted": self._joined(projected, leading, False)}
+        adapted = self._settled(torch.cat(projected), leading).to(self.dtype)
+        found: dict[str, Tensor] = {"adapted": unpack(adapted, leading, "* c h w")[0]}
         for (*_, kind), *parts in zip(reads, *read, strict=True):
             axes = {"cls": "* c", "registers": "* n c"}.get(kind, "* c h w")
             (found[kind],) = unpack(torch.cat(parts), leading, axes)
         return Tokens(**found, geometry=geometry)
 
-    def _split(self, frames: Any, batch_size: int) -> tuple[Sequence[Tensor], Any]:
-        """Batches ``(N, 3, H, W)`` of frames, and the leading dimensions of all."""
+    def _pack(self, frames: Any, batch_size: int) -> tuple[Tensor, Any]:
+        """Frames ``(N, 3, H, W)``, and their leading dimensions before."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        frames, leading = pack([as_frames(frames)], "* c h w")
-        return frames.split(batch_size), leading
+        packed, leading = pack([as_frames(frames)], "* c h w")
+        return packed, leading
 
-    def _joined(self, features: list[Tensor], leading: Any, normalize: bool) -> Tensor:
-        """Join the batches of ``forward``, and settle each clip if the adapter does."""
-        flat = torch.cat(features)
-        if self.settles:
-            length = leading[0][-1] if leading[0] else 1
-            settled = torch.cat([settle_clip(clip) for clip in torch.split(flat, length)])
-            flat = self._finished(settled, normalize)
-        maps: Tensor = unpack(flat, leading, "* c h w")[0]
-        return maps
+    def _settled(self, features: Tensor, leading: Any) -> Tensor:
+        """Settle each clip with its own statistics, if the adapter does."""
+        if not self.settles:
+            return features
+        length = leading[0][-1] if leading[0] else 1
+        return torch.cat([settle_clip(clip) for clip in torch.split(features, length)])
 
     def _guide(self, tokens: Tensor) -> Tensor:
         """Maps ``(N, G, h, w)`` in which temporal fusion finds its matches."""
@@ -239,7 +252,7 @@ class FeatureModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Geometry, list[Tensor]]:
         """Tokens, features, geometry and further reads of frames, in one pass."""
         geometry = self.geometry(*frames.shape[-2:], size=size, fit=fit)
-        tokens, features, further = self._encode_images(self._normalize(frames, geometry), also)
+        tokens, features, further = self._encode_images(self._prepare(frames, geometry), also)
         return tokens, features, geometry, further
 
     def _encode_images(
@@ -254,9 +267,12 @@ class FeatureModel(nn.Module):
     def _finished(self, features: Tensor, normalize: bool) -> Tensor:
         return (F.normalize(features, dim=1) if normalize else features).to(self.dtype)
 
-    def _normalize(self, frames: Tensor, geometry: Geometry) -> Tensor:
+    def _prepare(self, frames: Tensor, geometry: Geometry) -> Tensor:
+        """Resized and normalised frames, on the device."""
         images = apply_geometry(frames.to(self.device, non_blocking=True), geometry)
-        full_scale = 1.0 if frames.is_floating_point() else 255.0
+        return self._normalize(images, 1.0 if frames.is_floating_point() else 255.0)
+
+    def _normalize(self, images: Tensor, full_scale: float) -> Tensor:
         row = self.backbone.row
         mean = torch.tensor(row.mean, dtype=torch.float64)
         std = torch.tensor(row.std, dtype=torch.float64)

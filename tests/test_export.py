@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -64,7 +65,7 @@ def translated(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["dinov2", "convnext", *(pytest.param(kind, marks=SLOW) for kind in ("clip", "rotary"))],
+    ["convnext", *(pytest.param(kind, marks=SLOW) for kind in ("dinov2", "clip", "rotary"))],
 )
 def test_onnx_runtime_equals_pytorch_on_photographs(name: str, tmp_path: Path) -> None:
     adapter, size = small_adapter(name), SIZE[name]
@@ -77,6 +78,65 @@ def test_onnx_runtime_equals_pytorch_on_photographs(name: str, tmp_path: Path) -
         torch.testing.assert_close(
             onnx_features(exported.path, frames), adapter(frames), atol=1e-4, rtol=0
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [("dinov2", None), *(pytest.param(*kind, marks=SLOW) for kind in (("clip", None), ("vit", 8)))],
+)
+def test_one_onnx_file_takes_any_size(name: str, stride: int | None, tmp_path: Path) -> None:
+    adapter = small_adapter(name, stride=stride)
+    patch, step = adapter.backbone.patch, adapter.backbone.stride
+    exported = to_onnx(adapter, tmp_path / "any.onnx")
+    overlap = f" + {patch - step}" if stride else ""
+    assert exported.input == f"frames uint8 (batch, 3, {step} h{overlap}, {step} w{overlap})"
+    assert exported.metadata["size"] is exported.metadata["grid"] is None
+    assert exported.parity is not None
+    assert len(exported.parity.sizes) == 3
+    for count, (h, w) in ((1, (3, 9)), (4, (8, 4)), (5, (6, 6))):
+        frames = photos((patch + (h - 1) * step, patch + (w - 1) * step), count)
+        torch.testing.assert_close(
+            onnx_features(exported.path, frames), adapter(frames), atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.slow
+def test_one_program_takes_any_size_with_rotary_positions(tmp_path: Path) -> None:
+    adapter = small_adapter("rotary")
+    path = to_torch_export(adapter, tmp_path / "any.pt2", static_batch=2, check=False).path
+    program = torch.export.load(path).module()
+    for size in ((48, 112), (256, 256), (80, 64)):
+        frames = photos(size, 2)
+        torch.testing.assert_close(program(frames), adapter(frames), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_size_that_tracing_fixed_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "_symbolic_floats", contextlib.nullcontext)
+    with pytest.raises(ExportError, match=r"cannot run the file, .* of 256 x 256: .* give the"):
+        to_torch_export(small_adapter("rotary"), tmp_path / "any.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_neighbours_may_be_chosen_differently_but_not_often() -> None:
+    adapter = small_adapter("dinov2")
+    traced = Traced.__new__(Traced)  # only what comparing needs
+    traced.model, traced.count = program._Exported(adapter, True, False), None
+    traced.sizes = [(14 * 18, 14 * 28)]  # 3 * 504 patches: three may differ
+
+    def changed(patches: int) -> Any:
+        def run(inputs: Tensor) -> Tensor:
+            features = traced.model(inputs)
+            features[0, :, 0, :patches] += 1
+            return features
+
+        return run
+
+    assert traced.compare(changed(3), "a runtime", None).difference < 1e-4
+    with pytest.raises(ExportError, match=r"differs from PyTorch by 1 .*frames of 252 x 392"):
+        traced.compare(changed(4), "a runtime", None)
 
 
 @pytest.mark.slow
@@ -230,6 +290,7 @@ def test_what_cannot_be_exported_says_what_can(
         (lambda: to_onnx(adapter, program, size), r"ends in \.onnx, got"),
         (lambda: to_onnx(half, model, size), r"dtype=torch\.float16 or .* \.pt2"),
         (lambda: to_torch_export(adapter, program, size, static_batch=0), "must be at least 1"),
+        (lambda: to_onnx(small_adapter("convnext"), model), r"arranges stages .* \(--size\)"),
     ):
         with pytest.raises(ExportError, match=message):
             export()

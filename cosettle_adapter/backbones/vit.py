@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from timm.layers import Format
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,25 +58,30 @@ class VisionTransformerBackbone(Backbone):
 
     def positions(self, grid: Grid) -> Positions:
         """Return the positions of a grid in float32; ``None`` for kinds that the model lacks."""
+        if type(grid[0]) is not int:  # a symbol: a graph of any size computes them itself
+            return self._positions_of(grid)
         key = (grid, self.device)
         if key not in self._positions:
             if len(self._positions) >= _CACHED_GRIDS:
                 self._positions.pop(next(iter(self._positions)))
-            absolute = rotary = None
             # A later pass with gradients could not use inference tensors.
             with torch.inference_mode(False), torch.no_grad():
-                if self._learned is not None:
-                    absolute = resize_positions(
-                        self._learned,
-                        grid,
-                        source_grid=(self.row.image_size // self.patch,) * 2,
-                        prefix=self.prefix_positions,
-                        interpolation=self.row.interpolation,
-                    )
-                if self.rope is not None:
-                    rotary = self.rope[0].get_embed(shape=list(grid))
-                self._positions[key] = Positions(absolute, rotary).to(self.device)
+                self._positions[key] = self._positions_of(grid)
         return self._positions[key]
+
+    def _positions_of(self, grid: Grid) -> Positions:
+        absolute = rotary = None
+        if self._learned is not None:
+            absolute = resize_positions(
+                self._learned,
+                grid,
+                source_grid=(self.row.image_size // self.patch,) * 2,
+                prefix=self.prefix_positions,
+                interpolation=self.row.interpolation,
+            )
+        if self.rope is not None:
+            rotary = self.rope[0].get_embed(shape=list(grid))
+        return Positions(absolute, rotary).to(self.device)
 
     def _maps(
         self, images: Tensor, reads: frozenset[Read], positions: Positions | None
@@ -170,12 +175,13 @@ def resize_positions(
     """Resize positions ``(1, prefix + h0 * w0, C)`` to another grid, bicubic, in float32."""
     # Authors differ in details that change features: scale+0.1 is the official code of DINO, MAE
     # and DINOv2; size+antialias that of DINOv2 with registers, CLIP and BLIP, and timm's default.
-    positions = positions.float()
-    if grid == source_grid:
-        return positions
-    leading, patches = positions[:, :prefix], positions[:, prefix:]
+    leading, patches = positions.float().tensor_split([prefix], dim=1)
     patches = rearrange(patches, "1 (h w) c -> 1 c h w", h=source_grid[0])
-    if interpolation == "scale+0.1":
+    if type(grid[0]) is not int:  # a symbol
+        patches = _resized_in_graph(patches, grid, interpolation)
+    elif grid == source_grid:
+        return positions.float()
+    elif interpolation == "scale+0.1":
         # The 0.1 keeps floor(h0 * scale) from falling one short of h (sides such as 546 and 602).
         scale = tuple((side + 0.1) / source for side, source in zip(grid, source_grid, strict=True))
         patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
@@ -183,3 +189,37 @@ def resize_positions(
         antialias = interpolation == "size+antialias"
         patches = F.interpolate(patches, grid, mode="bicubic", antialias=antialias)
     return torch.cat([leading, rearrange(patches, "1 c h w -> 1 (h w) c")], dim=1)
+
+
+def _resized_in_graph(patches: Tensor, grid: Grid, interpolation: PositionInterpolation) -> Tensor:
+    """Resize ``(1, C, h0, w0)`` as :func:`resize_positions` does, in a graph of any size."""
+    sources = patches.shape[-2:]
+    lengths = [torch.scalar_tensor(side) for side in grid]
+    if interpolation == "scale+0.1":
+        other = torch.stack([a != b for a, b in zip(lengths, sources, strict=True)]).any()
+        lengths = [length + 0.1 * other for length in lengths]
+    rows, columns = (
+        bicubic_matrix(side, source, source / length, antialias=interpolation == "size+antialias")
+        for side, source, length in zip(grid, sources, lengths, strict=True)
+    )
+    return einsum(rows, columns, patches, "h a, w b, n c a b -> n c h w")
+
+
+def bicubic_matrix(size: int, source: int, step: Tensor, *, antialias: bool) -> Tensor:
+    """Return ``(size, source)``, which resizes a side as ``F.interpolate`` does.
+
+    ``step`` is the distance of two results in units of the source. The kernel is that of Keys
+    (1981) with torch's parameters; with ``antialias``, it widens where a side shrinks.
+    """
+    sharpness, width = (-0.5, step.clamp(min=1.0)) if antialias else (-0.75, torch.ones_like(step))
+    centres = (torch.arange(size, dtype=step.dtype) + 0.5) * step - 0.5
+    taps = torch.arange(-2, source + 2)
+    distance = (taps - rearrange(centres, "n -> n 1")).abs() / width
+    near = (1 - distance) * (1 + distance - (sharpness + 2) * distance**2)
+    far = sharpness * (distance - 1) * (distance - 2) ** 2
+    weights = torch.where(distance < 1, near, far * (distance < 2))
+    if antialias:
+        weights = weights[:, 2:-2]
+        return weights / weights.sum(dim=1, keepdim=True)
+    border = taps.clamp(0, source - 1)  # is repeated outside
+    return weights @ F.one_hot(border, source).to(weights.dtype)

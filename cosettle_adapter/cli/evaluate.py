@@ -19,7 +19,7 @@ from cosettle_adapter.cli.evaluate_videos import (
     retrieval,
 )
 from cosettle_adapter.cli.tables import terminal_table
-from cosettle_adapter.evaluation.mask_clips import PUBLISHED, Propagation
+from cosettle_adapter.evaluation.mask_clips import PUBLISHED, LabelPropagation, Propagation
 from cosettle_adapter.evaluation.run import Protocol
 from cosettle_adapter.evaluation.tables import result_notes, result_tables
 from cosettle_adapter.evaluation.variants import feature_variants
@@ -100,6 +100,7 @@ class ClipOptions(FeatureOptions):
 
 DEFAULTS = ClipOptions()
 Labels = Annotated[Propagation, Parameter(name="*")]
+JointLabels = Annotated[LabelPropagation, Parameter(name="*")]
 
 
 @app.command
@@ -160,7 +161,7 @@ def vip(*, data: Path, labels: Labels = PUBLISHED, options: ClipOptions = DEFAUL
 
 
 @app.command
-def jhmdb(*, data: Path, labels: Labels = PUBLISHED, options: ClipOptions = DEFAULTS) -> int:
+def jhmdb(*, data: Path, labels: JointLabels = PUBLISHED, options: ClipOptions = DEFAULTS) -> int:
     """Propagation of human joints on JHMDB.
 
     Args:

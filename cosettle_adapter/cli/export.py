@@ -24,7 +24,7 @@ def export(
     model: str,
     /,
     *,
-    size: tuple[int, int],
+    size: tuple[int, int] | None = None,
     output: Output,
     loading: Loading = Loading(),
     no_preprocessing: bool = False,
@@ -35,11 +35,12 @@ def export(
     no_check: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as an ONNX or torch.export file for frames of one size.
+    """Write a model as an ONNX or torch.export file, for frames of one size or of any.
 
     Args:
         model: registered name, Hub repository or folder; with --layer, any backbone.
-        size: height and width of the frames in pixels, both whole numbers of patches.
+        size: height and width of the frames in pixels, both whole numbers of patches. By default
+            the file takes all such sizes from 3 x 3 patches; not for models of feature maps.
         output: file to write: .onnx, or .pt2 (torch.export), which runs on --device only.
         no_preprocessing: take normalised float32 images as input in place of uint8 frames.
         normalize: scale features to unit length.
@@ -66,7 +67,7 @@ def export(
     out = console()
     with out.status(f"loading {model}"):
         adapter = dataclasses.replace(loading, model=model).load(layer=layer)
-    with out.status(f"exporting {model} at {size[0]} x {size[1]}"):
+    with out.status(f"exporting {model}"):
         exported = (to_onnx if output.suffix == ".onnx" else to_torch_export)(
             adapter,
             output,

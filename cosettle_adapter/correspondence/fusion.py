@@ -180,13 +180,15 @@ def average_neighbours(features: Tensor, share: float) -> Tensor:
     unit = F.normalize(patches, dim=-1)
     frame = torch.arange(batch, device=features.device) * (height * width)
     means = []
-    for top in range(0, height, _ROWS):
-        bottom = min(top + _ROWS, height)
+    bands = [(0, height)]  # a graph of any size cannot repeat a step for each band
+    if type(height) is int:
+        bands = [(top, min(top + _ROWS, height)) for top in range(0, height, _ROWS)]
+    for top, bottom in bands:
         low, high = max(0, top - RADIUS), min(height, bottom + RADIUS)
         keys = unit[:, low * width : high * width]
         cosine = einsum(unit[:, top * width : bottom * width], keys, "b q c, b n c -> b q n")
         along, across = patch_distances(
-            range(top, bottom), range(low, high), width, features.device
+            slice(top, bottom), slice(low, high), width, features.device
         )
         squared = rearrange(along.square() + across.square(), "a s b t -> (a s) (b t)")
         near = (squared > 0) & (squared <= RADIUS**2)

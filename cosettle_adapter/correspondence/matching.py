@@ -35,14 +35,15 @@ def unit_map(features: Tensor) -> Tensor:
 
 
 def patch_distances(
-    lines: range, others: range, short: int, device: torch.device
+    lines: range | slice, others: range | slice, short: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return distances between patches of two ranges of lines of ``short`` patches.
 
+    A slice can have symbolic ends, which graphs of any size need; a range cannot.
     In lines, ``(lines, 1, others, 1)``, and within a line, ``(1, short, 1, short)``.
     """
     first, second, patch = (
-        torch.arange(r.start, r.stop, device=device) for r in (lines, others, range(short))
+        torch.arange(r.start, r.stop, device=device) for r in (lines, others, slice(0, short))
     )
     along = rearrange(first, "a -> a 1 1 1") - rearrange(second, "b -> 1 1 b 1")
     across = rearrange(patch, "s -> 1 s 1 1") - rearrange(patch, "t -> 1 1 1 t")

@@ -22,7 +22,7 @@ from cosettle_adapter.correspondence import propagate_labels
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import clips as folders
 from cosettle_adapter.evaluation.clips import Clip, images_named
-from cosettle_adapter.evaluation.mask_clips import PUBLISHED, Propagation
+from cosettle_adapter.evaluation.mask_clips import PUBLISHED, LabelPropagation
 from cosettle_adapter.evaluation.points import Pck, badja_accuracy, pck, track_queries
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, save_positions
 from cosettle_adapter.imports import require
@@ -111,7 +111,10 @@ def jhmdb_clips(
 
 
 def jhmdb_protocol(
-    data: Path, *, clips: Sequence[str] | None = None, propagation: Propagation = PUBLISHED
+    data: Path,
+    *,
+    clips: Sequence[str] | None = None,
+    propagation: LabelPropagation = PUBLISHED,
 ) -> Protocol[Joints]:
     """Return the benchmark on JHMDB: PCK, pooled over all clips without their first frames."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from cosettle_adapter.correspondence.propagation import PROTOCOLS
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import clips as folders
 from cosettle_adapter.evaluation.clips import Clip, Masks, images_in, images_named, pick
@@ -22,7 +24,8 @@ from cosettle_adapter.evaluation.masks import (
     summarise,
 )
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, mean
-from cosettle_adapter.video import FrameSelection
+from cosettle_adapter.upsampling import Upsampler, upsample
+from cosettle_adapter.video import FrameSelection, as_frames
 from cosettle_adapter.video.geometry import Geometry
 from cosettle_adapter.video.reader import pending_frames
 from cosettle_adapter.video.selection import PendingFrame
@@ -42,7 +45,7 @@ _MAX_OBJECTS = 64  # of a clip; more different values come from soft edges
 
 
 @dataclasses.dataclass(frozen=True)
-class Propagation:
+class LabelPropagation:
     """How labels are propagated through a clip.
 
     Attributes:
@@ -61,6 +64,42 @@ class Propagation:
         """Return the protocol and its overrides as keywords of ``LabelPropagator``."""
         options = dataclasses.asdict(self)
         return {name: value for name, value in options.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Propagation(LabelPropagation):
+    """How masks are propagated through a clip.
+
+    Attributes:
+        dense: upsample the features to this multiple of the grid before masks are propagated; the
+            radius grows with it, so that it spans the same pixels.
+        upsampler: bilinear, or guided by the frames.
+    """
+
+    dense: int | None = None
+    upsampler: Upsampler | None = None
+
+    def __post_init__(self) -> None:
+        if self.upsampler is not None and self.dense is None:
+            raise ValueError(f"got upsampler={self.upsampler!r} without dense; give dense=2, say")
+
+    def prepared(
+        self, clip: Clip[Masks], features: Tensor, geometry: Geometry
+    ) -> tuple[Iterable[Tensor], dict[str, Any]]:
+        """Return the maps to propagate masks by, and keywords of ``LabelPropagator``."""
+        options = self.options()
+        times, upsampler = options.pop("dense", 1), options.pop("upsampler", "bilinear")
+        if times == 1:
+            return features, options
+        options["radius"] = times * (self.radius or PROTOCOLS[self.protocol].radius)
+        sides = (times * geometry.grid[0], times * geometry.grid[1])
+
+        def maps() -> Iterator[Tensor]:
+            for index, coarse in enumerate(torch.split(features, 1)):
+                frame = as_frames(clip.read_frame(index)[None]) if upsampler == "guided" else None
+                yield upsample(coarse, geometry, sides, frames=frame, upsampler=upsampler)
+
+        return maps(), options
 
 
 PUBLISHED = Propagation()
@@ -84,7 +123,7 @@ def mask_protocol(
         return (long, short) if height > width else (short, long)
 
     def score(
-        clip: Clip[Masks], features: Tensor, _: Geometry, predictions: Path | None
+        clip: Clip[Masks], features: Tensor, geometry: Geometry, predictions: Path | None
     ) -> ClipScores:
         """Propagate the first mask and score the others; every object has equal weight."""
 
@@ -92,10 +131,9 @@ def mask_protocol(
             if predictions is not None:
                 save_labels(labels, predictions / f"{clip.frames[index].stem}.png")
 
-        masks, options = clip.read_annotations(), propagation.options()
-        scores = evaluate_sequence(
-            features, masks, annotated=clip.annotated, on_mask=save, **options
-        )
+        masks = clip.read_annotations()
+        maps, options = propagation.prepared(clip, features, geometry)
+        scores = evaluate_sequence(maps, masks, annotated=clip.annotated, on_mask=save, **options)
         objects = [  # mean, recall and decay of each
             dict(zip(MASK_MEASURES[1:], (*summarise(j), *summarise(f)), strict=True))
             for j, f in zip(scores.j, scores.f, strict=True)
@@ -286,7 +324,7 @@ def vip_protocol(
 
     The default ``topk`` is 10.
     """
-    options = dataclasses.replace(propagation, topk=propagation.topk or 10).options()
+    propagation = dataclasses.replace(propagation, topk=propagation.topk or 10)
 
     def size(clip: Clip[Masks]) -> tuple[int, int]:
         """Longer side 880, shorter side rounded down to a multiple of 64."""
@@ -296,15 +334,16 @@ def vip_protocol(
         return (other, _LONG_SIDE) if width >= height else (_LONG_SIDE, other)
 
     def score(
-        clip: Clip[Masks], features: Tensor, _: Geometry, predictions: Path | None
+        clip: Clip[Masks], features: Tensor, geometry: Geometry, predictions: Path | None
     ) -> ClipScores:
         """Propagate the classes of the first frame; unlike on DAVIS, that frame counts too."""
         masks = dict(zip(clip.annotated, clip.read_annotations(), strict=True))
         if 0 not in masks:
             raise FrameError(f"{clip.name!r} has no labels for its first frame")
         matrix = ConfusionMatrix(VIP_CLASSES)
-        maps = propagate_masks(features, masks[0], range(VIP_CLASSES), **options)
-        for index, labels in enumerate(maps):
+        maps, options = propagation.prepared(clip, features, geometry)
+        propagated = propagate_masks(maps, masks[0], range(VIP_CLASSES), **options)
+        for index, labels in enumerate(propagated):
             if index in masks:
                 matrix.add(masks[index], labels)
             if predictions is not None:
@@ -317,8 +356,9 @@ def vip_protocol(
             matrix.counts += np.array(clip.counts["matrix"], dtype=np.int64)
         return {"mIoU": matrix.mean_iou()}
 
+    settings = propagation.options()
     return Protocol(
-        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), size, score, options, total
+        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), size, score, settings, total
     )
 
 

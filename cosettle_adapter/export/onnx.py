@@ -35,7 +35,7 @@ _LARGEST_FILE = 2**31 - 2**24  # protobuf's limit of 2 GB, less space for the gr
 def to_onnx(
     adapter: CoSettleAdapter,
     path: str | Path,
-    size: tuple[int, int],
+    size: tuple[int, int] | None = None,
     *,
     preprocessing: bool = True,
     normalize: bool = False,
@@ -43,7 +43,7 @@ def to_onnx(
     check: bool = True,
     check_on: Any = None,
 ) -> Exported:
-    """Write an adapter, float32 or float16, for one frame size as an ONNX model with metadata.
+    """Write an adapter, float32 or float16, as an ONNX model with metadata.
 
     Arguments and errors are those of :func:`to_torch_export`; the file is checked in ONNX Runtime
     if that is installed. Weights of more than 2 GB, the limit of an ONNX file, go into a second

@@ -22,7 +22,7 @@ from cosettle_adapter.backbones import (
     lookup,
 )
 from cosettle_adapter.backbones.rows import BackboneRow, PositionInterpolation
-from cosettle_adapter.backbones.vit import resize_positions
+from cosettle_adapter.backbones.vit import _resized_in_graph, resize_positions
 from cosettle_adapter.errors import CorruptWeightsError, GeometryError
 
 from helpers import TINY, tiny_state
@@ -240,6 +240,30 @@ def test_every_grid_gets_exactly_its_positions(
     assert torch.equal(resized[:, :1], positions[:, :1])
     assert bool(torch.isfinite(resized).all())
     assert torch.equal(resize_positions(positions, (source, source), **how), positions)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_of_any_size_resize_as_torch_does(
+    mode: PositionInterpolation,
+) -> None:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # torch's own weights are off by 1e-5 in float32
+    try:
+        for source in ((37, 37), (14, 14), (7, 9)):
+            for grid in ((37, 37), (14, 14), (20, 35), (37, 35), (9, 7), (3, 60), (1, 1)):
+                patches = torch.randn(1, 3, *source)
+                how: Any = {"size": grid}
+                if mode == "scale+0.1":
+                    pairs = zip(grid, source, strict=True)
+                    how = {"scale_factor": tuple((a + 0.1) / b for a, b in pairs)}
+                antialias = mode == "size+antialias"
+                expected = F.interpolate(patches, **how, mode="bicubic", antialias=antialias)
+                found = _resized_in_graph(patches, grid, mode)
+                if grid == source:
+                    expected = patches
+                torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    finally:
+        torch.set_default_dtype(previous)
 
 
 def test_resizing_is_what_timm_and_the_official_dino_code_do() -> None:

@@ -90,9 +90,11 @@ def test_parts_baselines_and_fusion(run: Run, davis: Path, tmp_path: Path) -> No
     command = ["evaluate", "davis", *SMALL, "--data", davis]
     assert "different names" in run(*command, same, status=1)
     more = ["--baseline-layers", 4, 6, "--temporal-fusion", "causal", "--centre", "--every", 1]
+    more += ["--dense", 2, "--upsampler", "guided"]
     printed = run(*command, second, "--clips", "chelsea", *more)
     fused = ("centred layer 4", "centred layer 6", "adapted")
-    expected = ["second/chelsea", f"{davis.name}/chelsea", "of the other parts", "adapted, centred"]
+    expected = ["dense 2, upsampler guided", "of the other parts", "adapted, centred"]
+    expected += ["second/chelsea", f"{davis.name}/chelsea"]
     for text in (*expected, *(f"{kind}, fused causally" for kind in fused)):
         assert text in printed
     assert "astronaut" not in printed

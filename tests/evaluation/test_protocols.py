@@ -5,6 +5,7 @@ Labels go to the single best patch (``topk=1``): the protocols' averages blur ev
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from cosettle_adapter.evaluation import Clip, Joints, Propagation, Protocol, Tra
 from cosettle_adapter.evaluation.joint_clips import decode_joints, joint_heat_maps
 from cosettle_adapter.evaluation.masks import palette
 from cosettle_adapter.evaluation.points import track_queries
+from cosettle_adapter.upsampling import upsample
+from cosettle_adapter.video import as_frames
 from cosettle_adapter.video.geometry import plan_geometry
 
 FRAMES, PATCH, H, W = 5, 16, 8, 12
@@ -72,6 +75,10 @@ def tracks(occluded: NDArray[np.bool_] | None = None) -> Clip[Tracks]:
 NEAREST = Propagation(topk=1, context=2, radius=4)
 CASES: dict[str, tuple[Protocol[Any], Clip[Any]]] = {
     "davis": (evaluation.davis_protocol(Path(), propagation=NEAREST), masks(2)),
+    "davis, dense": (
+        evaluation.davis_protocol(Path(), propagation=dataclasses.replace(NEAREST, dense=2)),
+        masks(2),
+    ),
     "folder": (evaluation.folder_protocol(Path(), propagation=NEAREST), masks(1, (0, 2, 3))),
     "vip": (evaluation.vip_protocol(Path(), propagation=NEAREST), masks(2)),
     "jhmdb": (evaluation.jhmdb_protocol(Path(), propagation=NEAREST), joints()),
@@ -108,6 +115,26 @@ def test_features_that_know_the_answer_score_high_and_others_low(name: str, tmp_
         drawn = np.asarray(picture)
     assert drawn.shape == (H * PATCH, W * PATCH)
     assert set(np.unique(drawn)) == ({0, 1} if name == "folder" else {0, 1, 2})
+
+
+@pytest.mark.parametrize("upsampler", ["bilinear", "guided"])
+def test_masks_are_propagated_on_a_finer_grid(upsampler: Any) -> None:
+    size = (H * PATCH, W * PATCH, 3)
+    frames = tuple(np.full(size, 10 * t, dtype=np.uint8) for t in range(FRAMES))
+    clip = dataclasses.replace(masks(2), frames=frames)
+    maps, options = Propagation(dense=3, upsampler=upsampler).prepared(clip, KNOWS, GEOMETRY)
+    assert options == {"protocol": "crw", "radius": 60}
+    for found, features, frame in zip(maps, KNOWS, frames, strict=True):
+        guide = as_frames(frame[None])
+        torch.testing.assert_close(
+            found,
+            upsample(features[None], GEOMETRY, (3 * H, 3 * W), frames=guide, upsampler=upsampler),
+        )
+    maps, options = NEAREST.prepared(clip, KNOWS, GEOMETRY)
+    assert maps is KNOWS
+    assert options["radius"] == 4
+    with pytest.raises(ValueError, match="without dense; give dense=2"):
+        Propagation(upsampler=upsampler)
 
 
 def test_the_palette_is_that_of_davis() -> None:
