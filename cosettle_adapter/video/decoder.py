@@ -88,6 +88,8 @@ class Video:
         self.needed: Container[Fraction] | None = None  # times of frames not to be left out
         self.concealed: list[float] = []  # times of frames whose damage the decoder concealed
         self._begun = False  # whether a frame was decoded that refers to another one
+        # one for all frames: a frame's own would make its tables anew
+        self._reformatter = pyav().video.reformatter.VideoReformatter()
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
 
     def items(self) -> Generator[tuple[Fraction, VideoFrame] | LostFrames, None, None]:
@@ -230,9 +232,9 @@ class Video:
             matrix: Any = thumbnail.side_data.get("DISPLAYMATRIX")
             a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix else (1, 0, 0, 0, 1)
             self._turn = (a, b, c, d)
-        if self.select.square_pixels and self._pixel_aspect != 1:
-            frame = frame.reformat(width=round(frame.width * self._pixel_aspect), format="rgb24")
-        pixels = rearrange(torch.from_numpy(frame.to_ndarray(format="rgb24")), "h w c -> c h w")
+        width = round(frame.width * self._pixel_aspect) if self.select.square_pixels else None
+        picture = self._reformatter.reformat(frame, width=width, format="rgb24")
+        pixels = rearrange(torch.from_numpy(picture.to_ndarray()), "h w c -> c h w")
         a, b, c, d = self._turn
         if abs(b) + abs(c) > abs(a) + abs(d):
             pixels = rearrange(pixels, "c h w -> c w h")
@@ -317,9 +319,9 @@ def _choose_stream(
 
 
 def decode_video(
-    source: VideoSource, select: FrameSelection | None = None
+    source: VideoSource, select: FrameSelection | None = None, *, announce: bool = False
 ) -> Generator[PendingFrame | LostFrames, None, None]:
-    """Yield the frames of a video file at the times at which they are shown.
+    """Return the frames of a video file at the times at which they are shown.
 
     Times are seconds since the first frame, and may be unevenly spaced. Pixels become 8-bit RGB,
     rotated upright by the display matrix; transparency is dropped. Frames before second
@@ -327,14 +329,26 @@ def decode_video(
     Frames lost to damage are reported in their place.
 
     Raises:
-        FrameError: not a video, or a video without frames.
+        FrameError: at once if it is not a video; while reading, for a video without frames.
     """
     select = select or FrameSelection()
+    with contextlib.ExitStack() as opened:
+        video = opened.enter_context(open_video(source, select))
+        if announce:
+            video.announce()
+        return _decode(video, opened.pop_all())
+
+
+def _decode(
+    video: Video, opened: contextlib.ExitStack
+) -> Generator[PendingFrame | LostFrames, None, None]:
+    """Yield the frames of a video; open it again where decoding must begin again."""
+    source, select = video.source, video.select
     start = Fraction(select.start or 0)
     done = 0  # items yielded
     empty, seek, threads = True, start > 0, True
     while True:
-        with open_video(source, select, threads=threads) as video:
+        with opened:
             items = video.items_from(start) if seek else video.items()
             try:
                 with contextlib.closing(items):
@@ -354,6 +368,8 @@ def decode_video(
                 if video.concealed and done:
                     message = "%s is damaged: the decoder concealed it in %d frames, from %g s on"
                     logger.warning(message, source, len(video.concealed), video.concealed[0])
+        opened = contextlib.ExitStack()
+        video = opened.enter_context(open_video(source, select, threads=threads))
     if empty:
         raise FrameError(f"{source} has a video stream, but no frame of it can be decoded")
 

@@ -75,7 +75,7 @@ def open_frames(
         raise FrameError(f"skip must be at least 0, got {skip}")
     if chunk_size < 1:
         raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
-    name = _kind(source)
+    name = name_of(source)
     selected = select.of(pending_frames(source, select), name, skip=skip)
     eager = not isinstance(source, (str, os.PathLike, list))
     return _Chunks(name, chunk_size, skip, select, one_size, eager).of(selected)
@@ -88,14 +88,12 @@ def pending_frames(
     select = select or FrameSelection()
     content = _open(source)
     if isinstance(content, Path):
-        with decoder.open_video(content, select) as video:
-            video.announce()  # raises at once if it is not a video
-        return decoder.decode_video(content, select)
+        return decoder.decode_video(content, select, announce=True)
     if pages := _pages(content):
         return (page for page in pages)
     if select.source_fps is None and (select.fps is not None or select.times is not None):
         raise FrameError(
-            f"fps and times need the times of frames, which {_kind(source)} does not have; give "
+            f"fps and times need the times of frames, which {name_of(source)} does not have; give "
             "its frame rate as source_fps"
         )
     return (
@@ -180,7 +178,8 @@ def _load(item: Any, index: int) -> Tensor:
     return frame
 
 
-def _kind(source: Any) -> str:
+def name_of(source: Any) -> str:
+    """Return what messages call a source."""
     is_path = isinstance(source, (str, os.PathLike))
     return str(source) if is_path else f"the {type(source).__name__} of frames"
 
