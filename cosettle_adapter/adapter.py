@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import logging
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from cosettle_adapter.backbones import Backbone, HubOptions, load_backbone
-from cosettle_adapter.backbones.backbone import Read
 from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
-from cosettle_adapter.correspondence import FusionMode, TemporalFusion
-from cosettle_adapter.errors import DamagedError, ProjectionFormatError
+from cosettle_adapter.correspondence import FusionMode
+from cosettle_adapter.errors import ProjectionFormatError
 from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.hub import RAW, identity_projection, load_parts
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import Projection
-from cosettle_adapter.upsampling import DenseSize, Upsampler, upsample
+from cosettle_adapter.streaming import FeatureChunk, Source, StreamOptions, stream_videos
+from cosettle_adapter.upsampling import DenseSize, Upsampler
 from cosettle_adapter.version import __version__
-from cosettle_adapter.video import Fit, FrameSelection, Geometry, open_frames, pinned, prefetch
-from cosettle_adapter.video.reader import other_size
+from cosettle_adapter.video import Fit, FrameChunk, FrameSelection, open_frames, prefetch
 from cosettle_adapter.video.selection import selects_frames
 from cosettle_adapter.video.sources import short_name
 
@@ -35,22 +32,6 @@ if TYPE_CHECKING:
     from cosettle_adapter.upload import Pushed
 
 __all__ = ["DEFAULT_BATCH_SIZE", "CoSettleAdapter", "FeatureChunk", "Size"]
-
-logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureChunk:
-    """Features of consecutive frames of a stream."""
-
-    features: Tensor  # (N, C, h, w); (N, C, H, W) with ``dense``
-    timestamps: Tensor  # (N,) float64, seconds
-    geometry: Geometry  # how patches map to pixels of the source's frames
-    start: int  # number of frames delivered before this chunk
-    backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, on request
-    lost: tuple[float, ...] = ()  # seconds of frames that damage took, in this chunk or around it
-    cls: Tensor | None = None  # (N, C') class tokens, on request, if the backbone has one
-    registers: Tensor | None = None  # (N, R, C') register tokens, likewise
 
 
 class CoSettleAdapter(FeatureModel):
@@ -251,49 +232,68 @@ class CoSettleAdapter(FeatureModel):
                 frames of several sizes that ``size`` does not bring to one grid.
             DamagedError: with ``select.on_damage="error"``, after the features before the damage.
         """
-        settles = self.settles if settle is None else settle
-        settler = Settler(self.width, forgetting=forgetting) if settles else None
-        fusion = None if temporal_fusion is None else TemporalFusion(temporal_fusion)
-        chunks = open_frames(
+        frames = open_frames(
             source, select, skip=skip, chunk_size=batch_size, one_size=size is None
         )
-        chunks = pinned(chunks) if self.device.type == "cuda" else chunks
-        kinds = self.backbone.special if return_special else ()
-        special = [Read(self.backbone.default_layer, kind=kind) for kind in kinds]
-        guides: dict[int, Tensor] = {}  # frames by start, until their features are complete
+        options = StreamOptions(
+            size=size,
+            fit=fit,
+            normalize=normalize,
+            return_backbone=return_backbone,
+            return_special=return_special,
+            settle=settle,
+            forgetting=forgetting,
+            temporal_fusion=temporal_fusion,
+            dense=dense,
+            upsampler=upsampler,
+        )
+        chunks = stream_videos(self, [(source, frames)], options, batch_size=batch_size)
+        return (chunk for _, chunk in chunks)
 
-        def encoded() -> Iterator[tuple[FeatureChunk, Tensor]]:
-            first: Geometry | None = None
-            for chunk in prefetch(chunks):
-                tokens, features, geometry, further = self._encode(
-                    chunk.frames, size=size, fit=fit, also=special
-                )
-                first = first or geometry
-                if geometry.grid != first.grid:
-                    seconds = chunk.timestamps[0].item()
-                    raise other_size(geometry.frame, first=first.frame, seconds=seconds)
-                if settler is not None:
-                    features = settler.settle(features)
-                backbone = tokens if return_backbone else None
-                times, start = chunk.timestamps, chunk.start
-                if dense is not None and upsampler == "guided":
-                    guides[start] = chunk.frames
-                found: dict[str, Any] = dict(zip(kinds, further, strict=True))
-                result = FeatureChunk(
-                    features, times, geometry, start, backbone, chunk.lost, **found
-                )
-                yield result, tokens
+    def stream_many(
+        self,
+        sources: Iterable[Source],
+        *,
+        select: FrameSelection | None = None,
+        batch_size: int = 32,
+        on_error: Callable[[Source, Exception], None] | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[Source, FeatureChunk]]:
+        """Yield ``(source, chunk)`` for one video after the other, with batches across videos.
 
-        def finished(chunk: FeatureChunk) -> Tensor:
-            if dense is None:
-                return self._finished(chunk.features, normalize)
-            guide, features = guides.pop(chunk.start, None), chunk.features.to(self.dtype)
-            return upsample(features, chunk.geometry, dense, guide, upsampler, normalize)
+        Short videos leave the batches of :meth:`stream` half empty; here the frames of the next
+        videos fill them, if they have the same size or ``size`` gives them one. The chunks of each
+        video are those of :meth:`stream`: settling and fusion start anew with each video, and
+        features differ only by the rounding of float sums, which depends on the batch. (So
+        ``extract``, which promises the same bytes after an interruption, does not use this.)
 
-        results: Iterator[FeatureChunk] = (chunk for chunk, _ in encoded())
-        if fusion is not None:
-            results = _fused(((chunk, self._guide(tokens)) for chunk, tokens in encoded()), fusion)
-        return (dataclasses.replace(chunk, features=finished(chunk)) for chunk in results)
+        Args:
+            sources: videos as :meth:`stream` takes them, in a list or an iterator. They are read
+                one after the other in a thread, ahead by a few batches of frames.
+            select: as in :meth:`stream`, for every video.
+            batch_size: frames per forward pass, and at most per chunk.
+            on_error: called with a source and its error, after the features of the frames before
+                it; the other videos continue. By default, the error is raised there.
+            **options: further options of :meth:`stream`: ``size``, ``temporal_fusion``, ...
+
+        Raises:
+            FrameError, DamagedError: as in :meth:`stream`, but while streaming.
+        """
+        if isinstance(sources, (str, os.PathLike)):
+            raise TypeError(
+                f"expected several sources, got one path, {sources}: give a list of paths, such as "
+                "cosettle_adapter.video.find_videos(folder), or use stream"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        given = StreamOptions(**options)
+        one_size = given.size is None
+
+        def opened(source: Source) -> Generator[FrameChunk, None, None]:
+            yield from open_frames(source, select, chunk_size=batch_size, one_size=one_size)
+
+        videos = ((source, opened(source)) for source in sources)
+        return stream_videos(self, videos, given, batch_size=batch_size, on_error=on_error)
 
     @selects_frames
     @torch.no_grad()
@@ -351,31 +351,3 @@ class CoSettleAdapter(FeatureModel):
         (base,) = self._unsettled
         base.projection.to(self.device)
         return base
-
-
-def _fused(
-    chunks: Iterable[tuple[FeatureChunk, Tensor]], fusion: TemporalFusion
-) -> Iterator[FeatureChunk]:
-    """Fuse the features of ``(chunk, guide)`` pairs over time."""
-    waiting: collections.deque[FeatureChunk] = collections.deque()
-    ready: list[Tensor] = []
-
-    def complete() -> Iterator[FeatureChunk]:
-        while waiting and len(ready) >= (frames := len(waiting[0].timestamps)):
-            features = torch.stack(ready[:frames])
-            del ready[:frames]
-            yield dataclasses.replace(waiting.popleft(), features=features)
-
-    damaged: DamagedError | None = None
-    try:
-        for chunk, guide in chunks:
-            ready.extend(fusion.push(chunk.features, guide))
-            # without the unfused features, to free their memory
-            waiting.append(dataclasses.replace(chunk, features=chunk.features.new_empty(0)))
-            yield from complete()
-    except DamagedError as error:
-        damaged = error
-    ready.extend(fusion.flush())
-    yield from complete()
-    if damaged is not None:
-        raise damaged

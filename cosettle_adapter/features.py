@@ -150,8 +150,8 @@ class FeatureModel(nn.Module):
 
         Returns:
             Features ``(T, C, h, w)`` with the leading dimensions of ``frames``, or ``(T, C, H, W)``
-            if ``dense``; ``(backbone, features)`` if ``return_backbone``. If the adapter ``settles``, each clip
-            is settled with the statistics of its own T frames.
+            if ``dense``; ``(backbone, features)`` if ``return_backbone``. If the adapter
+            ``settles``, each clip is settled with the statistics of its own T frames.
 
         Raises:
             FrameError: frames of another shape, range or dtype, or no frames.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parent / "benchmarks"
-ALL = ["adapter(", "fusion", "mp4", "from_pretrained", "propagation", "F of", "settle", "fit"]
+ALL = ["adapter(", "fusion", "mp4", "many", "from_pre", "propagation", "F of", "settle", "fit"]
 
 
 @pytest.mark.parametrize(

@@ -167,9 +167,19 @@ def read_list(lists: Sequence[Path]) -> list[str]:
         expected, folder = lists[0], lists[0].parent
         near = did_you_mean(expected.name, entries(folder))
         raise FrameError(f"no list of clips {expected}; found {found_in(folder)} in it.{near}")
-    paths = [Path(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
+    paths = [Path(line.split()[0]) for line in read_text(path).splitlines() if line.strip()]
+    if not paths:
+        raise FrameError(f"{path} names no clips; expected one on each line")
     names = [p.parent.name if p.stem.isdigit() and p.parent.name else p.name for p in paths]
     return list(dict.fromkeys(names))
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a text file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FrameError(f"{path} cannot be read as text: {error}") from error
 
 
 def clip_folders(

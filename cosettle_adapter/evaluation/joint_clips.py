@@ -331,7 +331,7 @@ def _listed(folder: Path, ending: str) -> dict[str, Path]:
     clips = {
         name: Path(path.name.removesuffix(ending), name)
         for path in sorted(folder.glob(f"*{ending}"))
-        for name in re.findall(r"^(\S+?)(?:\.avi)?[ \t]+2[ \t]*$", path.read_text(), re.M)
+        for name in re.findall(r"^(\S+?)(?:\.avi)?[ \t]+2[ \t]*$", folders.read_text(path), re.M)
     }
     if not clips:
         raise FrameError(

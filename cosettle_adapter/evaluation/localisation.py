@@ -7,6 +7,7 @@ of frames outside all labelled segments is a segment of the background.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections import Counter, defaultdict
@@ -19,7 +20,7 @@ import torch
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.classification import Predictions, nearest_votes
-from cosettle_adapter.evaluation.clips import few
+from cosettle_adapter.evaluation.clips import few, read_text
 from cosettle_adapter.evaluation.videos import VideoFrames, with_centred
 
 BACKGROUND = "background"
@@ -44,7 +45,7 @@ def read_segments(path: str | os.PathLike[str]) -> list[Segment]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FrameError(f"{path} does not exist; expected a CSV file with {','.join(_COLUMNS)}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with io.StringIO(read_text(path), newline="") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or ()
         missing = [name for name in _COLUMNS if name not in columns]

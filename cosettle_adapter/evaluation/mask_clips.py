@@ -365,9 +365,10 @@ def vip_protocol(
 def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
     """Read a clip's object ids and check that they can be scored."""
     masks, size = clip.read_annotations(), clip.read_frame(0).shape[:2]
+    folder = clip.inputs[-1].parent
     if masks.shape[1:] != size:
         raise FrameError(
-            f"the masks of {clip.name!r} are {masks.shape[1]} x {masks.shape[2]}, but its "
+            f"the masks in {folder} are {masks.shape[1]} x {masks.shape[2]}, but the clip's "
             f"frames are {size[0]} x {size[1]}; draw the masks at the size of the frames"
         )
     labels = set(np.unique(masks).tolist())
@@ -375,7 +376,7 @@ def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
         masks = (masks == VOID).astype(np.uint8)
     elif len(labels) > _MAX_OBJECTS:
         raise FrameError(
-            f"the masks of {clip.name!r} have {len(labels)} different values, expected at most "
+            f"the masks in {folder} have {len(labels)} different values, expected at most "
             f"{_MAX_OBJECTS} object ids; do they have soft edges? Save the masks as PNG, without "
             "anti-aliasing, with one whole number for every object"
         )

@@ -60,8 +60,16 @@ def tapvid_clips(path: str | Path, *, clips: Sequence[str] | None = None) -> lis
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.pkl"))
     if not files:
         raise FrameError(f"{path} holds no .pkl, expected {TAPVID}; found {found_in(path)}")
-    known = {name: entry for file in files for name, entry in _videos(file).items()}
-    return list_clips("TAP-Vid video", path, known, clips, lambda name: _clip(name, known[name]))
+    known = {name: (file, entry) for file in files for name, entry in _videos(file).items()}
+
+    def make(name: str) -> Clip[Tracks]:
+        file, entry = known[name]
+        try:
+            return _clip(name, entry)
+        except FrameError as error:
+            raise FrameError(f"{file}: {error}") from error
+
+    return list_clips("TAP-Vid video", path, known, clips, make)
 
 
 def tapvid_protocol(

@@ -84,6 +84,8 @@ class Video:
         self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)  # width over height
         self.refusal = ""  # why the selected device does not decode it
         self._begun = False  # whether a frame was decoded that refers to another one
+        # one for all frames: a frame's own would make its tables anew
+        self._reformatter = pyav().video.reformatter.VideoReformatter()
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
 
     def items(self) -> Generator[tuple[Fraction, VideoFrame] | LostFrames, None, None]:
@@ -236,9 +238,9 @@ class Video:
             matrix: Any = thumbnail.side_data.get("DISPLAYMATRIX")
             a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix else (1, 0, 0, 0, 1)
             self._turn = (a, b, c, d)
-        if self.select.square_pixels and self._pixel_aspect != 1:
-            frame = frame.reformat(width=round(frame.width * self._pixel_aspect), format="rgb24")
-        pixels = rearrange(torch.from_numpy(frame.to_ndarray(format="rgb24")), "h w c -> c h w")
+        width = round(frame.width * self._pixel_aspect) if self.select.square_pixels else None
+        picture = self._reformatter.reformat(frame, width=width, format="rgb24")
+        pixels = rearrange(torch.from_numpy(picture.to_ndarray()), "h w c -> c h w")
         a, b, c, d = self._turn
         if abs(b) + abs(c) > abs(a) + abs(d):
             pixels = rearrange(pixels, "c h w -> c w h")
@@ -320,9 +322,9 @@ def _choose_stream(
 
 
 def decode_video(
-    source: VideoSource | Input, select: FrameSelection | None = None
+    source: VideoSource | Input, select: FrameSelection | None = None, *, announce: bool = False
 ) -> Generator[PendingFrame | LostFrames, None, None]:
-    """Yield the frames of a video at the times at which they are shown.
+    """Return the frames of a video at the times at which they are shown.
 
     Times are seconds since the first frame, and may be unevenly spaced. Pixels become 8-bit RGB,
     rotated upright by the display matrix; transparency is dropped. Frames before second
@@ -330,18 +332,29 @@ def decode_video(
     Frames lost to damage are reported in their place.
 
     Raises:
-        FrameError: not a video, or a video without frames.
+        FrameError: at once if it is not a video; while reading, for a video without frames.
         ConnectionError: what sends it broke off.
     """
     select = select or FrameSelection()
+    with contextlib.ExitStack() as opened:
+        once = isinstance(source, Input) and source.once
+        video = opened.enter_context(open_video(source, select, threads=not once))
+        if announce:
+            video.announce()
+        return _decode(video, opened.pop_all())
+
+
+def _decode(
+    video: Video, opened: contextlib.ExitStack
+) -> Generator[PendingFrame | LostFrames, None, None]:
+    """Yield the frames of a video; open it again where decoding must begin again."""
+    source, select = video.source, video.select
     start = Fraction(select.start or 0)
     done = 0  # items yielded
     once = isinstance(source, Input) and source.once
     empty, seek, threads = True, start > 0 and not once, not once
     while True:
-        with open_video(source, select, threads=threads) as video:
-            if once:
-                video.announce()
+        with opened:
             items = video.items_from(start) if seek else video.items()
             try:
                 with contextlib.closing(filtered(items, select)) as items:
@@ -360,6 +373,8 @@ def decode_video(
             finally:
                 if done:
                     video.report()
+        opened = contextlib.ExitStack()
+        video = opened.enter_context(open_video(source, select, threads=threads))
     if empty and once:
         raise why_not(source, ValueError("no frame of it can be decoded"))
     if empty:

@@ -81,7 +81,7 @@ def open_frames(
     if chunk_size < 1:
         raise FrameError(f"chunk_size must be at least 1, got {chunk_size}")
     content = _open(source, select.live)
-    name = _kind(source, content)
+    name = name_of(source, content)
     selected = select.of(pending_frames(content, select, name), name, skip=skip)
     waits = isinstance(content, (Path, list)) or (isinstance(content, Input) and not content.live)
     return _Chunks(name, chunk_size, skip, select, one_size, eager=not waits).of(selected)
@@ -96,16 +96,13 @@ def pending_frames(
     if isinstance(content, Input) and content.live:
         return read_live(content, select)
     if isinstance(content, (Path, Input)):
-        if not (isinstance(content, Input) and content.once):
-            with decoder.open_video(content, select) as video:
-                video.announce()  # raises at once if it is not a video
-        return decoder.decode_video(content, select)
+        return decoder.decode_video(content, select, announce=True)
     if (single := _single_image(content)) and files.count_pages(single) > 1:
         return files.read_pages(single)
     if select.source_fps is None and (select.fps is not None or select.times is not None):
         raise FrameError(
-            f"fps and times need the times of frames, which {name or _kind(source)} does not have; "
-            "give its frame rate as source_fps"
+            f"fps and times need the times of frames, which {name or name_of(source)} does not "
+            "have; give its frame rate as source_fps"
         )
     return (
         PendingFrame(
@@ -162,7 +159,7 @@ def _open(source: Any, live: bool | None = None) -> Path | Input | Tensor | Iter
         once = content.once or (live is False and content.live)
         return replace(content, live=content.live if live is None else live, once=once)
     if live:
-        raise FrameError(f"live is for URLs, devices and pipes, and {_kind(source)} is none")
+        raise FrameError(f"live is for URLs, devices and pipes, and {name_of(source)} is none")
     if content is not None:
         return content
     if holds_pixels(source):
@@ -202,8 +199,8 @@ def _load(item: Any, index: int) -> Tensor:
     return frame
 
 
-def _kind(source: Any, content: Any = None) -> str:
-    """What messages call a source."""
+def name_of(source: Any, content: Any = None) -> str:
+    """Return what messages call a source."""
     if isinstance(content, Input):
         return content.name
     is_path = isinstance(source, (str, os.PathLike))

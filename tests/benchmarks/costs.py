@@ -188,6 +188,32 @@ print(peak_mebibytes())
 """
 
 
+def many(options: Options) -> Iterator[Figure]:
+    adapter = options.adapter()
+    count, size = options.pick(400 if options.device != "cpu" else 24, 3), options.pick(224, 56)
+    frames = clip(16 * count, options.pick((240, 320), (64, 80)))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        long = write_film(frames, folder / "long.mp4", fps=25)
+        short = [
+            write_film(part, folder / f"{number}.mp4", fps=25)
+            for number, part in enumerate(frames.split(16))
+        ]
+        found = interleaved(
+            {
+                "long": lambda: [0 for _ in adapter.stream(long, batch_size=32, size=size)],
+                "many": lambda: [0 for _ in adapter.stream_many(short, size=size)],
+            },
+            rounds=options.rounds,
+            device=options.device,
+        )
+    yield figure(
+        f"`stream_many`, {count} clips of 16 frames at batch 32, frames/s against one long video",
+        ratios(found["long"], found["many"]),
+        at_least=0.9,
+    )
+
+
 def _frames(film: Path) -> Iterator[torch.Tensor]:
     from cosettle_adapter.video import open_frames
 
@@ -360,9 +386,9 @@ def closed_forms(options: Options) -> Iterator[Figure]:
     )
 
 
+_ALL = (inference, fusion, stream, many, load, first_use, propagation, masks, closed_forms)
 COSTS: dict[str, Callable[[Options], Iterator[Figure]]] = {
-    function.__name__: function
-    for function in (inference, fusion, stream, load, first_use, propagation, masks, closed_forms)
+    function.__name__: function for function in _ALL
 }
 
 

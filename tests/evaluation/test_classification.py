@@ -278,6 +278,7 @@ def test_a_table_that_cannot_be_meant_is_described(tmp_path: Path) -> None:
     for text, message in (
         ("video,start,end\na,0,1\n", "lacks label; its first line must be video,start,end,label"),
         ("", "has the columns none"),
+        ("\xff", r"\.csv cannot be read as text"),
         (head, "has no segments below its header"),
         (head + "a,0,1,x\na,2,1,y\n", "line 3: got video 'a', start '2', end '1'"),
         (head + "a,zero,1,x\n", "line 2: .*expected a video, a label and seconds"),
@@ -285,6 +286,6 @@ def test_a_table_that_cannot_be_meant_is_described(tmp_path: Path) -> None:
         (head + "a,0,1,\n", "line 2"),
         (head + "a,0,9,x\na,1,2,x\na,5,6,y\n", "'x' and 'y' overlap in a at 5 s"),
     ):
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
         with pytest.raises(FrameError, match=message):
             read_segments(path)

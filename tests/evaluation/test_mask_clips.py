@@ -130,12 +130,12 @@ def test_labels_that_appear_late(tmp_path: Path) -> None:
 
 def test_masks_that_cannot_be_used(tmp_path: Path) -> None:
     soft = np.arange(SHAPES.size, dtype=np.uint8).reshape(SHAPES.shape)
-    with pytest.raises(FrameError, match=r"'soft' have 256 different values, .*anti-aliasing"):
+    with pytest.raises(FrameError, match=r"soft.masks have 256 different values, .*anti-aliasing"):
         folder_clips(write_folder(tmp_path / "soft", soft))[0].read_annotations()
     folder = write_folder(tmp_path / "small")
     for t in range(4):
         save(folder / "masks" / f"{t}.png", SHAPES[t, :6], "L")
-    with pytest.raises(FrameError, match="masks of 'small' are 6 x 20, but its frames are 12 x 20"):
+    with pytest.raises(FrameError, match=r"small.masks are 6 x 20, but .* frames are 12 x 20"):
         folder_clips(folder)[0].read_annotations()
 
 
@@ -208,6 +208,10 @@ def test_wrong_folders_are_explained(tmp_path: Path) -> None:
     ):
         with pytest.raises(FrameError, match=message):
             list_them(tmp_path / folder, **options)  # type: ignore[operator]
+    for content, message in ((b"\xff\n", "cannot be read as text"), (b"\n", "names no clips")):
+        (fine / "lists" / "val_videos.txt").write_bytes(content)
+        with pytest.raises(FrameError, match=rf"val_videos\.txt {message}"):
+            vip_clips(fine)
     (fine / "Annotations" / "Category_ids").rename(fine / "Annotations" / "Category_id")
     with pytest.raises(FrameError, match=r"expected Annotations/Category_ids .* 'Category_id'\?"):
         vip_clips(fine)

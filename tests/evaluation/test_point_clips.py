@@ -96,7 +96,7 @@ def test_one_bad_video_does_not_lose_the_others(tmp_path: Path) -> None:
     good, *others = tapvid_clips(write(tmp_path / "davis.pkl", content))
     assert good.read_frame(0).shape == (H, W, 3)
     for clip, (name, (_, message)) in zip(others, bad.items(), strict=True):
-        assert re.search(f"TAP-Vid video '{name}': .*{message}", problem_of(clip))
+        assert re.search(rf"TAP-Vid video '{name}': .*davis\.pkl: .*{message}", problem_of(clip))
 
 
 def test_wrong_paths_are_explained(tmp_path: Path) -> None:
