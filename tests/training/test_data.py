@@ -123,30 +123,51 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator_of(0))
 
 
-def test_crops_are_drawn_as_the_official_code_draws() -> None:
-    """Area uniform, ratio log-uniform, sides cut to the frame, place uniform, half mirrored."""
-    generator = torch.Generator().manual_seed(0)
+def published_crop(height: int, width: int, own: np.random.Generator) -> tuple[int, int]:
+    """Height and width as torchvision documents them: ten tries, then the centre."""
+    for _ in range(10):
+        area = height * width * own.uniform(0.5, 1.0)
+        ratio = math.exp(own.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if w <= width and h <= height:
+            return h, w
+    if width / height < 3 / 4:
+        return round(width * 4 / 3), width
+    return (height, round(height * 4 / 3)) if width / height > 4 / 3 else (height, width)
+
+
+def test_crops_are_drawn_as_published() -> None:
+    generator, own = torch.Generator().manual_seed(0), np.random.default_rng(0)
     side, count = 224, 20_000
     crops = [draw_crop(side, side, generator=generator) for _ in range(count)]
     tops, lefts, heights, widths, flips = np.array(crops).T
     assert (np.minimum(tops, lefts) >= 0).all()
     assert (np.maximum(tops + heights, lefts + widths) <= side).all()
-    own = np.random.default_rng(0)
-    area = side * side * own.uniform(0.5, 1.0, count)
-    ratio = np.exp(own.uniform(math.log(3 / 4), math.log(4 / 3), count))
-    for ours, theirs in (
-        (widths, np.minimum(np.round(np.sqrt(area * ratio)), side)),
-        (heights, np.minimum(np.round(np.sqrt(area / ratio)), side)),
-    ):
-        levels = np.linspace(0.02, 0.98, 25)
-        assert np.abs(np.quantile(ours, levels) - np.quantile(theirs, levels)).max() <= 2
+    assert np.mean([heights, widths]) == pytest.approx(186.4, abs=0.5)
+    assert np.mean((heights == side) | (widths == side)) == pytest.approx(0.02, abs=0.004)
+    expected = np.array([published_crop(side, side, own) for _ in range(count)]).T
+    levels = np.linspace(0.02, 0.98, 25)
+    for found, sides in zip((heights, widths), expected, strict=True):
+        assert np.abs(np.quantile(found, levels) - np.quantile(sides, levels)).max() <= 2
     free = heights <= side - 20
     places = tops[free] / (side - heights[free])
     assert np.histogram(places, bins=5, range=(0, 1))[0].min() > 0.17 * len(places)
     assert set(tops[heights == side - 1]) == {0, 1}
     assert flips.sum() == pytest.approx(count / 2, rel=0.03)
-    wide = [draw_crop(1080, 1920, generator=generator) for _ in range(1000)]
-    assert all(0.74 <= width / height <= 1.545 for _, _, height, width, _ in wide)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (90, 160), (40, 400), (400, 40), (1, 1)])
+def test_crops_are_torchvisions(size: tuple[int, int]) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    for seed in range(50):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            theirs = transforms.RandomResizedCrop.get_params(
+                torch.zeros(3, *size), scale=[0.5, 1.0], ratio=[3 / 4, 4 / 3]
+            )
+        assert draw_crop(*size, generator=torch.Generator().manual_seed(seed))[:4] == theirs
+    if max(size) == 400:
+        assert max(theirs[2:]) == 53, "no crop of that shape fits, so it is the centre"
 
 
 @pytest.mark.parametrize("size", [16, 24, 40])
