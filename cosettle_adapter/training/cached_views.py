@@ -137,6 +137,7 @@ def build_views(
         "stride": backbone.stride,
         "layers": list(config.layers),
         "norm": config.norm,
+        "perturbed_norm": settings.perturbed_norm(backbone),
         "videos": pairs.corpus.digest,
     }
     refusal = (

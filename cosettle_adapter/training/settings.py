@@ -59,8 +59,9 @@ class TrainSettings:
         warmup_epochs: epochs of linear warm-up from 0, followed by a half cosine to 0; by default
             one epoch, or a fifth of a run of fewer than five.
         layers: 0-based layers to concatenate, negative from the end; the backbone's by default.
-        norm: apply the final norm; by default if only the last layer is read and the backbone has
-            a final norm.
+        norm: apply the final norm, or do not; by default it is applied if only the last layer is
+            read and the backbone has a final norm. For I-JEPA the default is that of the official
+            code, which applies it to the views with perturbed positions only.
         head: kind of the projection.
         activation: nonlinearity of the projection.
         init: initial weights: random (for an affine head the identity), identity, or a projection
@@ -162,6 +163,12 @@ class TrainSettings:
             kind=self.head,
             activation=self.activation,
         )
+
+    def perturbed_norm(self, backbone: Backbone) -> bool:
+        """Return whether views with perturbed positions are read after the final norm."""
+        config, released = self.head_config(backbone), backbone.row.perturbed_norm
+        as_released = self.norm is None and config.layers == (backbone.depth - 1,)
+        return released if as_released and released is not None else config.norm
 
     def highest_lr(self, samples: int, steps: int) -> float:
         """Return the highest learning rate of a run: ``base_lr`` * samples per step / 256.
