@@ -34,8 +34,6 @@ from cosettle_adapter.training.settings import TrainSettings
 T = TypeVar("T")
 Key = tuple[int, int]  # epoch and index of a sample, both 0-based
 
-GAP = 0.15  # distance between the two frames of a pair, as a fraction of the clip's length
-
 _SCALE = (0.5, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 _SHORT = 4
@@ -171,7 +169,10 @@ class TrainingPairs(Dataset[Sample]):
             chunk = visits[first : first + _SAMPLES_PER_READ]
             seeds = [seed_of(settings.seed, owner, visit) for visit in chunk]
             generators = [generator_of(seed, "frames") for seed in seeds]
-            chosen = [choose_frames(length, settings.frames, generator=g) for g in generators]
+            chosen = [
+                choose_frames(length, settings.frames, gap=settings.clip_gap, generator=generator)
+                for generator in generators
+            ]
             frames = video.read([index for indices in chosen for index in indices])
             cycles = rearrange(frames, "(s t) c h w -> s t c h w", t=settings.frames)
             for seed, generator, cycle in zip(seeds, generators, cycles, strict=True):
@@ -180,7 +181,7 @@ class TrainingPairs(Dataset[Sample]):
 
 
 def choose_frames(
-    length: int, frames: int = 2, *, generator: torch.Generator, gap: float = GAP
+    length: int, frames: int = 2, *, gap: float, generator: torch.Generator
 ) -> tuple[int, ...]:
     """Draw the 0-based frames of a cycle as the official code does, never frame 0 of a long clip.
 

@@ -109,11 +109,11 @@ def test_frames_are_equally_far_apart(length: int, frames: int, seed: int, gap: 
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 6])
 def test_short_clips_give_independent_frames(length: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    pairs = Counter(choose_frames(length, generator=generator) for _ in range(3000))
+    pairs = Counter(choose_frames(length, gap=0.15, generator=generator) for _ in range(3000))
     assert len(pairs) == length**2
     assert min(pairs.values()) > 0.5 * 3000 / length**2
     with pytest.raises(FrameError, match="has no frames"):
-        choose_frames(0, generator=generator)
+        choose_frames(0, gap=0.15, generator=generator)
 
 
 # Crops ----------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class FakeVideo(Video):
         return levels[:, None, None, None].expand(-1, 3, 32, 48).contiguous()
 
 
-def fake_pairs(lengths: Sequence[int], **options: int) -> TrainingPairs:
+def fake_pairs(lengths: Sequence[int], **options: float) -> TrainingPairs:
     videos = [FakeVideo(str(number), Path(str(length))) for number, length in enumerate(lengths)]
     return TrainingPairs(Corpus(videos), TrainSettings(size=16, **options))  # type: ignore[arg-type]
 
@@ -279,10 +279,11 @@ def test_turns_continue_over_epochs_however_they_are_drawn(pairs: TrainingPairs)
 
 
 def test_frames_are_the_chosen_ones() -> None:
-    pairs = fake_pairs([40], pairs_per_clip=1, frames=3)
+    pairs = fake_pairs([40], pairs_per_clip=1, frames=3, clip_gap=0.3)
     for epoch in range(10):
         sample = pairs[epoch, 0]
-        chosen = choose_frames(40, 3, generator=generator_of(sample.seed, "frames"))
+        chosen = choose_frames(40, 3, gap=0.3, generator=generator_of(sample.seed, "frames"))
+        assert np.diff(chosen).tolist() == [12, 12]
         levels = (sample.data.mean((1, 2, 3)) * 255).round().int().tolist()
         assert levels == list(chosen)
 
