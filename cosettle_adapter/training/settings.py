@@ -42,8 +42,9 @@ class TrainSettings:
     Attributes:
         temperatures: softmax temperatures of the cycle; loss and accuracy are means over them.
         separability_weight: weight of the separability loss, the paper's lambda; 0 removes it.
-        reg_loss: the separability loss: KL divergence as in the paper, or the mean squared error of
-            the unit tokens over all channels, about 2 / (views x patches) of it.
+        reg_loss: the separability loss: kl, the paper's divergence, summed over the tokens; or mse,
+            the squared error of unit tokens, averaged over tokens and channels and hundreds of
+            times smaller.
         pea: crop of the zoomed grid of positions: a different one for each sample, one per step for
             the whole batch (as in the official code), or off.
         pea_ratio: the grid of positions is zoomed by 1 + this ratio.
@@ -60,9 +61,9 @@ class TrainSettings:
         warmup_epochs: epochs of linear warm-up from 0, followed by a half cosine to ``min_lr``; by
             default one epoch, or a fifth of a run of fewer than five.
         layers: 0-based layers to concatenate, negative from the end; the backbone's by default.
-        norm: apply the final norm, or do not; by default it is applied if only the last layer is
-            read and the backbone has a final norm. For I-JEPA the default is that of the official
-            code, which applies it to the views with perturbed positions only.
+        norm: apply the final norm; by default if only the last layer is read and the backbone has
+            a final norm, and for I-JEPA only to the views with perturbed positions, as in the
+            official code.
         head: kind of the projection.
         activation: nonlinearity of the projection.
         init: initial weights: random (for an affine head the identity), identity, or a projection

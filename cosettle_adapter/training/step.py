@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,13 @@ class Stepper:
         self._accelerator, self._backbone, self._data = accelerator, backbone, data
         self._plan, self._settings, self._head = plan, settings, head
         self._grid = backbone.grid(settings.size, settings.size)
-        self._highest_lr = settings.highest_lr(plan.samples_per_step, plan.steps)
+        self._lr = functools.partial(
+            learning_rate,
+            steps=plan.steps,
+            warmup=settings.warmup * plan.steps_per_epoch,
+            highest=settings.highest_lr(plan.samples_per_step, plan.steps),
+            lowest=settings.min_lr,
+        )
         self._wrapped: nn.Module = accelerator.prepare(head)
         self._optimizer: Any = accelerator.prepare(make_optimizer(head, settings))
         self.skipped: dict[str, str] = {}
@@ -82,13 +89,7 @@ class Stepper:
             messages = gather(accelerator, None if failure is None else str(failure))
             raise failure or TrainingError(next(message for message in messages if message))
         accelerator.backward(losses.total / len(parts))
-        lr = learning_rate(
-            step,
-            steps=plan.steps,
-            warmup=self._settings.warmup * plan.steps_per_epoch,
-            highest=self._highest_lr,
-            lowest=self._settings.min_lr,
-        )
+        lr = self._lr(step)
         norm = self._update(step, parts, lr)
         means = [value / accelerator.num_processes for value in agreed[:4]]
         speed = plan.samples_per_step / max(time.monotonic() - start, 1e-9)
