@@ -26,6 +26,7 @@ SMALLER = {
     "onnx_runtime": "--model tiny --size 64 96 --frames 4",
     "pca_film": "--frames 3 --size 112",
     "propagate_mask": "--frames 5",
+    "propagate_mask_texture": "--frames 5 --texture --size 448",
     "timm_style_features": "--frames 6",
     "track_points": "--frames 6",
     "training_loop": "--frames 9 --steps 60",
@@ -50,8 +51,9 @@ def printed(
     if name == "onnx_runtime":
         shutil.copytree(Path(__file__).with_name("golden") / "format1", "tiny")
         tiny_weights(tmp_path).rename("tiny/backbone.safetensors")
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLES[name]), *SMALLER.get(name, "").split()])
-    runpy.run_path(str(EXAMPLES[name]), run_name="__main__")
+    example = str(EXAMPLES[name.removesuffix("_texture")])
+    monkeypatch.setattr(sys, "argv", [example, *SMALLER.get(name, "").split()])
+    runpy.run_path(example, run_name="__main__")
     return capsys.readouterr().out
 
 
@@ -84,6 +86,12 @@ def test_propagate_mask(printed: str, tmp_path: Path) -> None:
     (overlap,) = numbers(rf"true masks: {NUMBER} %", printed)
     assert overlap > 50
     assert (tmp_path / "masks.mp4").stat().st_size > 10_000
+
+
+def test_propagate_mask_texture(printed: str) -> None:
+    (own,) = numbers(rf"own label: {NUMBER} %", printed)
+    assert "8 label(s) through 5 frames" in printed
+    assert own > 40, "of eight stripes"
 
 
 def test_track_points(printed: str, tmp_path: Path) -> None:

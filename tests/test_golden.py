@@ -134,7 +134,7 @@ def trained(folder: Path) -> dict[str, Any]:
         --epochs 1 --pairs-per-clip 2 --batch-size 2 --base-lr 0.05"""
     assert command_line(words.split()) == 0
     lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
-    names = ("loss", "cycle", "kl", "accuracy", "lr", "grad_norm")
+    names = ("loss", "cycle", "separability", "accuracy", "lr", "grad_norm")
     weights = described(load_file(folder / "out/projection.safetensors"))
     return {name: [float(line[name]) for line in lines] for name in names} | weights
 

@@ -52,6 +52,8 @@ class BackboneRow:
     kind: Literal["vit", "features"] = "vit"  # one resolution or several
     positions: str = "absolute"  # absolute, rotary, absolute+rotary or none (feature maps)
     final_norm: bool = True  # whether the last layer is read after the final norm
+    # the same for views with perturbed positions, if the paper's training treats them differently
+    perturbed_norm: bool | None = None
     # How the authors resize absolute positions to another grid: bicubic to a size (with or
     # without antialiasing), or by a scale with 0.1 patches added.
     interpolation: PositionInterpolation = "size+antialias"
@@ -111,6 +113,7 @@ _IJEPA = {
     **_MAE,
     "options": {"class_token": False},
     "final_norm": False,
+    "perturbed_norm": True,
     "note": f"{_NON_COMMERCIAL}; tokens before the final norm, as the paper trains on them",
 }
 _BLIP_NOTE = "image tower of the COCO retrieval model"

@@ -285,7 +285,7 @@ class TrainingProgress:
         self._say(f"{samples} samples an epoch; the first step is under way", last=True)
 
     def stepped(self, report: StepReport) -> None:
-        """Show the loss, cycle accuracy, KL and clips per second of a step."""
+        """Show the loss, cycle accuracy, separability loss and clips per second of a step."""
         task = self._task("first step")
         if self._rate is None:
             # the steps of an earlier run must not enter the estimate of the time left
@@ -293,8 +293,8 @@ class TrainingProgress:
             self._rate = report.clips_per_second
         self._rate += _SMOOTHING * (report.clips_per_second - self._rate)
         figures = (
-            f"loss {report.loss:.3f}  accuracy {report.accuracy:.3f}  KL {report.kl:.3f}  "
-            f"{self._rate:.1f} clips/s"
+            f"loss {report.loss:.3f}  accuracy {report.accuracy:.3f}  "
+            f"separability {report.separability:.3g}  {self._rate:.1f} clips/s"
         )
         epoch = f"epoch {report.epoch}"
         self._bar.update(task, description=epoch, completed=report.step, rate=figures)

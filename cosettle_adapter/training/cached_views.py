@@ -129,7 +129,9 @@ def build_views(
     """
     settings, config = pairs.settings, pairs.settings.head_config(backbone)
     grid = backbone.grid(settings.size, settings.size)
-    names = ("size", "frames", "squash", "cache_views", "pea_ratio", "precision", "seed")
+    names = (
+        "size", "frames", "clip_gap", "squash", "cache_views", "pea_ratio", "precision", "seed"
+    )  # fmt: skip
     inputs = {name: getattr(settings, name) for name in names} | {
         "pea": settings.pea != "off",
         "backbone": config.backbone,
@@ -137,6 +139,7 @@ def build_views(
         "stride": backbone.stride,
         "layers": list(config.layers),
         "norm": config.norm,
+        "perturbed_norm": settings.perturbed_norm(backbone),
         "videos": pairs.corpus.digest,
     }
     refusal = (

@@ -199,14 +199,14 @@ def write_result(folder: Path, projection: Projection) -> None:
 
 
 class StepReport(NamedTuple):
-    """Figures of a step: means over its samples; ``kl`` is not weighted."""
+    """Figures of a step: means over its samples; ``separability`` is not weighted."""
 
     step: int
     steps: int
     epoch: int
     loss: float
     cycle: float
-    kl: float
+    separability: float
     accuracy: float
     lr: float
     grad_norm: float

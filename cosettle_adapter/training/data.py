@@ -34,12 +34,11 @@ from cosettle_adapter.training.settings import TrainSettings
 T = TypeVar("T")
 Key = tuple[int, int]  # epoch and index of a sample, both 0-based
 
-GAP = 0.15  # distance between the two frames of a pair, as a fraction of the clip's length
-
 _SCALE = (0.5, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 _SHORT = 4
 _PAIRS_PER_EPOCH = 2000
+_CROP_TRIES = 10
 _TRIES = 100
 _SAMPLES_PER_READ = 8  # bounds the frames in memory
 
@@ -170,7 +169,10 @@ class TrainingPairs(Dataset[Sample]):
             chunk = visits[first : first + _SAMPLES_PER_READ]
             seeds = [seed_of(settings.seed, owner, visit) for visit in chunk]
             generators = [generator_of(seed, "frames") for seed in seeds]
-            chosen = [choose_frames(length, settings.frames, generator=g) for g in generators]
+            chosen = [
+                choose_frames(length, settings.frames, gap=settings.clip_gap, generator=generator)
+                for generator in generators
+            ]
             frames = video.read([index for indices in chosen for index in indices])
             cycles = rearrange(frames, "(s t) c h w -> s t c h w", t=settings.frames)
             for seed, generator, cycle in zip(seeds, generators, cycles, strict=True):
@@ -179,7 +181,7 @@ class TrainingPairs(Dataset[Sample]):
 
 
 def choose_frames(
-    length: int, frames: int = 2, *, generator: torch.Generator, gap: float = GAP
+    length: int, frames: int = 2, *, gap: float, generator: torch.Generator
 ) -> tuple[int, ...]:
     """Draw the 0-based frames of a cycle as the official code does, never frame 0 of a long clip.
 
@@ -205,18 +207,28 @@ def draw_crop(
 ) -> tuple[int, int, int, int, bool]:
     """Draw a random-resized crop: top, left, height, width in pixels, and whether to mirror it.
 
-    As in the official code the sides are clipped to the frame; torchvision would draw again.
+    The crop is that of torchvision's ``RandomResizedCrop``, draw by draw. The official code defines
+    its own, which clips the sides to the frame, but torchvision's base class overrides it.
     """
-    draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    scale, shape, down, across, flip = draws
-    area = height * width * (_SCALE[0] + scale * (_SCALE[1] - _SCALE[0]))
-    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
-    aspect = math.exp(low + shape * (high - low))
-    rows = min(height, max(1, round(math.sqrt(area / aspect))))
-    columns = min(width, max(1, round(math.sqrt(area * aspect))))
-    # Draws are below 1, so the crop always fits.
-    top, left = int(down * (height - rows + 1)), int(across * (width - columns + 1))
-    return top, left, rows, columns, flip < 0.5
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(1).uniform_(low, high, generator=generator)
+
+    def place(room: int) -> int:
+        return int(torch.randint(room + 1, (1,), generator=generator))
+
+    low, high = torch.tensor(_RATIO).log().tolist()
+    for _ in range(_CROP_TRIES):
+        area = height * width * uniform(*_SCALE).item()
+        aspect = uniform(low, high).exp().item()
+        rows, columns = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < rows <= height and 0 < columns <= width:
+            top, left = place(height - rows), place(width - columns)
+            break
+    else:  # the largest crop in the centre
+        rows, columns = min(height, round(width / _RATIO[0])), min(width, round(height * _RATIO[1]))
+        top, left = (height - rows) // 2, (width - columns) // 2
+    return top, left, rows, columns, uniform(0, 1).item() < 0.5
 
 
 def squash(frames: Tensor, size: int) -> Tensor:
@@ -230,8 +242,8 @@ def squash(frames: Tensor, size: int) -> Tensor:
 def augment(frames: Tensor, settings: TrainSettings, *, generator: torch.Generator) -> Tensor:
     """Apply one random-resized crop and flip to all frames (T, 3, H, W) uint8 of a cycle.
 
-    Without ``squash`` (the official code squashes) a 16:9 video is narrowed by at most 1.54 instead
-    of 1.3 to 2.4. Values overshoot [0, 1] a little, because bicubic resizing is not clamped.
+    Without ``squash`` (the official code squashes) a 16:9 video is narrowed by at most 1.33 instead
+    of 1.33 to 2.37. Values overshoot [0, 1] a little, because bicubic resizing is not clamped.
     """
     frames = squash(frames, settings.size) if settings.squash else frames
     sides = (settings.size, settings.size)

@@ -54,21 +54,22 @@ def encode(
     frames = (frames - rearrange(mean, "c -> c 1 1")) / rearrange(std, "c -> c 1 1")
     grid = backbone.grid(frames.shape[-2], frames.shape[-1])
 
-    def tokens(frames: Tensor, positions: PerturbedPositions | None = None) -> Tensor:
+    def tokens(frames: Tensor, norm: bool, positions: PerturbedPositions | None = None) -> Tensor:
         images = rearrange(frames, "b t c h w -> (b t) c h w")
         with torch.autocast(backbone.device.type, dtype=dtype, enabled=dtype != torch.float32):
             maps = backbone.intermediate_tokens(
-                images, config.layers, norm=config.norm, positions=positions
+                images, config.layers, norm=norm, positions=positions
             )
         return rearrange(torch.cat(maps, dim=1), "(b t) c h w -> b t (h w) c", b=len(frames))
 
     if settings.pea == "off":
-        return tokens(frames)
+        return tokens(frames, config.norm)
     offsets = draw_offsets(settings, step=step, sample_seeds=sample_seeds)
     if len(offsets) > 1:
         offsets = repeat(offsets, "b yx -> (b t) yx", t=frames.shape[1] - 1)
     perturbed = perturbed_positions(backbone, grid, offsets, ratio=settings.pea_ratio)
-    return torch.cat([tokens(frames), tokens(frames[:, :-1], perturbed)], dim=1)
+    views = tokens(frames[:, :-1], settings.perturbed_norm(backbone), perturbed)
+    return torch.cat([tokens(frames, config.norm), views], dim=1)
 
 
 def compile_encoder(backbone: Backbone, *, backend: str = "inductor") -> None:

@@ -44,7 +44,8 @@ def objective(
             for temperature in settings.temperatures
         ]
         cycle, accuracy = (torch.stack(values).mean() for values in zip(*cycles, strict=True))
-        separability = semantic_separability_loss(F.normalize(tokens, dim=-1), projected)
+        regularise = semantic_separability_loss if settings.reg_loss == "kl" else F.mse_loss
+        separability = regularise(F.normalize(tokens, dim=-1), projected)
         total = cycle + settings.separability_weight * separability
     return Losses(total, cycle, separability, accuracy)
 

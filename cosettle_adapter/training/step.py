@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from cosettle_adapter.training.errors import NonFiniteLossError, TrainingError
 from cosettle_adapter.training.head import Head, make_optimizer
 from cosettle_adapter.training.losses import Losses, objective
 from cosettle_adapter.training.processes import gather
-from cosettle_adapter.training.settings import TrainSettings, learning_rate_factor
+from cosettle_adapter.training.settings import TrainSettings, learning_rate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +45,13 @@ class Stepper:
         self._accelerator, self._backbone, self._data = accelerator, backbone, data
         self._plan, self._settings, self._head = plan, settings, head
         self._grid = backbone.grid(settings.size, settings.size)
+        self._lr = functools.partial(
+            learning_rate,
+            steps=plan.steps,
+            warmup=settings.warmup * plan.steps_per_epoch,
+            highest=settings.highest_lr(plan.samples_per_step, plan.steps),
+            lowest=settings.min_lr,
+        )
         self._wrapped: nn.Module = accelerator.prepare(head)
         self._optimizer: Any = accelerator.prepare(make_optimizer(head, settings))
         self.skipped: dict[str, str] = {}
@@ -81,14 +89,12 @@ class Stepper:
             messages = gather(accelerator, None if failure is None else str(failure))
             raise failure or TrainingError(next(message for message in messages if message))
         accelerator.backward(losses.total / len(parts))
-        lr = self._settings.highest_lr(plan.samples_per_step, plan.steps) * learning_rate_factor(
-            step, steps=plan.steps, warmup=self._settings.warmup * plan.steps_per_epoch
-        )
+        lr = self._lr(step)
         norm = self._update(step, parts, lr)
-        loss, cycle, kl, accuracy = (value / accelerator.num_processes for value in agreed[:4])
+        means = [value / accelerator.num_processes for value in agreed[:4]]
         speed = plan.samples_per_step / max(time.monotonic() - start, 1e-9)
         epoch = step // plan.steps_per_epoch + 1
-        report = StepReport(step + 1, plan.steps, epoch, loss, cycle, kl, accuracy, lr, norm, speed)
+        report = StepReport(step + 1, plan.steps, epoch, *means, lr, norm, speed)
         return report, bool(agreed[5]), bool(agreed[6])
 
     def _losses(self, step: int, keys: Sequence[Key], batch: Batch) -> Losses:

@@ -290,7 +290,7 @@ class _Run:
             "settings": self.settings.decisive() | {"init": Path(self.settings.init).name},
             "last_epoch": {
                 name: round(sum(line[name] for line in last) / len(last), 4)
-                for name in (("loss", "cycle", "kl", "accuracy") if last else ())
+                for name in (("loss", "cycle", "separability", "accuracy") if last else ())
             },
         }
         if figures:

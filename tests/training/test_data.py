@@ -109,11 +109,11 @@ def test_frames_are_equally_far_apart(length: int, frames: int, seed: int, gap: 
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 6])
 def test_short_clips_give_independent_frames(length: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    pairs = Counter(choose_frames(length, generator=generator) for _ in range(3000))
+    pairs = Counter(choose_frames(length, gap=0.15, generator=generator) for _ in range(3000))
     assert len(pairs) == length**2
     assert min(pairs.values()) > 0.5 * 3000 / length**2
     with pytest.raises(FrameError, match="has no frames"):
-        choose_frames(0, generator=generator)
+        choose_frames(0, gap=0.15, generator=generator)
 
 
 # Crops ----------------------------------------------------------------------------------------
@@ -123,30 +123,51 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator_of(0))
 
 
-def test_crops_are_drawn_as_the_official_code_draws() -> None:
-    """Area uniform, ratio log-uniform, sides cut to the frame, place uniform, half mirrored."""
-    generator = torch.Generator().manual_seed(0)
+def published_crop(height: int, width: int, own: np.random.Generator) -> tuple[int, int]:
+    """Height and width as torchvision documents them: ten tries, then the centre."""
+    for _ in range(10):
+        area = height * width * own.uniform(0.5, 1.0)
+        ratio = math.exp(own.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if w <= width and h <= height:
+            return h, w
+    if width / height < 3 / 4:
+        return round(width * 4 / 3), width
+    return (height, round(height * 4 / 3)) if width / height > 4 / 3 else (height, width)
+
+
+def test_crops_are_drawn_as_published() -> None:
+    generator, own = torch.Generator().manual_seed(0), np.random.default_rng(0)
     side, count = 224, 20_000
     crops = [draw_crop(side, side, generator=generator) for _ in range(count)]
     tops, lefts, heights, widths, flips = np.array(crops).T
     assert (np.minimum(tops, lefts) >= 0).all()
     assert (np.maximum(tops + heights, lefts + widths) <= side).all()
-    own = np.random.default_rng(0)
-    area = side * side * own.uniform(0.5, 1.0, count)
-    ratio = np.exp(own.uniform(math.log(3 / 4), math.log(4 / 3), count))
-    for ours, theirs in (
-        (widths, np.minimum(np.round(np.sqrt(area * ratio)), side)),
-        (heights, np.minimum(np.round(np.sqrt(area / ratio)), side)),
-    ):
-        levels = np.linspace(0.02, 0.98, 25)
-        assert np.abs(np.quantile(ours, levels) - np.quantile(theirs, levels)).max() <= 2
+    assert np.mean([heights, widths]) == pytest.approx(186.4, abs=0.5)
+    assert np.mean((heights == side) | (widths == side)) == pytest.approx(0.02, abs=0.004)
+    expected = np.array([published_crop(side, side, own) for _ in range(count)]).T
+    levels = np.linspace(0.02, 0.98, 25)
+    for found, sides in zip((heights, widths), expected, strict=True):
+        assert np.abs(np.quantile(found, levels) - np.quantile(sides, levels)).max() <= 2
     free = heights <= side - 20
     places = tops[free] / (side - heights[free])
     assert np.histogram(places, bins=5, range=(0, 1))[0].min() > 0.17 * len(places)
     assert set(tops[heights == side - 1]) == {0, 1}
     assert flips.sum() == pytest.approx(count / 2, rel=0.03)
-    wide = [draw_crop(1080, 1920, generator=generator) for _ in range(1000)]
-    assert all(0.74 <= width / height <= 1.545 for _, _, height, width, _ in wide)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (90, 160), (40, 400), (400, 40), (1, 1)])
+def test_crops_are_torchvisions(size: tuple[int, int]) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    for seed in range(50):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            theirs = transforms.RandomResizedCrop.get_params(
+                torch.zeros(3, *size), scale=[0.5, 1.0], ratio=[3 / 4, 4 / 3]
+            )
+        assert draw_crop(*size, generator=torch.Generator().manual_seed(seed))[:4] == theirs
+    if max(size) == 400:
+        assert max(theirs[2:]) == 53, "no crop of that shape fits, so it is the centre"
 
 
 @pytest.mark.parametrize("size", [16, 24, 40])
@@ -197,7 +218,7 @@ class FakeVideo(Video):
         return levels[:, None, None, None].expand(-1, 3, 32, 48).contiguous()
 
 
-def fake_pairs(lengths: Sequence[int], **options: int) -> TrainingPairs:
+def fake_pairs(lengths: Sequence[int], **options: float) -> TrainingPairs:
     videos = [FakeVideo(str(number), Path(str(length))) for number, length in enumerate(lengths)]
     return TrainingPairs(Corpus(videos), TrainSettings(size=16, **options))  # type: ignore[arg-type]
 
@@ -258,10 +279,11 @@ def test_turns_continue_over_epochs_however_they_are_drawn(pairs: TrainingPairs)
 
 
 def test_frames_are_the_chosen_ones() -> None:
-    pairs = fake_pairs([40], pairs_per_clip=1, frames=3)
+    pairs = fake_pairs([40], pairs_per_clip=1, frames=3, clip_gap=0.3)
     for epoch in range(10):
         sample = pairs[epoch, 0]
-        chosen = choose_frames(40, 3, generator=generator_of(sample.seed, "frames"))
+        chosen = choose_frames(40, 3, gap=0.3, generator=generator_of(sample.seed, "frames"))
+        assert np.diff(chosen).tolist() == [12, 12]
         levels = (sample.data.mean((1, 2, 3)) * 255).round().int().tolist()
         assert levels == list(chosen)
 

@@ -313,6 +313,47 @@ def test_views_are_what_encoding_one_by_one_gives(kind: str, pea: str, length: i
     torch.testing.assert_close(plain, views[:, :length], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("norm", "layers", "normed"),
+    [(None, None, (False, True)), (False, None, (False, False)), (True, None, (True, True)),
+     (None, (0,), (False, False))],
+)  # fmt: skip
+def test_ijepa_is_normed_as_the_official_code_does_unless_told(
+    norm: bool | None, layers: tuple[int, ...] | None, normed: tuple[bool, bool]
+) -> None:
+    """``models/ijepa/deit.py`` applies the norm to the perturbed view of frame 1 alone."""
+    small = {"embed_dim": 48, "depth": 2}
+    row = lookup("ijepa-vitb16")
+    row = dataclasses.replace(row, options={**row.options, **small}, width=48, depth=2)
+    state = tiny_state(row)
+    backbone = build_backbone(row, state, fingerprint="sha256:0")
+    settings = TrainSettings(norm=norm, layers=layers)
+    frames = torch.rand(1, 2, 3, 224, 224, generator=generator_of(0))
+    views = encode(backbone, settings, frames, SEEDS[:1], step=0)
+
+    model: Any = timm.create_model(
+        row.architecture, class_token=False, global_pool="", num_classes=0, **small
+    )
+    model.load_state_dict(state)
+    offset = draw_offsets(settings, step=0, sample_seeds=SEEDS[:1])[0]
+    first = int(offset[0] * 141), int(offset[1] * 141)
+    own = rearrange(model.pos_embed.detach().double(), "1 (h w) c -> h w c", h=14)
+    perturbed = rearrange(reference_pea(own, first, 10.0), "h w c -> 1 (h w) c").float()
+
+    def read(frame: int, positions: Tensor, use_norm: bool) -> Tensor:
+        mean, std = (torch.tensor(each)[:, None, None] for each in (row.mean, row.std))
+        tokens = model.patch_embed((frames[0, frame : frame + 1] - mean) / std) + positions
+        for block in model.blocks[: 2 if layers is None else 1]:
+            tokens = block(tokens)
+        return model.norm(tokens) if use_norm else tokens
+
+    plain, other = normed
+    given = ((0, model.pos_embed, plain), (1, model.pos_embed, plain), (0, perturbed, other))
+    with torch.no_grad():
+        expected = torch.cat([read(*each) for each in given])
+    torch.testing.assert_close(views[0], expected, atol=2e-5, rtol=1e-5)
+
+
 def test_a_compiled_encoder_gives_the_same_tokens() -> None:
     backbone, plain = small_backbone(), small_backbone()
     compile_encoder(backbone, backend="eager")

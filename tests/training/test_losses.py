@@ -154,6 +154,22 @@ def test_the_total_is_the_papers(length: int) -> None:
         objective(head, tokens, GRID, dataclasses.replace(settings, pool=5))
 
 
+def test_the_mean_squared_error_is_over_all_channels_of_unit_tokens() -> None:
+    """``forward_mse_loss`` of the official code, which its MAE alone uses."""
+    tokens, head = tokens_for(), nn.Linear(8, 8).requires_grad_(False)
+    settings = dataclasses.replace(PAPER, reg_loss="mse")
+    found = objective(head, tokens, GRID, settings)
+    apart, count = 0.0, 0
+    for one, other in zip(tokens.flatten(0, 2), head(tokens).flatten(0, 2), strict=True):
+        lengths = [math.sqrt(sum(float(value) ** 2 for value in each)) for each in (one, other)]
+        for a, b in zip(one, other, strict=True):
+            apart += (float(a) / lengths[0] - float(b) / lengths[1]) ** 2
+            count += 1
+    assert float(found.separability) == pytest.approx(apart / count, rel=1e-5)
+    assert float(found.total) == pytest.approx(float(found.cycle) + 3 * apart / count, rel=1e-5)
+    assert found.cycle == objective(head, tokens, GRID, PAPER).cycle
+
+
 def test_the_head_is_called_once_and_without_waiting_for_the_device() -> None:
     calls: list[tuple[int, ...]] = []
 

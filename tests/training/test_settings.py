@@ -18,37 +18,41 @@ from cosettle_adapter.errors import ProjectionFormatError
 from cosettle_adapter.projection import ProjectionConfig
 from cosettle_adapter.training.errors import TrainingError
 from cosettle_adapter.training.head import make_optimizer, new_head
-from cosettle_adapter.training.settings import TrainSettings, learning_rate_factor
+from cosettle_adapter.training.settings import TrainSettings, learning_rate
 
 WIDTH = 32
 
 
-@given(st.integers(1, 50), st.integers(2, 20), st.integers(0, 2), st.data())
+@given(st.integers(1, 50), st.integers(2, 20), st.integers(0, 2), st.floats(0, 2e-4), st.data())
 def test_the_rate_is_the_papers_at_every_step(
-    per_epoch: int, epochs: int, warmup: int, data: st.DataObject
+    per_epoch: int, epochs: int, warmup: int, lowest: float, data: st.DataObject
 ) -> None:
     """The official code words it in fractions of an epoch."""
     warmup = min(warmup, epochs - 1)
     step = data.draw(st.integers(0, per_epoch * epochs - 1))
     epoch = step / per_epoch
-    expected = 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
-    expected = epoch / warmup if epoch < warmup else expected
-    factor = learning_rate_factor(step, steps=per_epoch * epochs, warmup=warmup * per_epoch)
-    assert factor == pytest.approx(expected, abs=1e-12)
+    cosine = math.cos(math.pi * (epoch - warmup) / (epochs - warmup))
+    expected = 0.5 * ((2e-4 + lowest) + (2e-4 - lowest) * cosine)
+    expected = 2e-4 * epoch / warmup if epoch < warmup else expected
+    steps = {"steps": per_epoch * epochs, "warmup": warmup * per_epoch}
+    found = learning_rate(step, **steps, highest=2e-4, lowest=lowest)
+    assert found == pytest.approx(expected, abs=1e-15)
 
 
 def test_warm_up_and_highest_rate_of_short_runs() -> None:
     warmups = {epochs: TrainSettings(epochs=epochs).warmup for epochs in (5, 20, 2, 1)}
     assert warmups == pytest.approx({5: 1.0, 20: 1.0, 2: 0.4, 1: 0.2})
     assert TrainSettings(warmup_epochs=0).warmup == 0
-    rising = [learning_rate_factor(step, steps=4, warmup=4) for step in range(5)]
-    assert rising == [0, 0.25, 0.5, 0.75, 0]
+    rates = {"steps": 4, "warmup": 4, "highest": 1.0, "lowest": 0.1}
+    assert [learning_rate(step, **rates) for step in range(5)] == [0, 0.25, 0.5, 0.75, 0.1]  # type: ignore[arg-type]
     paper = TrainSettings()
     assert paper.highest_lr(512, 5 * 240_000 // 512) == pytest.approx(2e-4, rel=1e-3)
     assert paper.highest_lr(128, 10_000) == pytest.approx(5e-5)
     assert paper.highest_lr(32, 1000) == pytest.approx(2344 * 2e-4 / 1000)
     assert paper.highest_lr(32, 75) == 1e-3
     assert TrainSettings(base_lr=1e-4).highest_lr(128, 75) == pytest.approx(5e-5)
+    with pytest.raises(TrainingError, match="highest learning rate of this run, 5e-05, got 6e-05"):
+        TrainSettings(base_lr=1e-4, min_lr=6e-5).highest_lr(128, 75)
 
 
 def test_only_matrices_decay() -> None:
@@ -69,6 +73,9 @@ def test_only_matrices_decay() -> None:
         ({"base_lr": 0.0}, "base_lr must be a positive rate"),
         ({"betas": (0.9, 1.0)}, r"two numbers in \[0, 1\)"),
         ({"warmup_epochs": 9.0}, "from 0 to the 5 epochs"),
+        ({"min_lr": -1e-5}, "min_lr must be at least 0"),
+        ({"clip_gap": 1.0}, "clip_gap must be below 1, got 1.0"),
+        ({"reg_loss": "l2"}, "unknown reg_loss 'l2'; expected one of kl, mse"),
         ({"save_every": 0}, "save_every must be at least 1"),
         ({"head": "mlp4"}, "unknown head 'mlp4'; expected one of linear"),
         ({"layers": ()}, "at least one layer"),

@@ -43,7 +43,7 @@ def test_a_run_leaves_a_folder_that_loads_and_says_how_it_came_about(
     assert not {"workers", "batch_size", "log_every"} & record["settings"].keys()
     assert record["versions"].keys() == {"torch", "timm", "accelerate"}
     assert record["command"] == "cosettle-adapter train --data clips", "no paths of a machine"
-    assert record["last_epoch"].keys() == {"loss", "cycle", "kl", "accuracy"}
+    assert record["last_epoch"].keys() == {"loss", "cycle", "separability", "accuracy"}
     assert "cosettle-adapter train --data clips" in (output / "README.md").read_text()
     fresh = small_backbone(SMALL_VIT).state_dict()
     for name, tensor in backbone.state_dict().items():
@@ -54,12 +54,19 @@ def test_metrics_tell_of_every_step(whole: tuple[Trained, Path]) -> None:
     lines = read_metrics(whole[1])
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert [line["epoch"] for line in lines] == [1 + step // 6 for step in range(24)]
-    assert lines[0].keys() >= {"loss", "cycle", "kl", "accuracy", "lr", "grad_norm"}
+    assert lines[0].keys() >= {"loss", "cycle", "separability", "accuracy", "lr", "grad_norm"}
     assert all(line["clips_per_second"] > 0 for line in lines)
     first, last = (sum(line["loss"] for line in part) for part in (lines[:6], lines[-6:]))
     assert last < first, "it learns"
     for line in lines:
-        assert line["loss"] == pytest.approx(line["cycle"] + 3 * line["kl"], rel=1e-5)
+        assert line["loss"] == pytest.approx(line["cycle"] + 3 * line["separability"], rel=1e-5)
+
+
+def test_the_rate_falls_to_the_lowest(backbone: Backbone, tmp_path: Path) -> None:
+    rates = {"base_lr": 0.64, "min_lr": 0.004, "warmup_epochs": 0.5}  # 0.64 x 4 samples / 256
+    train_on_cpu(backbone, tmp_path, dataclasses.replace(ONE_EPOCH, **rates))  # type: ignore[arg-type]
+    found = [line["lr"] for line in read_metrics(tmp_path)]
+    assert found == pytest.approx([0, 0.01 / 3, 0.02 / 3, 0.01, 0.0085, 0.0055])
 
 
 @pytest.mark.parametrize("pea", ["batch", "sample"])
