@@ -7,7 +7,8 @@
 The script copies the clip's folder (frames and masks are links), writes the features to the file
 that DINO-Tracker reads, and prints the commands to run in DINO-Tracker's environment. Those need a
 GPU; this script does not, and it imports nothing from the checkout. For comparison, `--raw` writes
-the frozen tokens that the projection reads.
+the frozen tokens that the projection reads, and `--layer` what DINO-Tracker's own `VitExtractor`
+returns for that layer: tokens before the final norm, or with `--facet` queries, keys or values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import cyclopts
 import torch
@@ -33,6 +34,8 @@ from cosettle_adapter.extraction import dino_tracker
 from cosettle_adapter.extraction.dino_tracker import CHANNELS, FRAME, PATCH, save_tensor
 from cosettle_adapter.extraction.settings import DinoTrackerError
 from cosettle_adapter.video.arrays import image_to_frame
+
+Facet = Literal["tokens", "queries", "keys", "values"]
 
 CONFIGS = ("config/preprocessing.yaml", "config/train.yaml")
 FEATURES = "dino_embeddings/dino_embed_video.pt"
@@ -76,6 +79,7 @@ def main(
     model: str = "dinov2-vits14-pypi",
     raw: bool = False,
     layer: int | None = None,
+    facet: Facet = "tokens",
     temporal_fusion: Literal["symmetric", "causal"] | None = None,
     device: str | None = None,
     batch_size: int = 4,
@@ -90,26 +94,31 @@ def main(
         stride: pixels between patches; 14 takes a quarter of the disk space.
         model: registered name, Hub repository or folder.
         raw: write the frozen tokens that the projection reads.
-        layer: write the tokens of this layer of the frozen backbone.
+        layer: write the tokens of this layer of the frozen backbone, before its final norm.
+        facet: with --layer, what of a transformer block to write.
         temporal_fusion: average patches with their matches in neighbouring frames.
         device: torch device; by default a GPU if available.
         batch_size: frames per forward pass.
         rescale: scale features to the usual norm, because DINO-Tracker adds a residual to them.
     """
     repo, data = repo.expanduser().resolve(), data.expanduser().resolve()
+    if facet != "tokens" and layer is None:
+        raise DinoTrackerError(f"--facet {facet} needs a --layer to read it from")
     kind = "raw" if raw or layer is not None else "cosettle"
     copy = (output or Path(f"{data.name}-{kind}")).expanduser().resolve()
     frames, masks = find_inputs(data, copy)
     configs = tracker_configs(repo, stride)
     make = partial(CoSettleAdapter.from_pretrained, model)
     if layer is not None:
-        make = partial(CoSettleAdapter.raw, model, layer=layer)
+        make = partial(CoSettleAdapter.raw, model, layer=layer, norm=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         adapter = make(device=device, stride=stride)  # patches overlap where they can
     except GeometryError:  # the stride of feature maps is fixed; they are interpolated
         adapter = make(device=device)
     adapter = adapter.without_projection() if raw else adapter
+    if facet != "tokens":
+        read_facet(adapter, facet)
     dino_tracker.check_adapter(adapter)
     h, w = dino_tracker.cells(stride).grid
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +149,31 @@ def main(
     print(f"{copy}: features ({len(frames)}, {CHANNELS}, {h}, {w}), scaled by {factor:.3g}")
     print("\n# To run in DINO-Tracker's environment:\n")
     print(commands(repo, data, copy, configs, bool(masks)), end="")
+
+
+class FacetBlock(torch.nn.Module):
+    """A transformer block that returns its queries, keys or values of all heads."""
+
+    def __init__(self, block: Any, facet: Facet) -> None:
+        super().__init__()
+        self.norm, self.qkv = block.norm1, block.attn.qkv
+        self.part = ("queries", "keys", "values").index(facet)
+
+    def forward(self, tokens: Tensor, **_: Any) -> Tensor:
+        return self.qkv(self.norm(tokens)).chunk(3, dim=-1)[self.part]
+
+
+def read_facet(adapter: CoSettleAdapter, facet: Facet) -> None:
+    """Replace the block that an adapter without projection reads."""
+    (layer,) = adapter.config.layers
+    try:
+        blocks: Any = adapter.backbone.vit.blocks
+        blocks[layer] = FacetBlock(blocks[layer], facet)
+    except AttributeError as error:
+        raise DinoTrackerError(
+            f"{adapter.backbone.row.name} does not compute its {facet} in one layer qkv, as "
+            "DINO-Tracker expects; use a plain vision transformer, or leave --facet out"
+        ) from error
 
 
 def find_inputs(data: Path, copy: Path) -> tuple[list[Path], list[Path]]:

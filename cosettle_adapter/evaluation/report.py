@@ -129,7 +129,7 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
         rows.append([variant, *("none" if math.isnan(x) else f"{x:.4f}" for x in numbers)])
         for video in result.videos:
             intra.setdefault(video.name, {})[variant] = video.d_intra
-            cycle.setdefault(video.name, {})[variant] = 100 * video.cycle_accuracy
+            cycle.setdefault(video.name, {})[variant] = 100 * video.cycle_consistency
     note = (
         "Means over videos. D_intra: distance from a patch to the nearest patch in the next frame, "
         "over the closest half, in diameters of the video. D_inter: distance between videos at "
@@ -142,7 +142,7 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
     return [
         Section("Within and between videos", [_distances(found), table]),
         Section("Effect of the projection on each direction", _spectra(found)),
-        bar_section("Cycle accuracy by video", "cycle-consistent patches, %", cycle),
+        bar_section("Cycle consistency by video", "cycle-consistent patches, %", cycle),
         bar_section("Distance to the next frame by video", "D_intra, diameters", intra),
         Section("Failures", [_failure(moment) for moment in found.failures]),
     ]
@@ -274,7 +274,7 @@ def _failure(moment: WorstMoment) -> Figure:
         draw,
         (5.2, 2.6 * height / width),
         f"{moment.video}, {moment.when}",
-        f"{moment.video}, {moment.when}: {100 * moment.cycle_accuracy:.0f} % of the patches are "
+        f"{moment.video}, {moment.when}: {100 * moment.cycle_consistency:.0f} % of the patches are "
         "cycle-consistent, those in red are not.",
         width="third",
         columns=2,

@@ -1,8 +1,8 @@
 """The measures of the paper's Figure 1: distances within and between videos, cycles, rank.
 
-Definitions are those of the released ``cal_metric`` code (Co-Settle, arXiv:2603.26597), but always
-use patch tokens only: the released code compares different sets of tokens before and after the
-projection.
+Frames, definitions and names are those of the released ``cal_metric`` code (Co-Settle,
+arXiv:2603.26597), run on a CPU, but always use patch tokens only: the released code compares
+different sets of tokens before and after the projection. Cycle consistency is this package's own.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
+from torch.nn import functional as F
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.errors import FrameError, GeometryError
@@ -37,11 +38,13 @@ from cosettle_adapter.evaluation.videos import each_readable, frames_of
 from cosettle_adapter.video import open_frames
 from cosettle_adapter.video.geometry import resize
 
-_PERCENTILE = 95.0  # of the distance from the mean patch; twice that is a diameter
+_PERCENTILE = 95  # of the distance from the mean patch; twice that is a diameter
 _POSITIONS = 8  # patches of a frame that D_inter compares
 _SEED = 42  # of these positions, as in the released code
+_TIMES = ((0.25, 0.4), (0.35, 0.5), (0.45, 0.6), (0.55, 0.7), (0.65, 0.8))  # of cycles, in videos
+_TEMPERATURE = 0.03  # of the steps of a cycle
 _THUMBNAIL = 256  # pixels; largest side of a thumbnail
-_CROP = 224 / 256  # side of the central square, as a share of the shorter side
+_MARGIN = 256 / 224  # shorter side of a frame over the side of its central square
 _FAILURES = 6  # number of worst moments kept
 
 
@@ -53,10 +56,9 @@ class RepresentationSettings:
         frames: maximum number of frames per video, from its beginning.
         rate: approximate number of frames per second; image folders are read in full. The default
             is that of the released code, 40 frames in 10 seconds.
-        size: size to which the central square (224 / 256 of the shorter side) is resized, rounded
-            to whole patches.
-        gap: frames between the two ends of a cycle; the default is the released code's mean for
-            40 frames.
+        size: side of the central square, which is cut from frames whose shorter side is resized to
+            256 / 224 of it; rounded to whole patches.
+        gap: frames between the two ends of a cycle whose consistency is measured.
         trim: frames at both ends of a video that D_intra leaves out.
     """
 
@@ -75,6 +77,7 @@ class VideoRepresentation(NamedTuple):
     d_intra: float
     d_inter: float
     cycle_accuracy: float
+    cycle_consistency: float
 
 
 class Representation(NamedTuple):
@@ -85,6 +88,7 @@ class Representation(NamedTuple):
     d_inter: float
     effective_rank: float
     cycle_accuracy: float
+    cycle_consistency: float
 
     @property
     def figures(self) -> dict[str, float]:
@@ -95,6 +99,7 @@ class Representation(NamedTuple):
             "margin D": self.d_inter - self.d_intra,
             "effective rank": self.effective_rank,
             "cycle accuracy": self.cycle_accuracy,
+            "cycle consistency": self.cycle_consistency,
         }
 
 
@@ -107,10 +112,16 @@ class RepresentationMetrics:
       distance of all its patches from their mean. NaN if all patches are equal.
     * **D_inter**: Euclidean distance between the middle frames ``T // 2`` of two videos at one
       position of the grid. The mean is over 8 fixed random positions and all pairs of videos, in
-      diameters of those patches. NaN for a single video.
+      diameters of those patches, whose percentile is that of the nearest lower rank. NaN for a
+      single video.
     * **Effective rank**: of the patches of all middle frames, ``(N, C)`` and not centred: the
       exponential of the entropy of the singular values, normalised to sum 1, over min(N, C).
-    * **Cycle accuracy**: share of patches that are cycle-consistent over ``gap`` frames.
+    * **Cycle accuracy**: share of windows of 2 x 2 patches from which a random walk to another
+      frame and back most probably ends where it started. A step is the softmax of inner products
+      of the windows' means, which are not normalised, over 0.03. The mean is over five pairs of
+      frames: 25 and 40 % into the video, and each 10 % later.
+    * **Cycle consistency**: share of patches that are cycle-consistent over ``gap`` frames
+      (:func:`~cosettle_adapter.evaluation.drift.cycle_consistent`).
     """
 
     def __init__(self, *, gap: int = 1, trim: int = 0) -> None:
@@ -150,14 +161,16 @@ class RepresentationMetrics:
         centred = frames - frames.mean(dim=(0, 1))
         steps = _steps(centred[self.trim : length - self.trim])
         closest = steps.sort(dim=1).values[:, : max(1, patches // 2)].double()
-        d_intra = float(closest.mean()) / _diameter(centred)
+        d_intra = float(closest.mean()) / _diameter(centred, "linear")
         middle = frames[length // 2].to("cpu", torch.float64)
         self._gram += middle.T @ middle
         order = torch.randperm(patches, generator=torch.Generator().manual_seed(_SEED))
         self._samples.append(middle[order[:_POSITIONS]])
         consistent = cycle_consistent(features, gap=self.gap)
         share = float(consistent.float().mean())
-        self._rows.append(VideoRepresentation(name, length, d_intra, math.nan, share))
+        maps = rearrange(frames, "t (h w) c -> t c h w", w=features.shape[-1])
+        accuracy = _cycle_accuracy(maps)
+        self._rows.append(VideoRepresentation(name, length, d_intra, math.nan, accuracy, share))
         return consistent
 
     @torch.no_grad()
@@ -168,7 +181,7 @@ class RepresentationMetrics:
         by_position = rearrange(centred, "v s c -> s v c")
         sums = torch.stack([torch.cdist(at, at).sum(dim=1) for at in by_position]).sum(dim=0)
         others = len(by_position) * (len(samples) - 1) or math.nan
-        d_inter = (sums / others / _diameter(centred)).tolist()
+        d_inter = (sums / others / _diameter(centred, "lower")).tolist()
         rows = [row._replace(d_inter=d) for row, d in zip(self._rows, d_inter, strict=True)]
         most = min(len(rows) * math.prod(self._shape[1:]), len(self._gram))
         singular = eigen(self._gram)[0][:most].sqrt()
@@ -179,6 +192,7 @@ class RepresentationMetrics:
             d_inter=mean(d_inter),
             effective_rank=rank,
             cycle_accuracy=mean(row.cycle_accuracy for row in rows),
+            cycle_consistency=mean(row.cycle_consistency for row in rows),
         )
 
 
@@ -189,7 +203,7 @@ class WorstMoment(NamedTuple):
     when: str
     frames: Tensor  # (2, 3, H, W) uint8 thumbnails
     consistent: Tensor  # (h, w) bool, which patches of the first frame are cycle-consistent
-    cycle_accuracy: float
+    cycle_consistency: float
 
 
 class RepresentationReport(NamedTuple):
@@ -243,7 +257,7 @@ def evaluate_representation(
 
         def batches() -> Iterator[Tensor]:
             for chunk in open_frames(path, select, chunk_size=batch_size):
-                square = _central_square(chunk.frames)
+                square = _central_square(chunk.frames, settings.size)
                 side = min(_THUMBNAIL, square.shape[-1])
                 thumbnails.append(resize(square, (side, side)).round().to(torch.uint8))
                 times.extend(chunk.timestamps.tolist())
@@ -272,7 +286,7 @@ def evaluate_representation(
             when = f"frame {first:g} to {second:g}"
         frames, share = torch.cat(thumbnails)[pair], float(shares[lowest])
         worst.append(WorstMoment(name, when, frames, consistent[lowest], share))
-        worst.sort(key=lambda moment: moment.cycle_accuracy)
+        worst.sort(key=lambda moment: moment.cycle_consistency)
         del worst[_FAILURES:]
 
     _, skipped = each_readable(list(by_name), measure, on_video)
@@ -283,17 +297,32 @@ def evaluate_representation(
     return RepresentationReport(results, spectrum, worst, skipped)
 
 
-def _central_square(frames: Tensor) -> Tensor:
-    """Crop the central square of frames ``(N, 3, H, W)``."""
-    height, width = frames.shape[-2:]
-    side = max(1, round(_CROP * min(height, width)))
-    top, left = (height - side) // 2, (width - side) // 2
-    return frames[..., top : top + side, left : left + side]
+def _central_square(frames: Tensor, size: int) -> Tensor:
+    """Resize frames ``(N, 3, H, W)`` uint8 as PIL does (bilinear), and crop the central square."""
+    short, smaller = round(size * _MARGIN), min(frames.shape[-2:])
+    sides = [short * side // smaller for side in frames.shape[-2:]]
+    resized = F.interpolate(frames, sides, mode="bilinear", antialias=True)
+    top, left = (round((side - size) / 2) for side in sides)
+    return resized[..., top : top + size, left : left + size]
 
 
-def _diameter(centred: Tensor) -> float:
+def _cycle_accuracy(features: Tensor) -> float:
+    """Return the cycle accuracy of a video of features ``(T, C, h, w)``."""
+    pairs = (torch.tensor(_TIMES) * len(features)).long()
+    windows = F.avg_pool2d(features, [min(2, side) for side in features.shape[2:]])
+    here, there = (rearrange(windows[frames], "p c h w -> p (h w) c") for frames in pairs.T)
+    similar = here @ there.mT / _TEMPERATURE
+    cycles = similar.softmax(dim=2) @ similar.mT.softmax(dim=2)
+    own = torch.arange(cycles.shape[1], device=cycles.device)
+    return float((cycles.argmax(dim=2) == own).double().mean())
+
+
+def _diameter(centred: Tensor, percentile: Literal["linear", "lower"]) -> float:
     """Return twice the 95th percentile of the length of patches ``(..., C)``; NaN if all are 0."""
     radius = centred.norm(dim=-1).double().flatten().cpu().numpy()
+    if percentile == "lower":  # the farthest of the closest 95 %
+        within = max(1, len(radius) * _PERCENTILE // 100)
+        return 2 * float(np.sort(radius)[within - 1]) or math.nan
     return 2 * float(np.percentile(radius, _PERCENTILE)) or math.nan
 
 

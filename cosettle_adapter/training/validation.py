@@ -59,8 +59,8 @@ class Validation:
         """Measure a projection, or the backbone's own tokens if it is ``None``.
 
         Returns ``overlap`` (of masks, in [0, 1]) and ``tracking_error`` (of points, in pixels) on
-        rendered clips; ``cycle_accuracy`` in [0, 1], and ``d_intra`` and ``d_inter`` in diameters
-        of the clip on the videos. A figure that cannot be computed is ``None``.
+        rendered clips; on the videos, ``cycle_consistency`` in [0, 1], and ``d_intra`` and
+        ``d_inter`` in diameters. A figure that cannot be computed is ``None``.
         """
         metrics = RepresentationMetrics()
         for name, tokens in self._clips.items():
@@ -75,7 +75,7 @@ class Validation:
             errors.append(tracking_error(features, geometry, points, *clip.track(points))["mean"])
         figures = {CRITERION: fmean(overlaps), "tracking_error": fmean(errors)}
         measured = metrics.result()
-        for name in ("cycle_accuracy", "d_intra", "d_inter"):
+        for name in ("cycle_consistency", "d_intra", "d_inter"):
             figures[name] = getattr(measured, name)
         return {name: None if math.isnan(value) else value for name, value in figures.items()}
 

@@ -12,8 +12,10 @@ from drawn import save
 from einops import einsum, rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from PIL import Image
+from scipy import special, stats
 from torch import Tensor
+from torchvision import transforms
 
 from cosettle_adapter import CoSettleAdapter, Projection, ProjectionConfig
 from cosettle_adapter.correspondence import mutual_nearest
@@ -55,6 +57,26 @@ def diameter(patches: Tensor) -> float:
     return 2 * float((patches - patches.mean(0)).norm(dim=1).quantile(0.95))
 
 
+def cycle_by_hand(clip: Tensor) -> float:
+    """The released ``compute_cycle_accuracy``, walk by walk; for lengths that 20 divides."""
+    hits = []
+    for percent in (25, 35, 45, 55, 65):
+        ends = [clip[len(clip) * share // 100].numpy() for share in (percent, percent + 15)]
+        here, there = (
+            [
+                frame[:, row : row + 2, column : column + 2].mean((1, 2))
+                for row in range(0, frame.shape[1] - 1, 2)
+                for column in range(0, frame.shape[2] - 1, 2)
+            ]
+            for frame in ends
+        )
+        for start, token in enumerate(here):
+            forth = special.softmax([token @ other / 0.03 for other in there])
+            back = [special.softmax([other @ home / 0.03 for home in here]) for other in there]
+            hits.append(np.argmax(forth @ np.array(back)) == start)
+    return float(np.mean(hits))
+
+
 def intra_by_hand(clip: Tensor, trim: int) -> float:
     tokens = rearrange(clip, "t c h w -> t (h w) c")
     inner = tokens[trim : len(tokens) - trim]
@@ -68,7 +90,7 @@ def intra_by_hand(clip: Tensor, trim: int) -> float:
 
 @pytest.mark.parametrize("trim", [0, 2])
 def test_figures_equal_their_definitions(trim: int) -> None:
-    clips = videos()
+    clips = [0.1 * clip for clip in videos(frames=20)]
     found = measure(clips, trim=trim, gap=2)
     by_hand = [intra_by_hand(clip, trim) for clip in clips]
     assert [video.d_intra for video in found.videos] == pytest.approx(by_hand, rel=1e-9)
@@ -76,15 +98,21 @@ def test_figures_equal_their_definitions(trim: int) -> None:
     middles = [rearrange(clip[len(clip) // 2], "c h w -> (h w) c") for clip in clips]
     chosen = torch.randperm(20, generator=torch.Generator().manual_seed(42))[:8]
     apart = [(a - b)[chosen].norm(dim=1).mean() for a, b in itertools.combinations(middles, 2)]
-    d_inter = float(torch.stack(apart).mean()) / diameter(torch.cat([m[chosen] for m in middles]))
+    sample = torch.cat([middle[chosen] for middle in middles])  # 32, of which 30 are counted
+    radius = (sample - sample.mean(0)).norm(dim=1).sort().values[29]
+    d_inter = float(torch.stack(apart).mean() / (2 * radius))
     assert found.d_inter == pytest.approx(d_inter, rel=1e-9)
     assert sum(video.d_inter for video in found.videos) / 4 == pytest.approx(d_inter)
     assert found.figures["margin D"] == pytest.approx(d_inter - found.d_intra)
     singular = torch.linalg.svdvals(torch.cat(middles))
     assert found.effective_rank == pytest.approx(math.exp(stats.entropy(singular)) / 6, rel=1e-9)
     cycles = [float(cycle_consistent(clip, gap=2).float().mean()) for clip in clips]
-    assert found.cycle_accuracy == pytest.approx(sum(cycles) / 4)
-    assert 0.1 < found.cycle_accuracy < 1
+    assert found.cycle_consistency == pytest.approx(sum(cycles) / 4)
+    walks = [cycle_by_hand(clip) for clip in clips]
+    assert [video.cycle_accuracy for video in found.videos] == pytest.approx(walks)
+    assert found.cycle_accuracy == pytest.approx(sum(walks) / 4)
+    assert 0.1 < found.cycle_accuracy < 0.9
+    assert 0.1 < found.cycle_consistency < 1
 
 
 @given(seed=st.integers(0, 50), directions=st.integers(1, 6))
@@ -101,7 +129,7 @@ def test_effective_rank_of_equal_singular_values_is_their_number(
 
 def test_videos_that_stand_still_are_together_and_equal_patches_have_no_diameter() -> None:
     found = measure([clip[:1].expand(4, -1, -1, -1) for clip in videos(3, offset=50.0)])
-    assert (found.d_intra, found.cycle_accuracy) == (0, 1)
+    assert (found.d_intra, found.cycle_consistency) == (0, 1)
     assert found.d_inter > 0.6  # of what can be about 1
     found = measure([*videos(2), torch.ones(6, 6, 4, 5, dtype=torch.float64)])
     assert math.isnan(found.videos[2].d_intra)
@@ -233,13 +261,18 @@ def test_one_pass_gives_what_the_parts_give(
     assert list(report.results) == names
     assert done == [(1, 3), (2, 3), (3, 3)]
     metrics = {name: RepresentationMetrics(gap=2, trim=1) for name in names}
+    crop = transforms.Compose([transforms.Resize(55), transforms.CenterCrop(48)])
+
+    def released(frame: Tensor) -> Tensor:
+        image = Image.fromarray(rearrange(frame, "c h w -> h w c").numpy())
+        pixels: Tensor = transforms.functional.pil_to_tensor(crop(image))
+        return pixels
+
     statistics, shares = SpectrumStatistics(), {}
     for path in clips:
         chunks = open_frames(path, FrameSelection(every=2, max_frames=6))
         frames = torch.cat([chunk.frames for chunk in chunks])
-        side = 7 * frames.shape[2] // 8
-        top, left = (frames.shape[2] - side) // 2, 48 - 7 * frames.shape[2] // 16
-        square = frames[..., top : top + side, left : left + side]
+        square = torch.stack([released(frame) for frame in frames])
         features = variants.compare_features(tiny_adapter, square, size=48)
         statistics.add(features[variants.RAW_SAME])
         for name, collected in metrics.items():
@@ -248,14 +281,14 @@ def test_one_pass_gives_what_the_parts_give(
         shares[path.name] = float(home.double().mean((1, 2)).min())
     for name, collected in metrics.items():
         expected, found = collected.result(), report.results[name]
-        assert found[1:] == pytest.approx(expected[1:], rel=1e-4)
+        assert found[1:] == pytest.approx(expected[1:], rel=1e-3)
         assert [video.name for video in found.videos] == ["a.mp4", "b.mp4", "c.mp4"]
     assert report.spectrum is not None
     spectrum = statistics.spectrum(tiny_adapter.projection.project)
     torch.testing.assert_close(report.spectrum.intra, spectrum.intra, rtol=1e-3, atol=1e-6)
-    assert [m.cycle_accuracy for m in report.failures] == pytest.approx(sorted(shares.values()))
+    assert [m.cycle_consistency for m in report.failures] == pytest.approx(sorted(shares.values()))
     for moment in report.failures:
-        assert moment.cycle_accuracy == pytest.approx(shares[moment.video])
+        assert moment.cycle_consistency == pytest.approx(shares[moment.video])
         assert moment.consistent.shape == (3, 3)
         assert moment.frames.shape[:2] == (2, 3)
         assert moment.frames.dtype == torch.uint8

@@ -22,6 +22,7 @@ from dino_tracker_interface import (
     small_adapter,
     with_dot,
 )
+from einops import rearrange
 from PIL import Image
 from torchvision import transforms
 
@@ -33,6 +34,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "dino_tracker_features.py"
 FEATURES = Path("dino_embeddings", "dino_embed_video.pt")
 
 Prepare = Callable[..., Path]
+_raw = CoSettleAdapter.raw
 
 
 @pytest.fixture
@@ -215,6 +217,39 @@ def test_frames_are_those_of_load_video(example: dict[str, Any], tmp_path: Path)
         torch.testing.assert_close(frame / 255, expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("facet", ["tokens", "queries", "keys", "values"])
+def test_layers_are_those_of_its_extractor(
+    prepare: Prepare, monkeypatch: pytest.MonkeyPatch, layer: int, facet: str
+) -> None:
+    """It hooks blocks, for their outputs, and their layers qkv; no norm is applied to either."""
+    adapter, hooked = small_adapter(14, 14), []
+    monkeypatch.setattr(
+        CoSettleAdapter, "raw", lambda _, device, stride, **reads: _raw(adapter.backbone, **reads)
+    )
+    block = adapter.backbone.vit.blocks[layer]
+    source = block if facet == "tokens" else block.attn.qkv
+    handle = source.register_forward_hook(lambda _, inputs, output: hooked.append(output))
+    features = features_of(prepare(raw=False, layer=layer, facet=facet, rescale=False))
+    handle.remove()
+    output = torch.cat(hooked)[:, 1:]  # without the class token
+    if facet != "tokens":
+        part = {"queries": 0, "keys": 1, "values": 2}[facet]
+        output = rearrange(output, "t n (part c) -> part t n c", part=3)[part]
+    expected = rearrange(output, "t (h w) c -> t c h w", h=34)
+    torch.testing.assert_close(features[:, : expected.shape[1]], expected, rtol=0, atol=0)
+    assert not features[:, expected.shape[1] :].any()
+
+
+def test_facets_of_other_backbones_are_refused(prepare: Prepare) -> None:
+    adapter = small_adapter(14)
+    adapter.backbone.vit.blocks[1].attn = torch.nn.Identity()
+    with pytest.raises(DinoTrackerError, match="small-vit14 does not compute its keys in one"):
+        runpy.run_path(str(SCRIPT))["read_facet"](adapter, "keys")
+    with pytest.raises(DinoTrackerError, match="--facet keys needs a --layer"):
+        prepare(facet="keys")
+
+
 def test_the_command_line(
     repo: Path,
     clip: Path,
@@ -237,7 +272,8 @@ def test_the_command_line(
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--stride", "14"])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert asked == [{"layer": 1, "device": "cpu", "stride": 14}, {"layer": 1, "device": "cpu"}]
+    options = {"layer": 1, "norm": False, "device": "cpu"}
+    assert asked == [options | {"stride": 14}, options]
     assert features_of(tmp_path / "a dot-raw").shape == (3, 1024, 34, 61)
     assert "3 of 3 frames" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"error: .*a dot-raw exists"):

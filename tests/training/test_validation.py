@@ -52,10 +52,10 @@ def test_figures_tell_features_apart(backbone: Backbone, clips: Path) -> None:
         same.linears[0].weight[:, 1:] = 0
     one_channel = measured.measure(same)
     assert one_channel["overlap"] < raw["overlap"]
-    assert one_channel["cycle_accuracy"] < raw["cycle_accuracy"]
+    assert one_channel["cycle_consistency"] < raw["cycle_accuracy"]
     for figures in (raw, one_channel):
         assert 0 <= figures["overlap"] <= 1
-        assert 0 <= figures["cycle_accuracy"] <= 1
+        assert 0 <= figures["cycle_consistency"] <= 1
         assert figures["d_inter"] > 0
 
 
