@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cosettle_adapter.backbones.torchscript import read_torchscript
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
@@ -65,8 +66,10 @@ def _read_pickle(path: Path) -> Checkpoint:
     """Read a PyTorch checkpoint with the restricted unpickler, which executes no code."""
     try:
         mapped = zipfile.is_zipfile(path)
-        if tarfile.is_tarfile(path) or (mapped and _is_torchscript(path)):
-            raise RuntimeError("it is a TorchScript or tar archive, which may execute code")
+        if mapped and _is_torchscript(path):
+            return Checkpoint(read_torchscript(path))
+        if tarfile.is_tarfile(path):
+            raise RuntimeError("it is a tar archive, which may execute code")
         # Many training codes save their arguments as a Namespace. Safe globals are shared by all
         # threads, so only one thread loads at a time.
         with _LOADING, torch.serialization.safe_globals([argparse.Namespace]):
@@ -100,7 +103,7 @@ def _read_pickle(path: Path) -> Checkpoint:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Whether a zip file is TorchScript, which PyTorch before 2.6 loads despite safe globals."""
+    """Whether a zip file is TorchScript, which ``torch.load`` refuses or executes."""
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 

@@ -80,6 +80,7 @@ _UNUSED = re.compile(  # outside the encoder or after its patch tokens
     r"proj$|visual_projection\.|attn_pool\.|pooler\.|classifier\.|local_cls_norm\.|"
     r"rope_embed(dings)?\.|.*\.bias_mask"
 )
+_NORM = re.compile(r"^(fc_)?norm\.")
 _LINEAR = re.compile(r"(.*)\.(attn\.qkv|attn\.q|mlp\.up)\.(weight|bias)")
 
 
@@ -90,8 +91,6 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
     expected = meta_model(row).state_dict().keys()
     source = _select_encoder(tensors)
     unused = {name for name in source if _UNUSED.match(name)}
-    if "attn_pool.query" in unused:  # CoCa normalises after pooling the patch tokens
-        unused |= {"ln_post.weight", "ln_post.bias"}
     renamed: Tensors = {}
     for name, tensor in source.items():
         if name in unused:
@@ -108,8 +107,10 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
     bias, kernel = "patch_embed.proj.bias", renamed.get("patch_embed.proj.weight")
     if "class_embedding" in source and bias in expected and kernel is not None:
         renamed.setdefault(bias, kernel.new_zeros(len(kernel)))  # CLIPA has no bias
-    if "norm.weight" not in renamed:  # timm calls a norm after mean pooling fc_norm
-        renamed = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in renamed.items()}
+    if "norm.weight" not in expected:  # it normalises pooled tokens, or none
+        renamed = {name: value for name, value in renamed.items() if not _NORM.match(name)}
+    elif "norm.weight" not in renamed:  # timm calls a norm after mean pooling fc_norm
+        renamed = {_NORM.sub("norm.", name): value for name, value in renamed.items()}
     for name in renamed.keys() & {"cls_token", "pos_embed"}:
         while renamed[name].ndim < 3:
             renamed[name] = rearrange(renamed[name], "... -> 1 ...")

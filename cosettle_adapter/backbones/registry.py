@@ -9,7 +9,13 @@ import torch
 from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 
-from cosettle_adapter.backbones.rows import ROWS, BackboneRow, HubFile
+from cosettle_adapter.backbones.rows import (
+    POOLED_BEFORE_NORM,
+    POOLED_NOTE,
+    ROWS,
+    BackboneRow,
+    HubFile,
+)
 from cosettle_adapter.errors import UnknownModelError, did_you_mean
 
 REGISTRY: dict[str, BackboneRow] = {row.name: row for row in ROWS}
@@ -68,29 +74,31 @@ def timm_row(tag: str) -> BackboneRow:
     licence = config.license or "unstated"
     with torch.device("meta"):
         model: Any = timm.create_model(architecture, num_classes=0)
+    kind = type(model).__name__
     row: dict[str, Any] = {
         "name": TIMM + name,
-        "family": f"timm {type(model).__name__}",
+        "family": f"timm {kind}",
         "architecture": architecture,
         "image_size": config.input_size[-1],
         "licence": _LICENCES.get(licence.lower().removesuffix("-license"), licence),
         "hub": HubFile(config.hf_hub_id) if config.hf_hub_id else None,
         "mean": tuple(config.mean),
         "std": tuple(config.std),
-        "note": "; ".join(notes),
     }
     plain = type(model) in (timm.models.VisionTransformer, timm.models.Eva)
     if plain and not at and not isinstance(model.patch_embed, HybridEmbed):
-        with torch.device("meta"):  # mean pooling would make the norm an identity
-            model = timm.create_model(architecture, num_classes=0, global_pool="")
-        kinds = {"absolute": model.pos_embed, "rotary": getattr(model, "rope", None)}
+        positions = {"absolute": model.pos_embed, "rotary": getattr(model, "rope", None)}
+        pooled = not isinstance(model.fc_norm, nn.Identity)
         return BackboneRow(
             **row,
             patch=model.patch_embed.patch_size[0],
             width=model.embed_dim,
             depth=len(model.blocks),
-            positions="+".join(kind for kind, has in kinds.items() if has is not None) or "none",
+            options=POOLED_BEFORE_NORM[kind] if pooled else {},
+            positions="+".join(name for name, has in positions.items() if has is not None)
+            or "none",
             final_norm=not isinstance(model.norm, nn.Identity),
+            note="; ".join(notes + [POOLED_NOTE] * pooled),
         )
     if not hasattr(model, "forward_intermediates"):
         raise UnknownModelError(
@@ -115,6 +123,7 @@ def timm_row(tag: str) -> BackboneRow:
         kind="features",
         positions="none",
         final_norm=False,
+        note="; ".join(notes),
     )
 
 

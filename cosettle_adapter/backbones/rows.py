@@ -90,6 +90,14 @@ def _features(name: str, family: str, tag: str, width: int, depth: int, **row: A
     return BackboneRow(name, family, tag.partition(".")[0], 16, width, depth, **kind)
 
 
+# Some encoders are trained to pool their tokens before the norm, so the tokens have none. timm
+# calls this norm fc_norm; by its class of model, the options for a model without it.
+POOLED_BEFORE_NORM: dict[str, dict[str, Any]] = {
+    "VisionTransformer": {"final_norm": False},
+    "Eva": {"use_post_transformer_norm": False, "use_fc_norm": False},
+}
+POOLED_NOTE = "no final norm: this model normalises the mean of its patch tokens, not the tokens"
+
 _NON_COMMERCIAL = "non-commercial weights"
 _APACHE = {"licence": "Apache-2.0"}
 _CC_BY_NC = {"licence": "CC-BY-NC-4.0", "note": _NON_COMMERCIAL}
@@ -169,7 +177,10 @@ _SIGLIP2 = {  # gelu_tanh as trained; timm's base and large have exact GELU
     "image_size": 512, "options": {"act_layer": "gelu_tanh"}, **_APACHE, **_HALF
 }  # fmt: skip
 _BOTH = {"positions": "absolute+rotary"}
-_EVA02 = {"licence": "MIT", **_BOTH, **_OPENAI}
+_EVA02 = {
+    "licence": "MIT", "options": POOLED_BEFORE_NORM["Eva"], "final_norm": False,
+    "note": POOLED_NOTE, **_BOTH, **_OPENAI,
+}  # fmt: skip
 _SPATIAL, _CORE = "Perception Encoder (spatial)", "Perception Encoder (core)"
 _PE = {**_APACHE, **_BOTH, **_HALF}
 _PE_B = {"final_norm": False, "image_size": 512, **_PE}
