@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tarfile
 import threading
@@ -16,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cosettle_adapter.backbones.torchscript import read_torchscript
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
@@ -39,7 +39,9 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a safetensors file, a PyTorch training checkpoint or an ONNX file."""
+    """Read a safetensors or ONNX file, a PyTorch checkpoint, or a folder of transformers."""
+    if path.is_dir():
+        return Checkpoint(_read_folder(path))
     if not path.is_file():
         raise WeightsUnavailableError(f"{path} does not exist")
     if path.suffix == ".onnx":
@@ -55,6 +57,31 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CorruptWeightsError(message) from error
 
 
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """Read the weights of a folder as transformers saves it, in one file or in shards."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_checkpoint(folder / name).tensors
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            shards = sorted({folder / Path(file).name for file in places.values()})
+        except (LookupError, TypeError, ValueError) as error:
+            raise CorruptWeightsError(f"{index} is not an index of weights: {error!r}") from error
+        tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            tensors |= read_checkpoint(shard).tensors
+        if missing := sorted(places.keys() - tensors.keys()):
+            raise CorruptWeightsError(f"{index} lists tensors that no file has: {missing[:8]}")
+        return tensors
+    raise WeightsUnavailableError(
+        f"{folder} has no weights; expected model.safetensors or pytorch_model.bin, or their "
+        "shards with an index"
+    )
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a backbone's tensors atomically as safetensors in float32."""
     stored = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
@@ -67,6 +94,8 @@ def _read_pickle(path: Path) -> Checkpoint:
     try:
         mapped = zipfile.is_zipfile(path)
         if mapped and _is_torchscript(path):
+            from cosettle_adapter.backbones.torchscript import read_torchscript  # rarely needed
+
             return Checkpoint(read_torchscript(path))
         if tarfile.is_tarfile(path):
             raise RuntimeError("it is a tar archive, which may execute code")

@@ -68,7 +68,8 @@ _NAMES = {  # regular expressions, applied in order
     r"\.(output\.dense|mlp\.weights_out|mlp\.down_proj)\.": ".mlp.fc2.",
     r"\.mlp\.(gate|up)_proj\.": r".mlp.\1.",
     r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
-    # Meta: DINOv2, which packs gate and value as timm does, and DINOv3
+    # Meta: DINOv2, which puts blocks into chunks for training and packs gate and value as timm does, and DINOv3
+    r"^blocks\.\d+\.(\d+\.)": r"blocks.\1",
     r"^(register|storage)_tokens$": "reg_token",
     r"\.mlp\.w12\.": ".mlp.fc1.",
     r"\.mlp\.w1\.": ".mlp.gate.",
@@ -76,7 +77,7 @@ _NAMES = {  # regular expressions, applied in order
     r"\.mlp\.w3\.": ".mlp.fc2.",
 }
 _UNUSED = re.compile(  # outside the encoder or after its patch tokens
-    r"embeddings\.(position_ids|mask_token)|mask_token|masked_embed|decoder[._]|adapter\.|head\.|"
+    r"embeddings\.(position_ids|mask_token)|mask_token|masked_embed|decoder[._]|adapter\.|(projection_)?head\.|"
     r"proj$|visual_projection\.|attn_pool\.|pooler\.|classifier\.|local_cls_norm\.|"
     r"rope_embed(dings)?\.|.*\.bias_mask"
 )
@@ -93,7 +94,7 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
     unused = {name for name in source if _UNUSED.match(name)}
     renamed: Tensors = {}
     for name, tensor in source.items():
-        if name in unused:
+        if name in unused or not tensor.numel():  # none of DINOv3's registers
             continue
         if name not in expected:
             for pattern, new in _NAMES.items():
@@ -105,6 +106,9 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
         elif name.endswith(".gamma") and name not in expected:  # Eva's name of a layer scale
             renamed[re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name)] = renamed.pop(name)
     bias, kernel = "patch_embed.proj.bias", renamed.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 2:  # SigLIP 2 applies it to flattened patches
+        kernel = rearrange(kernel, "c (h w rgb) -> c rgb h w", h=row.patch, w=row.patch)
+        renamed["patch_embed.proj.weight"] = kernel
     if "class_embedding" in source and bias in expected and kernel is not None:
         renamed.setdefault(bias, kernel.new_zeros(len(kernel)))  # CLIPA has no bias
     if "norm.weight" not in expected:  # it normalises pooled tokens, or none
@@ -167,7 +171,7 @@ def _convert_linear(
 
     def store_biases(query: Tensor, value: Tensor) -> None:
         # Without key bias, timm stores the other two separately, or none if both are zero.
-        if bool(query.any()) or bool(value.any()):
+        if f"{block}.attn.q_bias" in expected or bool(query.any()) or bool(value.any()):
             tensors[f"{block}.attn.q_bias"], tensors[f"{block}.attn.v_bias"] = query, value
 
     if layer == "attn.qkv":

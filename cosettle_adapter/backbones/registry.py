@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -28,9 +29,9 @@ _LICENCES = {row.licence.lower().removeprefix("licenseref-"): row.licence for ro
 
 
 def lookup(name: str) -> BackboneRow:
-    """Return the row of a registered name, ``timm:<tag>`` or ``open_clip:<arch>/<tag>``.
+    """Return the row of a registered name, ``timm:<tag>``, ``open_clip:<arch>/<tag>`` or a folder.
 
-    An :class:`UnknownModelError` suggests similar names.
+    The folder is one that transformers saved. An :class:`UnknownModelError` suggests similar names.
     """
     if name in REGISTRY:
         return REGISTRY[name]
@@ -40,16 +41,27 @@ def lookup(name: str) -> BackboneRow:
         from cosettle_adapter.backbones.open_clip import open_clip_row  # imports this module
 
         return open_clip_row(name.removeprefix(OPEN_CLIP))
+    if is_model_folder(Path(name).expanduser()):
+        from cosettle_adapter.backbones.folders import folder_row  # only these names need it
+
+        return folder_row(Path(name).expanduser())
     raise UnknownModelError(
         f"unknown backbone {name!r}.{did_you_mean(name, REGISTRY)} "
         f"`cosettle-adapter list --backbones` lists all {len(REGISTRY)}; other models are "
-        "timm:<tag> or open_clip:<arch>/<tag>."
+        "timm:<tag>, open_clip:<arch>/<tag> or a folder that transformers saved."
     )
 
 
-def is_backbone_name(name: str) -> bool:
-    """Whether ``name`` is a registered backbone, ``timm:...`` or ``open_clip:...``."""
-    return name in REGISTRY or name.startswith((TIMM, OPEN_CLIP))
+def is_backbone_name(name: str | Path) -> bool:
+    """Whether :func:`lookup` has a row for a name."""
+    known = isinstance(name, str) and (name in REGISTRY or name.startswith((TIMM, OPEN_CLIP)))
+    return known or is_model_folder(Path(name).expanduser())
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether transformers saved a folder; one of ``save_pretrained`` has a projection."""
+    config, ours = folder / "config.json", folder / "projection.safetensors"
+    return config.is_file() and not ours.is_file() and '"model_type"' in config.read_text("utf-8")
 
 
 def timm_row(tag: str) -> BackboneRow:

@@ -1,13 +1,11 @@
-"""Reading the tensors of a TorchScript archive, such as OpenAI's CLIP files, without running it.
+"""Reading the tensors of TorchScript archives, such as OpenAI's CLIP files, without running them.
 
-The archive is a zip file: a pickle of the module tree, the storages, and code. The code is not
-read. The pickle can only name tensors, lists and the archive's own classes; for the latter it gets
-:class:`_Module`, which keeps the attributes and does nothing else.
+An archive is a zip file of storages, code, and a pickle of the module tree. The code is not read.
+The pickle gets tensors, containers, and :class:`_Module` for classes of the archive.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 import zipfile
@@ -18,17 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_OWN = "__torch__."  # module of the classes that an archive defines
 _DTYPES = {
     "BFloat16": torch.bfloat16, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8,
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "Int": torch.int32,
     "Long": torch.int64, "Short": torch.int16,
 }  # fmt: skip
-_LISTS = ("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist")
 
 
 class _Module:
-    """Stands for an object of a class that the archive defines; keeps its attributes."""
+    """Stands for an object of a class that the archive defines: keeps its attributes."""
 
     attributes: Any = None
 
@@ -37,34 +33,31 @@ class _Module:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickler of one archive that finds nothing but what :meth:`find_class` makes."""
-
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(_stored(archive, f"{root}.pkl")))
+        super().__init__(archive.open(f"{root}.pkl"))
         self._archive, self._root = archive, root
         self._storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a name stands for; new objects, because a pickle could alter shared ones."""
-        if module.startswith(_OWN):
+        if module.startswith("__torch__."):
             return type("_Module", (_Module,), {})
-        if module == "torch" and name.removesuffix("Storage") in _DTYPES:
-            return _DTYPES[name.removesuffix("Storage")]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: _view(storage, offset, size, stride)
-        if module == "torch.jit._pickle" and name in _LISTS:
-            return lambda items: items
-        if (module, name) == ("torch.jit._pickle", "restore_type_tag"):
-            return lambda value, _: value
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
+        known: dict[tuple[str, str], Any] = {  # made anew: a pickle can alter what it gets
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _tensor(*arguments),
+            ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
+            ("collections", "OrderedDict"): dict,
+        }
+        for kind in ("bool", "double", "int", "tensor"):
+            known["torch.jit._pickle", f"build_{kind}list"] = list
+        for kind, dtype in _DTYPES.items():
+            known["torch", f"{kind}Storage"] = dtype
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return known[module, name]
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """Return a storage as a vector; each is read once."""
         _, dtype, key, _, count = pid
         if (key, dtype) not in self._storages:
-            content = bytearray(_stored(self._archive, f"{self._root}/{key}"))
+            content = bytearray(self._archive.read(f"{self._root}/{key}"))
             if len(content) != count * dtype.itemsize:
                 raise ValueError(f"storage {key} has {len(content)} bytes, expected {count} values")
             empty = torch.empty(0, dtype=dtype)
@@ -73,41 +66,29 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a TorchScript archive by their names in the module tree.
+    """Read the tensors of an archive by their names in the module tree.
 
-    Anything can be raised for a damaged or hostile archive; none of its code runs.
+    A damaged or hostile archive can raise any exception, but none of its code runs.
     """
     with zipfile.ZipFile(path) as archive:
-        # True of stored members that do not overlap: nothing can be larger in memory than on disk.
-        if sum(info.compress_size for info in archive.infolist()) > path.stat().st_size:
-            raise ValueError("its members overlap")
-        roots = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise ValueError(f"it has {len(roots)} members called data.pkl, expected one")
-        module = _Unpickler(archive, roots[0].removesuffix(".pkl")).load()
-    return dict(_named_tensors(module, "", set()))
+        (root,) = [name[:-4] for name in archive.namelist() if name.endswith("/data.pkl")]
+        members = [info for info in archive.infolist() if info.filename.startswith(root)]
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("its members are compressed or overlap")  # PyTorch's never do
+        return dict(_named_tensors(_Unpickler(archive, root).load(), "", set()))
 
 
-def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Read a member, which PyTorch never compresses."""
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise ValueError(f"{name} is compressed")
-    return archive.read(info)
-
-
-def _view(storage: Tensor, offset: int, size: Any, stride: Any) -> Tensor:
-    """View a storage as a tensor; torch checks that it lies inside."""
+def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     if math.prod(size) > storage.numel():
         raise ValueError(f"a tensor of size {tuple(size)} exceeds its storage")
-    return torch.as_strided(storage, size, stride, offset)
+    return storage.as_strided(size, stride, offset)  # which checks that it lies inside
 
 
 def _named_tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     attributes = module.attributes if isinstance(module, _Module) else None
     if not isinstance(attributes, dict) or id(module) in seen:
         return
-    seen.add(id(module))  # a pickle can hold circles
+    seen.add(id(module))  # a hostile pickle can hold circles
     for name, value in attributes.items():
         if isinstance(name, str) and isinstance(value, Tensor):
             yield prefix + name, value
