@@ -93,17 +93,18 @@ def _read_pickle(path: Path) -> Checkpoint:
     """Read a PyTorch checkpoint with the restricted unpickler, which executes no code."""
     try:
         mapped = zipfile.is_zipfile(path)
+        if tarfile.is_tarfile(path):
+            raise RuntimeError("it is a tar archive, which may execute code")
         if mapped and _is_torchscript(path):
             from cosettle_adapter.backbones.torchscript import read_torchscript  # rarely needed
 
-            return Checkpoint(read_torchscript(path))
-        if tarfile.is_tarfile(path):
-            raise RuntimeError("it is a tar archive, which may execute code")
-        # Many training codes save their arguments as a Namespace. Safe globals are shared by all
-        # threads, so only one thread loads at a time.
-        with _LOADING, torch.serialization.safe_globals([argparse.Namespace]):
-            # Memory mapping avoids reading the optimizer's state.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content: Any = read_torchscript(path)
+        else:
+            # Many training codes save their arguments as a Namespace. Safe globals are shared by
+            # all threads, so only one thread loads at a time.
+            with _LOADING, torch.serialization.safe_globals([argparse.Namespace]):
+                # Memory mapping avoids reading the optimizer's state.
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
         text = " ".join(str(error).split())
         cause = f"is truncated or not a PyTorch checkpoint ({text.partition('. ')[0]})"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -21,11 +23,11 @@ CONFIG_FILE = "config.json"
 
 
 class _Kind(NamedTuple):
-    """A model type of transformers."""
+    """A model type of transformers: what differs from ViT."""
 
-    defaults: dict[str, Any] = {}  # of fields that a config may leave out, if not those of ViT
-    options: dict[str, Any] = {}  # of timm
-    row: dict[str, Any] = {}  # fields of the row
+    defaults: Mapping[str, Any] = MappingProxyType({})  # of fields that a config may leave out
+    options: Mapping[str, Any] = MappingProxyType({})  # of timm's model
+    row: Mapping[str, Any] = MappingProxyType({})
 
 
 _VIT = {
@@ -47,9 +49,11 @@ _KINDS = {
     "siglip_vision_model": _SIGLIP,
     "siglip2_vision_model": _SIGLIP._replace(row={"interpolation": "bilinear+antialias"}),
     "dinov2": _Kind(),
-    "dinov2_with_registers": _Kind({}, {"no_embed_class": True}, {"interpolation": "size+antialias"}),
+    "dinov2_with_registers": _Kind(
+        options={"no_embed_class": True}, row={"interpolation": "size+antialias"}
+    ),
     "dinov3_vit": _Kind(
-        {"query_bias": True, "rope_theta": 100.0},
+        {"query_bias": True, "value_bias": True, "rope_theta": 100.0},
         row={"architecture": "vit_small_patch16_dinov3", "positions": "rotary"},
     ),
     "vit": _Kind(),
@@ -61,9 +65,8 @@ _ACTIVATIONS = {  # timm's names
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu",
     "quick_gelu": "quick_gelu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
-_ONLY = {  # values that timm's models are made for
-    "num_channels": 3, "key_bias": False, "value_bias": True, "proj_bias": True, "mlp_bias": True,
-}  # fmt: skip
+# values that timm's models are made for
+_ONLY = {"num_channels": 3, "key_bias": False, "proj_bias": True, "mlp_bias": True}
 
 
 def folder_row(folder: Path) -> BackboneRow:
@@ -109,6 +112,7 @@ def architecture_row(folder: Path, **fields: Any) -> BackboneRow:
     wrong += [name for name in ("patch_size", "image_size") if not isinstance(config[name], int)]
     known = ("silu" if gated else "gelu",) if rotary else tuple(_ACTIVATIONS)
     wrong += ["hidden_act"] * (config["hidden_act"] not in known)
+    wrong += ["value_bias"] * (rotary and config["value_bias"] != config["query_bias"])
     if wrong:
         listed = ", ".join(f"{name}={config[name]!r}" for name in wrong)
         raise UnknownModelError(f"{file} is not supported: timm has no model with {listed}")

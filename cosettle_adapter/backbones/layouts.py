@@ -68,7 +68,7 @@ _NAMES = {  # regular expressions, applied in order
     r"\.(output\.dense|mlp\.weights_out|mlp\.down_proj)\.": ".mlp.fc2.",
     r"\.mlp\.(gate|up)_proj\.": r".mlp.\1.",
     r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
-    # Meta: DINOv2, which puts blocks into chunks for training and packs gate and value as timm does, and DINOv3
+    # Meta: DINOv2, which trains blocks in chunks and packs gate and value as timm does, and DINOv3
     r"^blocks\.\d+\.(\d+\.)": r"blocks.\1",
     r"^(register|storage)_tokens$": "reg_token",
     r"\.mlp\.w12\.": ".mlp.fc1.",

@@ -228,63 +228,56 @@ _VIDEO = (  # pre-trained on video frames, for comparison
     _vit("tcore-vitb16-k400", "T-CoRe", _B16, hub=_K400_B, **_TCORE),
 )
 
-# Encoders tuned for dense features. Tensor names and licences are those of the makers' own code; no
-# file could be read, so the rows are unverified.
-_UNVERIFIED = "unverified: rows follow the makers' code, their files were not read"
-_MAKERS = f"{_UNVERIFIED}; {_NO_SOURCE}"
+# Encoders tuned for dense features. Names of tensors, sizes and licences are those of the makers'
+# code; their files could not be read.
+_MAKERS = f"unverified: follows the makers' code, not read from a file; {_NO_SOURCE}"
 _TIMET = {"licence": "BSD-3-Clause-Clear", "note": _MAKERS, **_BY_SCALE}
 _MOSIC = {"licence": "LicenseRef-unstated", "note": _MAKERS}
 _MOSIC_14 = {"options": {"img_size": 224}, **_MOSIC}
-_NECO = {"licence": "MIT", "note": _UNVERIFIED, **_BY_SCALE}
+_NECO = {"licence": "MIT", "note": _MAKERS, **_BY_SCALE}
 _NECO_14 = {"image_size": 518, **_NECO}
 _NECO_REG = {**_NECO_14, "interpolation": "size+antialias"}
-_NECO_S16, _NECO_S, _NECO_S_REG, _NECO_B, _NECO_B_REG = (
-    HubFile("FunAILab/NeCo", (f"vit-{path}_model.ckpt",))
-    for path in (
-        "small/dino-architectures/neco_on_dino_vit16",
-        "small/dinov2-architectures/neco_on_dinov2_vit14",
-        "small/dinov2-architectures/neco_on_dinov2r_vit14",
-        "base/dinov2-architectures/neco_on_dinov2_vit14",
-        "base/dinov2-architectures/neco_on_dinov2r_vit14",
-    )
-)
 _FRANCA = {"licence": "LicenseRef-Franca-RAIL", "note": f"research only; {_MAKERS}", **_BY_SCALE}
-_FRANCA_B = {"width": 768, "depth": 12, "image_size": 518, **_FRANCA}
-_FRANCA_B["options"] = {"embed_dim": 768, "depth": 12, "num_heads": 12}
-_FRANCA_L = {"width": 1024, "depth": 24, **_FRANCA}
-_FRANCA_L["options"] = {
-    "img_size": 224, "embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 5472 / 1024
-}  # fmt: skip
+_FRANCA_B, _FRANCA_L = (
+    {"width": width, "depth": depth, "image_size": side, **_FRANCA, "options": {
+        "img_size": side, "embed_dim": width, "depth": depth, "num_heads": width // 64,
+        "mlp_ratio": hidden / width,
+    }}
+    for width, depth, side, hidden in ((768, 12, 518, 4096), (1024, 24, 224, 5472))
+)  # fmt: skip
 _FRANCA_G = {"options": {"img_size": 224}, **_FRANCA}
-_GATED = "vit_giant_patch14_dinov2"  # as all of Franca's
-_DCR = {"note": f"the folder with its weights; {_MAKERS}", "interpolation": "size"}
+_DCR = {"note": f"a folder of transformers; {_MAKERS}", "interpolation": "size"}
 _DCR_CLIP = {"licence": "MIT", **_OPENAI, **_DCR}
 _DCR_META = {**_CC_BY_NC, **_OPENAI, **_DCR, "note": f"{_NON_COMMERCIAL}; {_DCR['note']}"}
 _DCR_SIGLIP = {**_APACHE, **_HALF, **_DCR}
-_SIGLIP = "vit_so400m_patch14_siglip_{}"
+_S14, _B14, _G14 = (f"vit_{size}_patch14_dinov2" for size in ("small", "base", "giant"))
+_S14_REG, _B14_REG = (f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base"))
 _DENSE = (
     _vit("timet-vits16", "TimeT", _S16, **_TIMET),
     _vit("mosic-vits16", "MoSiC", _S16, **_MOSIC),
-    _vit("mosic-vits14", "MoSiC", "vit_small_patch14_dinov2", **_MOSIC_14),
-    _vit("mosic-vitb14", "MoSiC", "vit_base_patch14_dinov2", **_MOSIC_14),
+    _vit("mosic-vits14", "MoSiC", _S14, **_MOSIC_14),
+    _vit("mosic-vitb14", "MoSiC", _B14, **_MOSIC_14),
     _vit("mosic-vitl14", "MoSiC", "vit_large_patch14_dinov2", **_MOSIC_14),
-    _vit("mosic-vits14-reg", "MoSiC", "vit_small_patch14_reg4_dinov2", **_MOSIC_14),
-    _vit("mosic-vitb14-reg", "MoSiC", "vit_base_patch14_reg4_dinov2", **_MOSIC_14),
-    _vit("neco-vits16", "NeCo", _S16, hub=_NECO_S16, **_NECO),
-    _vit("neco-vits14", "NeCo", "vit_small_patch14_dinov2", hub=_NECO_S, **_NECO_14),
-    _vit("neco-vitb14", "NeCo", "vit_base_patch14_dinov2", hub=_NECO_B, **_NECO_14),
-    _vit("neco-vits14-reg", "NeCo", "vit_small_patch14_reg4_dinov2", hub=_NECO_S_REG, **_NECO_REG),
-    _vit("neco-vitb14-reg", "NeCo", "vit_base_patch14_reg4_dinov2", hub=_NECO_B_REG, **_NECO_REG),
-    _vit("franca-vitb14", "Franca", _GATED, **_FRANCA_B),
-    _vit("franca-vitl14", "Franca", _GATED, **_FRANCA_L),
-    _vit("franca-vitg14", "Franca", _GATED, **_FRANCA_G),
+    _vit("mosic-vits14-reg", "MoSiC", _S14_REG, **_MOSIC_14),
+    _vit("mosic-vitb14-reg", "MoSiC", _B14_REG, **_MOSIC_14),
+    _vit("neco-vits16", "NeCo", _S16, **_NECO),
+    _vit("neco-vits14", "NeCo", _S14, **_NECO_14),
+    _vit("neco-vitb14", "NeCo", _B14, **_NECO_14),
+    _vit("neco-vits14-reg", "NeCo", _S14_REG, **_NECO_REG),
+    _vit("neco-vitb14-reg", "NeCo", _B14_REG, **_NECO_REG),
+    _vit("franca-vitb14", "Franca", _G14, **_FRANCA_B),  # gated, as only timm's giant is
+    _vit("franca-vitl14", "Franca", _G14, **_FRANCA_L),
+    _vit("franca-vitg14", "Franca", _G14, **_FRANCA_G),
     _vit("dcr-clip-vitl14", "DCR", _CLIP_L.format(224), **_DCR_CLIP),
     _vit("dcr-clip-vitl14-336", "DCR", _CLIP_L.format(336), image_size=336, **_DCR_CLIP),
     _vit("dcr-metaclip-vitl14", "DCR", _CLIP_L.format(224), **_DCR_META),
     _vit("dcr-metaclip-vith14", "DCR", "vit_huge_patch14_clip_quickgelu_224", **_DCR_META),
-    _vit("dcr-siglip-so400m14", "DCR", _SIGLIP.format(224), **_DCR_SIGLIP),
-    _vit("dcr-siglip-so400m14-384", "DCR", _SIGLIP.format(384), image_size=384, **_DCR_SIGLIP),
-)
+    _vit("dcr-siglip-so400m14", "DCR", "vit_so400m_patch14_siglip_224", **_DCR_SIGLIP),
+    _vit(
+        "dcr-siglip-so400m14-384", "DCR", "vit_so400m_patch14_siglip_384",
+        **{**_DCR_SIGLIP, "image_size": 384},
+    ),
+)  # fmt: skip
 
 _RESNET, _SWIN = "ResNet (supervised)", "swin_base_patch4_window7_224.ms_in22k"
 _V3_CONVNEXT, _CONVNEXT = "DINOv3 (ConvNeXt)", "convnext_base.dinov3_lvd1689m"

@@ -60,7 +60,8 @@ class TrainOptions:
 
     Attributes:
         backbone: registered name, timm:TAG or open_clip:ARCHITECTURE/TAG.
-        backbone_weights: local weights of the backbone: safetensors or a PyTorch checkpoint.
+        backbone_weights: local weights of the backbone: safetensors, a PyTorch checkpoint, or a folder that
+            transformers saved.
         data: folders, lists, patterns or WebDataset shards of videos.
         output: folder to write.
         resume: continue the run in this folder (by default that of -o) with its original options;
