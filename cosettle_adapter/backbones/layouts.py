@@ -77,8 +77,8 @@ _NAMES = {  # regular expressions, applied in order
     r"\.mlp\.w3\.": ".mlp.fc2.",
 }
 _UNUSED = re.compile(  # outside the encoder or after its patch tokens
-    r"embeddings\.(position_ids|mask_token)|mask_token|masked_embed|decoder[._]|adapter\.|(projection_)?head\.|"
-    r"proj$|visual_projection\.|attn_pool\.|pooler\.|classifier\.|local_cls_norm\.|"
+    r"embeddings\.(position_ids|mask_token)|mask_token|masked_embed|decoder[._]|adapter\.|"
+    r"(projection_)?head\.|proj$|visual_projection\.|attn_pool\.|pooler\.|classifier\.|local_cls_norm\.|"
     r"rope_embed(dings)?\.|.*\.bias_mask"
 )
 _NORM = re.compile(r"^(fc_)?norm\.")

@@ -30,6 +30,7 @@ from cosettle_adapter.backbones.downloads import (
     hub_file,
     one_line,
 )
+from cosettle_adapter.backbones.registry import is_model_folder
 from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY, BackboneRow, HubFile
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 
@@ -155,7 +156,7 @@ def _read(
     if not converted and stored.keys() != meta_model(row).state_dict().keys():
         from cosettle_adapter.backbones.layouts import to_timm  # most files do not need it
 
-        if (path / "config.json").is_file() and path != row.folder and row.kind == "vit":
+        if row.kind == "vit" and path != row.folder and is_model_folder(path):
             _check_activation(row, path)
         try:
             tensors = to_timm(stored, row)
