@@ -236,7 +236,6 @@ _MOSIC = {"licence": "LicenseRef-unstated", "note": _MAKERS}
 _MOSIC_14 = {"options": {"img_size": 224}, **_MOSIC}
 _NECO = {"licence": "MIT", "note": _MAKERS, **_BY_SCALE}
 _NECO_14 = {"image_size": 518, **_NECO}
-_NECO_REG = {**_NECO_14, "interpolation": "size+antialias"}
 _FRANCA = {"licence": "LicenseRef-Franca-RAIL", "note": f"research only; {_MAKERS}", **_BY_SCALE}
 _FRANCA_B, _FRANCA_L = (
     {"width": width, "depth": depth, "image_size": side, **_FRANCA, "options": {
@@ -263,8 +262,8 @@ _DENSE = (
     _vit("neco-vits16", "NeCo", _S16, **_NECO),
     _vit("neco-vits14", "NeCo", _S14, **_NECO_14),
     _vit("neco-vitb14", "NeCo", _B14, **_NECO_14),
-    _vit("neco-vits14-reg", "NeCo", _S14_REG, **_NECO_REG),
-    _vit("neco-vitb14-reg", "NeCo", _B14_REG, **_NECO_REG),
+    _vit("neco-vits14-reg", "NeCo", _S14_REG, **_NECO_14),
+    _vit("neco-vitb14-reg", "NeCo", _B14_REG, **_NECO_14),
     _vit("franca-vitb14", "Franca", _G14, **_FRANCA_B),  # gated, as only timm's giant is
     _vit("franca-vitl14", "Franca", _G14, **_FRANCA_L),
     _vit("franca-vitg14", "Franca", _G14, **_FRANCA_G),
