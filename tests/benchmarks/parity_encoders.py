@@ -2,8 +2,8 @@
 
     python tests/benchmarks/parity_encoders.py FRANCA TIMETUNING NECO
 
-The arguments are checkouts of valeoai/Franca, SMSD75/Timetuning and vpariza/NeCo. MoSiC saves timm's
-own models.
+The arguments are checkouts of valeoai/Franca, SMSD75/Timetuning and vpariza/NeCo. MoSiC saves
+timm's own models.
 """
 
 from __future__ import annotations
