@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -22,44 +20,29 @@ from cosettle_adapter.errors import CorruptWeightsError, UnknownModelError, Weig
 CONFIG_FILE = "config.json"
 
 
-class _Kind(NamedTuple):
-    """A model type of transformers: what differs from ViT."""
-
-    defaults: Mapping[str, Any] = MappingProxyType({})  # of fields that a config may leave out
-    options: Mapping[str, Any] = MappingProxyType({})  # of timm's model
-    row: Mapping[str, Any] = MappingProxyType({})
-
-
 _VIT = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
     "intermediate_size": 3072, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "image_size": 224,
     "patch_size": 16, "qkv_bias": True, "num_register_tokens": 0,
 }  # fmt: skip
-_CLIP = _Kind(
-    {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    {"pre_norm": True},
-    {"final_norm": False, "note": "no final norm, as in last_hidden_state; norm=True applies it"},
-)
-_SIGLIP = _Kind(
-    {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_patches": 256},
-    {"class_token": False},
-)
-_KINDS = {
-    "clip_vision_model": _CLIP,
-    "siglip_vision_model": _SIGLIP,
-    "siglip2_vision_model": _SIGLIP._replace(row={"interpolation": "bilinear+antialias"}),
-    "dinov2": _Kind(),
-    "dinov2_with_registers": _Kind(
-        options={"no_embed_class": True}, row={"interpolation": "size+antialias"}
-    ),
-    "dinov3_vit": _Kind(
-        {"query_bias": True, "value_bias": True, "rope_theta": 100.0},
-        row={"architecture": "vit_small_patch16_dinov3", "positions": "rotary"},
-    ),
-    "vit": _Kind(),
-    "vit_mae": _Kind(),
-    "ijepa": _Kind(options={"class_token": False}),
-}  # fmt: skip
+_CLIP = {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_CLIP_ROW = {"final_norm": False, "note": "no final norm, as in last_hidden_state"}
+_SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_patches": 256}
+_DINOV3 = {"query_bias": True, "value_bias": True, "rope_theta": 100.0}
+_DINOV3_ROW = {"architecture": "vit_small_patch16_dinov3", "positions": "rotary"}
+_NO_CLASS = {"class_token": False}
+# By model type: defaults of the config that differ from ViT's, timm's options, the row's fields.
+_KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "clip_vision_model": (_CLIP, {"pre_norm": True}, _CLIP_ROW),
+    "siglip_vision_model": (_SIGLIP, _NO_CLASS, {}),
+    "siglip2_vision_model": (_SIGLIP, _NO_CLASS, {"interpolation": "bilinear+antialias"}),
+    "dinov2": ({}, {}, {}),
+    "dinov2_with_registers": ({}, {"no_embed_class": True}, {"interpolation": "size+antialias"}),
+    "dinov3_vit": (_DINOV3, {}, _DINOV3_ROW),
+    "vit": ({}, {}, {}),
+    "vit_mae": ({}, {}, {}),
+    "ijepa": ({}, _NO_CLASS, {}),
+}
 _TOWERS = ("clip", "siglip", "siglip2")  # with a text tower
 _ACTIVATIONS = {  # timm's names
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu",
@@ -104,7 +87,8 @@ def architecture_row(folder: Path, **fields: Any) -> BackboneRow:
         raise UnknownModelError(
             f"{file} has the model_type {kind!r}, expected one of {', '.join((*_TOWERS, *_KINDS))}"
         )
-    config = {**_VIT, **_KINDS[kind].defaults, **given}
+    defaults, kind_options, kind_fields = _KINDS[kind]
+    config = {**_VIT, **defaults, **given}
     width, patch, side = (config[name] for name in ("hidden_size", "patch_size", "image_size"))
     gated = bool(config.get("use_swiglu_ffn") or config.get("use_gated_mlp"))
     rotary = kind == "dinov3_vit"
@@ -120,13 +104,13 @@ def architecture_row(folder: Path, **fields: Any) -> BackboneRow:
         side = math.isqrt(config["num_patches"]) * patch
     hidden = width * config["mlp_ratio"] if "mlp_ratio" in config else config["intermediate_size"]
     registers = config["num_register_tokens"]
-    row = {"architecture": "vit_base_patch16_224", "interpolation": "size", **_KINDS[kind].row}
+    row = {"architecture": "vit_base_patch16_224", "interpolation": "size", **kind_fields}
     options = {
         "img_size": side, "patch_size": patch, "embed_dim": width, "qkv_bias": config["qkv_bias"],
         "depth": config["num_hidden_layers"], "num_heads": config["num_attention_heads"],
         "init_values": config.get("layerscale_value"),
         "norm_layer": functools.partial(nn.LayerNorm, eps=config["layer_norm_eps"]),
-        **_KINDS[kind].options,
+        **kind_options,
     }  # fmt: skip
     if rotary:
         options |= {"qkv_bias": config["query_bias"], "num_reg_tokens": registers}
