@@ -70,8 +70,9 @@ class CoSettleAdapter(FeatureModel):
         """Load a backbone and its projection.
 
         Args:
-            name: a registered name (``list_models()``), a Hub repository ``owner/name``, or a
-                folder that :meth:`save_pretrained` wrote (``./name`` if a model has the same name).
+            name: a registered name (``list_models()``), a Hub repository ``owner/name``, a folder
+                that :meth:`save_pretrained` wrote (``./name`` if a model has the same name), or
+                one of a backbone as transformers saves it.
             projection: ``"published"``; ``"fit"``, read from the cache, or fitted on the package's
                 photographs in about a minute and cached; a folder with a projection for the
                 backbone ``name``; or ``"settle"``, which uses no projection and settles the
@@ -84,8 +85,9 @@ class CoSettleAdapter(FeatureModel):
                 positions and the projection stay float32.
             stride: step between patches in pixels; below the patch size, patches overlap.
             requires_input_grad: let gradients flow back to the frames.
-            backbone_weights: safetensors file or PyTorch checkpoint in timm's, the authors',
-                OpenAI's or Hugging Face's layout, used in place of the registered source.
+            backbone_weights: safetensors file, PyTorch checkpoint or folder of transformers, in
+                timm's, the authors', OpenAI's or Hugging Face's layout, used in place of the
+                registered source.
             cache_dir: cache folder for backbone and projection, in place of ``HF_HOME``.
             revision: branch, tag or commit of the projection's repository; of the backbone's
                 repository if the projection is in the package.
@@ -119,7 +121,7 @@ class CoSettleAdapter(FeatureModel):
     @classmethod
     def raw(
         cls,
-        backbone: str | Backbone,
+        backbone: str | Path | Backbone,
         *,
         layer: int | None = None,
         norm: bool | None = None,
@@ -132,11 +134,11 @@ class CoSettleAdapter(FeatureModel):
             layer: 0-based, negative from the end; default: the backbone's default layer.
             norm: apply the final norm; default: for the last layer, as its registry row says.
         """
-        if isinstance(backbone, str):
+        if isinstance(backbone, (str, Path)):
             fields = {field.name for field in dataclasses.fields(HubOptions)} & loading.keys()
             options = HubOptions(**{name: loading.pop(name) for name in fields})
             weights = loading.pop("backbone_weights", None)
-            backbone = load_backbone(backbone, weights=weights, options=options, **loading)
+            backbone = load_backbone(str(backbone), weights=weights, options=options, **loading)
         return cls(backbone, identity_projection(backbone, layer=layer, norm=norm))
 
     def without_projection(self) -> CoSettleAdapter:

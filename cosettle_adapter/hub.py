@@ -116,9 +116,9 @@ def _read_config(path: Path) -> ProjectionConfig:
 
 def is_published(name: str | Path) -> bool:
     """Whether a projection is published for a model; every folder and repository has one."""
-    if not (isinstance(name, str) and is_backbone_name(name)):
+    if not is_backbone_name(name):
         return True
-    return bundled_folder(name) is not None or lookup(name).release is not None
+    return bundled_folder(str(name)) is not None or lookup(str(name)).release is not None
 
 
 def is_repository(name: str) -> bool:
@@ -128,13 +128,14 @@ def is_repository(name: str) -> bool:
 
 def find_projection(name: str | Path, options: HubOptions) -> Path:
     """Return the folder of a projection given by model name, folder or repository."""
-    if isinstance(name, str) and is_backbone_name(name):
+    if is_backbone_name(name):
+        row = lookup(str(name))
         if not is_published(name):
             raise UnknownModelError(
-                f"no projection is published for {lookup(name).name}; "
-                f"from_pretrained({name!r}) fits one"
+                f"no projection is published for {row.name}; "
+                f"from_pretrained({str(name)!r}) fits one"
             )
-        return bundled_folder(name) or _released(lookup(name), options)
+        return bundled_folder(row.name) or _released(row, options)
     path = Path(name).expanduser()
     if path.is_dir():
         return path

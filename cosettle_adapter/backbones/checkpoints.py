@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tarfile
 import threading
@@ -38,7 +39,9 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a safetensors file, a PyTorch training checkpoint or an ONNX file."""
+    """Read a safetensors or ONNX file, a PyTorch checkpoint, or a folder of transformers."""
+    if path.is_dir():
+        return Checkpoint(_read_folder(path))
     if not path.is_file():
         raise WeightsUnavailableError(f"{path} does not exist")
     if path.suffix == ".onnx":
@@ -54,6 +57,31 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CorruptWeightsError(message) from error
 
 
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """Read the weights of a folder as transformers saves it, in one file or in shards."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_checkpoint(folder / name).tensors
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            shards = sorted({folder / Path(file).name for file in places.values()})
+        except (LookupError, TypeError, ValueError) as error:
+            raise CorruptWeightsError(f"{index} is not an index of weights: {error!r}") from error
+        tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            tensors |= read_checkpoint(shard).tensors
+        if missing := sorted(places.keys() - tensors.keys()):
+            raise CorruptWeightsError(f"{index} lists tensors that no file has: {missing[:8]}")
+        return tensors
+    raise WeightsUnavailableError(
+        f"{folder} has no weights; expected model.safetensors or pytorch_model.bin, or their "
+        "shards with an index"
+    )
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a backbone's tensors atomically as safetensors in float32."""
     stored = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
@@ -65,13 +93,18 @@ def _read_pickle(path: Path) -> Checkpoint:
     """Read a PyTorch checkpoint with the restricted unpickler, which executes no code."""
     try:
         mapped = zipfile.is_zipfile(path)
-        if tarfile.is_tarfile(path) or (mapped and _is_torchscript(path)):
-            raise RuntimeError("it is a TorchScript or tar archive, which may execute code")
-        # Many training codes save their arguments as a Namespace. Safe globals are shared by all
-        # threads, so only one thread loads at a time.
-        with _LOADING, torch.serialization.safe_globals([argparse.Namespace]):
-            # Memory mapping avoids reading the optimizer's state.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if tarfile.is_tarfile(path):
+            raise RuntimeError("it is a tar archive, which may execute code")
+        if mapped and _is_torchscript(path):
+            from cosettle_adapter.backbones.torchscript import read_torchscript  # rarely needed
+
+            content: Any = read_torchscript(path)
+        else:
+            # Many training codes save their arguments as a Namespace. Safe globals are shared by
+            # all threads, so only one thread loads at a time.
+            with _LOADING, torch.serialization.safe_globals([argparse.Namespace]):
+                # Memory mapping avoids reading the optimizer's state.
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
         text = " ".join(str(error).split())
         cause = f"is truncated or not a PyTorch checkpoint ({text.partition('. ')[0]})"
@@ -100,7 +133,7 @@ def _read_pickle(path: Path) -> Checkpoint:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Whether a zip file is TorchScript, which PyTorch before 2.6 loads despite safe globals."""
+    """Whether a zip file is TorchScript, which ``torch.load`` refuses or executes."""
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 

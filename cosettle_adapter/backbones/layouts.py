@@ -68,7 +68,8 @@ _NAMES = {  # regular expressions, applied in order
     r"\.(output\.dense|mlp\.weights_out|mlp\.down_proj)\.": ".mlp.fc2.",
     r"\.mlp\.(gate|up)_proj\.": r".mlp.\1.",
     r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
-    # Meta: DINOv2, which packs gate and value as timm does, and DINOv3
+    # Meta: DINOv2, which trains blocks in chunks and packs gate and value as timm does, and DINOv3
+    r"^blocks\.\d+\.(\d+\.)": r"blocks.\1",
     r"^(register|storage)_tokens$": "reg_token",
     r"\.mlp\.w12\.": ".mlp.fc1.",
     r"\.mlp\.w1\.": ".mlp.gate.",
@@ -76,10 +77,11 @@ _NAMES = {  # regular expressions, applied in order
     r"\.mlp\.w3\.": ".mlp.fc2.",
 }
 _UNUSED = re.compile(  # outside the encoder or after its patch tokens
-    r"embeddings\.(position_ids|mask_token)|mask_token|masked_embed|decoder[._]|adapter\.|head\.|"
-    r"proj$|visual_projection\.|attn_pool\.|pooler\.|classifier\.|local_cls_norm\.|"
+    r"embeddings\.(position_ids|mask_token)|mask_token|masked_embed|decoder[._]|adapter\.|"
+    r"(projection_)?head\.|proj$|visual_projection\.|attn_pool\.|pooler\.|classifier\.|local_cls_norm\.|"
     r"rope_embed(dings)?\.|.*\.bias_mask"
 )
+_NORM = re.compile(r"^(fc_)?norm\.")
 _LINEAR = re.compile(r"(.*)\.(attn\.qkv|attn\.q|mlp\.up)\.(weight|bias)")
 
 
@@ -90,11 +92,9 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
     expected = meta_model(row).state_dict().keys()
     source = _select_encoder(tensors)
     unused = {name for name in source if _UNUSED.match(name)}
-    if "attn_pool.query" in unused:  # CoCa normalises after pooling the patch tokens
-        unused |= {"ln_post.weight", "ln_post.bias"}
     renamed: Tensors = {}
     for name, tensor in source.items():
-        if name in unused:
+        if name in unused or not tensor.numel():  # none of DINOv3's registers
             continue
         if name not in expected:
             for pattern, new in _NAMES.items():
@@ -106,10 +106,15 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
         elif name.endswith(".gamma") and name not in expected:  # Eva's name of a layer scale
             renamed[re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name)] = renamed.pop(name)
     bias, kernel = "patch_embed.proj.bias", renamed.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 2:  # SigLIP 2 applies it to flattened patches
+        kernel = rearrange(kernel, "c (h w rgb) -> c rgb h w", h=row.patch, w=row.patch)
+        renamed["patch_embed.proj.weight"] = kernel
     if "class_embedding" in source and bias in expected and kernel is not None:
         renamed.setdefault(bias, kernel.new_zeros(len(kernel)))  # CLIPA has no bias
-    if "norm.weight" not in renamed:  # timm calls a norm after mean pooling fc_norm
-        renamed = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in renamed.items()}
+    if "norm.weight" not in expected:  # it normalises pooled tokens, or none
+        renamed = {name: value for name, value in renamed.items() if not _NORM.match(name)}
+    elif "norm.weight" not in renamed:  # timm calls a norm after mean pooling fc_norm
+        renamed = {_NORM.sub("norm.", name): value for name, value in renamed.items()}
     for name in renamed.keys() & {"cls_token", "pos_embed"}:
         while renamed[name].ndim < 3:
             renamed[name] = rearrange(renamed[name], "... -> 1 ...")
@@ -166,7 +171,7 @@ def _convert_linear(
 
     def store_biases(query: Tensor, value: Tensor) -> None:
         # Without key bias, timm stores the other two separately, or none if both are zero.
-        if bool(query.any()) or bool(value.any()):
+        if f"{block}.attn.q_bias" in expected or bool(query.any()) or bool(value.any()):
             tensors[f"{block}.attn.q_bias"], tensors[f"{block}.attn.v_bias"] = query, value
 
     if layer == "attn.qkv":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -9,7 +10,13 @@ import torch
 from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 
-from cosettle_adapter.backbones.rows import ROWS, BackboneRow, HubFile
+from cosettle_adapter.backbones.rows import (
+    POOLED_BEFORE_NORM,
+    POOLED_NOTE,
+    ROWS,
+    BackboneRow,
+    HubFile,
+)
 from cosettle_adapter.errors import UnknownModelError, did_you_mean
 
 REGISTRY: dict[str, BackboneRow] = {row.name: row for row in ROWS}
@@ -22,9 +29,9 @@ _LICENCES = {row.licence.lower().removeprefix("licenseref-"): row.licence for ro
 
 
 def lookup(name: str) -> BackboneRow:
-    """Return the row of a registered name, ``timm:<tag>`` or ``open_clip:<arch>/<tag>``.
+    """Return the row of a registered name, ``timm:<tag>``, ``open_clip:<arch>/<tag>`` or a folder.
 
-    An :class:`UnknownModelError` suggests similar names.
+    The folder is one that transformers saved. An :class:`UnknownModelError` suggests similar names.
     """
     if name in REGISTRY:
         return REGISTRY[name]
@@ -34,16 +41,27 @@ def lookup(name: str) -> BackboneRow:
         from cosettle_adapter.backbones.open_clip import open_clip_row  # imports this module
 
         return open_clip_row(name.removeprefix(OPEN_CLIP))
+    if is_model_folder(Path(name).expanduser()):
+        from cosettle_adapter.backbones.folders import folder_row  # only these names need it
+
+        return folder_row(Path(name).expanduser())
     raise UnknownModelError(
         f"unknown backbone {name!r}.{did_you_mean(name, REGISTRY)} "
         f"`cosettle-adapter list --backbones` lists all {len(REGISTRY)}; other models are "
-        "timm:<tag> or open_clip:<arch>/<tag>."
+        "timm:<tag>, open_clip:<arch>/<tag> or a folder that transformers saved."
     )
 
 
-def is_backbone_name(name: str) -> bool:
-    """Whether ``name`` is a registered backbone, ``timm:...`` or ``open_clip:...``."""
-    return name in REGISTRY or name.startswith((TIMM, OPEN_CLIP))
+def is_backbone_name(name: str | Path) -> bool:
+    """Whether :func:`lookup` has a row for a name."""
+    known = isinstance(name, str) and (name in REGISTRY or name.startswith((TIMM, OPEN_CLIP)))
+    return known or is_model_folder(Path(name).expanduser())
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether transformers saved a folder; one of ``save_pretrained`` has a projection."""
+    config, ours = folder / "config.json", folder / "projection.safetensors"
+    return config.is_file() and not ours.is_file() and '"model_type"' in config.read_text("utf-8")
 
 
 def timm_row(tag: str) -> BackboneRow:
@@ -68,29 +86,31 @@ def timm_row(tag: str) -> BackboneRow:
     licence = config.license or "unstated"
     with torch.device("meta"):
         model: Any = timm.create_model(architecture, num_classes=0)
+    kind = type(model).__name__
     row: dict[str, Any] = {
         "name": TIMM + name,
-        "family": f"timm {type(model).__name__}",
+        "family": f"timm {kind}",
         "architecture": architecture,
         "image_size": config.input_size[-1],
         "licence": _LICENCES.get(licence.lower().removesuffix("-license"), licence),
         "hub": HubFile(config.hf_hub_id) if config.hf_hub_id else None,
         "mean": tuple(config.mean),
         "std": tuple(config.std),
-        "note": "; ".join(notes),
     }
     plain = type(model) in (timm.models.VisionTransformer, timm.models.Eva)
     if plain and not at and not isinstance(model.patch_embed, HybridEmbed):
-        with torch.device("meta"):  # mean pooling would make the norm an identity
-            model = timm.create_model(architecture, num_classes=0, global_pool="")
-        kinds = {"absolute": model.pos_embed, "rotary": getattr(model, "rope", None)}
+        positions = {"absolute": model.pos_embed, "rotary": getattr(model, "rope", None)}
+        pooled = not isinstance(model.fc_norm, nn.Identity)
         return BackboneRow(
             **row,
             patch=model.patch_embed.patch_size[0],
             width=model.embed_dim,
             depth=len(model.blocks),
-            positions="+".join(kind for kind, has in kinds.items() if has is not None) or "none",
+            options=POOLED_BEFORE_NORM[kind] if pooled else {},
+            positions="+".join(name for name, has in positions.items() if has is not None)
+            or "none",
             final_norm=not isinstance(model.norm, nn.Identity),
+            note="; ".join(notes + [POOLED_NOTE] * pooled),
         )
     if not hasattr(model, "forward_intermediates"):
         raise UnknownModelError(
@@ -115,6 +135,7 @@ def timm_row(tag: str) -> BackboneRow:
         kind="features",
         positions="none",
         final_norm=False,
+        note="; ".join(notes),
     )
 
 

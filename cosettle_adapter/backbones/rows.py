@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-PositionInterpolation = Literal["size+antialias", "size", "scale+0.1"]
+PositionInterpolation = Literal["size+antialias", "size", "scale+0.1", "bilinear+antialias"]
 
 OFFICIAL_REPOSITORY = "yafeng19/Co-Settle"  # Hub repository of the paper's authors
 
@@ -54,13 +55,14 @@ class BackboneRow:
     final_norm: bool = True  # whether the last layer is read after the final norm
     # the same for views with perturbed positions, if the paper's training treats them differently
     perturbed_norm: bool | None = None
-    # How the authors resize absolute positions to another grid: bicubic to a size (with or
-    # without antialiasing), or by a scale with 0.1 patches added.
+    # How the authors resize absolute positions to another grid: bicubic, or bilinear, to a size
+    # (with or without antialiasing), or by a scale with 0.1 patches added.
     interpolation: PositionInterpolation = "size+antialias"
     # How they resize a file's positions to image_size; None: another grid is an error.
     load_interpolation: PositionInterpolation | None = None
     hub: HubFile | None = None
     wheel: WheelFile | None = None
+    folder: Path | None = None  # as transformers saves it
     release: str | None = None  # name in the paper's repository, which also has a projection
     fingerprint: str | None = None  # of the tensors, if known
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1]
@@ -91,6 +93,14 @@ def _features(name: str, family: str, tag: str, width: int, depth: int, **row: A
     kind |= {"image_size": 224, "hub": HubFile(f"timm/{tag}"), **row}
     return BackboneRow(name, family, tag.partition(".")[0], 16, width, depth, **kind)
 
+
+# Some encoders are trained to pool their tokens before the norm, so the tokens have none. timm
+# calls this norm fc_norm; by its class of model, the options for a model without it.
+POOLED_BEFORE_NORM: dict[str, dict[str, Any]] = {
+    "VisionTransformer": {"final_norm": False},
+    "Eva": {"use_post_transformer_norm": False, "use_fc_norm": False},
+}
+POOLED_NOTE = "no final norm: this model normalises the mean of its patch tokens, not the tokens"
 
 _NON_COMMERCIAL = "non-commercial weights"
 _APACHE = {"licence": "Apache-2.0"}
@@ -172,7 +182,10 @@ _SIGLIP2 = {  # gelu_tanh as trained; timm's base and large have exact GELU
     "image_size": 512, "options": {"act_layer": "gelu_tanh"}, **_APACHE, **_HALF
 }  # fmt: skip
 _BOTH = {"positions": "absolute+rotary"}
-_EVA02 = {"licence": "MIT", **_BOTH, **_OPENAI}
+_EVA02 = {
+    "licence": "MIT", "options": POOLED_BEFORE_NORM["Eva"], "final_norm": False,
+    "note": POOLED_NOTE, **_BOTH, **_OPENAI,
+}  # fmt: skip
 _SPATIAL, _CORE = "Perception Encoder (spatial)", "Perception Encoder (core)"
 _PE = {**_APACHE, **_BOTH, **_HALF}
 _PE_B = {"final_norm": False, "image_size": 512, **_PE}
@@ -218,6 +231,56 @@ _VIDEO = (  # pre-trained on video frames, for comparison
     _vit("tcore-vitb16-k400", "T-CoRe", _B16, hub=_K400_B, **_TCORE),
 )
 
+# Encoders tuned for dense features. Names of tensors, sizes and licences are those of the makers'
+# code; their files could not be read.
+_MAKERS = f"unverified: follows the makers' code, not read from a file; {_NO_SOURCE}"
+_TIMET = {"licence": "BSD-3-Clause-Clear", "note": _MAKERS, **_BY_SCALE}
+_MOSIC = {"licence": "LicenseRef-unstated", "note": _MAKERS}
+_MOSIC_14 = {"options": {"img_size": 224}, **_MOSIC}
+_NECO = {"licence": "MIT", "note": _MAKERS, **_BY_SCALE}
+_NECO_14 = {"image_size": 518, **_NECO}
+_FRANCA = {"licence": "LicenseRef-Franca-RAIL", "note": f"research only; {_MAKERS}", **_BY_SCALE}
+_FRANCA_B, _FRANCA_L = (
+    {"width": width, "depth": depth, "image_size": side, **_FRANCA, "options": {
+        "img_size": side, "embed_dim": width, "depth": depth, "num_heads": width // 64,
+        "mlp_ratio": hidden / width,
+    }}
+    for width, depth, side, hidden in ((768, 12, 518, 4096), (1024, 24, 224, 5472))
+)  # fmt: skip
+_FRANCA_G = {"options": {"img_size": 224}, **_FRANCA}
+_DCR = {"note": f"a folder of transformers; {_MAKERS}", "interpolation": "size"}
+_DCR_CLIP = {"licence": "MIT", **_OPENAI, **_DCR}
+_DCR_META = {**_CC_BY_NC, **_OPENAI, **_DCR, "note": f"{_NON_COMMERCIAL}; {_DCR['note']}"}
+_DCR_SIGLIP = {**_APACHE, **_HALF, **_DCR}
+_S14, _B14, _G14 = (f"vit_{size}_patch14_dinov2" for size in ("small", "base", "giant"))
+_S14_REG, _B14_REG = (f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base"))
+_DENSE = (
+    _vit("timet-vits16", "TimeT", _S16, **_TIMET),
+    _vit("mosic-vits16", "MoSiC", _S16, **_MOSIC),
+    _vit("mosic-vits14", "MoSiC", _S14, **_MOSIC_14),
+    _vit("mosic-vitb14", "MoSiC", _B14, **_MOSIC_14),
+    _vit("mosic-vitl14", "MoSiC", "vit_large_patch14_dinov2", **_MOSIC_14),
+    _vit("mosic-vits14-reg", "MoSiC", _S14_REG, **_MOSIC_14),
+    _vit("mosic-vitb14-reg", "MoSiC", _B14_REG, **_MOSIC_14),
+    _vit("neco-vits16", "NeCo", _S16, **_NECO),
+    _vit("neco-vits14", "NeCo", _S14, **_NECO_14),
+    _vit("neco-vitb14", "NeCo", _B14, **_NECO_14),
+    _vit("neco-vits14-reg", "NeCo", _S14_REG, **_NECO_14),
+    _vit("neco-vitb14-reg", "NeCo", _B14_REG, **_NECO_14),
+    _vit("franca-vitb14", "Franca", _G14, **_FRANCA_B),  # gated, as only timm's giant is
+    _vit("franca-vitl14", "Franca", _G14, **_FRANCA_L),
+    _vit("franca-vitg14", "Franca", _G14, **_FRANCA_G),
+    _vit("dcr-clip-vitl14", "DCR", _CLIP_L.format(224), **_DCR_CLIP),
+    _vit("dcr-clip-vitl14-336", "DCR", _CLIP_L.format(336), image_size=336, **_DCR_CLIP),
+    _vit("dcr-metaclip-vitl14", "DCR", _CLIP_L.format(224), **_DCR_META),
+    _vit("dcr-metaclip-vith14", "DCR", "vit_huge_patch14_clip_quickgelu_224", **_DCR_META),
+    _vit("dcr-siglip-so400m14", "DCR", "vit_so400m_patch14_siglip_224", **_DCR_SIGLIP),
+    _vit(
+        "dcr-siglip-so400m14-384", "DCR", "vit_so400m_patch14_siglip_384",
+        **{**_DCR_SIGLIP, "image_size": 384},
+    ),
+)  # fmt: skip
+
 _RESNET, _SWIN = "ResNet (supervised)", "swin_base_patch4_window7_224.ms_in22k"
 _V3_CONVNEXT, _CONVNEXT = "DINOv3 (ConvNeXt)", "convnext_base.dinov3_lvd1689m"
 _V2_CONVNEXT = "ConvNeXt V2 (FCMAE)"
@@ -229,4 +292,4 @@ _FEATURE_MAPS = (
     _features("hiera-base", "Hiera (MAE)", "hiera_base_224.mae", 384, 4, **_CC_BY_NC),
 )
 
-ROWS: tuple[BackboneRow, ...] = (*_PAPER, *_OTHERS, *_VIDEO, *_FEATURE_MAPS)
+ROWS: tuple[BackboneRow, ...] = (*_PAPER, *_OTHERS, *_VIDEO, *_DENSE, *_FEATURE_MAPS)

@@ -172,7 +172,7 @@ def resize_positions(
     prefix: int,
     interpolation: PositionInterpolation,
 ) -> Tensor:
-    """Resize positions ``(1, prefix + h0 * w0, C)`` to another grid, bicubic, in float32."""
+    """Resize positions ``(1, prefix + h0 * w0, C)`` to another grid, in float32."""
     # Authors differ in details that change features: scale+0.1 is the official code of DINO, MAE
     # and DINOv2; size+antialias that of DINOv2 with registers, CLIP and BLIP, and timm's default.
     leading, patches = positions.float().tensor_split([prefix], dim=1)
@@ -186,8 +186,9 @@ def resize_positions(
         scale = tuple((side + 0.1) / source for side, source in zip(grid, source_grid, strict=True))
         patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
     else:
-        antialias = interpolation == "size+antialias"
-        patches = F.interpolate(patches, grid, mode="bicubic", antialias=antialias)
+        mode = "bilinear" if interpolation == "bilinear+antialias" else "bicubic"
+        antialias = interpolation.endswith("+antialias")
+        patches = F.interpolate(patches, grid, mode=mode, antialias=antialias)
     return torch.cat([leading, rearrange(patches, "1 c h w -> 1 (h w) c")], dim=1)
 
 

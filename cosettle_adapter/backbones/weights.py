@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -30,6 +30,7 @@ from cosettle_adapter.backbones.downloads import (
     hub_file,
     one_line,
 )
+from cosettle_adapter.backbones.registry import is_model_folder
 from cosettle_adapter.backbones.rows import OFFICIAL_REPOSITORY, BackboneRow, HubFile
 from cosettle_adapter.errors import CorruptWeightsError, WeightsUnavailableError
 
@@ -80,9 +81,9 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def load_weights(
     row: BackboneRow, options: HubOptions, *, path: str | Path | None = None
 ) -> LoadedWeights:
-    """Load a backbone's weights from its source, or from the file ``path``."""
-    if path is not None:
-        return _read(Path(path), row, str(path), options)
+    """Load a backbone's weights from its source, or from the file or folder ``path``."""
+    if (path := path or row.folder) is not None:
+        return _read(Path(path).expanduser(), row, str(path), options)
     try:
         if row.hub is not None:
             loaded = _from_hub(row, row.hub, options)
@@ -155,11 +156,13 @@ def _read(
     if not converted and stored.keys() != meta_model(row).state_dict().keys():
         from cosettle_adapter.backbones.layouts import to_timm  # most files do not need it
 
+        if row.kind == "vit" and path != row.folder and is_model_folder(path):
+            _check_activation(row, path)
         try:
             tensors = to_timm(stored, row)
         except CorruptWeightsError as error:
             raise CorruptWeightsError(f"{path} {error}") from error
-    if all(stored.get(name) is tensor for name, tensor in tensors.items()):
+    if path.is_file() and all(stored.get(name) is tensor for name, tensor in tensors.items()):
         # The tensors are the file's own, so the fingerprint can be cached for the file.
         names = hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest()
         kind = f"fingerprint of {names}"
@@ -172,6 +175,19 @@ def _read(
             "was changed or is of another model, so it is not used"
         )
     return LoadedWeights(tensors, actual, origin)
+
+
+def _check_activation(row: BackboneRow, folder: Path) -> None:
+    """Raise ``CorruptWeightsError`` unless a folder has a row's activation: no tensor shows it."""
+    from cosettle_adapter.backbones.folders import architecture_row  # most models need none
+
+    models: list[Any] = [meta_model(each) for each in (row, architecture_row(folder))]
+    own, stated = (model.blocks[0].mlp.act(torch.linspace(-3, 3, 7)) for model in models)
+    if not torch.allclose(own, stated, atol=1e-6):
+        raise CorruptWeightsError(
+            f"{folder / 'config.json'} has another activation than {row.name}: name another "
+            "model, or the folder itself"
+        )
 
 
 def released_checkpoint(row: BackboneRow, options: HubOptions) -> Release:

@@ -58,7 +58,7 @@ class ModelOptions:
         model: registered name, ``timm:`` or ``open_clip:`` name, Hub repository or folder.
         projection: ``published``, ``fit``, ``settle`` or a folder; by default the published
             projection or, if there is none, one that is fitted on first use.
-        backbone_weights: local weights of the backbone: safetensors or a PyTorch checkpoint.
+        backbone_weights: the backbone's weights: a safetensors file, a checkpoint or a folder.
         device: torch device, such as cpu, cuda, cuda:1 or mps.
         dtype: data type of the backbone and the features.
         stride: pixels from one patch to the next; fewer than the patch size make patches overlap.

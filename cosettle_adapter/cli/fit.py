@@ -70,7 +70,7 @@ def fit(
         workers: processes that decode videos; 0 decodes between encoder passes.
         licence: licence to record; by default the backbone's.
         about_data: description of the clips to record.
-        backbone_weights: local weights of the backbone: safetensors or a PyTorch checkpoint.
+        backbone_weights: the backbone's weights: a safetensors file, a checkpoint or a folder.
         device: torch device of the encoder.
         cache_dir: cache folder in place of HF_HOME.
         offline: never access the network.

@@ -60,7 +60,7 @@ class TrainOptions:
 
     Attributes:
         backbone: registered name, timm:TAG or open_clip:ARCHITECTURE/TAG.
-        backbone_weights: local weights of the backbone: safetensors or a PyTorch checkpoint.
+        backbone_weights: the backbone's weights: a safetensors file, a checkpoint or a folder.
         data: folders, lists, patterns or WebDataset shards of videos.
         output: folder to write.
         resume: continue the run in this folder (by default that of -o) with its original options;

@@ -253,6 +253,17 @@ TRAINING = {
         **prefixed("module.backbone."),
         **ones("module.backbone.mask_token", "module.dino_head.mlp.0.weight"),
     },
+    "DINOv2's teacher, in chunks": {
+        re.sub(r"^blocks\.(\d+)", r"module.backbone.blocks.0.\1", name): tensor
+        for name, tensor in prefixed("").items()
+        if name.startswith("blocks.")
+    }
+    | {f"module.backbone.{n}": t for n, t in STATE.items() if not n.startswith("blocks.")},
+    "TimeT": {
+        **prefixed("feature_extractor.backbone."),
+        **ones("prototypes", "feature_extractor.head.0.weight"),
+    },
+    "NeCo": {**prefixed(""), **ones("mask_token", "projection_head.0.weight")},
     "iBOT": {**prefixed(""), **ones("masked_embed", "head.weight")},
     "with the authors' head": {**prefixed(""), **ones("adapter.adapter.adapter_linear.weight")},
     "pooled by mean": {re.sub("^norm\\.", "fc_norm.", n): t for n, t in STATE.items()},

@@ -44,7 +44,7 @@ def test_a_row_describes_its_architecture_and_what_timm_publishes(name: str) -> 
         assert (row.final_norm, row.positions) == (False, "none")
     assert row.name == name
     assert row.hub or row.wheel or row.release or "backbone_weights" in row.note
-    licences = {"Apache-2.0", "MIT", "BSD-3-Clause", "CC-BY-NC-4.0"}
+    licences = {"Apache-2.0", "MIT", "BSD-3-Clause", "BSD-3-Clause-Clear", "CC-BY-NC-4.0"}
     assert row.licence in licences or row.licence.startswith("LicenseRef-")
     assert "NC" not in row.licence or "non-commercial" in row.note
     if row.hub is None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch.nn import functional as F
 
@@ -19,6 +21,7 @@ from cosettle_adapter.backbones import (
     Positions,
     VisionTransformerBackbone,
     build_backbone,
+    load_backbone,
     lookup,
 )
 from cosettle_adapter.backbones.rows import BackboneRow, PositionInterpolation
@@ -97,7 +100,7 @@ ROTARY = {
 @functools.cache
 def small(name: str) -> BackboneRow:
     row = PLAIN[name] if name in PLAIN else lookup(name)
-    return dataclasses.replace(row, depth=2, options={"depth": 2})
+    return dataclasses.replace(row, depth=2, options={**row.options, "depth": 2})
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *ROTARY])
@@ -105,7 +108,7 @@ def test_tokens_equal_timms(name: str) -> None:
     row = small(name)
     state = tiny_state(row)
     model: Any = timm.create_model(
-        row.architecture, num_classes=0, global_pool="", depth=2, dynamic_img_size=True
+        row.architecture, num_classes=0, dynamic_img_size=True, **{"global_pool": "", **row.options}
     ).eval()
     model.load_state_dict(state)
     backbone = build_backbone(row, state, fingerprint="sha256:0")
@@ -119,6 +122,35 @@ def test_tokens_equal_timms(name: str) -> None:
         tokens = backbone.intermediate_tokens(images, (0, 1), norm=norm)
         for found, wanted in zip(tokens, expected, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tag", "norm"),
+    [
+        ("test_vit.r160_in1k", "norm"),
+        ("test_vit2.r160_in1k", "fc_norm"),
+        ("eva02_tiny_patch14_224.mim_in22k", "fc_norm"),
+    ],
+)
+def test_a_norm_of_pooled_tokens_is_not_applied_to_tokens(
+    tag: str, norm: str, tmp_path: Path
+) -> None:
+    model: Any = timm.create_model(tag.partition(".")[0], num_classes=0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.mean() > 0.5))
+    assert hasattr(getattr(model, norm), "weight")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    backbone = load_backbone(f"timm:{tag}", weights=tmp_path / "model.safetensors")
+    side = backbone.row.image_size
+    images = torch.randn(1, 3, side, side)
+    found = backbone.patch_tokens(images)
+    with torch.no_grad():
+        whole = model.forward_features(images)[:, model.num_prefix_tokens :]
+        (read,) = model.forward_intermediates(images, 1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(found.flatten(2).mT, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, read, atol=1e-5, rtol=1e-5)
+    assert ("no final norm" in backbone.row.note) == (norm == "fc_norm")
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *ROTARY])
