@@ -200,25 +200,31 @@ def _resized_in_graph(patches: Tensor, grid: Grid, interpolation: PositionInterp
         other = torch.stack([a != b for a, b in zip(lengths, sources, strict=True)]).any()
         lengths = [length + 0.1 * other for length in lengths]
     rows, columns = (
-        bicubic_matrix(side, source, source / length, antialias=interpolation == "size+antialias")
+        resize_matrix(side, source, source / length, interpolation)
         for side, source, length in zip(grid, sources, lengths, strict=True)
     )
     return einsum(rows, columns, patches, "h a, w b, n c a b -> n c h w")
 
 
-def bicubic_matrix(size: int, source: int, step: Tensor, *, antialias: bool) -> Tensor:
+def resize_matrix(
+    size: int, source: int, step: Tensor, interpolation: PositionInterpolation
+) -> Tensor:
     """Return ``(size, source)``, which resizes a side as ``F.interpolate`` does.
 
-    ``step`` is the distance of two results in units of the source. The kernel is that of Keys
-    (1981) with torch's parameters; with ``antialias``, it widens where a side shrinks.
+    ``step`` is the distance of two results in units of the source. The bicubic kernel is that of
+    Keys (1981) with torch's parameters; with antialiasing, kernels widen where a side shrinks.
     """
+    antialias = interpolation.endswith("+antialias")
     sharpness, width = (-0.5, step.clamp(min=1.0)) if antialias else (-0.75, torch.ones_like(step))
     centres = (torch.arange(size, dtype=step.dtype) + 0.5) * step - 0.5
     taps = torch.arange(-2, source + 2)
     distance = (taps - rearrange(centres, "n -> n 1")).abs() / width
-    near = (1 - distance) * (1 + distance - (sharpness + 2) * distance**2)
-    far = sharpness * (distance - 1) * (distance - 2) ** 2
-    weights = torch.where(distance < 1, near, far * (distance < 2))
+    if interpolation == "bilinear+antialias":
+        weights = (1 - distance).clamp(min=0)
+    else:
+        near = (1 - distance) * (1 + distance - (sharpness + 2) * distance**2)
+        far = sharpness * (distance - 1) * (distance - 2) ** 2
+        weights = torch.where(distance < 1, near, far * (distance < 2))
     if antialias:
         weights = weights[:, 2:-2]
         return weights / weights.sum(dim=1, keepdim=True)
