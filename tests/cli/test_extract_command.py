@@ -94,7 +94,8 @@ def test_options_reach_the_extraction(videos: Path, tmp_path: Path) -> None:
     assert said["settings"] == {
         "size": [32, 48], "fit": "pad", "start": 0.04, "end": None, "every": 1, "max_frames": 4,
         "fps": None, "times": None, "source_fps": None, "stream_index": None,
-        "square_pixels": False, "on_damage": "warn", "settle": True, "temporal_fusion": "causal",
+        "square_pixels": False, "deinterlace": False, "tone_map": False, "live": None,
+        "decode_on": None, "on_damage": "warn", "settle": True, "temporal_fusion": "causal",
         "tokens": ["patch"],
     }  # fmt: skip
     assert (said["storage"], said["batch_size"], said["shape"]) == ("float16", 3, [4, 32, 2, 3])
