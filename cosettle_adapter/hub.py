@@ -101,7 +101,7 @@ def weights_source(row: BackboneRow) -> str:
 def bundled_folder(name: str) -> Path | None:
     """Return the folder of a projection in the package, or ``None``."""
     folder = _BUNDLED / name
-    return folder if (folder / CONFIG_FILE).is_file() else None
+    return folder if name in REGISTRY and (folder / CONFIG_FILE).is_file() else None
 
 
 def bundled_config(name: str) -> ProjectionConfig | None:

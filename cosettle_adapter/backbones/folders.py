@@ -28,7 +28,12 @@ _VIT = {
 _CLIP = {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _CLIP_ROW = {"final_norm": False, "note": "no final norm, as in last_hidden_state"}
 _SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_patches": 256}
-_DINOV3 = {"query_bias": True, "value_bias": True, "rope_theta": 100.0}
+_DINOV2 = {"patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "layerscale_value": 1.0}
+_REGISTERS = {**_DINOV2, "patch_size": 16, "num_register_tokens": 4}
+_DINOV3 = {
+    "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "rope_theta": 100.0,
+    "layer_norm_eps": 1e-5, "layerscale_value": 1.0, "query_bias": True, "value_bias": True,
+}  # fmt: skip
 _DINOV3_ROW = {"architecture": "vit_small_patch16_dinov3", "positions": "rotary"}
 _NO_CLASS = {"class_token": False}
 # By model type: defaults of the config that differ from ViT's, timm's options, the row's fields.
@@ -36,13 +41,15 @@ _KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "clip_vision_model": (_CLIP, {"pre_norm": True}, _CLIP_ROW),
     "siglip_vision_model": (_SIGLIP, _NO_CLASS, {}),
     "siglip2_vision_model": (_SIGLIP, _NO_CLASS, {"interpolation": "bilinear+antialias"}),
-    "dinov2": ({}, {}, {}),
-    "dinov2_with_registers": ({}, {"no_embed_class": True}, {"interpolation": "size+antialias"}),
+    "dinov2": (_DINOV2, {}, {}),
+    "dinov2_with_registers": (
+        _REGISTERS, {"no_embed_class": True}, {"interpolation": "size+antialias"}
+    ),
     "dinov3_vit": (_DINOV3, {}, _DINOV3_ROW),
     "vit": ({}, {}, {}),
     "vit_mae": ({}, {}, {}),
     "ijepa": ({}, _NO_CLASS, {}),
-}
+}  # fmt: skip
 _TOWERS = ("clip", "siglip", "siglip2")  # with a text tower
 _ACTIVATIONS = {  # timm's names
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu",

@@ -44,6 +44,8 @@ def test_open_clip_builds_its_model_of_what_is_read(openai: Path) -> None:
     found = read_checkpoint(openai).tensors
     archive = torch.jit.load(str(openai), map_location="cpu").state_dict()
     images = torch.randn(2, 3, 32, 32)
+    for state in (found, archive):
+        del state["attn_mask"]  # a buffer that open_clip itself does not store
     encoded = [
         build_model_from_openai_state_dict(dict(state), cast_dtype=torch.float32)
         .eval()
@@ -125,10 +127,10 @@ def test_nothing_that_a_pickle_names_is_called(name: str, protocol: int, tmp_pat
     target = tmp_path / "payload"
     call, shown = {
         "os.system": (Call(os.system, f"touch {target}"), r"(posix|nt)\.system"),
-        "eval": (Call(eval, f"open({str(target)!r}, 'w')"), r"builtin\w*\.eval"),
-        "getattr": (Call(getattr, "a", "upper"), r"builtin\w*\.getattr"),
+        "eval": (Call(eval, f"open({str(target)!r}, 'w')"), r"\w*builtin\w*\.eval"),
+        "getattr": (Call(getattr, "a", "upper"), r"\w*builtin\w*\.getattr"),
         "torch.load": (Call(torch.load, str(target)), r"torch\.serialization\.load"),
-        "reset a class": (Call(setattr, str, "upper", 1), r"builtin\w*\.setattr"),
+        "reset a class": (Call(setattr, str, "upper", 1), r"\w*builtin\w*\.setattr"),
     }[name]
     path = written(tmp_path / "evil.pt", pickle.dumps(call, protocol=protocol))
     with pytest.raises(
@@ -151,7 +153,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "small storage": (module(tensor(storage(count=1))), "has 8 bytes, expected"),
     "large tensor": (module(tensor(storage(), size=10**12, stride=0)), "exceeds its storage"),
     "past the end": (module(tensor(storage(), offset=1)), "out of bounds"),
-    "negative stride": (module(tensor(storage(), stride=-1)), "negative"),
+    "negative stride": (module(tensor(storage(), stride=-1)), "Negative"),
     "tensor of a module": (module(tensor(NEW)), "numel"),
     "no tensors": (b"\x80\x02" + NEW + b"}b.", "holds no tensors"),
     "no module": (b"\x80\x02].", "holds no tensors"),

@@ -150,7 +150,10 @@ def test_a_norm_of_pooled_tokens_is_not_applied_to_tokens(
         (read,) = model.forward_intermediates(images, 1, norm=True, intermediates_only=True)
     torch.testing.assert_close(found.flatten(2).mT, whole, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found, read, atol=1e-5, rtol=1e-5)
-    assert ("no final norm" in backbone.row.note) == (norm == "fc_norm")
+    if norm == "fc_norm":
+        assert "no final norm" in backbone.row.note
+        with pytest.raises(ValueError, match="has no final norm"):
+            backbone.patch_tokens(images, norm=True)
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *ROTARY])
