@@ -161,7 +161,7 @@ class FeatureModel(nn.Module):
         backbone_maps: list[Tensor] = []
         projected: list[Tensor] = []
         last = dense is None and not self.settles
-        for batch in packed.split(batch_size):
+        for batch in torch.split(packed, batch_size):
             tokens, features, geometry, _ = self._encode(batch, size=size, fit=fit)
             projected.append(self._finished(features, normalize) if last else features)
             if return_backbone:
@@ -217,7 +217,7 @@ class FeatureModel(nn.Module):
         packed, leading = self._pack(frames, batch_size)
         projected: list[Tensor] = []
         read: list[list[Tensor]] = []
-        for batch in packed.split(batch_size):
+        for batch in torch.split(packed, batch_size):
             _, features, geometry, further = self._encode(batch, size=size, fit=fit, also=reads)
             projected.append(features)
             read.append(further)

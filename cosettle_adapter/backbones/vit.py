@@ -110,11 +110,10 @@ class VisionTransformerBackbone(Backbone):
         def tensor(read: Read) -> Tensor:
             if read.kind == "attention":
                 return attention[read.layer]
-            tokens: Any = by_layer[read.layer]
-            if special:
-                patches, prefix = tokens
-                tokens = patches if read.kind == "patch" else prefix
-            tokens = self._normed(tokens, read.layer, read.norm)
+            output: Any = by_layer[read.layer]
+            if special:  # patches and prefix
+                output = output[0 if read.kind == "patch" else 1]
+            tokens = self._normed(output, read.layer, read.norm)
             if read.kind == "patch":
                 return rearrange(tokens, "b (h w) c -> b c h w", h=h)
             return tokens[:, 0] if read.kind == "cls" else tokens[:, self._cls :]

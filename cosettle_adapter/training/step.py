@@ -91,9 +91,12 @@ class Stepper:
         accelerator.backward(losses.total / len(parts))
         lr = self._lr(step)
         norm = self._update(step, parts, lr)
-        means = [value / accelerator.num_processes for value in agreed[:4]]
+        loss, cycle, separability, accuracy = (
+            value / accelerator.num_processes for value in agreed[:4]
+        )
         speed = plan.samples_per_step / max(time.monotonic() - start, 1e-9)
         epoch = step // plan.steps_per_epoch + 1
+        means = (loss, cycle, separability, accuracy)
         report = StepReport(step + 1, plan.steps, epoch, *means, lr, norm, speed)
         return report, bool(agreed[5]), bool(agreed[6])
 
