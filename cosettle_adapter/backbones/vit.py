@@ -109,10 +109,10 @@ class VisionTransformerBackbone(Backbone):
             if special:
                 patches, prefix = tokens
                 tokens = patches if read.kind == "patch" else prefix
-            tokens = self._normed(tokens, read.layer, read.norm)
+            normed = self._normed(tokens, read.layer, read.norm)
             if read.kind == "patch":
-                return rearrange(tokens, "b (h w) c -> b c h w", h=h)
-            return tokens[:, 0] if read.kind == "cls" else tokens[:, self._cls :]
+                return rearrange(normed, "b (h w) c -> b c h w", h=h)
+            return normed[:, 0] if read.kind == "cls" else normed[:, self._cls :]
 
         return {read: tensor(read) for read in reads}
 
