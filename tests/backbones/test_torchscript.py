@@ -48,6 +48,7 @@ def test_open_clip_builds_its_model_of_what_is_read(openai: Path) -> None:
         del state["attn_mask"]  # a buffer that open_clip itself does not store
     encoded = [
         build_model_from_openai_state_dict(dict(state), cast_dtype=torch.float32)
+        .float()
         .eval()
         .encode_image(images)
         for state in (found, archive)
