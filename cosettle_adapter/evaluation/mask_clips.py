@@ -21,6 +21,7 @@ from cosettle_adapter.evaluation.masks import (
     save_labels,
     summarise,
 )
+from cosettle_adapter.evaluation.protocols import LabelProtocol, ProtocolName, label_protocol
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, mean
 from cosettle_adapter.video import FrameSelection
 from cosettle_adapter.video.geometry import Geometry
@@ -28,7 +29,7 @@ from cosettle_adapter.video.reader import pending_frames
 from cosettle_adapter.video.selection import PendingFrame
 
 Year = Literal["2016", "2017"]
-LateLabels = Literal["error", "void"]
+LateLabels = Literal["error", "keep"]
 
 ALL_FRAMES = FrameSelection()
 MASK_MEASURES = ("J&F", "J mean", "J recall", "J decay", "F mean", "F recall", "F decay")
@@ -36,8 +37,6 @@ VIP_CLASSES = 20  # the background is 0
 DAVIS = "the folder of DAVIS that holds JPEGImages, Annotations and ImageSets"
 FOLDER = "a folder with frames/ and masks/, or a folder of such folders"
 VIP = "the folder VIP_Fine, with Images, Annotations/Category_ids and lists"
-_FRAME_SIZE = (480, 880)  # of the published protocol on DAVIS, for any aspect ratio
-_LONG_SIDE, _STEP = 880, 64  # of VIP
 _MAX_OBJECTS = 64  # of a clip; more different values come from soft edges
 
 
@@ -46,24 +45,25 @@ class Propagation:
     """How labels are propagated through a clip.
 
     Attributes:
-        protocol: published settings, crw or dino, which the following options override.
+        protocol: name of the settings, which the following options override: of this package
+            (best), or as published (the others); --explain prints them.
         topk: number of matches that vote for a patch.
         context: number of preceding frames to match with.
         radius: radius of the search for matches, in patches.
     """
 
-    protocol: Literal["crw", "dino"] = "crw"
+    protocol: ProtocolName = "best"
     topk: int | None = None
     context: int | None = None
     radius: float | None = None
 
-    def options(self) -> dict[str, Any]:
-        """Return the protocol and its overrides as keywords of ``LabelPropagator``."""
+    def on(self, data: str, **changes: Any) -> LabelProtocol:
+        """Return the record of all settings on a data set; see :func:`label_protocol`."""
         options = dataclasses.asdict(self)
-        return {name: value for name, value in options.items() if value is not None}
+        return label_protocol(options.pop("protocol"), data, **options, **changes)
 
 
-PUBLISHED = Propagation()
+DEFAULT = Propagation()
 
 
 def mask_protocol(
@@ -74,17 +74,10 @@ def mask_protocol(
 ) -> Protocol[Masks]:
     """Return a benchmark that scores propagated masks by J and F."""
 
-    def size(clip: Clip[Masks]) -> tuple[int, int]:
-        """``crw``: 480 x 880; ``dino``: shorter side 480, longer side a multiple of 64."""
-        if propagation.protocol == "crw":
-            return _FRAME_SIZE
-        height, width = clip.read_frame(0).shape[:2]
-        short = _FRAME_SIZE[0]
-        long = int(short * max(height, width) / min(height, width)) // 64 * 64
-        return (long, short) if height > width else (short, long)
+    record = propagation.on(name)
 
     def score(
-        clip: Clip[Masks], features: Tensor, _: Geometry, predictions: Path | None
+        clip: Clip[Masks], features: Tensor, geometry: Geometry, predictions: Path | None
     ) -> ClipScores:
         """Propagate the first mask and score the others; every object has equal weight."""
 
@@ -92,9 +85,13 @@ def mask_protocol(
             if predictions is not None:
                 save_labels(labels, predictions / f"{clip.frames[index].stem}.png")
 
-        masks, options = clip.read_annotations(), propagation.options()
         scores = evaluate_sequence(
-            features, masks, annotated=clip.annotated, on_mask=save, **options
+            features,
+            clip.read_annotations(),
+            annotated=clip.annotated,
+            on_mask=save,
+            protocol=record,
+            size=geometry.resized,
         )
         objects = [  # mean, recall and decay of each
             dict(zip(MASK_MEASURES[1:], (*summarise(j), *summarise(f)), strict=True))
@@ -110,8 +107,15 @@ def mask_protocol(
         """Average over all objects of all clips, like the official evaluation."""
         return average([row for clip in scores for row in clip.counts["objects"]])
 
-    settings = {**propagation.options(), **settings}
-    return Protocol(name, MASK_MEASURES, clips, size, score, settings, total)
+    return Protocol(
+        name, MASK_MEASURES, clips, frame_size(record), score, {**record.settings(), **settings},
+        total, record.preprocess,
+    )  # fmt: skip
+
+
+def frame_size(protocol: LabelProtocol) -> Callable[[Clip[Any]], tuple[int, int]]:
+    """Return the function that gives the (height, width) of a clip's encoded frames."""
+    return lambda clip: protocol.size.of(*clip.read_frame(0).shape[:2])
 
 
 def davis_clips(
@@ -169,7 +173,7 @@ def davis_protocol(
     clips: Sequence[str] | None = None,
     select: FrameSelection | Sequence[FrameSelection] = ALL_FRAMES,
     year: Year | None = None,
-    propagation: Propagation = PUBLISHED,
+    propagation: Propagation = DEFAULT,
 ) -> Protocol[Masks]:
     """Return the benchmark on DAVIS; several folders are parts of one evaluation.
 
@@ -219,14 +223,15 @@ def folder_clips(
     Other image formats work too. A mask, palette or grey, has the name of its frame; the first
     frame needs one, and the others are scored if they have one. Frames are in natural order, ``2``
     before ``10``. ``root`` may be a single clip. Labels that first appear after the first frame
-    cannot be propagated; ``late_labels`` makes them an error when masks are read, or void.
+    cannot be propagated; ``late_labels`` makes them an error when masks are read, or keeps them to
+    be scored as in DAVIS: a missed object, or background above the first mask's highest label.
 
     Returns:
         Clips with masks ``(A, H, W)`` uint8: object ids, 0 background, 255 void. If a clip's masks
         have no values but 0 and 255, then 255 is its one object, with id 1.
     """
-    if late_labels not in ("error", "void"):
-        raise ValueError(f"got late_labels={late_labels!r}, expected 'error' or 'void'")
+    if late_labels not in ("error", "keep"):
+        raise ValueError(f"got late_labels={late_labels!r}, expected 'error' or 'keep'")
     root = folders.data_folder(root, FOLDER)
     known = folders.clip_folders(root, FOLDER, ["frames", "masks"])
 
@@ -242,7 +247,7 @@ def folder_protocol(
     *,
     clips: Sequence[str] | None = None,
     late_labels: LateLabels = "error",
-    propagation: Propagation = PUBLISHED,
+    propagation: Propagation = DEFAULT,
 ) -> Protocol[Masks]:
     """Return the benchmark on your own clips; see :func:`folder_clips`."""
     return mask_protocol(
@@ -280,30 +285,22 @@ def vip_clips(
 
 
 def vip_protocol(
-    data: Path, *, clips: Sequence[str] | None = None, propagation: Propagation = PUBLISHED
+    data: Path, *, clips: Sequence[str] | None = None, propagation: Propagation = DEFAULT
 ) -> Protocol[Masks]:
-    """Return the benchmark on VIP: mIoU from one confusion matrix over all frames of all clips.
-
-    The default ``topk`` is 10.
-    """
-    options = dataclasses.replace(propagation, topk=propagation.topk or 10).options()
-
-    def size(clip: Clip[Masks]) -> tuple[int, int]:
-        """Longer side 880, shorter side rounded down to a multiple of 64."""
-        height, width = clip.read_frame(0).shape[:2]
-        other = int(_LONG_SIDE * min(height, width) / max(height, width))
-        other = max(_STEP, other // _STEP * _STEP)
-        return (other, _LONG_SIDE) if width >= height else (_LONG_SIDE, other)
+    """Return the benchmark on VIP: mIoU from one confusion matrix over all frames of all clips."""
+    record = propagation.on("vip")
 
     def score(
-        clip: Clip[Masks], features: Tensor, _: Geometry, predictions: Path | None
+        clip: Clip[Masks], features: Tensor, geometry: Geometry, predictions: Path | None
     ) -> ClipScores:
         """Propagate the classes of the first frame; unlike on DAVIS, that frame counts too."""
         masks = dict(zip(clip.annotated, clip.read_annotations(), strict=True))
         if 0 not in masks:
             raise FrameError(f"{clip.name!r} has no labels for its first frame")
         matrix = ConfusionMatrix(VIP_CLASSES)
-        maps = propagate_masks(features, masks[0], range(VIP_CLASSES), **options)
+        maps = propagate_masks(
+            features, masks[0], range(VIP_CLASSES), protocol=record, size=geometry.resized
+        )
         for index, labels in enumerate(maps):
             if index in masks:
                 matrix.add(masks[index], labels)
@@ -318,8 +315,9 @@ def vip_protocol(
         return {"mIoU": matrix.mean_iou()}
 
     return Protocol(
-        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), size, score, options, total
-    )
+        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), frame_size(record), score,
+        record.settings(), total, record.preprocess,
+    )  # fmt: skip
 
 
 def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
@@ -346,7 +344,6 @@ def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
         raise FrameError(
             f"{path} of {clip.name!r} has label(s) {names}, which the first mask does not have; "
             "they cannot be propagated. Start the clip at a frame that shows all objects, or pass "
-            'late_labels="void" (--late-labels void) to exclude them from the scores'
+            'late_labels="keep" (--late-labels keep) to score them as DAVIS does'
         )
-    masks[late] = VOID
     return masks
