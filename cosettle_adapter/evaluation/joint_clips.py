@@ -131,16 +131,15 @@ def jhmdb_protocol(
     ) -> ClipScores:
         """Propagate one heat map per joint; positions are pixels of the original frames."""
         truth = clip.read_annotations().xy
-        start, sides = torch.from_numpy(truth[0]), zip(geometry.frame, geometry.grid, strict=True)
-        per_patch = torch.tensor([pixels / patches for pixels, patches in sides]).double()
-        snapped = record.joints == "published"  # patch k is at k times its pixels
-        places = (start.flip(-1) - 0.5) / per_patch if snapped else geometry.pixels_to_cells(start)
+        shift = torch.zeros(2, dtype=torch.float64)  # in patches, along rows and columns
+        if record.joints == "published":  # patch k is at pixel k * patch, not half a patch later
+            grid, frame = (torch.tensor(sides) for sides in (geometry.grid, geometry.frame))
+            shift += 0.5 - 0.5 * grid / frame
+        places = geometry.pixels_to_cells(torch.from_numpy(truth[0])) + shift
         maps = joint_heat_maps(places, geometry.grid, record.joints).to(features.device)
         labels = propagate_labels(features, maps, protocol=record)
         patches, visible = decode_joints(labels, record.strongest)
-        found = patches.double().cpu()
-        xy = (found * per_patch + 0.5).flip(-1) if snapped else geometry.cells_to_pixels(found)
-        guess = xy.numpy()
+        guess = geometry.cells_to_pixels(patches.double().cpu() - shift).numpy()
         save_positions(guess, predictions)
         result = pck(truth, guess, _THRESHOLDS, visible=visible.cpu().numpy())
         counts = {"correct": result.correct.tolist(), "total": result.total.tolist()}
@@ -260,7 +259,8 @@ def joint_heat_maps(places: Tensor, grid: tuple[int, int], rule: JointRule = "ge
         first, last = (rearrange(ends[:, axis], "j -> j 1") for ends in (start, stop))
         gauss = torch.exp(-((patches - first - _REACH) ** 2) / (2 * _SIGMA**2))
         profiles.append(gauss * (patches >= first) * (patches <= last))
-    return einsum(*profiles, "j h, j w -> j h w").float()
+    down, across = profiles
+    return einsum(down, across, "j h, j w -> j h w").float()
 
 
 def decode_joints(heat_maps: Tensor, strongest: int = 5) -> tuple[Tensor, Tensor]:

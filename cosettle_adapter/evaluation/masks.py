@@ -313,12 +313,14 @@ def _decode(
 
 def _nearest(labels: NDArray[Any], size: Sequence[int], rule: str) -> NDArray[Any]:
     """Resize a label map by nearest neighbours, of a pixel's corner (OpenCV) or centre (Pillow)."""
-    offset = 0.0 if rule == "OpenCV" else 0.5
-    rows, columns = (
-        ((np.arange(new) + offset) * old / new).astype(int)
-        for new, old in zip(size, labels.shape, strict=True)
-    )
-    return labels[np.ix_(rows, columns)]
+    index = []
+    for new, old in zip(size, labels.shape, strict=True):
+        if rule == "OpenCV":  # both in its order of operations, which decides exact ties
+            places = np.arange(new) * (1 / (new / old))
+        else:
+            places = np.cumsum(np.where(np.arange(new) == 0, old / new / 2, old / new))
+        index.append(places.astype(int))
+    return labels[np.ix_(*index)]
 
 
 def _masks(gt: ArrayLike, pred: ArrayLike, void: ArrayLike | None) -> tuple[Mask, Mask]:
