@@ -161,7 +161,7 @@ def jhmdb_protocol(
         clips=lambda: jhmdb_clips(data, clips=clips),
         size=frame_size(record),
         score=score,
-        settings=record.settings(),
+        settings=record.settings("first_labels", "argmax", "stretch", "nearest"),
         total=total,
         preprocess=record.preprocess,
     )

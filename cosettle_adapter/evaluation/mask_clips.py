@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from cosettle_adapter.video import FrameSelection
 from cosettle_adapter.video.geometry import Geometry
 from cosettle_adapter.video.reader import pending_frames
 from cosettle_adapter.video.selection import PendingFrame
+
+logger = logging.getLogger(__name__)
 
 Year = Literal["2016", "2017"]
 LateLabels = Literal["error", "keep"]
@@ -108,8 +111,8 @@ def mask_protocol(
         return average([row for clip in scores for row in clip.counts["objects"]])
 
     return Protocol(
-        name, MASK_MEASURES, clips, frame_size(record), score, {**record.settings(), **settings},
-        total, record.preprocess,
+        name, MASK_MEASURES, clips, frame_size(record), score,
+        {**record.settings("joints", "strongest"), **settings}, total, record.preprocess,
     )  # fmt: skip
 
 
@@ -316,7 +319,7 @@ def vip_protocol(
 
     return Protocol(
         "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), frame_size(record), score,
-        record.settings(), total, record.preprocess,
+        record.settings("joints", "strongest"), total, record.preprocess,
     )  # fmt: skip
 
 
@@ -346,4 +349,11 @@ def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
             "they cannot be propagated. Start the clip at a frame that shows all objects, or pass "
             'late_labels="keep" (--late-labels keep) to score them as DAVIS does'
         )
+    absent = sorted(set(range(1, max(labels - {VOID}, default=0))) - labels)
+    if absent:
+        logger.warning(
+            "%r has no object %s; as in DAVIS, each id up to the highest counts as an object, and "
+            "one that no mask has as found. Number the objects 1, 2, 3, ...", clip.name,
+            folders.few([*map(str, absent)]),
+        )  # fmt: skip
     return masks

@@ -196,7 +196,8 @@ def evaluate_sequence(
     truths = dict(zip(frames, masks, strict=True))
     scores: dict[int, list[tuple[float, float]]] = {}
     count = 0
-    for index, ids in enumerate(propagate_masks(features, masks[0], (0, *objects), **options)):
+    classes = [0, *np.intersect1d(masks[0], objects).tolist()]
+    for index, ids in enumerate(propagate_masks(features, masks[0], classes, **options)):
         count = index + 1
         on_mask(index, ids)
         if index and index in truths:
@@ -268,13 +269,13 @@ def _checked_objects(masks: Masks, frames: Sequence[int]) -> tuple[int, ...]:
             f"got {masks.dtype} masks of shape {masks.shape} for the frames {frames[:9]}, expected "
             "uint8 (T, H, W), one mask per frame, the first of frame 0"
         )
-    highest = int(masks[0][masks[0] != VOID].max(initial=0))
-    if not highest:
+    objects = tuple(range(1, int(masks[0][masks[0] != VOID].max(initial=0)) + 1))
+    if not objects:
         raise FrameError(
             "the first mask has no object (no value from 1 to 254) to propagate; start the clip at "
             "a frame that shows one"
         )
-    return tuple(range(1, highest + 1))
+    return objects
 
 
 def _first_labels(

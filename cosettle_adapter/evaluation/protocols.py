@@ -88,9 +88,9 @@ class LabelProtocol(PropagationProtocol):
         )
         return (images - mean) / std
 
-    def settings(self) -> dict[str, Any]:
-        """Return all fields by name, as results and ``--explain`` show them."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    def settings(self, *unused: str) -> dict[str, Any]:
+        """Return the fields that a task uses, as results and ``--explain`` show them."""
+        fields = {name: value for name, value in vars(self).items() if name not in unused}
         own = {key: "the backbone's" for key in ("mean", "std") if fields[key] is None}
         return {"protocol": fields.pop("name"), **fields, "size": str(self.size), **own}
 
@@ -137,7 +137,7 @@ LABEL_PROTOCOLS: dict[str, LabelProtocol] = {
             _CROPMAE,
             **vars(PROTOCOLS["dino"]),
             name="dino",
-            source="eval_video_segmentation.py of DINO (arXiv 2104.14294), for DAVIS only",
+            source="eval_video_segmentation.py of DINO (arXiv 2104.14294), published for DAVIS only",
             frames="bilinear, 8 bit",
             std=(0.228, 0.224, 0.225),  # of red 0.228, in its code
             size=FrameSize(shorter=480),

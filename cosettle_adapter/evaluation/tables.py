@@ -15,7 +15,10 @@ from cosettle_adapter.evaluation.run import DRIFTS, Evaluation, mean
 from cosettle_adapter.evaluation.variants import CENTRED, RAW_LAST
 
 _RESAMPLES = 10_000
-_SHOWN = ("protocol", "every", "max_frames", "mode", "layers", "patch", "stride")
+_SHOWN = (
+    *("protocol", "joints", "query_frames", "every", "max_frames", "mode"),
+    *("layers", "patch", "stride"),
+)
 _COMPARED = {  # measure: heading, function that selects the best value, explanation
     "drift": (
         "drift",
