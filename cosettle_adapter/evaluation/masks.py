@@ -238,17 +238,12 @@ def propagate_masks(
 ) -> Iterator[Masks]:
     """Propagate a label map through a clip in constant memory; yield the map of every frame.
 
-    The first map is resized to the grid, and the propagated labels to label maps of its size, as
-    the protocol says.
-
-    Args:
-        features: ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``.
-        mask: label map ``(H, W)`` uint8.
-        classes: labels to propagate. The first is the background, which includes all pixels with
-            none of the other labels.
-        protocol: one of :data:`~cosettle_adapter.evaluation.protocols.LABEL_PROTOCOLS` or its name.
-        size: (height, width) of the encoded frames; by default the mask's.
-        options: those of :class:`~cosettle_adapter.correspondence.LabelPropagator`.
+    The protocol, :class:`LabelProtocol` or its name, says how the first map comes to the grid and
+    the propagated labels back. ``size`` is the (height, width) of the encoded frames, by default
+    the map's. Features are ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h,
+    w)``; the label map is ``(H, W)`` uint8. The first class is the background, which includes all
+    pixels with none of the other labels. Options are those of
+    :class:`~cosettle_adapter.correspondence.LabelPropagator`.
     """
     record = label_protocol(protocol) if isinstance(protocol, str) else protocol
     names, size = np.asarray(classes, dtype=np.uint8), size or (mask.shape[0], mask.shape[1])

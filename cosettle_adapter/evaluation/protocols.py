@@ -6,7 +6,7 @@ for DAVIS and for folders of clips; :func:`label_protocol` applies what differs 
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,7 +24,7 @@ JointRule = Literal["published", "geometric"]
 _MULTIPLE = 64  # the side that follows the aspect ratio is rounded down to a multiple of this
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class FrameSize:
     """Size of a clip's frames before they are rounded to whole patches; by default their own."""
 
@@ -52,7 +52,7 @@ class FrameSize:
         return "their own"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LabelProtocol(PropagationProtocol):
     """Everything that decides a figure of label propagation, besides features and data."""
 
@@ -99,78 +99,51 @@ _CROPMAE = LabelProtocol(
     **vars(PROTOCOLS["best"]),
     name="cropmae",
     source="downstreams/propagation of CropMAE (arXiv 2403.17823), after SiamMAE",
-    frames="bilinear, float",
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-    size=FrameSize((480, 880)),
-    first_labels="bilinear",
-    argmax="frames",
-    stretch=False,
-    nearest="OpenCV",
-    joints="published",
-    strongest=5,
-    metric="J&F of davis2017-evaluation",
-)
-
-LABEL_PROTOCOLS: dict[str, LabelProtocol] = {
-    record.name: record
-    for record in (
-        dataclasses.replace(
-            _CROPMAE,
-            name="best",
-            source="this package: cropmae with better resizing of frames and labels",
-            frames="antialiased bicubic",
-            mean=None,
-            std=None,
-            argmax="masks",
-        ),
-        dataclasses.replace(
-            _CROPMAE,
-            **vars(PROTOCOLS["crw"]),
-            name="crw",
-            source="code/test.py of videowalk (arXiv 2006.14613) with the options of its README",
-            size=FrameSize(),
-            argmax="masks",  # their size is that of the frames
-            strongest=3,
-        ),
-        dataclasses.replace(
-            _CROPMAE,
-            **vars(PROTOCOLS["dino"]),
-            name="dino",
-            source="eval_video_segmentation.py of DINO (arXiv 2104.14294), published for DAVIS only",
-            frames="bilinear, 8 bit",
-            std=(0.228, 0.224, 0.225),  # of red 0.228, in its code
-            size=FrameSize(shorter=480),
-            first_labels="nearest",
-            stretch=True,
-            nearest="Pillow",
-        ),
-        _CROPMAE,
-        dataclasses.replace(
-            _CROPMAE,
-            name="tcore",
-            source="downstreams/propagation of T-CoRe (arXiv 2503.15096), that of CropMAE",
-        ),
-        dataclasses.replace(
-            _CROPMAE,
-            name="cosettle",
-            source="Co-Settle (arXiv 2603.26597) has not published its evaluation; it follows the "
-            "code of its authors' T-CoRe, with ImageNet's mean and std for all backbones",
-        ),
-    )
-}
+    frames="bilinear, float", mean=IMAGENET_MEAN, std=IMAGENET_STD, size=FrameSize((480, 880)),
+    first_labels="bilinear", argmax="frames", stretch=False, nearest="OpenCV",
+    joints="published", strongest=5, metric="J&F of davis2017-evaluation",
+)  # fmt: skip
+_RECORDS = (
+    replace(
+        _CROPMAE, name="best",
+        source="this package: cropmae with better resizing of frames and labels",
+        frames="antialiased bicubic", mean=None, std=None, argmax="masks",
+    ),
+    replace(
+        _CROPMAE, **vars(PROTOCOLS["crw"]), name="crw",
+        source="code/test.py of videowalk (arXiv 2006.14613) with the options of its README",
+        # frames keep their size, which is that of the masks
+        size=FrameSize(), argmax="masks", strongest=3,
+    ),
+    replace(
+        _CROPMAE, **vars(PROTOCOLS["dino"]), name="dino",
+        source="eval_video_segmentation.py of DINO (arXiv 2104.14294); for DAVIS only",
+        # of red 0.228, in its code
+        frames="bilinear, 8 bit", std=(0.228, 0.224, 0.225), size=FrameSize(shorter=480),
+        first_labels="nearest", stretch=True, nearest="Pillow",
+    ),
+    _CROPMAE,
+    replace(
+        _CROPMAE, name="tcore",
+        source="downstreams/propagation of T-CoRe (arXiv 2503.15096), that of CropMAE",
+    ),
+    replace(
+        _CROPMAE, name="cosettle",
+        source="Co-Settle (arXiv 2603.26597) has not published its evaluation; it follows the code "
+        "of its authors' T-CoRe, with ImageNet's mean and std for all backbones",
+    ),
+)  # fmt: skip
+LABEL_PROTOCOLS: dict[str, LabelProtocol] = {record.name: record for record in _RECORDS}
 
 _CHANGES: dict[str, dict[str, Any]] = {  # on other data sets
     "vip": {
-        "size": FrameSize(longer=880),
-        "topk": 10,
-        "nearest": "Pillow",
+        "size": FrameSize(longer=880), "topk": 10, "nearest": "Pillow",
         "metric": "mean IoU of 20 classes over all pixels",
     },
     "jhmdb": {"size": FrameSize((320, 320)), "metric": "PCK of videowalk's eval_pck.py"},
     # 560 is the paper's; the default of test.py is 320
     "crw on vip": {"size": FrameSize((560, 560)), "argmax": "frames"},
-}
+}  # fmt: skip
 
 
 def label_protocol(name: str, data: str = "davis", **changes: Any) -> LabelProtocol:
@@ -186,4 +159,4 @@ def label_protocol(name: str, data: str = "davis", **changes: Any) -> LabelProto
         raise ValueError(f"got protocol {name!r}, expected one of {known}")
     fields = _CHANGES.get(data, {}) | _CHANGES.get(f"{name} on {data}", {})
     fields |= {field: value for field, value in changes.items() if value is not None}
-    return dataclasses.replace(LABEL_PROTOCOLS[name], **fields)
+    return replace(LABEL_PROTOCOLS[name], **fields)

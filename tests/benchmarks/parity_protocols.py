@@ -1,10 +1,10 @@
 """Figures beside those of the peers' own code, run on the same frames, labels and features.
 
-    python tests/benchmarks/parity.py crw VIDEOWALK DAVIS_EVALUATION --data DAVIS
-    python tests/benchmarks/parity.py cropmae CROPMAE DAVIS_EVALUATION --data DAVIS
-    python tests/benchmarks/parity.py dino DINO DAVIS_EVALUATION --data DAVIS
-    python tests/benchmarks/parity.py jhmdb CROPMAE --data JHMDB
-    python tests/benchmarks/parity.py objects DAVIS_EVALUATION
+    python tests/benchmarks/parity_protocols.py crw VIDEOWALK DAVIS_EVALUATION --data DAVIS
+    python tests/benchmarks/parity_protocols.py cropmae CROPMAE DAVIS_EVALUATION --data DAVIS
+    python tests/benchmarks/parity_protocols.py dino DINO DAVIS_EVALUATION --data DAVIS
+    python tests/benchmarks/parity_protocols.py jhmdb CROPMAE --data JHMDB
+    python tests/benchmarks/parity_protocols.py objects DAVIS_EVALUATION
 
 The folders are checkouts of ajabri/videowalk, alexandre-eymael/CropMAE, facebookresearch/dino and
 davisvideochallenge/davis2017-evaluation; they need opencv-python-headless (4), imageio, matplotlib,
@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import multiprocessing
 import sys
 import tempfile
 from argparse import Namespace
@@ -77,12 +78,20 @@ class Peer:
     def __init__(self, adapter: CoSettleAdapter) -> None:
         self.adapter = adapter
         self.patch_embed = SimpleNamespace(patch_size=PATCH)
+        self.last = torch.zeros(0), torch.zeros(0)  # image and its tokens
+
+    def maps(self, images: Tensor) -> Tensor:
+        return torch.stack([self.map(image) for image in images])
 
     @torch.no_grad()
-    def maps(self, images: Tensor) -> Tensor:
-        rows, columns = (nearest_valid(side, PATCH, PATCH) for side in images.shape[-2:])
-        images = F.interpolate(images, (rows, columns), mode="bilinear")
-        return self.adapter.backbone.intermediate_tokens(images, [11], norm=[True])[0]
+    def map(self, image: Tensor) -> Tensor:
+        """Tokens ``(C, h, w)``; videowalk's loader begins with 20 copies of one frame."""
+        if not torch.equal(image, self.last[0]):
+            size = [nearest_valid(side, PATCH, PATCH) for side in image.shape[-2:]]
+            batch = F.interpolate(rearrange(image, "c h w -> 1 c h w"), size, mode="bilinear")
+            (tokens,) = self.adapter.backbone.intermediate_tokens(batch, [11], norm=[True])
+            self.last = image, tokens[0]
+        return self.last[1]
 
     def __call__(self, images: Tensor) -> Tensor:
         """CropMAE's: tokens with one of a class before them, which it removes."""
@@ -101,10 +110,7 @@ class Peer:
 
 
 def module(path: Path, name: str, package: Sequence[Path]) -> ModuleType:
-    """A module of a peer; what it imports and is not installed here, it does not need."""
-    for absent in ("wandb", "visdom"):
-        if importlib.util.find_spec(absent) is None:
-            sys.modules[absent] = MagicMock()
+    """A module of a peer, from its file."""
     sys.path[:0] = map(str, package)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -335,6 +341,9 @@ def main() -> None:
     parser.add_argument("--clips", nargs="+", help="all by default")
     parser.add_argument("--frames", type=int, help="at most this many of a clip")
     options = parser.parse_args()
+    multiprocessing.set_start_method("fork")  # their modules cannot be imported by name
+    for unneeded in ("wandb", "visdom"):
+        sys.modules.setdefault(unneeded, MagicMock())
     with tempfile.TemporaryDirectory() as folder:
         parts[options.part](options, Path(folder))
 
