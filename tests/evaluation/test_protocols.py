@@ -22,7 +22,7 @@ from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import Clip, Joints, Propagation, Protocol, Tracks
 from cosettle_adapter.evaluation.joint_clips import decode_joints, joint_heat_maps
-from cosettle_adapter.evaluation.masks import palette, propagate_masks
+from cosettle_adapter.evaluation.masks import _nearest, palette, propagate_masks
 from cosettle_adapter.evaluation.points import track_queries
 from cosettle_adapter.evaluation.protocols import label_protocol
 from cosettle_adapter.video.geometry import plan_geometry
@@ -78,7 +78,11 @@ CASES: dict[str, tuple[Protocol[Any], Clip[Any]]] = {
     "davis": (evaluation.davis_protocol(Path(), propagation=NEAREST), masks(2)),
     "folder": (evaluation.folder_protocol(Path(), propagation=NEAREST), masks(1, (0, 2, 3))),
     "vip": (evaluation.vip_protocol(Path(), propagation=NEAREST), masks(2)),
-    "jhmdb": (evaluation.jhmdb_protocol(Path(), propagation=NEAREST), joints()),
+    "jhmdb": (
+        # the published rule moves every joint by up to half a patch
+        evaluation.jhmdb_protocol(Path(), joints="geometric", propagation=NEAREST),
+        joints(),
+    ),
     "badja": (evaluation.badja_protocol(Path()), joints((0, 2, 4))),
     "tapvid": (evaluation.tapvid_protocol(Path()), tracks()),
     "tapvid strided": (evaluation.tapvid_protocol(Path(), mode="strided"), tracks()),
@@ -169,16 +173,16 @@ def test_frames_are_resized_and_normalised_as_published(name: str) -> None:
     got = label_protocol(name).preprocess(adapter, torch.from_numpy(frames), size=(32, 48))
     expected = (resized - mean[:, None, None]) / std[:, None, None]
     assert got.dtype == torch.float32
-    np.testing.assert_allclose(got.numpy(), expected, atol=2e-2 if name == "dino" else 1e-5)
+    np.testing.assert_allclose(got.numpy(), expected, atol=2e-2 if name == "dino" else 1e-4)
     # a value may round the other way where it is a half
-    assert (abs(got.numpy() - expected) > 1e-5).mean() < 0.01
+    assert (abs(got.numpy() - expected) > 1e-4).mean() < 0.01
 
 
 @pytest.mark.parametrize("name", ["best", "crw", "dino", "cropmae"])
 def test_labels_come_to_the_grid_and_back_as_published(name: str) -> None:
     blobs = np.random.default_rng(1).random((3, 6, 8))
     mask = bilinear(blobs, (47, 61)).argmax(0).astype(np.uint8)
-    frame, grid, nearest = (48, 64), (6, 8), name == "dino"
+    frame, grid, nearest = (45, 63), (6, 8), name == "dino"  # no pixel is between two others
 
     def copied(labels: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
         pairs = zip(labels.shape, size, strict=True)
@@ -194,17 +198,25 @@ def test_labels_come_to_the_grid_and_back_as_published(name: str) -> None:
     expected = copied(soft.argmax(0), mask.shape)
     (got,) = propagate_masks(torch.rand(1, 4, *grid), mask, range(3), protocol=name, size=frame)
     assert len(np.unique(got)) == 3
-    assert (got != expected).mean() < 0.002  # ties of two labels
-    other = propagate_masks(torch.rand(1, 4, *grid), mask, range(3), size=(96, 96))
-    assert name == "best" or (next(other) != expected).any() or name == "crw"
+    second, best = np.sort(soft, axis=0)[-2:]
+    clear = copied(best - second > 1e-5, mask.shape)  # the others are ties of two labels
+    assert clear.mean() > 0.98
+    np.testing.assert_array_equal(got[clear], expected[clear])
+
+
+@pytest.mark.parametrize("size", [(47, 61), (20, 33), (128, 180)])
+def test_label_maps_are_resized_as_pillow_resizes_them(size: tuple[int, int]) -> None:
+    labels = np.random.default_rng(3).integers(0, 256, (48, 64), dtype=np.uint8)
+    expected = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(_nearest(labels, size, "Pillow"), expected)
 
 
 @pytest.mark.parametrize("rule", ["published", "geometric"])
 def test_joints_become_patches_and_pixels_by_their_rule(rule: Any, tmp_path: Path) -> None:
     """The published figures snap joints to patches and read patch k as pixel 16 k."""
     height, width, sides = 100, 150, np.array([150 / W, 100 / H])
-    xy = np.random.default_rng(2).uniform(-20, 170, (40, 2))
-    clip = clip_of(Joints(("",) * 40, np.stack([xy] * FRAMES), np.ones((FRAMES, 40), dtype=bool)))
+    xy = np.random.default_rng(2).uniform(-20, 150, (99, 2))
+    clip = clip_of(Joints(("",) * 99, np.stack([xy] * FRAMES), np.ones((FRAMES, 99), dtype=bool)))
     geometry = plan_geometry(height, width, patch=PATCH, size=(H * PATCH, W * PATCH))
     protocol = evaluation.jhmdb_protocol(
         Path(), joints=rule, propagation=Propagation(topk=1, context=0)
@@ -212,6 +224,7 @@ def test_joints_become_patches_and_pixels_by_their_rule(rule: Any, tmp_path: Pat
     still = torch.randn(1, 32, H, W, generator=torch.Generator().manual_seed(0))
     protocol.score(clip, still.expand(FRAMES, -1, -1, -1), geometry, tmp_path)
     got = np.array(json.loads((tmp_path / "positions.json").read_text())["xy"])
+    compared = 0
     for joint, position in enumerate(xy):
         # as the files count: pixel 1 is the centre of the first, ours is at 0.5
         place = (position + 0.5 - 1) / sides if rule == "published" else position / sides - 0.5
@@ -224,20 +237,22 @@ def test_joints_become_patches_and_pixels_by_their_rule(rule: Any, tmp_path: Pat
                 near = near and abs(cell - peak) <= 2
                 weight *= near * np.exp(-((cell - peak) ** 2) / (2 * 0.5**2))
             heat[row, column] = weight
-        if heat.sum() == 0:
-            continue
         best = np.argsort(heat.ravel())[-5:]
+        if np.isclose(*np.sort(heat.ravel())[-6:-4]):  # empty, or the fifth patch is not certain
+            continue
+        compared += 1
         rows, columns = np.divmod(best, W)
         share = heat.ravel()[best] / heat.ravel()[best].sum()
         cell = np.array([(share * columns).sum(), (share * rows).sum()])
         expected = cell * sides + 0.5 if rule == "published" else (cell + 0.5) * sides
         np.testing.assert_allclose(got[-1, joint], expected, atol=1e-3)
+    assert compared > 10
 
 
 def test_the_frame_of_a_query_counts_in_published_figures_of_badja() -> None:
-    (found, annotated), seen = (joints((0, 2, 4)).read_annotations(), (0, 2, 4)), np.ones((3, 3))
-    seen[0, 1:] = 0  # two joints are first annotated in the second annotated frame
-    clip = clip_of(found._replace(visible=seen.astype(bool)), annotated)
+    given = joints((0, 2, 4)).read_annotations()
+    given.visible[0, 1:] = False  # two joints are first annotated in the second annotated frame
+    clip = clip_of(given, (0, 2, 4))
     published, strict = (
         evaluation.badja_protocol(Path(), **rule).score(clip, KNOWS_NOTHING, GEOMETRY, None)
         for rule in ({}, {"query_frames": "strict"})
