@@ -48,8 +48,8 @@ class Propagation:
     """How labels are propagated through a clip.
 
     Attributes:
-        protocol: name of the settings, which the following options override: of this package
-            (best), or as published (the others); --explain prints them.
+        protocol: settings of this package (best) or as published (the others), which the following
+            options override; --explain prints them.
         topk: number of matches that vote for a patch.
         context: number of preceding frames to match with.
         radius: radius of the search for matches, in patches.
