@@ -67,7 +67,8 @@ class ClipOptions(FeatureOptions):
         if isinstance(self.size, int):
             raise ValueError(f"--size needs both sides, got {self.size}; write HEIGHTxWIDTH")
         if self.explain:
-            for name, value in {"data set": protocol.name, **protocol.settings}.items():
+            settings = {"data set": protocol.name, **protocol.settings}
+            for name, value in (settings | ({"size": self.size} if self.size else {})).items():
                 console().print(f"{name:16}{value}", markup=False, highlight=False, soft_wrap=True)
             return 0
         clips = protocol.clips()  # a wrong folder fails before a model is loaded

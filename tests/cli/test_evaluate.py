@@ -213,6 +213,7 @@ def test_a_protocol_is_explained_without_data_or_model(run: Run, tmp_path: Path)
     for words, expected in (
         ("davis --protocol dino", ("dino", "0.228, 0.224", "shorter side 480", "nearest")),
         ("folder --protocol cropmae --topk 3", ("cropmae", "topk +3", "480 x 880", "bilinear")),
+        ("folder --size 84x112", ("best", r"size +\(84, 112\)")),
         ("vip --protocol cosettle", ("has not published", "topk +10", "longer side 880")),
         ("jhmdb --joints geometric", ("best", "joints +geometric", "std +the backbone's")),
         ("badja --query-frames strict", ("query_frames +strict",)),

@@ -127,6 +127,11 @@ def test_labels_that_appear_late(tmp_path: Path) -> None:
         folder_clips(folder, late_labels="void")  # type: ignore[arg-type]
 
 
+def test_ids_with_gaps_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder_clips(write_folder(tmp_path, SHAPES * 3))[0].read_annotations()
+    assert "has no object 1, 2" in caplog.text
+
+
 def test_masks_that_cannot_be_used(tmp_path: Path) -> None:
     soft = np.arange(SHAPES.size, dtype=np.uint8).reshape(SHAPES.shape)
     with pytest.raises(FrameError, match=r"'soft' have 256 different values, .*anti-aliasing"):
