@@ -349,8 +349,8 @@ def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
             "they cannot be propagated. Start the clip at a frame that shows all objects, or pass "
             'late_labels="keep" (--late-labels keep) to score them as DAVIS does'
         )
-    absent = sorted(set(range(1, max(labels - {VOID}, default=0))) - labels)
-    if absent:
+    highest = int(masks[0][masks[0] != VOID].max(initial=0))
+    if absent := sorted(set(range(1, highest)) - labels):
         logger.warning(
             "%r has no object %s; as in DAVIS, each id up to the highest counts as an object, and "
             "one that no mask has as found. Number the objects 1, 2, 3, ...", clip.name,
