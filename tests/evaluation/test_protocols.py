@@ -200,7 +200,7 @@ def test_labels_come_to_the_grid_and_back_as_published(name: str) -> None:
     assert len(np.unique(got)) == 3
     second, best = np.sort(soft, axis=0)[-2:]
     clear = copied(best - second > 1e-5, mask.shape)  # the others are ties of two labels
-    assert clear.mean() > 0.98
+    assert clear.mean() > 0.95
     np.testing.assert_array_equal(got[clear], expected[clear])
 
 
