@@ -19,7 +19,9 @@ from cosettle_adapter.cli.evaluate_videos import (
     retrieval,
 )
 from cosettle_adapter.cli.tables import terminal_table
-from cosettle_adapter.evaluation.mask_clips import PUBLISHED, LabelPropagation, Propagation
+from cosettle_adapter.evaluation.joint_clips import QueryFrames
+from cosettle_adapter.evaluation.mask_clips import DEFAULT, LabelPropagation, Propagation
+from cosettle_adapter.evaluation.protocols import JointRule
 from cosettle_adapter.evaluation.run import Protocol
 from cosettle_adapter.evaluation.tables import result_notes, result_tables
 from cosettle_adapter.evaluation.variants import feature_variants
@@ -48,6 +50,7 @@ class ClipOptions(FeatureOptions):
         temporal_fusion: also score the adapted features, and those of --baseline-layers, fused
             over time.
         save_predictions: folder for predicted masks or positions.
+        explain: only print the protocol: everything besides model and data that decides a figure.
     """
 
     clips: Sequence[str] | None = None
@@ -57,11 +60,17 @@ class ClipOptions(FeatureOptions):
     baseline_layers: Sequence[int] = ()
     temporal_fusion: Literal["symmetric", "causal"] | None = None
     save_predictions: Path | None = None
+    explain: bool = False
 
     def run(self, protocol: Protocol[Any]) -> int:
         """Evaluate with a progress bar and print the tables; return the exit status."""
         if isinstance(self.size, int):
             raise ValueError(f"--size needs both sides, got {self.size}; write HEIGHTxWIDTH")
+        if self.explain:
+            settings = {"data set": protocol.name, **protocol.settings}
+            for name, value in (settings | ({"size": self.size} if self.size else {})).items():
+                console().print(f"{name:16}{value}", markup=False, highlight=False, soft_wrap=True)
+            return 0
         clips = protocol.clips()  # a wrong folder fails before a model is loaded
         output, adapter = console(), self.adapter()
         variants = feature_variants(
@@ -99,6 +108,7 @@ class ClipOptions(FeatureOptions):
 
 
 DEFAULTS = ClipOptions()
+HERE = Path()
 Labels = Annotated[Propagation, Parameter(name="*")]
 JointLabels = Annotated[LabelPropagation, Parameter(name="*")]
 
@@ -106,11 +116,11 @@ JointLabels = Annotated[LabelPropagation, Parameter(name="*")]
 @app.command
 def davis(
     *,
-    data: Sequence[Path],
+    data: Sequence[Path] = (HERE,),
     year: Literal["2016", "2017"] | None = None,
     every: Sequence[int] = (1,),
     max_frames: int | None = None,
-    labels: Labels = PUBLISHED,
+    labels: Labels = DEFAULT,
     options: ClipOptions = DEFAULTS,
 ) -> int:
     """Video object segmentation on DAVIS.
@@ -132,17 +142,17 @@ def davis(
 @app.command
 def folder(
     *,
-    data: Path,
-    late_labels: Literal["error", "void"] = "error",
-    labels: Labels = PUBLISHED,
+    data: Path = HERE,
+    late_labels: Literal["error", "keep"] = "error",
+    labels: Labels = DEFAULT,
     options: ClipOptions = DEFAULTS,
 ) -> int:
     """Video object segmentation on your own frames and masks.
 
     Args:
         data: folder with frames/ and masks/, or folder of such folders.
-        late_labels: treatment of labels that the first mask lacks: an error, or void pixels that
-            do not count.
+        late_labels: treatment of labels that the first mask lacks: an error, or kept and scored as
+            in DAVIS, as missed objects.
     """
     protocol = evaluation.folder_protocol(
         data, clips=options.clips, late_labels=late_labels, propagation=labels
@@ -151,7 +161,7 @@ def folder(
 
 
 @app.command
-def vip(*, data: Path, labels: Labels = PUBLISHED, options: ClipOptions = DEFAULTS) -> int:
+def vip(*, data: Path = HERE, labels: Labels = DEFAULT, options: ClipOptions = DEFAULTS) -> int:
     """Propagation of body parts and clothes on VIP.
 
     Args:
@@ -161,29 +171,53 @@ def vip(*, data: Path, labels: Labels = PUBLISHED, options: ClipOptions = DEFAUL
 
 
 @app.command
-def jhmdb(*, data: Path, labels: JointLabels = PUBLISHED, options: ClipOptions = DEFAULTS) -> int:
+def jhmdb(
+    *,
+    data: Path = HERE,
+    joints: JointRule = "published",
+    labels: JointLabels = DEFAULT,
+    options: ClipOptions = DEFAULTS,
+) -> int:
     """Propagation of human joints on JHMDB.
 
     Args:
         data: folder of JHMDB, or folder of clips with keypoints.json.
+        joints: how joints become patches: rounded as in published figures, or exactly (geometric).
     """
-    return options.run(evaluation.jhmdb_protocol(data, clips=options.clips, propagation=labels))
+    protocol = evaluation.jhmdb_protocol(
+        data, clips=options.clips, joints=joints, propagation=labels
+    )
+    return options.run(protocol)
 
 
 @app.command
-def badja(*, data: Path, davis: Path | None = None, options: ClipOptions = DEFAULTS) -> int:
+def badja(
+    *,
+    data: Path = HERE,
+    davis: Path | None = None,
+    query_frames: QueryFrames = "published",
+    options: ClipOptions = DEFAULTS,
+) -> int:
     """Tracking of animal joints on BADJA.
 
     Args:
         data: folder of BADJA, or folder of clips with keypoints.json.
         davis: folder of DAVIS with the frames; DAVIS in the data folder by default.
+        query_frames: whether the frame in which a joint is given counts, unless it is the clip's
+            first: yes as in published figures, or no (strict).
     """
-    return options.run(evaluation.badja_protocol(data, clips=options.clips, davis=davis))
+    protocol = evaluation.badja_protocol(
+        data, clips=options.clips, davis=davis, query_frames=query_frames
+    )
+    return options.run(protocol)
 
 
 @app.command
 def tapvid(
-    *, data: Path, mode: Literal["first", "strided"] = "first", options: ClipOptions = DEFAULTS
+    *,
+    data: Path = HERE,
+    mode: Literal["first", "strided"] = "first",
+    options: ClipOptions = DEFAULTS,
 ) -> int:
     """Tracking of points on TAP-Vid.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from cosettle_adapter.correspondence.matching import each_map, patch_distances, unit_map
 from cosettle_adapter.errors import FrameError, GeometryError
 
-Protocol = Literal["crw", "dino"]
+Protocol = Literal["best", "crw", "dino"]
 
 _CHUNK, _CHUNK_ON_CPU = 8192, 256  # patches of a frame compared at a time
 _SMALL = 1024  # patches; smaller frames are not split on CPUs
@@ -58,11 +58,16 @@ class PropagationProtocol:
 
 
 PROTOCOLS: dict[str, PropagationProtocol] = {
-    # videowalk's test.py as SiamMAE and CropMAE use it. Its loader puts `context` copies of frame
-    # 0 before the clip: they are in the sliding window, restricted to the radius, and count once
-    # each. So all seven votes for a patch of frame 1 come from the single best patch nearby.
-    "crw": PropagationProtocol(
+    # SiamMAE, CropMAE and T-CoRe, with the loader of "crw".
+    "best": PropagationProtocol(
         context=20, radius=20, topk=7, temperature=0.7, neighbourhood="disk",
+        restrict_first=False, repeat_first=True,
+    ),
+    # videowalk's test.py as its README calls it. Its loader puts `context` copies of frame 0
+    # before the clip: they are in the sliding window, restricted to the radius, and count once
+    # each. So all ten votes for a patch of frame 1 come from the single best patch nearby.
+    "crw": PropagationProtocol(
+        context=20, radius=12, topk=10, temperature=0.05, neighbourhood="disk",
         restrict_first=False, repeat_first=True,
     ),
     # DINO's eval_video_segmentation.py: the queue starts empty and never holds frame 0.
@@ -80,7 +85,7 @@ class LabelPropagator:
         self,
         first_labels: Tensor,
         *,
-        protocol: Protocol = "crw",
+        protocol: Protocol | PropagationProtocol = "best",
         chunk: int | None = None,
         **changes: float | None,
     ) -> None:
@@ -88,15 +93,17 @@ class LabelPropagator:
 
         Args:
             first_labels: ``(K, h, w)`` floating point, soft labels of the first frame.
-            protocol: a name in :data:`PROTOCOLS`.
+            protocol: settings, or their name in :data:`PROTOCOLS`.
             chunk: patches of a frame compared at a time; bounds memory only.
             **changes: fields of :class:`PropagationProtocol` that override the protocol's.
         """
-        if protocol not in PROTOCOLS:
-            known = " or ".join(repr(name) for name in PROTOCOLS)
-            raise ValueError(f"got protocol {protocol!r}, expected {known}")
+        if isinstance(protocol, str):
+            if protocol not in PROTOCOLS:
+                known = ", ".join(map(repr, PROTOCOLS))
+                raise ValueError(f"got protocol {protocol!r}, expected one of {known}")
+            protocol = PROTOCOLS[protocol]
         overrides: Any = {name: value for name, value in changes.items() if value is not None}
-        self.protocol = dataclasses.replace(PROTOCOLS[protocol], **overrides)
+        self.protocol = dataclasses.replace(protocol, **overrides)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1 patch, got {chunk}")
         self.chunk = chunk

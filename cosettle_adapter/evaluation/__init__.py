@@ -51,18 +51,19 @@ from cosettle_adapter.evaluation.points import (
     queries_strided,
     tapvid_metrics,
 )
+from cosettle_adapter.evaluation.protocols import LABEL_PROTOCOLS, LabelProtocol, label_protocol
 from cosettle_adapter.evaluation.rendered import rendered_clips, rendered_protocol
 from cosettle_adapter.evaluation.run import ClipScores, Evaluation, Protocol, evaluate
 
 __all__ = [
-    "BADJA_JOINTS", "JHMDB_JOINTS", "VIP_CLASSES", "BadjaAccuracy", "Clip", "ClipScores",
-    "ConfusionMatrix", "Evaluation", "Joints", "Pck", "Propagation", "Protocol", "Queries",
-    "SequenceScores", "Summary", "TapVidMetrics", "Tracks", "badja_accuracy", "badja_clips",
-    "badja_protocol", "boundary_f", "davis_clips", "davis_protocol", "evaluate",
-    "evaluate_sequence", "folder_clips", "folder_protocol", "jhmdb_clips",
-    "jhmdb_protocol", "mean_over_objects", "pck", "queries_first",
-    "queries_strided", "region_similarity", "rendered_clips", "rendered_protocol", "summarise",
-    "tapvid_clips", "tapvid_metrics", "tapvid_protocol", "vip_clips", "vip_protocol",
+    "BADJA_JOINTS", "JHMDB_JOINTS", "LABEL_PROTOCOLS", "VIP_CLASSES", "BadjaAccuracy", "Clip",
+    "ClipScores", "ConfusionMatrix", "Evaluation", "Joints", "LabelProtocol", "Pck", "Propagation",
+    "Protocol", "Queries", "SequenceScores", "Summary", "TapVidMetrics", "Tracks", "badja_accuracy",
+    "badja_clips", "badja_protocol", "boundary_f", "davis_clips", "davis_protocol", "evaluate",
+    "evaluate_sequence", "folder_clips", "folder_protocol", "jhmdb_clips", "jhmdb_protocol",
+    "label_protocol", "mean_over_objects", "pck", "queries_first", "queries_strided",
+    "region_similarity", "rendered_clips", "rendered_protocol", "summarise", "tapvid_clips",
+    "tapvid_metrics", "tapvid_protocol", "vip_clips", "vip_protocol",
 ]  # fmt: skip
 
 _CLIPS = ("Badja", "Davis", "Folder", "Jhmdb", "Mask", "TapVid", "Vip", "Joint")

@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import einsum, rearrange, reduce
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,8 +22,9 @@ from cosettle_adapter.correspondence import propagate_labels
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import clips as folders
 from cosettle_adapter.evaluation.clips import Clip, images_named
-from cosettle_adapter.evaluation.mask_clips import PUBLISHED, LabelPropagation
+from cosettle_adapter.evaluation.mask_clips import DEFAULT, LabelPropagation, frame_size
 from cosettle_adapter.evaluation.points import Pck, badja_accuracy, pck, track_queries
+from cosettle_adapter.evaluation.protocols import JointRule
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, save_positions
 from cosettle_adapter.imports import require
 from cosettle_adapter.video.geometry import Geometry
@@ -49,7 +50,9 @@ _JHMDB_PARTS = ("Rename_Images", "joint_positions", "splits")
 _THRESHOLDS = (0.1, 0.2)
 _SIGMA = 0.5  # patches
 _REACH = 2  # patches drawn around a joint: 3 sigma, rounded up
-_STRONGEST = 5  # patches whose centroid is a joint's position
+
+
+QueryFrames = Literal["published", "strict"]
 
 
 class Joints(NamedTuple):
@@ -114,19 +117,29 @@ def jhmdb_protocol(
     data: Path,
     *,
     clips: Sequence[str] | None = None,
-    propagation: LabelPropagation = PUBLISHED,
+    joints: JointRule | None = None,
+    propagation: LabelPropagation = DEFAULT,
 ) -> Protocol[Joints]:
-    """Return the benchmark on JHMDB: PCK, pooled over all clips without their first frames."""
+    """Return the benchmark on JHMDB: PCK, pooled over all clips without their first frames.
+
+    ``joints`` overrides the protocol's rule; see :func:`joint_heat_maps`.
+    """
+    record = propagation.on("jhmdb", joints=joints)
 
     def score(
         clip: Clip[Joints], features: Tensor, geometry: Geometry, predictions: Path | None
     ) -> ClipScores:
         """Propagate one heat map per joint; positions are pixels of the original frames."""
         truth = clip.read_annotations().xy
-        start = geometry.pixels_to_cells(torch.from_numpy(truth[0]))
-        maps = joint_heat_maps(start, geometry.grid).to(features.device)
-        patches, visible = decode_joints(propagate_labels(features, maps, **propagation.options()))
-        guess = geometry.cells_to_pixels(patches.double().cpu()).numpy()
+        shift = torch.zeros(2, dtype=torch.float64)  # in patches, along rows and columns
+        if record.joints == "published":  # patch k is at pixel k * patch, not half a patch later
+            grid, frame = (torch.tensor(sides) for sides in (geometry.grid, geometry.frame))
+            shift += 0.5 - 0.5 * grid / frame
+        places = geometry.pixels_to_cells(torch.from_numpy(truth[0])) + shift
+        maps = joint_heat_maps(places, geometry.grid, record.joints).to(features.device)
+        labels = propagate_labels(features, maps, protocol=record)
+        patches, visible = decode_joints(labels, record.strongest)
+        guess = geometry.cells_to_pixels(patches.double().cpu() - shift).numpy()
         save_positions(guess, predictions)
         result = pck(truth, guess, _THRESHOLDS, visible=visible.cpu().numpy())
         counts = {"correct": result.correct.tolist(), "total": result.total.tolist()}
@@ -146,10 +159,11 @@ def jhmdb_protocol(
         name="jhmdb",
         measures=tuple(f"PCK@{threshold:g}" for threshold in _THRESHOLDS),
         clips=lambda: jhmdb_clips(data, clips=clips),
-        size=lambda _: (320, 320),
+        size=frame_size(record),
         score=score,
-        settings=propagation.options(),
+        settings=record.settings("first_labels", "argmax", "stretch", "nearest"),
         total=total,
+        preprocess=record.preprocess,
     )
 
 
@@ -181,14 +195,22 @@ def badja_clips(
 
 
 def badja_protocol(
-    data: Path, *, clips: Sequence[str] | None = None, davis: Path | None = None
+    data: Path,
+    *,
+    clips: Sequence[str] | None = None,
+    davis: Path | None = None,
+    query_frames: QueryFrames = "published",
 ) -> Protocol[Joints]:
-    """Return the benchmark on BADJA: every joint is tracked from its first annotation."""
+    """Return the benchmark on BADJA: every joint is tracked from its first annotation.
+
+    In the evaluations of PIPs and DINO-Tracker (``published``), a joint's position in its query
+    frame counts, unless that is the clip's first frame. It does not count if ``strict``.
+    """
 
     def score(
         clip: Clip[Joints], features: Tensor, geometry: Geometry, predictions: Path | None
     ) -> ClipScores:
-        """Track every joint; frames up to its first annotation do not count."""
+        """Track every joint; frames before its first annotation do not count."""
         joints, annotated = clip.read_annotations(), np.asarray(clip.annotated)
         if joints.areas is None:
             raise FrameError(f"{clip.name!r} has no areas of its animal, which delta_seg needs")
@@ -198,8 +220,9 @@ def badja_protocol(
         guess = np.zeros_like(joints.xy)
         guess[:, seen] = rearrange(tracks, "q t two -> t q two").numpy()[annotated]
         save_positions(guess, predictions)
-        later = joints.visible & (np.arange(len(annotated))[:, None] > first)
-        result = badja_accuracy(joints.xy, guess, later, joints.areas)
+        frames, given = np.arange(len(annotated))[:, None], query_frames == "strict"
+        counted = joints.visible & (frames >= first + given)
+        result = badja_accuracy(joints.xy, guess, counted, joints.areas)
         return ClipScores({"delta_seg": result.delta_seg, "delta_3px": result.delta_3px})
 
     return Protocol(
@@ -208,34 +231,47 @@ def badja_protocol(
         clips=lambda: badja_clips(data, clips=clips, davis=davis),
         size=lambda _: (480, 880),  # as for DAVIS, the source of most clips
         score=score,
-        settings={"tracking": "nearest neighbour", "queries": "where a joint is first annotated"},
+        settings={
+            "tracking": "nearest neighbour",
+            "queries": "where a joint is first annotated",
+            "query_frames": query_frames,
+        },
     )
 
 
-def joint_heat_maps(places: Tensor, grid: tuple[int, int]) -> Tensor:
+def joint_heat_maps(places: Tensor, grid: tuple[int, int], rule: JointRule = "geometric") -> Tensor:
     """Draw joints ``(J, 2)``, fractional (row, col), as Gaussians with a sigma of half a patch.
 
+    ``published``, as videowalk and CropMAE draw them: the peak is on patch ``int(p - 1.5) + 2`` and
+    the Gaussian is cut off at ``int(p - 1.5)`` and ``int(p + 2.5) - 1``, where ``int`` drops the
+    decimals. ``geometric``: the peak is at p itself, and the Gaussian is cut off two patches away.
+
     Returns:
-        ``(J, h, w)`` float32, 1 at a joint on a patch's centre and 0 more than two patches away;
-        empty for a joint well outside the frame.
+        ``(J, h, w)`` float32, 1 where a joint's peak is on a patch's centre; empty for a joint well
+        outside the frame.
     """
-    rows, columns = (torch.arange(side, dtype=torch.float32) for side in grid)
-    row, column = places.float().unbind(-1)
-    down = rearrange(rows, "h -> 1 h 1") - rearrange(row, "j -> j 1 1")
-    right = rearrange(columns, "w -> 1 1 w") - rearrange(column, "j -> j 1 1")
-    near = (down.abs() <= _REACH) & (right.abs() <= _REACH)
-    return torch.exp(-(down**2 + right**2) / (2 * _SIGMA**2)) * near
+    side = 3 * _SIGMA
+    start = (places - side).trunc() if rule == "published" else places - _REACH
+    stop = (places + side + 1).trunc() - 1 if rule == "published" else places + _REACH
+    profiles = []
+    for axis, length in enumerate(grid):
+        patches = torch.arange(length, dtype=places.dtype)
+        first, last = (rearrange(ends[:, axis], "j -> j 1") for ends in (start, stop))
+        gauss = torch.exp(-((patches - first - _REACH) ** 2) / (2 * _SIGMA**2))
+        profiles.append(gauss * (patches >= first) * (patches <= last))
+    down, across = profiles
+    return einsum(down, across, "j h, j w -> j h w").float()
 
 
-def decode_joints(heat_maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Locate joints in maps ``(..., J, h, w)``: the centroid of the five strongest patches.
+def decode_joints(heat_maps: Tensor, strongest: int = 5) -> tuple[Tensor, Tensor]:
+    """Locate joints in maps ``(..., J, h, w)``: the centroid of the strongest patches.
 
     Returns:
         ``(..., J, 2)`` fractional (row, col), and ``(..., J)`` whether a map has any weight.
     """
     width = heat_maps.shape[-1]
     flat = rearrange(heat_maps, "... h w -> ... (h w)")
-    weights, index = flat.topk(min(_STRONGEST, flat.shape[-1]), dim=-1)
+    weights, index = flat.topk(min(strongest, flat.shape[-1]), dim=-1)
     visible = weights.sum(-1) > 0
     share = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     patches = torch.stack([index // width, index % width], dim=-1).to(share)

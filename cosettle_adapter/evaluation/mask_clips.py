@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosettle_adapter.correspondence.propagation import PROTOCOLS
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import clips as folders
 from cosettle_adapter.evaluation.clips import Clip, Masks, images_in, images_named, pick
@@ -23,6 +23,7 @@ from cosettle_adapter.evaluation.masks import (
     save_labels,
     summarise,
 )
+from cosettle_adapter.evaluation.protocols import LabelProtocol, ProtocolName, label_protocol
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, mean
 from cosettle_adapter.upsampling import Upsampler, upsample
 from cosettle_adapter.video import FrameSelection, as_frames
@@ -30,8 +31,10 @@ from cosettle_adapter.video.geometry import Geometry
 from cosettle_adapter.video.reader import pending_frames
 from cosettle_adapter.video.selection import PendingFrame
 
+logger = logging.getLogger(__name__)
+
 Year = Literal["2016", "2017"]
-LateLabels = Literal["error", "void"]
+LateLabels = Literal["error", "keep"]
 
 ALL_FRAMES = FrameSelection()
 MASK_MEASURES = ("J&F", "J mean", "J recall", "J decay", "F mean", "F recall", "F decay")
@@ -39,8 +42,6 @@ VIP_CLASSES = 20  # the background is 0
 DAVIS = "the folder of DAVIS that holds JPEGImages, Annotations and ImageSets"
 FOLDER = "a folder with frames/ and masks/, or a folder of such folders"
 VIP = "the folder VIP_Fine, with Images, Annotations/Category_ids and lists"
-_FRAME_SIZE = (480, 880)  # of the published protocol on DAVIS, for any aspect ratio
-_LONG_SIDE, _STEP = 880, 64  # of VIP
 _MAX_OBJECTS = 64  # of a clip; more different values come from soft edges
 
 
@@ -49,21 +50,22 @@ class LabelPropagation:
     """How labels are propagated through a clip.
 
     Attributes:
-        protocol: published settings, crw or dino, which the following options override.
+        protocol: settings of this package (best) or as published (the others), which the following
+            options override; --explain prints them.
         topk: number of matches that vote for a patch.
         context: number of preceding frames to match with.
         radius: radius of the search for matches, in patches.
     """
 
-    protocol: Literal["crw", "dino"] = "crw"
+    protocol: ProtocolName = "best"
     topk: int | None = None
     context: int | None = None
     radius: float | None = None
 
-    def options(self) -> dict[str, Any]:
-        """Return the protocol and its overrides as keywords of ``LabelPropagator``."""
-        options = dataclasses.asdict(self)
-        return {name: value for name, value in options.items() if value is not None}
+    def on(self, data: str, **changes: Any) -> LabelProtocol:
+        """Return the record of all settings on a data set; see :func:`label_protocol`."""
+        changes |= {"topk": self.topk, "context": self.context, "radius": self.radius}
+        return label_protocol(self.protocol, data, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,26 +85,36 @@ class Propagation(LabelPropagation):
         if self.upsampler is not None and self.dense is None:
             raise ValueError(f"got upsampler={self.upsampler!r} without dense; give dense=2, say")
 
-    def prepared(
+    def on(self, data: str, **changes: Any) -> LabelProtocol:
+        """Return the record of all settings, with the radius in patches of the finer grid."""
+        record = super().on(data, **changes)
+        return dataclasses.replace(record, radius=record.radius * (self.dense or 1))
+
+    def upsampling(self) -> dict[str, Any]:
+        """Return the settings of upsampling, as results show them."""
+        return (
+            {"dense": self.dense, "upsampler": self.upsampler or "bilinear"} if self.dense else {}
+        )
+
+    def maps(
         self, clip: Clip[Masks], features: Tensor, geometry: Geometry
-    ) -> tuple[Iterable[Tensor], dict[str, Any]]:
-        """Return the maps to propagate masks by, and keywords of ``LabelPropagator``."""
-        options = self.options()
-        times, upsampler = options.pop("dense", 1), options.pop("upsampler", "bilinear")
-        if times == 1:
-            return features, options
-        options["radius"] = times * (self.radius or PROTOCOLS[self.protocol].radius)
-        sides = (times * geometry.grid[0], times * geometry.grid[1])
+    ) -> Tensor | Iterator[Tensor]:
+        """Return the maps to propagate masks by."""
+        if self.dense is None:
+            return features
+        sides = (self.dense * geometry.grid[0], self.dense * geometry.grid[1])
+        return self._upsampled(clip, features, geometry, sides)
 
-        def maps() -> Iterator[Tensor]:
-            for index, coarse in enumerate(torch.split(features, 1)):
-                frame = as_frames(clip.read_frame(index)[None]) if upsampler == "guided" else None
-                yield upsample(coarse, geometry, sides, frames=frame, upsampler=upsampler)
+    def _upsampled(
+        self, clip: Clip[Masks], features: Tensor, geometry: Geometry, sides: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        for index, coarse in enumerate(torch.split(features, 1)):
+            guided = self.upsampler == "guided"
+            frame = as_frames(clip.read_frame(index)[None]) if guided else None
+            yield upsample(coarse, geometry, sides, frame, self.upsampler or "bilinear")
 
-        return maps(), options
 
-
-PUBLISHED = Propagation()
+DEFAULT = Propagation()
 
 
 def mask_protocol(
@@ -113,14 +125,7 @@ def mask_protocol(
 ) -> Protocol[Masks]:
     """Return a benchmark that scores propagated masks by J and F."""
 
-    def size(clip: Clip[Masks]) -> tuple[int, int]:
-        """``crw``: 480 x 880; ``dino``: shorter side 480, longer side a multiple of 64."""
-        if propagation.protocol == "crw":
-            return _FRAME_SIZE
-        height, width = clip.read_frame(0).shape[:2]
-        short = _FRAME_SIZE[0]
-        long = int(short * max(height, width) / min(height, width)) // 64 * 64
-        return (long, short) if height > width else (short, long)
+    record = propagation.on(name)
 
     def score(
         clip: Clip[Masks], features: Tensor, geometry: Geometry, predictions: Path | None
@@ -131,9 +136,14 @@ def mask_protocol(
             if predictions is not None:
                 save_labels(labels, predictions / f"{clip.frames[index].stem}.png")
 
-        masks = clip.read_annotations()
-        maps, options = propagation.prepared(clip, features, geometry)
-        scores = evaluate_sequence(maps, masks, annotated=clip.annotated, on_mask=save, **options)
+        scores = evaluate_sequence(
+            propagation.maps(clip, features, geometry),
+            clip.read_annotations(),
+            annotated=clip.annotated,
+            on_mask=save,
+            protocol=record,
+            size=geometry.resized,
+        )
         objects = [  # mean, recall and decay of each
             dict(zip(MASK_MEASURES[1:], (*summarise(j), *summarise(f)), strict=True))
             for j, f in zip(scores.j, scores.f, strict=True)
@@ -148,8 +158,24 @@ def mask_protocol(
         """Average over all objects of all clips, like the official evaluation."""
         return average([row for clip in scores for row in clip.counts["objects"]])
 
-    settings = {**propagation.options(), **settings}
-    return Protocol(name, MASK_MEASURES, clips, size, score, settings, total)
+    return Protocol(
+        name, MASK_MEASURES, clips, frame_size(record), score,
+        {**_settings(record, propagation), **settings}, total, record.preprocess,
+    )  # fmt: skip
+
+
+def _settings(record: LabelProtocol, propagation: Propagation) -> dict[str, Any]:
+    """Settings that decide the figures of masks."""
+    settings = record.settings("joints", "strongest")
+    if propagation.dense is not None:
+        upsampler = propagation.upsampler or "bilinear"
+        settings |= {"dense": propagation.dense, "upsampler": upsampler}
+    return settings
+
+
+def frame_size(protocol: LabelProtocol) -> Callable[[Clip[Any]], tuple[int, int]]:
+    """Return the function that gives the (height, width) of a clip's encoded frames."""
+    return lambda clip: protocol.size.of(*clip.read_frame(0).shape[:2])
 
 
 def davis_clips(
@@ -207,7 +233,7 @@ def davis_protocol(
     clips: Sequence[str] | None = None,
     select: FrameSelection | Sequence[FrameSelection] = ALL_FRAMES,
     year: Year | None = None,
-    propagation: Propagation = PUBLISHED,
+    propagation: Propagation = DEFAULT,
 ) -> Protocol[Masks]:
     """Return the benchmark on DAVIS; several folders are parts of one evaluation.
 
@@ -257,14 +283,15 @@ def folder_clips(
     Other image formats work too. A mask, palette or grey, has the name of its frame; the first
     frame needs one, and the others are scored if they have one. Frames are in natural order, ``2``
     before ``10``. ``root`` may be a single clip. Labels that first appear after the first frame
-    cannot be propagated; ``late_labels`` makes them an error when masks are read, or void.
+    cannot be propagated; ``late_labels`` makes them an error when masks are read, or keeps them to
+    be scored as in DAVIS: a missed object, or background above the first mask's highest label.
 
     Returns:
         Clips with masks ``(A, H, W)`` uint8: object ids, 0 background, 255 void. If a clip's masks
         have no values but 0 and 255, then 255 is its one object, with id 1.
     """
-    if late_labels not in ("error", "void"):
-        raise ValueError(f"got late_labels={late_labels!r}, expected 'error' or 'void'")
+    if late_labels not in ("error", "keep"):
+        raise ValueError(f"got late_labels={late_labels!r}, expected 'error' or 'keep'")
     root = folders.data_folder(root, FOLDER)
     known = folders.clip_folders(root, FOLDER, ["frames", "masks"])
 
@@ -280,7 +307,7 @@ def folder_protocol(
     *,
     clips: Sequence[str] | None = None,
     late_labels: LateLabels = "error",
-    propagation: Propagation = PUBLISHED,
+    propagation: Propagation = DEFAULT,
 ) -> Protocol[Masks]:
     """Return the benchmark on your own clips; see :func:`folder_clips`."""
     return mask_protocol(
@@ -318,20 +345,10 @@ def vip_clips(
 
 
 def vip_protocol(
-    data: Path, *, clips: Sequence[str] | None = None, propagation: Propagation = PUBLISHED
+    data: Path, *, clips: Sequence[str] | None = None, propagation: Propagation = DEFAULT
 ) -> Protocol[Masks]:
-    """Return the benchmark on VIP: mIoU from one confusion matrix over all frames of all clips.
-
-    The default ``topk`` is 10.
-    """
-    propagation = dataclasses.replace(propagation, topk=propagation.topk or 10)
-
-    def size(clip: Clip[Masks]) -> tuple[int, int]:
-        """Longer side 880, shorter side rounded down to a multiple of 64."""
-        height, width = clip.read_frame(0).shape[:2]
-        other = int(_LONG_SIDE * min(height, width) / max(height, width))
-        other = max(_STEP, other // _STEP * _STEP)
-        return (other, _LONG_SIDE) if width >= height else (_LONG_SIDE, other)
+    """Return the benchmark on VIP: mIoU from one confusion matrix over all frames of all clips."""
+    record = propagation.on("vip")
 
     def score(
         clip: Clip[Masks], features: Tensor, geometry: Geometry, predictions: Path | None
@@ -341,9 +358,14 @@ def vip_protocol(
         if 0 not in masks:
             raise FrameError(f"{clip.name!r} has no labels for its first frame")
         matrix = ConfusionMatrix(VIP_CLASSES)
-        maps, options = propagation.prepared(clip, features, geometry)
-        propagated = propagate_masks(maps, masks[0], range(VIP_CLASSES), **options)
-        for index, labels in enumerate(propagated):
+        maps = propagate_masks(
+            propagation.maps(clip, features, geometry),
+            masks[0],
+            range(VIP_CLASSES),
+            protocol=record,
+            size=geometry.resized,
+        )
+        for index, labels in enumerate(maps):
             if index in masks:
                 matrix.add(masks[index], labels)
             if predictions is not None:
@@ -356,10 +378,10 @@ def vip_protocol(
             matrix.counts += np.array(clip.counts["matrix"], dtype=np.int64)
         return {"mIoU": matrix.mean_iou()}
 
-    settings = propagation.options()
     return Protocol(
-        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), size, score, settings, total
-    )
+        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), frame_size(record), score,
+        _settings(record, propagation), total, record.preprocess,
+    )  # fmt: skip
 
 
 def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
@@ -387,7 +409,13 @@ def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
         raise FrameError(
             f"{path} of {clip.name!r} has label(s) {names}, which the first mask does not have; "
             "they cannot be propagated. Start the clip at a frame that shows all objects, or pass "
-            'late_labels="void" (--late-labels void) to exclude them from the scores'
+            'late_labels="keep" (--late-labels keep) to score them as DAVIS does'
         )
-    masks[late] = VOID
+    highest = int(masks[0][masks[0] != VOID].max(initial=0))
+    if absent := sorted(set(range(1, highest)) - labels):
+        logger.warning(
+            "%r has no object %s; as in DAVIS, each id up to the highest counts as an object, and "
+            "one that no mask has as found. Number the objects 1, 2, 3, ...", clip.name,
+            folders.few([*map(str, absent)]),
+        )  # fmt: skip
     return masks

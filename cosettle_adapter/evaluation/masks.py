@@ -2,9 +2,9 @@
 
 J and F equal the official evaluation (davis2017-evaluation) up to rounding. Where the official F
 dilates whole frames, this one finds boundary pixels near one another with a k-d tree, whose cost
-does not depend on the size of the frame. As in the official semi-supervised evaluation, every
-object of the first frame has one value per frame, the first and the last frame do not count, and
-the figure of a data set is the mean over objects.
+does not depend on the size of the frame. As in the official semi-supervised evaluation, the objects
+are 1 to the highest id of the first mask, void pixels are background, the first and the last frame
+do not count, and the figure of a data set is the mean over objects.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from cosettle_adapter.correspondence import LabelPropagator
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.clips import Masks
+from cosettle_adapter.evaluation.protocols import LabelProtocol, label_protocol
 from cosettle_adapter.evaluation.run import mean
 from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
 
 Mask = NDArray[np.bool_]
-VOID = 255  # label of pixels that do not count
+VOID = 255  # label of pixels that are no object
 
 
 class Summary(NamedTuple):
@@ -180,9 +181,10 @@ def evaluate_sequence(
     """Propagate the first mask of a clip by features and score the others.
 
     Features and options are those of :func:`propagate_masks`. Masks are ``(T, H, W)`` uint8 object
-    ids, 0 background, 255 void. If not every frame has a mask, ``annotated`` is the frame of each
-    mask, ascending from 0; only these frames are scored. ``on_mask`` is called with the index of
-    every frame and its propagated object ids ``(H, W)``.
+    ids, 0 background, 255 void. The objects are 1 to the highest id of the first mask: an id that
+    no mask has counts as perfect, one that only later masks have as missed. If not every frame has
+    a mask, ``annotated`` is the frame of each mask, ascending from 0; only these frames are scored.
+    ``on_mask`` is called with the index of every frame and its propagated object ids ``(H, W)``.
 
     Raises:
         FrameError: the masks cannot be scored, or the number of feature maps does not fit them.
@@ -194,16 +196,13 @@ def evaluate_sequence(
     truths = dict(zip(frames, masks, strict=True))
     scores: dict[int, list[tuple[float, float]]] = {}
     count = 0
-    for index, ids in enumerate(propagate_masks(features, masks[0], (0, *objects), **options)):
+    classes = [0, *np.intersect1d(masks[0], objects).tolist()]
+    for index, ids in enumerate(propagate_masks(features, masks[0], classes, **options)):
         count = index + 1
         on_mask(index, ids)
         if index and index in truths:
-            truth, void = truths[index], truths[index] == VOID
-            pairs = [(truth == label, ids == label) for label in objects]
-            scores[index] = [
-                (region_similarity(gt, pred, void=void), boundary_f(gt, pred, void=void))
-                for gt, pred in pairs
-            ]
+            pairs = [(truths[index] == label, ids == label) for label in objects]
+            scores[index] = [(region_similarity(*pair), boundary_f(*pair)) for pair in pairs]
     if count <= frames[-1] or (annotated is None and count != len(masks)):
         raise FrameError(
             f"got masks up to frame {frames[-1]}, but {count} feature maps; pass one map for every "
@@ -233,27 +232,28 @@ def propagate_masks(
     mask: Masks,
     classes: Sequence[int],
     *,
-    protocol: Literal["crw", "dino"] = "crw",
+    protocol: str | LabelProtocol = "best",
+    size: tuple[int, int] | None = None,
     **options: Any,
 ) -> Iterator[Masks]:
     """Propagate a label map through a clip in constant memory; yield the map of every frame.
 
-    The one-hot first map is resized to the grid: bilinear for ``crw``, nearest for ``dino``. The
-    propagated labels are resized back (bilinear), for ``dino`` each label is stretched to [0, 1],
-    and every pixel takes the strongest label.
-
-    Features are ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h, w)``; the
-    label map is ``(H, W)`` uint8. The first class is the background, which includes all pixels
-    with none of the other labels. Options are those of
+    The protocol, :class:`LabelProtocol` or its name, says how the first map comes to the grid and
+    the propagated labels back. ``size`` is the (height, width) of the encoded frames, by default
+    the map's. Features are ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h,
+    w)``; the label map is ``(H, W)`` uint8. The first class is the background, which includes all
+    pixels with none of the other labels. Options are those of
     :class:`~cosettle_adapter.correspondence.LabelPropagator`.
     """
-    names = np.asarray(classes, dtype=np.uint8)
+    record = label_protocol(protocol) if isinstance(protocol, str) else protocol
+    names, size = np.asarray(classes, dtype=np.uint8), size or (mask.shape[0], mask.shape[1])
     propagator: LabelPropagator | None = None
     for feature in features:
         if propagator is None:
-            first = _first_labels(mask, classes, feature.shape[-2:], protocol).to(feature.device)
-            propagator = LabelPropagator(first, protocol=protocol, **options)
-        yield names[_decode(propagator.step(feature), mask.shape, protocol)]
+            first = _first_labels(mask, classes, feature.shape[-2:], size, record)
+            propagator = LabelPropagator(first.to(feature.device), protocol=record, **options)
+        ids = _decode(propagator.step(feature), mask.shape, size, record)
+        yield names[_nearest(ids, mask.shape, record.nearest)]
 
 
 def _checked_objects(masks: Masks, frames: Sequence[int]) -> tuple[int, ...]:
@@ -264,7 +264,7 @@ def _checked_objects(masks: Masks, frames: Sequence[int]) -> tuple[int, ...]:
             f"got {masks.dtype} masks of shape {masks.shape} for the frames {frames[:9]}, expected "
             "uint8 (T, H, W), one mask per frame, the first of frame 0"
         )
-    objects = tuple(int(label) for label in np.unique(masks[0]) if label not in (0, VOID))
+    objects = tuple(range(1, int(masks[0][masks[0] != VOID].max(initial=0)) + 1))
     if not objects:
         raise FrameError(
             "the first mask has no object (no value from 1 to 254) to propagate; start the clip at "
@@ -274,26 +274,49 @@ def _checked_objects(masks: Masks, frames: Sequence[int]) -> tuple[int, ...]:
 
 
 def _first_labels(
-    mask: Masks, classes: Sequence[int], grid: Sequence[int], protocol: str
+    mask: Masks,
+    classes: Sequence[int],
+    grid: Sequence[int],
+    size: Sequence[int],
+    protocol: LabelProtocol,
 ) -> Tensor:
+    """Return soft labels ``(K, h, w)`` of the first frame."""
+    if protocol.first_labels == "nearest":
+        mask = _nearest(mask, grid, protocol.nearest)
+    elif protocol.argmax == "frames":
+        mask = _nearest(mask, size, "OpenCV")
     ids = torch.from_numpy(mask.astype("int64"))
     masks = torch.stack([ids == label for label in classes[1:]])
     one_hot = torch.cat([~masks.any(0, keepdim=True), masks])
-    mode = "nearest-exact" if protocol == "dino" else "bilinear"
-    resized = F.interpolate(rearrange(one_hot, "k h w -> 1 k h w").float(), tuple(grid), mode=mode)
+    resized = F.interpolate(rearrange(one_hot, "k h w -> 1 k h w").float(), grid, mode="bilinear")
     return rearrange(resized, "1 k h w -> k h w")
 
 
-def _decode(labels: Tensor, size: Sequence[int], protocol: str) -> NDArray[np.int64]:
-    """Return the index of the strongest label of every pixel, ``(H, W)``."""
-    soft = F.interpolate(rearrange(labels, "k h w -> 1 k h w"), tuple(size), mode="bilinear")
+def _decode(
+    labels: Tensor, masks: Sequence[int], frames: Sequence[int], protocol: LabelProtocol
+) -> NDArray[np.int64]:
+    """Return the index of the strongest label of every pixel of a mask or of a frame."""
+    size = masks if protocol.argmax == "masks" else frames
+    soft = F.interpolate(rearrange(labels, "k h w -> 1 k h w"), size, mode="bilinear")
     soft = rearrange(soft, "1 k h w -> k h w")
-    if protocol == "dino":
+    if protocol.stretch:
         low = soft.amin((1, 2), keepdim=True)
         height = soft.amax((1, 2), keepdim=True) - low
         soft = torch.where(height > 0, (soft - low) / height, soft)
     ids: NDArray[np.int64] = soft.max(0).indices.cpu().numpy()
     return ids
+
+
+def _nearest(labels: NDArray[Any], size: Sequence[int], rule: str) -> NDArray[Any]:
+    """Resize a label map by nearest neighbours, of a pixel's corner (OpenCV) or centre (Pillow)."""
+    index = []
+    for new, old in zip(size, labels.shape, strict=True):
+        if rule == "OpenCV":  # both in its order of operations, which decides exact ties
+            places = np.arange(new) * (1 / (new / old))
+        else:
+            places = np.cumsum(np.where(np.arange(new) == 0, old / new / 2, old / new))
+        index.append(places.astype(int))
+    return labels[np.ix_(*index)]
 
 
 def _masks(gt: ArrayLike, pred: ArrayLike, void: ArrayLike | None) -> tuple[Mask, Mask]:

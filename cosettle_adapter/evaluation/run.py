@@ -28,6 +28,7 @@ from cosettle_adapter.evaluation.drift import (
 )
 from cosettle_adapter.evaluation.variants import (
     FeatureVariant,
+    Preprocess,
     encode_variants,
     feature_variants,
     guide_variant,
@@ -70,6 +71,7 @@ class Protocol(Generic[A]):
     score: Callable[[Clip[A], Tensor, Geometry, Path | None], ClipScores]
     settings: Mapping[str, Any]  # that affect the figures, besides model, data and frame size
     total: Callable[[Sequence[ClipScores]], dict[str, float]] | None = None  # by default the mean
+    preprocess: Preprocess = CoSettleAdapter.preprocess  # frames to the backbone's images
     correspondences: (  # by gap, the patches that truly correspond, if known
         Callable[[Clip[A], Geometry], Mapping[int, Sequence[Correspondence]]] | None
     ) = None
@@ -174,7 +176,9 @@ def evaluate(
         frames = (clip.read_frame(index) for index in range(len(clip)))
         batches = (chunk.frames for chunk in open_frames(frames, chunk_size=batch_size))
         new = {}
-        for name, features in encode_variants(adapter, batches, encoded, size=geometry.resized):
+        for name, features in encode_variants(
+            adapter, batches, encoded, size=geometry.resized, preprocess=protocol.preprocess
+        ):
             if matches is None:  # the guide comes first
                 matches = {gap: mutual_correspondences(features, gap) for gap in GAPS}
                 continue

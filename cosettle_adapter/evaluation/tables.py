@@ -16,7 +16,8 @@ from cosettle_adapter.evaluation.variants import CENTRED, RAW_LAST
 
 _RESAMPLES = 10_000
 _SHOWN = (
-    *("protocol", "dense", "upsampler", "every", "max_frames", "mode", "layers", "patch", "stride"),
+    *("protocol", "joints", "query_frames", "dense", "upsampler", "every", "max_frames", "mode"),
+    *("layers", "patch", "stride"),
 )
 _COMPARED = {  # measure: heading, function that selects the best value, explanation
     "drift": (

@@ -23,6 +23,7 @@ CENTRED = "centred"
 ADAPTED = "adapted"
 SETTLED = "settled"
 
+Preprocess = Callable[..., Tensor]  # with the arguments of CoSettleAdapter.preprocess
 Reads = tuple[tuple[int, ...], bool]  # layers, and whether the final norm is applied
 Value = TypeVar("Value")
 
@@ -186,6 +187,7 @@ def encode_variants(
     variants: Sequence[FeatureVariant],
     *,
     size: Size | None = None,
+    preprocess: Preprocess = CoSettleAdapter.preprocess,
 ) -> Iterator[tuple[str, Tensor]]:
     """Encode batches of a clip's frames ``(N, 3, H, W)`` uint8, in one pass of the backbone.
 
@@ -194,7 +196,7 @@ def encode_variants(
     """
     parts: dict[Reads, list[Tensor]] = {variant.reads: [] for variant in variants}
     for frames in batches:
-        images = adapter.preprocess(frames, size=size)
+        images = preprocess(adapter, frames, size=size)
         for reads, maps in read_layers(adapter.backbone, images, list(parts)).items():
             parts[reads].append(maps.float().cpu())
     tokens = {reads: torch.cat(parts.pop(reads)) for reads in list(parts)}

@@ -74,7 +74,7 @@ def test_davis_ends_with_raw_centred_and_adapted_side_by_side(scored: tuple[str,
     total = json.loads((folder / "r.json").read_text())["total"]
     assert [kind for kind in total if " layer " not in kind] == KINDS
     texts = ["astronaut", "chelsea", "all: J&F", "all: J recall", "all: F decay", "drift: "]
-    for text in (*texts, "frames encoded at 84 x 112", "protocol crw"):
+    for text in (*texts, "frames encoded at 84 x 112", "protocol best"):
         assert text in printed
     row = r"^ *\d+ +[a-z].*? +([\d.]+) +[+-][\d.]+ \[.* ([\d.]+)/-/- *$"
     expected = [(f"{100 * f['J&F']:.1f}", f"{100 * f['drift@1']:.1f}") for f in total.values()]
@@ -121,7 +121,8 @@ def test_mistakes_are_a_sentence(run: Run, tmp_path: Path, monkeypatch: pytest.M
         ("rendered --baselines a/x b/x", 1, "several baselines of one name"),
         ("jhmdb --data . --year 2017", 2, "--year"),
         ("retrieval --data . --every 2", 2, "--every"),
-        ("davis", 2, "--data"),
+        ("davis", 1, "expected JPEGImages/480p"),  # in the current folder
+        ("davis --protocol cropma", 2, "cropmae"),
         ("vip --data . elsewhere", 2, "elsewhere"),
     ):
         assert message in run("evaluate", *words.split(), status=status)
@@ -206,5 +207,19 @@ def test_a_label_that_comes_late_is_told_with_the_way_out(run: Run, tmp_path: Pa
     command = ("evaluate", "folder", "--data", tmp_path, *SMALL)
     message = run(*command, status=1)
     assert "1.png of 'mine' has label(s) 2" in message
-    assert "--late-labels void" in message
-    run(*command, "--late-labels", "void")
+    assert "--late-labels keep" in message
+    run(*command, "--late-labels", "keep")
+
+
+def test_a_protocol_is_explained_without_data_or_model(run: Run, tmp_path: Path) -> None:
+    for words, expected in (
+        ("davis --protocol dino", ("dino", "0.228, 0.224", "shorter side 480", "nearest")),
+        ("folder --protocol cropmae --topk 3", ("cropmae", "topk +3", "480 x 880", "bilinear")),
+        ("folder --size 84x112", ("best", r"size +\(84, 112\)")),
+        ("vip --protocol cosettle", ("has not published", "topk +10", "longer side 880")),
+        ("jhmdb --joints geometric", ("best", "joints +geometric", "std +the backbone's")),
+        ("badja --query-frames strict", ("query_frames +strict",)),
+    ):
+        printed = run("evaluate", *words.split(), "--data", tmp_path / "nowhere", "--explain")
+        for text in expected:
+            assert re.search(text, printed), (text, printed)

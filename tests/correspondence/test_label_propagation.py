@@ -15,10 +15,12 @@ from cosettle_adapter.correspondence import PROTOCOLS, LabelPropagator, propagat
 from cosettle_adapter.errors import FrameError, GeometryError
 
 DEFAULTS = {
-    "crw": {"context": 20, "radius": 20, "topk": 7, "temperature": 0.7},
+    "best": {"context": 20, "radius": 20, "topk": 7, "temperature": 0.7},
+    "crw": {"context": 20, "radius": 12, "topk": 10, "temperature": 0.05},
     "dino": {"context": 7, "radius": 12, "topk": 5, "temperature": 0.1},
 }
 both_protocols = pytest.mark.parametrize("protocol", ["crw", "dino"])
+any_protocol = pytest.mark.parametrize("protocol", DEFAULTS)
 
 
 def dense(features: Tensor, labels: Tensor, protocol: str, **options: float) -> Tensor:
@@ -29,12 +31,12 @@ def dense(features: Tensor, labels: Tensor, protocol: str, **options: float) -> 
     out = [labels.double().reshape(len(labels), h * w)]
     place = torch.tensor([(i, j) for i in range(h) for j in range(w)]).double()
     gap = place[:, None] - place[None]
-    if protocol == "crw":
+    if protocol != "dino":
         far = gap.square().sum(-1).sqrt() >= o["radius"]
     else:
         far = gap.abs().amax(-1) > o["radius"]
     for now in range(1, t):
-        if protocol == "crw":  # long memory, then a window that begins with copies of frame 0
+        if protocol != "dino":  # long memory, then a window that begins with copies of frame 0
             frames = [0] + [max(0, now - back) for back in range(context, 0, -1)]
             near = [False] + [True] * context
         else:
@@ -74,14 +76,15 @@ def test_it_equals_the_dense_definition(protocol: str, grid: tuple[int, int], fr
     assert torch.equal(got[0], labels)
 
 
-@both_protocols
+@any_protocol
 def test_the_named_protocols_are_the_published_numbers(protocol: str) -> None:
     row = DEFAULTS[protocol]
     assert {key: getattr(PROTOCOLS[protocol], key) for key in row} == row
     features, labels = clip(23, 4, 26), soft_labels(4, 26)
-    got = propagate_labels(features, labels, protocol=protocol)
-    expected = dense(features, labels, protocol)
-    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+    for chosen in (protocol, PROTOCOLS[protocol]):
+        got = propagate_labels(features, labels, protocol=chosen)
+        expected = dense(features, labels, protocol)
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
 
 
 @settings(max_examples=30)
@@ -195,7 +198,7 @@ def test_wrong_shapes_say_what_was_expected(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocol": "cwr"}, "'cwr', expected 'crw' or 'dino'"),
+        ({"protocol": "cwr"}, "'cwr', expected one of 'best', 'crw', 'dino'"),
         ({"context": -1}, "context must be 0 or more"),
         ({"topk": 0}, "topk must be at least 1"),
         ({"radius": 0}, "radius must be above 0"),

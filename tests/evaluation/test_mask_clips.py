@@ -121,11 +121,15 @@ def test_labels_that_appear_late(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "cat", masks)
     with pytest.raises(FrameError, match=r"2.png of 'cat' has label\(s\) 4, 9, which the"):
         folder_clips(folder)[0].read_annotations()
-    expected = np.where(np.isin(masks, (4, 9)), 255, masks)
-    read = folder_clips(folder, late_labels="void")[0].read_annotations()
-    np.testing.assert_array_equal(read, expected)
-    with pytest.raises(ValueError, match="late_labels='keep'"):
-        folder_clips(folder, late_labels="keep")  # type: ignore[arg-type]
+    read = folder_clips(folder, late_labels="keep")[0].read_annotations()
+    np.testing.assert_array_equal(read, masks)
+    with pytest.raises(ValueError, match="late_labels='void'"):
+        folder_clips(folder, late_labels="void")  # type: ignore[arg-type]
+
+
+def test_ids_with_gaps_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder_clips(write_folder(tmp_path, SHAPES * 3))[0].read_annotations()
+    assert "has no object 1, 2" in caplog.text
 
 
 def test_masks_that_cannot_be_used(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -128,15 +129,49 @@ def test_summary_is_the_official_statistics() -> None:
 FEATURES, SQUARES = moving_squares()
 
 
-def test_void_and_the_first_and_last_frame_do_not_count_and_maps_may_stream() -> None:
+def test_the_first_and_last_frame_do_not_count_and_maps_may_stream() -> None:
     expected = evaluate_sequence(FEATURES, SQUARES)
     masks = SQUARES.copy()
     masks[-1] = 0
     assert evaluate_sequence((frame[None] for frame in FEATURES), masks) == expected
-    masks[2, 3 * CELL : 4 * CELL] = 2  # a stripe that no prediction has
-    assert evaluate_sequence(FEATURES, masks).j[1][1] < 0.5
-    masks[2, 3 * CELL : 4 * CELL] = 255
-    assert evaluate_sequence(FEATURES, masks).j == expected.j
+
+
+def relabelled(labels: Sequence[int], **pixels: int) -> NDArray[np.uint8]:
+    """The two objects with other ids, and a stripe that no prediction has, in the third frame."""
+    masks = np.asarray(labels, dtype=np.uint8)[SQUARES]
+    for where, label in pixels.items():
+        masks[0 if where == "first" else 2, 3 * CELL : 4 * CELL] = label
+    return masks
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        SQUARES,
+        relabelled((0, 2, 9)),  # ids with gaps
+        relabelled((0, 9, 2), stripe=5),  # an id in a gap that comes late
+        relabelled((0, 2, 4), stripe=7),  # an id above the highest
+        relabelled((0, 1, 2), stripe=255, first=255),
+    ],
+)
+def test_objects_and_void_are_those_of_the_official_evaluation(masks: NDArray[np.uint8]) -> None:
+    """The ids are 1 to the highest of the first mask; void is background, where objects count."""
+    predicted: dict[int, NDArray[np.uint8]] = {}
+    scores = evaluate_sequence(FEATURES, masks, on_mask=predicted.__setitem__)
+    truth = np.where(masks == 255, 0, masks)
+    none = np.zeros(truth.shape[1:], dtype=bool)
+    expected = []
+    for label in range(1, truth[0].max() + 1):
+        for t in range(1, len(truth) - 1):
+            gt, pred = truth[t] == label, predicted[t] == label
+            reach = definition_of_f(*map(definition_of_boundary, (gt, pred)), 0.008)
+            expected.append((label, definition_of_j(gt, pred, none), reach))
+    got = [
+        (label, j, f)
+        for label, js, fs in zip(scores.objects, scores.j, scores.f, strict=True)
+        for j, f in zip(js, fs, strict=True)
+    ]
+    np.testing.assert_allclose(got, expected, atol=1e-9)
 
 
 def test_the_mean_is_over_objects_not_over_clips() -> None:

@@ -6,7 +6,9 @@ Labels go to the single best patch (``topk=1``): the protocols' averages blur ev
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from cosettle_adapter import evaluation
+from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import Clip, Joints, Propagation, Protocol, Tracks
 from cosettle_adapter.evaluation.joint_clips import decode_joints, joint_heat_maps
-from cosettle_adapter.evaluation.masks import palette
+from cosettle_adapter.evaluation.masks import _nearest, palette, propagate_masks
 from cosettle_adapter.evaluation.points import track_queries
+from cosettle_adapter.evaluation.protocols import label_protocol
 from cosettle_adapter.upsampling import upsample
 from cosettle_adapter.video import as_frames
 from cosettle_adapter.video.geometry import plan_geometry
@@ -81,7 +85,11 @@ CASES: dict[str, tuple[Protocol[Any], Clip[Any]]] = {
     ),
     "folder": (evaluation.folder_protocol(Path(), propagation=NEAREST), masks(1, (0, 2, 3))),
     "vip": (evaluation.vip_protocol(Path(), propagation=NEAREST), masks(2)),
-    "jhmdb": (evaluation.jhmdb_protocol(Path(), propagation=NEAREST), joints()),
+    "jhmdb": (
+        # the published rule moves every joint by up to half a patch
+        evaluation.jhmdb_protocol(Path(), joints="geometric", propagation=NEAREST),
+        joints(),
+    ),
     "badja": (evaluation.badja_protocol(Path()), joints((0, 2, 4))),
     "tapvid": (evaluation.tapvid_protocol(Path()), tracks()),
     "tapvid strided": (evaluation.tapvid_protocol(Path(), mode="strided"), tracks()),
@@ -144,6 +152,7 @@ def test_the_palette_is_that_of_davis() -> None:
 
 def test_sizes_follow_the_protocols() -> None:
     dino = evaluation.davis_protocol(Path(), propagation=Propagation("dino"))
+    protocol: Protocol[Any]
     for protocol, sides, expected in (
         (CASES["davis"][0], (720, 1280), (480, 880)),
         (CASES["jhmdb"][0], (720, 1280), (320, 320)),
@@ -151,11 +160,133 @@ def test_sizes_follow_the_protocols() -> None:
         (dino, (880, 480), (832, 480)),
         (CASES["vip"][0], (720, 1280), (448, 880)),  # 495 floored to a multiple of 64
         (CASES["vip"][0], (1280, 720), (880, 448)),
+        (CASES["vip"][0], (500, 500), (880, 832)),  # the published loader sets the height
+        (evaluation.davis_protocol(Path(), propagation=Propagation("crw")), (501, 73), (501, 73)),
+        (evaluation.vip_protocol(Path(), propagation=Propagation("crw")), (720, 1280), (560, 560)),
         (CASES["tapvid"][0], (720, 1280), (480, 853)),
     ):
         frame = np.zeros((*sides, 3), dtype=np.uint8)
         assert protocol.size(Clip("clip", [frame], lambda: None)) == expected
     assert evaluation.vip_protocol(Path()).settings["topk"] == 10
+
+
+def sampled(old: int, new: int, *, centre: bool) -> NDArray[np.int64]:
+    """The pixel that each new pixel copies: below its centre (Pillow) or its corner (OpenCV)."""
+    return (2 * np.arange(new) + centre) * old // (2 * new)
+
+
+def bilinear(images: NDArray[Any], size: tuple[int, ...]) -> NDArray[np.float64]:
+    """``(..., H, W)`` with pixel centres at a half, without antialiasing, as OpenCV does."""
+    for axis, new in zip((-2, -1), size, strict=True):
+        old = images.shape[axis]
+        place = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
+        low = np.floor(place).astype(int).clip(max=max(old - 2, 0))
+        share = (place - low).reshape((-1, 1) if axis == -2 else (-1,))
+        high = np.minimum(low + 1, old - 1)
+        images = images.take(low, axis) * (1 - share) + images.take(high, axis) * share
+    return images
+
+
+@pytest.mark.parametrize("name", ["dino", "crw", "cropmae", "tcore", "cosettle"])
+def test_frames_are_resized_and_normalised_as_published(name: str) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 30, 41), dtype=np.uint8)
+    resized = bilinear(frames / 255, (32, 48))
+    if name == "dino":  # OpenCV rounds images of whole numbers
+        resized = np.round(255 * resized + 1e-9) / 255
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    std[0] = 0.228 if name == "dino" else std[0]
+    other = BackboneRow("", "", "", 16, 8, 1, "", 224, mean=(0.5,) * 3, std=(0.5,) * 3)
+    adapter: Any = SimpleNamespace(device="cpu", backbone=SimpleNamespace(row=other))
+    got = label_protocol(name).preprocess(adapter, torch.from_numpy(frames), size=(32, 48))
+    expected = (resized - mean[:, None, None]) / std[:, None, None]
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, atol=2e-2 if name == "dino" else 1e-4)
+    # a value may round the other way where it is a half
+    assert (abs(got.numpy() - expected) > 1e-4).mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["best", "crw", "dino", "cropmae"])
+def test_labels_come_to_the_grid_and_back_as_published(name: str) -> None:
+    blobs = np.random.default_rng(1).random((3, 6, 8))
+    mask = bilinear(blobs, (47, 61)).argmax(0).astype(np.uint8)
+    frame, grid, nearest = (45, 63), (6, 8), name == "dino"  # no pixel is between two others
+
+    def copied(labels: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
+        pairs = zip(labels.shape, size, strict=True)
+        return labels[np.ix_(*(sampled(old, new, centre=nearest) for old, new in pairs))]
+
+    at = frame if name in ("dino", "cropmae") else mask.shape
+    first = copied(mask, grid if nearest else at)
+    soft = bilinear(np.stack([first == label for label in range(3)]) * 1.0, grid)
+    soft = bilinear(soft, at)
+    if nearest:
+        low, high = (getattr(soft, end)((1, 2), keepdims=True) for end in ("min", "max"))
+        soft = (soft - low) / (high - low)
+    expected = copied(soft.argmax(0), mask.shape)
+    (got,) = propagate_masks(torch.rand(1, 4, *grid), mask, range(3), protocol=name, size=frame)
+    assert len(np.unique(got)) == 3
+    second, best = np.sort(soft, axis=0)[-2:]
+    clear = copied(best - second > 1e-5, mask.shape)  # the others are ties of two labels
+    assert clear.mean() > 0.95
+    np.testing.assert_array_equal(got[clear], expected[clear])
+
+
+@pytest.mark.parametrize("size", [(47, 61), (20, 33), (128, 180)])
+def test_label_maps_are_resized_as_pillow_resizes_them(size: tuple[int, int]) -> None:
+    labels = np.random.default_rng(3).integers(0, 256, (48, 64), dtype=np.uint8)
+    expected = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(_nearest(labels, size, "Pillow"), expected)
+
+
+@pytest.mark.parametrize("rule", ["published", "geometric"])
+def test_joints_become_patches_and_pixels_by_their_rule(rule: Any, tmp_path: Path) -> None:
+    """The published figures snap joints to patches and read patch k as pixel 16 k."""
+    height, width, sides = 100, 150, np.array([150 / W, 100 / H])
+    xy = np.random.default_rng(2).uniform(-20, 150, (99, 2))
+    clip = clip_of(Joints(("",) * 99, np.stack([xy] * FRAMES), np.ones((FRAMES, 99), dtype=bool)))
+    geometry = plan_geometry(height, width, patch=PATCH, size=(H * PATCH, W * PATCH))
+    protocol = evaluation.jhmdb_protocol(
+        Path(), joints=rule, propagation=Propagation(topk=1, context=0)
+    )
+    still = torch.randn(1, 32, H, W, generator=torch.Generator().manual_seed(0))
+    protocol.score(clip, still.expand(FRAMES, -1, -1, -1), geometry, tmp_path)
+    got = np.array(json.loads((tmp_path / "positions.json").read_text())["xy"])
+    compared = 0
+    for joint, position in enumerate(xy):
+        # as the files count: pixel 1 is the centre of the first, ours is at 0.5
+        place = (position + 0.5 - 1) / sides if rule == "published" else position / sides - 0.5
+        heat = np.zeros((H, W))
+        for row, column in np.ndindex(H, W):
+            weight = 1.0
+            for cell, p in ((column, place[0]), (row, place[1])):
+                peak = int(p - 1.5) + 2 if rule == "published" else p
+                near = int(p - 1.5) <= cell < int(p + 2.5) if rule == "published" else True
+                near = near and abs(cell - peak) <= 2
+                weight *= near * np.exp(-((cell - peak) ** 2) / (2 * 0.5**2))
+            heat[row, column] = weight
+        best = np.argsort(heat.ravel())[-5:]
+        if np.isclose(*np.sort(heat.ravel())[-6:-4]):  # empty, or the fifth patch is not certain
+            continue
+        compared += 1
+        rows, columns = np.divmod(best, W)
+        share = heat.ravel()[best] / heat.ravel()[best].sum()
+        cell = np.array([(share * columns).sum(), (share * rows).sum()])
+        expected = cell * sides + 0.5 if rule == "published" else (cell + 0.5) * sides
+        np.testing.assert_allclose(got[-1, joint], expected, atol=1e-3)
+    assert compared > 10
+
+
+def test_the_frame_of_a_query_counts_in_published_figures_of_badja() -> None:
+    given = joints((0, 2, 4)).read_annotations()
+    given.visible[0, 1:] = False  # two joints are first annotated in the second annotated frame
+    clip = clip_of(given, (0, 2, 4))
+    published, strict = (
+        evaluation.badja_protocol(Path(), **rule).score(clip, KNOWS_NOTHING, GEOMETRY, None)
+        for rule in ({}, {"query_frames": "strict"})
+    )
+    wrong = 4 * (1 - strict.values["delta_seg"])  # of 2 + 1 + 1 later positions
+    assert wrong > 0
+    assert published.values["delta_seg"] == pytest.approx(1 - wrong / 6)
 
 
 def test_totals_count_every_object_and_pixel_once() -> None:

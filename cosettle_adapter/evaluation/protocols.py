@@ -1,0 +1,162 @@
+"""Named protocols of label propagation: one record holds everything that decides a figure.
+
+Figures are comparable only if they come from the same protocol. :data:`LABEL_PROTOCOLS` are those
+for DAVIS and for folders of clips; :func:`label_protocol` applies what differs on other data sets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from cosettle_adapter.adapter import CoSettleAdapter, Size
+from cosettle_adapter.backbones.rows import IMAGENET_MEAN, IMAGENET_STD
+from cosettle_adapter.correspondence import PROTOCOLS, PropagationProtocol
+
+ProtocolName = Literal["best", "crw", "dino", "cropmae", "tcore", "cosettle"]
+JointRule = Literal["published", "geometric"]
+
+_MULTIPLE = 64  # the side that follows the aspect ratio is rounded down to a multiple of this
+
+
+@dataclass(frozen=True)
+class FrameSize:
+    """Size of a clip's frames before they are rounded to whole patches; by default their own."""
+
+    sides: tuple[int, int] | None = None  # (height, width), which may change the aspect ratio
+    shorter: int | None = None  # length of the shorter side; the other follows, see _MULTIPLE
+    longer: int | None = None  # length of the longer side; the other follows
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) for frames of a size."""
+        given = self.shorter or self.longer
+        if given is None:
+            return self.sides or (height, width)
+        # the published loaders set the height of a square frame
+        sets_height = height <= width if self.shorter else height >= width
+        other, same = (width, height) if sets_height else (height, width)
+        other = max(_MULTIPLE, given * other // same // _MULTIPLE * _MULTIPLE)
+        return (given, other) if sets_height else (other, given)
+
+    def __str__(self) -> str:
+        if self.sides is not None:
+            return "{} x {}".format(*self.sides)
+        for side, length in (("shorter", self.shorter), ("longer", self.longer)):
+            if length is not None:
+                return f"{side} side {length}, the other a multiple of {_MULTIPLE}"
+        return "their own"
+
+
+@dataclass(frozen=True)
+class LabelProtocol(PropagationProtocol):
+    """Everything that decides a figure of label propagation, besides features and data."""
+
+    name: str
+    source: str  # the code or paper that the values are from
+    # how frames are resized: as :meth:`CoSettleAdapter.preprocess` does, or as OpenCV resizes
+    # images of that type, without antialiasing
+    frames: Literal["antialiased bicubic", "bilinear, float", "bilinear, 8 bit"]
+    mean: tuple[float, ...] | None  # of the colours; None for the backbone's own
+    std: tuple[float, ...] | None
+    size: FrameSize
+    # ``bilinear`` from the one-hot masks, or ``nearest`` from the label map, to the grid
+    first_labels: Literal["bilinear", "nearest"]
+    # where every pixel takes its strongest label: at the size of the ``masks``, or of the encoded
+    # ``frames``, to which a first mask is resized before the bilinear step (nearest, as OpenCV)
+    argmax: Literal["masks", "frames"]
+    stretch: bool  # whether each label is stretched to [0, 1] before
+    nearest: Literal["OpenCV", "Pillow"]  # how label maps of frames are resized to the masks
+    joints: JointRule  # how joints become patches; see ``joint_heat_maps``
+    strongest: int  # patches whose centroid is a joint's position
+    metric: str
+
+    def preprocess(self, adapter: CoSettleAdapter, frames: Tensor, *, size: Size) -> Tensor:
+        """Resize and normalise frames ``(T, 3, H, W)`` uint8 for the backbone; float32."""
+        if self.frames == "antialiased bicubic":
+            return adapter.preprocess(frames, size=size)
+        images = F.interpolate(frames.to(adapter.device).float(), size, mode="bilinear")
+        images = (images.round() if self.frames == "bilinear, 8 bit" else images) / 255
+        row = adapter.backbone.row
+        mean, std = (
+            rearrange(torch.tensor(values, device=images.device), "c -> c 1 1")
+            for values in (self.mean or row.mean, self.std or row.std)
+        )
+        return (images - mean) / std
+
+    def settings(self, *unused: str) -> dict[str, Any]:
+        """Return the fields that a task uses, as results and ``--explain`` show them."""
+        fields = {name: value for name, value in vars(self).items() if name not in unused}
+        own = {key: "the backbone's" for key in ("mean", "std") if fields[key] is None}
+        return {"protocol": fields.pop("name"), **fields, "size": str(self.size), **own}
+
+
+_CROPMAE = LabelProtocol(
+    **vars(PROTOCOLS["best"]),
+    name="cropmae",
+    source="downstreams/propagation of CropMAE (arXiv 2403.17823), after SiamMAE",
+    frames="bilinear, float", mean=IMAGENET_MEAN, std=IMAGENET_STD, size=FrameSize((480, 880)),
+    first_labels="bilinear", argmax="frames", stretch=False, nearest="OpenCV",
+    joints="published", strongest=5, metric="J&F of davis2017-evaluation",
+)  # fmt: skip
+_RECORDS = (
+    replace(
+        _CROPMAE, name="best",
+        source="this package: cropmae with better resizing of frames and labels",
+        frames="antialiased bicubic", mean=None, std=None, argmax="masks",
+    ),
+    replace(
+        _CROPMAE, **vars(PROTOCOLS["crw"]), name="crw",
+        source="code/test.py of videowalk (arXiv 2006.14613) with the options of its README",
+        # frames keep their size, which is that of the masks
+        size=FrameSize(), argmax="masks", strongest=3,
+    ),
+    replace(
+        _CROPMAE, **vars(PROTOCOLS["dino"]), name="dino",
+        source="eval_video_segmentation.py of DINO (arXiv 2104.14294); for DAVIS only",
+        # of red 0.228, in its code
+        frames="bilinear, 8 bit", std=(0.228, 0.224, 0.225), size=FrameSize(shorter=480),
+        first_labels="nearest", stretch=True, nearest="Pillow",
+    ),
+    _CROPMAE,
+    replace(
+        _CROPMAE, name="tcore",
+        source="downstreams/propagation of T-CoRe (arXiv 2503.15096), that of CropMAE",
+    ),
+    replace(
+        _CROPMAE, name="cosettle",
+        source="Co-Settle (arXiv 2603.26597) has not published its evaluation; it follows the code "
+        "of its authors' T-CoRe, with ImageNet's mean and std for all backbones",
+    ),
+)  # fmt: skip
+LABEL_PROTOCOLS: dict[str, LabelProtocol] = {record.name: record for record in _RECORDS}
+
+_CHANGES: dict[str, dict[str, Any]] = {  # on other data sets
+    "vip": {
+        "size": FrameSize(longer=880), "topk": 10, "nearest": "Pillow",
+        "metric": "mean IoU of 20 classes over all pixels",
+    },
+    "jhmdb": {"size": FrameSize((320, 320)), "metric": "PCK of videowalk's eval_pck.py"},
+    # 560 is the paper's; the default of test.py is 320
+    "crw on vip": {"size": FrameSize((560, 560)), "argmax": "frames"},
+}  # fmt: skip
+
+
+def label_protocol(name: str, data: str = "davis", **changes: Any) -> LabelProtocol:
+    """Return a named protocol on a data set: ``davis``, ``folder``, ``vip`` or ``jhmdb``.
+
+    ``changes`` override fields of the record; None keeps a field.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range.
+    """
+    if name not in LABEL_PROTOCOLS:
+        known = ", ".join(get_args(ProtocolName))
+        raise ValueError(f"got protocol {name!r}, expected one of {known}")
+    fields = _CHANGES.get(data, {}) | _CHANGES.get(f"{name} on {data}", {})
+    fields |= {field: value for field, value in changes.items() if value is not None}
+    return replace(LABEL_PROTOCOLS[name], **fields)
