@@ -39,7 +39,13 @@ from cosettle_adapter.evaluation.masks import (
     region_similarity,
     summarise,
 )
-from cosettle_adapter.evaluation.point_clips import Tracks, tapvid_clips, tapvid_protocol
+from cosettle_adapter.evaluation.point_clips import (
+    POINT_PROTOCOLS,
+    PointProtocol,
+    Tracks,
+    tapvid_clips,
+    tapvid_protocol,
+)
 from cosettle_adapter.evaluation.points import (
     BadjaAccuracy,
     Pck,
@@ -55,8 +61,9 @@ from cosettle_adapter.evaluation.rendered import rendered_clips, rendered_protoc
 from cosettle_adapter.evaluation.run import ClipScores, Evaluation, Protocol, evaluate
 
 __all__ = [
-    "BADJA_JOINTS", "JHMDB_JOINTS", "VIP_CLASSES", "BadjaAccuracy", "Clip", "ClipScores",
-    "ConfusionMatrix", "Evaluation", "Joints", "Pck", "Propagation", "Protocol", "Queries",
+    "BADJA_JOINTS", "JHMDB_JOINTS", "POINT_PROTOCOLS", "VIP_CLASSES", "BadjaAccuracy", "Clip",
+    "ClipScores", "ConfusionMatrix", "Evaluation", "Joints", "Pck", "PointProtocol", "Propagation",
+    "Protocol", "Queries",
     "SequenceScores", "Summary", "TapVidMetrics", "Tracks", "badja_accuracy", "badja_clips",
     "badja_protocol", "boundary_f", "davis_clips", "davis_protocol", "evaluate",
     "evaluate_sequence", "folder_clips", "folder_protocol", "jhmdb_clips",
