@@ -34,8 +34,7 @@ class Clip(Generic[A]):
     frames: Sequence[Any]  # paths, JPEG bytes, (H, W, 3) uint8 arrays, or functions returning these
     read: Callable[[], A]  # reads the annotations
     annotated: tuple[int, ...] = ()  # frame of each annotation, if annotations belong to frames
-    # files, bytes, arrays and names that the digest covers, or a function returning these
-    inputs: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = ()
+    inputs: tuple[Any, ...] = ()  # that the digest covers: as frames, and names
     problem: str | None = None  # why the clip cannot be used; reading it raises this
 
     def __len__(self) -> int:
@@ -61,7 +60,7 @@ class Clip(Generic[A]):
     def digest(self) -> str:
         """Return a hash of the clip's frames and annotations."""
         digest = hashlib.sha256(f"{self.name} {len(self)}".encode())
-        for part in self.inputs() if callable(self.inputs) else self.inputs:
+        for part in (part() if callable(part) else part for part in self.inputs):
             if isinstance(part, Path):
                 digest.update(f"{part.name} ".encode())
                 digest.update(part.read_bytes() if part.is_file() else b"missing")

@@ -112,12 +112,12 @@ def tapvid_clips(path: str | Path, *, clips: Sequence[str] | None = None) -> lis
         def frame(index: int) -> Any:
             return content(name)[0][index]
 
-        def inputs() -> tuple[Any, ...]:
-            frames, tracks = content(name)
-            return (*frames, *tracks)
+        def annotations() -> Tracks:
+            return content(name)[1]
 
         frames = [functools.partial(frame, index) for index in range(len(content(name)[0]))]
-        return Clip(name, frames, lambda: content(name)[1], inputs=inputs)
+        parts = (*frames, lambda: annotations().points, lambda: annotations().occluded)
+        return Clip(name, frames, annotations, inputs=parts)
 
     return list_clips("TAP-Vid video", path, file_of, clips, clip)
 
