@@ -20,8 +20,13 @@ from cosettle_adapter.cli.evaluate_videos import (
 )
 from cosettle_adapter.cli.tables import terminal_table
 from cosettle_adapter.evaluation.joint_clips import QueryFrames
-from cosettle_adapter.evaluation.mask_clips import DEFAULT, LabelPropagation, Propagation
-from cosettle_adapter.evaluation.protocols import JointRule
+from cosettle_adapter.evaluation.point_clips import PointProtocolName
+from cosettle_adapter.evaluation.protocols import (
+    DEFAULT,
+    JointRule,
+    LabelPropagation,
+    Propagation,
+)
 from cosettle_adapter.evaluation.run import Protocol
 from cosettle_adapter.evaluation.tables import result_notes, result_tables
 from cosettle_adapter.evaluation.variants import feature_variants
@@ -217,6 +222,7 @@ def tapvid(
     *,
     data: Path = HERE,
     mode: Literal["first", "strided"] = "first",
+    protocol: PointProtocolName = "best",
     options: ClipOptions = DEFAULTS,
 ) -> int:
     """Tracking of points on TAP-Vid.
@@ -224,8 +230,11 @@ def tapvid(
     Args:
         data: pickle file of TAP-Vid, or folder of them.
         mode: frames in which points are queried: where first visible, or every fifth frame.
+        protocol: how frames are resized and points tracked: the package's way (best), or as
+            features are compared in the paper Chrono (chrono; compare its delta_avg only).
     """
-    return options.run(evaluation.tapvid_protocol(data, clips=options.clips, mode=mode))
+    chosen = evaluation.tapvid_protocol(data, clips=options.clips, mode=mode, protocol=protocol)
+    return options.run(chosen)
 
 
 @app.command

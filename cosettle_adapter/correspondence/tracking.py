@@ -33,6 +33,7 @@ def track_points(
     radius_argmax: float = 2.0,
     temperature: float = 0.05,
     search_radius: float | None = None,
+    unit_queries: bool = True,
 ) -> Tracks:
     """Track points of frame 0 by the nearest neighbour of their features.
 
@@ -47,6 +48,8 @@ def track_points(
         temperature: of the soft-argmax; lower values give the best patch more weight.
         search_radius: search radius in patches around the point's position in the frame before;
             default: the whole frame.
+        unit_queries: bring a feature that is interpolated between patches to unit length; without,
+            its smaller length flattens the soft-argmax.
     """
     valid_search = search_radius is None or search_radius >= 1
     if not (radius_argmax >= 0 and temperature > 0 and valid_search):
@@ -64,13 +67,15 @@ def track_points(
             first = here
             origin = last = _check_points(points, first)
             queries = _sample(first, origin)
+            queries = F.normalize(queries, dim=1) if unit_queries else queries
         elif here.shape != first.shape:
             raise GeometryError(
                 f"got a map of shape {tuple(here.shape)} after a first map of shape "
                 f"{tuple(first.shape)}; all frames of a clip need the same shape"
             )
         last, score = _match(here, queries, refine, last, search_radius)
-        back, _ = _match(first, _sample(here, last), refine, origin, None)
+        found = F.normalize(_sample(here, last), dim=1)
+        back, _ = _match(first, found, refine, origin, None)
         positions.append(last)
         scores.append(score)
         errors.append((back - origin).norm(dim=1))
@@ -97,7 +102,7 @@ def _check_points(points: Tensor, first: Tensor) -> Tensor:
 
 
 def _sample(features: Tensor, points: Tensor) -> Tensor:
-    """Features ``(N, C)`` of unit length at (row, col) points, bilinear."""
+    """Features ``(N, C)`` at (row, col) points, bilinear."""
     size = torch.tensor(features.shape[1:]).to(points)
     grid = ((2 * points + 1) / size - 1).flip(-1)
     sampled = F.grid_sample(
@@ -106,7 +111,7 @@ def _sample(features: Tensor, points: Tensor) -> Tensor:
         padding_mode="border",
         align_corners=False,
     )
-    return F.normalize(rearrange(sampled, "1 c n 1 -> n c"), dim=1)
+    return rearrange(sampled, "1 c n 1 -> n c")
 
 
 def _match(

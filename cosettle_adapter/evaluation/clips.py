@@ -34,7 +34,7 @@ class Clip(Generic[A]):
     frames: Sequence[Any]  # paths, JPEG bytes, (H, W, 3) uint8 arrays, or functions returning these
     read: Callable[[], A]  # reads the annotations
     annotated: tuple[int, ...] = ()  # frame of each annotation, if annotations belong to frames
-    inputs: tuple[Any, ...] = ()  # files, bytes, arrays and names that the digest covers
+    inputs: tuple[Any, ...] = ()  # that the digest covers: as frames, and names
     problem: str | None = None  # why the clip cannot be used; reading it raises this
 
     def __len__(self) -> int:
@@ -44,12 +44,13 @@ class Clip(Generic[A]):
         """Read one frame: ``(H, W, 3)`` uint8, RGB."""
         self._check()
         frame = self.frames[index]
+        frame = frame() if callable(frame) else frame
         if isinstance(frame, Path):
             return rearrange(read_image(frame), "c h w -> h w c").contiguous().numpy()
         if isinstance(frame, bytes):
             with _opened(io.BytesIO(frame), f"frame {index} of {self.name!r}", "an image") as image:
                 return np.asarray(image.convert("RGB"))
-        return np.array(frame() if callable(frame) else frame)
+        return np.array(frame)
 
     def read_annotations(self) -> A:
         """Read the annotations; their type depends on the data set."""
@@ -59,7 +60,7 @@ class Clip(Generic[A]):
     def digest(self) -> str:
         """Return a hash of the clip's frames and annotations."""
         digest = hashlib.sha256(f"{self.name} {len(self)}".encode())
-        for part in self.inputs:
+        for part in (part() if callable(part) else part for part in self.inputs):
             if isinstance(part, Path):
                 digest.update(f"{part.name} ".encode())
                 digest.update(part.read_bytes() if part.is_file() else b"missing")

@@ -22,9 +22,9 @@ from cosettle_adapter.correspondence import propagate_labels
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import clips as folders
 from cosettle_adapter.evaluation.clips import Clip, images_named
-from cosettle_adapter.evaluation.mask_clips import DEFAULT, LabelPropagation, frame_size
+from cosettle_adapter.evaluation.mask_clips import frame_size
 from cosettle_adapter.evaluation.points import Pck, badja_accuracy, pck, track_queries
-from cosettle_adapter.evaluation.protocols import JointRule
+from cosettle_adapter.evaluation.protocols import DEFAULT, JointRule, LabelPropagation
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, save_positions
 from cosettle_adapter.imports import require
 from cosettle_adapter.video.geometry import Geometry

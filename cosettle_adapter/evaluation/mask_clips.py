@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
@@ -23,10 +22,9 @@ from cosettle_adapter.evaluation.masks import (
     save_labels,
     summarise,
 )
-from cosettle_adapter.evaluation.protocols import LabelProtocol, ProtocolName, label_protocol
+from cosettle_adapter.evaluation.protocols import DEFAULT, LabelProtocol, Propagation
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, mean
-from cosettle_adapter.upsampling import Upsampler, upsample
-from cosettle_adapter.video import FrameSelection, as_frames
+from cosettle_adapter.video import FrameSelection
 from cosettle_adapter.video.geometry import Geometry
 from cosettle_adapter.video.reader import pending_frames
 from cosettle_adapter.video.selection import PendingFrame
@@ -43,78 +41,6 @@ DAVIS = "the folder of DAVIS that holds JPEGImages, Annotations and ImageSets"
 FOLDER = "a folder with frames/ and masks/, or a folder of such folders"
 VIP = "the folder VIP_Fine, with Images, Annotations/Category_ids and lists"
 _MAX_OBJECTS = 64  # of a clip; more different values come from soft edges
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelPropagation:
-    """How labels are propagated through a clip.
-
-    Attributes:
-        protocol: settings of this package (best) or as published (the others), which the following
-            options override; --explain prints them.
-        topk: number of matches that vote for a patch.
-        context: number of preceding frames to match with.
-        radius: radius of the search for matches, in patches.
-    """
-
-    protocol: ProtocolName = "best"
-    topk: int | None = None
-    context: int | None = None
-    radius: float | None = None
-
-    def on(self, data: str, **changes: Any) -> LabelProtocol:
-        """Return the record of all settings on a data set; see :func:`label_protocol`."""
-        changes |= {"topk": self.topk, "context": self.context, "radius": self.radius}
-        return label_protocol(self.protocol, data, **changes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Propagation(LabelPropagation):
-    """How masks are propagated through a clip.
-
-    Attributes:
-        dense: upsample the features to this multiple of the grid before masks are propagated; the
-            radius grows with it, so that it spans the same pixels.
-        upsampler: bilinear, or guided by the frames.
-    """
-
-    dense: int | None = None
-    upsampler: Upsampler | None = None
-
-    def __post_init__(self) -> None:
-        if self.upsampler is not None and self.dense is None:
-            raise ValueError(f"got upsampler={self.upsampler!r} without dense; give dense=2, say")
-
-    def on(self, data: str, **changes: Any) -> LabelProtocol:
-        """Return the record of all settings, with the radius in patches of the finer grid."""
-        record = super().on(data, **changes)
-        return dataclasses.replace(record, radius=record.radius * (self.dense or 1))
-
-    def upsampling(self) -> dict[str, Any]:
-        """Return the settings of upsampling, as results show them."""
-        return (
-            {"dense": self.dense, "upsampler": self.upsampler or "bilinear"} if self.dense else {}
-        )
-
-    def maps(
-        self, clip: Clip[Masks], features: Tensor, geometry: Geometry
-    ) -> Tensor | Iterator[Tensor]:
-        """Return the maps to propagate masks by."""
-        if self.dense is None:
-            return features
-        sides = (self.dense * geometry.grid[0], self.dense * geometry.grid[1])
-        return self._upsampled(clip, features, geometry, sides)
-
-    def _upsampled(
-        self, clip: Clip[Masks], features: Tensor, geometry: Geometry, sides: tuple[int, int]
-    ) -> Iterator[Tensor]:
-        for index, coarse in enumerate(torch.split(features, 1)):
-            guided = self.upsampler == "guided"
-            frame = as_frames(clip.read_frame(index)[None]) if guided else None
-            yield upsample(coarse, geometry, sides, frame, self.upsampler or "bilinear")
-
-
-DEFAULT = Propagation()
 
 
 def mask_protocol(

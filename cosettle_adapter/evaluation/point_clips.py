@@ -8,16 +8,20 @@ records afterwards.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.evaluation.clips import Clip, entries, found_in, list_clips
@@ -29,14 +33,50 @@ from cosettle_adapter.evaluation.points import (
     track_queries,
 )
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, save_positions
+from cosettle_adapter.imports import require
 from cosettle_adapter.video.geometry import Geometry
 
 TAPVID = "a pickle of TAP-Vid (tapvid_davis.pkl, 0000_of_0010.pkl, ...) or a folder of them"
 _RASTER = 256  # side in pixels of the square frame in which the measures are defined
 _KEYS = ("video", "points", "occluded")
-_HIDDEN = 2.0  # patches; a point with a larger cycle error counts as hidden
 # numbers, booleans, fixed-length byte and text strings, and objects, which must be bytes
 _TYPES = re.compile(r"b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,8}|O8?")
+
+
+@dataclasses.dataclass(frozen=True)
+class PointProtocol:
+    """Everything that decides a figure of point tracking, besides features, data and queries.
+
+    Attributes:
+        source: code or paper that the values are from.
+        raster: side in pixels of the square to which frames are reduced first (Lanczos); None for
+            no such step.
+        square: side in pixels of the square to which they are enlarged then (bilinear); None for a
+            shorter side of 480 with the aspect ratio kept (bicubic).
+        radius_argmax, temperature, unit_queries: as in
+            :func:`~cosettle_adapter.correspondence.track_points`.
+        hidden: a point counts as hidden if tracking it back misses its start by more patches.
+    """
+
+    source: str
+    raster: int | None = None
+    square: int | None = None
+    radius_argmax: float = 2.0
+    temperature: float = 0.05
+    unit_queries: bool = True
+    hidden: float = 2.0
+
+
+PointProtocolName = Literal["best", "chrono"]
+POINT_PROTOCOLS: dict[PointProtocolName, PointProtocol] = {
+    "best": PointProtocol("this package"),
+    # a radius below 5, and 20 as the inverse temperature
+    "chrono": PointProtocol(
+        "Chrono (arXiv 2501.12218) for positions, so for delta_avg; its OA and AJ are of occlusion "
+        "that it learned from labels",
+        raster=_RASTER, square=896, radius_argmax=4.5, temperature=1 / 20, unit_queries=False,
+    ),
+}  # fmt: skip
 
 
 class Tracks(NamedTuple):
@@ -47,11 +87,12 @@ class Tracks(NamedTuple):
 
 
 def tapvid_clips(path: str | Path, *, clips: Sequence[str] | None = None) -> list[Clip[Tracks]]:
-    """List the videos of a pickle of TAP-Vid, or of all pickles in a folder; holds all in memory.
+    """List the videos of a pickle of TAP-Vid, or of all pickles in a folder.
 
     A file is a dict of videos by name or a list of videos, each with ``video`` (uint8 frames or
     JPEG files), ``points`` and ``occluded``. It is read without being executed: anything but
-    arrays, strings and numbers is refused.
+    arrays, strings and numbers is refused. Pickles are read one after the other, and at most two
+    are in memory.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -60,29 +101,50 @@ def tapvid_clips(path: str | Path, *, clips: Sequence[str] | None = None) -> lis
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.pkl"))
     if not files:
         raise FrameError(f"{path} holds no .pkl, expected {TAPVID}; found {found_in(path)}")
-    known = {name: (file, entry) for file in files for name, entry in _videos(file).items()}
+    videos = functools.lru_cache(maxsize=1)(_videos)
+    file_of = {name: file for file in files for name in videos(file)}
 
-    def make(name: str) -> Clip[Tracks]:
-        file, entry = known[name]
+    @functools.lru_cache(maxsize=1)
+    def content(name: str) -> tuple[list[Any], Tracks]:
+        file = file_of[name]
         try:
-            return _clip(name, entry)
+            return _content(videos(file)[name])
         except FrameError as error:
             raise FrameError(f"{file}: {error}") from error
 
-    return list_clips("TAP-Vid video", path, known, clips, make)
+    def clip(name: str) -> Clip[Tracks]:
+        def frame(index: int) -> Any:
+            return content(name)[0][index]
+
+        def annotations() -> Tracks:
+            return content(name)[1]
+
+        frames = [functools.partial(frame, index) for index in range(len(content(name)[0]))]
+        parts = (*frames, lambda: annotations().points, lambda: annotations().occluded)
+        return Clip(name, frames, annotations, inputs=parts)
+
+    return list_clips("TAP-Vid video", path, file_of, clips, clip)
 
 
 def tapvid_protocol(
-    data: Path, *, clips: Sequence[str] | None = None, mode: QueryMode = "first"
+    data: Path,
+    *,
+    clips: Sequence[str] | None = None,
+    mode: QueryMode = "first",
+    protocol: PointProtocolName = "best",
 ) -> Protocol[Tracks]:
     """Return the benchmark on TAP-Vid: points are tracked to their nearest neighbours.
 
-    A point counts as hidden if tracking it back misses its start by more than two patches.
+    ``protocol`` is one of :data:`POINT_PROTOCOLS`.
     """
+    record = POINT_PROTOCOLS[protocol]
+    tracking = ("radius_argmax", "temperature", "unit_queries")
+    options: dict[str, Any] = {name: getattr(record, name) for name in tracking}
 
     def size(clip: Clip[Tracks]) -> tuple[int, int]:
-        """Shorter side 480, same aspect ratio."""
         height, width = clip.read_frame(0).shape[:2]
+        if record.square:
+            return height, width
         return round(480 * height / min(height, width)), round(480 * width / min(height, width))
 
     def score(
@@ -95,11 +157,10 @@ def tapvid_protocol(
         height, width = geometry.frame
         to_frame = torch.tensor([width, height], dtype=torch.float64) / _RASTER
         points = torch.from_numpy(queries.points)
-        xy, error = track_queries(
-            features, points[:, 0], points[:, 1:].flip(-1) * to_frame, geometry
-        )
+        places = points[:, 1:].flip(-1) * to_frame
+        xy, error = track_queries(features, points[:, 0], places, geometry, **options)
         save_positions(xy.numpy(), predictions)
-        guess, hidden = (xy / to_frame).numpy(), (error > _HIDDEN).numpy()
+        guess, hidden = (xy / to_frame).numpy(), (error > record.hidden).numpy()
         result = tapvid_metrics(
             queries.points, queries.occluded, queries.tracks, hidden, guess, mode
         )
@@ -107,10 +168,30 @@ def tapvid_protocol(
         return ClipScores(dict(zip(measures, shares, strict=True)))
 
     measures = ("delta_avg", "OA", "AJ")
-    settings = {"tracking": "nearest neighbour", "mode": mode, "hidden_cells": _HIDDEN}
-    return Protocol(
-        "tapvid", measures, lambda: tapvid_clips(data, clips=clips), size, score, settings
-    )
+    settings = {"protocol": protocol, "mode": mode, **vars(record)}
+
+    def listed() -> list[Clip[Tracks]]:
+        return [_resized(clip, record) for clip in tapvid_clips(data, clips=clips)]
+
+    return Protocol("tapvid", measures, listed, size, score, settings)
+
+
+def _resized(clip: Clip[Tracks], record: PointProtocol) -> Clip[Tracks]:
+    """Return a clip whose frames are float32 squares in [0, 1], if the protocol resizes them."""
+    raster, square = record.raster, record.square
+    if raster is None or square is None:
+        return clip
+
+    def frame(index: int) -> NDArray[np.float32]:
+        image: Any = require("PIL.Image", extra="eval", purpose="resizing frames")
+        original = image.fromarray(clip.read_frame(index))
+        reduced = np.array(original.resize((raster, raster), image.Resampling.LANCZOS))
+        pixels = rearrange(torch.from_numpy(reduced).float() / 255, "h w c -> 1 c h w")
+        large = F.interpolate(pixels, (square, square), mode="bilinear")
+        return rearrange(large, "1 c h w -> h w c").contiguous().numpy()
+
+    frames = [functools.partial(frame, index) for index in range(len(clip))]
+    return dataclasses.replace(clip, frames=frames)
 
 
 def _videos(path: Path) -> dict[str, Any]:
@@ -124,7 +205,8 @@ def _videos(path: Path) -> dict[str, Any]:
     return {str(name): entry for name, entry in content.items()}
 
 
-def _clip(name: str, entry: Any) -> Clip[Tracks]:
+def _content(entry: Any) -> tuple[list[Any], Tracks]:
+    """Return the frames of a video, arrays or JPEG files, and its tracks."""
     if not isinstance(entry, Mapping) or not set(_KEYS) <= set(entry):
         content = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
         raise FrameError(f"got {content}, expected {', '.join(_KEYS)}")
@@ -152,8 +234,7 @@ def _clip(name: str, entry: Any) -> Clip[Tracks]:
             f"got points of shape {points.shape} and occlusion of shape {occluded.shape}, "
             f"expected numbers (N, {len(frames)}, 2) and booleans (N, {len(frames)})"
         )
-    tracks = Tracks(points.astype(np.float64), occluded.astype(bool))
-    return Clip(name, frames, lambda: tracks, inputs=(*frames, *tracks))
+    return frames, Tracks(points.astype(np.float64), occluded.astype(bool))
 
 
 def _loaded(path: Path) -> Any:

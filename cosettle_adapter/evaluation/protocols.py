@@ -6,6 +6,7 @@ for DAVIS and for folders of clips; :func:`label_protocol` applies what differs 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 from cosettle_adapter.adapter import CoSettleAdapter, Size
 from cosettle_adapter.backbones.rows import IMAGENET_MEAN, IMAGENET_STD
 from cosettle_adapter.correspondence import PROTOCOLS, PropagationProtocol
+from cosettle_adapter.evaluation.clips import Clip, Masks
+from cosettle_adapter.upsampling import Upsampler, upsample
+from cosettle_adapter.video import Geometry, as_frames
 
 ProtocolName = Literal["best", "crw", "dino", "cropmae", "tcore", "cosettle"]
 JointRule = Literal["published", "geometric"]
@@ -160,3 +164,71 @@ def label_protocol(name: str, data: str = "davis", **changes: Any) -> LabelProto
     fields = _CHANGES.get(data, {}) | _CHANGES.get(f"{name} on {data}", {})
     fields |= {field: value for field, value in changes.items() if value is not None}
     return replace(LABEL_PROTOCOLS[name], **fields)
+
+
+@dataclass(frozen=True)
+class LabelPropagation:
+    """How labels are propagated through a clip.
+
+    Attributes:
+        protocol: settings of this package (best) or as published (the others), which the following
+            options override; --explain prints them.
+        topk: number of matches that vote for a patch.
+        context: number of preceding frames to match with.
+        radius: radius of the search for matches, in patches.
+    """
+
+    protocol: ProtocolName = "best"
+    topk: int | None = None
+    context: int | None = None
+    radius: float | None = None
+
+    def on(self, data: str, **changes: Any) -> LabelProtocol:
+        """Return the record of all settings on a data set; see :func:`label_protocol`."""
+        changes |= {"topk": self.topk, "context": self.context, "radius": self.radius}
+        return label_protocol(self.protocol, data, **changes)
+
+
+@dataclass(frozen=True)
+class Propagation(LabelPropagation):
+    """How masks are propagated through a clip.
+
+    Attributes:
+        dense: upsample the features to this multiple of the grid before masks are propagated; the
+            radius grows with it, so that it spans the same pixels.
+        upsampler: bilinear, or guided by the frames.
+    """
+
+    dense: int | None = None
+    upsampler: Upsampler | None = None
+
+    def __post_init__(self) -> None:
+        if self.upsampler is not None and self.dense is None:
+            raise ValueError(f"got upsampler={self.upsampler!r} without dense; give dense=2, say")
+        if self.dense is not None and self.dense < 1:
+            raise ValueError(f"dense must be at least 1, got {self.dense}")
+
+    def on(self, data: str, **changes: Any) -> LabelProtocol:
+        """Return the record of all settings, with the radius in patches of the finer grid."""
+        record = super().on(data, **changes)
+        return replace(record, radius=record.radius * (self.dense or 1))
+
+    def maps(
+        self, clip: Clip[Masks], features: Tensor, geometry: Geometry
+    ) -> Tensor | Iterator[Tensor]:
+        """Return the maps to propagate masks by."""
+        if self.dense is None:
+            return features
+        sides = (self.dense * geometry.grid[0], self.dense * geometry.grid[1])
+        return self._upsampled(clip, features, geometry, sides)
+
+    def _upsampled(
+        self, clip: Clip[Masks], features: Tensor, geometry: Geometry, sides: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        for index, coarse in enumerate(torch.split(features, 1)):
+            guided = self.upsampler == "guided"
+            frame = as_frames(clip.read_frame(index)[None]) if guided else None
+            yield upsample(coarse, geometry, sides, frame, self.upsampler or "bilinear")
+
+
+DEFAULT = Propagation()

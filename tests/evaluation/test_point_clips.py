@@ -79,6 +79,18 @@ def test_a_folder_is_read_in_order_of_its_files(tmp_path: Path) -> None:
     assert [clip.name for clip in tapvid_clips(tmp_path)] == ["0_0000", "0_0001", "1_0000"]
 
 
+def test_a_pickle_is_in_memory_only_while_its_videos_are_read(tmp_path: Path) -> None:
+    shards = [write(tmp_path / f"000{n}_of_0003.pkl", [entry(video=jpegs())]) for n in range(3)]
+    clips = tapvid_clips(tmp_path)
+    digests = [clip.digest() for clip in clips]
+    assert len(set(digests)) == 3, "names differ"
+    assert [grey(clip, 3) for clip in clips] == [3, 3, 3]
+    write(shards[0], [entry(video=jpegs()[::-1])])
+    clips[2].read_annotations()
+    assert grey(clips[0], 3) == 0, "read again"
+    assert clips[0].digest() != digests[0]
+
+
 def test_one_bad_video_does_not_lose_the_others(tmp_path: Path) -> None:
     pointless = {"tracks": 1, **{name: entry()[name] for name in ("video", "occluded")}}
     bad = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from cosettle_adapter import evaluation
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation import Clip, Joints, Propagation, Protocol, Tracks
+from cosettle_adapter.evaluation import (
+    Clip,
+    Joints,
+    Propagation,
+    Protocol,
+    Tracks,
+    queries_first,
+    queries_strided,
+    tapvid_metrics,
+)
 from cosettle_adapter.evaluation.joint_clips import decode_joints, joint_heat_maps
 from cosettle_adapter.evaluation.masks import _nearest, palette, propagate_masks
 from cosettle_adapter.evaluation.points import track_queries
@@ -29,6 +40,8 @@ from cosettle_adapter.evaluation.protocols import label_protocol
 from cosettle_adapter.upsampling import upsample
 from cosettle_adapter.video import as_frames
 from cosettle_adapter.video.geometry import plan_geometry
+
+from helpers import noise
 
 FRAMES, PATCH, H, W = 5, 16, 8, 12
 GEOMETRY = plan_geometry(H * PATCH, W * PATCH, patch=PATCH)
@@ -316,6 +329,76 @@ def test_frames_without_masks_are_propagated_through_and_not_scored() -> None:
     bare = clip_of(joints().read_annotations()._replace(areas=None))
     with pytest.raises(FrameError, match="'clip' has no areas of its animal"):
         CASES["badja"][0].score(bare, KNOWS, GEOMETRY, None)
+
+
+def chrono_by_hand(features: Tensor, query: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A track (T, 2) (x, y) of query (t, y, x) on a 256 x 256 raster, as Chrono's code words it.
+
+    Cells and raster positions are both continuous; a cell's centre is half a cell from its corner.
+    """
+    maps = (features / features.norm(dim=1, keepdim=True)).double().numpy()
+    height, width = maps.shape[2:]
+    row, column = query[1] * height / 256 - 0.5, query[2] * width / 256 - 0.5
+    feature = np.zeros(maps.shape[1])
+    for y in (int(np.floor(row)), int(np.floor(row)) + 1):
+        for x in (int(np.floor(column)), int(np.floor(column)) + 1):
+            weight = (1 - abs(row - y)) * (1 - abs(column - x))
+            feature += (
+                weight
+                * maps[int(query[0]), :, min(max(y, 0), height - 1), min(max(x, 0), width - 1)]
+            )
+    track = []
+    for frame in maps:
+        heat = np.exp(20 * np.einsum("c,chw->hw", feature, frame))
+        top, left = np.unravel_index(heat.argmax(), heat.shape)
+        total, place = 0.0, np.zeros(2)
+        for y in range(height):
+            for x in range(width):
+                if (y - top) ** 2 + (x - left) ** 2 < 5**2:
+                    total += heat[y, x]
+                    place += heat[y, x] * np.array([x + 0.5, y + 0.5])
+        track.append(place / total * 256 / np.array([width, height]))
+    return np.array(track)
+
+
+@pytest.mark.parametrize("mode", ["first", "strided"])
+def test_points_are_tracked_as_chrono_does(mode: Any, tmp_path: Path) -> None:
+    protocol = evaluation.tapvid_protocol(Path(), mode=mode, protocol="chrono")
+    features = 0.3 * KNOWS_NOTHING.repeat(1, 1, 2, 1) + noise(FRAMES, 32, 16, 12, seed=3)
+    geometry = plan_geometry(896, 896, patch=56, stride=56, size=(896, 896))
+    features = F.interpolate(features, geometry.grid, mode="bilinear")
+    rng = np.random.default_rng(0)
+    truth = Tracks(rng.random((4, FRAMES, 2)), rng.random((4, FRAMES)) > 0.6)
+    scores = protocol.score(clip_of(truth), features, geometry, tmp_path)
+    queries = {"first": queries_first, "strided": queries_strided}[mode](
+        truth.occluded, 256 * truth.points
+    )
+    expected = np.array([chrono_by_hand(features, query) for query in queries.points])
+    found = np.array(json.loads((tmp_path / "positions.json").read_text())["xy"]) * 256 / 896
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    hidden = np.zeros(queries.occluded.shape, dtype=bool)  # delta_avg does not depend on it
+    by_hand = tapvid_metrics(
+        queries.points, queries.occluded, queries.tracks, hidden, expected, mode
+    )
+    assert scores.values["delta_avg"] == pytest.approx(by_hand.delta_avg)
+
+
+def test_chrono_reduces_frames_and_enlarges_them(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 30, 50, 3), dtype=np.uint8)
+    video = {"video": frames, "points": np.zeros((1, 2, 2)), "occluded": np.zeros((1, 2), bool)}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": video}))
+    protocol = evaluation.tapvid_protocol(tmp_path / "a.pkl", protocol="chrono")
+    (clip,) = protocol.clips()
+    assert protocol.size(clip) == (896, 896)
+    small = np.asarray(Image.fromarray(frames[1]).resize((256, 256), Image.Resampling.LANCZOS))
+    found = clip.read_frame(1)
+    # pixel k is the mean of pixels at (k + 0.5) * 256 / 896 - 0.5
+    at = (np.arange(896) + 0.5) * 256 / 896 - 0.5
+    rows = np.apply_along_axis(lambda line: np.interp(at, np.arange(256), line), 0, small / 255)
+    expected = np.apply_along_axis(lambda line: np.interp(at, np.arange(256), line), 1, rows)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert protocol.settings["raster"] == 256
+    assert clip.digest() == evaluation.tapvid_clips(tmp_path / "a.pkl")[0].digest()
 
 
 def test_a_point_is_called_hidden_where_its_way_back_misses_it() -> None:
