@@ -50,8 +50,6 @@ _JHMDB_PARTS = ("Rename_Images", "joint_positions", "splits")
 _THRESHOLDS = (0.1, 0.2)
 _SIGMA = 0.5  # patches
 _REACH = 2  # patches drawn around a joint: 3 sigma, rounded up
-
-
 QueryFrames = Literal["published", "strict"]
 
 
@@ -203,8 +201,8 @@ def badja_protocol(
 ) -> Protocol[Joints]:
     """Return the benchmark on BADJA: every joint is tracked from its first annotation.
 
-    In the evaluations of PIPs and DINO-Tracker (``published``), a joint's position in its query
-    frame counts, unless that is the clip's first frame. It does not count if ``strict``.
+    In DINO-Tracker's evaluation (``published``), a joint's position in its query frame counts,
+    unless that is the clip's first frame. It does not count if ``strict``.
     """
 
     def score(
