@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from helpers import small_corpus
 
 SCRIPTS = Path(__file__).parent / "benchmarks"
 ALL = ["adapter(", "fusion", "mp4", "many", "from_pre", "propagation", "F of", "settle", "fit"]
@@ -29,3 +32,40 @@ def test_rows_are_measured_at_small_sizes(
     assert all(any(part in row["what"] for row in figures) for part in expected)
     for row in figures:
         assert row["unit"] != "x" or 0 < row["low"] <= row["median"] <= row["high"], row
+
+
+def test_the_session_on_a_gpu_is_rehearsed_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu
+
+    small_corpus(monkeypatch.setattr)
+    rows = []
+    for part in gpu.PARTS:
+        gpu.measure(part, gpu.Session("cpu", quick=True), tmp_path / f"{part}.json")
+        record = json.loads((tmp_path / f"{part}.json").read_text("utf-8"))
+        assert "error" not in record
+        rows += record["rows"]
+    assert all(row["per_second"] > 0 for row in rows if not row["what"].startswith("profile"))
+    encoder = next(row for row in rows if "eager, whole encoder" in row["what"])
+    # 16 patches of 14 x 14 pixels and the class token, four layers of width 32
+    tokens, width, layers = 17, 32, 4
+    layer = 2 * 12 * tokens * width**2 + 4 * tokens**2 * width
+    embedding = 2 * 16 * 3 * 14**2 * width
+    assert encoder["flops"] == pytest.approx(layers * layer + embedding, rel=0.01)
+    monkeypatch.setattr(gpu, "PAGE", tmp_path / "page.md")
+    gpu.PAGE.write_text(f"before {gpu.BEGIN} old {gpu.END} after", encoding="utf-8")
+    gpu.write_page([tmp_path])
+    page = gpu.PAGE.read_text("utf-8")
+    assert "old" not in page
+    assert page.count("MFU") == sum(row["mfu"] is not None for row in rows)
+
+
+def test_a_part_of_the_session_that_fails_leaves_its_log_and_the_others_run(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "COSETTLE_REHEARSE": "1", "PATH": path}
+    command = [str(SCRIPTS / "gpu.sh"), str(tmp_path / "results"), "", "nothing", "profile"]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    assert "invalid choice" in (tmp_path / "results" / "nothing.log").read_text("utf-8")
+    assert json.loads((tmp_path / "results" / "profile.json").read_text("utf-8"))["rows"]

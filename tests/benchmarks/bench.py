@@ -148,8 +148,8 @@ def bare_encoder(
     """timm's model for one image size: all of it, or up to the last layer the projection reads."""
     row = adapter.backbone.row
     options = {"num_classes": 0, "img_size": size, **row.options}
-    model: Any = timm.create_model(row.architecture, **options).eval()
-    model = model.to(adapter.device, adapter.dtype)
+    with torch.device(adapter.device):  # initialising a large model on a CPU takes seconds
+        model: Any = timm.create_model(row.architecture, **options).eval().to(adapter.dtype)
     layers = list(adapter.config.layers)
     if not stop:
         return torch.inference_mode()(model.forward_features)
