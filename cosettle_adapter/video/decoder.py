@@ -19,8 +19,7 @@ from torch import Tensor
 
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.video.filters import HDR, filtered
-from cosettle_adapter.video.selection import FrameSelection, LostFrames, PendingFrame
+from cosettle_adapter.video.selection import HDR, FrameSelection, LostFrames, PendingFrame
 from cosettle_adapter.video.sources import (
     Input,
     VideoSource,
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 logger = logging.getLogger(__name__)
+
+Items = Generator["tuple[Fraction, VideoFrame] | LostFrames", None, None]
 
 # how many seconds before a time to look for a keyframe, in turn, until one is found in time
 _SEEK_MARGINS = (0, 2, 16)
@@ -88,7 +89,7 @@ class Video:
         self._reformatter = pyav().video.reformatter.VideoReformatter()
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
 
-    def items(self) -> Generator[tuple[Fraction, VideoFrame] | LostFrames, None, None]:
+    def items(self) -> Items:
         """Decode from here to the end: frames with their times, and what damage took.
 
         Raises:
@@ -142,7 +143,7 @@ class Video:
         timeline.advance(shown, frame)
         yield shown, frame
 
-    def items_from(self, start: Fraction) -> Generator[tuple[Fraction, VideoFrame] | LostFrames]:
+    def items_from(self, start: Fraction) -> Items:
         """Decode from a keyframe at or before a time, or raise :class:`NotSeekable`."""
         timeline = self.timeline
         if timeline.seekable and not timeline.started:
@@ -169,6 +170,7 @@ class Video:
         """Yield the stream's packets, an empty one last; one that is cut off is left out."""
         may_be_cut = "mpegts" not in self.container.format.name  # a broadcast may be cut anywhere
         held: Packet[Any] | None = None  # a damaged one, which is cut off if it is the last
+        last: Packet[Any] | None = None
         for _ in range(_DEMUX_ERRORS):
             try:
                 for packet in self.container.demux():
@@ -176,6 +178,9 @@ class Video:
                     if packet.stream.index != self.stream.index:
                         continue
                     at_end = not packet.size and packet.dts is None
+                    if at_end and last is not None:
+                        self._check_end(last)
+                    last = packet
                     if held is not None:
                         if at_end and may_be_cut:
                             self.timeline.expect(held)
@@ -192,6 +197,24 @@ class Video:
                     at = f"{float(self.timeline.latest or 0):g} s ({reason(error)})"
                     raise ConnectionError(f"{self.source} broke off after {at}") from error
                 self.timeline.note(reason(error))
+
+    def _check_end(self, last: Packet[Any]) -> None:
+        """Raise an OSError if a URL holds more than what arrived: FFmpeg gives up in silence."""
+        counted = 0 < self.stream.frames <= self.timeline.packets
+        if not isinstance(self.source, Input) or not self.source.resumable or counted:
+            return
+        try:
+            with open_container(self.source) as again:
+                stream = again.streams[self.stream.index]
+                if last.dts is not None:
+                    again.seek(last.dts, stream=stream, backward=True)
+                ends = [(p.dts or 0, p.size) for p in again.demux(stream) if p.size]
+        except ValueError:  # invalid data: it is the file that is damaged
+            return
+        except pyav().error.FFmpegError as error:
+            raise OSError(reason(error)) from error
+        if max(ends, default=(0, 0)) > (last.dts or 0, last.size):
+            raise OSError("its sender paused for too long")
 
     def announce(self) -> None:
         """Warn of what may not be as expected; :class:`FrameError` for a rate that is known."""
@@ -220,6 +243,14 @@ class Video:
         if self.concealed:
             message = "%s is damaged: the decoder concealed it in %d frames, from %g s on"
             logger.warning(message, self.source, self.concealed, self.first_concealed)
+
+    def filtered(self, items: Items) -> Items:
+        """Pass decoded frames through FFmpeg's filters as selected."""
+        if not self.select.deinterlace and not self.select.tone_map:
+            return items
+        from cosettle_adapter.video.filters import filtered  # rarely used
+
+        return filtered(items, self.select)
 
     def pending(self, time: Fraction, frame: VideoFrame) -> PendingFrame:
         """Return a decoded frame whose pixels are converted on request."""
@@ -284,7 +315,9 @@ def open_video(
         on_device = bool(getattr(codec, "is_hwaccel", False))
         video = Video(source, container, stream, select, threads=threads and not on_device)
         if select.decode_on is not None and not on_device:
-            video.refusal = f"{select.decode_on} cannot ({refusal or f'not {codec.name}'})"
+            video.refusal = (
+                f"{select.decode_on} cannot ({refusal or f'it does not decode {codec.name}'})"
+            )
         stream.thread_type = "AUTO" if video.threads else "NONE"
         codec.thread_count = 0 if video.threads else 1
         try:
@@ -336,28 +369,29 @@ def decode_video(
         ConnectionError: what sends it broke off.
     """
     select = select or FrameSelection()
-    with contextlib.ExitStack() as opened:
-        once = isinstance(source, Input) and source.once
-        video = opened.enter_context(open_video(source, select, threads=not once))
-        if announce:
-            video.announce()
-        return _decode(video, opened.pop_all())
+    frames = _decode(source, select or FrameSelection(), announce)
+    next(frames)  # closing a generator that has begun closes the file
+    return frames
 
 
 def _decode(
-    video: Video, opened: contextlib.ExitStack
+    source: VideoSource | Input, select: FrameSelection, announce: bool
 ) -> Generator[PendingFrame | LostFrames, None, None]:
-    """Yield the frames of a video; open it again where decoding must begin again."""
-    source, select = video.source, video.select
+    """Open a video and yield a dummy, then its frames; decode again where that is needed."""
     start = Fraction(select.start or 0)
     done = 0  # items yielded
     once = isinstance(source, Input) and source.once
-    empty, seek, threads = True, start > 0 and not once, not once
+    opened, empty, seek, threads = False, True, start > 0 and not once, not once
     while True:
-        with opened:
+        with open_video(source, select, threads=threads) as video:
+            if not opened:
+                if announce:
+                    video.announce()
+                yield LostFrames((), "")
+                opened = True
             items = video.items_from(start) if seek else video.items()
             try:
-                with contextlib.closing(filtered(items, select)) as items:
+                with contextlib.closing(video.filtered(items)) as items:
                     for number, item in enumerate(items):
                         if number < done:
                             continue
@@ -373,8 +407,6 @@ def _decode(
             finally:
                 if done:
                     video.report()
-        opened = contextlib.ExitStack()
-        video = opened.enter_context(open_video(source, select, threads=threads))
     if empty and once:
         raise why_not(source, ValueError("no frame of it can be decoded"))
     if empty:

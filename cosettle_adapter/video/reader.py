@@ -19,7 +19,6 @@ from cosettle_adapter.errors import DamagedError, FrameError
 from cosettle_adapter.video import decoder, files
 from cosettle_adapter.video.arrays import as_frames, holds_pixels
 from cosettle_adapter.video.decoder import SourceInfo
-from cosettle_adapter.video.live import read_live
 from cosettle_adapter.video.selection import (
     FrameSelection,
     LostFrames,
@@ -94,6 +93,8 @@ def pending_frames(
     select = select or FrameSelection()
     content = _open(source, select.live)
     if isinstance(content, Input) and content.live:
+        from cosettle_adapter.video.live import read_live  # rarely used
+
         return read_live(content, select)
     if isinstance(content, (Path, Input)):
         return decoder.decode_video(content, select, announce=True)

@@ -57,20 +57,24 @@ class Input:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def resumable(self) -> bool:
+        """Whether FFmpeg can ask its sender for the rest of it."""
+        return self.files is None and "://" in str(self.target) and not (self.live or self.once)
+
     def version(self) -> str | None:
         """Return what changes with the content, ``None`` if the server does not tell."""
-        tags: list[Any] = []
         try:
             if self.files is not None:
-                tags = [self.files.ukey(self.target)]
-            elif str(self.target).startswith("http") and not self.live:
+                return f"{self.name} {self.files.ukey(self.target)}"
+            if str(self.target).startswith("http") and not self.live:
                 head = urllib.request.Request(self.target, method="HEAD")
                 with urllib.request.urlopen(head, timeout=_PATIENCE) as answer:
                     tag = answer.headers["ETag"] or answer.headers["Last-Modified"]
-                    tags = [tag, answer.headers["Content-Length"]] if tag else []
+                    return tag and f"{self.name} {tag} {answer.headers['Content-Length']}"
         except (OSError, ValueError, http.client.HTTPException):
-            return None
-        return " ".join([self.name, *map(str, tags)]) if tags else None
+            pass
+        return None
 
 
 def as_input(source: Any) -> Input | None:
