@@ -10,7 +10,6 @@ from collections.abc import Container, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,9 @@ from cosettle_adapter.video.selection import HDR, FrameSelection, LostFrames, Pe
 from cosettle_adapter.video.sources import (
     Input,
     VideoSource,
+    choose_stream,
     find_device,
+    is_encrypted,
     open_container,
     pyav,
     reason,
@@ -44,10 +45,8 @@ Items = Generator["tuple[Fraction, VideoFrame] | LostFrames", None, None]
 # how many seconds before a time to look for a keyframe, in turn, until one is found in time
 _SEEK_MARGINS = (0, 2, 16)
 _TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg reads any text as a film of characters
-_ATTACHED_PICTURE, _DEFAULT = 0x0400, 0x0001  # AV_DISPOSITION_*: the cover of a song, the default
 _OUTPUT_CORRUPT = 0x0008  # AV_CODEC_FLAG_*: frames that the decoder patched up are delivered
 _INTERLACED = (2, 3, 4, 5)  # AV_FIELD_*
-_HEADER_BYTES = 1 << 20  # read at both ends of a file that may be encrypted
 _DEMUX_ERRORS = 100  # after which the rest of a file is given up
 
 
@@ -108,7 +107,7 @@ class Video:
             except pyav().error.FFmpegError as error:
                 if timeline.latest is None and packet.size and not packet.is_keyframe:
                     continue  # a recording may begin between keyframes
-                if timeline.latest is None and _is_encrypted(self.source):
+                if timeline.latest is None and is_encrypted(self.source):
                     raise FrameError(f"{self.source} is encrypted; decrypt it first") from error
                 if self.threads:
                     raise ThreadsDamaged from error
@@ -305,7 +304,7 @@ def open_video(
     except (av.error.FFmpegError, OSError) as error:
         raise why_not(source, error) from error
     with container:
-        stream = _choose_stream(source, container, select.stream_index)
+        stream = choose_stream(source, container, select.stream_index)
         codec = stream.codec_context
         if codec is None:
             raise FrameError(f"{source} holds video that this FFmpeg cannot decode, or is damaged")
@@ -326,32 +325,6 @@ def open_video(
             # the decoder's threads come to rest while others may run: PyAV frees a decoder with
             # the interpreter locked, and a thread that is logging would wait for that lock
             codec.flush_buffers()
-
-
-def _choose_stream(
-    source: VideoSource | Input, container: InputContainer, index: int | None
-) -> VideoStream:
-    def disposition(stream: VideoStream) -> int:
-        return int(getattr(stream, "disposition", 0) or 0)
-
-    streams = [s for s in container.streams.video if not disposition(s) & _ATTACHED_PICTURE]
-    kinds = ", ".join(f"{stream.index}: {stream.type}" for stream in container.streams) or "none"
-    if index is not None:
-        chosen = [stream for stream in streams if stream.index == index]
-        if not chosen:
-            raise FrameError(f"{source} has no video stream {index} (streams: {kinds})")
-        return chosen[0]
-    if not streams:
-        raise FrameError(f"{source} has no video stream (streams: {kinds})")
-    best = max(
-        streams,
-        key=lambda s: (disposition(s) & _DEFAULT, (s.width or 0) * (s.height or 0), -s.index),
-    )
-    if len(streams) > 1:
-        others = ", ".join(str(stream.index) for stream in streams if stream is not best)
-        message = "%s: reading video stream %d (%d x %d); others by stream_index: %s"
-        logger.info(message, source, best.index, best.height, best.width, others)
-    return best
 
 
 def decode_video(
@@ -411,19 +384,3 @@ def _decode(
         raise why_not(source, ValueError("no frame of it can be decoded"))
     if empty:
         raise FrameError(f"{source} has a video stream, but no frame of it can be decoded")
-
-
-def _is_encrypted(source: VideoSource | Input) -> bool:
-    """Whether an MP4 file says that its pictures are encrypted, which PyAV does not tell."""
-    if isinstance(source, Input):
-        return False
-    path, start, size = (source, 0, source.stat().st_size) if isinstance(source, Path) else (
-        source.path, source.start, source.size
-    )  # fmt: skip
-    with path.open("rb") as file:
-        for place in (start, max(start, start + size - _HEADER_BYTES)):  # where indexes are
-            file.seek(place)
-            header = file.read(min(size, _HEADER_BYTES))
-            if b"encv" in header and b"sinf" in header:
-                return True
-    return False

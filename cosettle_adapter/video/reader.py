@@ -258,7 +258,7 @@ class _Chunks:
         if self.lost_in_all:
             lost = damage(self.first_lost, self.reason, self.lost_in_all)
             logger.warning("%s %s", self.source, lost)
-            if failure is None and not shape:
+            if failure is None and not self.delivered:
                 failure = FrameError(f"{self.source} holds nothing but damage ({self.reason})")
         try:
             if failure is not None:
