@@ -191,14 +191,17 @@ class Video:
                         yield packet
                 return
             except (pyav().error.FFmpegError, OSError) as error:
-                broke_off = isinstance(error, (OSError, pyav().error.ExitError))
-                if broke_off and isinstance(self.source, Input):
+                kinds = OSError, pyav().error.ExitError, pyav().error.HTTPError
+                if isinstance(error, kinds) and isinstance(self.source, Input):
                     at = f"{float(self.timeline.latest or 0):g} s ({reason(error)})"
                     raise ConnectionError(f"{self.source} broke off after {at}") from error
                 self.timeline.note(reason(error))
 
     def _check_end(self, last: Packet[Any]) -> None:
-        """Raise an OSError if a URL holds more than what arrived: FFmpeg gives up in silence."""
+        """Raise an OSError if a URL holds more than arrived, or no longer answers.
+
+        Demuxers end without an error where FFmpeg cannot connect again.
+        """
         counted = 0 < self.stream.frames <= self.timeline.packets
         if not isinstance(self.source, Input) or not self.source.resumable or counted:
             return
