@@ -49,9 +49,11 @@ class Sender:
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(live, "_PAUSES", (0.02, 0.05))
     monkeypatch.setattr(live, "_ATTEMPTS", 4)
+    yield
+    wait_for_the_end()
 
 
 def times_of(chunks: list[FrameChunk]) -> list[float]:
@@ -98,17 +100,20 @@ def test_a_slow_consumer_stalls_nobody_and_is_told(
     count = 10 * COUNT - kept
     assert f"lost {count} frames (they came faster than they were read)" in caplog.text
     slow = open_frames(Sender(content).url, FrameSelection(on_damage="error"), chunk_size=1)
-    next(slow)
-    wait_for_the_end()
     with pytest.raises(DamagedError, match="faster than they were read"):
-        list(slow)
+        read_slowly(slow)
+
+
+def read_slowly(chunks: Iterator[FrameChunk]) -> None:
+    for _ in chunks:
+        wait_for_the_end()
 
 
 def wait_for_the_end() -> None:
     """Wait until everything was received and no attempt to connect again succeeded."""
-    (thread,) = threads()
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
+    for thread in threads():
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 def test_an_endless_source_closes_at_once(broadcast: bytes) -> None:
