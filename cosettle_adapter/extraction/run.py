@@ -205,9 +205,11 @@ def _encode(
         ):
             try:
                 for chunk in stream:
-                    if chunk.start < written_before:
-                        continue  # encoded only because later frames depend on it
-                    geometry, times = chunk.geometry, chunk.timestamps
+                    # encoded again only because later frames depend on them
+                    spare = max(0, written_before - chunk.start)
+                    geometry, times = chunk.geometry, chunk.timestamps[spare:]
+                    if not len(times):
+                        continue
                     arrays = _arrays(chunk, settings.kinds)
                     if record.request["format"] == "dino-tracker":
                         stride = 7 if geometry.stride == 7 else 14
@@ -216,11 +218,13 @@ def _encode(
                         )
                         arrays = {"features": features}
                         geometry = dino_tracker.cells(stride, frame=geometry.frame)
-                    waits = {name: _to_cpu(a.detach().to(dtype)) for name, a in arrays.items()}
+                    waits = {
+                        name: _to_cpu(a[spare:].detach().to(dtype)) for name, a in arrays.items()
+                    }
                     if writing is not None:
                         writing.result()
                     writing = writer.submit(write, waits, geometry, times, chunk.lost)
-                    on_chunk(chunk.start + len(times))
+                    on_chunk(chunk.start + spare + len(times))
             finally:
                 if writing is not None:
                     writing.result()

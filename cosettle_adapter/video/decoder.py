@@ -10,7 +10,6 @@ from collections.abc import Container, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +18,13 @@ from torch import Tensor
 
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.video.filters import HDR, filtered
-from cosettle_adapter.video.selection import FrameSelection, LostFrames, PendingFrame
+from cosettle_adapter.video.selection import HDR, FrameSelection, LostFrames, PendingFrame
 from cosettle_adapter.video.sources import (
     Input,
     VideoSource,
+    choose_stream,
     find_device,
+    is_encrypted,
     open_container,
     pyav,
     reason,
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Items = Generator["tuple[Fraction, VideoFrame] | LostFrames", None, None]
+
 # how many seconds before a time to look for a keyframe, in turn, until one is found in time
 _SEEK_MARGINS = (0, 2, 16)
 _TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg reads any text as a film of characters
-_ATTACHED_PICTURE, _DEFAULT = 0x0400, 0x0001  # AV_DISPOSITION_*: the cover of a song, the default
 _OUTPUT_CORRUPT = 0x0008  # AV_CODEC_FLAG_*: frames that the decoder patched up are delivered
 _INTERLACED = (2, 3, 4, 5)  # AV_FIELD_*
-_HEADER_BYTES = 1 << 20  # read at both ends of a file that may be encrypted
 _DEMUX_ERRORS = 100  # after which the rest of a file is given up
 
 
@@ -88,7 +88,7 @@ class Video:
         self._reformatter = pyav().video.reformatter.VideoReformatter()
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
 
-    def items(self) -> Generator[tuple[Fraction, VideoFrame] | LostFrames, None, None]:
+    def items(self) -> Items:
         """Decode from here to the end: frames with their times, and what damage took.
 
         Raises:
@@ -107,7 +107,7 @@ class Video:
             except pyav().error.FFmpegError as error:
                 if timeline.latest is None and packet.size and not packet.is_keyframe:
                     continue  # a recording may begin between keyframes
-                if timeline.latest is None and _is_encrypted(self.source):
+                if timeline.latest is None and is_encrypted(self.source):
                     raise FrameError(f"{self.source} is encrypted; decrypt it first") from error
                 if self.threads:
                     raise ThreadsDamaged from error
@@ -142,7 +142,7 @@ class Video:
         timeline.advance(shown, frame)
         yield shown, frame
 
-    def items_from(self, start: Fraction) -> Generator[tuple[Fraction, VideoFrame] | LostFrames]:
+    def items_from(self, start: Fraction) -> Items:
         """Decode from a keyframe at or before a time, or raise :class:`NotSeekable`."""
         timeline = self.timeline
         if timeline.seekable and not timeline.started:
@@ -169,6 +169,7 @@ class Video:
         """Yield the stream's packets, an empty one last; one that is cut off is left out."""
         may_be_cut = "mpegts" not in self.container.format.name  # a broadcast may be cut anywhere
         held: Packet[Any] | None = None  # a damaged one, which is cut off if it is the last
+        last: Packet[Any] | None = None
         for _ in range(_DEMUX_ERRORS):
             try:
                 for packet in self.container.demux():
@@ -176,6 +177,9 @@ class Video:
                     if packet.stream.index != self.stream.index:
                         continue
                     at_end = not packet.size and packet.dts is None
+                    if at_end and last is not None:
+                        self._check_end(last)
+                    last = packet
                     if held is not None:
                         if at_end and may_be_cut:
                             self.timeline.expect(held)
@@ -187,11 +191,32 @@ class Video:
                         yield packet
                 return
             except (pyav().error.FFmpegError, OSError) as error:
-                broke_off = isinstance(error, (OSError, pyav().error.ExitError))
-                if broke_off and isinstance(self.source, Input):
+                kinds = OSError, pyav().error.ExitError, pyav().error.HTTPError
+                if isinstance(error, kinds) and isinstance(self.source, Input):
                     at = f"{float(self.timeline.latest or 0):g} s ({reason(error)})"
                     raise ConnectionError(f"{self.source} broke off after {at}") from error
                 self.timeline.note(reason(error))
+
+    def _check_end(self, last: Packet[Any]) -> None:
+        """Raise an OSError if a URL holds more than arrived, or no longer answers.
+
+        Demuxers end without an error where FFmpeg cannot connect again.
+        """
+        counted = 0 < self.stream.frames <= self.timeline.packets
+        if not isinstance(self.source, Input) or not self.source.resumable or counted:
+            return
+        try:
+            with open_container(self.source) as again:
+                stream = again.streams[self.stream.index]
+                if last.dts is not None:
+                    again.seek(last.dts, stream=stream, backward=True)
+                ends = [(p.dts or 0, p.size) for p in again.demux(stream) if p.size]
+        except ValueError:  # invalid data: it is the file that is damaged
+            return
+        except pyav().error.FFmpegError as error:
+            raise OSError(reason(error)) from error
+        if max(ends, default=(0, 0)) > (last.dts or 0, last.size):
+            raise OSError("its sender paused for too long")
 
     def announce(self) -> None:
         """Warn of what may not be as expected; :class:`FrameError` for a rate that is known."""
@@ -220,6 +245,14 @@ class Video:
         if self.concealed:
             message = "%s is damaged: the decoder concealed it in %d frames, from %g s on"
             logger.warning(message, self.source, self.concealed, self.first_concealed)
+
+    def filtered(self, items: Items) -> Items:
+        """Pass decoded frames through FFmpeg's filters as selected."""
+        if not self.select.deinterlace and not self.select.tone_map:
+            return items
+        from cosettle_adapter.video.filters import filtered  # rarely used
+
+        return filtered(items, self.select)
 
     def pending(self, time: Fraction, frame: VideoFrame) -> PendingFrame:
         """Return a decoded frame whose pixels are converted on request."""
@@ -274,7 +307,7 @@ def open_video(
     except (av.error.FFmpegError, OSError) as error:
         raise why_not(source, error) from error
     with container:
-        stream = _choose_stream(source, container, select.stream_index)
+        stream = choose_stream(source, container, select.stream_index)
         codec = stream.codec_context
         if codec is None:
             raise FrameError(f"{source} holds video that this FFmpeg cannot decode, or is damaged")
@@ -284,7 +317,9 @@ def open_video(
         on_device = bool(getattr(codec, "is_hwaccel", False))
         video = Video(source, container, stream, select, threads=threads and not on_device)
         if select.decode_on is not None and not on_device:
-            video.refusal = f"{select.decode_on} cannot ({refusal or f'not {codec.name}'})"
+            video.refusal = (
+                f"{select.decode_on} cannot ({refusal or f'it does not decode {codec.name}'})"
+            )
         stream.thread_type = "AUTO" if video.threads else "NONE"
         codec.thread_count = 0 if video.threads else 1
         try:
@@ -293,32 +328,6 @@ def open_video(
             # the decoder's threads come to rest while others may run: PyAV frees a decoder with
             # the interpreter locked, and a thread that is logging would wait for that lock
             codec.flush_buffers()
-
-
-def _choose_stream(
-    source: VideoSource | Input, container: InputContainer, index: int | None
-) -> VideoStream:
-    def disposition(stream: VideoStream) -> int:
-        return int(getattr(stream, "disposition", 0) or 0)
-
-    streams = [s for s in container.streams.video if not disposition(s) & _ATTACHED_PICTURE]
-    kinds = ", ".join(f"{stream.index}: {stream.type}" for stream in container.streams) or "none"
-    if index is not None:
-        chosen = [stream for stream in streams if stream.index == index]
-        if not chosen:
-            raise FrameError(f"{source} has no video stream {index} (streams: {kinds})")
-        return chosen[0]
-    if not streams:
-        raise FrameError(f"{source} has no video stream (streams: {kinds})")
-    best = max(
-        streams,
-        key=lambda s: (disposition(s) & _DEFAULT, (s.width or 0) * (s.height or 0), -s.index),
-    )
-    if len(streams) > 1:
-        others = ", ".join(str(stream.index) for stream in streams if stream is not best)
-        message = "%s: reading video stream %d (%d x %d); others by stream_index: %s"
-        logger.info(message, source, best.index, best.height, best.width, others)
-    return best
 
 
 def decode_video(
@@ -336,28 +345,29 @@ def decode_video(
         ConnectionError: what sends it broke off.
     """
     select = select or FrameSelection()
-    with contextlib.ExitStack() as opened:
-        once = isinstance(source, Input) and source.once
-        video = opened.enter_context(open_video(source, select, threads=not once))
-        if announce:
-            video.announce()
-        return _decode(video, opened.pop_all())
+    frames = _decode(source, select or FrameSelection(), announce)
+    next(frames)  # closing a generator that has begun closes the file
+    return frames
 
 
 def _decode(
-    video: Video, opened: contextlib.ExitStack
+    source: VideoSource | Input, select: FrameSelection, announce: bool
 ) -> Generator[PendingFrame | LostFrames, None, None]:
-    """Yield the frames of a video; open it again where decoding must begin again."""
-    source, select = video.source, video.select
+    """Open a video and yield a dummy, then its frames; decode again where that is needed."""
     start = Fraction(select.start or 0)
     done = 0  # items yielded
     once = isinstance(source, Input) and source.once
-    empty, seek, threads = True, start > 0 and not once, not once
+    opened, empty, seek, threads = False, True, start > 0 and not once, not once
     while True:
-        with opened:
+        with open_video(source, select, threads=threads) as video:
+            if not opened:
+                if announce:
+                    video.announce()
+                yield LostFrames((), "")
+                opened = True
             items = video.items_from(start) if seek else video.items()
             try:
-                with contextlib.closing(filtered(items, select)) as items:
+                with contextlib.closing(video.filtered(items)) as items:
                     for number, item in enumerate(items):
                         if number < done:
                             continue
@@ -373,25 +383,7 @@ def _decode(
             finally:
                 if done:
                     video.report()
-        opened = contextlib.ExitStack()
-        video = opened.enter_context(open_video(source, select, threads=threads))
     if empty and once:
         raise why_not(source, ValueError("no frame of it can be decoded"))
     if empty:
         raise FrameError(f"{source} has a video stream, but no frame of it can be decoded")
-
-
-def _is_encrypted(source: VideoSource | Input) -> bool:
-    """Whether an MP4 file says that its pictures are encrypted, which PyAV does not tell."""
-    if isinstance(source, Input):
-        return False
-    path, start, size = (source, 0, source.stat().st_size) if isinstance(source, Path) else (
-        source.path, source.start, source.size
-    )  # fmt: skip
-    with path.open("rb") as file:
-        for place in (start, max(start, start + size - _HEADER_BYTES)):  # where indexes are
-            file.seek(place)
-            header = file.read(min(size, _HEADER_BYTES))
-            if b"encv" in header and b"sinf" in header:
-                return True
-    return False

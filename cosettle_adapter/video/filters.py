@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.video.selection import FrameSelection, LostFrames
+from cosettle_adapter.video.selection import HDR, FrameSelection, LostFrames
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
-HDR = (16, 18)  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
 _TONE_MAP = "out_transfer=bt709:out_primaries=bt709:intent=perceptual"  # of the filter "scale"
 
 Items = Generator["tuple[Fraction, VideoFrame] | LostFrames", None, None]
@@ -22,9 +21,6 @@ Items = Generator["tuple[Fraction, VideoFrame] | LostFrames", None, None]
 
 def filtered(items: Items, select: FrameSelection) -> Items:
     """Filter the frames among items as selected; their number, times and order stay."""
-    if not select.deinterlace and not select.tone_map:
-        yield from items
-        return
     waiting: deque[tuple[Fraction, VideoFrame] | LostFrames] = deque()  # for what the graph holds
     graph: Any = None
     kind = ""

@@ -12,7 +12,6 @@ from collections.abc import Generator
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.video.decoder import open_video
-from cosettle_adapter.video.filters import filtered
 from cosettle_adapter.video.selection import FrameSelection, LostFrames, PendingFrame
 from cosettle_adapter.video.sources import Input, reason
 
@@ -124,7 +123,7 @@ class _Feed:
             offset = self._latest + time.monotonic() - self._arrived if self._arrived else 0.0
             if not self._arrived:
                 video.announce()
-            with contextlib.closing(filtered(video.items(), self.select)) as items:
+            with contextlib.closing(video.filtered(video.items())) as items:
                 for item in items:
                     if self.closed.is_set():
                         return

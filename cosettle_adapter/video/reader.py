@@ -19,7 +19,6 @@ from cosettle_adapter.errors import DamagedError, FrameError
 from cosettle_adapter.video import decoder, files
 from cosettle_adapter.video.arrays import as_frames, holds_pixels
 from cosettle_adapter.video.decoder import SourceInfo
-from cosettle_adapter.video.live import read_live
 from cosettle_adapter.video.selection import (
     FrameSelection,
     LostFrames,
@@ -94,6 +93,8 @@ def pending_frames(
     select = select or FrameSelection()
     content = _open(source, select.live)
     if isinstance(content, Input) and content.live:
+        from cosettle_adapter.video.live import read_live  # rarely used
+
         return read_live(content, select)
     if isinstance(content, (Path, Input)):
         return decoder.decode_video(content, select, announce=True)
@@ -257,7 +258,7 @@ class _Chunks:
         if self.lost_in_all:
             lost = damage(self.first_lost, self.reason, self.lost_in_all)
             logger.warning("%s %s", self.source, lost)
-            if failure is None and not shape:
+            if failure is None and not self.delivered:
                 failure = FrameError(f"{self.source} holds nothing but damage ({self.reason})")
         try:
             if failure is not None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
 
+HDR = (16, 18)  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67: what ``tone_map`` maps
+
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -5,19 +5,28 @@ from __future__ import annotations
 import functools
 import http.client
 import io
+import logging
 import os
 import re
 import sys
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cosettle_adapter import imports
 from cosettle_adapter.errors import FrameError
 
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+logger = logging.getLogger(__name__)
+
 # seconds; a connection that is silent for longer is given up
 _PATIENCE = 15.0
+_HEADER_BYTES = 1 << 20  # read at both ends of a file that may be encrypted
+_ATTACHED_PICTURE, _DEFAULT = 0x0400, 0x0001  # AV_DISPOSITION_*: the cover of a song, the default
 _LIVE = ("rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
 _FFMPEG = ("ftp", "http", "https", "mmsh", *_LIVE)  # other schemes are fsspec's
 _HTTP = {  # FFmpeg continues where a connection broke, with a Range request
@@ -57,20 +66,24 @@ class Input:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def resumable(self) -> bool:
+        """Whether FFmpeg can ask its sender for the rest of it."""
+        return self.files is None and "://" in str(self.target) and not (self.live or self.once)
+
     def version(self) -> str | None:
         """Return what changes with the content, ``None`` if the server does not tell."""
-        tags: list[Any] = []
         try:
             if self.files is not None:
-                tags = [self.files.ukey(self.target)]
-            elif str(self.target).startswith("http") and not self.live:
+                return f"{self.name} {self.files.ukey(self.target)}"
+            if str(self.target).startswith("http") and not self.live:
                 head = urllib.request.Request(self.target, method="HEAD")
                 with urllib.request.urlopen(head, timeout=_PATIENCE) as answer:
                     tag = answer.headers["ETag"] or answer.headers["Last-Modified"]
-                    tags = [tag, answer.headers["Content-Length"]] if tag else []
+                    return tag and f"{self.name} {tag} {answer.headers['Content-Length']}"
         except (OSError, ValueError, http.client.HTTPException):
-            return None
-        return " ".join([self.name, *map(str, tags)]) if tags else None
+            pass
+        return None
 
 
 def as_input(source: Any) -> Input | None:
@@ -154,6 +167,34 @@ def open_container(source: VideoSource | Input, device: Any = None) -> Any:
     return pyav().open(target, **options)
 
 
+def choose_stream(
+    source: VideoSource | Input, container: InputContainer, index: int | None
+) -> VideoStream:
+    """Return the stream with this index; by default the file's default, else its largest one."""
+
+    def disposition(stream: VideoStream) -> int:
+        return int(getattr(stream, "disposition", 0) or 0)
+
+    streams = [s for s in container.streams.video if not disposition(s) & _ATTACHED_PICTURE]
+    kinds = ", ".join(f"{stream.index}: {stream.type}" for stream in container.streams) or "none"
+    if index is not None:
+        chosen = [stream for stream in streams if stream.index == index]
+        if not chosen:
+            raise FrameError(f"{source} has no video stream {index} (streams: {kinds})")
+        return chosen[0]
+    if not streams:
+        raise FrameError(f"{source} has no video stream (streams: {kinds})")
+    best = max(
+        streams,
+        key=lambda s: (disposition(s) & _DEFAULT, (s.width or 0) * (s.height or 0), -s.index),
+    )
+    if len(streams) > 1:
+        others = ", ".join(str(stream.index) for stream in streams if stream is not best)
+        message = "%s: reading video stream %d (%d x %d); others by stream_index: %s"
+        logger.info(message, source, best.index, best.height, best.width, others)
+    return best
+
+
 def why_not(source: VideoSource | Input, error: BaseException) -> FrameError:
     """Return the error of a source that cannot be opened, which says what to do."""
     hint = "it is no video, or its end, which holds the index, is missing"
@@ -164,6 +205,22 @@ def why_not(source: VideoSource | Input, error: BaseException) -> FrameError:
     elif isinstance(source, Input) and source.once:
         hint = "a pipe needs a format without an index at its end, such as MPEG-TS or Matroska"
     return FrameError(f"{source} cannot be read as a video ({reason(error)}); {hint}")
+
+
+def is_encrypted(source: VideoSource | Input) -> bool:
+    """Whether an MP4 file says that its pictures are encrypted, which PyAV does not tell."""
+    if isinstance(source, Input):
+        return False
+    path, start, size = (source, 0, source.stat().st_size) if isinstance(source, Path) else (
+        source.path, source.start, source.size
+    )  # fmt: skip
+    with path.open("rb") as file:
+        for place in (start, max(start, start + size - _HEADER_BYTES)):  # where indexes are
+            file.seek(place)
+            header = file.read(min(size, _HEADER_BYTES))
+            if b"encv" in header and b"sinf" in header:
+                return True
+    return False
 
 
 def reason(error: BaseException) -> str:

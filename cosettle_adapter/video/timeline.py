@@ -61,7 +61,7 @@ class Timeline:
         self._origin: Fraction | None = None
         self._shift = Fraction(0)  # of a clock that started again
         self._waiting: list[Fraction] = []  # heap: the container's times of frames to come
-        self._packets = 0
+        self.packets = 0
         self._uneven = False
         self._block = (0, 0)  # first byte of the last packet's block, and the one after its content
         self._end = self._widest_gap = Fraction(0)
@@ -118,7 +118,7 @@ class Timeline:
             self.note("a packet is damaged")
         time: Fraction | None = None
         if not self.has_times:  # packets are equally far apart, but not in the order of showing
-            time = self._packets * self.step
+            time = self.packets * self.step
             if packet.dts is not None:
                 time = packet.dts * self.base * self._speed
             if self._index and packet.pos is not None:
@@ -130,7 +130,7 @@ class Timeline:
             time = packet.pts * self.base
             if self._origin is None and packet.is_keyframe:
                 self._origin = time
-        self._packets += 1
+        self.packets += 1
         if time is not None:
             heapq.heappush(self._waiting, time)
         return time
@@ -243,7 +243,7 @@ class Timeline:
         if self._index:
             expected = [time for _, time in self._index if time > self.latest]
         elif counted and self.stream.frames:
-            count = self.stream.frames - self._packets
+            count = self.stream.frames - self.packets
         elif not self.may_restart and (seconds := self.promised_seconds()) is not None:
             slack = max(min(0.5, 0.1 * seconds), 2 * float(self._widest_gap))
             if self.constant_rate and self.is_matroska:  # which rounds to milliseconds

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pytest
@@ -17,6 +19,7 @@ from cosettle_adapter import CoSettleAdapter, FrameSelection
 from cosettle_adapter.correspondence import fusion
 from cosettle_adapter.extraction import FORMATS, extract, read_features
 from cosettle_adapter.extraction.settings import OutputBusyError, OutputExistsError
+from cosettle_adapter.video.decoder import Video
 
 from helpers import write_video
 
@@ -66,6 +69,36 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(kind: str, tmp_path: Path) ->
         assert content(whole) == content(broken)
         assert len(read_features(broken).timestamps) == 50
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"settle": True}, {"temporal_fusion": "causal"}],
+    ids=["plain", "settle", "fuse"],
+)
+def test_a_source_that_broke_off_within_a_batch_is_resumed(
+    small_adapter: CoSettleAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    clip = write_video(tmp_path / "clip.mp4", frames=30, height=32, width=48)
+    decoded = Video.items
+
+    def breaks_off(video: Video) -> Iterator[Any]:
+        yield from itertools.islice(decoded(video), 18)
+        raise ConnectionError("it broke off")
+
+    output, whole = tmp_path / "f.npy", tmp_path / "whole.npy"
+    with monkeypatch.context() as patched:
+        patched.setattr(Video, "items", breaks_off)
+        with pytest.raises(ConnectionError):
+            extract(small_adapter, clip, output, batch_size=8, **options)
+    result = extract(small_adapter, clip, output, batch_size=8, **options)
+    assert (result.found, result.frames) == (18, 30)
+    extract(small_adapter, clip, whole, batch_size=8, **options)
+    torch.testing.assert_close(read_features(output).features, read_features(whole).features)
+    assert torch.equal(read_features(output).timestamps, read_features(whole).timestamps)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes there")

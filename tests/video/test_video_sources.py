@@ -19,7 +19,14 @@ from numbered import encode_numbered, numbers
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction.record import identify
-from cosettle_adapter.video import FrameSelection, SourceInfo, open_frames, probe, sources
+from cosettle_adapter.video import (
+    FrameSelection,
+    SourceInfo,
+    decoder,
+    open_frames,
+    probe,
+    sources,
+)
 from cosettle_adapter.video.sources import as_input, short_name
 
 COUNT = 40
@@ -30,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     encode_numbered(folder / "clip.mp4", COUNT, options={"g": "8"})  # its index is at its end
     encode_numbered(folder / "front.mp4", COUNT, muxing={"movflags": "faststart"})
-    encode_numbered(folder / "clip.mkv", COUNT, options={"g": "8"})
+    for name in ("clip.mkv", "clip.ts"):
+        encode_numbered(folder / name, COUNT, options={"g": "8"})
     large: dict[str, Any] = {"height": 480, "width": 640, "options": {"qp": "1"}}
     encode_numbered(folder / "large.mp4", COUNT, **large)
     encode_numbered(folder / "large_front.mp4", COUNT, muxing={"movflags": "faststart"}, **large)
@@ -59,7 +67,7 @@ class Server(ThreadingHTTPServer):
         self.folder = folder
         self.cut_after: int | None = None
         self.cuts = 0
-        self.dies = False  # answers no request after the first cut
+        self.dies = False  # after the first cut, answers no request
 
     @property
     def url(self) -> str:
@@ -110,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
     with Server(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -137,18 +145,39 @@ def test_a_server_that_cannot_be_read_is_named_without_passwords(
     assert "secret" not in f"{missing.value}{refused.value}{caplog.text}"
 
 
-@pytest.mark.parametrize("name", ["front.mp4", "clip.mkv"])
-def test_what_a_dying_server_does_not_send_is_told(
-    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize("name", ["front.mp4", "large_front.mp4", "clip.mkv", "clip.ts"])
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_server_that_dies_drops_no_frame(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, returns: bool
 ) -> None:
+    def reopen(source: Any) -> Any:
+        server.dies, server.cut_after = not returns, None
+        return sources.open_container(source)
+
     monkeypatch.setitem(sources._HTTP, "reconnect_delay_max", "0")
-    chunks = open_frames(f"{server.url}/{name}", chunk_size=4)
     server.cut_after = (folder / name).stat().st_size // 2
+    chunks = open_frames(f"{server.url}/{name}", chunk_size=1)
     server.dies = True
-    received = list(chunks)
-    lost = [seconds for chunk in received for seconds in chunk.lost]
-    assert lost
-    assert sum(len(chunk.frames) for chunk in received) + len(lost) == COUNT
+    monkeypatch.setattr(decoder, "open_container", reopen)
+    received = []
+    problem = "paused for too long" if returns else "5XX Server Error"
+    with pytest.raises(ConnectionError, match=rf"{name} broke off after \d.* s \(.*{problem}"):
+        received.extend(chunks)
+    assert not any(chunk.lost for chunk in received)
+    assert numbers(torch.cat([chunk.frames for chunk in received])) == list(range(len(received)))
+
+
+@pytest.mark.parametrize("name", ["clip.mkv", "clip.ts", "front.mp4"])
+def test_a_file_that_is_cut_is_damaged_at_a_url_too(
+    server: Server, folder: Path, name: str
+) -> None:
+    content = (folder / name).read_bytes()
+    cut = folder / f"cut_{name}"
+    cut.write_bytes(content[: len(content) * 2 // 3])
+    served, local = list(open_frames(f"{server.url}/{cut.name}")), list(open_frames(cut))
+    lost = [[time for chunk in chunks for time in chunk.lost] for chunks in (served, local)]
+    assert lost[0] == lost[1]
+    assert [len(chunk.frames) for chunk in served] == [len(chunk.frames) for chunk in local]
 
 
 def test_a_file_object_that_breaks_off(folder: Path) -> None:
@@ -205,6 +234,19 @@ def test_open_files(folder: Path) -> None:
     assert same(Pipe((folder / "clip.mkv").read_bytes()), folder / "clip.mkv", start=1)
     with pytest.raises(FrameError, match=r"the Pipe cannot be read.*a pipe needs a format"):
         list(open_frames(Pipe((folder / "large.mp4").read_bytes())))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs a list of open files")
+def test_a_reader_that_is_not_used_closes_its_file(folder: Path) -> None:
+    def is_open() -> bool:
+        return any(os.path.realpath(fd) == str(path) for fd in Path("/proc/self/fd").iterdir())
+
+    path = (folder / "clip.mp4").resolve()
+    for begin in (decoder.decode_video, open_frames):
+        frames = begin(path)
+        assert is_open()
+        frames.close()
+        assert not is_open()
 
 
 def test_damage_in_a_pipe_is_found_in_one_reading(tmp_path: Path) -> None:
