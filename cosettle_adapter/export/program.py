@@ -140,7 +140,7 @@ class _Exported(nn.Module):
         """``(N, 3, H, W)`` to ``(N, C, h, w)`` in one pass."""
         adapter = self.adapter
         if self.preprocessing:
-            inputs = adapter._normalize(inputs, 255.0)
+            inputs = adapter.backbone.normalize(inputs, to_255=True)
         return adapter._finished(adapter._encode_images(inputs)[1], self.normalize)
 
 
