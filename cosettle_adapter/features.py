@@ -165,7 +165,9 @@ class FeatureModel(nn.Module):
         at_once = dense is None and not self.settles  # each batch, which saves memory
         for batch in torch.split(packed, batch_size):
             tokens, features, geometry, _ = self._encode(batch, size=size, fit=fit)
-            projected.append(self._finished(features, normalize) if at_once else features)
+            if at_once:
+                features = self._finished(features, normalize, upsampler=upsampler)
+            projected.append(features)
             if return_backbone:
                 backbone_maps.append(tokens)
         flat = torch.cat(projected)
@@ -276,6 +278,8 @@ class FeatureModel(nn.Module):
     ) -> Tensor:
         """Features in the adapter's dtype, with ``dense`` one per pixel of ``frames``."""
         if dense is None or geometry is None:
+            if upsampler != "bilinear":
+                raise ValueError(f"upsampler={upsampler!r} needs dense: the size of the features")
             return (F.normalize(features, dim=1) if normalize else features).to(self.dtype)
         from cosettle_adapter.upsampling import upsample  # few streams need it
 

@@ -122,7 +122,7 @@ class Backbone(nn.Module, abc.ABC):
         self._factors = rearrange(factors, "n c -> n c 1 1")  # no buffer: stays float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> Backbone:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._factors = self._factors.to(self.device)
         return self
 
@@ -164,7 +164,8 @@ class Backbone(nn.Module, abc.ABC):
         of_1, of_255, shift = self._factors
         # uint8 images are multiplied directly, which saves a float copy
         images = images.float() if images.is_floating_point() else images
-        return (images * (of_255 if to_255 else of_1)).sub_(shift)
+        normalized: Tensor = images * (of_255 if to_255 else of_1)
+        return normalized.sub_(shift)
 
     def block(self, layer: int) -> int:
         """Return the 0-based number of a layer; negative ones count from the end."""
