@@ -71,8 +71,8 @@ class CoSettleAdapter(FeatureModel):
 
         Args:
             name: a registered name (``list_models()``), a Hub repository ``owner/name``, a folder
-                that :meth:`save_pretrained` wrote (``./name`` if a model has the same name), or
-                one of a backbone as transformers saves it.
+                that :meth:`save_pretrained` wrote, or one of a backbone as transformers saves it.
+                If a model has the same name, write ``./name`` or pass a ``Path``.
             projection: ``"published"``; ``"fit"``, read from the cache, or fitted on the package's
                 photographs in about a minute and cached; a folder with a projection for the
                 backbone ``name``; or ``"settle"``, which uses no projection and settles the

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
@@ -203,7 +203,11 @@ def _encoded(
             yield batch
             continue
         counts = [len(piece.frames) for piece in batch]
-        maps = [torch.split(of_batch, counts) for of_batch in _encode(model, batch, special)]
+        images = [model._prepare(piece.frames, piece.geometry) for piece in batch]
+        joined = images[0] if len(images) == 1 else torch.cat(images)
+        *both, further = model._encode_images(joined, special)
+        maps = [torch.split(of_batch, counts) for of_batch in (*both, *further)]
+        del images, joined  # not kept alive while chunks wait to be taken
         for piece, *maps_of_piece in zip(batch, *maps, strict=True):
             parts.append(tuple(maps_of_piece))
             chunk, geometry = piece.chunk, piece.geometry
@@ -213,23 +217,10 @@ def _encoded(
                 maps_of_piece = [torch.cat(of_all) for of_all in zip(*parts, strict=True)]
             parts.clear()
             tokens, features, *further = maps_of_piece
-            result = FeatureChunk(
-                features,
-                chunk.timestamps,
-                geometry,
-                chunk.start,
-                lost=chunk.lost,
-                **dict(zip(kinds, further, strict=True)),
-            )
+            found = dict(zip(kinds, further, strict=True))
+            times, start = chunk.timestamps, chunk.start
+            result = FeatureChunk(features, times, geometry, start, lost=chunk.lost, **found)
             yield piece.video, _Encoded(result, tokens, chunk.frames if guided else None)
-
-
-def _encode(model: FeatureModel, batch: list[_Piece], special: Sequence[Read]) -> list[Tensor]:
-    """Tokens, features and special tokens of the frames of a batch."""
-    images = [model._prepare(piece.frames, piece.geometry) for piece in batch]
-    joined = images[0] if len(images) == 1 else torch.cat(images)
-    tokens, features, further = model._encode_images(joined, special)
-    return [tokens, features, *further]
 
 
 def _settled_and_fused(
