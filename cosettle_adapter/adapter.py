@@ -15,20 +15,20 @@ from cosettle_adapter.backbones import Backbone, HubOptions, load_backbone
 from cosettle_adapter.backbones.weights import BACKBONE_FILE
 from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.closed_form.settling import PRIOR_PAIRS, RIDGE
-from cosettle_adapter.correspondence import FusionMode
 from cosettle_adapter.errors import ProjectionFormatError
 from cosettle_adapter.features import DEFAULT_BATCH_SIZE, FeatureModel, Size
 from cosettle_adapter.hub import RAW, identity_projection, load_parts
 from cosettle_adapter.io import atomic_path
 from cosettle_adapter.projection import Projection
 from cosettle_adapter.streaming import FeatureChunk, Source, StreamOptions, stream_videos
-from cosettle_adapter.upsampling import DenseSize, Upsampler
 from cosettle_adapter.version import __version__
 from cosettle_adapter.video import Fit, FrameChunk, FrameSelection, open_frames, prefetch
 from cosettle_adapter.video.selection import selects_frames
 from cosettle_adapter.video.sources import short_name
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from cosettle_adapter.upload import Pushed
 
 __all__ = ["DEFAULT_BATCH_SIZE", "CoSettleAdapter", "FeatureChunk", "Size"]
@@ -71,8 +71,8 @@ class CoSettleAdapter(FeatureModel):
 
         Args:
             name: a registered name (``list_models()``), a Hub repository ``owner/name``, a folder
-                that :meth:`save_pretrained` wrote (``./name`` if a model has the same name), or
-                one of a backbone as transformers saves it.
+                that :meth:`save_pretrained` wrote, or one of a backbone as transformers saves it.
+                If a model has the same name, write ``./name`` or pass a ``Path``.
             projection: ``"published"``; ``"fit"``, read from the cache, or fitted on the package's
                 photographs in about a minute and cached; a folder with a projection for the
                 backbone ``name``; or ``"settle"``, which uses no projection and settles the
@@ -138,7 +138,7 @@ class CoSettleAdapter(FeatureModel):
             fields = {field.name for field in dataclasses.fields(HubOptions)} & loading.keys()
             options = HubOptions(**{name: loading.pop(name) for name in fields})
             weights = loading.pop("backbone_weights", None)
-            backbone = load_backbone(str(backbone), weights=weights, options=options, **loading)
+            backbone = load_backbone(backbone, weights=weights, options=options, **loading)
         return cls(backbone, identity_projection(backbone, layer=layer, norm=norm))
 
     def without_projection(self) -> CoSettleAdapter:
@@ -195,17 +195,8 @@ class CoSettleAdapter(FeatureModel):
         *,
         select: FrameSelection | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
-        size: Size | None = None,
-        fit: Fit = "resize",
         skip: int = 0,
-        normalize: bool = False,
-        return_backbone: bool = False,
-        return_special: bool = False,
-        settle: bool | None = None,
-        forgetting: float = 1.0,
-        temporal_fusion: FusionMode | None = None,
-        dense: DenseSize | None = None,
-        upsampler: Upsampler = "bilinear",
+        **options: Unpack[StreamOptions],
     ) -> Iterator[FeatureChunk]:
         """Yield the features of a video of any length, in frame order, in constant memory.
 
@@ -214,8 +205,8 @@ class CoSettleAdapter(FeatureModel):
                 iterator of frames, as in :func:`~cosettle_adapter.video.open_frames`.
             select: frames to encode; all by default.
             batch_size: frames per chunk.
-            size, fit, normalize: as in :meth:`forward`.
             skip: number of selected frames to skip without encoding them, to resume a stream.
+            size, fit, normalize: as in :meth:`forward`.
             return_backbone: fill ``chunk.backbone``.
             return_special: fill ``chunk.cls`` and ``chunk.registers``: the tokens of single frames
                 that :meth:`tokens` returns, neither settled nor fused.
@@ -234,21 +225,8 @@ class CoSettleAdapter(FeatureModel):
                 frames of several sizes that ``size`` does not bring to one grid.
             DamagedError: with ``select.on_damage="error"``, after the features before the damage.
         """
-        frames = open_frames(
-            source, select, skip=skip, chunk_size=batch_size, one_size=size is None
-        )
-        options = StreamOptions(
-            size=size,
-            fit=fit,
-            normalize=normalize,
-            return_backbone=return_backbone,
-            return_special=return_special,
-            settle=settle,
-            forgetting=forgetting,
-            temporal_fusion=temporal_fusion,
-            dense=dense,
-            upsampler=upsampler,
-        )
+        one_size = options.get("size") is None
+        frames = open_frames(source, select, skip=skip, chunk_size=batch_size, one_size=one_size)
         chunks = stream_videos(self, [(source, frames)], options, batch_size=batch_size)
         return (chunk for _, chunk in chunks)
 
@@ -259,7 +237,7 @@ class CoSettleAdapter(FeatureModel):
         select: FrameSelection | None = None,
         batch_size: int = 32,
         on_error: Callable[[Source, Exception], None] | None = None,
-        **options: Any,
+        **options: Unpack[StreamOptions],
     ) -> Iterator[tuple[Source, FeatureChunk]]:
         """Yield ``(source, chunk)`` for one video after the other, with batches across videos.
 
@@ -276,7 +254,7 @@ class CoSettleAdapter(FeatureModel):
             batch_size: frames per forward pass, and at most per chunk.
             on_error: called with a source and its error, after the features of the frames before
                 it; the other videos continue. By default, the error is raised there.
-            **options: further options of :meth:`stream`: ``size``, ``temporal_fusion``, ...
+            **options: as in :meth:`stream`, but without ``skip``.
 
         Raises:
             FrameError, DamagedError: as in :meth:`stream`, but while streaming.
@@ -288,14 +266,13 @@ class CoSettleAdapter(FeatureModel):
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        given = StreamOptions(**options)
-        one_size = given.size is None
+        one_size = options.get("size") is None
 
         def opened(source: Source) -> Generator[FrameChunk, None, None]:
             yield from open_frames(source, select, chunk_size=batch_size, one_size=one_size)
 
         videos = ((source, opened(source)) for source in sources)
-        return stream_videos(self, videos, given, batch_size=batch_size, on_error=on_error)
+        return stream_videos(self, videos, options, batch_size=batch_size, on_error=on_error)
 
     @selects_frames
     @torch.no_grad()

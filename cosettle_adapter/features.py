@@ -17,8 +17,10 @@ from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence.fusion import fusion_guide
 from cosettle_adapter.errors import BackboneMismatchError, ProjectionFormatError
 from cosettle_adapter.projection import Projection, ProjectionConfig
-from cosettle_adapter.upsampling import DenseSize, Upsampler, upsample
 from cosettle_adapter.video import Fit, Geometry, apply_geometry, as_frames, plan_geometry
+
+if TYPE_CHECKING:
+    from cosettle_adapter.upsampling import DenseSize, Upsampler
 
 Size = int | tuple[int, int]
 
@@ -160,17 +162,18 @@ class FeatureModel(nn.Module):
         packed, leading = self._pack(frames, batch_size)
         backbone_maps: list[Tensor] = []
         projected: list[Tensor] = []
-        last = dense is None and not self.settles
+        at_once = dense is None and not self.settles  # each batch, which saves memory
         for batch in torch.split(packed, batch_size):
             tokens, features, geometry, _ = self._encode(batch, size=size, fit=fit)
-            projected.append(self._finished(features, normalize) if last else features)
+            if at_once:
+                features = self._finished(features, normalize, upsampler=upsampler)
+            projected.append(features)
             if return_backbone:
                 backbone_maps.append(tokens)
-        flat = self._settled(torch.cat(projected), leading)
-        if dense is not None:
-            flat = upsample(flat.to(self.dtype), geometry, dense, packed, upsampler, normalize)
-        elif self.settles:
-            flat = self._finished(flat, normalize)
+        flat = torch.cat(projected)
+        if not at_once:
+            flat = self._settled(flat, leading)
+            flat = self._finished(flat, normalize, geometry, packed, dense, upsampler)
         maps: Tensor = unpack(flat, leading, "* c h w")[0]
         if not return_backbone:
             return maps
@@ -264,22 +267,25 @@ class FeatureModel(nn.Module):
         tokens = read[0] if len(own) == 1 else torch.cat(read[: len(own)], dim=1)
         return tokens, self.projection(tokens), read[len(own) :]
 
-    def _finished(self, features: Tensor, normalize: bool) -> Tensor:
-        return (F.normalize(features, dim=1) if normalize else features).to(self.dtype)
+    def _finished(
+        self,
+        features: Tensor,
+        normalize: bool,
+        geometry: Geometry | None = None,
+        frames: Tensor | None = None,
+        dense: DenseSize | None = None,
+        upsampler: Upsampler = "bilinear",
+    ) -> Tensor:
+        """Features in the adapter's dtype, with ``dense`` one per pixel of ``frames``."""
+        if dense is None or geometry is None:
+            if upsampler != "bilinear":
+                raise ValueError(f"upsampler={upsampler!r} needs dense: the size of the features")
+            return (F.normalize(features, dim=1) if normalize else features).to(self.dtype)
+        from cosettle_adapter.upsampling import upsample  # few streams need it
+
+        return upsample(features.to(self.dtype), geometry, dense, frames, upsampler, normalize)
 
     def _prepare(self, frames: Tensor, geometry: Geometry) -> Tensor:
         """Resized and normalised frames, on the device."""
         images = apply_geometry(frames.to(self.device, non_blocking=True), geometry)
-        return self._normalize(images, 1.0 if frames.is_floating_point() else 255.0)
-
-    def _normalize(self, images: Tensor, full_scale: float) -> Tensor:
-        row = self.backbone.row
-        mean = torch.tensor(row.mean, dtype=torch.float64)
-        std = torch.tensor(row.std, dtype=torch.float64)
-        scale, shift = (
-            rearrange(values, "c -> c 1 1").to(images.device, torch.float32)
-            for values in (1 / (full_scale * std), mean / std)
-        )
-        # uint8 images are multiplied directly, which saves a float copy
-        images = images.float() if images.is_floating_point() else images
-        return (images * scale).sub_(shift)
+        return self.backbone.normalize(images, to_255=not frames.is_floating_point())

@@ -29,7 +29,6 @@ from cosettle_adapter.errors import (
     WeightsUnavailableError,
     did_you_mean,
 )
-from cosettle_adapter.fitting_cache import cache_folder, fitted_projection
 from cosettle_adapter.projection import (
     CONFIG_FILE,
     RECIPE,
@@ -67,6 +66,8 @@ class ModelInfo:
 
 def list_models() -> list[ModelInfo]:
     """Return every registered model, those with a published projection first."""
+    from cosettle_adapter.fitting_cache import cache_folder  # not for inference
+
     models = []
     for row in REGISTRY.values():
         config = bundled_config(row.name)
@@ -118,7 +119,8 @@ def is_published(name: str | Path) -> bool:
     """Whether a projection is published for a model; every folder and repository has one."""
     if not is_backbone_name(name):
         return True
-    return bundled_folder(str(name)) is not None or lookup(str(name)).release is not None
+    row = lookup(name)
+    return bundled_folder(row.name) is not None or row.release is not None
 
 
 def is_repository(name: str) -> bool:
@@ -129,7 +131,7 @@ def is_repository(name: str) -> bool:
 def find_projection(name: str | Path, options: HubOptions) -> Path:
     """Return the folder of a projection given by model name, folder or repository."""
     if is_backbone_name(name):
-        row = lookup(str(name))
+        row = lookup(name)
         if not is_published(name):
             raise UnknownModelError(
                 f"no projection is published for {row.name}; "
@@ -202,12 +204,14 @@ def load_parts(
     """Load a backbone, its projection, and the backbone's file if it has no public source."""
     if recipe not in (None, RECIPE):  # before anything is downloaded
         raise ValueError(f"unknown recipe {recipe!r}; expected {RECIPE} or None")
-    load = functools.partial(load_backbone, str(name), weights=weights, options=options)
+    load = functools.partial(load_backbone, name, weights=weights, options=options)
     if projection == "settle":
         backbone = load(**loading)
         method = f"{RAW}, settled on each clip as it comes"
         return backbone, identity_projection(backbone, method=method), None
     if projection == "fit" or (projection is None and not is_published(name)):
+        from cosettle_adapter.fitting_cache import fitted_projection  # not for other projections
+
         backbone = load(**loading)
         native = functools.partial(load, device=backbone.device)
         return backbone, fitted_projection(backbone, options, native=native), None
@@ -228,8 +232,8 @@ def load_parts(
     # For a projection in the package the revision is the backbone's.
     if published and folder != bundled_folder(config.backbone):
         options = dataclasses.replace(options, revision=config.backbone_revision)
-    backbone_name = config.backbone if published else str(name)
-    backbone = load_backbone(backbone_name, weights=weights or file, options=options, **loading)
+    model = config.backbone if published else name
+    backbone = load_backbone(model, weights=weights or file, options=options, **loading)
     is_only_source = weights is None and config.backbone_revision is None
     return backbone, loaded, file if is_only_source else None
 

@@ -6,9 +6,9 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.correspondence import FusionMode, TemporalFusion
 from cosettle_adapter.errors import GeometryError, MissingExtraError, StatisticsError
 from cosettle_adapter.features import FeatureModel, Size
-from cosettle_adapter.upsampling import DenseSize, Upsampler, upsample
 from cosettle_adapter.video import Fit, FrameChunk, Geometry, pinned, prefetch
 from cosettle_adapter.video.reader import name_of, other_size
+
+if TYPE_CHECKING:
+    from cosettle_adapter.upsampling import DenseSize, Upsampler
 
 Source = TypeVar("Source")
 Chunks = Generator[FrameChunk, None, None]
@@ -40,20 +42,19 @@ class FeatureChunk:
     registers: Tensor | None = None  # (N, R, C') register tokens, likewise
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamOptions:
-    """Options of ``CoSettleAdapter.stream``, which describes them."""
+class StreamOptions(TypedDict, total=False):
+    """Options of ``CoSettleAdapter.stream``, which describes them, and of ``stream_many``."""
 
-    size: Size | None = None
-    fit: Fit = "resize"
-    normalize: bool = False
-    return_backbone: bool = False
-    return_special: bool = False
-    settle: bool | None = None
-    forgetting: float = 1.0
-    temporal_fusion: FusionMode | None = None
-    dense: DenseSize | None = None
-    upsampler: Upsampler = "bilinear"
+    size: Size | None
+    fit: Fit
+    normalize: bool
+    return_backbone: bool
+    return_special: bool
+    settle: bool | None
+    forgetting: float
+    temporal_fusion: FusionMode | None
+    dense: DenseSize | None
+    upsampler: Upsampler
 
 
 def stream_videos(
@@ -69,6 +70,8 @@ def stream_videos(
     The videos are read ahead in a thread. What fails in reading one is raised after the features of
     all frames before it, or given to ``on_error`` in its place.
     """
+    if unknown := ", ".join(options.keys() - StreamOptions.__annotations__.keys()):
+        raise TypeError(f"got {unknown}, expected {', '.join(StreamOptions.__annotations__)}")
     _new_state(model, options)  # raises at once for unusable settings
     batches = _batches(_pieces(model, videos, options), batch_size)
 
@@ -95,9 +98,11 @@ def stream_videos(
 def _new_state(
     model: FeatureModel, options: StreamOptions
 ) -> tuple[Settler | None, TemporalFusion | None]:
-    settles = model.settles if options.settle is None else options.settle
-    settler = Settler(model.width, forgetting=options.forgetting) if settles else None
-    mode = options.temporal_fusion
+    settles = options.get("settle")
+    settles = model.settles if settles is None else settles
+    forgetting = options.get("forgetting", 1.0)
+    settler = Settler(model.width, forgetting=forgetting) if settles else None
+    mode = options.get("temporal_fusion")
     return settler, None if mode is None else TemporalFusion(mode)
 
 
@@ -134,7 +139,7 @@ def _pieces(
     model: FeatureModel, videos: Iterable[tuple[Any, Chunks]], options: StreamOptions
 ) -> Iterator[_Piece | _Failed]:
     """Read videos one after the other; a failure ends only its own."""
-    size, fit = options.size, options.fit
+    size, fit = options.get("size"), options.get("fit", "resize")
     for source, chunks in videos:
         video = _Video(source)
         first: Geometry | None = None
@@ -189,16 +194,20 @@ def _encoded(
     model: FeatureModel, batches: Iterable[list[_Piece] | _Failed], options: StreamOptions
 ) -> Generator[tuple[_Video, _Encoded | Exception], None, None]:
     """Encode batches, and put chunks that were divided together again."""
-    kinds = model.backbone.special if options.return_special else ()
+    kinds = model.backbone.special if options.get("return_special") else ()
     special = [Read(model.backbone.default_layer, kind=kind) for kind in kinds]
-    guided = options.dense is not None and options.upsampler == "guided"
+    guided = options.get("dense") is not None and options.get("upsampler") == "guided"
     parts: list[tuple[Tensor, ...]] = []  # tokens, features and special tokens of the next chunk
     for batch in prefetch(batches):
         if isinstance(batch, _Failed):
             yield batch
             continue
         counts = [len(piece.frames) for piece in batch]
-        maps = [torch.split(of_batch, counts) for of_batch in _encode(model, batch, special)]
+        images = [model._prepare(piece.frames, piece.geometry) for piece in batch]
+        joined = images[0] if len(images) == 1 else torch.cat(images)
+        *both, further = model._encode_images(joined, special)
+        maps = [torch.split(of_batch, counts) for of_batch in (*both, *further)]
+        del images, joined  # not kept alive while chunks wait to be taken
         for piece, *maps_of_piece in zip(batch, *maps, strict=True):
             parts.append(tuple(maps_of_piece))
             chunk, geometry = piece.chunk, piece.geometry
@@ -208,23 +217,10 @@ def _encoded(
                 maps_of_piece = [torch.cat(of_all) for of_all in zip(*parts, strict=True)]
             parts.clear()
             tokens, features, *further = maps_of_piece
-            result = FeatureChunk(
-                features,
-                chunk.timestamps,
-                geometry,
-                chunk.start,
-                lost=chunk.lost,
-                **dict(zip(kinds, further, strict=True)),
-            )
+            found = dict(zip(kinds, further, strict=True))
+            times, start = chunk.timestamps, chunk.start
+            result = FeatureChunk(features, times, geometry, start, lost=chunk.lost, **found)
             yield piece.video, _Encoded(result, tokens, chunk.frames if guided else None)
-
-
-def _encode(model: FeatureModel, batch: list[_Piece], special: Sequence[Read]) -> list[Tensor]:
-    """Tokens, features and special tokens of the frames of a batch."""
-    images = [model._prepare(piece.frames, piece.geometry) for piece in batch]
-    joined = images[0] if len(images) == 1 else torch.cat(images)
-    tokens, features, further = model._encode_images(joined, special)
-    return [tokens, features, *further]
 
 
 def _settled_and_fused(
@@ -240,19 +236,15 @@ def _settled_and_fused(
     failure: Exception | None = None
 
     def finished(item: _Encoded, features: Tensor) -> FeatureChunk:
-        dense, geometry = options.dense, item.chunk.geometry
-        if dense is None:
-            features = model._finished(features, options.normalize)
-        else:
-            features = upsample(
-                features.to(model.dtype),
-                geometry,
-                dense,
-                item.frames,
-                options.upsampler,
-                options.normalize,
-            )
-        backbone = item.tokens if options.return_backbone else None
+        features = model._finished(
+            features,
+            options.get("normalize", False),
+            item.chunk.geometry,
+            item.frames,
+            options.get("dense"),
+            options.get("upsampler", "bilinear"),
+        )
+        backbone = item.tokens if options.get("return_backbone") else None
         return dataclasses.replace(item.chunk, features=features, backbone=backbone)
 
     def complete() -> Iterator[FeatureChunk]:
@@ -277,7 +269,7 @@ def _settled_and_fused(
             continue
         ready.extend(fusion.push(features, model._guide(item.tokens)))
         empty = features.new_empty(0)  # frees the memory of the unfused ones
-        tokens = item.tokens if options.return_backbone else empty
+        tokens = item.tokens if options.get("return_backbone") else empty
         chunk = dataclasses.replace(item.chunk, features=empty)
         waiting.append(item._replace(chunk=chunk, tokens=tokens))
         yield from complete()

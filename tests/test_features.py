@@ -92,6 +92,9 @@ def test_half_precision_keeps_the_projection_in_float32(
     half = CoSettleAdapter(
         copy.deepcopy(tiny_backbone).to(torch.bfloat16), projection_for(tiny_backbone)
     )
+    assert torch.equal(
+        half.preprocess(frames()), CoSettleAdapter.raw(tiny_backbone).preprocess(frames())
+    )
     features = half(frames())
     assert features.dtype == half.dtype == torch.bfloat16
     full = CoSettleAdapter(tiny_backbone, projection_for(tiny_backbone))(frames())

@@ -34,9 +34,11 @@ def assert_same(found: list[FeatureChunk], alone: list[FeatureChunk]) -> None:
         torch.testing.assert_close(many.features, one.features, atol=1e-5, rtol=1e-5)
         assert torch.equal(many.timestamps, one.timestamps)
         assert (many.start, many.lost, many.geometry) == (one.start, one.lost, one.geometry)
-        assert (many.backbone is None) == (one.backbone is None)
-        if many.backbone is not None and one.backbone is not None:
-            torch.testing.assert_close(many.backbone, one.backbone, atol=1e-5, rtol=1e-5)
+        for name in ("backbone", "cls"):
+            other, own = getattr(many, name), getattr(one, name)
+            assert (other is None) == (own is None)
+            if own is not None:
+                torch.testing.assert_close(other, own, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +49,10 @@ def assert_same(found: list[FeatureChunk], alone: list[FeatureChunk]) -> None:
         {"settle": True, "forgetting": 0.9},
         {"temporal_fusion": "symmetric", "settle": True, "return_backbone": True},
         {"temporal_fusion": "causal", "select": FrameSelection(every=2, source_fps=10)},
+        {"return_special": True, "settle": True, "temporal_fusion": "symmetric", "dense": "input",
+         "upsampler": "guided"},
     ],
-)
+)  # fmt: skip
 def test_each_video_is_streamed_as_if_alone(
     tiny_adapter: CoSettleAdapter, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -134,6 +138,7 @@ def test_videos_are_read_a_few_batches_ahead(tiny_adapter: CoSettleAdapter) -> N
     [
         ("clips", {}, TypeError, r"got one path, clips.*find_videos"),
         ([], {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ([], {"skip": 3}, TypeError, "got skip, expected size, fit, "),
         ([], {"temporal_fusion": "past"}, ValueError, "'symmetric' or 'causal', got 'past'"),
     ],
 )

@@ -12,7 +12,6 @@ from torch import Tensor
 from cosettle_adapter.backbones.architectures import empty_model, load_tensors
 from cosettle_adapter.backbones.backbone import Backbone, Positions
 from cosettle_adapter.backbones.downloads import HubOptions
-from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone
 from cosettle_adapter.backbones.registry import REGISTRY, lookup
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.backbones.vit import VisionTransformerBackbone
@@ -25,7 +24,7 @@ __all__ = [
 
 
 def load_backbone(
-    name: str,
+    name: str | Path,
     *,
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -71,5 +70,8 @@ def build_backbone(
         for name, tensor in tensors.items()
     }
     load_tensors(model, in_float32, f"{row.name}, from {origin}" if origin else row.name)
-    wrapper: Any = VisionTransformerBackbone if row.kind == "vit" else FeatureMapBackbone
-    return wrapper(model, row, origin=origin, **wrapping)  # type: ignore[no-any-return]
+    if row.kind == "vit":
+        return VisionTransformerBackbone(model, row, origin=origin, **wrapping)
+    from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone  # not for transformers
+
+    return FeatureMapBackbone(model, row, origin=origin, **wrapping)

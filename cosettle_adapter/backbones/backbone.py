@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from cosettle_adapter.backbones.rows import BackboneRow
@@ -116,6 +117,14 @@ class Backbone(nn.Module, abc.ABC):
         self.revision = revision  # commit of the weights' Hub repository, if they come from one
         # whether to record a graph from images to tokens when gradients are enabled
         self.requires_input_grad = requires_input_grad
+        mean, std = (torch.tensor(rgb, dtype=torch.float64) for rgb in (row.mean, row.std))
+        factors = torch.stack([1 / std, 1 / (255 * std), mean / std]).float()
+        self._factors = rearrange(factors, "n c -> n c 1 1")  # no buffer: stays float32
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Backbone:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._factors = self._factors.to(self.device)
+        return self
 
     @property
     def width(self) -> int:
@@ -149,6 +158,14 @@ class Backbone(nn.Module, abc.ABC):
                     f"the nearest valid size is {near}"
                 )
         return (height - self.patch) // self.stride + 1, (width - self.patch) // self.stride + 1
+
+    def normalize(self, images: Tensor, *, to_255: bool) -> Tensor:
+        """Subtract the row's mean from RGB in [0, 255] or [0, 1], and divide by its deviation."""
+        of_1, of_255, shift = self._factors
+        # uint8 images are multiplied directly, which saves a float copy
+        images = images.float() if images.is_floating_point() else images
+        normalized: Tensor = images * (of_255 if to_255 else of_1)
+        return normalized.sub_(shift)
 
     def block(self, layer: int) -> int:
         """Return the 0-based number of a layer; negative ones count from the end."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from cosettle_adapter.backbones.registry import TRANSFORMERS
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import CorruptWeightsError, UnknownModelError, WeightsUnavailableError
 
@@ -60,7 +61,7 @@ _ONLY = {"num_channels": 3, "key_bias": False, "proj_bias": True, "mlp_bias": Tr
 
 
 def folder_row(folder: Path) -> BackboneRow:
-    """Return the row of a folder that transformers saved; its name is the absolute path.
+    """Return the row of a folder that transformers saved; its name is ``transformers:<folder>``.
 
     Unknown model types are an UnknownModelError, a missing file a WeightsUnavailableError.
     """
@@ -129,7 +130,8 @@ def architecture_row(folder: Path, **fields: Any) -> BackboneRow:
         hidden = 2 * ((hidden * 2 // 3 + 7) // 8 * 8)
     options["mlp_ratio"] = (hidden + 0.5) / width  # timm rounds down
     return BackboneRow(
-        name=str(folder), family=f"transformers {kind.removesuffix('_vision_model')}",
+        name=TRANSFORMERS + folder.name,
+        family=f"transformers {kind.removesuffix('_vision_model')}",
         patch=patch, width=width, depth=options["depth"], licence="unstated", image_size=side,
         options=options, folder=folder, **row, **fields,
     )  # fmt: skip

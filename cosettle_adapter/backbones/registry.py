@@ -22,31 +22,39 @@ from cosettle_adapter.errors import UnknownModelError, did_you_mean
 REGISTRY: dict[str, BackboneRow] = {row.name: row for row in ROWS}
 
 TIMM, OPEN_CLIP = "timm:", "open_clip:"  # prefixes of names outside the table
+TRANSFORMERS = "transformers:"  # of rows of folders, which are found by path only
 
 _PATCH = 16  # pixels per patch of the grid of feature maps, unless the name says otherwise
 # timm's spelling: SPDX
 _LICENCES = {row.licence.lower().removeprefix("licenseref-"): row.licence for row in ROWS}
 
 
-def lookup(name: str) -> BackboneRow:
+def lookup(name: str | Path) -> BackboneRow:
     """Return the row of a registered name, ``timm:<tag>``, ``open_clip:<arch>/<tag>`` or a folder.
 
-    The folder is one that transformers saved. An :class:`UnknownModelError` suggests similar names.
+    The folder is one that transformers saved; a ``Path`` is always a folder. An
+    :class:`UnknownModelError` suggests similar names.
     """
-    if name in REGISTRY:
-        return REGISTRY[name]
-    if name.startswith(TIMM):
-        return timm_row(name.removeprefix(TIMM))
-    if name.startswith(OPEN_CLIP):
+    text = name if isinstance(name, str) else ""
+    if text in REGISTRY:
+        return REGISTRY[text]
+    if text.startswith(TIMM):
+        return timm_row(text.removeprefix(TIMM))
+    if text.startswith(OPEN_CLIP):
         from cosettle_adapter.backbones.open_clip import open_clip_row  # imports this module
 
-        return open_clip_row(name.removeprefix(OPEN_CLIP))
+        return open_clip_row(text.removeprefix(OPEN_CLIP))
     if is_model_folder(Path(name).expanduser()):
         from cosettle_adapter.backbones.folders import folder_row  # only these names need it
 
         return folder_row(Path(name).expanduser())
+    if text.startswith(TRANSFORMERS):
+        raise UnknownModelError(
+            f"{text} stands for a folder that transformers saved: give its path as the model, and "
+            "the projection's folder as projection="
+        )
     raise UnknownModelError(
-        f"unknown backbone {name!r}.{did_you_mean(name, REGISTRY)} "
+        f"unknown backbone {str(name)!r}.{did_you_mean(str(name), REGISTRY)} "
         f"`cosettle-adapter list --backbones` lists all {len(REGISTRY)}; other models are "
         "timm:<tag>, open_clip:<arch>/<tag> or a folder that transformers saved."
     )

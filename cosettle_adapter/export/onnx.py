@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -120,8 +121,14 @@ def _translate(traced: Traced) -> Any:
     for name, value in traced.metadata.items():  # strings unchanged, other values as JSON
         text = value if isinstance(value, str) else json.dumps(value)
         program.model.metadata_props[name] = text
-    for node in program.model.graph:  # names of Python functions, larger than the graph itself
-        node.metadata_props.clear()
+    graph = program.model.graph
+    names = dict(zip(map(str, graph.outputs[0].shape[2:]), "hw", strict=True))
+    for node in graph:
+        node.metadata_props.clear()  # names of Python functions, larger than the graph itself
+        for shape in (value.shape for value in node.outputs if value.shape is not None):
+            for axis, side in enumerate(shape):
+                if not isinstance(side, int):  # a symbol such as s39
+                    shape[axis] = re.sub(r"s\d+", lambda s: names.get(s[0], s[0]), str(side))
     return program
 
 

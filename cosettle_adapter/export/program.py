@@ -140,7 +140,7 @@ class _Exported(nn.Module):
         """``(N, 3, H, W)`` to ``(N, C, h, w)`` in one pass."""
         adapter = self.adapter
         if self.preprocessing:
-            inputs = adapter._normalize(inputs, 255.0)
+            inputs = adapter.backbone.normalize(inputs, to_255=True)
         return adapter._finished(adapter._encode_images(inputs)[1], self.normalize)
 
 
@@ -211,13 +211,10 @@ class Traced:
         self.model(example)  # caches position embeddings of this size, to be stored as constants
         plain = _plain_attention(self.model) if unfused else contextlib.nullcontext()
         with plain, _symbolic_floats():
-            self.program = _trace(self.model, example, self.dynamic_shapes)
-            unused = _unused(self.program)
+            unused = _unused(_trace(self.model, example, None))
             # encoders read their dtype from their first parameter
             unused.discard(next(name for name, _ in self.model.named_parameters()))
-            if unused:
-                reduced = _without(self.model, unused)
-                self.program = _trace(reduced, example, self.dynamic_shapes)
+            self.program = _trace(_without(self.model, unused), example, self.dynamic_shapes)
         for node in self.program.graph.nodes:  # stack traces contain paths of this machine
             node.meta.pop("stack_trace", None)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from test_layouts import VIT, file_of
 
 from cosettle_adapter import CoSettleAdapter
@@ -166,19 +166,25 @@ def test_an_adapter_is_loaded_by_folder_and_comes_back(
     assert features.shape[-2:] == (4, 5)
     assert not is_published(folder)
     adapter.save_pretrained(saved_to)
-    again = CoSettleAdapter.from_pretrained(saved_to, cache_dir=cache)
+    again = CoSettleAdapter.from_pretrained(folder, projection=saved_to)
     assert torch.equal(again(frames), features)
+    assert adapter.config.backbone == f"transformers:{folder.name}", "no path of this machine"
+    with pytest.raises(UnknownModelError, match=r"give its path as the model, and .*projection="):
+        CoSettleAdapter.from_pretrained(saved_to)
     raw = CoSettleAdapter.raw(folder)
-    row = REGISTRY["mae-vitb16"]
     assert raw.config.norm
-    assert (row.folder, raw.backbone.row.folder) == (None, folder.resolve())
+    assert raw.backbone.row.folder == folder.resolve()
+    # a Path is a folder, even if a model has the same name
+    monkeypatch.chdir(folder.parent)
+    folder = folder.rename("mae-vitb16")
+    settling = CoSettleAdapter.from_pretrained(Path("mae-vitb16"), projection="settle")
+    assert torch.equal(settling.backbone.vit.pos_embed, raw.backbone.vit.pos_embed)
+    assert lookup("mae-vitb16").folder is None
+    assert not is_published(Path("mae-vitb16"))
     # with a projection the folder is one of save_pretrained
-    load_file(saved_to / "projection.safetensors")
-    (folder / "projection.safetensors").write_bytes(
-        (saved_to / "projection.safetensors").read_bytes()
-    )
+    shutil.copy(saved_to / "projection.safetensors", folder)
     with pytest.raises(UnknownModelError, match="unknown backbone"):
-        lookup(str(folder))
+        lookup(folder)
 
 
 @pytest.mark.parametrize(
