@@ -187,7 +187,8 @@ def davis_protocol(
         names = set(pick(clips, known, f"clip {{}} in {', '.join(map(str, data))}"))
         return [dataclasses.replace(c, name=full) for full, c in pairs if names & {full, c.name}]
 
-    settings: dict[str, Any] = {"year": year or newest_year(data[0])}
+    newest = newest_year(data[0]) if data[0].is_dir() else "the newest of the data"
+    settings: dict[str, Any] = {"year": year or newest}
     for field in ("every", "max_frames", "start", "end", "fps"):
         values = [getattr(selection, field) for selection in selections]
         settings[field] = values[0] if len(set(values)) == 1 else values
