@@ -213,13 +213,16 @@ def test_a_label_that_comes_late_is_told_with_the_way_out(run: Run, tmp_path: Pa
 
 def test_a_protocol_is_explained_without_data_or_model(run: Run) -> None:
     for words, expected in (
-        ("davis --protocol dino", ("year +the newest", "dino", "0.228, 0.224", "shorter side 480", "nearest")),
+        (
+            "davis --protocol dino",
+            ("year +the newest", "dino", "0.228, 0.224", "shorter side 480", "nearest"),
+        ),
         ("folder --protocol cropmae --topk 3", ("cropmae", "topk +3", "480 x 880", "bilinear")),
         ("folder --size 84x112", ("best", r"size +\(84, 112\)")),
         ("vip --protocol cosettle", ("has not published", "topk +10", "longer side 880")),
         ("jhmdb --joints geometric", ("best", "joints +geometric", "std +the backbone's")),
         ("badja --query-frames strict", ("query_frames +strict", "size +480 x 880")),
-        ("tapvid --protocol chrono", ("Chrono", "raster +256", "square +896")),
+        ("tapvid --protocol chrono", ("Chrono", "raster +256", "size +\\(896, 896")),
     ):
         printed = run("evaluate", *words.split(), "--explain")
         for text in expected:
