@@ -2,7 +2,8 @@
 
     python tests/benchmarks/parity_training.py CO_SETTLE
 
-CO_SETTLE is a checkout of yafeng19/Co-Settle. Weights are random. Prints the sizes of 20,000 crops, and the total loss of a batch of two clips.
+CO_SETTLE is a checkout of yafeng19/Co-Settle. Weights are random. Prints the sizes of 20,000 crops
+and the total loss of a batch of two clips.
 """
 
 from __future__ import annotations
