@@ -24,7 +24,7 @@ from helpers import shared_data, write_video
 
 pytestmark = pytest.mark.usefixtures("real_backbone")
 Run = Callable[..., str]
-SMALL = ["--size", "84x112"]
+SMALL = ["--size", "84"]  # the shorter side
 TASKS = (
     *("davis", "folder", "vip", "jhmdb", "badja", "tapvid", "rendered"),
     *("representation", "classification", "retrieval", "localisation"),
