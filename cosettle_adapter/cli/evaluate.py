@@ -144,7 +144,7 @@ def davis(
         max_frames: keep at most this many frames of a clip.
     """
     select = [FrameSelection(every=step, max_frames=max_frames) for step in every]
-    folders = [options.source(folder) for folder in data or [None]]
+    folders = list(data) or [options.source(None)]
     protocol = evaluation.davis_protocol(
         *folders, clips=options.clips, select=select, year=year, propagation=labels
     )
