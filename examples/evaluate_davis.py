@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 from cosettle_adapter import CoSettleAdapter, FrameSelection, evaluation
-from cosettle_adapter.evaluation.protocols import LABEL_PROTOCOLS
 from cosettle_adapter.evaluation.variants import RAW_LAST
 
 
@@ -61,7 +60,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-frames", type=int, help="keep at most this many frames of a clip")
     parser.add_argument("--clips", nargs="+", help="names of clips; all of val by default")
     parser.add_argument("--year", choices=("2016", "2017"), help="by default the newest in --data")
-    parser.add_argument("--protocol", choices=LABEL_PROTOCOLS, default="best")
+    parser.add_argument("--protocol", choices=evaluation.LABEL_PROTOCOLS, default="best")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 

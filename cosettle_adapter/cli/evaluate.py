@@ -19,6 +19,7 @@ from cosettle_adapter.cli.evaluate_videos import (
     retrieval,
 )
 from cosettle_adapter.cli.tables import terminal_table
+from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.joint_clips import QueryFrames
 from cosettle_adapter.evaluation.point_clips import PointProtocolName
 from cosettle_adapter.evaluation.protocols import (
@@ -48,14 +49,15 @@ class ClipOptions(FeatureOptions):
 
     Attributes:
         clips: names of the clips; all by default.
-        size: HEIGHTxWIDTH of the encoded frames; the protocol's by default.
+        size: size of the encoded frames: shorter side, or HEIGHTxWIDTH; the protocol's by default.
         settle: also score the features settled by each clip's own statistics.
         centre: also score the adapted features minus the clip's mean token.
         baseline_layers: also score these single layers minus the clip's mean token.
         temporal_fusion: also score the adapted features, and those of --baseline-layers, fused
             over time.
         save_predictions: folder for predicted masks or positions.
-        explain: only print the protocol: everything besides model and data that decides a figure.
+        explain: only print the protocol: everything besides model and data that decides a figure;
+            needs no --data.
     """
 
     clips: Sequence[str] | None = None
@@ -67,13 +69,18 @@ class ClipOptions(FeatureOptions):
     save_predictions: Path | None = None
     explain: bool = False
 
+    def source(self, data: Path | None) -> Path:
+        """Return the folder of the data, which only ``explain`` does without."""
+        if data is None and not self.explain:
+            raise FrameError("--data is missing; only --explain does without it")
+        return data or Path("--data")
+
     def run(self, protocol: Protocol[Any]) -> int:
         """Evaluate with a progress bar and print the tables; return the exit status."""
-        if isinstance(self.size, int):
-            raise ValueError(f"--size needs both sides, got {self.size}; write HEIGHTxWIDTH")
         if self.explain:
             settings = {"data set": protocol.name, **protocol.settings}
-            for name, value in (settings | ({"size": self.size} if self.size else {})).items():
+            settings |= {"size": self.size} if self.size else {}
+            for name, value in settings.items():
                 console().print(f"{name:16}{value}", markup=False, highlight=False, soft_wrap=True)
             return 0
         clips = protocol.clips()  # a wrong folder fails before a model is loaded
@@ -113,7 +120,6 @@ class ClipOptions(FeatureOptions):
 
 
 DEFAULTS = ClipOptions()
-HERE = Path()
 Labels = Annotated[Propagation, Parameter(name="*")]
 JointLabels = Annotated[LabelPropagation, Parameter(name="*")]
 
@@ -121,7 +127,7 @@ JointLabels = Annotated[LabelPropagation, Parameter(name="*")]
 @app.command
 def davis(
     *,
-    data: Sequence[Path] = (HERE,),
+    data: Sequence[Path] = (),
     year: Literal["2016", "2017"] | None = None,
     every: Sequence[int] = (1,),
     max_frames: int | None = None,
@@ -138,8 +144,9 @@ def davis(
         max_frames: keep at most this many frames of a clip.
     """
     select = [FrameSelection(every=step, max_frames=max_frames) for step in every]
+    folders = list(data) or [options.source(None)]
     protocol = evaluation.davis_protocol(
-        *data, clips=options.clips, select=select, year=year, propagation=labels
+        *folders, clips=options.clips, select=select, year=year, propagation=labels
     )
     return options.run(protocol)
 
@@ -147,7 +154,7 @@ def davis(
 @app.command
 def folder(
     *,
-    data: Path = HERE,
+    data: Path | None = None,
     late_labels: Literal["error", "keep"] = "error",
     labels: Labels = DEFAULT,
     options: ClipOptions = DEFAULTS,
@@ -160,25 +167,30 @@ def folder(
             in DAVIS, as missed objects.
     """
     protocol = evaluation.folder_protocol(
-        data, clips=options.clips, late_labels=late_labels, propagation=labels
+        options.source(data), clips=options.clips, late_labels=late_labels, propagation=labels
     )
     return options.run(protocol)
 
 
 @app.command
-def vip(*, data: Path = HERE, labels: Labels = DEFAULT, options: ClipOptions = DEFAULTS) -> int:
+def vip(
+    *, data: Path | None = None, labels: Labels = DEFAULT, options: ClipOptions = DEFAULTS
+) -> int:
     """Propagation of body parts and clothes on VIP.
 
     Args:
         data: folder VIP_Fine of VIP.
     """
-    return options.run(evaluation.vip_protocol(data, clips=options.clips, propagation=labels))
+    protocol = evaluation.vip_protocol(
+        options.source(data), clips=options.clips, propagation=labels
+    )
+    return options.run(protocol)
 
 
 @app.command
 def jhmdb(
     *,
-    data: Path = HERE,
+    data: Path | None = None,
     joints: JointRule = "published",
     labels: JointLabels = DEFAULT,
     options: ClipOptions = DEFAULTS,
@@ -190,7 +202,7 @@ def jhmdb(
         joints: how joints become patches: rounded as in published figures, or exactly (geometric).
     """
     protocol = evaluation.jhmdb_protocol(
-        data, clips=options.clips, joints=joints, propagation=labels
+        options.source(data), clips=options.clips, joints=joints, propagation=labels
     )
     return options.run(protocol)
 
@@ -198,7 +210,7 @@ def jhmdb(
 @app.command
 def badja(
     *,
-    data: Path = HERE,
+    data: Path | None = None,
     davis: Path | None = None,
     query_frames: QueryFrames = "published",
     options: ClipOptions = DEFAULTS,
@@ -212,7 +224,7 @@ def badja(
             first: yes as in published figures, or no (strict).
     """
     protocol = evaluation.badja_protocol(
-        data, clips=options.clips, davis=davis, query_frames=query_frames
+        options.source(data), clips=options.clips, davis=davis, query_frames=query_frames
     )
     return options.run(protocol)
 
@@ -220,7 +232,7 @@ def badja(
 @app.command
 def tapvid(
     *,
-    data: Path = HERE,
+    data: Path | None = None,
     mode: Literal["first", "strided"] = "first",
     protocol: PointProtocolName = "best",
     options: ClipOptions = DEFAULTS,
@@ -233,7 +245,9 @@ def tapvid(
         protocol: how frames are resized and points tracked: the package's way (best), or as
             features are compared in the paper Chrono (chrono; compare its delta_avg only).
     """
-    chosen = evaluation.tapvid_protocol(data, clips=options.clips, mode=mode, protocol=protocol)
+    chosen = evaluation.tapvid_protocol(
+        options.source(data), clips=options.clips, mode=mode, protocol=protocol
+    )
     return options.run(chosen)
 
 

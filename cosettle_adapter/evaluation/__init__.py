@@ -38,13 +38,7 @@ from cosettle_adapter.evaluation.masks import (
     region_similarity,
     summarise,
 )
-from cosettle_adapter.evaluation.point_clips import (
-    POINT_PROTOCOLS,
-    PointProtocol,
-    Tracks,
-    tapvid_clips,
-    tapvid_protocol,
-)
+from cosettle_adapter.evaluation.point_clips import Tracks, tapvid_clips, tapvid_protocol
 from cosettle_adapter.evaluation.points import (
     BadjaAccuracy,
     Pck,
@@ -56,22 +50,17 @@ from cosettle_adapter.evaluation.points import (
     queries_strided,
     tapvid_metrics,
 )
-from cosettle_adapter.evaluation.protocols import (
-    LABEL_PROTOCOLS,
-    LabelProtocol,
-    Propagation,
-    label_protocol,
-)
+from cosettle_adapter.evaluation.protocols import LABEL_PROTOCOLS, LabelProtocol, Propagation
 from cosettle_adapter.evaluation.rendered import rendered_clips, rendered_protocol
 from cosettle_adapter.evaluation.run import ClipScores, Evaluation, Protocol, evaluate
 
 __all__ = [
-    "BADJA_JOINTS", "JHMDB_JOINTS", "LABEL_PROTOCOLS", "POINT_PROTOCOLS", "VIP_CLASSES",
+    "BADJA_JOINTS", "JHMDB_JOINTS", "LABEL_PROTOCOLS", "VIP_CLASSES",
     "BadjaAccuracy", "Clip", "ClipScores", "ConfusionMatrix", "Evaluation", "Joints",
-    "LabelProtocol", "Pck", "PointProtocol", "Propagation", "Protocol", "Queries", "SequenceScores",
+    "LabelProtocol", "Pck", "Propagation", "Protocol", "Queries", "SequenceScores",
     "Summary", "TapVidMetrics", "Tracks", "badja_accuracy", "badja_clips", "badja_protocol",
     "boundary_f", "davis_clips", "davis_protocol", "evaluate", "evaluate_sequence", "folder_clips",
-    "folder_protocol", "jhmdb_clips", "jhmdb_protocol", "label_protocol", "mean_over_objects",
+    "folder_protocol", "jhmdb_clips", "jhmdb_protocol", "mean_over_objects",
     "pck", "queries_first", "queries_strided", "region_similarity", "rendered_clips",
     "rendered_protocol", "summarise", "tapvid_clips", "tapvid_metrics", "tapvid_protocol",
     "vip_clips", "vip_protocol",

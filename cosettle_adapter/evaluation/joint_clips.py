@@ -50,6 +50,7 @@ _JHMDB_PARTS = ("Rename_Images", "joint_positions", "splits")
 _THRESHOLDS = (0.1, 0.2)
 _SIGMA = 0.5  # patches
 _REACH = 2  # patches drawn around a joint: 3 sigma, rounded up
+_BADJA_SIZE = (480, 880)  # as for DAVIS, the source of most clips
 QueryFrames = Literal["published", "strict"]
 
 
@@ -227,12 +228,13 @@ def badja_protocol(
         name="badja",
         measures=("delta_seg", "delta_3px"),
         clips=lambda: badja_clips(data, clips=clips, davis=davis),
-        size=lambda _: (480, 880),  # as for DAVIS, the source of most clips
+        size=lambda _: _BADJA_SIZE,
         score=score,
         settings={
             "tracking": "nearest neighbour",
             "queries": "where a joint is first annotated",
             "query_frames": query_frames,
+            "size": "{} x {}".format(*_BADJA_SIZE),
         },
     )
 

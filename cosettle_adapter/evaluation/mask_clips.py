@@ -50,7 +50,6 @@ def mask_protocol(
     settings: Mapping[str, Any],
 ) -> Protocol[Masks]:
     """Return a benchmark that scores propagated masks by J and F."""
-
     record = propagation.on(name)
 
     def score(
@@ -132,11 +131,10 @@ def davis_clips(
 
     def make(name: str) -> Clip[Masks]:
         images, labels = (root / kind / name for kind in kinds)
-        listed = images_in(images)
-        if listed:
-            chosen = select.of(pending_frames(listed, select), name)
-            listed = [Path(item.name) for item in chosen if isinstance(item, PendingFrame)]
-        frames = listed
+        frames = images_in(images)
+        if frames:
+            chosen = select.of(pending_frames(frames, select), name)
+            frames = [Path(item.name) for item in chosen if isinstance(item, PendingFrame)]
         masks = images_named(labels, [frame.stem for frame in frames], lossless=True)
         missing = [path for path in masks if not path.is_file()] if frames else [images / "*.jpg"]
         if missing:
@@ -187,7 +185,8 @@ def davis_protocol(
         names = set(pick(clips, known, f"clip {{}} in {', '.join(map(str, data))}"))
         return [dataclasses.replace(c, name=full) for full, c in pairs if names & {full, c.name}]
 
-    settings: dict[str, Any] = {"year": year or newest_year(data[0])}
+    newest = newest_year(data[0]) if data[0].is_dir() else "the newest of the data"
+    settings: dict[str, Any] = {"year": year or newest}
     for field in ("every", "max_frames", "start", "end", "fps"):
         values = [getattr(selection, field) for selection in selections]
         settings[field] = values[0] if len(set(values)) == 1 else values
@@ -340,8 +339,8 @@ def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
     highest = int(masks[0][masks[0] != VOID].max(initial=0))
     if absent := sorted(set(range(1, highest)) - labels):
         logger.warning(
-            "%r has no object %s; as in DAVIS, each id up to the highest counts as an object, and "
-            "one that no mask has as found. Number the objects 1, 2, 3, ...", clip.name,
-            folders.few([*map(str, absent)]),
+            "no mask of %r has object %s; as in DAVIS, every id up to the highest counts as an "
+            "object, and an absent one as perfectly propagated. Number the objects 1, 2, 3, ...",
+            clip.name, folders.few([*map(str, absent)]),
         )  # fmt: skip
     return masks

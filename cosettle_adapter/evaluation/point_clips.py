@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosettle_adapter.adapter import CoSettleAdapter, Size
 from cosettle_adapter.errors import FrameError, did_you_mean
 from cosettle_adapter.evaluation.clips import Clip, entries, found_in, list_clips
 from cosettle_adapter.evaluation.points import (
@@ -49,10 +50,9 @@ class PointProtocol:
 
     Attributes:
         source: code or paper that the values are from.
-        raster: side in pixels of the square to which frames are reduced first (Lanczos); None for
-            no such step.
-        square: side in pixels of the square to which they are enlarged then (bilinear); None for a
-            shorter side of 480 with the aspect ratio kept (bicubic).
+        raster: side in pixels of the square to which frames are reduced (Lanczos) before they are
+            resized (bilinear); None to resize them directly (bicubic).
+        size: (height, width) of the encoded frames; None for a shorter side of 480.
         radius_argmax, temperature, unit_queries: as in
             :func:`~cosettle_adapter.correspondence.track_points`.
         hidden: a point counts as hidden if tracking it back misses its start by more patches.
@@ -60,11 +60,22 @@ class PointProtocol:
 
     source: str
     raster: int | None = None
-    square: int | None = None
+    size: tuple[int, int] | None = None
     radius_argmax: float = 2.0
     temperature: float = 0.05
     unit_queries: bool = True
     hidden: float = 2.0
+
+    def preprocess(self, adapter: CoSettleAdapter, frames: Tensor, *, size: Size) -> Tensor:
+        """Resize and normalise frames ``(T, 3, H, W)`` uint8 for the backbone."""
+        if self.raster is not None:
+            image: Any = require("PIL.Image", extra="eval", purpose="resizing frames")
+            sides, rule = (self.raster, self.raster), image.Resampling.LANCZOS
+            pictures = map(image.fromarray, rearrange(frames, "t c h w -> t h w c").cpu().numpy())
+            reduced = np.stack([np.asarray(picture.resize(sides, rule)) for picture in pictures])
+            images = rearrange(torch.from_numpy(reduced), "t h w c -> t c h w").float() / 255
+            frames = F.interpolate(images, size, mode="bilinear")
+        return adapter.preprocess(frames, size=size)
 
 
 PointProtocolName = Literal["best", "chrono"]
@@ -72,9 +83,9 @@ POINT_PROTOCOLS: dict[PointProtocolName, PointProtocol] = {
     "best": PointProtocol("this package"),
     # a radius below 5, and 20 as the inverse temperature
     "chrono": PointProtocol(
-        "Chrono (arXiv 2501.12218) for positions, so for delta_avg; its OA and AJ are of occlusion "
-        "that it learned from labels",
-        raster=_RASTER, square=896, radius_argmax=4.5, temperature=1 / 20, unit_queries=False,
+        "positions as in Chrono (arXiv 2501.12218): compare delta_avg only; its OA and AJ use "
+        "occlusion that is learned from labels",
+        raster=_RASTER, size=(896, 896), radius_argmax=4.5, temperature=1 / 20, unit_queries=False,
     ),
 }  # fmt: skip
 
@@ -142,9 +153,9 @@ def tapvid_protocol(
     options: dict[str, Any] = {name: getattr(record, name) for name in tracking}
 
     def size(clip: Clip[Tracks]) -> tuple[int, int]:
+        if record.size is not None:
+            return record.size
         height, width = clip.read_frame(0).shape[:2]
-        if record.square:
-            return height, width
         return round(480 * height / min(height, width)), round(480 * width / min(height, width))
 
     def score(
@@ -168,30 +179,13 @@ def tapvid_protocol(
         return ClipScores(dict(zip(measures, shares, strict=True)))
 
     measures = ("delta_avg", "OA", "AJ")
-    settings = {"protocol": protocol, "mode": mode, **vars(record)}
+    shown = record.size or "shorter side 480"
+    settings = {"protocol": protocol, "mode": mode, **vars(record), "size": shown}
 
-    def listed() -> list[Clip[Tracks]]:
-        return [_resized(clip, record) for clip in tapvid_clips(data, clips=clips)]
-
-    return Protocol("tapvid", measures, listed, size, score, settings)
-
-
-def _resized(clip: Clip[Tracks], record: PointProtocol) -> Clip[Tracks]:
-    """Return a clip whose frames are float32 squares in [0, 1], if the protocol resizes them."""
-    raster, square = record.raster, record.square
-    if raster is None or square is None:
-        return clip
-
-    def frame(index: int) -> NDArray[np.float32]:
-        image: Any = require("PIL.Image", extra="eval", purpose="resizing frames")
-        original = image.fromarray(clip.read_frame(index))
-        reduced = np.array(original.resize((raster, raster), image.Resampling.LANCZOS))
-        pixels = rearrange(torch.from_numpy(reduced).float() / 255, "h w c -> 1 c h w")
-        large = F.interpolate(pixels, (square, square), mode="bilinear")
-        return rearrange(large, "1 c h w -> h w c").contiguous().numpy()
-
-    frames = [functools.partial(frame, index) for index in range(len(clip))]
-    return dataclasses.replace(clip, frames=frames)
+    return Protocol(
+        "tapvid", measures, lambda: tapvid_clips(data, clips=clips), size, score, settings,
+        preprocess=record.preprocess,
+    )  # fmt: skip
 
 
 def _videos(path: Path) -> dict[str, Any]:

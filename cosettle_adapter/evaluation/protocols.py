@@ -1,7 +1,7 @@
 """Named protocols of label propagation: one record holds everything that decides a figure.
 
-Figures are comparable only if they come from the same protocol. :data:`LABEL_PROTOCOLS` are those
-for DAVIS and for folders of clips; :func:`label_protocol` applies what differs on other data sets.
+Figures are comparable only if they come from the same protocol. :data:`LABEL_PROTOCOLS` holds the
+settings for DAVIS and for folders of clips; :func:`label_protocol` adapts them to other data sets.
 """
 
 from __future__ import annotations
@@ -48,12 +48,10 @@ class FrameSize:
         return (given, other) if sets_height else (other, given)
 
     def __str__(self) -> str:
-        if self.sides is not None:
-            return "{} x {}".format(*self.sides)
-        for side, length in (("shorter", self.shorter), ("longer", self.longer)):
-            if length is not None:
-                return f"{side} side {length}, the other a multiple of {_MULTIPLE}"
-        return "their own"
+        if given := self.shorter or self.longer:
+            side = "shorter" if self.shorter else "longer"
+            return f"{side} side {given}, the other a multiple of {_MULTIPLE}"
+        return "{} x {}".format(*self.sides) if self.sides else "their own"
 
 
 @dataclass(frozen=True)
@@ -62,19 +60,20 @@ class LabelProtocol(PropagationProtocol):
 
     name: str
     source: str  # the code or paper that the values are from
-    # how frames are resized: as :meth:`CoSettleAdapter.preprocess` does, or as OpenCV resizes
-    # images of that type, without antialiasing
+    # how frames are resized: as by ``CoSettleAdapter.preprocess``, or as by OpenCV for arrays of
+    # that type, without antialiasing
     frames: Literal["antialiased bicubic", "bilinear, float", "bilinear, 8 bit"]
     mean: tuple[float, ...] | None  # of the colours; None for the backbone's own
     std: tuple[float, ...] | None
     size: FrameSize
-    # ``bilinear`` from the one-hot masks, or ``nearest`` from the label map, to the grid
+    # how the first labels are reduced to the grid: each object's mask bilinearly, or the label map
+    # by nearest neighbours
     first_labels: Literal["bilinear", "nearest"]
-    # where every pixel takes its strongest label: at the size of the ``masks``, or of the encoded
-    # ``frames``, to which a first mask is resized before the bilinear step (nearest, as OpenCV)
+    # size at which every pixel takes its strongest label: that of the ``masks`` or of the encoded
+    # ``frames``; for the latter, a first mask is resized (nearest) before it is reduced bilinearly
     argmax: Literal["masks", "frames"]
-    stretch: bool  # whether each label is stretched to [0, 1] before
-    nearest: Literal["OpenCV", "Pillow"]  # how label maps of frames are resized to the masks
+    stretch: bool  # whether each label's values are stretched to [0, 1] before that
+    nearest: Literal["OpenCV", "Pillow"]  # rule by which label maps are resized to the masks
     joints: JointRule  # how joints become patches; see ``joint_heat_maps``
     strongest: int  # patches whose centroid is a joint's position
     metric: str
@@ -171,8 +170,8 @@ class LabelPropagation:
     """How labels are propagated through a clip.
 
     Attributes:
-        protocol: settings of this package (best) or as published (the others), which the following
-            options override; --explain prints them.
+        protocol: settings of this package (best) or of a published evaluation (the others), which
+            the options below override; --explain prints them.
         topk: number of matches that vote for a patch.
         context: number of preceding frames to match with.
         radius: radius of the search for matches, in patches.
@@ -213,19 +212,13 @@ class Propagation(LabelPropagation):
         record = super().on(data, **changes)
         return replace(record, radius=record.radius * (self.dense or 1))
 
-    def maps(
-        self, clip: Clip[Masks], features: Tensor, geometry: Geometry
-    ) -> Tensor | Iterator[Tensor]:
-        """Return the maps to propagate masks by."""
-        if self.dense is None:
-            return features
-        sides = (self.dense * geometry.grid[0], self.dense * geometry.grid[1])
-        return self._upsampled(clip, features, geometry, sides)
-
-    def _upsampled(
-        self, clip: Clip[Masks], features: Tensor, geometry: Geometry, sides: tuple[int, int]
-    ) -> Iterator[Tensor]:
+    def maps(self, clip: Clip[Masks], features: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+        """Yield the maps ``(1, C, h, w)`` by which masks are propagated."""
         for index, coarse in enumerate(torch.split(features, 1)):
+            if self.dense is None:
+                yield coarse
+                continue
+            sides = (self.dense * geometry.grid[0], self.dense * geometry.grid[1])
             guided = self.upsampler == "guided"
             frame = as_frames(clip.read_frame(index)[None]) if guided else None
             yield upsample(coarse, geometry, sides, frame, self.upsampler or "bilinear")

@@ -16,7 +16,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from cosettle_adapter.adapter import CoSettleAdapter
+from cosettle_adapter.adapter import CoSettleAdapter, Size
 from cosettle_adapter.backbones.weights import fingerprint
 from cosettle_adapter.errors import CosettleError, FrameError, MissingExtraError
 from cosettle_adapter.evaluation.clips import A, Clip
@@ -121,7 +121,7 @@ def evaluate(
     model: str = "",
     output: Path | None = None,
     predictions: Path | None = None,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     batch_size: int = 8,
     on_clip: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> Evaluation:
@@ -136,7 +136,8 @@ def evaluate(
             is resumed: its scores are not computed again, unless a clip's files changed or
             predictions are missing. It keeps clips and variants that this run does not request.
         predictions: folder for predictions, ``<variant>/<clip>/...``.
-        size: ``(height, width)`` in place of the protocol's, rounded to whole patches.
+        size: ``(height, width)`` of the encoded frames, or their shorter side with the aspect ratio
+            kept; rounded to whole patches. By default the protocol's.
         batch_size: frames per forward pass.
         on_clip: called with the number of clips done, the number of all and the next clip's name.
 
@@ -150,7 +151,7 @@ def evaluate(
     settings = {
         "task": protocol.name,
         **protocol.settings,
-        "frame_size": "the protocol's" if size is None else list(size),
+        "frame_size": size or "the protocol's",
         "model": model or adapter.config.backbone,
         **model_settings(adapter),
         "drift": guide.name if protocol.correspondences is None else "true motion",
@@ -168,8 +169,11 @@ def evaluate(
     def score(clip: Clip[Any], missing: Sequence[FeatureVariant], entry: ClipResult) -> None:
         height, width = clip.read_frame(0).shape[:2]
         patch, stride = adapter.backbone.patch, adapter.backbone.stride
-        rows, columns = (nearest_valid(s, patch, stride) for s in size or protocol.size(clip))
-        geometry = plan_geometry(height, width, patch=patch, stride=stride, size=(rows, columns))
+        sides = size or protocol.size(clip)
+        if not isinstance(sides, int):
+            rows, columns = (nearest_valid(side, patch, stride) for side in sides)
+            sides = rows, columns
+        geometry = plan_geometry(height, width, patch=patch, stride=stride, size=sides)
         truth = protocol.correspondences
         matches = None if truth is None else truth(clip, geometry)
         encoded = [*([guide] if matches is None else []), *missing]

@@ -1,9 +1,9 @@
 """Training beside the official code, on the same weights, frames and crops of positions.
 
-    git clone https://github.com/yafeng19/Co-Settle PEER
-    python tests/benchmarks/parity_training.py PEER
+    python tests/benchmarks/parity_training.py CO_SETTLE
 
-Weights are random. Prints the sizes of 20,000 crops, and the total loss of a batch of two clips.
+CO_SETTLE is a checkout of yafeng19/Co-Settle. Weights are random. Prints the sizes of 20,000 crops
+and the total loss of a batch of two clips.
 """
 
 from __future__ import annotations

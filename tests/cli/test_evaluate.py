@@ -24,7 +24,7 @@ from helpers import shared_data, write_video
 
 pytestmark = pytest.mark.usefixtures("real_backbone")
 Run = Callable[..., str]
-SMALL = ["--size", "84x112"]
+SMALL = ["--size", "84"]  # the shorter side
 TASKS = (
     *("davis", "folder", "vip", "jhmdb", "badja", "tapvid", "rendered"),
     *("representation", "classification", "retrieval", "localisation"),
@@ -117,11 +117,11 @@ def test_mistakes_are_a_sentence(run: Run, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     for words, status, message in (
         *((f"{task} --data nowhere", 1, "nowhere") for task in TASKS),
-        ("rendered --size 224", 1, "write HEIGHTxWIDTH"),
+        *((task, 1, "--data is missing") for task in TASKS[:6]),
+        ("rendered --size 22x4x1", 2, "expected 476 or 476x882"),
         ("rendered --baselines a/x b/x", 1, "several baselines of one name"),
         ("jhmdb --data . --year 2017", 2, "--year"),
         ("retrieval --data . --every 2", 2, "--every"),
-        ("davis", 1, "expected JPEGImages/480p"),  # in the current folder
         ("davis --protocol cropma", 2, "cropmae"),
         ("vip --data . elsewhere", 2, "elsewhere"),
     ):
@@ -211,15 +211,19 @@ def test_a_label_that_comes_late_is_told_with_the_way_out(run: Run, tmp_path: Pa
     run(*command, "--late-labels", "keep")
 
 
-def test_a_protocol_is_explained_without_data_or_model(run: Run, tmp_path: Path) -> None:
+def test_a_protocol_is_explained_without_data_or_model(run: Run) -> None:
     for words, expected in (
-        ("davis --protocol dino", ("dino", "0.228, 0.224", "shorter side 480", "nearest")),
+        (
+            "davis --protocol dino",
+            ("year +the newest", "dino", "0.228, 0.224", "shorter side 480", "nearest"),
+        ),
         ("folder --protocol cropmae --topk 3", ("cropmae", "topk +3", "480 x 880", "bilinear")),
         ("folder --size 84x112", ("best", r"size +\(84, 112\)")),
         ("vip --protocol cosettle", ("has not published", "topk +10", "longer side 880")),
         ("jhmdb --joints geometric", ("best", "joints +geometric", "std +the backbone's")),
-        ("badja --query-frames strict", ("query_frames +strict",)),
+        ("badja --query-frames strict", ("query_frames +strict", "size +480 x 880")),
+        ("tapvid --protocol chrono", ("Chrono", "raster +256", "size +\\(896, 896")),
     ):
-        printed = run("evaluate", *words.split(), "--data", tmp_path / "nowhere", "--explain")
+        printed = run("evaluate", *words.split(), "--explain")
         for text in expected:
             assert re.search(text, printed), (text, printed)

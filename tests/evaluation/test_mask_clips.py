@@ -129,7 +129,7 @@ def test_labels_that_appear_late(tmp_path: Path) -> None:
 
 def test_ids_with_gaps_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder_clips(write_folder(tmp_path, SHAPES * 3))[0].read_annotations()
-    assert "has no object 1, 2" in caplog.text
+    assert "has object 1, 2" in caplog.text
 
 
 def test_masks_that_cannot_be_used(tmp_path: Path) -> None:

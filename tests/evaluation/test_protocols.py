@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -143,17 +143,17 @@ def test_masks_are_propagated_on_a_finer_grid(upsampler: Any) -> None:
     size = (H * PATCH, W * PATCH, 3)
     frames = tuple(np.full(size, 10 * t, dtype=np.uint8) for t in range(FRAMES))
     clip = dataclasses.replace(masks(2), frames=frames)
-    maps, options = Propagation(dense=3, upsampler=upsampler).prepared(clip, KNOWS, GEOMETRY)
-    assert options == {"protocol": "crw", "radius": 60}
+    finer = Propagation("dino", dense=3, upsampler=upsampler)
+    assert finer.on("davis").radius == 36
+    maps = finer.maps(clip, KNOWS, GEOMETRY)
     for found, features, frame in zip(maps, KNOWS, frames, strict=True):
         guide = as_frames(frame[None])
         torch.testing.assert_close(
             found,
             upsample(features[None], GEOMETRY, (3 * H, 3 * W), frames=guide, upsampler=upsampler),
         )
-    maps, options = NEAREST.prepared(clip, KNOWS, GEOMETRY)
-    assert maps is KNOWS
-    assert options["radius"] == 4
+    assert NEAREST.on("davis").radius == 4
+    assert torch.equal(torch.cat([*NEAREST.maps(clip, KNOWS, GEOMETRY)]), KNOWS)
     with pytest.raises(ValueError, match="without dense; give dense=2"):
         Propagation(upsampler=upsampler)
 
@@ -383,22 +383,19 @@ def test_points_are_tracked_as_chrono_does(mode: Any, tmp_path: Path) -> None:
     assert scores.values["delta_avg"] == pytest.approx(by_hand.delta_avg)
 
 
-def test_chrono_reduces_frames_and_enlarges_them(tmp_path: Path) -> None:
+def test_chrono_reduces_frames_and_enlarges_them() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 30, 50, 3), dtype=np.uint8)
-    video = {"video": frames, "points": np.zeros((1, 2, 2)), "occluded": np.zeros((1, 2), bool)}
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": video}))
-    protocol = evaluation.tapvid_protocol(tmp_path / "a.pkl", protocol="chrono")
-    (clip,) = protocol.clips()
-    assert protocol.size(clip) == (896, 896)
+    protocol = evaluation.tapvid_protocol(Path(), protocol="chrono")
+    assert protocol.size(masks(1)) == (896, 896)
     small = np.asarray(Image.fromarray(frames[1]).resize((256, 256), Image.Resampling.LANCZOS))
-    found = clip.read_frame(1)
+    adapter: Any = SimpleNamespace(preprocess=lambda images, size: images)
+    given = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
+    found = rearrange(protocol.preprocess(adapter, given, size=(896, 896))[1], "c h w -> h w c")
     # pixel k is the mean of pixels at (k + 0.5) * 256 / 896 - 0.5
     at = (np.arange(896) + 0.5) * 256 / 896 - 0.5
     rows = np.apply_along_axis(lambda line: np.interp(at, np.arange(256), line), 0, small / 255)
     expected = np.apply_along_axis(lambda line: np.interp(at, np.arange(256), line), 1, rows)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert protocol.settings["raster"] == 256
-    assert clip.digest() == evaluation.tapvid_clips(tmp_path / "a.pkl")[0].digest()
 
 
 def test_a_point_is_called_hidden_where_its_way_back_misses_it() -> None:

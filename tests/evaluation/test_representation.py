@@ -285,7 +285,7 @@ def test_one_pass_gives_what_the_parts_give(
         assert [video.name for video in found.videos] == ["a.mp4", "b.mp4", "c.mp4"]
     assert report.spectrum is not None
     spectrum = statistics.spectrum(tiny_adapter.projection.project)
-    torch.testing.assert_close(report.spectrum.intra, spectrum.intra, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(report.spectrum.intra, spectrum.intra, rtol=3e-3, atol=1e-6)
     assert [m.cycle_consistency for m in report.failures] == pytest.approx(sorted(shares.values()))
     for moment in report.failures:
         assert moment.cycle_consistency == pytest.approx(shares[moment.video])
