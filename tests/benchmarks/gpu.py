@@ -314,7 +314,7 @@ def _steps(session: Session, settings: TrainSettings, data: Any, what: str) -> I
 
 
 def correspondence(session: Session) -> Iterator[Row]:
-    """Label propagation (crw: 20 frames, radius 20) and temporal fusion, frame by frame."""
+    """Label propagation (20 frames, radius 20) and temporal fusion, frame by frame."""
     for grid in session.pick(((34, 63), (60, 107)), ((6, 8),)):
         features, labels = scene(grid, 32, session.pick(768, 16), device=session.device)
         features = features.to(session.dtype)
