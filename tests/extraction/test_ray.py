@@ -76,6 +76,7 @@ def deadly_adapter() -> None:
     os._exit(1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workers")
 def test_what_kills_every_worker_is_given_up(tmp_path: Path) -> None:
     jobs = [Job("a.mp4", tmp_path / "a.npy"), Job("b.mp4", tmp_path / "b.npy")]

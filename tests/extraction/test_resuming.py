@@ -50,7 +50,9 @@ def content(output: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-@pytest.mark.parametrize("kind", ["plain", "symmetric", "settle", "tokens"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "symmetric", "tokens", pytest.param("settle", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_is_resumed_to_the_same_bytes(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("zarr")
     pytest.importorskip("pyarrow")
