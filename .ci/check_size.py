@@ -6,8 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# What is reached. The aims, 17,500 for the package and 12,000 for the tests, are missed: raise
-# these only for a feature, lower them with every line that goes.
+# Current limits; the aims are 17,500 for the package and 12,000 for the tests. Raise them only for
+# a feature, and lower them whenever the code shrinks.
 PACKAGE_LINES = 23_100
 TEST_LINES = 22_550
 MODULE_LINES = 400

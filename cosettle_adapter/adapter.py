@@ -71,8 +71,8 @@ class CoSettleAdapter(FeatureModel):
 
         Args:
             name: a registered name (``list_models()``), a Hub repository ``owner/name``, a folder
-                that :meth:`save_pretrained` wrote, or one of a backbone as transformers saves it.
-                If a model has the same name, write ``./name`` or pass a ``Path``.
+                that :meth:`save_pretrained` wrote, or a backbone's folder saved by transformers.
+                For a folder that is named like a model, write ``./name`` or pass a ``Path``.
             projection: ``"published"``; ``"fit"``, read from the cache, or fitted on the package's
                 photographs in about a minute and cached; a folder with a projection for the
                 backbone ``name``; or ``"settle"``, which uses no projection and settles the
@@ -85,8 +85,8 @@ class CoSettleAdapter(FeatureModel):
                 positions and the projection stay float32.
             stride: step between patches in pixels; below the patch size, patches overlap.
             requires_input_grad: let gradients flow back to the frames.
-            backbone_weights: safetensors file, PyTorch checkpoint or folder of transformers, in
-                timm's, the authors', OpenAI's or Hugging Face's layout, used in place of the
+            backbone_weights: safetensors file, PyTorch checkpoint or folder saved by transformers,
+                in timm's, the authors', OpenAI's or Hugging Face's layout, in place of the
                 registered source.
             cache_dir: cache folder for backbone and projection, in place of ``HF_HOME``.
             revision: branch, tag or commit of the projection's repository; of the backbone's
@@ -208,8 +208,8 @@ class CoSettleAdapter(FeatureModel):
             skip: number of selected frames to skip without encoding them, to resume a stream.
             size, fit, normalize: as in :meth:`forward`.
             return_backbone: fill ``chunk.backbone``.
-            return_special: fill ``chunk.cls`` and ``chunk.registers``: the tokens of single frames
-                that :meth:`tokens` returns, neither settled nor fused.
+            return_special: fill ``chunk.cls`` and ``chunk.registers`` with the tokens that
+                :meth:`tokens` returns, neither settled nor fused.
             settle: settle each frame with the statistics of the frames up to it, which suits live
                 streams; default: ``self.settles``. For a whole clip, see :meth:`settle`.
             forgetting: with ``settle``, the factor on the statistics of earlier frames at each new
@@ -218,7 +218,7 @@ class CoSettleAdapter(FeatureModel):
                 settling (:class:`~cosettle_adapter.correspondence.TemporalFusion`):
                 ``"symmetric"`` uses past and future frames and delays features by two frames,
                 ``"causal"`` uses past frames only. Fused features carry no gradients.
-            dense, upsampler: as in :meth:`forward`; the last step.
+            dense, upsampler: as in :meth:`forward`, applied last.
 
         Raises:
             FrameError: the source has no frames, or frames of an unsupported shape or range, or
@@ -241,28 +241,27 @@ class CoSettleAdapter(FeatureModel):
     ) -> Iterator[tuple[Source, FeatureChunk]]:
         """Yield ``(source, chunk)`` for one video after the other, with batches across videos.
 
-        Short videos leave the batches of :meth:`stream` half empty; here the frames of the next
-        videos fill them, if they have the same size or ``size`` gives them one. The chunks of each
-        video are those of :meth:`stream`: settling and fusion start anew with each video, and
-        features differ only by the rounding of float sums, which depends on the batch. (So
-        ``extract``, which promises the same bytes after an interruption, does not use this.)
+        Batches that short videos leave half empty in :meth:`stream` are filled with frames of the
+        next videos, if all have one size or ``size`` is given. Settling and fusion restart with
+        each video. Features equal those of :meth:`stream` up to rounding, which depends on the
+        batch; ``extract``, which writes the same bytes after an interruption, does not use this.
 
         Args:
-            sources: videos as :meth:`stream` takes them, in a list or an iterator. They are read
-                one after the other in a thread, ahead by a few batches of frames.
+            sources: list or iterator of videos as :meth:`stream` takes them. A thread reads them
+                one after the other, a few batches ahead.
             select: as in :meth:`stream`, for every video.
             batch_size: frames per forward pass, and at most per chunk.
             on_error: called with a source and its error, after the features of the frames before
-                it; the other videos continue. By default, the error is raised there.
+                it; then the next video follows. By default, the error is raised.
             **options: as in :meth:`stream`, but without ``skip``.
 
         Raises:
-            FrameError, DamagedError: as in :meth:`stream`, but while streaming.
+            FrameError, DamagedError: as in :meth:`stream`, during the iteration.
         """
         if isinstance(sources, (str, os.PathLike)):
             raise TypeError(
                 f"expected several sources, got one path, {sources}: give a list of paths, such as "
-                "cosettle_adapter.video.find_videos(folder), or use stream"
+                "cosettle_adapter.video.find_videos(folder), or call stream"
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")

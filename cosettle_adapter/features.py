@@ -29,7 +29,7 @@ DEFAULT_BATCH_SIZE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens of frames, in the adapter's dtype; ``T`` stands for the frames' dimensions."""
+    """Tokens of frames, in the adapter's dtype; ``T`` stands for the leading dimensions."""
 
     patch: Tensor  # (T, C, h, w) patch tokens of the backbone
     adapted: Tensor  # (T, C', h, w) features, as ``adapter(frames)`` returns them
@@ -145,9 +145,9 @@ class FeatureModel(nn.Module):
             batch_size: frames per forward pass; bounds memory and does not change the result.
             normalize: scale every patch's (with ``dense``, pixel's) feature to unit length.
             return_backbone: also return the tokens that the projection reads.
-            dense: return one feature per pixel of the given frames (``"input"``) or of
-                ``(height, width)`` pixels that span them, without gradients.
-            upsampler: of ``dense``: ``"bilinear"``, or ``"guided"`` by the colours of the frames
+            dense: upsample the features, without gradients, to one per pixel of the frames
+                (``"input"``) or to ``(height, width)``.
+            upsampler: for ``dense``: ``"bilinear"``, or ``"guided"`` by the colours of the frames
                 (:mod:`~cosettle_adapter.upsampling`).
 
         Returns:
@@ -162,16 +162,16 @@ class FeatureModel(nn.Module):
         packed, leading = self._pack(frames, batch_size)
         backbone_maps: list[Tensor] = []
         projected: list[Tensor] = []
-        at_once = dense is None and not self.settles  # each batch, which saves memory
+        by_batch = dense is None and not self.settles  # saves memory
         for batch in torch.split(packed, batch_size):
             tokens, features, geometry, _ = self._encode(batch, size=size, fit=fit)
-            if at_once:
+            if by_batch:
                 features = self._finished(features, normalize, upsampler=upsampler)
             projected.append(features)
             if return_backbone:
                 backbone_maps.append(tokens)
         flat = torch.cat(projected)
-        if not at_once:
+        if not by_batch:
             flat = self._settled(flat, leading)
             flat = self._finished(flat, normalize, geometry, packed, dense, upsampler)
         maps: Tensor = unpack(flat, leading, "* c h w")[0]
@@ -194,19 +194,19 @@ class FeatureModel(nn.Module):
     ) -> Tokens:
         """Return class, register and patch tokens beside the features, from one pass.
 
-        They are read before any head, after the final norm if it is the last layer's and the model
+        Tokens are read before any head; those of the last layer after the final norm, if the model
         has one. Models with attention pooling (SigLIP) or mean pooling and feature maps (CNNs,
-        Swin) have no class token. The features' mean describes a frame of any model.
+        Swin) have no class token; the mean of the features describes a frame of any model.
 
         Args:
             frames, size, fit, batch_size: as in :meth:`forward`.
             layer: 0-based layer of ``cls``, ``registers`` and ``patch``, negative from the end;
-                default: the last one, of feature maps the backbone's default.
-            attention: layer to return the attention of: for every head, how much each token
-                (row) attends to each (column). The class token comes first, then registers, then
-                patches by rows: the class token's map is
-                ``tokens.attention[:, :, 0, -h * w:]`` with ``h, w = tokens.geometry.grid``. At
-                N = 1370 tokens and 12 heads it takes 90 MB per frame in float32.
+                default: the last one; for feature maps, the backbone's default layer.
+            attention: layer whose attention is returned: for every head, how much each token
+                (row) attends to each token (column), in the order class token, registers, patches
+                by rows. The class token's map is ``tokens.attention[:, :, 0, -h * w:]`` with
+                ``h, w = tokens.geometry.grid``. 1370 tokens and 12 heads take 90 MB per frame in
+                float32.
 
         Raises:
             ValueError: no such layer, or no attention between all patches (feature maps).
@@ -221,18 +221,18 @@ class FeatureModel(nn.Module):
         projected: list[Tensor] = []
         read: list[list[Tensor]] = []
         for batch in torch.split(packed, batch_size):
-            _, features, geometry, further = self._encode(batch, size=size, fit=fit, also=reads)
+            _, features, geometry, outputs = self._encode(batch, size=size, fit=fit, also=reads)
             projected.append(features)
-            read.append(further)
+            read.append(outputs)
         adapted = self._settled(torch.cat(projected), leading).to(self.dtype)
-        found: dict[str, Tensor] = {"adapted": unpack(adapted, leading, "* c h w")[0]}
+        tokens: dict[str, Tensor] = {"adapted": unpack(adapted, leading, "* c h w")[0]}
         for (*_, kind), *parts in zip(reads, *read, strict=True):
             axes = {"cls": "* c", "registers": "* n c"}.get(kind, "* c h w")
-            (found[kind],) = unpack(torch.cat(parts), leading, axes)
-        return Tokens(**found, geometry=geometry)
+            (tokens[kind],) = unpack(torch.cat(parts), leading, axes)
+        return Tokens(**tokens, geometry=geometry)
 
     def _pack(self, frames: Any, batch_size: int) -> tuple[Tensor, Any]:
-        """Frames ``(N, 3, H, W)``, and their leading dimensions before."""
+        """Frames ``(N, 3, H, W)``, and the leading dimensions to restore."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         packed, leading = pack([as_frames(frames)], "* c h w")
@@ -255,8 +255,8 @@ class FeatureModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Geometry, list[Tensor]]:
         """Tokens, features, geometry and further reads of frames, in one pass."""
         geometry = self.geometry(*frames.shape[-2:], size=size, fit=fit)
-        tokens, features, further = self._encode_images(self._prepare(frames, geometry), also)
-        return tokens, features, geometry, further
+        tokens, features, outputs = self._encode_images(self._prepare(frames, geometry), also)
+        return tokens, features, geometry, outputs
 
     def _encode_images(
         self, images: Tensor, also: Sequence[Read] = ()
@@ -279,9 +279,9 @@ class FeatureModel(nn.Module):
         """Features in the adapter's dtype, with ``dense`` one per pixel of ``frames``."""
         if dense is None or geometry is None:
             if upsampler != "bilinear":
-                raise ValueError(f"upsampler={upsampler!r} needs dense: the size of the features")
+                raise ValueError(f"upsampler={upsampler!r} needs dense, the size of the features")
             return (F.normalize(features, dim=1) if normalize else features).to(self.dtype)
-        from cosettle_adapter.upsampling import upsample  # few streams need it
+        from cosettle_adapter.upsampling import upsample  # rarely used
 
         return upsample(features.to(self.dtype), geometry, dense, frames, upsampler, normalize)
 

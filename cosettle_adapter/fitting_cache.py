@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def cache_folder(name: str, fingerprint: str, options: HubOptions) -> Path:
     """Return the cache folder of a backbone's fitted projection, which need not exist."""
-    slug = re.sub(r"[^\w.-]+", "-", name)[-100:]  # a folder's name can be long
+    slug = re.sub(r"[^\w.-]+", "-", name)[-100:]  # folder names can be long
     short = fingerprint.removeprefix("sha256:")[:12]
     return options.own_cache("projections", f"{slug}-{short}-recipe{RECIPE}")
 

@@ -66,7 +66,7 @@ class ModelInfo:
 
 def list_models() -> list[ModelInfo]:
     """Return every registered model, those with a published projection first."""
-    from cosettle_adapter.fitting_cache import cache_folder  # not for inference
+    from cosettle_adapter.fitting_cache import cache_folder  # inference does not need it
 
     models = []
     for row in REGISTRY.values():
@@ -210,7 +210,7 @@ def load_parts(
         method = f"{RAW}, settled on each clip as it comes"
         return backbone, identity_projection(backbone, method=method), None
     if projection == "fit" or (projection is None and not is_published(name)):
-        from cosettle_adapter.fitting_cache import fitted_projection  # not for other projections
+        from cosettle_adapter.fitting_cache import fitted_projection  # rarely used
 
         backbone = load(**loading)
         native = functools.partial(load, device=backbone.device)

@@ -1,4 +1,4 @@
-"""Streams of features: videos are encoded in full batches, then settled and fused one by one."""
+"""Streams of features: encode videos in full batches, then settle and fuse each video."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FeatureChunk:
     geometry: Geometry  # how patches map to pixels of the source's frames
     start: int  # number of frames delivered before this chunk
     backbone: Tensor | None = None  # (N, C', h, w) tokens before the projection, on request
-    lost: tuple[float, ...] = ()  # seconds of frames that damage took, in this chunk or around it
+    lost: tuple[float, ...] = ()  # seconds of frames lost to damage, in or next to this chunk
     cls: Tensor | None = None  # (N, C') class tokens, on request, if the backbone has one
     registers: Tensor | None = None  # (N, R, C') register tokens, likewise
 
@@ -65,10 +65,10 @@ def stream_videos(
     batch_size: int,
     on_error: Callable[[Source, Exception], None] | None = None,
 ) -> Iterator[tuple[Source, FeatureChunk]]:
-    """Encode videos, given as sources and their frames, as ``CoSettleAdapter.stream`` describes.
+    """Encode pairs of a source and its frames as ``CoSettleAdapter.stream`` describes.
 
-    The videos are read ahead in a thread. What fails in reading one is raised after the features of
-    all frames before it, or given to ``on_error`` in its place.
+    A thread reads the videos ahead. An error in a video is raised after the features of all frames
+    before it, or passed to ``on_error``.
     """
     if unknown := ", ".join(options.keys() - StreamOptions.__annotations__.keys()):
         raise TypeError(f"got {unknown}, expected {', '.join(StreamOptions.__annotations__)}")
@@ -121,24 +121,24 @@ class _Piece(NamedTuple):
 
 
 class _Failed(NamedTuple):
-    """In place of the rest of a video, why it cannot be read."""
+    """The error that ends a video, in place of its remaining frames."""
 
     video: _Video
     error: Exception
 
 
 class _Encoded(NamedTuple):
-    """A chunk before settling and fusion, and what these need."""
+    """A chunk before settling and fusion, and their inputs."""
 
     chunk: FeatureChunk
     tokens: Tensor
-    frames: Tensor | None  # that guide the dense maps
+    frames: Tensor | None  # for guided upsampling
 
 
 def _pieces(
     model: FeatureModel, videos: Iterable[tuple[Any, Chunks]], options: StreamOptions
 ) -> Iterator[_Piece | _Failed]:
-    """Read videos one after the other; a failure ends only its own."""
+    """Read videos one after the other; an error ends only its own video."""
     size, fit = options.get("size"), options.get("fit", "resize")
     for source, chunks in videos:
         video = _Video(source)
@@ -156,7 +156,7 @@ def _pieces(
                         )
                     yield _Piece(video, chunk, chunk.frames, geometry)
                     del chunk  # not kept alive while the next is read
-        except MissingExtraError:  # would fail for every video
+        except MissingExtraError:  # fails for every video
             raise
         except GeometryError as error:
             yield _Failed(video, GeometryError(f"{name_of(source)}: {error}"))
@@ -167,7 +167,7 @@ def _pieces(
 def _batches(
     pieces: Iterable[_Piece | _Failed], batch_size: int
 ) -> Iterator[list[_Piece] | _Failed]:
-    """Fill batches with frames that become images of one size, whatever videos they are from."""
+    """Fill batches across videos with frames that become images of one size."""
     batch: list[_Piece] = []
     for piece in pieces:
         image = None if isinstance(piece, _Failed) else piece.geometry.padded
@@ -193,7 +193,7 @@ def _batches(
 def _encoded(
     model: FeatureModel, batches: Iterable[list[_Piece] | _Failed], options: StreamOptions
 ) -> Generator[tuple[_Video, _Encoded | Exception], None, None]:
-    """Encode batches, and put chunks that were divided together again."""
+    """Encode batches and join the parts of split chunks."""
     kinds = model.backbone.special if options.get("return_special") else ()
     special = [Read(model.backbone.default_layer, kind=kind) for kind in kinds]
     guided = options.get("dense") is not None and options.get("upsampler") == "guided"
@@ -205,21 +205,21 @@ def _encoded(
         counts = [len(piece.frames) for piece in batch]
         images = [model._prepare(piece.frames, piece.geometry) for piece in batch]
         joined = images[0] if len(images) == 1 else torch.cat(images)
-        *both, further = model._encode_images(joined, special)
-        maps = [torch.split(of_batch, counts) for of_batch in (*both, *further)]
-        del images, joined  # not kept alive while chunks wait to be taken
-        for piece, *maps_of_piece in zip(batch, *maps, strict=True):
-            parts.append(tuple(maps_of_piece))
+        *both, extra = model._encode_images(joined, special)
+        maps = [torch.split(output, counts) for output in (*both, *extra)]
+        del images, joined  # not kept alive while chunks wait for the consumer
+        for piece, *piece_maps in zip(batch, *maps, strict=True):
+            parts.append(tuple(piece_maps))
             chunk, geometry = piece.chunk, piece.geometry
             if sum(len(part[0]) for part in parts) < len(chunk.frames):
                 continue
-            if len(batch) > 1 or len(parts) > 1:  # not views of the memory of other videos
-                maps_of_piece = [torch.cat(of_all) for of_all in zip(*parts, strict=True)]
+            if len(batch) > 1 or len(parts) > 1:  # copies: views would keep other videos alive
+                piece_maps = [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
             parts.clear()
-            tokens, features, *further = maps_of_piece
-            found = dict(zip(kinds, further, strict=True))
+            tokens, features, *extra = piece_maps
+            named = dict(zip(kinds, extra, strict=True))
             times, start = chunk.timestamps, chunk.start
-            result = FeatureChunk(features, times, geometry, start, lost=chunk.lost, **found)
+            result = FeatureChunk(features, times, geometry, start, lost=chunk.lost, **named)
             yield piece.video, _Encoded(result, tokens, chunk.frames if guided else None)
 
 
@@ -229,7 +229,7 @@ def _settled_and_fused(
     options: StreamOptions,
     name: str,
 ) -> Iterator[FeatureChunk | Exception]:
-    """Settle and fuse the chunks of one video; what it failed with comes last."""
+    """Settle and fuse the chunks of one video; yield its error, if any, last."""
     settler, fusion = _new_state(model, options)
     waiting: collections.deque[_Encoded] = collections.deque()
     ready: list[Tensor] = []
@@ -268,7 +268,7 @@ def _settled_and_fused(
             yield finished(item, features)
             continue
         ready.extend(fusion.push(features, model._guide(item.tokens)))
-        empty = features.new_empty(0)  # frees the memory of the unfused ones
+        empty = features.new_empty(0)  # frees the memory of unfused features
         tokens = item.tokens if options.get("return_backbone") else empty
         chunk = dataclasses.replace(item.chunk, features=empty)
         waiting.append(item._replace(chunk=chunk, tokens=tokens))

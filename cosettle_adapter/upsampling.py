@@ -1,9 +1,9 @@
 """Pixel-dense features: from one vector per patch to one per pixel, a tile at a time.
 
 ``bilinear`` interpolates between the centres of patches. ``guided`` is joint bilateral upsampling
-(Kopf, Cohen, Lischinski & Uyttendaele, SIGGRAPH 2007): a pixel's feature is the mean of those of
-the 5 x 5 nearest patches, weighted by how near they are and how similar in colour, so that features
-change where the frame has an edge::
+(Kopf, Cohen, Lischinski & Uyttendaele, SIGGRAPH 2007): a pixel's feature is the mean over the 5 x 5
+nearest patches, weighted by distance and by similarity of colour, so that features follow the edges
+of the frame::
 
     y(p) = sum_q w(p, q) x(q) / sum_q w(p, q)
     w(p, q) = exp(-|p - q|^2 / (2 * 0.5^2)) exp(-|I(p) - I(q)|^2 / (2 * 0.1^2))
@@ -29,8 +29,8 @@ from cosettle_adapter.video.geometry import Geometry, apply_geometry, as_sides, 
 Upsampler = Literal["bilinear", "guided"]
 DenseSize = tuple[int, int] | Literal["input"]
 
-# of guided upsampling, as in the paper
-RADIUS = 2  # patches, of the 5 x 5 nearest
+# parameters of guided upsampling, as in the paper
+RADIUS = 2  # patches: a neighbourhood of 5 x 5
 DISTANCE = 0.5  # patches, standard deviation
 COLOUR = 0.1  # of [0, 1], standard deviation
 
@@ -50,15 +50,15 @@ def upsample(
 ) -> Tensor:
     """Return one feature per pixel, ``(T, C, H, W)`` in the dtype of ``features``, no gradients.
 
-    Beyond the centres of the outermost patches, features continue with their value at the border.
-    Besides the result, memory holds one tile: of n = T (tile H / h) (tile W / w) pixels, in
-    float32, C channels, ``(tile + 4)^2`` weights and a few copies of these; ``guided`` also holds
-    the frames in float32.
+    Beyond the centres of the outermost patches, features keep their value at the border. Besides
+    the result, memory holds one tile in float32: for each of its T (tile H / h) (tile W / w)
+    pixels C channels and a few copies of ``(tile + 4)^2`` weights. ``guided`` also holds the frames
+    in float32.
 
     Args:
         features: ``(T, C, h, w)`` on the grid of ``geometry``.
         geometry: how the frames became the grid of patches.
-        size: ``(H, W)`` to which the whole frame is sampled, or ``"input"`` for its own pixels.
+        size: ``(H, W)`` of the result, which spans the frame, or ``"input"`` for the frame's own.
         frames: ``(T, 3, H', W')`` of the size in ``geometry``, RGB, uint8 in [0, 255] or floating
             point in [0, 1]; only for ``guided``.
         upsampler: ``"bilinear"`` or ``"guided"`` by the frames.
@@ -67,7 +67,7 @@ def upsample(
 
     Raises:
         GeometryError: features, frames or size do not fit the geometry.
-        ValueError: another upsampler, or ``guided`` without frames.
+        ValueError: unknown upsampler, or ``guided`` without frames.
     """
     if features.ndim != 4 or tuple(features.shape[-2:]) != geometry.grid:
         raise GeometryError(
@@ -84,8 +84,8 @@ def upsample(
     if upsampler == "guided" and frames is not None:
         if len(frames) != len(features):
             raise GeometryError(
-                f"got {len(frames)} frames for the features of {len(features)}; pass those that "
-                "the features are of"
+                f"got {len(frames)} frames for the features of {len(features)}; pass the frames "
+                "that were encoded"
             )
         colours = _colours(frames.to(features.device), geometry, sides)
     dense = features.new_empty((*features.shape[:2], *sides))
@@ -147,7 +147,7 @@ def _bilateral(down: Tensor, across: Tensor, pixels: Tensor, patches: Tensor) ->
     colours = torch.cdist(
         rearrange(pixels, "t c y x -> t (y x) c"),
         rearrange(patches, "t c a b -> t (a b) c"),
-        compute_mode="donot_use_mm_for_euclid_dist",  # which is exact
+        compute_mode="donot_use_mm_for_euclid_dist",  # exact, unlike the matrix product
     )
     exponents = rearrange(near, "y x a b -> (y x) (a b)") - colours.square() / (2 * COLOUR**2)
     weights = torch.softmax(exponents, dim=-1)

@@ -7,8 +7,9 @@
 The script copies the clip's folder (frames and masks are links), writes the features to the file
 that DINO-Tracker reads, and prints the commands to run in DINO-Tracker's environment. Those need a
 GPU; this script does not, and it imports nothing from the checkout. For comparison, `--raw` writes
-the frozen tokens that the projection reads, and `--layer` what DINO-Tracker's own `VitExtractor`
-returns for that layer: tokens before the final norm, or with `--facet` queries, keys or values.
+the frozen tokens that the projection reads, and `--layer` the output of DINO-Tracker's own
+`VitExtractor` for that layer: tokens before the final norm, or with `--facet` queries, keys or
+values.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def main(
         model: registered name, Hub repository or folder.
         raw: write the frozen tokens that the projection reads.
         layer: write the tokens of this layer of the frozen backbone, before its final norm.
-        facet: with --layer, what of a transformer block to write.
+        facet: with --layer, the part of the transformer block to write.
         temporal_fusion: average patches with their matches in neighbouring frames.
         device: torch device; by default a GPU if available.
         batch_size: frames per forward pass.
@@ -171,7 +172,7 @@ def read_facet(adapter: CoSettleAdapter, facet: Facet) -> None:
         blocks[layer] = FacetBlock(blocks[layer], facet)
     except AttributeError as error:
         raise DinoTrackerError(
-            f"{adapter.backbone.row.name} does not compute its {facet} in one layer qkv, as "
+            f"{adapter.backbone.row.name} does not compute its {facet} in one qkv layer, as "
             "DINO-Tracker expects; use a plain vision transformer, or leave --facet out"
         ) from error
 

@@ -5,7 +5,7 @@ Try: python examples/propagate_mask.py
 
 Without a clip argument the script renders one with known masks and prints the overlap with them. A
 mask is a palette or grey image of the first frame's size: 0 is the background, each other value one
-object. --texture paints stripes on the objects, as videowalk does: where did each part go?
+object. --texture paints stripes on the objects, as videowalk does, to follow their parts.
 """
 
 from __future__ import annotations

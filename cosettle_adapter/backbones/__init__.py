@@ -36,10 +36,10 @@ def load_backbone(
     """Load a backbone by its registry name, ``timm:<tag>`` or ``open_clip:<arch>/<tag>``.
 
     Args:
-        name: for example ``"dinov2-vits14-pypi"``; or a folder as transformers saves it, which
-            gives the patch tokens of its ``last_hidden_state``.
-        weights: safetensors file, PyTorch checkpoint or folder of transformers, in timm's, the
-            authors', OpenAI's or Hugging Face's layout, used in place of the registered source.
+        name: for example ``"dinov2-vits14-pypi"``; or a folder saved by transformers, for the patch
+            tokens of its ``last_hidden_state``.
+        weights: safetensors file, PyTorch checkpoint or folder saved by transformers, in timm's,
+            the authors', OpenAI's or Hugging Face's layout, in place of the registered source.
         device, dtype: of the weights; positions stay float32.
         stride: step between patches in pixels; default: the patch size.
         requires_input_grad: record a graph from images to tokens when gradients are enabled.
@@ -72,6 +72,6 @@ def build_backbone(
     load_tensors(model, in_float32, f"{row.name}, from {origin}" if origin else row.name)
     if row.kind == "vit":
         return VisionTransformerBackbone(model, row, origin=origin, **wrapping)
-    from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone  # not for transformers
+    from cosettle_adapter.backbones.feature_maps import FeatureMapBackbone  # rarely used
 
     return FeatureMapBackbone(model, row, origin=origin, **wrapping)

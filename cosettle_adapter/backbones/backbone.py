@@ -19,7 +19,7 @@ Kind = Literal["patch", "cls", "registers", "attention"]
 
 
 class Read(NamedTuple):
-    """One output of a pass of a backbone."""
+    """One output of a forward pass."""
 
     layer: int
     norm: bool | None = None  # whether to apply the final norm (None: as the row says)
@@ -86,7 +86,7 @@ class Backbone(nn.Module, abc.ABC):
     returned on one grid.
     """
 
-    special: tuple[Kind, ...] = ()  # kinds of tokens that precede the patches': cls, registers
+    special: tuple[Kind, ...] = ()  # kinds of prefix tokens: cls, registers
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Backbone(nn.Module, abc.ABC):
         self.requires_input_grad = requires_input_grad
         mean, std = (torch.tensor(rgb, dtype=torch.float64) for rgb in (row.mean, row.std))
         factors = torch.stack([1 / std, 1 / (255 * std), mean / std]).float()
-        self._factors = rearrange(factors, "n c -> n c 1 1")  # no buffer: stays float32
+        self._factors = rearrange(factors, "n c -> n c 1 1")  # not a buffer: stays float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> Backbone:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -160,7 +160,7 @@ class Backbone(nn.Module, abc.ABC):
         return (height - self.patch) // self.stride + 1, (width - self.patch) // self.stride + 1
 
     def normalize(self, images: Tensor, *, to_255: bool) -> Tensor:
-        """Subtract the row's mean from RGB in [0, 255] or [0, 1], and divide by its deviation."""
+        """Normalise RGB in [0, 255] (``to_255``) or [0, 1] with the row's mean and deviation."""
         of_1, of_255, shift = self._factors
         # uint8 images are multiplied directly, which saves a float copy
         images = images.float() if images.is_floating_point() else images

@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a safetensors or ONNX file, a PyTorch checkpoint, or a folder of transformers."""
+    """Read a safetensors or ONNX file, PyTorch checkpoint or a folder saved by transformers."""
     if path.is_dir():
         return Checkpoint(_read_folder(path))
     if not path.is_file():
@@ -58,7 +58,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a folder as transformers saves it, in one file or in shards."""
+    """Read the weights in a folder saved by transformers, from one file or from shards."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return read_checkpoint(folder / name).tensors
@@ -74,7 +74,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         for shard in shards:
             tensors |= read_checkpoint(shard).tensors
         if missing := sorted(places.keys() - tensors.keys()):
-            raise CorruptWeightsError(f"{index} lists tensors that no file has: {missing[:8]}")
+            raise CorruptWeightsError(f"{index} lists tensors that no shard has: {missing[:8]}")
         return tensors
     raise WeightsUnavailableError(
         f"{folder} has no weights; expected model.safetensors or pytorch_model.bin, or their "

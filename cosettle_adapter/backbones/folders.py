@@ -1,7 +1,7 @@
-"""Rows for folders as transformers saves them: weights, ``config.json``, ``preprocessor_config``.
+"""Rows for folders saved by transformers: weights, ``config.json``, ``preprocessor_config.json``.
 
-Such a row gives the patch tokens of ``last_hidden_state``. As for open_clip, the architecture is
-one of timm's with options, and :mod:`cosettle_adapter.backbones.layouts` renames the tensors.
+Their backbones return the patch tokens of ``last_hidden_state``. As for open_clip, the architecture
+is one of timm's with options, and :mod:`cosettle_adapter.backbones.layouts` renames the tensors.
 """
 
 from __future__ import annotations
@@ -56,57 +56,58 @@ _ACTIVATIONS = {  # timm's names
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu",
     "quick_gelu": "quick_gelu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
-# values that timm's models are made for
+# the only values that timm's models support
 _ONLY = {"num_channels": 3, "key_bias": False, "proj_bias": True, "mlp_bias": True}
 
 
 def folder_row(folder: Path) -> BackboneRow:
-    """Return the row of a folder that transformers saved; its name is ``transformers:<folder>``.
+    """Return the row of a folder saved by transformers; its name is ``transformers:<folder>``.
 
-    Unknown model types are an UnknownModelError, a missing file a WeightsUnavailableError.
+    An unknown model type is an UnknownModelError, a missing file a WeightsUnavailableError.
     """
     folder = folder.resolve()
     files = [folder / f"{name}_config.json" for name in ("preprocessor", "processor")]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         raise WeightsUnavailableError(
-            f"{folder} has no {files[0].name}, so the mean and deviation of its images are unknown:"
-            " copy the original model's, or name a registered model of the same architecture and "
-            "pass this folder as backbone_weights"
+            f"{folder} has no {files[0].name}, so the mean and standard deviation of its images "
+            "are unknown: copy the file from the original model, or name a registered model of the "
+            "same architecture and pass this folder as backbone_weights"
         )
-    config = _read_json(found)
+    config = _read_json(file)
     config = config.get("image_processor", config)
     if not config.get("do_normalize", True):
         return architecture_row(folder, mean=(0.0,) * 3, std=(1.0,) * 3)
     if not config.keys() >= {"image_mean", "image_std"}:
-        raise CorruptWeightsError(f"{found} has no image_mean and image_std")
+        raise CorruptWeightsError(f"{file} has no image_mean and image_std")
     mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
     return architecture_row(folder, mean=mean, std=std)
 
 
 def architecture_row(folder: Path, **fields: Any) -> BackboneRow:
-    """Return the row that ``config.json`` describes, with these ``fields``."""
+    """Return the row that ``config.json`` describes, with other ``fields`` as given."""
     file = folder / CONFIG_FILE
-    given = _read_json(file)
-    kind = str(given.get("model_type"))
+    stored = _read_json(file)
+    kind = str(stored.get("model_type"))
     if kind in _TOWERS:
-        kind, given = f"{kind}_vision_model", given.get("vision_config") or {}
+        kind, stored = f"{kind}_vision_model", stored.get("vision_config") or {}
     if kind not in _KINDS:
         raise UnknownModelError(
             f"{file} has the model_type {kind!r}, expected one of {', '.join((*_TOWERS, *_KINDS))}"
         )
     defaults, kind_options, kind_fields = _KINDS[kind]
-    config = {**_VIT, **defaults, **given}
+    config = {**_VIT, **defaults, **stored}
     width, patch, side = (config[name] for name in ("hidden_size", "patch_size", "image_size"))
     gated = bool(config.get("use_swiglu_ffn") or config.get("use_gated_mlp"))
     rotary = kind == "dinov3_vit"
-    wrong = [name for name, value in _ONLY.items() if config.get(name, value) != value]
-    wrong += [name for name in ("patch_size", "image_size") if not isinstance(config[name], int)]
+    unsupported = [name for name, value in _ONLY.items() if config.get(name, value) != value]
+    sides = ("patch_size", "image_size")
+    unsupported += [name for name in sides if not isinstance(config[name], int)]
     known = ("silu" if gated else "gelu",) if rotary else tuple(_ACTIVATIONS)
-    wrong += ["hidden_act"] * (config["hidden_act"] not in known)
-    wrong += ["value_bias"] * (rotary and config["value_bias"] != config["query_bias"])
-    if wrong:
-        listed = ", ".join(f"{name}={config[name]!r}" for name in wrong)
+    unsupported += ["hidden_act"] * (config["hidden_act"] not in known)
+    unsupported += ["value_bias"] * (rotary and config["value_bias"] != config["query_bias"])
+    if unsupported:
+        listed = ", ".join(f"{name}={config[name]!r}" for name in unsupported)
         raise UnknownModelError(f"{file} is not supported: timm has no model with {listed}")
     if kind == "siglip2_vision_model":  # it takes images of any size
         side = math.isqrt(config["num_patches"]) * patch
@@ -125,7 +126,7 @@ def architecture_row(folder: Path, **fields: Any) -> BackboneRow:
         options |= {"rope_temperature": config["rope_theta"], "swiglu_mlp": gated}
     else:
         options |= {"reg_tokens": registers, "act_layer": _ACTIVATIONS[config["hidden_act"]]}
-    if gated and not rotary:  # the model that packs gates and values
+    if gated and not rotary:  # timm's model that packs gates and values
         row["architecture"], options["act_layer"] = "vit_giant_patch14_dinov2", "silu"
         hidden = 2 * ((hidden * 2 // 3 + 7) // 8 * 8)
     options["mlp_ratio"] = (hidden + 0.5) / width  # timm rounds down

@@ -68,7 +68,7 @@ _NAMES = {  # regular expressions, applied in order
     r"\.(output\.dense|mlp\.weights_out|mlp\.down_proj)\.": ".mlp.fc2.",
     r"\.mlp\.(gate|up)_proj\.": r".mlp.\1.",
     r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
-    # Meta: DINOv2, which trains blocks in chunks and packs gate and value as timm does, and DINOv3
+    # Meta: DINOv2, which stores blocks in chunks and packs gate and value as timm does, and DINOv3
     r"^blocks\.\d+\.(\d+\.)": r"blocks.\1",
     r"^(register|storage)_tokens$": "reg_token",
     r"\.mlp\.w12\.": ".mlp.fc1.",
@@ -94,7 +94,7 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
     unused = {name for name in source if _UNUSED.match(name)}
     renamed: Tensors = {}
     for name, tensor in source.items():
-        if name in unused or not tensor.numel():  # none of DINOv3's registers
+        if name in unused or not tensor.numel():  # a DINOv3 without registers
             continue
         if name not in expected:
             for pattern, new in _NAMES.items():
@@ -111,7 +111,7 @@ def to_timm(tensors: Mapping[str, Tensor], row: BackboneRow) -> Tensors:
         renamed["patch_embed.proj.weight"] = kernel
     if "class_embedding" in source and bias in expected and kernel is not None:
         renamed.setdefault(bias, kernel.new_zeros(len(kernel)))  # CLIPA has no bias
-    if "norm.weight" not in expected:  # it normalises pooled tokens, or none
+    if "norm.weight" not in expected:  # a norm in the file is for pooled tokens
         renamed = {name: value for name, value in renamed.items() if not _NORM.match(name)}
     elif "norm.weight" not in renamed:  # timm calls a norm after mean pooling fc_norm
         renamed = {_NORM.sub("norm.", name): value for name, value in renamed.items()}

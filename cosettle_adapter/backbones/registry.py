@@ -22,7 +22,7 @@ from cosettle_adapter.errors import UnknownModelError, did_you_mean
 REGISTRY: dict[str, BackboneRow] = {row.name: row for row in ROWS}
 
 TIMM, OPEN_CLIP = "timm:", "open_clip:"  # prefixes of names outside the table
-TRANSFORMERS = "transformers:"  # of rows of folders, which are found by path only
+TRANSFORMERS = "transformers:"  # prefix of folders' rows, which are found by path only
 
 _PATCH = 16  # pixels per patch of the grid of feature maps, unless the name says otherwise
 # timm's spelling: SPDX
@@ -32,7 +32,7 @@ _LICENCES = {row.licence.lower().removeprefix("licenseref-"): row.licence for ro
 def lookup(name: str | Path) -> BackboneRow:
     """Return the row of a registered name, ``timm:<tag>``, ``open_clip:<arch>/<tag>`` or a folder.
 
-    The folder is one that transformers saved; a ``Path`` is always a folder. An
+    The folder is one saved by transformers; a ``Path`` is always a folder. An
     :class:`UnknownModelError` suggests similar names.
     """
     text = name if isinstance(name, str) else ""
@@ -45,18 +45,18 @@ def lookup(name: str | Path) -> BackboneRow:
 
         return open_clip_row(text.removeprefix(OPEN_CLIP))
     if is_model_folder(Path(name).expanduser()):
-        from cosettle_adapter.backbones.folders import folder_row  # only these names need it
+        from cosettle_adapter.backbones.folders import folder_row  # rarely used
 
         return folder_row(Path(name).expanduser())
     if text.startswith(TRANSFORMERS):
         raise UnknownModelError(
-            f"{text} stands for a folder that transformers saved: give its path as the model, and "
-            "the projection's folder as projection="
+            f"{text} names a folder saved by transformers: pass its path as the model, and the "
+            "projection's folder as projection="
         )
     raise UnknownModelError(
         f"unknown backbone {str(name)!r}.{did_you_mean(str(name), REGISTRY)} "
         f"`cosettle-adapter list --backbones` lists all {len(REGISTRY)}; other models are "
-        "timm:<tag>, open_clip:<arch>/<tag> or a folder that transformers saved."
+        "timm:<tag>, open_clip:<arch>/<tag> or a folder saved by transformers."
     )
 
 
@@ -67,7 +67,7 @@ def is_backbone_name(name: str | Path) -> bool:
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether transformers saved a folder; one of ``save_pretrained`` has a projection."""
+    """Whether a folder was saved by transformers, not by our ``save_pretrained``."""
     config, ours = folder / "config.json", folder / "projection.safetensors"
     return config.is_file() and not ours.is_file() and '"model_type"' in config.read_text("utf-8")
 

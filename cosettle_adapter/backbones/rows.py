@@ -55,14 +55,14 @@ class BackboneRow:
     final_norm: bool = True  # whether the last layer is read after the final norm
     # the same for views with perturbed positions, if the paper's training treats them differently
     perturbed_norm: bool | None = None
-    # How the authors resize absolute positions to another grid: bicubic, or bilinear, to a size
-    # (with or without antialiasing), or by a scale with 0.1 patches added.
+    # How the authors resize absolute positions to another grid: bicubic or bilinear to a size
+    # (with or without antialiasing), or bicubic by a scale with 0.1 patches added.
     interpolation: PositionInterpolation = "size+antialias"
     # How they resize a file's positions to image_size; None: another grid is an error.
     load_interpolation: PositionInterpolation | None = None
     hub: HubFile | None = None
     wheel: WheelFile | None = None
-    folder: Path | None = None  # as transformers saves it
+    folder: Path | None = None  # saved by transformers
     release: str | None = None  # name in the paper's repository, which also has a projection
     fingerprint: str | None = None  # of the tensors, if known
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1]
@@ -94,8 +94,8 @@ def _features(name: str, family: str, tag: str, width: int, depth: int, **row: A
     return BackboneRow(name, family, tag.partition(".")[0], 16, width, depth, **kind)
 
 
-# Some encoders are trained to pool their tokens before the norm, so the tokens have none. timm
-# calls this norm fc_norm; by its class of model, the options for a model without it.
+# Some encoders apply their norm (timm's fc_norm) to the mean of the tokens, not to the tokens.
+# Options that remove it, by timm's model class.
 POOLED_BEFORE_NORM: dict[str, dict[str, Any]] = {
     "VisionTransformer": {"final_norm": False},
     "Eva": {"use_post_transformer_norm": False, "use_fc_norm": False},
@@ -231,15 +231,15 @@ _VIDEO = (  # pre-trained on video frames, for comparison
     _vit("tcore-vitb16-k400", "T-CoRe", _B16, hub=_K400_B, **_TCORE),
 )
 
-# Encoders tuned for dense features. Names of tensors, sizes and licences are those of the makers'
-# code; their files could not be read.
-_MAKERS = f"unverified: follows the makers' code, not read from a file; {_NO_SOURCE}"
-_TIMET = {"licence": "BSD-3-Clause-Clear", "note": _MAKERS, **_BY_SCALE}
-_MOSIC = {"licence": "LicenseRef-unstated", "note": _MAKERS}
+# Encoders tuned for dense features. Tensor names, sizes and licences follow the authors' code; no
+# file was available to verify them.
+_NO_FILE = f"unverified: follows the authors' code, not tested on a file; {_NO_SOURCE}"
+_TIMET = {"licence": "BSD-3-Clause-Clear", "note": _NO_FILE, **_BY_SCALE}
+_MOSIC = {"licence": "LicenseRef-unstated", "note": _NO_FILE}
 _MOSIC_14 = {"options": {"img_size": 224}, **_MOSIC}
-_NECO = {"licence": "MIT", "note": _MAKERS, **_BY_SCALE}
+_NECO = {"licence": "MIT", "note": _NO_FILE, **_BY_SCALE}
 _NECO_14 = {"image_size": 518, **_NECO}
-_FRANCA = {"licence": "LicenseRef-Franca-RAIL", "note": f"research only; {_MAKERS}", **_BY_SCALE}
+_FRANCA = {"licence": "LicenseRef-Franca-RAIL", "note": f"research only; {_NO_FILE}", **_BY_SCALE}
 _FRANCA_B, _FRANCA_L = (
     {"width": width, "depth": depth, "image_size": side, **_FRANCA, "options": {
         "img_size": side, "embed_dim": width, "depth": depth, "num_heads": width // 64,
@@ -248,7 +248,7 @@ _FRANCA_B, _FRANCA_L = (
     for width, depth, side, hidden in ((768, 12, 518, 4096), (1024, 24, 224, 5472))
 )  # fmt: skip
 _FRANCA_G = {"options": {"img_size": 224}, **_FRANCA}
-_DCR = {"note": f"a folder of transformers; {_MAKERS}", "interpolation": "size"}
+_DCR = {"note": f"a folder saved by transformers; {_NO_FILE}", "interpolation": "size"}
 _DCR_CLIP = {"licence": "MIT", **_OPENAI, **_DCR}
 _DCR_META = {**_CC_BY_NC, **_OPENAI, **_DCR, "note": f"{_NON_COMMERCIAL}; {_DCR['note']}"}
 _DCR_SIGLIP = {**_APACHE, **_HALF, **_DCR}
@@ -267,7 +267,7 @@ _DENSE = (
     _vit("neco-vitb14", "NeCo", _B14, **_NECO_14),
     _vit("neco-vits14-reg", "NeCo", _S14_REG, **_NECO_14),
     _vit("neco-vitb14-reg", "NeCo", _B14_REG, **_NECO_14),
-    _vit("franca-vitb14", "Franca", _G14, **_FRANCA_B),  # gated, as only timm's giant is
+    _vit("franca-vitb14", "Franca", _G14, **_FRANCA_B),  # gated; of timm's, only the giant is
     _vit("franca-vitl14", "Franca", _G14, **_FRANCA_L),
     _vit("franca-vitg14", "Franca", _G14, **_FRANCA_G),
     _vit("dcr-clip-vitl14", "DCR", _CLIP_L.format(224), **_DCR_CLIP),

@@ -1,7 +1,8 @@
 """Reading the tensors of TorchScript archives, such as OpenAI's CLIP files, without running them.
 
 An archive is a zip file of storages, code, and a pickle of the module tree. The code is not read.
-The pickle gets tensors, containers, and :class:`_Module` for classes of the archive.
+Unpickling creates tensors, containers, and a :class:`_Module` for each object of the archive's
+classes, nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _DTYPES = {
 
 
 class _Module:
-    """Stands for an object of a class that the archive defines: keeps its attributes."""
+    """Stand-in for an object of a class in the archive; keeps its attributes."""
 
     attributes: Any = None
 
@@ -41,7 +42,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__."):
             return type("_Module", (_Module,), {})
-        known: dict[tuple[str, str], Any] = {  # made anew: a pickle can alter what it gets
+        known: dict[tuple[str, str], Any] = {  # new on each call: a pickle can modify them
             ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _tensor(*arguments),
             ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
             ("collections", "OrderedDict"): dict,
@@ -81,14 +82,14 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     if math.prod(size) > storage.numel():
         raise ValueError(f"a tensor of size {tuple(size)} exceeds its storage")
-    return storage.as_strided(size, stride, offset)  # which checks that it lies inside
+    return storage.as_strided(size, stride, offset)  # raises beyond the storage
 
 
 def _named_tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     attributes = module.attributes if isinstance(module, _Module) else None
     if not isinstance(attributes, dict) or id(module) in seen:
         return
-    seen.add(id(module))  # a hostile pickle can hold circles
+    seen.add(id(module))  # a hostile pickle can contain cycles
     for name, value in attributes.items():
         if isinstance(name, str) and isinstance(value, Tensor):
             yield prefix + name, value

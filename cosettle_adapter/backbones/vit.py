@@ -58,7 +58,7 @@ class VisionTransformerBackbone(Backbone):
 
     def positions(self, grid: Grid) -> Positions:
         """Return the positions of a grid in float32; ``None`` for kinds that the model lacks."""
-        if type(grid[0]) is not int:  # a symbol: a graph of any size computes them itself
+        if type(grid[0]) is not int:  # symbolic: the exported graph computes them
             return self._positions_of(grid)
         key = (grid, self.device)
         if key not in self._positions:
@@ -122,22 +122,22 @@ class VisionTransformerBackbone(Backbone):
 
     @contextlib.contextmanager
     def _attention(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-        """Collect the attention of layers by number while the block runs the model."""
-        found: dict[int, Tensor] = {}
+        """Collect the attention of layers during a forward pass, by layer."""
+        matrices: dict[int, Tensor] = {}
         with contextlib.ExitStack() as undo:
             for layer in layers:
                 modules = [m for m in self.vit.blocks[layer].modules() if hasattr(m, "fused_attn")]
                 if len(modules) != 1:
                     raise ValueError(f"{self.row.name} has no single attention in layer {layer}")
                 (module,) = modules
-                # a fused kernel never forms the matrix that passes through the dropout
+                # the input of the dropout is the matrix, which a fused kernel does not form
                 undo.callback(setattr, module, "fused_attn", module.fused_attn)
                 module.fused_attn = False
                 hook = module.attn_drop.register_forward_hook(
-                    lambda _module, _inputs, output, layer=layer: found.update({layer: output})
+                    lambda _module, _inputs, output, layer=layer: matrices.update({layer: output})
                 )
                 undo.callback(hook.remove)
-            yield found
+            yield matrices
 
     def _embed(self, patches: Tensor) -> Any:
         """Replace timm's step from patches ``(B, h, w, C)`` to tokens with prefix and positions."""
@@ -176,7 +176,7 @@ def resize_positions(
     # and DINOv2; size+antialias that of DINOv2 with registers, CLIP and BLIP, and timm's default.
     leading, patches = positions.float().tensor_split([prefix], dim=1)
     patches = rearrange(patches, "1 (h w) c -> 1 c h w", h=source_grid[0])
-    if type(grid[0]) is not int:  # a symbol
+    if type(grid[0]) is not int:  # symbolic
         patches = _resized_in_graph(patches, grid, interpolation)
     elif grid == source_grid:
         return positions.float()
@@ -192,7 +192,7 @@ def resize_positions(
 
 
 def _resized_in_graph(patches: Tensor, grid: Grid, interpolation: PositionInterpolation) -> Tensor:
-    """Resize ``(1, C, h0, w0)`` as :func:`resize_positions` does, in a graph of any size."""
+    """Resize ``(1, C, h0, w0)`` as :func:`resize_positions` does, to a symbolic grid."""
     sources = patches.shape[-2:]
     lengths = [torch.scalar_tensor(side) for side in grid]
     if interpolation == "scale+0.1":
@@ -208,9 +208,9 @@ def _resized_in_graph(patches: Tensor, grid: Grid, interpolation: PositionInterp
 def resize_matrix(
     size: int, source: int, step: Tensor, interpolation: PositionInterpolation
 ) -> Tensor:
-    """Return ``(size, source)``, which resizes a side as ``F.interpolate`` does.
+    """Return the matrix ``(size, source)`` that resizes an axis as ``F.interpolate`` does.
 
-    ``step`` is the distance of two results in units of the source. The bicubic kernel is that of
+    ``step`` is the distance of output samples in input samples. The bicubic kernel is that of
     Keys (1981) with torch's parameters; with antialiasing, kernels widen where a side shrinks.
     """
     antialias = interpolation.endswith("+antialias")
@@ -227,5 +227,5 @@ def resize_matrix(
     if antialias:
         weights = weights[:, 2:-2]
         return weights / weights.sum(dim=1, keepdim=True)
-    border = taps.clamp(0, source - 1)  # is repeated outside
+    border = taps.clamp(0, source - 1)  # edge values repeat outside
     return weights @ F.one_hot(border, source).to(weights.dtype)

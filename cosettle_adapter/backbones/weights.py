@@ -178,15 +178,15 @@ def _read(
 
 
 def _check_activation(row: BackboneRow, folder: Path) -> None:
-    """Raise ``CorruptWeightsError`` unless a folder has a row's activation: no tensor shows it."""
-    from cosettle_adapter.backbones.folders import architecture_row  # most models need none
+    """Raise ``CorruptWeightsError`` for another activation than the row's: no tensor shows it."""
+    from cosettle_adapter.backbones.folders import architecture_row  # rarely used
 
-    models: list[Any] = [meta_model(each) for each in (row, architecture_row(folder))]
+    models: list[Any] = [meta_model(described) for described in (row, architecture_row(folder))]
     own, stated = (model.blocks[0].mlp.act(torch.linspace(-3, 3, 7)) for model in models)
     if not torch.allclose(own, stated, atol=1e-6):
         raise CorruptWeightsError(
-            f"{folder / 'config.json'} has another activation than {row.name}: name another "
-            "model, or the folder itself"
+            f"{folder / 'config.json'} has another activation than {row.name}: load another "
+            "model, or the folder itself by its path"
         )
 
 

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging(errors, verbose=verbose)
     try:
         app = application(words[0] if words else None)
-        words = ["/dev/stdin" if word == "-" else word for word in words]  # "-" is no option
+        words = ["/dev/stdin" if word == "-" else word for word in words]  # "-" is not an option
         status = app(words, exit_on_error=False, result_action="return_value")
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt as interruption:

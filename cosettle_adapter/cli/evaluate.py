@@ -56,8 +56,8 @@ class ClipOptions(FeatureOptions):
         temporal_fusion: also score the adapted features, and those of --baseline-layers, fused
             over time.
         save_predictions: folder for predicted masks or positions.
-        explain: only print the protocol: everything besides model and data that decides a figure;
-            needs no --data.
+        explain: only print the protocol: all settings, besides model and data, that affect the
+            scores; needs no --data.
     """
 
     clips: Sequence[str] | None = None
@@ -70,9 +70,9 @@ class ClipOptions(FeatureOptions):
     explain: bool = False
 
     def source(self, data: Path | None) -> Path:
-        """Return the folder of the data, which only ``explain`` does without."""
+        """Return the data folder, or a placeholder with ``explain``."""
         if data is None and not self.explain:
-            raise FrameError("--data is missing; only --explain does without it")
+            raise FrameError("--data is missing; only --explain works without it")
         return data or Path("--data")
 
     def run(self, protocol: Protocol[Any]) -> int:
@@ -163,8 +163,8 @@ def folder(
 
     Args:
         data: folder with frames/ and masks/, or folder of such folders.
-        late_labels: treatment of labels that the first mask lacks: an error, or kept and scored as
-            in DAVIS, as missed objects.
+        late_labels: treatment of labels that are not in the first mask: an error, or keep them and
+            score them as in DAVIS, as missed objects.
     """
     protocol = evaluation.folder_protocol(
         options.source(data), clips=options.clips, late_labels=late_labels, propagation=labels
@@ -199,7 +199,7 @@ def jhmdb(
 
     Args:
         data: folder of JHMDB, or folder of clips with keypoints.json.
-        joints: how joints become patches: rounded as in published figures, or exactly (geometric).
+        joints: assignment of joints to patches: rounded as in published code, or exact (geometric).
     """
     protocol = evaluation.jhmdb_protocol(
         options.source(data), clips=options.clips, joints=joints, propagation=labels
@@ -220,8 +220,8 @@ def badja(
     Args:
         data: folder of BADJA, or folder of clips with keypoints.json.
         davis: folder of DAVIS with the frames; DAVIS in the data folder by default.
-        query_frames: whether the frame in which a joint is given counts, unless it is the clip's
-            first: yes as in published figures, or no (strict).
+        query_frames: whether the frame in which a joint is queried counts: unless it is the clip's
+            first, as in published code, or never (strict).
     """
     protocol = evaluation.badja_protocol(
         options.source(data), clips=options.clips, davis=davis, query_frames=query_frames
@@ -242,8 +242,8 @@ def tapvid(
     Args:
         data: pickle file of TAP-Vid, or folder of them.
         mode: frames in which points are queried: where first visible, or every fifth frame.
-        protocol: how frames are resized and points tracked: the package's way (best), or as
-            features are compared in the paper Chrono (chrono; compare its delta_avg only).
+        protocol: resizing of frames and tracking of points: this package's (best), or those of the
+            paper Chrono (chrono; compare delta_avg only).
     """
     chosen = evaluation.tapvid_protocol(
         options.source(data), clips=options.clips, mode=mode, protocol=protocol

@@ -35,12 +35,12 @@ def export(
     no_check: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as an ONNX or torch.export file, for frames of one size or of any.
+    """Write a model as an ONNX or torch.export file, for frames of one size or of any size.
 
     Args:
         model: registered name, Hub repository or folder; with --layer, any backbone.
         size: height and width of the frames in pixels, both whole numbers of patches. By default
-            the file takes all such sizes from 3 x 3 patches; not for models of feature maps.
+            the file accepts all such sizes from 3 x 3 patches; not for models of feature maps.
         output: file to write: .onnx, or .pt2 (torch.export), which runs on --device only.
         no_preprocessing: take normalised float32 images as input in place of uint8 frames.
         normalize: scale features to unit length.

@@ -75,7 +75,7 @@ def extract(
     To resume after an interruption, run the same command again: it keeps finished files.
 
     Args:
-        sources: videos, their URLs, - for standard input, folders of images, image patterns, or
+        sources: videos or their URLs, - for standard input, folders of images, image patterns, or
             folders of videos.
         output: file to write, whose suffix selects the format; without a suffix or with several
             sources, folder to write (safetensors unless ``--format`` is given).
@@ -93,7 +93,7 @@ def extract(
     share = Shard.parse(shard) if shard is not None else Shard()
     if shard is None and local:  # Ray distributes the work itself
         share = Shard.from_environment()
-    # before the model is loaded, which may fit a projection: what is missing is reported at once
+    # errors are reported before the model is loaded, which may fit a projection
     videos = find_sources(sources)
     jobs = share.of(_plan(videos, output, settings))
     if any(source.kind == "video" for source in videos):

@@ -180,7 +180,7 @@ def average_neighbours(features: Tensor, share: float) -> Tensor:
     unit = F.normalize(patches, dim=-1)
     frame = torch.arange(batch, device=features.device) * (height * width)
     means = []
-    bands = [(0, height)]  # a graph of any size cannot repeat a step for each band
+    bands = [(0, height)]  # a graph of any size cannot loop over bands
     if type(height) is int:
         bands = [(top, min(top + _ROWS, height)) for top in range(0, height, _ROWS)]
     for top, bottom in bands:

@@ -58,7 +58,7 @@ class PropagationProtocol:
 
 
 PROTOCOLS: dict[str, PropagationProtocol] = {
-    # As SiamMAE, CropMAE and T-CoRe, which use the loader of "crw".
+    # That of SiamMAE, CropMAE and T-CoRe, which use the loader of "crw".
     "best": PropagationProtocol(
         context=20, radius=20, topk=7, temperature=0.7, neighbourhood="disk",
         restrict_first=False, repeat_first=True,

@@ -48,8 +48,8 @@ def track_points(
         temperature: of the soft-argmax; lower values give the best patch more weight.
         search_radius: search radius in patches around the point's position in the frame before;
             default: the whole frame.
-        unit_queries: bring a feature that is interpolated between patches to unit length; without,
-            its smaller length flattens the soft-argmax.
+        unit_queries: scale features interpolated between patches to unit length; otherwise their
+            smaller length flattens the soft-argmax.
     """
     valid_search = search_radius is None or search_radius >= 1
     if not (radius_argmax >= 0 and temperature > 0 and valid_search):
@@ -74,8 +74,8 @@ def track_points(
                 f"{tuple(first.shape)}; all frames of a clip need the same shape"
             )
         last, score = _match(here, queries, refine, last, search_radius)
-        found = F.normalize(_sample(here, last), dim=1)
-        back, _ = _match(first, found, refine, origin, None)
+        matched = F.normalize(_sample(here, last), dim=1)
+        back, _ = _match(first, matched, refine, origin, None)
         positions.append(last)
         scores.append(score)
         errors.append((back - origin).norm(dim=1))

@@ -34,7 +34,7 @@ class Clip(Generic[A]):
     frames: Sequence[Any]  # paths, JPEG bytes, (H, W, 3) uint8 arrays, or functions returning these
     read: Callable[[], A]  # reads the annotations
     annotated: tuple[int, ...] = ()  # frame of each annotation, if annotations belong to frames
-    inputs: tuple[Any, ...] = ()  # that the digest covers: as frames, and names
+    inputs: tuple[Any, ...] = ()  # of the digest: like frames, or names
     problem: str | None = None  # why the clip cannot be used; reading it raises this
 
     def __len__(self) -> int:
@@ -170,7 +170,7 @@ def read_list(lists: Sequence[Path]) -> list[str]:
         raise FrameError(f"no list of clips {expected}; found {found_in(folder)} in it.{near}")
     paths = [Path(line.split()[0]) for line in read_text(path).splitlines() if line.strip()]
     if not paths:
-        raise FrameError(f"{path} names no clips; expected one on each line")
+        raise FrameError(f"{path} names no clips; expected one name per line")
     names = [p.parent.name if p.stem.isdigit() and p.parent.name else p.name for p in paths]
     return list(dict.fromkeys(names))
 

@@ -121,7 +121,7 @@ def jhmdb_protocol(
 ) -> Protocol[Joints]:
     """Return the benchmark on JHMDB: PCK, pooled over all clips without their first frames.
 
-    ``joints`` overrides the protocol's rule; see :func:`joint_heat_maps`.
+    ``joints`` overrides the protocol's rule (:func:`joint_heat_maps`).
     """
     record = propagation.on("jhmdb", joints=joints)
 
@@ -202,8 +202,8 @@ def badja_protocol(
 ) -> Protocol[Joints]:
     """Return the benchmark on BADJA: every joint is tracked from its first annotation.
 
-    In DINO-Tracker's evaluation (``published``), a joint's position in its query frame counts,
-    unless that is the clip's first frame. It does not count if ``strict``.
+    A joint's query frame counts unless it is the clip's first, as in DINO-Tracker's evaluation
+    (``published``), or never (``strict``).
     """
 
     def score(
@@ -219,8 +219,8 @@ def badja_protocol(
         guess = np.zeros_like(joints.xy)
         guess[:, seen] = rearrange(tracks, "q t two -> t q two").numpy()[annotated]
         save_positions(guess, predictions)
-        frames, given = np.arange(len(annotated))[:, None], query_frames == "strict"
-        counted = joints.visible & (frames >= first + given)
+        frames, strict = np.arange(len(annotated))[:, None], query_frames == "strict"
+        counted = joints.visible & (frames >= first + strict)
         result = badja_accuracy(joints.xy, guess, counted, joints.areas)
         return ClipScores({"delta_seg": result.delta_seg, "delta_3px": result.delta_3px})
 
@@ -242,9 +242,9 @@ def badja_protocol(
 def joint_heat_maps(places: Tensor, grid: tuple[int, int], rule: JointRule = "geometric") -> Tensor:
     """Draw joints ``(J, 2)``, fractional (row, col), as Gaussians with a sigma of half a patch.
 
-    ``published``, as videowalk and CropMAE draw them: the peak is on patch ``int(p - 1.5) + 2`` and
-    the Gaussian is cut off at ``int(p - 1.5)`` and ``int(p + 2.5) - 1``, where ``int`` drops the
-    decimals. ``geometric``: the peak is at p itself, and the Gaussian is cut off two patches away.
+    ``published``, as in videowalk and CropMAE: the peak is on patch ``int(p - 1.5) + 2``, and the
+    Gaussian is truncated at ``int(p - 1.5)`` and ``int(p + 2.5) - 1``, where ``int`` truncates.
+    ``geometric``: the peak is at p, and the Gaussian is truncated two patches away.
 
     Returns:
         ``(J, h, w)`` float32, 1 where a joint's peak is on a patch's centre; empty for a joint well

@@ -90,7 +90,7 @@ def mask_protocol(
 
 
 def _settings(record: LabelProtocol, propagation: Propagation) -> dict[str, Any]:
-    """Settings that decide the figures of masks."""
+    """Settings that affect the scores of masks."""
     settings = record.settings("joints", "strongest")
     if propagation.dense is not None:
         upsampler = propagation.upsampler or "bilinear"
@@ -208,8 +208,9 @@ def folder_clips(
     Other image formats work too. A mask, palette or grey, has the name of its frame; the first
     frame needs one, and the others are scored if they have one. Frames are in natural order, ``2``
     before ``10``. ``root`` may be a single clip. Labels that first appear after the first frame
-    cannot be propagated; ``late_labels`` makes them an error when masks are read, or keeps them to
-    be scored as in DAVIS: a missed object, or background above the first mask's highest label.
+    cannot be propagated. ``late_labels="error"`` reports them when masks are read; ``"keep"``
+    scores them as DAVIS does: as missed objects, or, above the first mask's highest label, as
+    background.
 
     Returns:
         Clips with masks ``(A, H, W)`` uint8: object ids, 0 background, 255 void. If a clip's masks
@@ -339,8 +340,8 @@ def _labels(clip: Clip[Masks], late_labels: LateLabels) -> Masks:
     highest = int(masks[0][masks[0] != VOID].max(initial=0))
     if absent := sorted(set(range(1, highest)) - labels):
         logger.warning(
-            "no mask of %r has object %s; as in DAVIS, every id up to the highest counts as an "
-            "object, and an absent one as perfectly propagated. Number the objects 1, 2, 3, ...",
+            "no mask of %r has object %s; as in DAVIS, every id up to the highest is an object, "
+            "and an absent one scores as perfectly propagated. Number the objects 1, 2, 3, ...",
             clip.name, folders.few([*map(str, absent)]),
         )  # fmt: skip
     return masks

@@ -30,7 +30,7 @@ from cosettle_adapter.imports import require
 from cosettle_adapter.io import atomic_path
 
 Mask = NDArray[np.bool_]
-VOID = 255  # label of pixels that are no object
+VOID = 255  # label of pixels that belong to no object
 
 
 class Summary(NamedTuple):
@@ -181,9 +181,9 @@ def evaluate_sequence(
     """Propagate the first mask of a clip by features and score the others.
 
     Features and options are those of :func:`propagate_masks`. Masks are ``(T, H, W)`` uint8 object
-    ids, 0 background, 255 void. The objects are 1 to the highest id of the first mask: an id that
-    no mask has counts as perfect, one that only later masks have as missed. If not every frame has
-    a mask, ``annotated`` is the frame of each mask, ascending from 0; only these frames are scored.
+    ids, 0 background, 255 void. The objects are 1 to the highest id of the first mask: ids in no
+    mask score as perfect, ids only in later masks as missed. If not every frame has a mask,
+    ``annotated`` is the frame of each mask, ascending from 0; only these frames are scored.
     ``on_mask`` is called with the index of every frame and its propagated object ids ``(H, W)``.
 
     Raises:
@@ -238,11 +238,11 @@ def propagate_masks(
 ) -> Iterator[Masks]:
     """Propagate a label map through a clip in constant memory; yield the map of every frame.
 
-    The protocol, :class:`LabelProtocol` or its name, says how the first map comes to the grid and
-    the propagated labels back. ``size`` is the (height, width) of the encoded frames, by default
-    the map's. Features are ``(T, C, h, w)``, or an iterable of maps ``(C, h, w)`` or ``(1, C, h,
-    w)``; the label map is ``(H, W)`` uint8. The first class is the background, which includes all
-    pixels with none of the other labels. Options are those of
+    The protocol, a :class:`LabelProtocol` or its name, defines how the first map is reduced to the
+    grid and how propagated labels are enlarged. ``size`` is the (height, width) of the encoded
+    frames, by default the map's. Features are ``(T, C, h, w)``, or an iterable of maps
+    ``(C, h, w)`` or ``(1, C, h, w)``; the label map is ``(H, W)`` uint8. The first class is the
+    background: all pixels with none of the other labels. Options are those of
     :class:`~cosettle_adapter.correspondence.LabelPropagator`.
     """
     record = label_protocol(protocol) if isinstance(protocol, str) else protocol
@@ -308,10 +308,10 @@ def _decode(
 
 
 def _nearest(labels: NDArray[Any], size: Sequence[int], rule: str) -> NDArray[Any]:
-    """Resize a label map by nearest neighbours, of a pixel's corner (OpenCV) or centre (Pillow)."""
+    """Resize a label map by nearest neighbours of pixel corners (OpenCV) or centres (Pillow)."""
     index = []
     for new, old in zip(size, labels.shape, strict=True):
-        if rule == "OpenCV":  # both in its order of operations, which decides exact ties
+        if rule == "OpenCV":  # the order of operations is each library's, which decides ties
             places = np.arange(new) * (1 / (new / old))
         else:
             places = np.cumsum(np.where(np.arange(new) == 0, old / new / 2, old / new))

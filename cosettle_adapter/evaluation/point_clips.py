@@ -46,16 +46,16 @@ _TYPES = re.compile(r"b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,8}|O8?")
 
 @dataclasses.dataclass(frozen=True)
 class PointProtocol:
-    """Everything that decides a figure of point tracking, besides features, data and queries.
+    """All settings of a point-tracking evaluation besides features, data and queries.
 
     Attributes:
         source: code or paper that the values are from.
-        raster: side in pixels of the square to which frames are reduced (Lanczos) before they are
-            resized (bilinear); None to resize them directly (bicubic).
+        raster: side in pixels of the square to which frames are first reduced (Lanczos), and then
+            resized (bilinear); None resizes them directly (bicubic).
         size: (height, width) of the encoded frames; None for a shorter side of 480.
         radius_argmax, temperature, unit_queries: as in
             :func:`~cosettle_adapter.correspondence.track_points`.
-        hidden: a point counts as hidden if tracking it back misses its start by more patches.
+        hidden: cycle error in patches above which a point counts as hidden.
     """
 
     source: str
@@ -81,7 +81,7 @@ class PointProtocol:
 PointProtocolName = Literal["best", "chrono"]
 POINT_PROTOCOLS: dict[PointProtocolName, PointProtocol] = {
     "best": PointProtocol("this package"),
-    # a radius below 5, and 20 as the inverse temperature
+    # Chrono's code: a radius below 5, an inverse temperature of 20
     "chrono": PointProtocol(
         "positions as in Chrono (arXiv 2501.12218): compare delta_avg only; its OA and AJ use "
         "occlusion that is learned from labels",
@@ -102,8 +102,7 @@ def tapvid_clips(path: str | Path, *, clips: Sequence[str] | None = None) -> lis
 
     A file is a dict of videos by name or a list of videos, each with ``video`` (uint8 frames or
     JPEG files), ``points`` and ``occluded``. It is read without being executed: anything but
-    arrays, strings and numbers is refused. Pickles are read one after the other, and at most two
-    are in memory.
+    arrays, strings and numbers is refused. At most two pickles are in memory at a time.
     """
     path = Path(path).expanduser()
     if not path.exists():

@@ -1,7 +1,7 @@
-"""Named protocols of label propagation: one record holds everything that decides a figure.
+"""Named protocols of label propagation: records of all settings that affect the scores.
 
-Figures are comparable only if they come from the same protocol. :data:`LABEL_PROTOCOLS` holds the
-settings for DAVIS and for folders of clips; :func:`label_protocol` adapts them to other data sets.
+Scores are comparable only within a protocol. :data:`LABEL_PROTOCOLS` holds the settings for DAVIS
+and for folders of clips; :func:`label_protocol` adapts them to other data sets.
 """
 
 from __future__ import annotations
@@ -30,51 +30,50 @@ _MULTIPLE = 64  # the side that follows the aspect ratio is rounded down to a mu
 
 @dataclass(frozen=True)
 class FrameSize:
-    """Size of a clip's frames before they are rounded to whole patches; by default their own."""
+    """Size of encoded frames before rounding to whole patches; by default that of the clip."""
 
     sides: tuple[int, int] | None = None  # (height, width), which may change the aspect ratio
-    shorter: int | None = None  # length of the shorter side; the other follows, see _MULTIPLE
-    longer: int | None = None  # length of the longer side; the other follows
+    shorter: int | None = None  # length of the shorter side; see _MULTIPLE for the other
+    longer: int | None = None  # length of the longer side
 
     def of(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) for frames of a size."""
-        given = self.shorter or self.longer
-        if given is None:
+        """Return the (height, width) for a clip's frame size."""
+        length = self.shorter or self.longer
+        if length is None:
             return self.sides or (height, width)
         # the published loaders set the height of a square frame
         sets_height = height <= width if self.shorter else height >= width
         other, same = (width, height) if sets_height else (height, width)
-        other = max(_MULTIPLE, given * other // same // _MULTIPLE * _MULTIPLE)
-        return (given, other) if sets_height else (other, given)
+        other = max(_MULTIPLE, length * other // same // _MULTIPLE * _MULTIPLE)
+        return (length, other) if sets_height else (other, length)
 
     def __str__(self) -> str:
-        if given := self.shorter or self.longer:
+        if length := self.shorter or self.longer:
             side = "shorter" if self.shorter else "longer"
-            return f"{side} side {given}, the other a multiple of {_MULTIPLE}"
+            return f"{side} side {length}, the other a multiple of {_MULTIPLE}"
         return "{} x {}".format(*self.sides) if self.sides else "their own"
 
 
 @dataclass(frozen=True)
 class LabelProtocol(PropagationProtocol):
-    """Everything that decides a figure of label propagation, besides features and data."""
+    """All settings of a label-propagation evaluation besides features and data."""
 
     name: str
     source: str  # the code or paper that the values are from
-    # how frames are resized: as by ``CoSettleAdapter.preprocess``, or as by OpenCV for arrays of
-    # that type, without antialiasing
+    # resizing of frames: that of ``CoSettleAdapter.preprocess``, or that of OpenCV for arrays of
+    # this type, without antialiasing
     frames: Literal["antialiased bicubic", "bilinear, float", "bilinear, 8 bit"]
     mean: tuple[float, ...] | None  # of the colours; None for the backbone's own
     std: tuple[float, ...] | None
     size: FrameSize
-    # how the first labels are reduced to the grid: each object's mask bilinearly, or the label map
-    # by nearest neighbours
+    # reduction of the first labels to the grid: of each object's mask, or of the label map
     first_labels: Literal["bilinear", "nearest"]
-    # size at which every pixel takes its strongest label: that of the ``masks`` or of the encoded
-    # ``frames``; for the latter, a first mask is resized (nearest) before it is reduced bilinearly
+    # size at which every pixel takes its strongest label: that of the masks, or of the encoded
+    # frames, to which the first mask is then resized (nearest) before it is reduced bilinearly
     argmax: Literal["masks", "frames"]
-    stretch: bool  # whether each label's values are stretched to [0, 1] before that
-    nearest: Literal["OpenCV", "Pillow"]  # rule by which label maps are resized to the masks
-    joints: JointRule  # how joints become patches; see ``joint_heat_maps``
+    stretch: bool  # whether each label's values are first stretched to [0, 1]
+    nearest: Literal["OpenCV", "Pillow"]  # resizing of label maps
+    joints: JointRule  # assignment of joints to patches; see ``joint_heat_maps``
     strongest: int  # patches whose centroid is a joint's position
     metric: str
 
@@ -92,7 +91,7 @@ class LabelProtocol(PropagationProtocol):
         return (images - mean) / std
 
     def settings(self, *unused: str) -> dict[str, Any]:
-        """Return the fields that a task uses, as results and ``--explain`` show them."""
+        """Return the fields for results and ``--explain``, except those unused by a task."""
         fields = {name: value for name, value in vars(self).items() if name not in unused}
         own = {key: "the backbone's" for key in ("mean", "std") if fields[key] is None}
         return {"protocol": fields.pop("name"), **fields, "size": str(self.size), **own}
@@ -115,13 +114,13 @@ _RECORDS = (
     replace(
         _CROPMAE, **vars(PROTOCOLS["crw"]), name="crw",
         source="code/test.py of videowalk (arXiv 2006.14613) with the options of its README",
-        # frames keep their size, which is that of the masks
+        # frames keep the size of the masks
         size=FrameSize(), argmax="masks", strongest=3,
     ),
     replace(
         _CROPMAE, **vars(PROTOCOLS["dino"]), name="dino",
         source="eval_video_segmentation.py of DINO (arXiv 2104.14294); for DAVIS only",
-        # of red 0.228, in its code
+        # 0.228 for red, as in its code
         frames="bilinear, 8 bit", std=(0.228, 0.224, 0.225), size=FrameSize(shorter=480),
         first_labels="nearest", stretch=True, nearest="Pillow",
     ),
@@ -144,15 +143,15 @@ _CHANGES: dict[str, dict[str, Any]] = {  # on other data sets
         "metric": "mean IoU of 20 classes over all pixels",
     },
     "jhmdb": {"size": FrameSize((320, 320)), "metric": "PCK of videowalk's eval_pck.py"},
-    # 560 is the paper's; the default of test.py is 320
+    # 560 as in the paper; the default of test.py is 320
     "crw on vip": {"size": FrameSize((560, 560)), "argmax": "frames"},
 }  # fmt: skip
 
 
 def label_protocol(name: str, data: str = "davis", **changes: Any) -> LabelProtocol:
-    """Return a named protocol on a data set: ``davis``, ``folder``, ``vip`` or ``jhmdb``.
+    """Return a protocol for ``davis``, ``folder``, ``vip`` or ``jhmdb``.
 
-    ``changes`` override fields of the record; None keeps a field.
+    ``changes`` override fields of the record unless they are None.
 
     Raises:
         ValueError: an unknown name, or a value out of range.
@@ -183,7 +182,7 @@ class LabelPropagation:
     radius: float | None = None
 
     def on(self, data: str, **changes: Any) -> LabelProtocol:
-        """Return the record of all settings on a data set; see :func:`label_protocol`."""
+        """Return the record of all settings for a data set; see :func:`label_protocol`."""
         changes |= {"topk": self.topk, "context": self.context, "radius": self.radius}
         return label_protocol(self.protocol, data, **changes)
 
@@ -193,8 +192,8 @@ class Propagation(LabelPropagation):
     """How masks are propagated through a clip.
 
     Attributes:
-        dense: upsample the features to this multiple of the grid before masks are propagated; the
-            radius grows with it, so that it spans the same pixels.
+        dense: upsample the features to this multiple of the grid before propagation; the radius
+            covers the same pixels.
         upsampler: bilinear, or guided by the frames.
     """
 
@@ -203,17 +202,19 @@ class Propagation(LabelPropagation):
 
     def __post_init__(self) -> None:
         if self.upsampler is not None and self.dense is None:
-            raise ValueError(f"got upsampler={self.upsampler!r} without dense; give dense=2, say")
+            raise ValueError(
+                f"got upsampler={self.upsampler!r} without dense; add for example dense=2"
+            )
         if self.dense is not None and self.dense < 1:
             raise ValueError(f"dense must be at least 1, got {self.dense}")
 
     def on(self, data: str, **changes: Any) -> LabelProtocol:
-        """Return the record of all settings, with the radius in patches of the finer grid."""
+        """Return the record of all settings, with the radius in patches of the upsampled grid."""
         record = super().on(data, **changes)
         return replace(record, radius=record.radius * (self.dense or 1))
 
     def maps(self, clip: Clip[Masks], features: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-        """Yield the maps ``(1, C, h, w)`` by which masks are propagated."""
+        """Yield the features ``(1, C, h, w)`` for propagation, upsampled if ``dense``."""
         for index, coarse in enumerate(torch.split(features, 1)):
             if self.dense is None:
                 yield coarse

@@ -1,8 +1,8 @@
 """The measures of the paper's Figure 1: distances within and between videos, cycles, rank.
 
-Frames, definitions and names are those of the released ``cal_metric`` code (Co-Settle,
-arXiv:2603.26597), run on a CPU, but always use patch tokens only: the released code compares
-different sets of tokens before and after the projection. Cycle consistency is this package's own.
+Frames and definitions are those of the released ``cal_metric`` code (Co-Settle, arXiv:2603.26597)
+on a CPU, but for patch tokens only: the released code compares different sets of tokens before and
+after the projection. Cycle consistency is this package's own measure.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from cosettle_adapter.video.geometry import resize
 _PERCENTILE = 95  # of the distance from the mean patch; twice that is a diameter
 _POSITIONS = 8  # patches of a frame that D_inter compares
 _SEED = 42  # of these positions, as in the released code
-_TIMES = ((0.25, 0.4), (0.35, 0.5), (0.45, 0.6), (0.55, 0.7), (0.65, 0.8))  # of cycles, in videos
+_TIMES = ((0.25, 0.4), (0.35, 0.5), (0.45, 0.6), (0.55, 0.7), (0.65, 0.8))  # of cycles, relative
 _TEMPERATURE = 0.03  # of the steps of a cycle
 _THUMBNAIL = 256  # pixels; largest side of a thumbnail
 _MARGIN = 256 / 224  # shorter side of a frame over the side of its central square
@@ -112,14 +112,13 @@ class RepresentationMetrics:
       distance of all its patches from their mean. NaN if all patches are equal.
     * **D_inter**: Euclidean distance between the middle frames ``T // 2`` of two videos at one
       position of the grid. The mean is over 8 fixed random positions and all pairs of videos, in
-      diameters of those patches, whose percentile is that of the nearest lower rank. NaN for a
-      single video.
+      diameters of those patches (percentile of the nearest lower rank). NaN for a single video.
     * **Effective rank**: of the patches of all middle frames, ``(N, C)`` and not centred: the
       exponential of the entropy of the singular values, normalised to sum 1, over min(N, C).
-    * **Cycle accuracy**: share of windows of 2 x 2 patches from which a random walk to another
-      frame and back most probably ends where it started. A step is the softmax of inner products
-      of the windows' means, which are not normalised, over 0.03. The mean is over five pairs of
-      frames: 25 and 40 % into the video, and each 10 % later.
+    * **Cycle accuracy**: share of windows of 2 x 2 patches to which a random walk to another frame
+      and back most probably returns. A step is the softmax of inner products of the windows' means
+      (not normalised) over 0.03. The mean is over five pairs of frames: at 25 and 40 % of the
+      video, and each next one 10 % later.
     * **Cycle consistency**: share of patches that are cycle-consistent over ``gap`` frames
       (:func:`~cosettle_adapter.evaluation.drift.cycle_consistent`).
     """

@@ -71,7 +71,7 @@ class Protocol(Generic[A]):
     score: Callable[[Clip[A], Tensor, Geometry, Path | None], ClipScores]
     settings: Mapping[str, Any]  # that affect the figures, besides model, data and frame size
     total: Callable[[Sequence[ClipScores]], dict[str, float]] | None = None  # by default the mean
-    preprocess: Preprocess = CoSettleAdapter.preprocess  # frames to the backbone's images
+    preprocess: Preprocess = CoSettleAdapter.preprocess  # converts frames to the backbone's images
     correspondences: (  # by gap, the patches that truly correspond, if known
         Callable[[Clip[A], Geometry], Mapping[int, Sequence[Correspondence]]] | None
     ) = None
@@ -136,8 +136,8 @@ def evaluate(
             is resumed: its scores are not computed again, unless a clip's files changed or
             predictions are missing. It keeps clips and variants that this run does not request.
         predictions: folder for predictions, ``<variant>/<clip>/...``.
-        size: ``(height, width)`` of the encoded frames, or their shorter side with the aspect ratio
-            kept; rounded to whole patches. By default the protocol's.
+        size: ``(height, width)`` or shorter side of the encoded frames, rounded to whole patches;
+            by default the protocol's.
         batch_size: frames per forward pass.
         on_clip: called with the number of clips done, the number of all and the next clip's name.
 

@@ -124,7 +124,7 @@ def _translate(traced: Traced) -> Any:
     graph = program.model.graph
     names = dict(zip(map(str, graph.outputs[0].shape[2:]), "hw", strict=True))
     for node in graph:
-        node.metadata_props.clear()  # names of Python functions, larger than the graph itself
+        node.metadata_props.clear()  # names of Python functions, larger than the graph
         for shape in (value.shape for value in node.outputs if value.shape is not None):
             for axis, side in enumerate(shape):
                 if not isinstance(side, int):  # a symbol such as s39

@@ -28,8 +28,8 @@ from cosettle_adapter.video.geometry import resize
 
 METADATA_FILE = "cosettle_adapter.json"
 _FRAMES = 3  # to compare on
-_LEAST = 3  # patches a side in files for any size, so that every patch has neighbours to average
-_TRACED = (7, 5)  # the grid at which these are traced
+_LEAST = 3  # patches per side in files for any size: every patch needs neighbours to average
+_TRACED = (7, 5)  # grid at which files for any size are traced
 # largest difference as a share of the largest feature: a wrong graph differs by far more
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -48,8 +48,8 @@ class Parity:
     runtime: str  # name and version of the software that ran the file
     frames: int  # of each size
     sizes: tuple[tuple[int, int], ...]  # (H, W)
-    # largest absolute difference of any feature; if the projection averages neighbours, of all but
-    # one patch in 500, because rounding decides between neighbours that are equally similar
+    # largest absolute difference of any feature; if the projection averages neighbours, without one
+    # patch in 500, because rounding decides between equally similar neighbours
     difference: float
     largest: float  # largest absolute feature
 
@@ -96,13 +96,13 @@ def to_torch_export(
         adapter: frozen backbone and projection; the file has their device and dtype.
         path: a ``.pt2`` file.
         size: ``(H, W)`` of the frames, whole patches; position embeddings are stored at this size.
-            By default any size of at least 3 x 3 whole patches, for which the file resizes them;
+            By default, the file accepts any size of at least 3 x 3 whole patches and resizes them;
             only for transformers of one resolution (ViT, DINOv3, EVA).
         preprocessing: take uint8 frames; otherwise images as ``adapter.preprocess`` returns them.
         normalize: scale every patch's feature to unit length.
         static_batch: a fixed number of frames per call; ``None`` allows any number.
-        check: run the file on a few frames, and keep it only if it computes the same features; a
-            file for any size is run on three sizes, at none of which it was traced.
+        check: run the file on a few frames, and keep it only if it computes the same features; for
+            any size, on three sizes other than the traced one.
         check_on: frames to check on, of any kind and size that the adapter takes; by default,
             rendered frames.
 
@@ -220,10 +220,7 @@ class Traced:
 
     @torch.no_grad()
     def compare(self, run: Callable[[Tensor], Tensor], runtime: str, check_on: Any) -> Parity:
-        """Compare the model with its exported file, executed by ``run``; raise if they differ.
-
-        Of several sizes, the difference is that of the size where it is the largest.
-        """
+        """Compare the model with its exported file, executed by ``run``; raise if they differ."""
         parities = [self._compare_at(size, run, runtime, check_on) for size in self.sizes]
         worst = max(parities, key=lambda parity: parity.difference)
         return dataclasses.replace(worst, sizes=tuple(self.sizes))
@@ -236,7 +233,7 @@ class Traced:
         inputs = inputs.to(self.model.adapter.device)
         try:
             actual = run(inputs).detach().cpu()
-        except Exception as error:  # of many types; tracing may have fixed the size
+        except Exception as error:  # of any type; tracing may have fixed the size
             raise ExportError(
                 f"{runtime} cannot run the file, which was not kept, on frames of {size[0]} x "
                 f"{size[1]}: {reason(error)}; {_GIVE_SIZE}"
@@ -247,10 +244,10 @@ class Traced:
                 f"{runtime} returns {tuple(actual.shape)}, PyTorch {tuple(expected.shape)}: the "
                 "file was not kept"
             )
-        apart = (actual.double() - expected.double()).abs().amax(dim=1).flatten()
-        averages = self.model.adapter.config.averaging and bool(apart.isfinite().all())
-        undecided = len(apart) // 500 if averages else 0
-        difference = float(apart.sort().values[-1 - undecided])
+        differences = (actual.double() - expected.double()).abs().amax(dim=1).flatten()
+        averages = self.model.adapter.config.averaging and bool(differences.isfinite().all())
+        excluded = len(differences) // 500 if averages else 0
+        difference = float(differences.sort().values[-1 - excluded])
         parity = Parity(runtime, len(expected), (size,), difference, float(expected.abs().max()))
         dtype = str(expected.dtype).removeprefix("torch.")
         if not difference <= _TOLERANCE[dtype] * max(parity.largest, 1e-6):
@@ -305,7 +302,7 @@ def _size_of(backbone: Backbone, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def _sizes_to_compare(backbone: Backbone) -> list[tuple[int, int]]:
-    """Return the size of the stored positions, a wide and a narrow one."""
+    """Return the size of the stored positions, a wide size and a narrow one."""
     own = backbone.row.image_size // backbone.patch
     grids = ((own, own), (max(_LEAST, own // 2), own + own // 4 + 1), (own + 2, _LEAST))
     return [_size_of(backbone, grid) for grid in grids]
@@ -324,8 +321,8 @@ def _check(
     if size is None:
         if adapter.backbone.row.kind != "vit":
             raise ExportError(
-                f"{adapter.backbone.row.name} arranges stages or windows for the size of its "
-                f"input, which is fixed in a file; {_GIVE_SIZE}"
+                f"{adapter.backbone.row.name} arranges stages or windows for a fixed input size; "
+                f"{_GIVE_SIZE}"
             )
         return
     padded = adapter.geometry(*size).padded
@@ -355,7 +352,7 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _symbolic_floats() -> Iterator[None]:
-    """Let timm divide rotary coordinates by sides of any size; float() makes them constants."""
+    """Keep the sides by which timm divides rotary coordinates symbolic despite ``float()``."""
     pos_embed_sincos.float = torch.sym_float
     try:
         yield

@@ -55,12 +55,12 @@ class Format:
     finish: Callable[[Path, RunRecord], Path]  # completes the file in place, or writes another
     read: Callable[[Path, slice], Content]
     require: Callable[[], object] = lambda: None  # raises if the format's package is missing
-    tokens: tuple[str, ...] = TOKENS  # the kinds that it can hold
-    several: bool = False  # whether it can hold more than one
+    tokens: tuple[str, ...] = TOKENS  # kinds that it can hold
+    several: bool = False  # whether it can hold more than one kind
 
 
 def _finish_safetensors(path: Path, record: RunRecord) -> Path:
-    """Write the header, and after the first array the others and the timestamps."""
+    """Write the header, and append the other arrays and the timestamps."""
     dtype, frames, end = _SAFETENSORS[record.request["storage"]], len(record.timestamps), 0
     header: dict[str, Any] = {"__metadata__": {"description": json.dumps(record.description)}}
     for name, shape in record.shapes.items():
@@ -238,7 +238,7 @@ class FeatureFile:
         """The patch features ``(T, C, h, w)``; a ``ValueError`` if the file holds none."""
         if "features" not in self.arrays:
             names = ", ".join(f"arrays[{name!r}]" for name in self.arrays)
-            raise ValueError(f"the file of {self.metadata['source']} holds no patches, but {names}")
+            raise ValueError(f"the file of {self.metadata['source']} has no features, but {names}")
         return self.arrays["features"]
 
 
@@ -266,7 +266,7 @@ def read_features(
         )
     try:
         arrays, description = form.read(path, frames)
-        arrays.pop("timestamps", None)  # a range of them; the metadata has all
+        arrays.pop("timestamps", None)  # of the range only; the metadata has all
         metadata = dict(sidecar or description or {})
         if not metadata:
             raise ValueError(f"its sidecar {sidecar_path(path).name} is missing")

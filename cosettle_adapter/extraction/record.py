@@ -134,8 +134,8 @@ class RunRecord:
         self.keep, lines = self.request["source_identity"] is not None, self._read_journal()
         changes = ""
         if lines and self.keep:
-            but = ("settings.end",) if self._same_before_end(lines[1:]) else ()
-            changes = differences(lines[0]["asked"], self.request, but=but)
+            ignore = ("settings.end",) if self._same_before_end(lines[1:]) else ()
+            changes = differences(lines[0]["asked"], self.request, ignore=ignore)
         if changes and not overwrite:
             raise OutputExistsError(
                 f"{self._output} was started with other settings: {changes}; use the same settings "
@@ -173,7 +173,7 @@ class RunRecord:
         """Append a batch of arrays ``(N, ...)`` in the storage dtype.
 
         Raises:
-            FrameError: its frames have another size than those before, written by an earlier run.
+            FrameError: the frames differ in size from those of an earlier run.
         """
         first = Geometry.from_dict(self._geometry) if self.timestamps else geometry
         resized = self.request["settings"]["size"] is not None
@@ -223,10 +223,10 @@ class RunRecord:
         self.keep = False
 
     def _same_before_end(self, batches: Sequence[Any]) -> bool:
-        """Whether the batches would be the same if the earlier run had had this run's end."""
+        """Whether the batches of an earlier run remain valid with this run's ``end``."""
         settings = self.request["settings"]
         if settings["temporal_fusion"] == "symmetric" or settings["fps"] or settings["times"]:
-            return False  # what was written depends on later frames
+            return False  # features depend on later frames
         last = max((time for _, times, _ in batches for time in times), default=0)
         return last < (settings["end"] or math.inf)
 
@@ -323,23 +323,23 @@ def describe_run(
 
 
 def _digest(times: Sequence[float]) -> str:
-    """Describe chosen times in few bytes, which a file's header has room for."""
+    """Abbreviate selected times, to fit into a file's header."""
     return f"{len(times)}, sha256:{hashlib.sha256(repr([*times]).encode()).hexdigest()[:16]}"
 
 
 def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, but: tuple[str, ...] = ()
+    before: Mapping[str, Any], now: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
 ) -> str:
     """Return how a run differs from an earlier one: ``size was 280 and is 476, ...``.
 
-    Names that begin as one of ``but`` do not count.
+    Settings whose names begin with one of ``ignore`` may differ.
     """
     previous = _flat(before)
     changes: list[str] = []
     for name, value in _flat(now).items():
         if previous.get(name) == value or name == "source":  # the file may be renamed
             continue
-        if not name.startswith(but):
+        if not name.startswith(ignore):
             short = name.removeprefix("settings.").replace("_", "-").replace(".", " ")
             old, new = ("not given" if v is None else v for v in (previous.get(name), value))
             changes.append(_CHANGED.get(name, f"{short} was {old} and is {new}"))
@@ -350,8 +350,8 @@ def identify(source: Any, before: Mapping[str, Any] | None = None) -> tuple[str 
     """Return hashes of a source's content, and of the sizes and times of its files.
 
     A source is a file or a list of images. The content is only read if the sizes or times are not
-    those in ``before``, the sidecar of an earlier run. A URL has what its server says of its
-    version. Frames in memory, iterators, pipes and live inputs have nothing of the kind.
+    those in ``before``, the sidecar of an earlier run. A URL is identified by the version
+    that its server reports; frames in memory, iterators, pipes and live inputs by nothing.
     """
     if isinstance(source, (str, os.PathLike)):
         resolved = resolve(source)

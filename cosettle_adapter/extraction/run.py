@@ -113,7 +113,7 @@ def extract(
 
 
 def _result(path: Path, description: Mapping[str, Any], found: int | None = None) -> Extraction:
-    """Return the result that a description tells; ``found`` by default all frames."""
+    """Return the result that a description states; ``found`` defaults to all frames."""
     arrays = {name: tuple(array["shape"]) for name, array in description["arrays"].items()}
     (frames,) = arrays.pop("timestamps")
     found = frames if found is None else found
@@ -121,12 +121,12 @@ def _result(path: Path, description: Mapping[str, Any], found: int | None = None
 
 
 def _check_tokens(adapter: CoSettleAdapter, settings: ExtractSettings) -> None:
-    """Raise if the backbone lacks tokens of the settings."""
+    """Raise if the backbone lacks requested tokens."""
     for kind, name in {"cls": "class token", "registers": "register tokens"}.items():
         if kind in settings.kinds and kind not in adapter.backbone.special:
             raise FormatError(
                 f"{adapter.backbone.row.name} has no {name}: leave {kind} out of --tokens "
-                "(tokens=); mean is a vector per frame that every backbone has"
+                "(tokens=); mean gives one vector per frame for every backbone"
             )
 
 
@@ -139,7 +139,7 @@ def _finished(path: Path, request: Mapping[str, Any]) -> Extraction | None:
     if sidecar is None:
         problem = f", but not {sidecar_path(path).name}, which describes it"
     elif request["source_identity"] is not None:
-        if not (changes := differences(sidecar, request, but=NUMERICAL)):
+        if not (changes := differences(sidecar, request, ignore=NUMERICAL)):
             return _result(path, sidecar)
         problem = f": {changes}"
     raise OutputExistsError(f"{path} exists{problem}; {REDO}")
@@ -233,13 +233,13 @@ def _encode(
         if record.keep:
             message = "%d frames are kept in %s: the same call resumes after them"
             if isinstance(error, FrameError):
-                message += "; with the end (--end) of what can be read, it finishes the file"
+                message += "; with an end (--end) before the unusable frame, it finishes the file"
             logger.warning(message, len(record.timestamps), record.folder)
         raise
 
 
 def _arrays(chunk: FeatureChunk, kinds: Sequence[str]) -> dict[str, Tensor]:
-    """Return what is written of a chunk, by the names of :data:`ARRAYS`."""
+    """Return the arrays to write for a chunk, by the names of :data:`ARRAYS`."""
     arrays: dict[str, Any] = {}
     for kind in kinds:
         if kind == "patch":

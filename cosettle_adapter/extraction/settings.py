@@ -22,7 +22,7 @@ class ExtractionError(CosettleError, RuntimeError):
 
 
 class FormatError(ExtractionError, ValueError):
-    """A format or tokens that do not exist, or features that the format cannot hold."""
+    """Unknown format or tokens, or features that the format cannot hold."""
 
 
 class OutputExistsError(ExtractionError, FileExistsError):
@@ -55,9 +55,9 @@ class ExtractSettings:
         temporal_fusion: average patches with their matches in neighbouring frames: past and
             future (symmetric), or past only (causal).
         storage: dtype on disk; by default, the adapter's.
-        tokens: what to write, separated by commas: patch (the features); cls and registers (class
-            and register tokens of the last layer, of single frames: neither settled nor fused);
-            mean (of a frame's features). Parquet holds either cls or mean, npy one of all.
+        tokens: arrays to write, separated by commas: patch (the features); cls and registers (class
+            and register tokens of the last layer, neither settled nor fused); mean (of a frame's
+            features). Parquet holds either cls or mean, npy any one of them.
     """
 
     format: FormatName | None = None

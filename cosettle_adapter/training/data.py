@@ -207,8 +207,8 @@ def draw_crop(
 ) -> tuple[int, int, int, int, bool]:
     """Draw a random-resized crop: top, left, height, width in pixels, and whether to mirror it.
 
-    The crop is that of torchvision's ``RandomResizedCrop``, draw by draw. The official code defines
-    its own, which clips the sides to the frame, but torchvision's base class overrides it.
+    Draws equal those of torchvision's ``RandomResizedCrop``, which the official code runs: the
+    method that it defines to clip the sides to the frame is never called.
     """
 
     def uniform(low: float, high: float) -> Tensor:

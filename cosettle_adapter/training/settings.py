@@ -43,8 +43,7 @@ class TrainSettings:
         temperatures: softmax temperatures of the cycle; loss and accuracy are means over them.
         separability_weight: weight of the separability loss, the paper's lambda; 0 removes it.
         reg_loss: the separability loss: kl, the paper's divergence, summed over the tokens; or mse,
-            the squared error of unit tokens, averaged over tokens and channels and hundreds of
-            times smaller.
+            the mean squared error of unit tokens, which is hundreds of times smaller.
         pea: crop of the zoomed grid of positions: a different one for each sample, one per step for
             the whole batch (as in the official code), or off.
         pea_ratio: the grid of positions is zoomed by 1 + this ratio.
@@ -184,7 +183,7 @@ class TrainSettings:
 
         In a short run the paper's 1e-4 would hardly change a head. By default, steps * rate is
         therefore at least that of the paper's run, with a rate of at most 1e-3. A
-        :class:`TrainingError` if ``min_lr`` is higher.
+        higher ``min_lr`` is a :class:`TrainingError`.
         """
         if self.base_lr is None:
             short = min(_PAPER_TRAVEL / steps, _SHORT_RUN_LR)

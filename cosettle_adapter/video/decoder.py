@@ -26,9 +26,9 @@ from cosettle_adapter.video.sources import (
     find_device,
     is_encrypted,
     open_container,
+    opening_error,
     pyav,
     reason,
-    why_not,
 )
 from cosettle_adapter.video.timeline import Timeline
 
@@ -44,10 +44,10 @@ Items = Generator["tuple[Fraction, VideoFrame] | LostFrames", None, None]
 
 # how many seconds before a time to look for a keyframe, in turn, until one is found in time
 _SEEK_MARGINS = (0, 2, 16)
-_TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg reads any text as a film of characters
+_TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")  # FFmpeg reads any text as a video of characters
 _OUTPUT_CORRUPT = 0x0008  # AV_CODEC_FLAG_*: frames that the decoder patched up are delivered
 _INTERLACED = (2, 3, 4, 5)  # AV_FIELD_*
-_DEMUX_ERRORS = 100  # after which the rest of a file is given up
+_DEMUX_ERRORS = 100  # after which the rest of a file is skipped
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SourceInfo:
 
 
 class Video:
-    """An open video: the stream of its pictures, decoded in the order in which they are shown."""
+    """An open video: one stream of pictures, decoded in display order."""
 
     def __init__(
         self,
@@ -84,19 +84,19 @@ class Video:
         self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)  # width over height
         self.refusal = ""  # why the selected device does not decode it
         self._begun = False  # whether a frame was decoded that refers to another one
-        # one for all frames: a frame's own would make its tables anew
+        # shared by all frames: each frame's own would compute its tables again
         self._reformatter = pyav().video.reformatter.VideoReformatter()
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
 
     def items(self) -> Items:
-        """Decode from here to the end: frames with their times, and what damage took.
+        """Decode to the end; yield frames with their times, and lost frames.
 
         Raises:
-            ThreadsDamaged: with several threads, at the first error: what it reaches is only known
-                where one frame is decoded after the other.
+            ThreadsDamaged: at the first error with several threads, because only sequential
+                decoding shows which frames an error affects.
         """
         timeline = self.timeline
-        held: VideoFrame | None = None  # until the time of the next one is known
+        delayed: VideoFrame | None = None  # until the time of the next frame is known
         for packet in self._packets():
             time = timeline.expect(packet)
             if self.needed is not None:
@@ -119,11 +119,11 @@ class Video:
                 if leading and not timeline.damage and not self._begun:
                     continue  # it refers to frames before the first keyframe
                 self._begun = self._begun or not (frame.key_frame or frame.is_corrupt)
-                if held is not None:
-                    yield from self._shown(held, frame)
-                held = frame
-        if held is not None:
-            yield from self._shown(held, None)
+                if delayed is not None:
+                    yield from self._shown(delayed, frame)
+                delayed = frame
+        if delayed is not None:
+            yield from self._shown(delayed, None)
         if not (isinstance(self.source, Input) and self.source.live):
             yield from timeline.lost_at_end()
 
@@ -147,14 +147,14 @@ class Video:
         timeline = self.timeline
         if timeline.seekable and not timeline.started:
             with contextlib.closing(self.items()) as items:
-                next(items, None)  # which tells the origin of times
+                next(items, None)  # determines the origin of times
         for margin in _SEEK_MARGINS if timeline.seekable else ():
             place = max(start - margin, Fraction(0)) + timeline.origin
             try:
                 ticks = int(place / timeline.base)
                 self.container.seek(ticks, stream=self.stream, backward=True)
             except (pyav().error.FFmpegError, OSError, ZeroDivisionError):
-                break  # not every container can
+                break  # not every container supports seeking
             self._begun = False
             timeline.jump()
             items = self.items()
@@ -166,9 +166,9 @@ class Video:
         raise NotSeekable
 
     def _packets(self) -> Iterator[Packet[Any]]:
-        """Yield the stream's packets, an empty one last; one that is cut off is left out."""
+        """Yield the stream's packets without a truncated last one, then an empty packet."""
         may_be_cut = "mpegts" not in self.container.format.name  # a broadcast may be cut anywhere
-        held: Packet[Any] | None = None  # a damaged one, which is cut off if it is the last
+        delayed: Packet[Any] | None = None  # a damaged one, dropped if it is the last
         last: Packet[Any] | None = None
         for _ in range(_DEMUX_ERRORS):
             try:
@@ -180,30 +180,30 @@ class Video:
                     if at_end and last is not None:
                         self._check_end(last)
                     last = packet
-                    if held is not None:
+                    if delayed is not None:
                         if at_end and may_be_cut:
-                            self.timeline.expect(held)
+                            self.timeline.expect(delayed)
                             self.timeline.note("its last packet is cut off")
                         else:
-                            yield held
-                    held = packet if packet.is_corrupt and packet.size else None
-                    if held is None and (packet.size or at_end):
+                            yield delayed
+                    delayed = packet if packet.is_corrupt and packet.size else None
+                    if delayed is None and (packet.size or at_end):
                         yield packet
                 return
             except (pyav().error.FFmpegError, OSError) as error:
-                kinds = OSError, pyav().error.ExitError, pyav().error.HTTPError
-                if isinstance(error, kinds) and isinstance(self.source, Input):
+                connection = OSError, pyav().error.ExitError, pyav().error.HTTPError
+                if isinstance(error, connection) and isinstance(self.source, Input):
                     at = f"{float(self.timeline.latest or 0):g} s ({reason(error)})"
-                    raise ConnectionError(f"{self.source} broke off after {at}") from error
+                    raise ConnectionError(f"{self.source} was interrupted at {at}") from error
                 self.timeline.note(reason(error))
 
     def _check_end(self, last: Packet[Any]) -> None:
-        """Raise an OSError if a URL holds more than arrived, or no longer answers.
+        """Raise an OSError if a URL holds more packets than were received, or does not respond.
 
-        Demuxers end without an error where FFmpeg cannot connect again.
+        Demuxers end without an error if FFmpeg cannot reconnect.
         """
-        counted = 0 < self.stream.frames <= self.timeline.packets
-        if not isinstance(self.source, Input) or not self.source.resumable or counted:
+        complete = 0 < self.stream.frames <= self.timeline.packets
+        if not isinstance(self.source, Input) or not self.source.resumable or complete:
             return
         try:
             with open_container(self.source) as again:
@@ -211,15 +211,15 @@ class Video:
                 if last.dts is not None:
                     again.seek(last.dts, stream=stream, backward=True)
                 ends = [(p.dts or 0, p.size) for p in again.demux(stream) if p.size]
-        except ValueError:  # invalid data: it is the file that is damaged
+        except ValueError:  # invalid data: the file itself is damaged
             return
         except pyav().error.FFmpegError as error:
             raise OSError(reason(error)) from error
         if max(ends, default=(0, 0)) > (last.dts or 0, last.size):
-            raise OSError("its sender paused for too long")
+            raise OSError("the sender paused for too long")
 
     def announce(self) -> None:
-        """Warn of what may not be as expected; :class:`FrameError` for a rate that is known."""
+        """Warn of unusual properties; :class:`FrameError` if ``source_fps`` is not needed."""
         timeline, codec = self.timeline, self.stream.codec_context
         warnings = []
         if self.select.source_fps is not None and timeline.has_times:
@@ -230,11 +230,11 @@ class Video:
         if self._pixel_aspect != 1 and not self.select.square_pixels:
             aspect = f"{self._pixel_aspect.numerator}:{self._pixel_aspect.denominator}"
             warnings.append(f"its pixels are not square but {aspect}; give square_pixels")
-        interlaced = getattr(codec, "field_order", 0) in _INTERLACED  # older PyAV does not tell
+        interlaced = getattr(codec, "field_order", 0) in _INTERLACED  # unknown to older PyAV
         if interlaced and not self.select.deinterlace:
-            warnings.append("its frames are interlaced, and read as they are; give deinterlace")
+            warnings.append("its frames are interlaced and are read unchanged; give deinterlace")
         if getattr(codec, "color_trc", 0) in HDR and not self.select.tone_map:
-            warnings.append("its colours are HDR (PQ or HLG), and read as they are; give tone_map")
+            warnings.append("its colours are HDR (PQ or HLG) and are read unchanged; give tone_map")
         if self.refusal:
             warnings.append(f"decoded on the CPU: {self.refusal}")
         for warning in warnings:
@@ -260,13 +260,13 @@ class Video:
         return PendingFrame(time, name, partial(self.pixels, frame), frame.is_corrupt)
 
     def pixels(self, frame: VideoFrame) -> Tensor:
-        """Convert a decoded frame to (3, H, W) uint8 RGB, turned and mirrored upright.
+        """Convert a decoded frame to ``(3, H, W)`` uint8 RGB, upright by its display matrix.
 
-        By the display matrix, x' = a x + c y and y' = b x + d y, to the nearest quarter turn.
+        The matrix, x' = a x + c y and y' = b x + d y, is rounded to quarter turns and mirroring.
         """
         if self._turn is None:
-            # a frame asked for its side data is kept alive, with its decoder, until garbage is
-            # collected, so ask a small copy, and once a file
+            # reading side data keeps a frame and its decoder alive until garbage collection, so
+            # read that of a small copy, once per file
             thumbnail = frame.reformat(width=16, height=16, format="gray")
             matrix: Any = thumbnail.side_data.get("DISPLAYMATRIX")
             a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20]) if matrix else (1, 0, 0, 0, 1)
@@ -283,7 +283,7 @@ class Video:
 
 
 class ThreadsDamaged(Exception):  # noqa: N818  # handled in this module
-    """Several threads met damage: decode again with one, which tells what it reaches."""
+    """Decoding with several threads met damage: decode again with one thread."""
 
 
 class NotSeekable(Exception):  # noqa: N818  # handled where videos are read
@@ -294,10 +294,7 @@ class NotSeekable(Exception):  # noqa: N818  # handled where videos are read
 def open_video(
     source: VideoSource | Input, select: FrameSelection | None = None, *, threads: bool = True
 ) -> Iterator[Video]:
-    """Open a video and choose the stream of its pictures, else :class:`FrameError`.
-
-    By default the one that the file marks as default, else the largest.
-    """
+    """Open a video and choose its stream; :class:`FrameError` if that fails."""
     select = select or FrameSelection()
     av = pyav()
     imports.require("numpy", extra="video", purpose="reading video files")
@@ -305,14 +302,14 @@ def open_video(
     try:
         container = open_container(source, device)
     except (av.error.FFmpegError, OSError) as error:
-        raise why_not(source, error) from error
+        raise opening_error(source, error) from error
     with container:
         stream = choose_stream(source, container, select.stream_index)
         codec = stream.codec_context
         if codec is None:
             raise FrameError(f"{source} holds video that this FFmpeg cannot decode, or is damaged")
         if codec.name in _TEXT_CODECS:
-            raise why_not(source, ValueError("it looks like text"))
+            raise opening_error(source, ValueError("it looks like text"))
         codec.flags |= _OUTPUT_CORRUPT
         on_device = bool(getattr(codec, "is_hwaccel", False))
         video = Video(source, container, stream, select, threads=threads and not on_device)
@@ -325,8 +322,8 @@ def open_video(
         try:
             yield video
         finally:
-            # the decoder's threads come to rest while others may run: PyAV frees a decoder with
-            # the interpreter locked, and a thread that is logging would wait for that lock
+            # stop the decoder's threads while other threads can run: PyAV frees a decoder while it
+            # holds the interpreter lock, for which a decoder thread that logs would wait
             codec.flush_buffers()
 
 
@@ -342,18 +339,17 @@ def decode_video(
 
     Raises:
         FrameError: at once if it is not a video; while reading, for a video without frames.
-        ConnectionError: what sends it broke off.
+        ConnectionError: the connection to a URL broke.
     """
-    select = select or FrameSelection()
     frames = _decode(source, select or FrameSelection(), announce)
-    next(frames)  # closing a generator that has begun closes the file
+    next(frames)  # from here on, closing the generator closes the file
     return frames
 
 
 def _decode(
     source: VideoSource | Input, select: FrameSelection, announce: bool
 ) -> Generator[PendingFrame | LostFrames, None, None]:
-    """Open a video and yield a dummy, then its frames; decode again where that is needed."""
+    """Yield a placeholder when the video is open, then its frames; decode again if needed."""
     start = Fraction(select.start or 0)
     done = 0  # items yielded
     once = isinstance(source, Input) and source.once
@@ -384,6 +380,6 @@ def _decode(
                 if done:
                     video.report()
     if empty and once:
-        raise why_not(source, ValueError("no frame of it can be decoded"))
+        raise opening_error(source, ValueError("no frame of it can be decoded"))
     if empty:
         raise FrameError(f"{source} has a video stream, but no frame of it can be decoded")

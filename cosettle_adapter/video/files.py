@@ -76,8 +76,8 @@ def find_media(
 
 def resolve(source: str | os.PathLike[str]) -> Path | Input | list[Path]:
     """Resolve a path, URL or pattern to a file, an input, or images in natural order."""
-    if (found := as_input(source)) is not None:
-        return found
+    if (stream := as_input(source)) is not None:
+        return stream
     path, pattern = Path(source).expanduser(), os.path.expanduser(source)  # noqa: PTH111
     if path.is_dir():
         if images := find_images(path):
@@ -128,7 +128,7 @@ def count_pages(path: Path) -> int:
 def read_pages(path: Path) -> Generator[PendingFrame | LostFrames, None, None]:
     """Yield the images in an image file, with the times it stores, else their positions.
 
-    The file is opened once, and read forward.
+    The file is opened once and read forward.
     """
     time, lasts, page, count = 0.0, 1.0, 0, 1
     try:
@@ -138,11 +138,11 @@ def read_pages(path: Path) -> Generator[PendingFrame | LostFrames, None, None]:
                 image.seek(page)
                 load = functools.cache(functools.partial(_page, image, path, page))
                 yield PendingFrame(round(time, 6), f"frame {page} of {path}", load)
-                # others are read forward only, and the file is closed after the last page
+                # only TIFF can be read backwards, and the file is closed after the last page
                 if image.format != "TIFF" or page == count - 1:
                     with contextlib.suppress(FrameError):
                         load()
-                stored = image.info.get("duration")  # milliseconds; WebP tells after loading
+                stored = image.info.get("duration")  # milliseconds; of WebP, known after loading
                 lasts = 1.0 if stored is None else stored / 1000
                 time += lasts
     except DamagedImageError as error:
@@ -150,7 +150,7 @@ def read_pages(path: Path) -> Generator[PendingFrame | LostFrames, None, None]:
 
 
 def _page(image: Any, path: Path, page: int) -> Tensor:
-    with _damage_told(path):
+    with _damage_as_error(path):
         if image.tell() != page:
             image.seek(page)
         return _pixels(image, path)
@@ -171,13 +171,13 @@ def _opened(path: Path) -> Iterator[Any]:
         imports.require(
             "pillow_heif", extra="heif", purpose="reading HEIC images"
         ).register_heif_opener()
-    with _damage_told(path), pil.open(path) as image:
+    with _damage_as_error(path), pil.open(path) as image:
         yield image
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
-    """Raise :class:`DamagedImageError` for what PIL raises of a broken file."""
+def _damage_as_error(path: Path) -> Iterator[None]:
+    """Convert the errors that PIL raises for a broken file to :class:`DamagedImageError`."""
     pil = imports.require("PIL.Image", extra="video", purpose="reading image files")
     try:
         yield

@@ -1,4 +1,4 @@
-"""FFmpeg's filters over decoded frames: deinterlacing, and tone mapping of HDR pictures."""
+"""Deinterlacing and tone mapping of decoded frames with FFmpeg's filters."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Items = Generator["tuple[Fraction, VideoFrame] | LostFrames", None, None]
 
 
 def filtered(items: Items, select: FrameSelection) -> Items:
-    """Filter the frames among items as selected; their number, times and order stay."""
-    waiting: deque[tuple[Fraction, VideoFrame] | LostFrames] = deque()  # for what the graph holds
+    """Filter frames as selected; their number, times and order do not change."""
+    waiting: deque[tuple[Fraction, VideoFrame] | LostFrames] = deque()  # for output of the graph
     graph: Any = None
     kind = ""
     position = 0
@@ -31,7 +31,7 @@ def filtered(items: Items, select: FrameSelection) -> Items:
             if _kind(frame) != kind:
                 yield from _finished(graph, waiting, at_end=True)
                 graph, kind = _graph(frame, select), _kind(frame)
-            frame.pts, frame.time_base = position, Fraction(1, 1000)  # rising, in every container
+            frame.pts, frame.time_base = position, Fraction(1, 1000)  # containers' may not rise
             position += 1
             graph.push(frame)
         waiting.append(item)
@@ -40,7 +40,7 @@ def filtered(items: Items, select: FrameSelection) -> Items:
 
 
 def _finished(graph: Any, waiting: deque[Any], *, at_end: bool = False) -> Iterator[Any]:
-    """Yield what the graph has finished, and what was lost before it, in order."""
+    """Yield the frames that the graph has finished and the losses before them, in order."""
     if at_end and graph is not None:
         graph.push(None)
     while waiting:
@@ -49,20 +49,20 @@ def _finished(graph: Any, waiting: deque[Any], *, at_end: bool = False) -> Itera
             continue
         try:
             frame = graph.pull()
-        except (BlockingIOError, EOFError):  # it needs the next frame, or has none left
+        except (BlockingIOError, EOFError):  # the graph needs another frame, or is empty
             return
         time, _ = waiting.popleft()
         yield time, frame
 
 
 def _kind(frame: VideoFrame) -> str:
-    """Describe frames like this one to FFmpeg."""
+    """Return FFmpeg's description of a frame's size and colours."""
     size = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}"
     return f"{size}:colorspace={frame.colorspace}:range={frame.color_range}:time_base=1/1000"
 
 
 def _graph(frame: VideoFrame, select: FrameSelection) -> Any:
-    """Build the filters for frames like this one."""
+    """Build the filters for frames of this size and colours."""
     av = imports.require("av.filter", extra="video", purpose="filtering videos")
     graph = av.Graph()
     nodes = [graph.add("buffer", _kind(frame))]

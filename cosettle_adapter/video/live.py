@@ -17,74 +17,74 @@ from cosettle_adapter.video.sources import Input, reason
 
 logger = logging.getLogger(__name__)
 
-_WAITING = 64  # frames that may wait for the consumer
-_TOLD = 100  # times of dropped frames that are kept for the consumer
-_NONE_DROPPED = LostFrames((), "they came faster than they were read")
-_ATTEMPTS = 10  # at connecting again, in a row
-_PAUSES = (0.5, 10.0)  # seconds before the first attempt, which double, and at most
-_JOIN_TIMEOUT = 1.0  # seconds; the thread may be held up in a read, and ends after it
+_BUFFER = 64  # frames kept for the consumer
+_LISTED = 100  # dropped frames whose times are reported
+_NONE_DROPPED = LostFrames((), "they arrived faster than they were read")
+_ATTEMPTS = 10  # consecutive attempts to reconnect
+_PAUSES = (0.5, 10.0)  # seconds before the first attempt, doubled for each next one, and the limit
+_JOIN_TIMEOUT = 1.0  # seconds; a thread blocked in a read ends after it
 
 
 def read_live(
     source: Input, select: FrameSelection
 ) -> Generator[PendingFrame | LostFrames, None, None]:
-    """Yield the frames of a live input as they arrive; closing ends it.
+    """Yield the frames of a live input as they arrive; closing the generator stops reading.
 
-    If frames wait for the consumer, the oldest ones are dropped and reported as lost. When the
-    input ends or fails, it is opened again; times go on with the seconds that passed.
+    If the consumer is too slow, the oldest frames are dropped and reported as lost. When the input
+    ends or fails, it is opened again; times continue with the seconds that passed.
 
     Raises:
-        FrameError: it cannot be opened at first; or, if damage is an error, not again.
+        FrameError: the input cannot be opened, or not reopened if damage is an error.
     """
-    feed = _Feed(source, select)
-    thread = threading.Thread(target=feed.run, name="cosettle-live", daemon=True)
+    reader = _Reader(source, select)
+    thread = threading.Thread(target=reader.run, name="cosettle-live", daemon=True)
     thread.start()
     try:
-        while (item := feed.next()) is not None:
+        while (item := reader.next()) is not None:
             yield item
             del item
     finally:
-        feed.closed.set()
-        if thread is not threading.current_thread():  # where garbage may be collected
+        reader.closed.set()
+        if thread is not threading.current_thread():  # garbage collection may run in it
             thread.join(_JOIN_TIMEOUT)
 
 
-class _Feed:
-    """What passes between the thread that reads and the consumer."""
+class _Reader:
+    """Reads a live input in a thread and buffers its frames for the consumer."""
 
     def __init__(self, source: Input, select: FrameSelection) -> None:
         self.source, self.select = source, select
-        self.closed = threading.Event()  # by the consumer
+        self.closed = threading.Event()  # set by the consumer
         self._changed = threading.Condition()
-        self._waiting: deque[PendingFrame | LostFrames | BaseException | None] = deque()
-        self._dropped = _NONE_DROPPED  # since the consumer last asked
-        self._latest, self._arrived = 0.0, 0.0  # seconds of the last frame, and when it arrived
+        self._buffer: deque[PendingFrame | LostFrames | BaseException | None] = deque()
+        self._dropped = _NONE_DROPPED  # since the last call of ``next``
+        self._latest, self._arrived = 0.0, 0.0  # time of the last frame, and of its arrival
 
     def next(self) -> PendingFrame | LostFrames | None:
-        """Wait for what comes next; ``None`` at the end."""
+        """Wait for the next item and return it; ``None`` at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
+            self._changed.wait_for(lambda: self._buffer)
             if self._dropped.times:
                 dropped, self._dropped = self._dropped, _NONE_DROPPED
                 return dropped
-            item = self._waiting.popleft()
+            item = self._buffer.popleft()
         if isinstance(item, BaseException):
             raise item
         return item
 
     def _put(self, item: PendingFrame | LostFrames | BaseException | None) -> None:
-        """Hand an item to the consumer; drop the oldest one if too many wait."""
+        """Buffer an item; drop the oldest one if the buffer is full."""
         with self._changed:
-            if len(self._waiting) == _WAITING:
-                oldest = self._waiting.popleft()
+            if len(self._buffer) == _BUFFER:
+                oldest = self._buffer.popleft()
                 times = self._dropped.times
                 if isinstance(oldest, PendingFrame):
                     times += (oldest.time,)
                 elif isinstance(oldest, LostFrames):
                     times += oldest.times
-                unlisted = self._dropped.unlisted + len(times[_TOLD:])
-                self._dropped = LostFrames(times[:_TOLD], _NONE_DROPPED.reason, unlisted)
-            self._waiting.append(item)
+                unlisted = self._dropped.unlisted + len(times[_LISTED:])
+                self._dropped = LostFrames(times[:_LISTED], _NONE_DROPPED.reason, unlisted)
+            self._buffer.append(item)
             self._changed.notify()
 
     def run(self) -> None:
@@ -92,7 +92,7 @@ class _Feed:
         end: BaseException | None = None
         try:
             self._read()
-        except BaseException as error:  # raised by the consumer
+        except BaseException as error:  # ``next`` raises it
             end = error
         self._put(end)
 
@@ -110,15 +110,15 @@ class _Feed:
             if self.closed.is_set() or self.source.once:
                 return
             failures = 1 if self._arrived != before else failures + 1
-            logger.warning("%s: connecting again (%s)", self.source, problem)
+            logger.warning("%s: reconnecting (%s)", self.source, problem)
             self.closed.wait(min(_PAUSES[0] * 2 ** (failures - 1), _PAUSES[1]))
-        message = f"{self.source} is over: {_ATTEMPTS} attempts to connect again failed ({problem})"
+        message = f"{self.source} ended: {_ATTEMPTS} attempts to reconnect failed ({problem})"
         if self.select.on_damage == "error":
             raise FrameError(message)
         logger.warning(message)
 
     def _read_connection(self) -> None:
-        """Read what arrives until the input ends or the consumer has closed it."""
+        """Read one connection until it ends or the consumer closes the input."""
         with open_video(self.source, self.select, threads=False) as video:
             offset = self._latest + time.monotonic() - self._arrived if self._arrived else 0.0
             if not self._arrived:

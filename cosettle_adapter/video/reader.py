@@ -39,7 +39,7 @@ class FrameChunk:
     frames: Tensor  # (N, 3, H, W) uint8
     timestamps: Tensor  # (N,) float64 seconds since the first frame of the source
     start: int  # number of frames delivered before this chunk
-    lost: tuple[float, ...] = ()  # seconds of frames that damage took, in this chunk or around it
+    lost: tuple[float, ...] = ()  # seconds of frames lost to damage, in or next to this chunk
 
 
 @selects_frames
@@ -53,16 +53,16 @@ def open_frames(
 ) -> Generator[FrameChunk, None, None]:
     """Read frames chunk by chunk, with one chunk in memory at a time.
 
-    Damage takes only the frames it reaches: a warning and ``chunk.lost`` say which, or an error if
+    Damage loses only the frames it affects: a warning and ``chunk.lost`` list them, or an error if
     ``select.on_damage`` is ``"error"``.
 
     Args:
-        source: a video file; the URL of one (``https://``, ``s3://``, ...); ``-``, the standard
-            input; an open binary file, which is not closed; a live input: the URL of a stream
-            (``rtsp://``, ``udp://``, ...) or the number of a camera; a folder of images or a glob
-            pattern, read in natural order (``frame2`` before ``frame10``); a list of image files;
-            frames in memory as :func:`as_frames` takes them; or an iterator of single frames,
-            which is not closed. Float frames in [0, 1] are rounded to uint8.
+        source: a video file or its URL (``https://``, ``s3://``, ...); ``-`` for standard input;
+            an open binary file; a live input: a stream's URL (``rtsp://``, ``udp://``, ...) or a
+            camera's number; a folder of images or a glob pattern, read in natural order
+            (``frame2`` before ``frame10``); a list of image files; frames in memory as
+            :func:`as_frames` takes them; or an iterator of single frames. Open files and iterators
+            are not closed. Float frames in [0, 1] are rounded to uint8.
         select: the frames to read; all by default.
         skip: number of selected frames to skip at the start, without converting their pixels.
         chunk_size: frames per chunk; the last chunk may hold fewer.
@@ -72,7 +72,7 @@ def open_frames(
         FrameError: at once for unusable arguments and sources; while reading, after the frames
             before it, for a frame of another size, a range without frames, or nothing but damage.
         DamagedError: for frames lost to damage, after those before them, if so selected.
-        ConnectionError: after the frames before it, when the sender of a URL breaks off for good.
+        ConnectionError: after the frames received, if the connection to a URL cannot be resumed.
     """
     select = select or FrameSelection()
     if skip < 0:
@@ -82,8 +82,8 @@ def open_frames(
     content = _open(source, select.live)
     name = name_of(source, content)
     selected = select.of(pending_frames(content, select, name), name, skip=skip)
-    waits = isinstance(content, (Path, list)) or (isinstance(content, Input) and not content.live)
-    return _Chunks(name, chunk_size, skip, select, one_size, eager=not waits).of(selected)
+    stored = isinstance(content, (Path, list)) or (isinstance(content, Input) and not content.live)
+    return _Chunks(name, chunk_size, skip, select, one_size, eager=not stored).of(selected)
 
 
 def pending_frames(
@@ -125,7 +125,7 @@ def pinned(chunks: Generator[FrameChunk, None, None]) -> Generator[FrameChunk, N
 def probe(source: Any) -> SourceInfo:
     """Return the number and size of the frames of any source that :func:`open_frames` takes.
 
-    At most one frame is read; nothing of an iterator, a pipe or a live input is.
+    At most one frame is read, and none of an iterator, a pipe or a live input.
     """
     content = _open(source)
     if isinstance(content, Input) and (content.live or content.once):
@@ -156,11 +156,11 @@ def _open(source: Any, live: bool | None = None) -> Path | Input | Tensor | Iter
     is_path = isinstance(source, (str, os.PathLike))
     content = files.resolve(source) if is_path else as_input(source)
     if isinstance(content, Input):
-        # one that sends frames in real time will not send them again
+        # a live input read as a file cannot be read again
         once = content.once or (live is False and content.live)
         return replace(content, live=content.live if live is None else live, once=once)
     if live:
-        raise FrameError(f"live is for URLs, devices and pipes, and {name_of(source)} is none")
+        raise FrameError(f"live is for URLs, devices and pipes, not for {name_of(source)}")
     if content is not None:
         return content
     if holds_pixels(source):
@@ -201,7 +201,7 @@ def _load(item: Any, index: int) -> Tensor:
 
 
 def name_of(source: Any, content: Any = None) -> str:
-    """Return what messages call a source."""
+    """Return a source's name in messages."""
     if isinstance(content, Input):
         return content.name
     is_path = isinstance(source, (str, os.PathLike))
@@ -217,18 +217,18 @@ class _Chunks:
     delivered: int
     select: FrameSelection
     one_size: bool
-    eager: bool  # yield a full chunk at once; else as soon as it is known what was lost after it
+    eager: bool  # yield a full chunk at once; else with the losses up to the next frame
     lost: list[float] = field(default_factory=list)  # since the last chunk
-    lost_in_all: int = 0
+    lost_count: int = 0
     first_lost: list[float] = field(default_factory=list)  # a few, for the message
     reason: str = ""
     frames: Tensor = field(default_factory=lambda: torch.empty(0))  # (size, 3, H, W) uint8
-    times: list[float] = field(default_factory=list)  # of the first of them, which are filled
+    times: list[float] = field(default_factory=list)  # of the frames filled so far
 
     def of(
         self, selected: Generator[PendingFrame | LostFrames, None, None]
     ) -> Generator[FrameChunk, None, None]:
-        """Yield chunks of frames; what fails or is lost is told after the frames before it."""
+        """Yield chunks of frames; report errors and losses after the frames before them."""
         shape: tuple[int, ...] = ()
         failure: Exception | None = None
         with contextlib.closing(selected):
@@ -255,8 +255,8 @@ class _Chunks:
                 failure = error
             if self.times:
                 yield self._chunk()
-        if self.lost_in_all:
-            lost = damage(self.first_lost, self.reason, self.lost_in_all)
+        if self.lost_count:
+            lost = damage(self.first_lost, self.reason, self.lost_count)
             logger.warning("%s %s", self.source, lost)
             if failure is None and not self.delivered:
                 failure = FrameError(f"{self.source} holds nothing but damage ({self.reason})")
@@ -281,7 +281,7 @@ class _Chunks:
                 count = len(item.times) + item.unlisted
                 raise DamagedError(f"{self.source} {damage(item.times, item.reason, count)}")
             self.lost += item.times
-            self.lost_in_all += len(item.times) + item.unlisted
+            self.lost_count += len(item.times) + item.unlisted
             self.first_lost = sorted([*self.first_lost, *item.times])[:_NAMED]
             self.reason = self.reason or item.reason
         return None
@@ -308,7 +308,7 @@ def other_size(
 
 
 def damage(times: Sequence[float], reason: str, count: int | None = None) -> str:
-    """Say how many frames were lost, when and why; ``count`` if not all times are given."""
+    """Describe lost frames; ``count`` is their number if ``times`` is incomplete."""
     count = len(times) if count is None else count
     at = ", ".join(f"{time:g}" for time in sorted(times)[:_NAMED])
     more = ", ..." if count > _NAMED else ""

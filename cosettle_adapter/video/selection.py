@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cosettle_adapter.errors import FrameError
 
-HDR = (16, 18)  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67: what ``tone_map`` maps
+HDR = (16, 18)  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67: inputs of ``tone_map``
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,11 +40,11 @@ class PendingFrame:
 
 @dataclass(frozen=True, eq=False)
 class LostFrames:
-    """Frames that damage took out of a source."""
+    """Frames of a source that are lost to damage."""
 
     times: tuple[float, ...]  # when they would have been shown
     reason: str
-    unlisted: int = 0  # more of them, whose times are not kept
+    unlisted: int = 0  # number of further frames without times
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ class FrameSelection:
             are positions by default, and of raw streams, whose rate is a guess by default.
         stream_index: stream of a file to read; by default its default video stream.
         square_pixels: widen or narrow the frames of a video whose pixels are not square.
-        deinterlace: draw each frame of a video from one of its two fields and the frames beside it.
-        tone_map: map HDR pictures (PQ, HLG) to BT.709, from the peak brightness that the video
-            states, else that of the format; FFmpeg first computes a table, in some seconds.
-        live: whether a URL, device or pipe sends frames in real time: it is read as fast as it
-            sends, opened again when it ends, and of unread frames the oldest are dropped; by
-            default, cameras and URLs such as rtsp:, udp: and tcp: do.
+        deinterlace: compute each frame of an interlaced video from one of its two fields and the
+            neighbouring frames.
+        tone_map: map HDR pictures (PQ, HLG) to BT.709, from the peak brightness in the video, else
+            that of the format. FFmpeg first computes a table, which takes some seconds.
+        live: whether a URL, device or pipe sends frames in real time. A live input is opened again
+            when it ends, and its oldest unread frames are dropped. By default, cameras and URLs
+            such as rtsp:, udp: and tcp: are live.
         decode_on: device that decodes videos, such as cuda, cuda:1, vaapi or videotoolbox; the CPU
-            decodes what it cannot.
+            decodes videos that the device does not support.
         on_damage: how to take frames that are lost to damage: "warn" reports them and continues,
             "error" is an error (``DamagedError``).
     """

@@ -1,4 +1,4 @@
-"""What FFmpeg opens: files, parts of files, URLs, pipes, devices and open file objects."""
+"""Sources that FFmpeg opens: files, parts of files, URLs, pipes, devices and file objects."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# seconds; a connection that is silent for longer is given up
-_PATIENCE = 15.0
-_HEADER_BYTES = 1 << 20  # read at both ends of a file that may be encrypted
+_TIMEOUT = 15.0  # seconds without data after which a connection fails
+_HEADER_BYTES = 1 << 20  # read at both ends of a file to find out whether it is encrypted
 _ATTACHED_PICTURE, _DEFAULT = 0x0400, 0x0001  # AV_DISPOSITION_*: the cover of a song, the default
 _LIVE = ("rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
-_FFMPEG = ("ftp", "http", "https", "mmsh", *_LIVE)  # other schemes are fsspec's
-_HTTP = {  # FFmpeg continues where a connection broke, with a Range request
+_FFMPEG = ("ftp", "http", "https", "mmsh", *_LIVE)  # fsspec opens other schemes
+_HTTP = {  # FFmpeg resumes a broken connection with a Range request
     "reconnect": "1",
     "reconnect_delay_max": "16",
-    "rw_timeout": f"{_PATIENCE * 1e6:.0f}",
+    "rw_timeout": f"{_TIMEOUT * 1e6:.0f}",
 }
 
 
@@ -40,10 +39,10 @@ _HTTP = {  # FFmpeg continues where a connection broke, with a Range request
 class FileRange:
     """A file that lies inside another one, such as an uncompressed member of a tar archive."""
 
-    path: Path  # the file it lies in
+    path: Path  # the enclosing file
     start: int  # its first byte
     size: int  # its length in bytes
-    name: str  # its name there
+    name: str  # its name in the enclosing file
 
     def __str__(self) -> str:
         return f"{self.path}/{self.name}"
@@ -59,8 +58,8 @@ class Input:
     name: str  # in messages, without passwords
     target: Any  # what PyAV opens
     files: Any = None  # the fsspec file system that opens the target, if any
-    live: bool = False  # it sends frames in real time
-    once: bool = False  # it cannot be opened again, nor read from its start
+    live: bool = False  # sends frames in real time
+    once: bool = False  # can be read only once, and not from the start again
     opening: dict[str, Any] = field(default_factory=dict)  # keywords of ``av.open``
 
     def __str__(self) -> str:
@@ -68,33 +67,33 @@ class Input:
 
     @property
     def resumable(self) -> bool:
-        """Whether FFmpeg can ask its sender for the rest of it."""
+        """Whether FFmpeg can request the rest after an interruption."""
         return self.files is None and "://" in str(self.target) and not (self.live or self.once)
 
     def version(self) -> str | None:
-        """Return what changes with the content, ``None`` if the server does not tell."""
+        """Return an identifier that changes with the content, ``None`` if the server has none."""
         try:
             if self.files is not None:
                 return f"{self.name} {self.files.ukey(self.target)}"
             if str(self.target).startswith("http") and not self.live:
                 head = urllib.request.Request(self.target, method="HEAD")
-                with urllib.request.urlopen(head, timeout=_PATIENCE) as answer:
-                    tag = answer.headers["ETag"] or answer.headers["Last-Modified"]
-                    return tag and f"{self.name} {tag} {answer.headers['Content-Length']}"
+                with urllib.request.urlopen(head, timeout=_TIMEOUT) as response:
+                    tag = response.headers["ETag"] or response.headers["Last-Modified"]
+                    return tag and f"{self.name} {tag} {response.headers['Content-Length']}"
         except (OSError, ValueError, http.client.HTTPException):
             pass
         return None
 
 
 def as_input(source: Any) -> Input | None:
-    """Return the input that a URL, ``-``, a camera's number or a file object stands for."""
+    """Return the input for a URL, ``-``, a camera's number or a file object, else ``None``."""
     if isinstance(source, Input):
         return source
     if isinstance(source, int) and not isinstance(source, bool):
         return _camera(source)
     if hasattr(source, "readable"):
         if isinstance(source, io.TextIOBase):
-            raise FrameError("got a file of text; open it with mode 'rb'")
+            raise FrameError("got a text file object; open the file with mode 'rb'")
         name = getattr(source, "name", None) or f"the {type(source).__name__}"
         return Input(str(name), source, once=not source.seekable())
     if not isinstance(source, (str, os.PathLike)):
@@ -108,12 +107,12 @@ def as_input(source: Any) -> Input | None:
             return Input(text, text, live=True, opening={"format": "v4l2"})
         return Input(text, f"file:{text}", once=True) if Path(text).is_fifo() else None
     if scheme in _FFMPEG:
-        timed = {"options": _HTTP} if scheme.startswith("http") else {"timeout": _PATIENCE}
+        timed = {"options": _HTTP} if scheme.startswith("http") else {"timeout": _TIMEOUT}
         return Input(_without_secrets(text), text, live=scheme in _LIVE, opening=timed)
     fsspec = imports.require("fsspec.core", extra="fsspec", purpose=f"reading {scheme}:// URLs")
     try:
         files, place = fsspec.url_to_fs(text)
-    except (ImportError, ValueError) as error:  # the package of a scheme, or no such scheme
+    except (ImportError, ValueError) as error:  # missing package, or unknown scheme
         raise FrameError(f"{_without_secrets(text)} cannot be opened ({error})") from error
     return Input(_without_secrets(text), place, files=files)
 
@@ -128,7 +127,7 @@ def short_name(source: str | os.PathLike[str]) -> str:
 
 @functools.cache
 def find_device(name: str | None) -> tuple[Any, str]:
-    """Return PyAV's context for decoding on a device, or ``None`` and why there is none."""
+    """Return PyAV's context for decoding on a device, or ``None`` and the reason."""
     if name is None:
         return None, ""
     hardware = imports.require("av.codec.hwaccel", extra="video", purpose="decoding on a device")
@@ -141,7 +140,7 @@ def find_device(name: str | None) -> tuple[Any, str]:
         device.create(pyav().Codec("h264", "r"))
     except pyav().error.FFmpegError as error:
         return None, reason(error)
-    except NotImplementedError:  # it may decode other codecs
+    except NotImplementedError:  # the device may decode other codecs
         pass
     return device, ""
 
@@ -159,7 +158,7 @@ def open_container(source: VideoSource | Input, device: Any = None) -> Any:
         if source.files is not None:
             try:
                 target = source.files.open(target, "rb")
-            except Exception as error:  # of any kind, from the package of its scheme
+            except Exception as error:  # fsspec packages raise errors of any type
                 raise OSError(reason(error)) from error
         elif hasattr(target, "seek") and not source.once:
             target.seek(0)
@@ -195,28 +194,28 @@ def choose_stream(
     return best
 
 
-def why_not(source: VideoSource | Input, error: BaseException) -> FrameError:
-    """Return the error of a source that cannot be opened, which says what to do."""
-    hint = "it is no video, or its end, which holds the index, is missing"
+def opening_error(source: VideoSource | Input, error: BaseException) -> FrameError:
+    """Return the error for a source that cannot be opened, with a hint."""
+    hint = "it is not a video, or its end, which holds the index, is missing"
     if str(source).lower().endswith((".npy", ".npz", ".pt", ".pth")):
         hint = "load it with numpy.load or torch.load and pass the frames"
-    elif isinstance(source, Input) and not isinstance(error, ValueError):  # no invalid data
-        hint = "check the name, that what sends it runs, and that you may read it"
+    elif isinstance(source, Input) and not isinstance(error, ValueError):  # not invalid data
+        hint = "check the name, whether the sender is running, and whether you may read it"
     elif isinstance(source, Input) and source.once:
         hint = "a pipe needs a format without an index at its end, such as MPEG-TS or Matroska"
     return FrameError(f"{source} cannot be read as a video ({reason(error)}); {hint}")
 
 
 def is_encrypted(source: VideoSource | Input) -> bool:
-    """Whether an MP4 file says that its pictures are encrypted, which PyAV does not tell."""
+    """Whether an MP4 file declares its pictures encrypted, which PyAV does not report."""
     if isinstance(source, Input):
         return False
     path, start, size = (source, 0, source.stat().st_size) if isinstance(source, Path) else (
         source.path, source.start, source.size
     )  # fmt: skip
     with path.open("rb") as file:
-        for place in (start, max(start, start + size - _HEADER_BYTES)):  # where indexes are
-            file.seek(place)
+        for offset in (start, max(start, start + size - _HEADER_BYTES)):  # where indexes are
+            file.seek(offset)
             header = file.read(min(size, _HEADER_BYTES))
             if b"encv" in header and b"sinf" in header:
                 return True
@@ -236,8 +235,8 @@ def pyav() -> Any:
 def _camera(number: int) -> Input:
     name = f"camera {number}"
     if sys.platform == "darwin":
-        how = {"format": "avfoundation", "options": {"framerate": "30"}}
-        return Input(name, str(number), live=True, opening=how)
+        opening = {"format": "avfoundation", "options": {"framerate": "30"}}
+        return Input(name, str(number), live=True, opening=opening)
     if sys.platform == "win32":
         device = imports.require("av.device", extra="video", purpose="listing cameras")
         cameras = [d.name for d in device.enumerate_input_devices("dshow")
@@ -249,7 +248,7 @@ def _camera(number: int) -> Input:
 
 
 def _without_secrets(url: str) -> str:
-    """Leave out user name and password, and the query, which may hold a signature."""
+    """Remove user name, password and the query, which may hold a signature."""
     scheme, _, rest = url.partition("://")
     host, slash, path = rest.partition("/")
     host = host.rpartition("@")[2].partition("?")[0]

@@ -37,7 +37,7 @@ class Timeline:
         self.base = stream.time_base or Fraction(0)
         flags = int(container.format.flags)
         self.is_raw = bool(flags & _NO_TIMESTAMPS)
-        # AVI and raw streams have no presentation times: what a demuxer gives is a guess
+        # AVI and raw streams have no presentation times; those of the demuxer are guesses
         self.has_times = container.format.name != "avi" and not self.is_raw
         self.is_matroska = "matroska" in container.format.name
         self.may_restart = bool(flags & _MAY_RESTART)
@@ -54,7 +54,7 @@ class Timeline:
             speed = self.base * self._speed
             self._index = sorted((e.pos, e.timestamp * speed) for e in entries if e.size)
             if len(self._index) < stream.frames:
-                self._index = []  # the file was cut, and its index with it
+                self._index = []  # truncated, like the file
         self.damage = ""
         self.started = False  # whether the origin is known
         self.latest: Fraction | None = None  # time of the last frame
@@ -84,7 +84,7 @@ class Timeline:
         return abs(steps - max(1, round(steps)))
 
     def _grid_to(self, time: Fraction) -> list[Fraction]:
-        """Times of frames after the last one up to a time, also of packets that did not arrive."""
+        """Times of frames after the last one up to a time, including missing packets."""
         latest = self.latest or Fraction(0)
         count = round((time - latest) / self.step)
         return [latest + number * self.step for number in range(1, count + 1)]
@@ -122,7 +122,7 @@ class Timeline:
             if packet.dts is not None:
                 time = packet.dts * self.base * self._speed
             if self._index and packet.pos is not None:
-                # a demuxer counts on where it lost chunks; the index tells which they were
+                # a demuxer counts past lost chunks; the index gives their true positions
                 place = bisect.bisect_right(self._index, packet.pos, key=lambda entry: entry[0])
                 time = self._index[max(0, place - 1)][1]
             self._origin = Fraction(0)
@@ -136,14 +136,14 @@ class Timeline:
         return time
 
     def undecoded(self, time: Fraction | None) -> Iterator[LostFrames]:
-        """Tell that a packet without presentation time cannot be decoded."""
+        """Report a packet without presentation time that cannot be decoded."""
         if time is not None and not self.has_times:
             self._waiting.remove(time)
             if not self._index:
                 yield from self._lost([time])
 
     def time_of(self, frame: VideoFrame, following: VideoFrame | None) -> Fraction | None:
-        """Decide when a frame is shown; nothing else does. ``None`` if it comes too late.
+        """Return the time at which a frame is shown, ``None`` if it is out of order.
 
         A container's presentation times count where it stores some, unless the frames before and
         ``following`` agree that one is damaged. Elsewhere the n-th frame that is shown takes the
@@ -204,7 +204,7 @@ class Timeline:
         self.started = True
 
     def lost_before(self, shown: Fraction) -> Iterator[LostFrames]:
-        """Tell which frames before this one did not come."""
+        """Report the frames that are missing before this one."""
         if not self.has_times:
             first = Fraction(-1) if self.latest is None else self.latest
             yield from self._lost([time for _, time in self._index if first < time < shown])
@@ -221,7 +221,7 @@ class Timeline:
         yield from self._lost([time for time in expected if first < time < shown])
 
     def lost_at_end(self) -> Iterator[LostFrames]:
-        """Tell which frames the file promises after the last one.
+        """Report the frames that the header announces after the last one.
 
         By the number of packets where the header has it, else by the duration. Containers round,
         and frames may be dropped at the end, so half a second may be missing, but no more than a
@@ -258,9 +258,9 @@ class Timeline:
         )
 
     def promised_seconds(self) -> float | None:
-        """How long the file says that its pictures last, if it does."""
+        """Return the duration of the pictures that the header states, if any."""
         first = float(self.origin)
-        alone = len(self.container.streams) == 1  # else it may be the sound that lasts so long
+        alone = len(self.container.streams) == 1  # else it may be that of the sound
         if self.stream.duration and (alone or "asf" not in self.container.format.name):
             return float(self.stream.duration * self.base)
         tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))

@@ -140,7 +140,7 @@ def test_weights_come_in_one_file_or_in_shards(folder: Path) -> None:
     put(index, {"weight_map": places})
     assert load_backbone(str(folder)).fingerprint == whole.fingerprint
     for content, message in (
-        ({"weight_map": {**places, "lost": "shard-0.bin"}}, r"tensors that no file has.*lost"),
+        ({"weight_map": {**places, "lost": "shard-0.bin"}}, r"tensors that no shard has.*lost"),
         ({"weight_map": 3}, "is not an index of weights"),
         ([], "is not an index of weights"),
     ):
@@ -240,5 +240,5 @@ def test_a_named_model_takes_a_folder_unless_its_activation_differs(
     assert (backbone.row, backbone.origin) == (row, str(folder))
     content = json.loads((folder / "config.json").read_text())
     put(folder / "config.json", {**content, "hidden_act": "quick_gelu"})
-    with pytest.raises(CorruptWeightsError, match=r"config\.json has another activation than tiny"):
+    with pytest.raises(CorruptWeightsError, match=r"config\.json another activation than tiny"):
         load_backbone(row.name, weights=folder)

@@ -104,7 +104,7 @@ def test_parquet_has_a_row_for_every_frame(
     for name in ("f.parquet", "f.npy"):
         read = read_features(tmp_path / name)
         assert torch.equal(read.arrays[kind], torch.from_numpy(vectors))
-    with pytest.raises(ValueError, match=rf"clip\.mp4 holds no patches, but arrays\['{kind}'\]"):
+    with pytest.raises(ValueError, match=rf"clip\.mp4 has no features, but arrays\['{kind}'\]"):
         _ = read.features
 
 
@@ -134,7 +134,7 @@ def test_a_backbone_without_class_token_has_the_mean(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     frames, output = torch.rand(3, 3, 64, 64), tmp_path / "f.parquet"
     with pytest.raises(
-        FormatError, match=r"small-convnext has no class token: .* mean is a vector"
+        FormatError, match=r"small-convnext has no class token: .* mean gives one vector"
     ):
         extract(adapter_of("convnext"), frames, output, tokens="cls")
     mean = extract(adapter_of("convnext"), frames, output, ExtractSettings(tokens="mean"))
@@ -157,7 +157,7 @@ def test_a_changed_size_loses_nothing_of_what_precedes_it(
             with pytest.raises(FrameError, match=changed):
                 extract(small_adapter, folder, output, **options)
     assert "10 frames are kept in" in caplog.text
-    assert "with the end (--end) of what can be read, it finishes the file" in caplog.text
+    assert "with an end (--end) before the unusable frame, it finishes the file" in caplog.text
     with pytest.raises(OutputExistsError, match="end was not given and is 5"):
         extract(small_adapter, folder, output, batch_size=4, select=FrameSelection(end=5.0))
     ended = FrameSelection(end=10.0)

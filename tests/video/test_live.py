@@ -63,7 +63,7 @@ def times_of(chunks: list[FrameChunk]) -> list[float]:
 def test_a_server_that_is_killed_and_restarted(
     broadcast: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "_WAITING", 1000)
+    monkeypatch.setattr(live, "_BUFFER", 1000)
     monkeypatch.setattr(live, "_ATTEMPTS", 10**6)  # until the server is back
     first = Sender(broadcast)
     assert probe(first.url).frames is None, "a probe does not connect"
@@ -77,15 +77,15 @@ def test_a_server_that_is_killed_and_restarted(
     assert numbers(torch.cat([chunk.frames for chunk in chunks])) == [*range(COUNT), *range(COUNT)]
     assert times == sorted(set(times))
     assert times[COUNT] > times[COUNT - 1]
-    assert "connecting again" in caplog.text
-    assert f"{first.url} is over: 4 attempts" in caplog.text
+    assert "reconnecting" in caplog.text
+    assert f"{first.url} ended: 4 attempts" in caplog.text
 
 
 def test_a_slow_consumer_stalls_nobody_and_is_told(
     broadcast: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(live, "_TOLD", 5)
-    monkeypatch.setattr(live, "_WAITING", 8)
+    monkeypatch.setattr(live, "_LISTED", 5)
+    monkeypatch.setattr(live, "_BUFFER", 8)
     content = broadcast * 10  # more than any buffer on the way holds
     sender = Sender(content)
     chunks = open_frames(sender.url, chunk_size=4)
@@ -98,7 +98,7 @@ def test_a_slow_consumer_stalls_nobody_and_is_told(
     lost = [seconds for chunk in received for seconds in chunk.lost]
     assert 0 < len(lost) < COUNT
     count = 10 * COUNT - kept
-    assert f"lost {count} frames (they came faster than they were read)" in caplog.text
+    assert f"lost {count} frames (they arrived faster than they were read)" in caplog.text
     slow = open_frames(Sender(content).url, FrameSelection(on_damage="error"), chunk_size=1)
     with pytest.raises(DamagedError, match="faster than they were read"):
         read_slowly(slow)
@@ -139,8 +139,8 @@ def test_a_live_source_that_is_read_once(broadcast: bytes) -> None:
 
 
 def test_a_source_that_cannot_be_opened(broadcast: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "_WAITING", 1000)
+    monkeypatch.setattr(live, "_BUFFER", 1000)
     with pytest.raises(FrameError, match=r"tcp://127\.0\.0\.1:1 cannot be read.*refused"):
         next(open_frames("tcp://127.0.0.1:1"))
-    with pytest.raises(FrameError, match="is over: 4 attempts to connect again failed"):
+    with pytest.raises(FrameError, match="ended: 4 attempts to reconnect failed"):
         list(open_frames(Sender(broadcast).url, FrameSelection(on_damage="error")))
