@@ -38,10 +38,7 @@ def cache_folder(name: str, fingerprint: str, options: HubOptions) -> Path:
 def fitted_projection(
     backbone: Backbone, options: HubOptions, *, native: Callable[[], Backbone]
 ) -> Projection:
-    """Return a backbone's projection from the cache, or fit and cache it.
-
-    ``native`` loads the backbone in float32 at its native stride, if a fit needs that.
-    """
+    """Return a projection from the cache, or fit it, with the ``native`` backbone if needed."""
     name = backbone.row.name
     folder = cache_folder(name, backbone.fingerprint, options)
     if (cached := _cached(folder, backbone.fingerprint)) is not None:

@@ -67,8 +67,7 @@ def stream_videos(
 ) -> Iterator[tuple[Source, FeatureChunk]]:
     """Encode pairs of a source and its frames as ``CoSettleAdapter.stream`` describes.
 
-    A thread reads the videos ahead. An error in a video is raised after the features of all frames
-    before it, or passed to ``on_error``.
+    An error in a video is raised, or passed to ``on_error``, after the features before it.
     """
     if unknown := ", ".join(options.keys() - StreamOptions.__annotations__.keys()):
         raise TypeError(f"got {unknown}, expected {', '.join(StreamOptions.__annotations__)}")

@@ -60,10 +60,7 @@ def load_backbone(
 def build_backbone(
     row: BackboneRow, tensors: Mapping[str, Tensor], *, origin: str = "", **wrapping: Any
 ) -> Backbone:
-    """Build a backbone from tensors in timm's names; ``wrapping`` goes to its class.
-
-    A :class:`CorruptWeightsError` lists missing, unexpected and misshapen tensors.
-    """
+    """Build a backbone from tensors in timm's names; ``wrapping`` goes to its class."""
     model = empty_model(row)
     in_float32 = {
         name: tensor.float() if tensor.is_floating_point() else tensor

@@ -61,10 +61,7 @@ _ONLY = {"num_channels": 3, "key_bias": False, "proj_bias": True, "mlp_bias": Tr
 
 
 def folder_row(folder: Path) -> BackboneRow:
-    """Return the row of a folder saved by transformers; its name is ``transformers:<folder>``.
-
-    An unknown model type is an UnknownModelError, a missing file a WeightsUnavailableError.
-    """
+    """Return the row ``transformers:<folder>`` of a folder saved by transformers."""
     folder = folder.resolve()
     files = [folder / f"{name}_config.json" for name in ("preprocessor", "processor")]
     file = next((file for file in files if file.is_file()), None)

@@ -32,8 +32,7 @@ _LICENCES = {row.licence.lower().removeprefix("licenseref-"): row.licence for ro
 def lookup(name: str | Path) -> BackboneRow:
     """Return the row of a registered name, ``timm:<tag>``, ``open_clip:<arch>/<tag>`` or a folder.
 
-    The folder is one saved by transformers; a ``Path`` is always a folder. An
-    :class:`UnknownModelError` suggests similar names.
+    The folder is one saved by transformers; a ``Path`` is always a folder.
     """
     text = name if isinstance(name, str) else ""
     if text in REGISTRY:
@@ -50,7 +49,7 @@ def lookup(name: str | Path) -> BackboneRow:
         return folder_row(Path(name).expanduser())
     if text.startswith(TRANSFORMERS):
         raise UnknownModelError(
-            f"{text} names a folder saved by transformers: pass its path as the model, and the "
+            f"{text} names a folder saved by transformers: give its path as the model, and the "
             "projection's folder as projection="
         )
     raise UnknownModelError(

@@ -67,10 +67,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of an archive by their names in the module tree.
-
-    A damaged or hostile archive can raise any exception, but none of its code runs.
-    """
+    """Read an archive's tensors by name; a hostile one can raise any error, but runs no code."""
     with zipfile.ZipFile(path) as archive:
         (root,) = [name[:-4] for name in archive.namelist() if name.endswith("/data.pkl")]
         members = [info for info in archive.infolist() if info.filename.startswith(root)]

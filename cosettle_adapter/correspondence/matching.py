@@ -39,7 +39,6 @@ def patch_distances(
 ) -> tuple[Tensor, Tensor]:
     """Return distances between patches of two ranges of lines of ``short`` patches.
 
-    Slices can have symbolic ends, which graphs of any size need.
     In lines, ``(lines, 1, others, 1)``, and within a line, ``(1, short, 1, short)``.
     """
     first, second, patch = (

@@ -149,13 +149,7 @@ _CHANGES: dict[str, dict[str, Any]] = {  # on other data sets
 
 
 def label_protocol(name: str, data: str = "davis", **changes: Any) -> LabelProtocol:
-    """Return a protocol for ``davis``, ``folder``, ``vip`` or ``jhmdb``.
-
-    ``changes`` override fields of the record unless they are None.
-
-    Raises:
-        ValueError: an unknown name, or a value out of range.
-    """
+    """Return a protocol for ``davis``, ``folder``, ``vip`` or ``jhmdb``; None changes no field."""
     if name not in LABEL_PROTOCOLS:
         known = ", ".join(get_args(ProtocolName))
         raise ValueError(f"got protocol {name!r}, expected one of {known}")
@@ -202,9 +196,7 @@ class Propagation(LabelPropagation):
 
     def __post_init__(self) -> None:
         if self.upsampler is not None and self.dense is None:
-            raise ValueError(
-                f"got upsampler={self.upsampler!r} without dense; add for example dense=2"
-            )
+            raise ValueError(f"got upsampler={self.upsampler!r} without dense; give dense=2")
         if self.dense is not None and self.dense < 1:
             raise ValueError(f"dense must be at least 1, got {self.dense}")
 

@@ -149,10 +149,7 @@ def representation_sections(found: RepresentationReport) -> list[Section]:
 
 
 def bar_section(title: str, label: str, values: Mapping[str, Mapping[str, float]]) -> Section:
-    """Return a bar chart of ``values`` by clip and variant, sorted by the projection's gain.
-
-    ``label`` names the measure and its unit. A clip may lack variants.
-    """
+    """Return a bar chart of ``values`` by clip and variant, sorted by the projection's gain."""
     variants = list(dict.fromkeys(variant for row in values.values() for variant in row))
     if not variants:
         return Section(title, ())

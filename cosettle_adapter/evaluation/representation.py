@@ -147,11 +147,7 @@ class RepresentationMetrics:
 
     @torch.no_grad()
     def add(self, features: Tensor, *, name: str = "") -> Tensor:
-        """Measure one video of features ``(T, C, h, w)``, the same ``(C, h, w)`` for all videos.
-
-        Returns:
-            Which patches are cycle-consistent, ``(T - gap, h, w)`` bool.
-        """
+        """Measure a video ``(T, C, h, w)``; return cycle consistency ``(T - gap, h, w)`` bool."""
         frames = self.check(features)
         length, patches, width = frames.shape
         if not self._shape:
@@ -326,10 +322,7 @@ def _diameter(centred: Tensor, percentile: Literal["linear", "lower"]) -> float:
 
 
 def _steps(frames: Tensor) -> Tensor:
-    """Return ``(T - 1, N)`` distances of centred patches to the nearest in the next frame.
-
-    Without centring, a large common offset would cost precision.
-    """
+    """Distances ``(T - 1, N)`` of patches, centred for precision, to the nearest one next."""
     distances = []
     for here, there in pairwise(frames):
         closest = nearest(here, there, there.square().sum(dim=-1) / 2)

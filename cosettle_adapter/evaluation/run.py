@@ -246,10 +246,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Convert a value to dictionaries with string keys, lists, strings, numbers and None.
-
-    Records become dictionaries; NaN and infinities, which JSON lacks, become None.
-    """
+    """Convert records to dictionaries, and NaN and infinities, which JSON lacks, to None."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     elif hasattr(value, "_asdict"):

@@ -165,11 +165,7 @@ def raw_same(features: Mapping[str, Value]) -> Value:
 
 
 def read_layers(backbone: Backbone, images: Tensor, sets: Iterable[Reads]) -> dict[Reads, Tensor]:
-    """Read several sets of layers of images ``(B, 3, H, W)`` in one pass of the backbone.
-
-    Returns:
-        ``(B, C, h, w)`` by set, its layers concatenated along the channels.
-    """
+    """Read sets of layers in one pass: ``(B, C, h, w)`` by set, concatenated along channels."""
     singles = sorted({(layer, norm) for layers, norm in sets for layer in layers})
     maps = backbone.intermediate_tokens(
         images, [layer for layer, _ in singles], norm=[norm for _, norm in singles]
@@ -189,11 +185,7 @@ def encode_variants(
     size: Size | None = None,
     preprocess: Preprocess = CoSettleAdapter.preprocess,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Encode batches of a clip's frames ``(N, 3, H, W)`` uint8, in one pass of the backbone.
-
-    Yields:
-        The name and features ``(T, C, h, w)`` of each variant, float32 on the CPU.
-    """
+    """Encode frames ``(N, 3, H, W)`` in one pass; yield names and ``(T, C, h, w)`` on the CPU."""
     parts: dict[Reads, list[Tensor]] = {variant.reads: [] for variant in variants}
     for frames in batches:
         images = preprocess(adapter, frames, size=size)

@@ -265,10 +265,7 @@ class Traced:
 
 
 def frames_to_compare(given: Any, size: tuple[int, int], count: int | None) -> Tensor:
-    """Return ``(N, 3, H, W)`` uint8 frames to compare on: those given, resized, or rendered ones.
-
-    With a ``count``, frames are cut to it, or the last one is repeated.
-    """
+    """Return ``(N, 3, H, W)`` uint8 frames, resized: ``count`` of those given, or rendered ones."""
     if given is None:
         photo = next(iter(starter_photographs().values()))
         frames = render_clip(photo, frames=count or _FRAMES, size=size).frames

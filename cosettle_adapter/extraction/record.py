@@ -126,11 +126,7 @@ class RunRecord:
                 self.folder.rmdir()
 
     def resume(self, *, overwrite: bool) -> None:
-        """Continue an earlier run after its last undamaged batch, or discard it.
-
-        Raises:
-            OutputExistsError: it has other settings, and ``overwrite`` is false.
-        """
+        """Continue after the last undamaged batch; discard a run with other settings, or raise."""
         self.keep, lines = self.request["source_identity"] is not None, self._read_journal()
         changes = ""
         if lines and self.keep:
@@ -170,11 +166,7 @@ class RunRecord:
         timestamps: Tensor,
         lost: Sequence[float] = (),
     ) -> None:
-        """Append a batch of arrays ``(N, ...)`` in the storage dtype.
-
-        Raises:
-            FrameError: the frames differ in size from those of an earlier run.
-        """
+        """Append arrays ``(N, ...)`` in the storage dtype; FrameError for another frame size."""
         first = Geometry.from_dict(self._geometry) if self.timestamps else geometry
         resized = self.request["settings"]["size"] is not None
         if geometry.grid != first.grid or not (resized or geometry.frame == first.frame):
@@ -330,10 +322,7 @@ def _digest(times: Sequence[float]) -> str:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
 ) -> str:
-    """Return how a run differs from an earlier one: ``size was 280 and is 476, ...``.
-
-    Settings whose names begin with one of ``ignore`` may differ.
-    """
+    """Return how a run differs from an earlier one, besides settings that begin with ``ignore``."""
     previous = _flat(before)
     changes: list[str] = []
     for name, value in _flat(now).items():
@@ -349,9 +338,8 @@ def differences(
 def identify(source: Any, before: Mapping[str, Any] | None = None) -> tuple[str | None, str]:
     """Return hashes of a source's content, and of the sizes and times of its files.
 
-    A source is a file or a list of images. The content is only read if the sizes or times are not
-    those in ``before``, the sidecar of an earlier run. A URL is identified by the version
-    that its server reports; frames in memory, iterators, pipes and live inputs by nothing.
+    The content is read only if sizes or times differ from those in ``before``, an earlier run's
+    sidecar. A URL has its server's version; arrays, iterators, pipes and live inputs have none.
     """
     if isinstance(source, (str, os.PathLike)):
         resolved = resolve(source)

@@ -123,10 +123,7 @@ def build_views(
     backbone: Backbone,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> CachedViews:
-    """Encode views into a folder, or continue an interrupted call; one process at a time.
-
-    ``on_sample`` is called with the number of views encoded and the total.
-    """
+    """Encode views into a folder, or continue an interrupted call; one process at a time."""
     settings, config = pairs.settings, pairs.settings.head_config(backbone)
     grid = backbone.grid(settings.size, settings.size)
     names = (

@@ -194,10 +194,7 @@ class _Search:
             self._others.append(path.name)
 
     def _add_folder(self, root: Path) -> None:
-        """Add the videos below a folder, ordered by path.
-
-        A folder of images is a video, unless it contains videos: then the images are previews.
-        """
+        """Add the videos below a folder by path; a folder of images without videos is a video."""
         count, image_folders = len(self.sources), list[Path]()
         visited: set[str] = set()  # a link may lead to one of its parents
 

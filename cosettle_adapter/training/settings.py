@@ -182,8 +182,7 @@ class TrainSettings:
         """Return the highest learning rate of a run: ``base_lr`` * samples per step / 256.
 
         In a short run the paper's 1e-4 would hardly change a head. By default, steps * rate is
-        therefore at least that of the paper's run, with a rate of at most 1e-3. A
-        higher ``min_lr`` is a :class:`TrainingError`.
+        therefore at least that of the paper's run, with a rate of at most 1e-3.
         """
         if self.base_lr is None:
             short = min(_PAPER_TRAVEL / steps, _SHORT_RUN_LR)

@@ -58,9 +58,8 @@ class Validation:
     def measure(self, projection: Projection | None) -> dict[str, float | None]:
         """Measure a projection, or the backbone's own tokens if it is ``None``.
 
-        Returns ``overlap`` (of masks, in [0, 1]) and ``tracking_error`` (of points, in pixels) on
-        rendered clips; on the videos, ``cycle_consistency`` in [0, 1], and ``d_intra`` and
-        ``d_inter`` in diameters. A figure that cannot be computed is ``None``.
+        Returns mask ``overlap`` in [0, 1] and ``tracking_error`` in pixels on rendered clips, and
+        ``cycle_consistency``, ``d_intra`` and ``d_inter`` on the videos; None if not computable.
         """
         metrics = RepresentationMetrics()
         for name, tokens in self._clips.items():

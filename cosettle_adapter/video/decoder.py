@@ -89,12 +89,7 @@ class Video:
         self._turn: tuple[int, int, int, int] | None = None  # (a, b, c, d) of the display matrix
 
     def items(self) -> Items:
-        """Decode to the end; yield frames with their times, and lost frames.
-
-        Raises:
-            ThreadsDamaged: at the first error with several threads, because only sequential
-                decoding shows which frames an error affects.
-        """
+        """Decode to the end: frames with their times, and losses; may raise ThreadsDamaged."""
         timeline = self.timeline
         delayed: VideoFrame | None = None  # until the time of the next frame is known
         for packet in self._packets():
@@ -198,10 +193,8 @@ class Video:
                 self.timeline.note(reason(error))
 
     def _check_end(self, last: Packet[Any]) -> None:
-        """Raise an OSError if a URL holds more packets than were received, or does not respond.
-
-        Demuxers end without an error if FFmpeg cannot reconnect.
-        """
+        """Raise an OSError if a URL holds more packets than were received, or does not respond."""
+        # demuxers end without an error if FFmpeg cannot reconnect
         complete = 0 < self.stream.frames <= self.timeline.packets
         if not isinstance(self.source, Input) or not self.source.resumable or complete:
             return
@@ -260,10 +253,7 @@ class Video:
         return PendingFrame(time, name, partial(self.pixels, frame), frame.is_corrupt)
 
     def pixels(self, frame: VideoFrame) -> Tensor:
-        """Convert a decoded frame to ``(3, H, W)`` uint8 RGB, upright by its display matrix.
-
-        The matrix, x' = a x + c y and y' = b x + d y, is rounded to quarter turns and mirroring.
-        """
+        """Convert a decoded frame to ``(3, H, W)`` uint8 RGB, upright by its display matrix."""
         if self._turn is None:
             # reading side data keeps a frame and its decoder alive until garbage collection, so
             # read that of a small copy, once per file
@@ -274,7 +264,7 @@ class Video:
         width = round(frame.width * self._pixel_aspect) if self.select.square_pixels else None
         picture = self._reformatter.reformat(frame, width=width, format="rgb24")
         pixels = rearrange(torch.from_numpy(picture.to_ndarray()), "h w c -> c h w")
-        a, b, c, d = self._turn
+        a, b, c, d = self._turn  # x' = a x + c y, y' = b x + d y, rounded to a quarter turn
         if abs(b) + abs(c) > abs(a) + abs(d):
             pixels = rearrange(pixels, "c h w -> c w h")
             a, d = c, b
@@ -283,7 +273,7 @@ class Video:
 
 
 class ThreadsDamaged(Exception):  # noqa: N818  # handled in this module
-    """Decoding with several threads met damage: decode again with one thread."""
+    """Several threads met damage; only one thread, used next, shows which frames it affects."""
 
 
 class NotSeekable(Exception):  # noqa: N818  # handled where videos are read
@@ -333,9 +323,8 @@ def decode_video(
     """Return the frames of a video at the times at which they are shown.
 
     Times are seconds since the first frame, and may be unevenly spaced. Pixels become 8-bit RGB,
-    rotated upright by the display matrix; transparency is dropped. Frames before second
-    ``select.start`` may be left out: decoding begins at a keyframe. Nothing else is selected.
-    Frames lost to damage are reported in their place.
+    upright by the display matrix; transparency is dropped. Frames before ``select.start`` may be
+    left out, but nothing else is selected. Frames lost to damage are reported in their place.
 
     Raises:
         FrameError: at once if it is not a video; while reading, for a video without frames.

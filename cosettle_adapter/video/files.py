@@ -126,10 +126,7 @@ def count_pages(path: Path) -> int:
 
 
 def read_pages(path: Path) -> Generator[PendingFrame | LostFrames, None, None]:
-    """Yield the images in an image file, with the times it stores, else their positions.
-
-    The file is opened once and read forward.
-    """
+    """Yield the images in a file, with the times it stores, else their positions."""
     time, lasts, page, count = 0.0, 1.0, 0, 1
     try:
         with _opened(path) as image:

@@ -31,10 +31,8 @@ def read_live(
     """Yield the frames of a live input as they arrive; closing the generator stops reading.
 
     If the consumer is too slow, the oldest frames are dropped and reported as lost. When the input
-    ends or fails, it is opened again; times continue with the seconds that passed.
-
-    Raises:
-        FrameError: the input cannot be opened, or not reopened if damage is an error.
+    ends or fails, it is opened again; times continue with the seconds that passed. A FrameError
+    means that it cannot be opened, or not reopened if damage is an error.
     """
     reader = _Reader(source, select)
     thread = threading.Thread(target=reader.run, name="cosettle-live", daemon=True)

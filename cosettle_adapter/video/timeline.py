@@ -145,9 +145,8 @@ class Timeline:
     def time_of(self, frame: VideoFrame, following: VideoFrame | None) -> Fraction | None:
         """Return the time at which a frame is shown, ``None`` if it is out of order.
 
-        A container's presentation times count where it stores some, unless the frames before and
-        ``following`` agree that one is damaged. Elsewhere the n-th frame that is shown takes the
-        n-th of its packets' times, at the stream's frame rate.
+        It is the container's presentation time, unless the frame before and ``following`` disagree
+        with it. Without such times, the n-th shown frame takes the n-th of its packets' times.
         """
         after = Fraction(0) if self.latest is None else self.latest + self.step
         if not self.has_times:
@@ -223,10 +222,9 @@ class Timeline:
     def lost_at_end(self) -> Iterator[LostFrames]:
         """Report the frames that the header announces after the last one.
 
-        By the number of packets where the header has it, else by the duration. Containers round,
-        and frames may be dropped at the end, so half a second may be missing, but no more than a
-        tenth of a short clip, and at least twice the widest gap between frames, as the last frame
-        of a still scene may stand for long.
+        By the number of packets if the header has it, else by the duration. As containers round and
+        encoders drop last frames, half a second may be missing, but no more than a tenth of a short
+        clip, and at least twice the widest gap between frames (a still scene at the end).
         """
         if self.latest is None:
             return

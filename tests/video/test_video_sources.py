@@ -280,7 +280,7 @@ def test_named_pipes_and_cameras(tmp_path: Path, folder: Path) -> None:
     assert camera.live
     with pytest.raises(FrameError, match="camera 7 cannot be read"):
         list(open_frames(7))
-    with pytest.raises(FrameError, match=r"live is for URLs, devices and pipes, and .*clip\.mkv"):
+    with pytest.raises(FrameError, match=r"is for URLs, devices and pipes, not for .*clip\.mkv"):
         open_frames(folder / "clip.mkv", FrameSelection(live=True))
 
 
