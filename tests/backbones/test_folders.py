@@ -240,5 +240,5 @@ def test_a_named_model_takes_a_folder_unless_its_activation_differs(
     assert (backbone.row, backbone.origin) == (row, str(folder))
     content = json.loads((folder / "config.json").read_text())
     put(folder / "config.json", {**content, "hidden_act": "quick_gelu"})
-    with pytest.raises(CorruptWeightsError, match=r"config\.json another activation than tiny"):
+    with pytest.raises(CorruptWeightsError, match=r"config\.json has another activation than tiny"):
         load_backbone(row.name, weights=folder)
