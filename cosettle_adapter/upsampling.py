@@ -79,7 +79,7 @@ def upsample(
         raise ValueError(
             f"got upsampler={upsampler!r}{without}, expected 'bilinear', or 'guided' with frames"
         )
-    sides = geometry.frame if size == "input" else as_sides('dense, if not "input",', size)
+    sides = geometry.frame if size == "input" else as_sides("dense (a size, or 'input')", size)
     colours = None
     if upsampler == "guided" and frames is not None:
         if len(frames) != len(features):
