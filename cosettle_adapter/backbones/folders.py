@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def folder_row(folder: Path) -> BackboneRow:
     Unknown model types are an UnknownModelError, a missing file a WeightsUnavailableError.
     """
     folder = folder.resolve()
+    row = architecture_row(folder, mean=(0.0,) * 3, std=(1.0,) * 3)
     files = [folder / f"{name}_config.json" for name in ("preprocessor", "processor")]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
@@ -77,11 +79,10 @@ def folder_row(folder: Path) -> BackboneRow:
     config = _read_json(found)
     config = config.get("image_processor", config)
     if not config.get("do_normalize", True):
-        return architecture_row(folder, mean=(0.0,) * 3, std=(1.0,) * 3)
+        return row
     if not config.keys() >= {"image_mean", "image_std"}:
         raise CorruptWeightsError(f"{found} has no image_mean and image_std")
-    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-    return architecture_row(folder, mean=mean, std=std)
+    return replace(row, mean=tuple(config["image_mean"]), std=tuple(config["image_std"]))
 
 
 def architecture_row(folder: Path, **fields: Any) -> BackboneRow:
