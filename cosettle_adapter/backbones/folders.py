@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ _ONLY = {"num_channels": 3, "key_bias": False, "proj_bias": True, "mlp_bias": Tr
 def folder_row(folder: Path) -> BackboneRow:
     """Return the row ``transformers:<folder>`` of a folder saved by transformers."""
     folder = folder.resolve()
+    row = architecture_row(folder, mean=(0.0,) * 3, std=(1.0,) * 3)
     files = [folder / f"{name}_config.json" for name in ("preprocessor", "processor")]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -74,11 +76,10 @@ def folder_row(folder: Path) -> BackboneRow:
     config = _read_json(file)
     config = config.get("image_processor", config)
     if not config.get("do_normalize", True):
-        return architecture_row(folder, mean=(0.0,) * 3, std=(1.0,) * 3)
+        return row
     if not config.keys() >= {"image_mean", "image_std"}:
         raise CorruptWeightsError(f"{file} has no image_mean and image_std")
-    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-    return architecture_row(folder, mean=mean, std=std)
+    return replace(row, mean=tuple(config["image_mean"]), std=tuple(config["image_std"]))
 
 
 def architecture_row(folder: Path, **fields: Any) -> BackboneRow:

@@ -41,7 +41,7 @@ from cosettle_adapter.extraction.many import require_ray
 from cosettle_adapter.extraction.settings import StorageName
 from cosettle_adapter.hub import is_published
 from cosettle_adapter.video import FrameSelection
-from cosettle_adapter.video.sources import pyav, short_name
+from cosettle_adapter.video.sources import pyav, short_name, without_secrets
 
 FAILED, DAMAGED = 1, 2  # exit status: a source failed, or lost frames to damage
 _TOKENS = Group("Features without the projection", validator=validators.LimitedChoice())
@@ -200,7 +200,8 @@ def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> int
     ]
     for outcome in outcomes:
         if outcome.error is not None:
-            source = "" if outcome.job.source in outcome.error else f"{outcome.job.source}: "
+            source = without_secrets(outcome.job.source)
+            source = "" if source in outcome.error else f"{source}: "
             lines.append(f"failed: {source}{outcome.error}")
     for line in lines:
         say(line, style="red")

@@ -27,7 +27,7 @@ from cosettle_adapter.extraction.settings import EngineError, ExtractionError, F
 from cosettle_adapter.imports import require
 from cosettle_adapter.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_images, find_videos
 from cosettle_adapter.video.files import is_image, is_video, natural_key, resolve
-from cosettle_adapter.video.sources import as_input, short_name
+from cosettle_adapter.video.sources import as_input, short_name, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def _attempt(adapter: CoSettleAdapter, job: Job, **options: Any) -> Outcome:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        logger.debug("%s failed", job.source, exc_info=True)
+        logger.debug("%s failed", without_secrets(job.source), exc_info=True)
         transient = not isinstance(error, CosettleError)
         return Outcome(job, error=str(error) or type(error).__name__, transient=transient)
 

@@ -92,14 +92,15 @@ class FrameSelection:
 
     def __post_init__(self) -> None:
         first = self.start or 0
+        ordered = itertools.pairwise((0.0, *(self.times or ())))  # NaN is in no order
         chosen = [self.every > 1, self.fps is not None, self.times is not None]
         for name, in_range, expected in (
             ("start", first >= 0, "at least 0 seconds"),
             ("end", self.end is None or self.end > first, f"after start={first}"),
-            ("every", self.every >= 1, "at least 1 (every frame)"),
+            ("every", self.every >= 1 and self.every % 1 == 0, "a whole number of at least 1"),
             ("every", sum(chosen) <= 1, "left out with fps or times, and only one of these given"),
             ("fps", self.fps is None or 0 < self.fps < math.inf, "positive"),
-            ("times", self.times is None or [*self.times] == sorted(self.times), "increasing"),
+            ("times", all(a <= b for a, b in ordered), "increasing, from 0 on"),
             ("times", self.times is None or len(self.times) > 0, "at least one"),
             ("max_frames", self.max_frames is None or self.max_frames >= 1, "at least 1, or None"),
             ("source_fps", self.source_fps is None or 0 < self.source_fps < math.inf, "positive"),

@@ -108,13 +108,13 @@ def as_input(source: Any) -> Input | None:
         return Input(text, f"file:{text}", once=True) if Path(text).is_fifo() else None
     if scheme in _FFMPEG:
         timed = {"options": _HTTP} if scheme.startswith("http") else {"timeout": _TIMEOUT}
-        return Input(_without_secrets(text), text, live=scheme in _LIVE, opening=timed)
+        return Input(without_secrets(text), text, live=scheme in _LIVE, opening=timed)
     fsspec = imports.require("fsspec.core", extra="fsspec", purpose=f"reading {scheme}:// URLs")
     try:
         files, place = fsspec.url_to_fs(text)
-    except (ImportError, ValueError) as error:  # missing package, or unknown scheme
-        raise FrameError(f"{_without_secrets(text)} cannot be opened ({error})") from error
-    return Input(_without_secrets(text), place, files=files)
+    except (ImportError, ValueError) as error:  # the package of a scheme, or no such scheme
+        raise FrameError(f"{without_secrets(text)} cannot be opened ({error})") from error
+    return Input(without_secrets(text), place, files=files)
 
 
 def short_name(source: str | os.PathLike[str]) -> str:
@@ -122,7 +122,7 @@ def short_name(source: str | os.PathLike[str]) -> str:
     text = os.fspath(source)
     if text == "-":
         return "stdin"
-    return Path(_without_secrets(text) if "://" in text else text).name
+    return Path(without_secrets(text)).name
 
 
 @functools.cache
@@ -247,9 +247,11 @@ def _camera(number: int) -> Input:
     return Input(name, f"/dev/video{number}", live=True, opening={"format": "v4l2"})
 
 
-def _without_secrets(url: str) -> str:
-    """Remove user name, password and the query, which may hold a signature."""
-    scheme, _, rest = url.partition("://")
+def without_secrets(url: str) -> str:
+    """Leave out a URL's user name and password, and its query, which may hold a signature."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
     host, slash, path = rest.partition("/")
     host = host.rpartition("@")[2].partition("?")[0]
     return f"{scheme}://{host}{slash}{path.partition('?')[0]}"

@@ -230,6 +230,12 @@ def test_normalisation_is_the_preprocessors(
         lookup(str(folder))
 
 
+def test_an_unknown_type_is_reported_before_a_missing_preprocessor(tmp_path: Path) -> None:
+    put(tmp_path / "config.json", {"model_type": "bert"})
+    with pytest.raises(UnknownModelError, match="has the model_type 'bert', expected one of clip"):
+        lookup(str(tmp_path))
+
+
 def test_a_named_model_takes_a_folder_unless_its_activation_differs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

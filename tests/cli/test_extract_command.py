@@ -283,8 +283,13 @@ def test_a_video_at_a_url(
         assert main(["extract", url, url[:-6], "-o", str(tmp_path / "out")]) == 0
         for _ in range(2):
             assert main(["extract", url, "-o", str(tmp_path / "a.npy")]) == 0
+        gone = url.replace("//", "//user:secret@").replace("a.mp4", "gone.mp4")
+        assert main(["extract", gone, "-o", str(tmp_path / "gone.npy")]) == 1
         server.shutdown()
-    assert "exists already: features (6, 32, 3, 4)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "exists already: features (6, 32, 3, 4)" in printed
+    assert f"failed: http://127.0.0.1:{server.server_port}/gone.mp4 cannot be read" in printed
+    assert "secret" not in printed
     assert len(names(tmp_path / "out")) == 4
     sidecar = json.loads((tmp_path / "a.npy.json").read_text())
     assert sidecar["source"] == "a.mp4"
