@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_told() -> None:
     guided: dict[str, Any] = {"upsampler": "guided"}
     for arguments, options, told in (
         ((noise(2, 3, 4, 5), geometry, (8, 8)), {}, r"\(2, 3, 4, 5\), expected \(T, C, h, w\)"),
-        ((features, geometry, "inptu"), {}, r"not \"input\", must be .*got 'inptu'"),
+        ((features, geometry, "inptu"), {}, r"'input'\) must be .*got 'inptu'"),
         ((features, geometry, (8, 8)), guided | {"frames": frames[:1]}, "1 frames for the .* of 2"),
         ((features, geometry, (8, 8)), guided | {"frames": frames[..., 1:]}, "planned for"),
         ((features, geometry, (8, 8)), guided, "'guided' without frames, expected"),
