@@ -249,9 +249,4 @@ def _camera(number: int) -> Input:
 
 def without_secrets(url: str) -> str:
     """Leave out a URL's user name and password, and its query, which may hold a signature."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return url
-    host, slash, path = rest.partition("/")
-    host = host.rpartition("@")[2].partition("?")[0]
-    return f"{scheme}://{host}{slash}{path.partition('?')[0]}"
+    return re.sub(r"(?<=://)[^/]*@|\?.*", "", url, flags=re.DOTALL) if "://" in url else url
