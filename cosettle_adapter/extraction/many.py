@@ -145,7 +145,7 @@ def find_sources(given: Iterable[str | os.PathLike[str]]) -> list[Source]:
         FrameError: a path does not exist, or holds nothing usable, or images beside videos.
     """
     sources = (source for path in given for source in _find(os.fspath(path)))
-    return list({_location(source): source for source in sources}.values())
+    return list({_location(source.path): source for source in sources}.values())
 
 
 def plan_jobs(sources: Sequence[Source], folder: Path, form: Format) -> list[Job]:
@@ -154,7 +154,7 @@ def plan_jobs(sources: Sequence[Source], folder: Path, form: Format) -> list[Job
     ``clip.mp4`` becomes ``clip``. Names that coincide, ignoring case, become ``clip.mp4``, then
     ``morning/clip``, relative to the folder that holds all sources, then ``morning/clip.mp4``.
     """
-    parents = [_location(source).parent.parts for source in sources]
+    parents = [_folders(source) for source in sources]
     shared = max(1, len(os.path.commonprefix(parents)))  # noqa: RUF071  # of tuples
     spellings = [_spellings(source, shared, number) for number, source in enumerate(sources, 1)]
     names = [shortest for shortest, *_ in spellings]
@@ -338,14 +338,19 @@ def _in_folder(root: Path) -> Iterator[Source]:
         yield Source(str(path), "video" if videos else "images", name)
 
 
-def _location(source: Source) -> Path:
+def _location(path: str) -> Path:
     """Return the absolute path, which identifies a source."""
-    return Path(source.path).expanduser().absolute()
+    return Path(path).expanduser().absolute()
+
+
+def _folders(source: Source) -> tuple[str, ...]:
+    """Return the folders of a source, which may become part of the name of its output."""
+    return _location(without_secrets(source.path)).parent.parts
 
 
 def _spellings(source: Source, shared: int, number: int) -> tuple[str, ...]:
     """Names for an output, from short to long; all paths share their first ``shared`` parts."""
-    name, full = source.name, PurePosixPath(*_location(source).parts[shared:-1], source.name.name)
+    name, full = source.name, PurePosixPath(*_folders(source)[shared:], source.name.name)
     stem, full_stem = name, full
     if source.kind == "video":
         stem, full_stem = name.with_suffix(""), full.with_suffix("")

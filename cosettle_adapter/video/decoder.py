@@ -189,7 +189,7 @@ class Video:
                 connection = OSError, pyav().error.ExitError, pyav().error.HTTPError
                 if isinstance(error, connection) and isinstance(self.source, Input):
                     at = f"{float(self.timeline.latest or 0):g} s ({reason(error)})"
-                    raise ConnectionError(f"{self.source} was interrupted at {at}") from error
+                    raise ConnectionError(f"{self.source} was interrupted at {at}") from None
                 self.timeline.note(reason(error))
 
     def _check_end(self, last: Packet[Any]) -> None:
@@ -207,7 +207,7 @@ class Video:
         except ValueError:  # invalid data: the file itself is damaged
             return
         except pyav().error.FFmpegError as error:
-            raise OSError(reason(error)) from error
+            raise OSError(reason(error)) from None
         if max(ends, default=(0, 0)) > (last.dts or 0, last.size):
             raise OSError("the sender paused for too long")
 
@@ -292,7 +292,7 @@ def open_video(
     try:
         container = open_container(source, device)
     except (av.error.FFmpegError, OSError) as error:
-        raise opening_error(source, error) from error
+        raise opening_error(source, error) from None  # its text may hold the password of a URL
     with container:
         stream = choose_stream(source, container, select.stream_index)
         codec = stream.codec_context

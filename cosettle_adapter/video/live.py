@@ -104,7 +104,7 @@ class _Reader:
             except (FrameError, OSError) as error:
                 if not self._arrived or self.source.once:
                     raise
-                problem = reason(error.__cause__ or error)
+                problem = reason(error.__context__ or error)
             if self.closed.is_set() or self.source.once:
                 return
             failures = 1 if self._arrived != before else failures + 1

@@ -68,6 +68,10 @@ def video(path: str, root: str = "") -> Source:
     return Source(path, "video", name)
 
 
+def url(address: str) -> Source:
+    return Source(address, "video", PurePosixPath("a.mp4"))
+
+
 @pytest.mark.parametrize(
     ("sources", "names"),
     [
@@ -78,6 +82,7 @@ def video(path: str, root: str = "") -> Source:
         ([video("/x/a.mp4"), video("/x/a.mkv"), video("/y/a.mp4")], ["x/a", "a.mkv", "y/a"]),
         ([video("/d/s/a.mp4", "/d"), video("/d/t/a.mp4", "/d")], ["s/a", "t/a"]),
         ([video("/d/Clip.mp4"), video("/d/clip.mp4")], ["Clip-1", "clip-2"]),
+        ([url("https://me:secret@m/a.mp4?key=b/c"), url("https://n/a.mp4")], ["m/a", "n/a"]),
         ([Source("/d/v1.0", "images", PurePosixPath("v1.0"))], ["v1.0"]),
     ],
 )  # fmt: skip
