@@ -76,8 +76,8 @@ class Input:
             if self.files is not None:
                 return f"{self.name} {self.files.ukey(self.target)}"
             if str(self.target).startswith("http") and not self.live:
-                head = urllib.request.Request(self.target, method="HEAD")
-                with urllib.request.urlopen(head, timeout=_TIMEOUT) as response:
+                # signed URLs allow GET only; the body is not read
+                with urllib.request.urlopen(self.target, timeout=_TIMEOUT) as response:
                     tag = response.headers["ETag"] or response.headers["Last-Modified"]
                     return tag and f"{self.name} {tag} {response.headers['Content-Length']}"
         except (OSError, ValueError, http.client.HTTPException):
@@ -99,7 +99,8 @@ def as_input(source: Any) -> Input | None:
     if not isinstance(source, (str, os.PathLike)):
         return None
     text = os.fspath(source)
-    if text == "-":
+    # the command line replaces "-" with /dev/stdin, which may be a file
+    if text == "-" or (text == "/dev/stdin" and not Path(text).is_file()):
         return Input("standard input", "pipe:0", once=True)
     scheme, separator, _ = text.partition("://")
     if not separator or not re.fullmatch(r"[a-z][a-z0-9+.:-]+", scheme):
@@ -125,6 +126,11 @@ def short_name(source: str | os.PathLike[str]) -> str:
     return Path(without_secrets(text)).name
 
 
+def without_secrets(url: str) -> str:
+    """Leave out a URL's user name and password, and its query, which may hold a signature."""
+    return re.sub(r"(?<=://)[^/]*@|\?.*", "", url, flags=re.DOTALL) if "://" in url else url
+
+
 @functools.cache
 def find_device(name: str | None) -> tuple[Any, str]:
     """Return PyAV's context for decoding on a device, or ``None`` and the reason."""
@@ -134,7 +140,8 @@ def find_device(name: str | None) -> tuple[Any, str]:
     kind, _, number = name.partition(":")
     known = [device.name for device in hardware.HWDeviceType if device.value]
     if kind not in known:
-        raise FrameError(f"decode_on must be one of {', '.join(known)}, got {name!r}")
+        expected = f"one of {', '.join(known)}, or left out for the CPU"
+        raise FrameError(f"decode_on must be {expected}, got {name!r}")
     device = hardware.HWAccel(kind, number or None, allow_software_fallback=True)
     try:
         device.create(pyav().Codec("h264", "r"))
@@ -202,7 +209,7 @@ def opening_error(source: VideoSource | Input, error: BaseException) -> FrameErr
     elif isinstance(source, Input) and not isinstance(error, ValueError):  # not invalid data
         hint = "check the name, whether the sender is running, and whether you may read it"
     elif isinstance(source, Input) and source.once:
-        hint = "a pipe needs a format without an index at its end, such as MPEG-TS or Matroska"
+        hint = "it may be empty; a pipe needs a format without an index at its end, such as MPEG-TS"
     return FrameError(f"{source} cannot be read as a video ({reason(error)}); {hint}")
 
 
@@ -210,13 +217,13 @@ def is_encrypted(source: VideoSource | Input) -> bool:
     """Whether an MP4 file declares its pictures encrypted, which PyAV does not report."""
     if isinstance(source, Input):
         return False
-    path, start, size = (source, 0, source.stat().st_size) if isinstance(source, Path) else (
-        source.path, source.start, source.size
-    )  # fmt: skip
-    with path.open("rb") as file:
-        for offset in (start, max(start, start + size - _HEADER_BYTES)):  # where indexes are
-            file.seek(offset)
-            header = file.read(min(size, _HEADER_BYTES))
+    if isinstance(source, Path):
+        source = FileRange(source, 0, source.stat().st_size, source.name)
+    length = min(source.size, _HEADER_BYTES)
+    with source.path.open("rb") as file:
+        for offset in (0, source.size - length):  # where indexes are
+            file.seek(source.start + offset)
+            header = file.read(length)
             if b"encv" in header and b"sinf" in header:
                 return True
     return False
@@ -245,8 +252,3 @@ def _camera(number: int) -> Input:
             raise FrameError(f"there is no {name}; cameras: {', '.join(cameras) or 'none'}")
         return Input(name, f"video={cameras[number]}", live=True, opening={"format": "dshow"})
     return Input(name, f"/dev/video{number}", live=True, opening={"format": "v4l2"})
-
-
-def without_secrets(url: str) -> str:
-    """Leave out a URL's user name and password, and its query, which may hold a signature."""
-    return re.sub(r"(?<=://)[^/]*@|\?.*", "", url, flags=re.DOTALL) if "://" in url else url
