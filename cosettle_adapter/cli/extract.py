@@ -6,24 +6,22 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter, validators
-from rich.console import Console
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.cli.common import (
     ModelOptions,
-    Output,
     Size,
     console,
     frame_progress,
     frames_in,
     rate,
 )
-from cosettle_adapter.errors import CosettleError, did_you_mean
+from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.extraction import (
     ExtractSettings,
     Job,
@@ -36,7 +34,7 @@ from cosettle_adapter.extraction import (
     find_sources,
     plan_jobs,
 )
-from cosettle_adapter.extraction.formats import FORMATS, choose_format, format_of
+from cosettle_adapter.extraction.formats import SUFFIXES, choose_format, format_of
 from cosettle_adapter.extraction.many import require_ray
 from cosettle_adapter.extraction.settings import StorageName
 from cosettle_adapter.hub import is_published
@@ -59,7 +57,7 @@ def extract(
     sources: Sequence[str],
     /,
     *,
-    output: Output,
+    output: Annotated[str, Parameter(name=("--output", "-o"))],  # a Path loses a final slash
     model: ModelOptions = ModelOptions(),
     settings: Annotated[Settings, Parameter(name="*")] = Settings(),
     select: Annotated[FrameSelection, Parameter(name="*")] = FrameSelection(),
@@ -77,8 +75,8 @@ def extract(
     Args:
         sources: videos or their URLs, - for standard input, folders of images, image patterns, or
             folders of videos.
-        output: file to write, whose suffix selects the format; without a suffix or with several
-            sources, folder to write (safetensors unless ``--format`` is given).
+        output: file to write, whose suffix selects the format; without a suffix, with a final slash
+            or with several sources, folder to write (safetensors unless ``--format`` is given).
         overwrite: replace finished files, and files begun with other options.
         raw: write the backbone tokens that the projection reads.
         layer: write the tokens of this layer, of any backbone.
@@ -142,7 +140,7 @@ def extract(
         except KeyboardInterrupt:
             message = "finished frames are kept: the same command resumes from there"
             raise KeyboardInterrupt(message) from None
-    failed = _summarize(out, outcomes, time.perf_counter() - start)
+    failed = _summarize(say, outcomes, time.perf_counter() - start)
     if failed and share.given_by == "RANK":
         say("exit status 0 despite errors: otherwise torchrun would end the other shards")
         return 0
@@ -159,12 +157,15 @@ def _load(model: ModelOptions, *, raw: bool, layer: int | None) -> CoSettleAdapt
     return adapter.without_projection() if raw else adapter
 
 
-def _plan(sources: list[Source], output: Path, settings: ExtractSettings) -> list[Job]:
-    by_suffix, form, kinds = format_of(output), settings.format, settings.kinds
+def _plan(sources: list[Source], given: str, settings: ExtractSettings) -> list[Job]:
+    output, form, kinds = Path(given), settings.format, settings.kinds
+    by_suffix = format_of(output)
     if by_suffix is None:
-        suffixes = [known.suffix for known in FORMATS.values()]
-        if form is None and not output.is_dir() and did_you_mean(output.suffix, suffixes):
-            choose_format(output, form)  # a misspelled suffix, not a folder
+        if output.suffix and len(sources) == 1 and not (given.endswith("/") or output.is_dir()):
+            raise ValueError(
+                f"the suffix of {output.name} is not that of a format: use one of {SUFFIXES}, or "
+                f"give -o {output}/ to write into a folder"
+            )
         return plan_jobs(sources, output, choose_format(output, form or "safetensors", kinds))
     if len(sources) > 1:
         raise ValueError(
@@ -175,9 +176,8 @@ def _plan(sources: list[Source], output: Path, settings: ExtractSettings) -> lis
     return [Job(sources[0].path, output)]
 
 
-def _summarize(out: Console, outcomes: Sequence[Outcome], seconds: float) -> int:
+def _summarize(say: Callable[..., None], outcomes: Sequence[Outcome], seconds: float) -> int:
     """Print the outcomes and the frames per second; return the exit status."""
-    say = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
     written = [outcome.extraction for outcome in outcomes if outcome.extraction]
     skipped = sum(outcome.skipped for outcome in outcomes)
     speed = rate(sum(result.frames - result.found for result in written), seconds)

@@ -220,7 +220,7 @@ FORMATS = {
         ),
     )
 }  # fmt: skip
-_SUFFIXES = ", ".join(f"{form.suffix} ({form.name})" for form in FORMATS.values())
+SUFFIXES = ", ".join(f"{form.suffix} ({form.name})" for form in FORMATS.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +262,7 @@ def read_features(
     form = format_of(path) if sidecar is None else FORMATS.get(sidecar.get("format", ""))
     if form is None:
         raise CorruptFeatureFileError(
-            f"{path} is not a feature file: its suffix is none of {_SUFFIXES}"
+            f"{path} is not a feature file: its suffix is none of {SUFFIXES}"
         )
     try:
         arrays, description = form.read(path, frames)
@@ -294,7 +294,7 @@ def choose_format(path: Path, name: str | None, kinds: Sequence[str] = ("patch",
         raise FormatError(f"unknown format {name!r}; expected one of {', '.join(FORMATS)}.{close}")
     if form is None:
         raise FormatError(
-            f"the suffix of {path.name} is not that of a format: use one of {_SUFFIXES}, or give "
+            f"the suffix of {path.name} is not that of a format: use one of {SUFFIXES}, or give "
             "--format (format=)"
         )
     if by_suffix is not None and by_suffix is not form:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import sys
 import threading
@@ -212,8 +213,25 @@ def test_where_outputs_go(videos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "3 sources need a folder to write to" in capsys.readouterr().err
     assert main(["extract", source, "-o", str(tmp_path / "x.npy"), "--format", "zarr"]) == 1
     assert "zarr for x.npy, whose suffix is that of npy-memmap" in capsys.readouterr().err
-    assert main(["extract", source, "-o", str(tmp_path / "x.safetensrs")]) == 1
-    assert "the suffix of x.safetensrs is not that of a format" in capsys.readouterr().err
+    for form in ([], ["--format", "zarr"]):
+        assert main(["extract", source, "-o", str(tmp_path / "x.h5"), *form]) == 1
+        assert "the suffix of x.h5 is not that of a format: use one" in capsys.readouterr().err
+    for final in ("/", ""):  # then it exists
+        assert main(["extract", source, "-o", f"{tmp_path}/x.h5{final}"]) == 0
+
+
+def test_empty_standard_input_is_named(
+    tmp_path: Path, loaded: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stdin = os.dup(0)
+    with Path(os.devnull).open() as empty:
+        os.dup2(empty.fileno(), 0)
+    try:
+        assert main(["extract", "-", "-o", str(tmp_path / "a.npy")]) == 1
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+    assert "standard input cannot be read as a video" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("output", ["out", "a.zarr"])
