@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
+from types import NoneType
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from cosettle_adapter.errors import FrameError
 
 HDR = (16, 18)  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67: inputs of ``tone_map``
+_NUMBERS = ("start", "end", "every", "fps", "max_frames", "source_fps")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,7 +52,7 @@ class LostFrames:
 
 @dataclass(frozen=True)
 class FrameSelection:
-    """Selection of frames of a source; values out of range are a :class:`FrameError`.
+    """Selection of frames of a source; other types or values are a :class:`FrameError`.
 
     Attributes:
         start: first second to read.
@@ -91,14 +94,20 @@ class FrameSelection:
     on_damage: Literal["warn", "error"] = "warn"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.times, (tuple, list, NoneType)):
+            raise FrameError(f"times must be a tuple of seconds, got {self.times!r}")
+        given = [(name, getattr(self, name)) for name in _NUMBERS]
+        for name, value in [*given, *(("times", time) for time in self.times or ())]:
+            if not isinstance(value, (Real, NoneType)):
+                raise FrameError(f"{name} must be a number, got {value!r}")
+        if sum([self.every > 1, self.fps is not None, self.times is not None]) > 1:
+            raise FrameError("give only one of every, fps and times")
         first = self.start or 0
         ordered = itertools.pairwise((0.0, *(self.times or ())))  # NaN is in no order
-        chosen = [self.every > 1, self.fps is not None, self.times is not None]
         for name, in_range, expected in (
             ("start", first >= 0, "at least 0 seconds"),
             ("end", self.end is None or self.end > first, f"after start={first}"),
             ("every", self.every >= 1 and self.every % 1 == 0, "a whole number of at least 1"),
-            ("every", sum(chosen) <= 1, "left out with fps or times, and only one of these given"),
             ("fps", self.fps is None or 0 < self.fps < math.inf, "positive"),
             ("times", all(a <= b for a, b in ordered), "increasing, from 0 on"),
             ("times", self.times is None or len(self.times) > 0, "at least one"),
@@ -122,9 +131,9 @@ class FrameSelection:
         :class:`FrameError` names the ``source``.
         """
         kept = 0
-        met: list[float] = []
+        read: list[float] = []
         with contextlib.closing(frames):
-            for item in self._sampled(self._in_range(frames, met), source):
+            for item in self._sampled(self._in_range(frames, read), source):
                 if isinstance(item, PendingFrame):
                     kept += 1
                     if kept <= skip:
@@ -132,19 +141,19 @@ class FrameSelection:
                 yield item
                 if kept == self.max_frames and isinstance(item, PendingFrame):
                     return
-        if not met:
+        if not read:
             raise FrameError(f"{source} holds no frames")
         if not kept:
             until = "on" if self.end is None else f"to {self.end} s"
             raise FrameError(
                 f"{source} has no frame from {self.start or 0} s {until}; "
-                f"the frames read range from {met[0]:g} s to {met[-1]:g} s"
+                f"the frames read range from {read[0]:g} s to {read[-1]:g} s"
             )
 
     def _in_range(
-        self, frames: Iterable[PendingFrame | LostFrames], met: list[float]
+        self, frames: Iterable[PendingFrame | LostFrames], read: list[float]
     ) -> Iterator[PendingFrame | LostFrames]:
-        """Leave out what lies before ``start`` or after ``end``; note the ends of times met."""
+        """Yield what lies in the range; set ``read`` to the first and the last time read."""
         first, last = self.start or 0, math.inf if self.end is None else self.end
         for item in frames:
             if isinstance(item, LostFrames):
@@ -152,7 +161,7 @@ class FrameSelection:
                 if times:
                     yield dataclasses.replace(item, times=times)
                 continue
-            met[1:] = [item.time]
+            read[1:] = [item.time]
             if item.time >= last:
                 break
             if self.start is None or item.time >= first:
@@ -161,7 +170,7 @@ class FrameSelection:
     def _sampled(
         self, items: Iterator[PendingFrame | LostFrames], source: str
     ) -> Iterator[PendingFrame | LostFrames]:
-        """Keep every n-th frame, or those nearest to the wanted times."""
+        """Keep every n-th frame, or those nearest to the clock or to ``times``."""
         if self.fps is None and self.times is None:
             position = 0
             for item in items:
@@ -169,7 +178,7 @@ class FrameSelection:
                     yield item
                 position += isinstance(item, PendingFrame)
             return
-        wanted: Iterator[float] | None = None if self.times is None else iter(self.times)
+        targets: Iterator[float] | None = None if self.times is None else iter(self.times)
         target: float | None = None
         before: PendingFrame | None = None
         last: PendingFrame | None = None
@@ -178,17 +187,17 @@ class FrameSelection:
                 yield item
                 continue
             if before is None:
-                if wanted is None:  # the clock starts with the first frame
+                if targets is None:  # the clock starts with the first frame
                     begin = item.time
-                    wanted = (begin + tick / (self.fps or 1) for tick in itertools.count())
-                target = next(wanted, None)
+                    targets = (begin + tick / (self.fps or 1) for tick in itertools.count())
+                target = next(targets, None)
             while target is not None and item.time >= target:
                 nearest = item
                 if before is not None and target - before.time <= item.time - target:
                     nearest = before
                 if nearest is not last:
                     yield nearest
-                last, target = nearest, next(wanted or iter(()), None)
+                last, target = nearest, next(targets or iter(()), None)
             if target is None:
                 return
             before = item
