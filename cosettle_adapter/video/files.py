@@ -192,9 +192,10 @@ def _one_kind(folder: Path, images: list[Path]) -> list[Path]:
     stems = Counter(path.stem for path in images)
     if max(stems.values()) == 1:
         return images
-    kinds = Counter(_KINDS.get(path.suffix.lower(), path.suffix.lower()) for path in images)
-    best = max(kinds, key=lambda kind: (kinds[kind], kind == ".jpg"))
-    kept = [path for path in images if _KINDS.get(path.suffix.lower(), path.suffix.lower()) == best]
+    kinds = [_KINDS.get(suffix := path.suffix.lower(), suffix) for path in images]
+    counts = Counter(kinds)
+    best = max(counts, key=lambda kind: (counts[kind], kind == ".jpg"))
+    kept = [path for path, kind in zip(images, kinds, strict=True) if kind == best]
     message = "%s: reading its %d images of kind %s; left out %d of other kinds with the same names"
     logger.warning(message, folder, len(kept), best, len(images) - len(kept))
     return kept

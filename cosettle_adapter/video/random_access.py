@@ -33,9 +33,9 @@ class _Index(NamedTuple):
 def count_frames(source: VideoSource, *, verify: bool = True) -> int:
     """Count the frames that sequential reading delivers.
 
-    The file is decoded once to know, and the result is kept while the file does not change.
-    Without ``verify`` the frames that its packets announce are counted, a hundred times faster,
-    wherever these tell: a damaged file may deliver fewer.
+    The file is decoded once, and the number is cached while the file does not change. Without
+    ``verify``, packets are counted where they have times, a hundred times faster; a damaged file
+    may deliver fewer frames.
 
     Raises:
         FrameError: not a video, or a video without frames.
@@ -48,7 +48,7 @@ def read_frames(source: VideoSource, indices: Sequence[int], *, verify: bool = T
 
     Frame ``i`` is the one that sequential reading delivers at position ``i``, also in files whose
     frames are stored out of order, unevenly spaced or damaged. Decoding begins at the keyframe
-    before each frame, or at the start of files that do not tell; it uses one thread.
+    before each frame, or at the start of a file without usable keyframes; it uses one thread.
 
     Args:
         source: the video.
@@ -155,7 +155,7 @@ def _read_index(source: VideoSource, verify: bool, modified: int, size: int) -> 
 
 
 def _packet_index(source: VideoSource) -> _Index | None:
-    """Find frames and keyframes in a video's packets; ``None`` where these do not tell."""
+    """Find frames and keyframes in a video's packets; ``None`` if these are incomplete."""
     with open_video(source, threads=False) as video:
         if not video.timeline.seekable:
             return None

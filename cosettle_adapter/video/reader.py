@@ -81,17 +81,23 @@ def open_frames(
         raise FrameError(f"batch_size (chunk_size) must be at least 1, got {chunk_size}")
     content = _open(source, select.live)
     name = name_of(source, content)
-    selected = select.of(pending_frames(content, select, name), name, skip=skip)
+    selected = select.of(_pending(content, select, name), name, skip=skip)
     stored = isinstance(content, (Path, list)) or (isinstance(content, Input) and not content.live)
     return _Chunks(name, chunk_size, skip, select, one_size, eager=not stored).of(selected)
 
 
 def pending_frames(
-    source: Any, select: FrameSelection | None = None, name: str | None = None
+    source: Any, select: FrameSelection | None = None
 ) -> Generator[PendingFrame | LostFrames, None, None]:
     """Yield all frames of a source; frames of a video before ``select.start`` may be left out."""
     select = select or FrameSelection()
     content = _open(source, select.live)
+    return _pending(content, select, name_of(source, content))
+
+
+def _pending(
+    content: Path | Input | Tensor | Iterable[Any], select: FrameSelection, name: str
+) -> Generator[PendingFrame | LostFrames, None, None]:
     if isinstance(content, Input) and content.live:
         from cosettle_adapter.video.live import read_live  # rarely used
 
@@ -102,8 +108,8 @@ def pending_frames(
         return files.read_pages(single)
     if select.source_fps is None and (select.fps is not None or select.times is not None):
         raise FrameError(
-            f"fps and times need the times of frames, which {name or name_of(source)} does not "
-            "have; give its frame rate as source_fps"
+            f"fps and times need the times of frames, which {name} does not have; give its frame "
+            "rate as source_fps"
         )
     return (
         PendingFrame(
@@ -183,7 +189,7 @@ def _open(source: Any, live: bool | None = None) -> Path | Input | Tensor | Iter
 
 
 def _single_image(content: Any) -> Path | None:
-    """The file of a list of one image, which may hold several pages."""
+    """Return the file of a list of one image, which may hold several pages."""
     single = isinstance(content, list) and len(content) == 1 and isinstance(content[0], Path)
     return content[0] if single else None
 
