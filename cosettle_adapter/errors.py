@@ -62,7 +62,7 @@ class GeometryError(CosettleError, ValueError):
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """Return ``" Did you mean 'a' or 'b'?"``, or an empty string if no name is similar."""
     originals = {candidate.lower(): candidate for candidate in sorted(known)}
-    matches = difflib.get_close_matches(name.lower(), list(originals), n=limit, cutoff=0.5)
+    matches = difflib.get_close_matches(name.lower(), list(originals), n=limit)
     if not matches:
         return ""
     return f" Did you mean {' or '.join(repr(originals[match]) for match in matches)}?"
