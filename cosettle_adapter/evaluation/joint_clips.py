@@ -22,7 +22,6 @@ from cosettle_adapter.correspondence import propagate_labels
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import clips as folders
 from cosettle_adapter.evaluation.clips import Clip, images_named
-from cosettle_adapter.evaluation.mask_clips import frame_size
 from cosettle_adapter.evaluation.points import Pck, badja_accuracy, pck, track_queries
 from cosettle_adapter.evaluation.protocols import DEFAULT, JointRule, LabelPropagation
 from cosettle_adapter.evaluation.run import ClipScores, Protocol, save_positions
@@ -158,7 +157,7 @@ def jhmdb_protocol(
         name="jhmdb",
         measures=tuple(f"PCK@{threshold:g}" for threshold in _THRESHOLDS),
         clips=lambda: jhmdb_clips(data, clips=clips),
-        size=frame_size(record),
+        size=record.frame_size,
         score=score,
         settings=record.settings("first_labels", "argmax", "stretch", "nearest"),
         total=total,

@@ -84,7 +84,7 @@ def mask_protocol(
         return average([row for clip in scores for row in clip.counts["objects"]])
 
     return Protocol(
-        name, MASK_MEASURES, clips, frame_size(record), score,
+        name, MASK_MEASURES, clips, record.frame_size, score,
         {**_settings(record, propagation), **settings}, total, record.preprocess,
     )  # fmt: skip
 
@@ -96,11 +96,6 @@ def _settings(record: LabelProtocol, propagation: Propagation) -> dict[str, Any]
         upsampler = propagation.upsampler or "bilinear"
         settings |= {"dense": propagation.dense, "upsampler": upsampler}
     return settings
-
-
-def frame_size(protocol: LabelProtocol) -> Callable[[Clip[Any]], tuple[int, int]]:
-    """Return the function that gives the (height, width) of a clip's encoded frames."""
-    return lambda clip: protocol.size.of(*clip.read_frame(0).shape[:2])
 
 
 def davis_clips(
@@ -305,7 +300,7 @@ def vip_protocol(
         return {"mIoU": matrix.mean_iou()}
 
     return Protocol(
-        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), frame_size(record), score,
+        "vip", ("mIoU",), lambda: vip_clips(data, clips=clips), record.frame_size, score,
         _settings(record, propagation), total, record.preprocess,
     )  # fmt: skip
 

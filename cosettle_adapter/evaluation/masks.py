@@ -252,8 +252,8 @@ def propagate_masks(
         if propagator is None:
             first = _first_labels(mask, classes, feature.shape[-2:], size, record)
             propagator = LabelPropagator(first.to(feature.device), protocol=record, **options)
-        ids = _decode(propagator.step(feature), mask.shape, size, record)
-        yield names[_nearest(ids, mask.shape, record.nearest)]
+        ids = names[_decode(propagator.step(feature), mask.shape, size, record)]
+        yield _nearest(ids, mask.shape, record.nearest)
 
 
 def _checked_objects(masks: Masks, frames: Sequence[int]) -> tuple[int, ...]:
@@ -307,15 +307,15 @@ def _decode(
     return ids
 
 
-def _nearest(labels: NDArray[Any], size: Sequence[int], rule: str) -> NDArray[Any]:
+def _nearest(labels: Masks, size: Sequence[int], rule: str) -> Masks:
     """Resize a label map by nearest neighbours of pixel corners (OpenCV) or centres (Pillow)."""
-    index = []
-    for new, old in zip(size, labels.shape, strict=True):
-        if rule == "OpenCV":  # the order of operations is each library's, which decides ties
-            places = np.arange(new) * (1 / (new / old))
-        else:
-            places = np.cumsum(np.where(np.arange(new) == 0, old / new / 2, old / new))
-        index.append(places.astype(int))
+    if rule == "Pillow":
+        image: Any = require("PIL.Image", extra="eval", purpose="resizing labels")
+        picture = image.fromarray(labels).resize((size[1], size[0]), image.Resampling.NEAREST)
+        return np.array(picture)
+    pairs = zip(size, labels.shape, strict=True)
+    # OpenCV's order of operations decides ties
+    index = [(np.arange(new) * (1 / (new / old))).astype(int) for new, old in pairs]
     return labels[np.ix_(*index)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -76,6 +76,10 @@ class LabelProtocol(PropagationProtocol):
     joints: JointRule  # assignment of joints to patches; see ``joint_heat_maps``
     strongest: int  # patches whose centroid is a joint's position
     metric: str
+
+    def frame_size(self, clip: Clip[Any]) -> tuple[int, int]:
+        """Return the (height, width) of a clip's encoded frames."""
+        return self.size.of(*clip.read_frame(0).shape[:2])
 
     def preprocess(self, adapter: CoSettleAdapter, frames: Tensor, *, size: Size) -> Tensor:
         """Resize and normalise frames ``(T, 3, H, W)`` uint8 for the backbone; float32."""
@@ -151,8 +155,7 @@ _CHANGES: dict[str, dict[str, Any]] = {  # on other data sets
 def label_protocol(name: str, data: str = "davis", **changes: Any) -> LabelProtocol:
     """Return a protocol for ``davis``, ``folder``, ``vip`` or ``jhmdb``; None changes no field."""
     if name not in LABEL_PROTOCOLS:
-        known = ", ".join(get_args(ProtocolName))
-        raise ValueError(f"got protocol {name!r}, expected one of {known}")
+        raise ValueError(f"got protocol {name!r}, expected one of {', '.join(LABEL_PROTOCOLS)}")
     fields = _CHANGES.get(data, {}) | _CHANGES.get(f"{name} on {data}", {})
     fields |= {field: value for field, value in changes.items() if value is not None}
     return replace(LABEL_PROTOCOLS[name], **fields)

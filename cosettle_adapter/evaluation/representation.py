@@ -293,7 +293,10 @@ def evaluate_representation(
 
 
 def _central_square(frames: Tensor, size: int) -> Tensor:
-    """Resize frames ``(N, 3, H, W)`` uint8 as PIL does (bilinear), and crop the central square."""
+    """Resize frames ``(N, 3, H, W)`` uint8 as PIL does (bilinear), and crop the central square.
+
+    Values may differ from PIL's by 1, because torch rounds the weights to fewer bits.
+    """
     short, smaller = round(size * _MARGIN), min(frames.shape[-2:])
     sides = [short * side // smaller for side in frames.shape[-2:]]
     resized = F.interpolate(frames, sides, mode="bilinear", antialias=True)

@@ -37,7 +37,10 @@ _COMPARED = {  # measure: heading, function that selects the best value, explana
 
 
 class Gain(NamedTuple):
-    """Mean of the clips' differences with its 95 % interval, and the clip with the smallest."""
+    """Mean of the clips' differences with its 95 % interval, and the clip with the smallest.
+
+    The ends of the interval are NaN for fewer than two clips.
+    """
 
     mean: float
     low: float
@@ -46,15 +49,18 @@ class Gain(NamedTuple):
     worst: float
 
     def __str__(self) -> str:
-        low, high = _percent(self.low), _percent(self.high)
-        return f"{_percent(self.mean, '+.1f')} [{low}, {high}]" if self.clip else "-"
+        interval = f" [{_percent(self.low)}, {_percent(self.high)}]"
+        return _percent(self.mean, "+.1f") + (interval if self.low == self.low else "")
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % percentile interval of a mean by the bootstrap (Efron, 1979).
 
-    It resamples the differences with replacement 10,000 times, with a fixed seed.
+    It resamples the differences with replacement 10,000 times, with a fixed seed. Fewer than two
+    differences have no interval: NaN.
     """
+    if len(differences) < 2:
+        return math.nan, math.nan
     values = torch.tensor(differences, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(values), (_RESAMPLES, len(values)), generator=generator)
@@ -71,11 +77,9 @@ def gain(result: Evaluation, variant: str, against: Mapping[str, str]) -> Gain:
         for clip, value in result.first(variant).items()
         if clip in against and clip in scores[against[clip]]
     }
-    if not differences:
-        return Gain(math.nan, math.nan, math.nan, "", math.nan)
-    worst = min(differences, key=lambda clip: differences[clip])
     values = list(differences.values())
-    return Gain(mean(values), *paired_interval(values), worst, differences[worst])
+    clip, worst = min(differences.items(), key=lambda item: item[1], default=("", math.nan))
+    return Gain(mean(values), *paired_interval(values), clip, worst)
 
 
 def best_layers(result: Evaluation) -> dict[str, str]:
@@ -138,7 +142,8 @@ def result_notes(result: Evaluation) -> Iterator[str]:
     """Explain the tables, and list the settings."""
     best, settings = best_layers(result), result.settings
     raw = dict.fromkeys(result.clips, RAW_LAST)
-    yield "over ...: mean difference over clips and its 95 % interval by the paired bootstrap"
+    interval = " and its 95 % interval by the paired bootstrap" if len(result.clips) > 1 else ""
+    yield f"over ...: mean difference over clips{interval}"
     if best:
         by_part = {_part(result, clip): layer for clip, layer in best.items()}
         chosen = ", ".join(f"{layer} for {part}" for part, layer in sorted(by_part.items()))

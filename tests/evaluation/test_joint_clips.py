@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from drawn import grey, problem_of, save, save_frames
 from numpy.typing import NDArray
 from scipy.io import savemat
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation import BADJA_JOINTS, JHMDB_JOINTS, badja_clips, jhmdb_clips
+from cosettle_adapter.evaluation.joint_clips import decode_joints, joint_heat_maps
 
 SIZE = H, W = 24, 32
 
@@ -213,3 +215,21 @@ def test_keypoint_files_of_another_form(tmp_path: Path) -> None:
     ):
         (clip,) = jhmdb_clips(write_json_clip(tmp_path / "catch", **changes))
         assert re.search(rf"'catch': .*keypoints.json .*{message}", problem_of(clip))
+
+
+def test_heat_maps_are_gaussians_of_half_a_patch_and_may_be_empty() -> None:
+    joints = torch.tensor([[1.0, 1.0], [2.3, 9.8], [5.5, 4.25]])
+    places, found = decode_joints(joint_heat_maps(joints, (8, 12)))
+    assert found.all()
+    assert float((places - joints).abs().max()) < 0.2
+    heat = joint_heat_maps(torch.tensor([[2.0, 3.0]]), (5, 7))[0]
+    assert heat[2, 3] == 1
+    assert heat[2:4, 4].tolist() == pytest.approx([np.exp(-2), np.exp(-4)])
+    for outside, found in ((-1.0, True), (-2.5, False)):
+        assert decode_joints(joint_heat_maps(torch.tensor([[outside, 3.0]]), (5, 7)))[1] == found
+    weighed = torch.zeros(1, 4, 5)
+    weighed[0, 1, 1], weighed[0, 1, 3] = 3.0, 1.0
+    torch.testing.assert_close(decode_joints(weighed)[0], torch.tensor([[1.0, 1.5]]))
+    places, found = decode_joints(torch.zeros(2, 3, 4, 5))
+    assert not found.any()
+    assert torch.isfinite(places).all()

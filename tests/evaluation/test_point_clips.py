@@ -1,19 +1,37 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from drawn import grey, problem_of
+from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation import tapvid_clips
+from cosettle_adapter.evaluation import (
+    Clip,
+    Tracks,
+    queries_first,
+    queries_strided,
+    tapvid_clips,
+    tapvid_metrics,
+    tapvid_protocol,
+)
+from cosettle_adapter.video.geometry import plan_geometry
+
+from helpers import noise
 
 T, H, W, N = 4, 12, 20, 3
 
@@ -206,3 +224,69 @@ def test_arrays_that_cannot_be_made_are_the_clips_problem(tmp_path: Path) -> Non
         keys = b"".join(b"U" + bytes([len(key)]) + key + array for key in KEYS)
         path.write_bytes(stream(b"}U\x01a}(", keys, b"us"))
         assert "invalid array" in problem_of(tapvid_clips(path)[0])
+
+
+def chrono_by_hand(features: Tensor, query: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A track (T, 2) (x, y) of query (t, y, x) on a 256 x 256 raster, as Chrono's code words it.
+
+    Cells and raster positions are both continuous; a cell's centre is half a cell from its corner.
+    """
+    maps = (features / features.norm(dim=1, keepdim=True)).double().numpy()
+    height, width = maps.shape[2:]
+    row, column = query[1] * height / 256 - 0.5, query[2] * width / 256 - 0.5
+    feature = np.zeros(maps.shape[1])
+    for y in (int(np.floor(row)), int(np.floor(row)) + 1):
+        for x in (int(np.floor(column)), int(np.floor(column)) + 1):
+            weight = (1 - abs(row - y)) * (1 - abs(column - x))
+            feature += (
+                weight
+                * maps[int(query[0]), :, min(max(y, 0), height - 1), min(max(x, 0), width - 1)]
+            )
+    track = []
+    for frame in maps:
+        heat = np.exp(20 * np.einsum("c,chw->hw", feature, frame))
+        top, left = np.unravel_index(heat.argmax(), heat.shape)
+        total, place = 0.0, np.zeros(2)
+        for y in range(height):
+            for x in range(width):
+                if (y - top) ** 2 + (x - left) ** 2 < 5**2:
+                    total += heat[y, x]
+                    place += heat[y, x] * np.array([x + 0.5, y + 0.5])
+        track.append(place / total * 256 / np.array([width, height]))
+    return np.array(track)
+
+
+@pytest.mark.parametrize("mode", ["first", "strided"])
+def test_points_are_tracked_as_chrono_does(mode: Any, tmp_path: Path) -> None:
+    protocol = tapvid_protocol(Path(), mode=mode, protocol="chrono")
+    geometry = plan_geometry(896, 896, patch=56, stride=56, size=(896, 896))
+    features = F.interpolate(noise(5, 32, 16, 12, seed=3), geometry.grid, mode="bilinear")
+    rng = np.random.default_rng(0)
+    truth = Tracks(rng.random((4, 5, 2)), rng.random((4, 5)) > 0.6)
+    scores = protocol.score(Clip("clip", [], lambda: truth), features, geometry, tmp_path)
+    queries = {"first": queries_first, "strided": queries_strided}[mode](
+        truth.occluded, 256 * truth.points
+    )
+    expected = np.array([chrono_by_hand(features, query) for query in queries.points])
+    found = np.array(json.loads((tmp_path / "positions.json").read_text())["xy"]) * 256 / 896
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    hidden = np.zeros(queries.occluded.shape, dtype=bool)  # delta_avg does not depend on it
+    by_hand = tapvid_metrics(
+        queries.points, queries.occluded, queries.tracks, hidden, expected, mode
+    )
+    assert scores.values["delta_avg"] == pytest.approx(by_hand.delta_avg)
+
+
+def test_chrono_reduces_frames_and_enlarges_them() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 30, 50, 3), dtype=np.uint8)
+    protocol = tapvid_protocol(Path(), protocol="chrono")
+    assert protocol.size(Clip("clip", [], lambda: None)) == (896, 896)
+    small = np.asarray(Image.fromarray(frames[1]).resize((256, 256), Image.Resampling.LANCZOS))
+    adapter: Any = SimpleNamespace(preprocess=lambda images, size: images)
+    given = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
+    found = rearrange(protocol.preprocess(adapter, given, size=(896, 896))[1], "c h w -> h w c")
+    # pixel k is the mean of pixels at (k + 0.5) * 256 / 896 - 0.5
+    at = (np.arange(896) + 0.5) * 256 / 896 - 0.5
+    rows = np.apply_along_axis(lambda line: np.interp(at, np.arange(256), line), 0, small / 255)
+    expected = np.apply_along_axis(lambda line: np.interp(at, np.arange(256), line), 1, rows)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

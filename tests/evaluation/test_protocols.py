@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from cosettle_adapter import evaluation
 from cosettle_adapter.backbones.rows import BackboneRow
@@ -29,19 +27,13 @@ from cosettle_adapter.evaluation import (
     Propagation,
     Protocol,
     Tracks,
-    queries_first,
-    queries_strided,
-    tapvid_metrics,
 )
-from cosettle_adapter.evaluation.joint_clips import decode_joints, joint_heat_maps
-from cosettle_adapter.evaluation.masks import _nearest, palette, propagate_masks
+from cosettle_adapter.evaluation.masks import palette, propagate_masks
 from cosettle_adapter.evaluation.points import track_queries
 from cosettle_adapter.evaluation.protocols import label_protocol
 from cosettle_adapter.upsampling import upsample
 from cosettle_adapter.video import as_frames
 from cosettle_adapter.video.geometry import plan_geometry
-
-from helpers import noise
 
 FRAMES, PATCH, H, W = 5, 16, 8, 12
 GEOMETRY = plan_geometry(H * PATCH, W * PATCH, patch=PATCH)
@@ -244,13 +236,6 @@ def test_labels_come_to_the_grid_and_back_as_published(name: str) -> None:
     np.testing.assert_array_equal(got[clear], expected[clear])
 
 
-@pytest.mark.parametrize("size", [(47, 61), (20, 33), (128, 180)])
-def test_label_maps_are_resized_as_pillow_resizes_them(size: tuple[int, int]) -> None:
-    labels = np.random.default_rng(3).integers(0, 256, (48, 64), dtype=np.uint8)
-    expected = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
-    np.testing.assert_array_equal(_nearest(labels, size, "Pillow"), expected)
-
-
 @pytest.mark.parametrize("rule", ["published", "geometric"])
 def test_joints_become_patches_and_pixels_by_their_rule(rule: Any, tmp_path: Path) -> None:
     """The published figures snap joints to patches and read patch k as pixel 16 k."""
@@ -331,73 +316,6 @@ def test_frames_without_masks_are_propagated_through_and_not_scored() -> None:
         CASES["badja"][0].score(bare, KNOWS, GEOMETRY, None)
 
 
-def chrono_by_hand(features: Tensor, query: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A track (T, 2) (x, y) of query (t, y, x) on a 256 x 256 raster, as Chrono's code words it.
-
-    Cells and raster positions are both continuous; a cell's centre is half a cell from its corner.
-    """
-    maps = (features / features.norm(dim=1, keepdim=True)).double().numpy()
-    height, width = maps.shape[2:]
-    row, column = query[1] * height / 256 - 0.5, query[2] * width / 256 - 0.5
-    feature = np.zeros(maps.shape[1])
-    for y in (int(np.floor(row)), int(np.floor(row)) + 1):
-        for x in (int(np.floor(column)), int(np.floor(column)) + 1):
-            weight = (1 - abs(row - y)) * (1 - abs(column - x))
-            feature += (
-                weight
-                * maps[int(query[0]), :, min(max(y, 0), height - 1), min(max(x, 0), width - 1)]
-            )
-    track = []
-    for frame in maps:
-        heat = np.exp(20 * np.einsum("c,chw->hw", feature, frame))
-        top, left = np.unravel_index(heat.argmax(), heat.shape)
-        total, place = 0.0, np.zeros(2)
-        for y in range(height):
-            for x in range(width):
-                if (y - top) ** 2 + (x - left) ** 2 < 5**2:
-                    total += heat[y, x]
-                    place += heat[y, x] * np.array([x + 0.5, y + 0.5])
-        track.append(place / total * 256 / np.array([width, height]))
-    return np.array(track)
-
-
-@pytest.mark.parametrize("mode", ["first", "strided"])
-def test_points_are_tracked_as_chrono_does(mode: Any, tmp_path: Path) -> None:
-    protocol = evaluation.tapvid_protocol(Path(), mode=mode, protocol="chrono")
-    features = 0.3 * KNOWS_NOTHING.repeat(1, 1, 2, 1) + noise(FRAMES, 32, 16, 12, seed=3)
-    geometry = plan_geometry(896, 896, patch=56, stride=56, size=(896, 896))
-    features = F.interpolate(features, geometry.grid, mode="bilinear")
-    rng = np.random.default_rng(0)
-    truth = Tracks(rng.random((4, FRAMES, 2)), rng.random((4, FRAMES)) > 0.6)
-    scores = protocol.score(clip_of(truth), features, geometry, tmp_path)
-    queries = {"first": queries_first, "strided": queries_strided}[mode](
-        truth.occluded, 256 * truth.points
-    )
-    expected = np.array([chrono_by_hand(features, query) for query in queries.points])
-    found = np.array(json.loads((tmp_path / "positions.json").read_text())["xy"]) * 256 / 896
-    np.testing.assert_allclose(found, expected, atol=1e-3)
-    hidden = np.zeros(queries.occluded.shape, dtype=bool)  # delta_avg does not depend on it
-    by_hand = tapvid_metrics(
-        queries.points, queries.occluded, queries.tracks, hidden, expected, mode
-    )
-    assert scores.values["delta_avg"] == pytest.approx(by_hand.delta_avg)
-
-
-def test_chrono_reduces_frames_and_enlarges_them() -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (2, 30, 50, 3), dtype=np.uint8)
-    protocol = evaluation.tapvid_protocol(Path(), protocol="chrono")
-    assert protocol.size(masks(1)) == (896, 896)
-    small = np.asarray(Image.fromarray(frames[1]).resize((256, 256), Image.Resampling.LANCZOS))
-    adapter: Any = SimpleNamespace(preprocess=lambda images, size: images)
-    given = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
-    found = rearrange(protocol.preprocess(adapter, given, size=(896, 896))[1], "c h w -> h w c")
-    # pixel k is the mean of pixels at (k + 0.5) * 256 / 896 - 0.5
-    at = (np.arange(896) + 0.5) * 256 / 896 - 0.5
-    rows = np.apply_along_axis(lambda line: np.interp(at, np.arange(256), line), 0, small / 255)
-    expected = np.apply_along_axis(lambda line: np.interp(at, np.arange(256), line), 1, rows)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
 def test_a_point_is_called_hidden_where_its_way_back_misses_it() -> None:
     """Half of the frames show another scene."""
     features = torch.cat([KNOWS[:2], KNOWS_NOTHING[2:]])
@@ -409,24 +327,6 @@ def test_a_point_is_called_hidden_where_its_way_back_misses_it() -> None:
         for maps in (features, KNOWS)
     )
     assert told > untold
-
-
-def test_heat_maps_are_gaussians_of_half_a_patch_and_may_be_empty() -> None:
-    joints = torch.tensor([[1.0, 1.0], [2.3, 9.8], [5.5, 4.25]])
-    places, found = decode_joints(joint_heat_maps(joints, (8, 12)))
-    assert found.all()
-    assert float((places - joints).abs().max()) < 0.2
-    heat = joint_heat_maps(torch.tensor([[2.0, 3.0]]), (5, 7))[0]
-    assert heat[2, 3] == 1
-    assert heat[2:4, 4].tolist() == pytest.approx([np.exp(-2), np.exp(-4)])
-    for outside, found in ((-1.0, True), (-2.5, False)):
-        assert decode_joints(joint_heat_maps(torch.tensor([[outside, 3.0]]), (5, 7)))[1] == found
-    weighed = torch.zeros(1, 4, 5)
-    weighed[0, 1, 1], weighed[0, 1, 3] = 3.0, 1.0
-    torch.testing.assert_close(decode_joints(weighed)[0], torch.tensor([[1.0, 1.5]]))
-    places, found = decode_joints(torch.zeros(2, 3, 4, 5))
-    assert not found.any()
-    assert torch.isfinite(places).all()
 
 
 def test_queries_are_tracked_both_ways_in_pixels() -> None:

@@ -230,6 +230,8 @@ def test_a_gain_is_the_mean_of_paired_differences_and_names_its_worst_clip() -> 
     assert gain(lacking, ADAPTED, dict.fromkeys(table, RAW)) == found, "those do not count"
     nothing = gain(lacking, ADAPTED, dict.fromkeys(table, "settled"))
     assert (str(nothing), nothing.clip) == ("-", "")
+    one = gain(results({"a": {RAW: 0.5, ADAPTED: 0.7}}), ADAPTED, {"a": RAW})
+    assert str(one) == "+20.0", "one clip has no interval"
     found = gain(results(TABLE), ADAPTED, dict(zip(TABLE, (FIVE, SEVEN, SEVEN), strict=True)))
     assert (found.clip, found.worst) == ("one/a", pytest.approx(-0.2))
     assert found.mean == pytest.approx((-0.2 - 0.1 + 0.4) / 3)
