@@ -263,8 +263,6 @@ class CoSettleAdapter(FeatureModel):
                 f"expected several sources, got one path, {sources}: give a list of paths, such as "
                 "cosettle_adapter.video.find_videos(folder), or call stream"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         one_size = options.get("size") is None
 
         def opened(source: Source) -> Generator[FrameChunk, None, None]:

@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from cosettle_adapter.backbones import BackboneRow, lookup
+from cosettle_adapter.backbones.registry import TRANSFORMERS
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.hub import weights_source
 from cosettle_adapter.projection import ProjectionConfig
@@ -30,7 +31,7 @@ _USE = """```python
 import torch
 from cosettle_adapter import CoSettleAdapter
 
-adapter = CoSettleAdapter.from_pretrained("{name}"{weights})
+adapter = CoSettleAdapter.from_pretrained({source})
 
 frames = torch.randint(0, 256, (4, 3, {height}, {width}), dtype=torch.uint8)  # (T, 3, H, W)
 features = adapter(frames)
@@ -115,16 +116,20 @@ def card_text(config: ProjectionConfig, row: BackboneRow | None, *, title: str, 
     settings = json.loads(config.to_json())
     del settings["figures"]
     patch = 14 if row is None else row.patch
-    public = row is None or row.hub or row.wheel or row.release
+    source, backbone = f'"{name}"', "It is not in this version's registry."
+    if config.backbone.startswith(TRANSFORMERS):
+        model = config.backbone.removeprefix(TRANSFORMERS)
+        backbone = f"The folder `{model}`, saved by transformers."
+        source = f'"./{model}", projection="./my-projection"'  # only local folders combine
+    elif row is not None and not (row.hub or row.wheel or row.release):
+        source += ', backbone_weights="backbone.safetensors"'
     example = _USE.format(
-        name=name,
-        weights="" if public else ', backbone_weights="backbone.safetensors"',
+        source=source,
         height=_GRID[0] * patch,
         width=_GRID[1] * patch,
         grid="h, w" if row is None else f"{_GRID[0]}, {_GRID[1]}",
         config=config,
     )
-    backbone = "It is not in this version's registry."
     if row is not None:
         commit = f" at {config.backbone_revision}" if config.backbone_revision else ""
         backbone = (

@@ -18,6 +18,7 @@ from cosettle_adapter.correspondence.fusion import fusion_guide
 from cosettle_adapter.errors import BackboneMismatchError, ProjectionFormatError
 from cosettle_adapter.projection import Projection, ProjectionConfig
 from cosettle_adapter.video import Fit, Geometry, apply_geometry, as_frames, plan_geometry
+from cosettle_adapter.video.geometry import check_side
 
 if TYPE_CHECKING:
     from cosettle_adapter.upsampling import DenseSize, Upsampler
@@ -226,15 +227,14 @@ class FeatureModel(nn.Module):
             read.append(outputs)
         adapted = self._settled(torch.cat(projected), leading).to(self.dtype)
         tokens: dict[str, Tensor] = {"adapted": unpack(adapted, leading, "* c h w")[0]}
-        for (*_, kind), *parts in zip(reads, *read, strict=True):
-            axes = {"cls": "* c", "registers": "* n c"}.get(kind, "* c h w")
-            (tokens[kind],) = unpack(torch.cat(parts), leading, axes)
+        for output, *parts in zip(reads, *read, strict=True):
+            axes = {"cls": "* c", "registers": "* n c"}.get(output.kind, "* c h w")
+            (tokens[output.kind],) = unpack(torch.cat(parts), leading, axes)
         return Tokens(**tokens, geometry=geometry)
 
     def _pack(self, frames: Any, batch_size: int) -> tuple[Tensor, Any]:
         """Frames ``(N, 3, H, W)``, and the leading dimensions to restore."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_side("batch_size", batch_size)
         packed, leading = pack([as_frames(frames)], "* c h w")
         return packed, leading
 
@@ -262,10 +262,11 @@ class FeatureModel(nn.Module):
         self, images: Tensor, also: Sequence[Read] = ()
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Tokens, features and further reads of what :meth:`preprocess` returns."""
-        own = self.backbone.reads(self.config.layers, self.config.norm)
-        read = self.backbone.read(images, [*own, *also])
-        tokens = read[0] if len(own) == 1 else torch.cat(read[: len(own)], dim=1)
-        return tokens, self.projection(tokens), read[len(own) :]
+        layers, norm = self.config.layers, self.config.norm
+        read = self.backbone.intermediate_tokens(images, layers, norm=norm, also=also)
+        count = len(layers)
+        tokens = read[0] if count == 1 else torch.cat(read[:count], dim=1)
+        return tokens, self.projection(tokens), read[count:]
 
     def _finished(
         self,

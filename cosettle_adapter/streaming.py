@@ -19,6 +19,7 @@ from cosettle_adapter.correspondence import FusionMode, TemporalFusion
 from cosettle_adapter.errors import GeometryError, MissingExtraError, StatisticsError
 from cosettle_adapter.features import FeatureModel, Size
 from cosettle_adapter.video import Fit, FrameChunk, Geometry, pinned, prefetch
+from cosettle_adapter.video.geometry import check_side
 from cosettle_adapter.video.reader import name_of, other_size
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def stream_videos(
     """
     if unknown := ", ".join(options.keys() - StreamOptions.__annotations__.keys()):
         raise TypeError(f"got {unknown}, expected {', '.join(StreamOptions.__annotations__)}")
+    check_side("batch_size", batch_size)
     _new_state(model, options)  # raises at once for unusable settings
     batches = _batches(_pieces(model, videos, options), batch_size)
 
@@ -107,6 +109,8 @@ def _new_state(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Video:
+    """A source, compared by identity: one source can come twice."""
+
     source: Any
 
 
@@ -204,8 +208,8 @@ def _encoded(
         counts = [len(piece.frames) for piece in batch]
         images = [model._prepare(piece.frames, piece.geometry) for piece in batch]
         joined = images[0] if len(images) == 1 else torch.cat(images)
-        *both, extra = model._encode_images(joined, special)
-        maps = [torch.split(output, counts) for output in (*both, *extra)]
+        tokens, features, extra = model._encode_images(joined, special)
+        maps = [torch.split(output, counts) for output in (tokens, features, *extra)]
         del images, joined  # not kept alive while chunks wait for the consumer
         for piece, *piece_maps in zip(batch, *maps, strict=True):
             parts.append(tuple(piece_maps))

@@ -84,6 +84,13 @@ def write_video(
     return path
 
 
+def broken_off(path: Path) -> Path:
+    """Write the first half of a file beside it, as a download that broke off leaves it."""
+    cut = path.with_stem("cut")
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return cut
+
+
 def small_corpus(put: Callable[[Any, str, object], None], clips: int = 4) -> None:
     """Make the starter corpus small, by ``put(module, name, value)``."""
     from cosettle_adapter import fitting, starter

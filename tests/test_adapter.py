@@ -14,7 +14,7 @@ from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
 from cosettle_adapter.closed_form import AffineMap, settle_clip
 from cosettle_adapter.errors import ProjectionFormatError, WeightsUnavailableError
 
-from helpers import projection_for, write_video
+from helpers import broken_off, projection_for, write_video
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 
@@ -117,8 +117,7 @@ def test_a_file_is_settled_on_even_if_it_breaks_off(
     whole = write_video(tmp_path / "clip.mkv", frames=40, height=48, width=64, noisy=True)
     settled = tiny_adapter.settle(whole, size=(32, 48), select=FrameSelection(every=10))
     assert (settled.config.fit["clip"], settled.config.fit["frames"]) == ("clip.mkv", 4)
-    cut = tmp_path / "cut.mkv"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    cut = broken_off(whole)
     settled = tiny_adapter.settle(cut, size=(32, 48))
     assert 0 < settled.config.fit["frames"] < 40
     assert re.search(r"cut\.mkv lost \d+ frames \(it ends before what its header", caplog.text)

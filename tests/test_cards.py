@@ -149,6 +149,9 @@ def test_nothing_known_is_nothing_claimed(monkeypatch: pytest.MonkeyPatch) -> No
         "torch.Size([4, 8, h, w])",
     ):
         assert sentence in card
+    card = model_card(config("transformers:my-vit"))
+    assert 'from_pretrained("./my-vit", projection="./my-projection")' in card
+    assert "The folder `my-vit`, saved by transformers." in card
     monkeypatch.setitem(registry.REGISTRY, TINY.name, TINY)
     card = model_card(config(TINY.name), repository="user/mine")
     assert 'from_pretrained("user/mine", backbone_weights="backbone.safetensors")' in card

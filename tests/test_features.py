@@ -142,7 +142,7 @@ def test_frames_that_cannot_be_used(
 ) -> None:
     with pytest.raises(error):
         tiny_adapter(clip)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number .*, got 0"):
         tiny_adapter(frames(), batch_size=0)
 
 

@@ -14,7 +14,7 @@ from cosettle_adapter.closed_form import Settler
 from cosettle_adapter.correspondence import FusionMode, fusion, temporal_fusion
 from cosettle_adapter.errors import DamagedError, FrameError
 
-from helpers import write_video
+from helpers import broken_off, write_video
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 each_mode = pytest.mark.parametrize("mode", ["symmetric", "causal"])
@@ -124,8 +124,7 @@ def test_frames_that_wait_when_a_video_breaks_off_are_returned(
     tiny_adapter: CoSettleAdapter, tmp_path: Path
 ) -> None:
     whole = write_video(tmp_path / "w.mkv", frames=40, height=48, width=64, noisy=True)
-    cut = tmp_path / "cut.mkv"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    cut = broken_off(whole)
     plain, fused = [], []
     select = FrameSelection(on_damage="error")
     with pytest.raises(DamagedError):

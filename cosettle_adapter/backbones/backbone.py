@@ -19,7 +19,7 @@ Kind = Literal["patch", "cls", "registers", "attention"]
 
 
 class Read(NamedTuple):
-    """One output of a forward pass."""
+    """One output of a forward pass, of a layer from 0 to ``depth - 1``."""
 
     layer: int
     norm: bool | None = None  # whether to apply the final norm (None: as the row says)
@@ -169,10 +169,10 @@ class Backbone(nn.Module, abc.ABC):
 
     def block(self, layer: int) -> int:
         """Return the 0-based number of a layer; negative ones count from the end."""
-        if not -self.depth <= layer < self.depth:
+        if layer not in range(-self.depth, self.depth):
             raise ValueError(
                 f"{self.row.name} has layers 0 to {self.depth - 1} (or -1 to -{self.depth}), "
-                f"got layer {layer}"
+                f"got layer {layer!r}"
             )
         return layer % self.depth
 
@@ -205,6 +205,7 @@ class Backbone(nn.Module, abc.ABC):
         *,
         norm: bool | Sequence[bool | None] | None = None,
         positions: Positions | None = None,
+        also: Sequence[Read] = (),
     ) -> list[Tensor]:
         """Return the patch tokens of several layers from one pass, which stops at the deepest.
 
@@ -214,27 +215,19 @@ class Backbone(nn.Module, abc.ABC):
             norm: apply the final norm, one value for all layers or one per layer; default: for the
                 last layer as the row says, for earlier layers never.
             positions: used in place of the backbone's own, in the shapes of :meth:`positions`.
+            also: further outputs of the pass, such as class tokens or attention.
 
         Returns:
-            One map ``(B, C, h, w)`` per layer, in the order of ``layers``, in the backbone's dtype.
+            One map ``(B, C, h, w)`` per layer, in the order of ``layers``, then one tensor per
+            item of ``also``; in the backbone's dtype.
 
         Raises:
             GeometryError: the sides do not fit the patch and stride.
-            ValueError: no such layer or norm, or positions of another shape or kind.
+            ValueError: no such layer, norm or output, or positions of another shape or kind.
         """
-        return self.read(images, self.reads(layers, norm), positions=positions)
-
-    def reads(
-        self, layers: Sequence[int], norm: bool | Sequence[bool | None] | None = None
-    ) -> list[Read]:
-        """Return the reads of the patch tokens of ``layers``, as in :meth:`intermediate_tokens`."""
         norms = norm if isinstance(norm, Sequence) else [norm] * len(layers)
-        return [Read(self.block(layer), use) for layer, use in zip(layers, norms, strict=True)]
-
-    def read(
-        self, images: Tensor, reads: Sequence[Read], *, positions: Positions | None = None
-    ) -> list[Tensor]:
-        """Return one tensor per read from one pass; arguments as in :meth:`intermediate_tokens`."""
+        reads = [Read(self.block(layer), use) for layer, use in zip(layers, norms, strict=True)]
+        reads += also
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
         if positions is not None:
@@ -242,11 +235,12 @@ class Backbone(nn.Module, abc.ABC):
             positions.check_like(self.positions(grid), grid, images=len(images))
         with torch.set_grad_enabled(self.requires_input_grad and torch.is_grad_enabled()):
             images = images.to(self.dtype)
-            if positions is None:
-                maps = self._maps(images, frozenset(reads), None)
-                return [maps[read] for read in reads]
-            maps = self._maps(positions.before(images, self), frozenset(reads), positions)
+            if positions is not None:
+                images = positions.before(images, self)
+            outputs = self._maps(images, frozenset(reads), positions)
             return [
-                positions.after(maps[read]) if read.kind == "patch" else maps[read]
+                positions.after(outputs[read])
+                if positions is not None and read.kind == "patch"
+                else outputs[read]
                 for read in reads
             ]

@@ -77,8 +77,10 @@ def open_frames(
     select = select or FrameSelection()
     if skip < 0:
         raise FrameError(f"skip must be at least 0, got {skip}")
-    if chunk_size < 1:
-        raise FrameError(f"batch_size (chunk_size) must be at least 1, got {chunk_size}")
+    if chunk_size < 1 or chunk_size % 1:
+        raise FrameError(
+            f"batch_size (chunk_size) must be a whole number of at least 1, got {chunk_size}"
+        )
     content = _open(source, select.live)
     name = name_of(source, content)
     selected = select.of(_pending(content, select, name), name, skip=skip)

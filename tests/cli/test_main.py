@@ -15,7 +15,7 @@ from cosettle_adapter.cli import COMMANDS
 from cosettle_adapter.cli.common import parse_size
 from cosettle_adapter.extraction import read_features
 
-from helpers import REAL, write_video
+from helpers import REAL, broken_off, write_video
 
 Run = Callable[..., str]
 
@@ -58,8 +58,7 @@ def test_a_truncated_source_is_told_and_fails(
     real_backbone: VisionTransformerBackbone, tmp_path: Path, run: Run
 ) -> None:
     whole = write_video(tmp_path / "w.mkv", frames=60, height=28, width=42, noisy=True)
-    cut, out = tmp_path / "cut.mkv", tmp_path / "cut.safetensors"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    cut, out = broken_off(whole), tmp_path / "cut.safetensors"
     printed = run("extract", cut, "-o", out, "--layer", 0, status=2)
     assert "frames of its source were lost to damage: " in printed
     assert 0 < len(read_features(out).features) < 60

@@ -26,7 +26,7 @@ from cosettle_adapter.visualization import similarity_maps, similarity_peaks, vi
 from cosettle_adapter.visualization.overlays import heat
 from cosettle_adapter.visualization.viewer import ViewedClip, ViewerServer, view_clip
 
-from helpers import noise, write_video
+from helpers import broken_off, noise, write_video
 
 FRAMES = 5
 
@@ -145,10 +145,9 @@ def test_the_readable_part_of_a_broken_video_is_shown(
     tiny_adapter: CoSettleAdapter, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = write_video(tmp_path / "whole.mkv", frames=40, height=64, width=96, noisy=True)
-    broken = tmp_path / "broken.mkv"
-    broken.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    broken = broken_off(whole)
     viewed = view_clip(tiny_adapter, broken, size=32)
     assert 0 < len(viewed.pictures) < 40
-    assert "broken.mkv lost" in caplog.text
+    assert "cut.mkv lost" in caplog.text
     with pytest.raises(FrameError):
         view_clip(tiny_adapter, tmp_path / "none.mp4")
