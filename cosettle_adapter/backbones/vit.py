@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from timm.layers import Format
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -176,56 +176,30 @@ def resize_positions(
     # and DINOv2; size+antialias that of DINOv2 with registers, CLIP and BLIP, and timm's default.
     leading, patches = positions.float().tensor_split([prefix], dim=1)
     patches = rearrange(patches, "1 (h w) c -> 1 c h w", h=source_grid[0])
-    if type(grid[0]) is not int:  # symbolic
-        patches = _resized_in_graph(patches, grid, interpolation)
-    elif grid == source_grid:
+    symbolic = type(grid[0]) is not int
+    if not symbolic and grid == source_grid:
         return positions.float()
-    elif interpolation == "scale+0.1":
-        # The 0.1 keeps floor(h0 * scale) from falling one short of h (sides such as 546 and 602).
-        scale = tuple((side + 0.1) / source for side, source in zip(grid, source_grid, strict=True))
-        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
-    else:
+    if interpolation != "scale+0.1":
         mode = "bilinear" if interpolation == "bilinear+antialias" else "bicubic"
         antialias = interpolation.endswith("+antialias")
         patches = F.interpolate(patches, grid, mode=mode, antialias=antialias)
+    elif symbolic:
+        patches = _rescaled_in_graph(patches, grid)
+    else:
+        # The 0.1 keeps floor(h0 * scale) from falling one short of h (sides such as 546 and 602).
+        scale = tuple((side + 0.1) / source for side, source in zip(grid, source_grid, strict=True))
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
     return torch.cat([leading, rearrange(patches, "1 c h w -> 1 (h w) c")], dim=1)
 
 
-def _resized_in_graph(patches: Tensor, grid: Grid, interpolation: PositionInterpolation) -> Tensor:
-    """Resize ``(1, C, h0, w0)`` as :func:`resize_positions` does, to a symbolic grid."""
-    sources = patches.shape[-2:]
-    lengths = [torch.scalar_tensor(side) for side in grid]
-    if interpolation == "scale+0.1":
-        other = torch.stack([a != b for a, b in zip(lengths, sources, strict=True)]).any()
-        lengths = [length + 0.1 * other for length in lengths]
-    rows, columns = (
-        resize_matrix(side, source, source / length, interpolation)
-        for side, source, length in zip(grid, sources, lengths, strict=True)
+def _rescaled_in_graph(patches: Tensor, grid: Grid) -> Tensor:
+    """Resize as ``scale+0.1`` does to a symbolic grid, whose scales torch would make constants."""
+    sides = [torch.scalar_tensor(side) for side in grid]
+    other = torch.stack([a != b for a, b in zip(sides, patches.shape[-2:], strict=True)]).any()
+    rows, columns = (  # centres of the new patches, in [-1, 1]
+        (2 * torch.arange(side) + 1) / (length + 0.1 * other) - 1
+        for side, length in zip(grid, sides, strict=True)
     )
-    return einsum(rows, columns, patches, "h a, w b, n c a b -> n c h w")
-
-
-def resize_matrix(
-    size: int, source: int, step: Tensor, interpolation: PositionInterpolation
-) -> Tensor:
-    """Return the matrix ``(size, source)`` that resizes an axis as ``F.interpolate`` does.
-
-    ``step`` is the distance of output samples in input samples. The bicubic kernel is that of
-    Keys (1981) with torch's parameters; with antialiasing, kernels widen where a side shrinks.
-    """
-    antialias = interpolation.endswith("+antialias")
-    sharpness, width = (-0.5, step.clamp(min=1.0)) if antialias else (-0.75, torch.ones_like(step))
-    centres = (torch.arange(size, dtype=step.dtype) + 0.5) * step - 0.5
-    taps = torch.arange(-2, source + 2)
-    distance = (taps - rearrange(centres, "n -> n 1")).abs() / width
-    if interpolation == "bilinear+antialias":
-        weights = (1 - distance).clamp(min=0)
-    else:
-        near = (1 - distance) * (1 + distance - (sharpness + 2) * distance**2)
-        far = sharpness * (distance - 1) * (distance - 2) ** 2
-        weights = torch.where(distance < 1, near, far * (distance < 2))
-    if antialias:
-        weights = weights[:, 2:-2]
-        return weights / weights.sum(dim=1, keepdim=True)
-    border = taps.clamp(0, source - 1)  # edge values repeat outside
-    return weights @ F.one_hot(border, source).to(weights.dtype)
+    points = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).to(patches.dtype)
+    points = rearrange(points, "h w xy -> 1 h w xy")
+    return F.grid_sample(patches, points, "bicubic", "border", align_corners=False)

@@ -34,7 +34,7 @@ class Clip(Generic[A]):
     frames: Sequence[Any]  # paths, JPEG bytes, (H, W, 3) uint8 arrays, or functions returning these
     read: Callable[[], A]  # reads the annotations
     annotated: tuple[int, ...] = ()  # frame of each annotation, if annotations belong to frames
-    inputs: tuple[Any, ...] = ()  # of the digest: like frames, or names
+    inputs: tuple[Any, ...] = ()  # that the digest covers: like frames, or names
     problem: str | None = None  # why the clip cannot be used; reading it raises this
 
     def __len__(self) -> int:

@@ -303,7 +303,7 @@ def work_on(
 def _results(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         if loader.num_workers:
-            # a decoder that is freed in a forked process waits for threads which only this one has
+            # a decoder freed in a forked process would wait for threads that it does not have
             gc.collect()
         results = iter(loader)
         with _sigchld_suspended() if loader.num_workers else contextlib.nullcontext():

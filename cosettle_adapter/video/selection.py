@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
-from types import NoneType
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from cosettle_adapter.errors import FrameError
 
 HDR = (16, 18)  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67: inputs of ``tone_map``
-_NUMBERS = ("start", "end", "every", "fps", "max_frames", "source_fps")
+_NUMBERS = ("start", "end", "every", "fps", "max_frames", "source_fps", "stream_index")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,24 +93,26 @@ class FrameSelection:
     on_damage: Literal["warn", "error"] = "warn"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.times, (tuple, list, NoneType)):
-            raise FrameError(f"times must be a tuple of seconds, got {self.times!r}")
+        if self.times is not None and not isinstance(self.times, (tuple, list)):
+            raise FrameError(f"times must be a tuple or list of seconds, got {self.times!r}")
         given = [(name, getattr(self, name)) for name in _NUMBERS]
         for name, value in [*given, *(("times", time) for time in self.times or ())]:
-            if not isinstance(value, (Real, NoneType)):
+            if not isinstance(value, Real) and (value is not None or name in ("every", "times")):
                 raise FrameError(f"{name} must be a number, got {value!r}")
         if sum([self.every > 1, self.fps is not None, self.times is not None]) > 1:
             raise FrameError("give only one of every, fps and times")
         first = self.start or 0
+        most = 1 if self.max_frames is None else self.max_frames
         ordered = itertools.pairwise((0.0, *(self.times or ())))  # NaN is in no order
+        whole = "a whole number of at least 1"
         for name, in_range, expected in (
             ("start", first >= 0, "at least 0 seconds"),
             ("end", self.end is None or self.end > first, f"after start={first}"),
-            ("every", self.every >= 1 and self.every % 1 == 0, "a whole number of at least 1"),
+            ("every", self.every >= 1 and self.every % 1 == 0, whole),
             ("fps", self.fps is None or 0 < self.fps < math.inf, "positive"),
             ("times", all(a <= b for a, b in ordered), "increasing, from 0 on"),
             ("times", self.times is None or len(self.times) > 0, "at least one"),
-            ("max_frames", self.max_frames is None or self.max_frames >= 1, "at least 1, or None"),
+            ("max_frames", most >= 1 and most % 1 == 0, whole),
             ("source_fps", self.source_fps is None or 0 < self.source_fps < math.inf, "positive"),
             ("on_damage", self.on_damage in ("warn", "error"), "'warn' or 'error'"),
         ):

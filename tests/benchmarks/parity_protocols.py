@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import io
 import multiprocessing
 import sys
@@ -25,9 +24,9 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest import mock
 
 import numpy as np
 import torch
@@ -109,16 +108,10 @@ class Peer:
         return [self(image)]
 
 
-def module(path: Path, name: str, package: Sequence[Path]) -> ModuleType:
-    """A module of a peer, from its file."""
-    sys.path[:0] = map(str, package)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
+def module(folder: Path, name: str) -> Any:
+    """A module of a peer; ``folder`` is where its imports begin."""
+    sys.path.insert(0, str(folder))
+    return importlib.import_module(name)
 
 
 def write_davis(clips: Sequence[Clip[Any]], frames: int, root: Path) -> None:
@@ -136,8 +129,7 @@ def write_davis(clips: Sequence[Clip[Any]], frames: int, root: Path) -> None:
 
 def official(results: Path, root: Path, peer: Path) -> Figures:
     """J&F by object, by davis2017-evaluation."""
-    sys.path.insert(0, str(peer))
-    evaluator = importlib.import_module("davis2017.evaluation").DAVISEvaluation
+    evaluator = module(peer, "davis2017.evaluation").DAVISEvaluation
     scores = evaluator(str(root), "semi-supervised", "val").evaluate(str(results))
     j, f = (scores[name]["M_per_object"] for name in "JF")
     return {name: 50 * (j[name] + f[name]) for name in j}
@@ -161,17 +153,15 @@ def crw_or_cropmae(name: str, peer: Path, root: Path, work: Path, adapter: CoSet
     )  # fmt: skip
     inside.mkdir()
     if name == "crw":
-        code = peer / "code"
-        test = module(code / "test.py", "peer_test", [code])
-        test.vis, loader = None, importlib.import_module("data.vos").VOSDataset
+        test, loader = module(peer / "code", "test"), importlib.import_module("data.vos").VOSDataset
+        test.vis = None
         options.__dict__ |= {"topk": 10, "radius": 12, "temperature": 0.05, "imgSize": -1}
     else:
-        sys.path.insert(0, str(peer))
-        test = importlib.import_module("downstreams.propagation.src.test")
+        test = module(peer, "downstreams.propagation.src.test")
         loader = importlib.import_module("downstreams.propagation.src.data.vos").VOSDataset
         options.__dict__ |= {"topk": 7, "radius": 20, "temperature": 0.7, "img_size": [480, 880]}
         options.map_scale = np.array([PATCH, PATCH])
-    for number, folder in enumerate(folders):
+    for number, folder in reversed([*enumerate(folders)]):  # each is written as number 0
         listed.write_text(folder)
         with Image.open(next(Path(folder.split()[0]).iterdir())) as image:
             sides = image.size[::-1]
@@ -183,15 +173,11 @@ def crw_or_cropmae(name: str, peer: Path, root: Path, work: Path, adapter: CoSet
         clip = torch.utils.data.DataLoader(loader(options), batch_size=1)
         test.test(clip, Peer(adapter), options)
         for path in inside.glob("0_*_mask.png"):
-            path.rename(inside / f"clip{number}_{path.name[2:]}")
-    for path in inside.glob("clip*"):
-        path.rename(inside / path.name.removeprefix("clip"))
+            path.rename(inside / f"{number}_{path.name[2:]}")
     if name == "crw":
         words = ["convert", "-o", f"{outside}/", "-i", f"{inside}/", "-d", str(root)]
-        with contextlib.ExitStack() as stack:
-            stack.callback(setattr, sys, "argv", sys.argv)
-            sys.argv = words
-            module(peer / "code/eval/convert_davis.py", "peer_convert", [peer / "code" / "eval"])
+        with mock.patch.object(sys, "argv", words):
+            module(peer / "code" / "eval", "convert_davis")
     else:
         convert = importlib.import_module("downstreams.propagation.src.eval.convert_davis")
         convert.main(
@@ -204,7 +190,7 @@ def crw_or_cropmae(name: str, peer: Path, root: Path, work: Path, adapter: CoSet
 
 def dino(peer: Path, root: Path, work: Path, adapter: CoSettleAdapter) -> Path:
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-    script = module(peer / "eval_video_segmentation.py", "peer_dino", [peer])
+    script = module(peer, "eval_video_segmentation")
     script.args = Namespace(
         output_dir=str(work / "out"), n_last_frames=7, size_mask_neighborhood=12, topk=5,
         patch_size=PATCH,
@@ -261,10 +247,8 @@ def jhmdb(options: Namespace, work: Path) -> None:
         scipy.io.savemat(mat, {"pos_img": rearrange(joints.xy, "t j two -> two j t")})
         lines.append(f"{mat} {frames}\n")
     (work / "jhmdb.txt").write_text("".join(lines))
-    sys.path.insert(0, str(peer))
-    code = "downstreams.propagation.src"
     test, loader, score = (
-        importlib.import_module(f"{code}.{name}")
+        module(peer, f"downstreams.propagation.src.{name}")
         for name in ("test", "data.jhmdb", "eval.eval_pck")
     )
     settings = Namespace(
@@ -343,7 +327,7 @@ def main() -> None:
     options = parser.parse_args()
     multiprocessing.set_start_method("fork")  # their modules cannot be imported by name
     for unneeded in ("wandb", "visdom"):
-        sys.modules.setdefault(unneeded, MagicMock())
+        sys.modules.setdefault(unneeded, mock.MagicMock())
     with tempfile.TemporaryDirectory() as folder:
         parts[options.part](options, Path(folder))
 

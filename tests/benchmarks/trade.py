@@ -2,7 +2,7 @@
 
     python tests/benchmarks/trade.py --data DAVIS@3 MORE -o trade.json [--plot trade.png]
 
-Every folder is a part in DAVIS's layout (`@3`: every third frame), at most 20 frames of a clip.
+Every folder is a part in DAVIS's layout (`@3`: every third frame), `--frames` of each clip.
 Frames/s are of one frame at a time on this machine; all settings are interleaved, so that other
 load falls on all of them. Results that are in the JSON are not computed again.
 """
@@ -23,6 +23,7 @@ from cosettle_adapter import CoSettleAdapter
 from cosettle_adapter.correspondence import TemporalFusion
 from cosettle_adapter.evaluation import davis_protocol, evaluate
 from cosettle_adapter.evaluation.run import mean
+from cosettle_adapter.evaluation.tables import paired_interval
 from cosettle_adapter.evaluation.variants import ADAPTED, feature_variants
 from cosettle_adapter.video import FrameSelection
 
@@ -32,11 +33,14 @@ SETTINGS = (
     (14, 196, 350), (14, 280, 490), (14, 392, 700), (14, 518, 924), (14, 700, 1246),
     (7, 196, 350), (7, 280, 490),
 )  # fmt: skip
+START = SETTINGS[1]  # that others are compared with
 LAYERS = (5, 7, 9)  # alone, centred by the clip's mean
 
 
-def quality(adapter: CoSettleAdapter, size: tuple[int, int], data: list[str]) -> dict[str, Any]:
-    """J&F, mean over clips, and drift at 1, 4 and 8 frames, by variant of features."""
+def quality(
+    adapter: CoSettleAdapter, size: tuple[int, int], data: list[str], frames: int
+) -> dict[str, Any]:
+    """J&F of every clip, and drift at 1, 4 and 8 frames, by variant of features."""
     variants = [
         variant
         for variant in feature_variants(adapter, baseline_layers=LAYERS, fusion="symmetric")
@@ -44,12 +48,12 @@ def quality(adapter: CoSettleAdapter, size: tuple[int, int], data: list[str]) ->
     ]
     roots = [Path(root.partition("@")[0]) for root in data]
     select = [
-        FrameSelection(every=int(root.partition("@")[2] or 1), max_frames=20) for root in data
+        FrameSelection(every=int(root.partition("@")[2] or 1), max_frames=frames) for root in data
     ]
     result = evaluate(davis_protocol(*roots, select=select), adapter, variants, size=size)
     return {
         variant.name: {
-            "J&F": 100 * mean(result.first(variant.name).values()),
+            "J&F": {clip: 100 * value for clip, value in result.first(variant.name).items()},
             "drift": [100 * result.total[variant.name][f"drift@{gap}"] for gap in (1, 4, 8)],
         }
         for variant in variants
@@ -68,10 +72,10 @@ def speeds(data: dict[str, Any], rounds: int) -> None:
         frame = clip(1, (size[0], size[1]))
         images = adapter.preprocess(frame)
         fusion = TemporalFusion("symmetric")
-        key = _key(stride, size)
+        key = _key(stride, *size)
 
         def fused(adapter: Any = adapter, images: Any = images, fusion: Any = fusion) -> None:
-            tokens, features = adapter._encode_images(images)
+            tokens, features, _ = adapter._encode_images(images)
             fusion.push(features, adapter._guide(tokens))
 
         sides[f"{key} {ADAPTED}"] = functools.partial(adapter, frame)
@@ -85,17 +89,28 @@ def speeds(data: dict[str, Any], rounds: int) -> None:
     data["seconds"] = {name: statistics.median(values) for name, values in times.items()}
 
 
-def _key(stride: int, size: Any) -> str:
+def _key(stride: int, *size: int) -> str:
     return f"{size[0]} x {size[1]}, stride {stride}"
 
 
 def report(data: dict[str, Any]) -> None:
-    print("| frame, grid step | features | frames/s | J&F | drift, % |\n|---|---|---|---|---|")
+    start = data["quality"][_key(*START)][ADAPTED]["J&F"]
+    parts = list(dict.fromkeys(clip.partition("/")[0] for clip in start))
+    heads = [f"J&F, {part} | against {_key(*START)}" for part in parts]
+    print("| frame, stride | features | frames/s |", " | ".join(heads), "| drift, % |")
+    print("|---" * (4 + 2 * len(parts)) + "|")
     for key, rows in data["quality"].items():
         for name, row in rows.items():
+            cells = []
+            for part in parts:
+                scores = [(v, start[c]) for c, v in row["J&F"].items() if c.startswith(part + "/")]
+                gains = [value - other for value, other in scores]
+                low, high = paired_interval(gains)
+                cells.append(f"{mean(value for value, _ in scores):.1f}")
+                cells.append(f"{mean(gains):+.1f} [{low:+.1f}, {high:+.1f}]")
             drift = " / ".join(f"{value:.1f}" for value in row["drift"])
             rate = 1 / data["seconds"][f"{key} {name}"]
-            print(f"| {key} | {name} | {rate:.1f} | {row['J&F']:.1f} | {drift} |")
+            print(f"| {key} | {name} | {rate:.1f} |", " | ".join(cells), f"| {drift} |")
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
@@ -111,7 +126,9 @@ def plot(data: dict[str, Any], path: Path) -> None:
             rows = [data["quality"][key][name] for key in keys]
             rate = [1 / data["seconds"][f"{key} {name}"] for key in keys]
             label = name if stride == 14 else f"{name}, stride 7"
-            left.plot(rate, [row["J&F"] for row in rows], line, marker=marker, label=label)
+            left.plot(
+                rate, [mean(row["J&F"].values()) for row in rows], line, marker=marker, label=label
+            )
             right.plot(rate, [row["drift"][1] for row in rows], line, marker=marker, label=label)
     for axes, title in ((left, "J&F"), (right, "drift 4 frames apart, %")):
         axes.set(xscale="log", xlabel="frames/s", title=title)
@@ -126,15 +143,18 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--frames", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     data: dict[str, Any] = {"quality": {}}
     if options.output.is_file():
         data = json.loads(options.output.read_text(encoding="utf-8"))
     for stride, *size in SETTINGS:
-        if (key := _key(stride, size)) not in data["quality"]:
+        if (key := _key(stride, *size)) not in data["quality"]:
             adapter = CoSettleAdapter.from_pretrained(MODEL, stride=stride)
-            data["quality"][key] = quality(adapter, (size[0], size[1]), options.data)
+            data["quality"][key] = quality(
+                adapter, (size[0], size[1]), options.data, options.frames
+            )
             options.output.write_text(json.dumps(data, indent=1), encoding="utf-8")
     if "seconds" not in data:
         speeds(data, options.rounds)
