@@ -228,9 +228,9 @@ def test_what_holds_no_frames_is_refused_at_the_call(source: object, message: st
     for use in (open_frames, probe):
         with pytest.raises(FrameError, match=message):
             use(source)  # type: ignore[operator]
-    for options in ({"chunk_size": 0}, {"skip": -1}):
-        with pytest.raises(FrameError, match=rf"{next(iter(options))}.* must be at least"):
-            open_frames(numbered(3), **options)
+    for name, count in (("chunk_size", 0), ("chunk_size", 2.5), ("skip", -1)):
+        with pytest.raises(FrameError, match=rf"{name}.* must be .*at least .*, got {count}"):
+            open_frames(numbered(3), **{name: count})  # type: ignore[arg-type]
     with pytest.raises(FrameError, match=r"frame 0 has shape \(2, 3, 4, 6\), expected one"):
         next(open_frames(iter([numbered(2)])))
 
