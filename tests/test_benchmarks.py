@@ -31,6 +31,7 @@ def test_the_session_on_a_gpu_is_rehearsed_on_the_cpu(
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     import gpu
+    import gpu_page
 
     small_corpus(monkeypatch.setattr)
     rows = []
@@ -46,12 +47,11 @@ def test_the_session_on_a_gpu_is_rehearsed_on_the_cpu(
     layer = 2 * 12 * tokens * width**2 + 4 * tokens**2 * width
     embedding = 2 * 16 * 3 * 14**2 * width
     assert encoder["flops"] == pytest.approx(layers * layer + embedding, rel=0.01)
-    monkeypatch.setattr(gpu, "PAGE", tmp_path / "page.md")
-    gpu.PAGE.write_text(f"before {gpu.BEGIN} old {gpu.END} after", encoding="utf-8")
-    gpu.write_page([tmp_path])
-    page = gpu.PAGE.read_text("utf-8")
-    assert "old" not in page
-    assert page.count("MFU") == sum(row["mfu"] is not None for row in rows)
+    page = tmp_path / "page.md"
+    page.write_text(f"before {gpu_page.BEGIN} old {gpu_page.END} after", encoding="utf-8")
+    gpu_page.write_cards([tmp_path], page)
+    assert "old" not in page.read_text("utf-8")
+    assert page.read_text("utf-8").count("MFU") == sum(row["mfu"] is not None for row in rows)
 
 
 def test_parts_of_the_session_that_fail_leave_their_logs(tmp_path: Path) -> None:

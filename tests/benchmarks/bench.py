@@ -35,7 +35,6 @@ class Options:
     dtype: str
     rounds: int
     quick: bool
-    compile: bool
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -168,7 +167,6 @@ def parse(description: str, names: Iterable[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
     parser.add_argument("-o", "--output", type=Path, help="figures as JSON")
     parser.add_argument("--page", action="store_true", help=f"write them into {PAGE.name}")
@@ -194,11 +192,13 @@ def store(options: argparse.Namespace, where: str, figures: list[Figure]) -> Non
         rows = [{**dataclasses.asdict(row), "missed": row.missed} for row in figures]
         options.output.write_text(json.dumps({"machine": where, "figures": rows}, indent=2))
     if options.page:
-        text = PAGE.read_text(encoding="utf-8")
-        table = "\n".join(
-            ["| what | target | median | quartiles |", "|---|---|---|---|", *map(str, figures)]
-        )
-        before, _, rest = text.partition(BEGIN)
-        after = rest.partition(END)[2]
-        page = f"{before}{BEGIN}\n\n{where}\n\n{table}\n\n{END}{after}"
-        PAGE.write_text(page, encoding="utf-8")
+        table = ["| what | target | median | quartiles |", "|---|---|---|---|", *map(str, figures)]
+        write_on_page(BEGIN, END, "\n".join([where, "", *table]))
+
+
+def write_on_page(begin: str, end: str, text: str, page: Path | None = None) -> None:
+    """Replace what is between two marks of BENCHMARKS.md."""
+    page = page or PAGE
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

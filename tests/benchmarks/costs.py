@@ -1,7 +1,7 @@
 """What the package costs, beside its encoder and beside plain ways to do the same.
 
     python tests/benchmarks/costs.py --page                      all rows into BENCHMARKS.md
-    python tests/benchmarks/costs.py inference --device cuda --dtype bfloat16 --compile
+    python tests/benchmarks/costs.py inference --device cuda --dtype bfloat16
 
 Both sides of a row are interleaved in one run; a figure is the median of the ratios of rounds.
 """
@@ -27,7 +27,6 @@ from bench import (
     machine,
     parse,
     ratios,
-    seconds,
     store,
 )
 from plain import (
@@ -40,9 +39,9 @@ from plain import (
 )
 from rich.console import Console
 from safetensors.torch import save_file
+from startup import first_use, load
 
 from cosettle_adapter import CoSettleAdapter, fit
-from cosettle_adapter.backbones import lookup
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence import LabelPropagator, TemporalFusion
 from cosettle_adapter.evaluation import masks as ours_masks
@@ -232,73 +231,6 @@ def _frames(film: Path) -> Iterator[torch.Tensor]:
     return (chunk.frames for chunk in open_frames(film))
 
 
-def load(options: Options) -> Iterator[Figure]:
-    adapter = options.adapter()
-    row = adapter.backbone.row
-    with tempfile.TemporaryDirectory() as name:
-        file = str(Path(name) / "weights.safetensors")
-        model: Any = timm.create_model(row.architecture, num_classes=0, **row.options)
-        save_file(model.state_dict(), file)
-        found = interleaved(
-            {
-                "ours": lambda: CoSettleAdapter.from_pretrained(
-                    options.model, local_files_only=True
-                ),
-                "timm": lambda: timm.create_model(
-                    row.architecture, num_classes=0, checkpoint_path=file, **row.options
-                ),
-            },
-            rounds=options.rounds,
-        )
-    yield figure(
-        "`from_pretrained`, warm cache, time against timm's loading of the same architecture",
-        ratios(found["ours"], found["timm"]),
-        at_most=0.6,
-    )
-    for code in ("import cosettle_adapter", "from cosettle_adapter import CoSettleAdapter"):
-        added = [in_process(_IMPORT, code) for _ in range(options.pick(7, 1))]
-        yield figure(f"`{code}`, on top of what it must import", added, unit="ms", at_most=50)
-    added = [in_process(_HELP) for _ in range(options.pick(7, 1))]
-    yield figure(
-        "`cosettle-adapter --help`, on top of the interpreter", added, unit="s", at_most=0.5
-    )
-
-
-_IMPORT = """
-import sys, time, torch, timm, huggingface_hub, safetensors.torch, einops
-start = time.perf_counter()
-exec(sys.argv[1])
-print(1e3 * (time.perf_counter() - start))
-"""
-_HELP = """
-import contextlib, io, time
-start = time.perf_counter()
-from cosettle_adapter.cli import main
-with contextlib.redirect_stdout(io.StringIO()):
-    main(["--help"])
-print(time.perf_counter() - start)
-"""
-
-
-def first_use(options: Options) -> Iterator[Figure]:
-    """A first use with random weights, which cost what real ones cost."""
-    for name, most in (("dinov2-vits14", 30), ("dinov2-vitb14", 90)):
-        with tempfile.TemporaryDirectory() as folder:
-            row = lookup(name)
-            model: Any = timm.create_model(row.architecture, num_classes=0, **row.options)
-            file = Path(folder) / "weights.safetensors"
-            save_file(model.state_dict(), file)
-            work = functools.partial(
-                CoSettleAdapter.from_pretrained,
-                name,
-                projection="fit",
-                backbone_weights=file,
-                cache_dir=folder,
-            )
-            taken = seconds(work)
-        yield figure(f'`from_pretrained("{name}")` on first use', [taken], unit="s", at_most=most)
-
-
 def propagation(options: Options) -> Iterator[Figure]:
     context, radius, topk = options.pick(20, 3), 12, 5
     for grid in options.pick(((34, 63), (60, 107)), ((6, 8),)):
@@ -408,9 +340,8 @@ def main() -> None:
     given = parse(__doc__, COSTS)
     torch.set_num_threads(given.threads)
     options = Options(
-        given.model, given.device, given.dtype, 2 if given.quick else given.rounds, given.quick,
-        given.compile,
-    )  # fmt: skip
+        given.model, given.device, given.dtype, 2 if given.quick else given.rounds, given.quick
+    )
     console, where, figures = Console(width=200), machine(given), []
     console.print(where)
     for name in given.only or COSTS:

@@ -1,7 +1,6 @@
 """What the package does on one GPU, part by part; `gpu.sh` runs all parts within five minutes.
 
     python tests/benchmarks/gpu.py inference -o inference.json
-    python tests/benchmarks/gpu.py page RESULTS...           folders of gpu.sh into BENCHMARKS.md
 
 Weights are random and nothing is downloaded. A row that fails leaves its error in the JSON.
 """
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import PAGE, bare_encoder, clip, interleaved, processor, ratios, seconds
+from bench import bare_encoder, clip, interleaved, processor, ratios, seconds
 from plain import scene
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +43,6 @@ from cosettle_adapter.training.train import train
 from cosettle_adapter.video import open_frames
 from cosettle_adapter.visualization import write_film
 
-BEGIN, END = "<!-- cards -->", "<!-- end of cards -->"
 _QUICK_ROW = BackboneRow(
     name="quick-vit14", family="random", architecture="vit_tiny_patch16_224", patch=14, width=32,
     depth=4, image_size=56, licence="", options={
@@ -354,9 +352,7 @@ def profile(session: Session) -> Iterator[Row]:
     size, batch = session.pick((518, 32), (56, 2))
     frames = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(session.device)
     adapter(frames, batch_size=batch)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if session.cuda else []
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:  # of all devices
         adapter(frames, batch_size=batch)
     spent = "self_device_time_total" if session.cuda else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda e: -float(getattr(e, spent, 0)))
@@ -390,54 +386,14 @@ def measure(part: str, session: Session, output: Path) -> None:
         raise
 
 
-def write_page(folders: list[Path]) -> None:
-    """Write a table with a column a card into BENCHMARKS.md."""
-    cards: dict[str, dict[str, str]] = {}
-    for folder in folders:
-        for file in sorted(folder.glob("*.json")):
-            record = json.loads(file.read_text(encoding="utf-8"))
-            for line in record["rows"]:
-                if not line["what"].startswith("profile"):
-                    cards.setdefault(record["card"], {})[line["what"]] = _cell(line)
-    names = list(dict.fromkeys(name for card in cards.values() for name in card))
-    head = ["what", *cards] if cards else ["what", "no card was at hand"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += [
-        "| " + " | ".join([name, *(card.get(name, "") for card in cards.values())]) + " |"
-        for name in names
-    ]
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    table = "\n".join(lines)
-    page = f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
-    PAGE.write_text(page, encoding="utf-8")
-
-
-def _cell(line: dict[str, Any]) -> str:
-    parts = [f"{line['per_second']:.4g} {line['unit']}"]
-    if line["low"]:
-        parts[0] += f" ({line['low']:.4g} to {line['high']:.4g})"
-    if line["of"] is not None:
-        parts.append(f"{line['of']:.2f} x {line['against']}")
-    if line["mfu"] is not None:
-        parts.append(f"{100 * line['mfu']:.0f} % MFU, {line['flops'] / 1e9:.3g} GFLOP each")
-    if line["peak_gib"] is not None:
-        parts.append(f"{line['peak_gib']:.2g} GiB")
-    return ", ".join(parts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=[*PARTS, "page"])
-    parser.add_argument("results", nargs="*", type=Path, help="folders, for page")
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny models: does it run?")
     parser.add_argument("-o", "--output", type=Path, default=Path("part.json"))
     given = parser.parse_args()
-    if given.part == "page":
-        write_page(given.results)
-    else:
-        measure(given.part, Session(given.device, given.quick), given.output)
+    measure(given.part, Session(given.device, given.quick), given.output)
 
 
 if __name__ == "__main__":

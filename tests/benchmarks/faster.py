@@ -1,9 +1,10 @@
-"""What a video lets an encoder leave out: speed against label propagation and drift.
+"""Ways to encode a video faster: speed against label propagation and drift.
 
-    python tests/benchmarks/reuse.py --data DAVIS MORE [--frames 24] [--only every ...]
+    python tests/benchmarks/faster.py --data DAVIS MORE [--frames 24] [--only every ...]
 
-Two ways, each compared with encoding every frame on its own:
+Each way is compared with the eager float32 encoder on every frame:
 
+- `compiled`, `bfloat16`, `channels last`, `int8`, `ONNX Runtime`: other ways to run the encoder.
 - `every n, layer s`: the encoder runs on every n-th frame. Between those, only its layers up to s
   run, and every patch takes the features of the patches of the last whole frame that are most
   similar in layer s.
@@ -20,6 +21,7 @@ import argparse
 import functools
 import math
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from bench import interleaved, ratios
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_adapter import CoSettleAdapter
@@ -38,11 +40,49 @@ from cosettle_adapter.evaluation.tables import paired_interval
 from cosettle_adapter.video import FrameSelection
 
 MODEL, SIZE, GUIDE = "dinov2-vits14-pypi", (280, 490), 8
+WHOLE = "eager"
 MATCHES, TEMPERATURE = 5, 0.1
 
 
-def whole(adapter: CoSettleAdapter, images: Tensor) -> Tensor:
-    return torch.cat([adapter._encode_images(image)[1] for image in images.split(1)])
+def frame_by_frame(mode: str, adapter: CoSettleAdapter, images: Tensor) -> Tensor:
+    run = _encoder(mode)
+    return torch.cat([run(image).float() for image in images.split(1)])
+
+
+@functools.cache
+def _encoder(mode: str) -> Callable[[Tensor], Tensor]:
+    dtype = torch.bfloat16 if "bfloat16" in mode else torch.float32
+    adapter = CoSettleAdapter.from_pretrained(MODEL, dtype=dtype)
+    if mode == "ONNX Runtime":
+        return _onnx(adapter)
+    if mode == "channels last":
+        adapter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    elif "torchao" in mode:
+        from torchao import quantization
+
+        weights = quantization.Int8DynamicActivationInt8WeightConfig()
+        quantization.quantize_(adapter.backbone, weights)
+    elif mode == "int8, FBGEMM":
+        torch.ao.quantization.quantize_dynamic(adapter.backbone, {nn.Linear}, inplace=True)
+    encode = functools.partial(_encoded, adapter)
+    return torch.compile(encode, mode="max-autotune") if "compiled" in mode else encode
+
+
+def _encoded(adapter: CoSettleAdapter, images: Tensor) -> Tensor:
+    return adapter._encode_images(images)[1]
+
+
+def _onnx(adapter: CoSettleAdapter) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    from cosettle_adapter.export import to_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.onnx"
+        to_onnx(adapter, path, size=SIZE, preprocessing=False)
+        session = onnxruntime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
 def carried(adapter: CoSettleAdapter, images: Tensor, *, every: int, layer: int) -> Tensor:
@@ -113,14 +153,21 @@ def gated(adapter: CoSettleAdapter, images: Tensor, *, share: float) -> Tensor:
     return torch.cat(features)
 
 
+MODES = (
+    WHOLE, "compiled", "channels last", "bfloat16", "bfloat16, compiled", "int8, FBGEMM",
+    "int8, torchao, compiled", "ONNX Runtime",
+)  # fmt: skip
+
+
 def ways() -> dict[str, Callable[[CoSettleAdapter, Tensor], Tensor]]:
+    modes = {mode: functools.partial(frame_by_frame, mode) for mode in MODES}
     every = {
         f"every {n}, layer {layer}": functools.partial(carried, every=n, layer=layer)
         for n in (2, 3, 4, 8)
         for layer in (0, 1, 2, 3)
     }
     gates = {f"gate {share:g}": functools.partial(gated, share=share) for share in (0.5, 0.3, 0.15)}
-    return {"whole": whole, **every, **gates}
+    return {**modes, **every, **gates}
 
 
 @torch.inference_mode()
@@ -132,7 +179,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names")
     options = parser.parse_args()
     adapter = CoSettleAdapter.from_pretrained(MODEL)
-    chosen = {n: way for n, way in ways().items() if n == "whole" or n.startswith((*options.only,))}
+    chosen = {n: way for n, way in ways().items() if n == WHOLE or n.startswith((*options.only,))}
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in chosen}
     drifts: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     speeds: dict[str, float] = {}
@@ -151,7 +198,7 @@ def main() -> None:
                 }
                 times = interleaved(sides, rounds=options.rounds)
                 for name in chosen:
-                    speeds[name] = statistics.median(ratios(times["whole"], times[name]))
+                    speeds[name] = statistics.median(ratios(times[WHOLE], times[name]))
             guide = adapter.backbone.patch_tokens(images, layer=GUIDE)
             matches = {gap: mutual_correspondences(guide, gap) for gap in GAPS}
             masks = clip.read_annotations()
@@ -168,13 +215,13 @@ def _print(
     drifts: dict[str, list[dict[str, float]]],
     speeds: dict[str, float],
 ) -> None:
-    parts = list(scores["whole"])
-    print("| way | speed |", " | ".join(f"J&F, {p} | to whole" for p in parts), "| drift, % |")
+    parts = list(scores[WHOLE])
+    print("| way | speed |", " | ".join(f"J&F, {p} | against eager" for p in parts), "| drift, % |")
     print("|---" * (3 + 2 * len(parts)) + "|")
     for name, by_part in scores.items():
         cells = []
         for part in parts:
-            gains = [a - b for a, b in zip(by_part[part], scores["whole"][part], strict=True)]
+            gains = [a - b for a, b in zip(by_part[part], scores[WHOLE][part], strict=True)]
             low, high = paired_interval(gains)
             cells += [f"{mean(by_part[part]):.1f}", f"{mean(gains):+.1f} [{low:+.1f}, {high:+.1f}]"]
         drift = " / ".join(
