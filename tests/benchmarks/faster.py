@@ -20,14 +20,13 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import interleaved, ratios
+from bench import Figure, figure, interleaved, ratios
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +64,7 @@ def _encoder(mode: str) -> Callable[[Tensor], Tensor]:
     elif mode == "int8, FBGEMM":
         torch.ao.quantization.quantize_dynamic(adapter.backbone, {nn.Linear}, inplace=True)
     encode = functools.partial(_encoded, adapter)
-    return torch.compile(encode, mode="max-autotune") if "compiled" in mode else encode
+    return torch.compile(encode, dynamic=False) if "compiled" in mode else encode
 
 
 def _encoded(adapter: CoSettleAdapter, images: Tensor) -> Tensor:
@@ -154,8 +153,8 @@ def gated(adapter: CoSettleAdapter, images: Tensor, *, share: float) -> Tensor:
 
 
 MODES = (
-    WHOLE, "compiled", "channels last", "bfloat16", "bfloat16, compiled", "int8, FBGEMM",
-    "int8, torchao, compiled", "ONNX Runtime",
+    WHOLE, "compiled float32", "channels last", "bfloat16", "compiled bfloat16", "int8, FBGEMM",
+    "compiled int8, torchao", "ONNX Runtime",
 )  # fmt: skip
 
 
@@ -182,7 +181,7 @@ def main() -> None:
     chosen = {n: way for n, way in ways().items() if n == WHOLE or n.startswith((*options.only,))}
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in chosen}
     drifts: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    speeds: dict[str, float] = {}
+    speeds: dict[str, Figure] = {}
     for root in options.data:
         for clip in davis_clips(root, select=FrameSelection(max_frames=options.frames)):
             shown = torch.stack(
@@ -198,7 +197,7 @@ def main() -> None:
                 }
                 times = interleaved(sides, rounds=options.rounds)
                 for name in chosen:
-                    speeds[name] = statistics.median(ratios(times[WHOLE], times[name]))
+                    speeds[name] = figure(name, ratios(times[WHOLE], times[name]))
             guide = adapter.backbone.patch_tokens(images, layer=GUIDE)
             matches = {gap: mutual_correspondences(guide, gap) for gap in GAPS}
             masks = clip.read_annotations()
@@ -213,7 +212,7 @@ def main() -> None:
 def _print(
     scores: dict[str, dict[str, list[float]]],
     drifts: dict[str, list[dict[str, float]]],
-    speeds: dict[str, float],
+    speeds: dict[str, Figure],
 ) -> None:
     parts = list(scores[WHOLE])
     print("| way | speed |", " | ".join(f"J&F, {p} | against eager" for p in parts), "| drift, % |")
@@ -228,7 +227,9 @@ def _print(
             f"{100 * mean(row.get(f'drift@{gap}', math.nan) for row in drifts[name]):.1f}"
             for gap in GAPS
         )
-        print(f"| {name} | {speeds[name]:.2f} x |", " | ".join(cells), f"| {drift} |", flush=True)
+        speed = speeds[name]
+        spread = f"{speed.median:.2f} x ({speed.low:.2f} to {speed.high:.2f})"
+        print(f"| {name} | {spread} |", " | ".join(cells), f"| {drift} |", flush=True)
 
 
 if __name__ == "__main__":
