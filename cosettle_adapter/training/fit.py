@@ -46,7 +46,6 @@ T = TypeVar("T")
 
 _HELD_OUT_EVERY = 5
 _MAX_CONCATENATIONS = 8  # the statistics of each take three matrices of (2 C)^2 doubles
-_FRAMES = 8
 _GRID = (18, 32)
 _MOTION = 0.4
 _PHOTOMETRIC = 0.7
@@ -308,14 +307,14 @@ def mask_overlap(features: Tensor, clip: RenderedClip) -> float:
 
 
 def render_from(
-    photos: Sequence[Tensor], *, count: int, size: tuple[int, int], seed: int
+    photos: Sequence[Tensor], *, count: int, frames: int, size: tuple[int, int], seed: int
 ) -> list[RenderedClip]:
     """Render clips of (height, width) pixels in which a cut-out of one photo moves over another."""
     return [
         render_clip(
             photos[index % len(photos)],
             cutout=photos[(index + 1 + index // len(photos)) % len(photos)],
-            frames=_FRAMES,
+            frames=frames,
             size=size,
             motion="mixed",
             amount=_MOTION,
@@ -350,7 +349,10 @@ def overlaps(
     adapter = CoSettleAdapter.raw(backbone)
     scores = dict.fromkeys(solutions, 0.0)
     layers = sorted({layer for candidate in solutions for layer in candidate.layers})
-    for rendered in render_from(photos, count=settings.rendered, size=size, seed=settings.seed):
+    # Two frames of a motion choose as well as eight, at a sixth of the cost.
+    for rendered in render_from(
+        photos, count=settings.rendered, frames=2, size=size, seed=settings.seed
+    ):
         images = adapter.preprocess(rendered.frames)
         maps = backbone.intermediate_tokens(images, layers, norm=False)
         single = dict(zip(layers, (tokens.float().cpu() for tokens in maps), strict=True))

@@ -52,7 +52,9 @@ class Validation:
             raise TrainingError(
                 f"none of the {count} validation clips can be read; the first: {reason}"
             )
-        rendered = render_from(photos, count=_RENDERED, size=(size, size), seed=seed)
+        rendered = render_from(
+            photos, count=_RENDERED, frames=_FRAMES, size=(size, size), seed=seed
+        )
         self._rendered = [(clip, self._encode(clip.frames.float() / 255)) for clip in rendered]
 
     def measure(self, projection: Projection | None) -> dict[str, float | None]:

@@ -46,6 +46,7 @@ from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.correspondence import LabelPropagator, TemporalFusion
 from cosettle_adapter.evaluation import masks as ours_masks
 from cosettle_adapter.extraction import extract
+from cosettle_adapter.training.fit import split
 from cosettle_adapter.visualization import write_film
 
 
@@ -284,7 +285,7 @@ def masks(options: Options) -> Iterator[Figure]:
         )
 
 
-def closed_forms(options: Options) -> Iterator[Figure]:
+def settling(options: Options) -> Iterator[Figure]:
     adapter = options.adapter()
     size = options.pick((280, 490), (56, 70))
     frames = clip(options.pick(16, 4), size).to(options.device)
@@ -304,33 +305,37 @@ def closed_forms(options: Options) -> Iterator[Figure]:
         ratios(found["settle"], found["encoder"]),
         at_most=1,
     )
+
+
+def fits(options: Options) -> Iterator[Figure]:
+    """Of 24 clips by one layer, and choosing the layer: against the encoder on the same frames."""
+    adapter = options.adapter()
+    size, clips, pairs = options.pick((280, 490), (56, 70)), options.pick(24, 2), 4
+    batch = adapter.preprocess(clip(1, size)).to(options.torch_dtype).expand(8, -1, -1, -1)
+    whole = bare_encoder(adapter, size, stop=False)
     with tempfile.TemporaryDirectory() as name:
-        for index in range(options.pick(8, 2)):
+        for index in range(clips):
             write_film(clip(options.pick(40, 12), size), Path(name) / f"{index}.mp4", fps=25)
-        last = adapter.backbone.depth - 1
-        pairs = options.pick(4, 1)
-        count = options.pick(8, 2) * pairs * 2
-        batch = images[:1].expand(8, -1, -1, -1)
-        whole = bare_encoder(adapter, size, stop=False)
+        fitted_on = len(split(range(clips))[0])
+        work = functools.partial(fit, adapter.backbone, Path(name), pairs=pairs, size=min(size))
         found = interleaved(
             {
-                "fit": lambda: fit(
-                    adapter.backbone, Path(name), layers=(last,), rendered=0, pairs=pairs,
-                    size=min(size),
-                ),
-                "encoder": lambda: [whole(batch) for _ in range(-(-count // 8))],
+                "one": lambda: work(layers=(adapter.backbone.depth - 1,)),
+                "chosen": work,
+                "encoder": lambda: [whole(batch) for _ in range(fitted_on)],
             },
             rounds=options.pick(3, 1),
             device=options.device,
-        )  # fmt: skip
-    yield figure(
-        "`fit`, one layer, time against one encoder pass",
-        ratios(found["fit"], found["encoder"]),
-        at_most=1.15,
-    )
+        )
+    for name, what in (("one", "one layer"), ("chosen", "choosing layers")):
+        yield figure(
+            f"`fit`, {what}, time against one encoder pass",
+            ratios(found[name], found["encoder"]),
+            at_most=1.15,
+        )
 
 
-_ALL = (inference, fusion, stream, many, load, first_use, propagation, masks, closed_forms)
+_ALL = (inference, fusion, stream, many, load, first_use, propagation, masks, settling, fits)
 COSTS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     function.__name__: function for function in _ALL
 }
