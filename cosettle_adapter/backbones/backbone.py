@@ -238,9 +238,7 @@ class Backbone(nn.Module, abc.ABC):
             if positions is not None:
                 images = positions.before(images, self)
             outputs = self._maps(images, frozenset(reads), positions)
-            return [
-                positions.after(outputs[read])
-                if positions is not None and read.kind == "patch"
-                else outputs[read]
-                for read in reads
-            ]
+            if positions is not None:
+                for read in filter(lambda read: read.kind == "patch", outputs):
+                    outputs[read] = positions.after(outputs[read])
+            return [outputs[read] for read in reads]

@@ -97,16 +97,6 @@ class TokenStatistics:
         self._add("view_sum", difference.sum(0))
         self._add("view_outer", difference.T @ difference)
 
-    def merge(self, other: TokenStatistics) -> None:
-        """Add the statistics of other clips, of the same layers."""
-        if other.width != self.width:
-            raise ValueError(
-                f"got statistics of {other.width} channels, expected {self.width}: "
-                "merge statistics of the same layers of one backbone"
-            )
-        for name, value in other._sums.items():
-            self._add(name, value)
-
     def scaled(self, scale: Tensor) -> TokenStatistics:
         """Return the statistics of tokens whose channels are multiplied by ``scale`` ``(C,)``."""
         scale = scale.to("cpu", torch.float64)

@@ -75,12 +75,9 @@ def open_frames(
         ConnectionError: after the frames received, if the connection to a URL cannot be resumed.
     """
     select = select or FrameSelection()
-    if skip < 0:
-        raise FrameError(f"skip must be at least 0, got {skip}")
-    if chunk_size < 1 or chunk_size % 1:
-        raise FrameError(
-            f"batch_size (chunk_size) must be a whole number of at least 1, got {chunk_size}"
-        )
+    for count, least, name in ((skip, 0, "skip"), (chunk_size, 1, "batch_size (chunk_size)")):
+        if count < least or count % 1:
+            raise FrameError(f"{name} must be a whole number of at least {least}, got {count}")
     content = _open(source, select.live)
     name = name_of(source, content)
     selected = select.of(_pending(content, select, name), name, skip=skip)

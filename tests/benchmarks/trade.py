@@ -29,10 +29,7 @@ from cosettle_adapter.video import FrameSelection
 
 MODEL, FUSED = "dinov2-vits14-pypi", f"{ADAPTED}, fused"
 # (stride, height, width); 9:16 rounded to whole patches
-SETTINGS = (
-    (14, 196, 350), (14, 280, 490), (14, 392, 700), (14, 518, 924), (14, 700, 1246),
-    (7, 196, 350),
-)  # fmt: skip
+SETTINGS = ((14, 196, 350), (14, 280, 490), (14, 392, 700), (14, 518, 924), (7, 196, 350))
 START = SETTINGS[1]  # that others are compared with
 LAYERS = (5, 7, 9)  # alone, centred by the clip's mean
 
