@@ -9,7 +9,7 @@ from pathlib import Path
 # Current limits; the aims are 17,500 for the package and 12,000 for the tests. Raise them only for
 # a feature, and lower them whenever the code shrinks.
 PACKAGE_LINES = 23_000
-TEST_LINES = 22_570
+TEST_LINES = 22_720
 MODULE_LINES = 400
 README_BYTES = 7_000
 INFERENCE_LINES = 6_280

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cosettle_adapter import CoSettleAdapter, FrameSelection, Projection
 from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
 from cosettle_adapter.closed_form import AffineMap, settle_clip
 from cosettle_adapter.errors import ProjectionFormatError, WeightsUnavailableError
+from cosettle_adapter.extraction import extract, read_features
 
 from helpers import broken_off, projection_for, write_video
 
@@ -155,3 +157,24 @@ def test_any_backbone_settles_without_a_projection(
     torch.testing.assert_close(found(clip()), adapter(clip()), **CLOSE)
     found.save_pretrained(tmp_path / "found")
     assert Projection.load(tmp_path / "found").config.kind == "affine"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_streams_settles_and_extracts_on_a_device(
+    device: str, tiny_adapter: CoSettleAdapter, tmp_path: Path
+) -> None:
+    film = write_video(tmp_path / "clip.mp4", frames=6, height=48, width=64, noisy=True)
+    found: list[torch.Tensor] = []
+    for adapter in (tiny_adapter, copy.deepcopy(tiny_adapter).to(device)):
+        chunks = list(adapter.stream(film, batch_size=4, temporal_fusion="symmetric"))
+        assert {chunk.features.device.type for chunk in chunks} == {adapter.device.type}
+        output = tmp_path / f"{len(found)}.safetensors"
+        extract(adapter, film, output)
+        found += [
+            torch.cat([chunk.features.cpu() for chunk in chunks]),
+            adapter.settle(film)(clip()).cpu(),
+            read_features(output).features,
+        ]
+    for expected, moved in zip(found[:3], found[3:], strict=True):
+        assert moved.shape == expected.shape
+        assert float(torch.cosine_similarity(moved, expected, dim=1).min()) > 0.999
