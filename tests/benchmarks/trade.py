@@ -62,7 +62,7 @@ def _names() -> tuple[str, ...]:
 
 
 def speeds(data: dict[str, Any], rounds: int) -> None:
-    """Fill in seconds a frame of all settings, interleaved in one run."""
+    """Fill in quartiles of the frames/s of all settings, interleaved in one run."""
     sides: dict[str, Any] = {}
     for stride, *size in SETTINGS:
         adapter = CoSettleAdapter.from_pretrained(MODEL, stride=stride)
@@ -83,7 +83,10 @@ def speeds(data: dict[str, Any], rounds: int) -> None:
             )
     with torch.inference_mode():
         times = interleaved(sides, rounds=rounds)
-    data["seconds"] = {name: statistics.median(values) for name, values in times.items()}
+    data["frames/s"] = {
+        name: statistics.quantiles([1 / taken for taken in values], n=4, method="inclusive")
+        for name, values in times.items()
+    }
 
 
 def _key(stride: int, *size: int) -> str:
@@ -106,8 +109,9 @@ def report(data: dict[str, Any]) -> None:
                 cells.append(f"{mean(value for value, _ in scores):.1f}")
                 cells.append(f"{mean(gains):+.1f} [{low:+.1f}, {high:+.1f}]")
             drift = " / ".join(f"{value:.1f}" for value in row["drift"])
-            rate = 1 / data["seconds"][f"{key} {name}"]
-            print(f"| {key} | {name} | {rate:.1f} |", " | ".join(cells), f"| {drift} |")
+            low, middle, high = data["frames/s"][f"{key} {name}"]
+            cells.insert(0, f"{middle:.1f} ({low:.1f} to {high:.1f})")
+            print(f"| {key} | {name} |", " | ".join(cells), f"| {drift} |")
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
@@ -117,22 +121,21 @@ def plot(data: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
-    for name in _names():
-        for stride, marker, line in ((14, "o", "-"), (7, "s", "--")):
+    for number, name in enumerate(_names()):
+        for stride, style in ((14, "o-"), (7, "s")):
             keys = [key for key in data["quality"] if key.endswith(f"stride {stride}")]
             rows = [data["quality"][key][name] for key in keys]
-            rate = [1 / data["seconds"][f"{key} {name}"] for key in keys]
-            label = name if stride == 14 else f"{name}, stride 7"
-            left.plot(
-                rate, [mean(row["J&F"].values()) for row in rows], line, marker=marker, label=label
-            )
-            right.plot(rate, [row["drift"][1] for row in rows], line, marker=marker, label=label)
-    for axes, title in ((left, "J&F"), (right, "drift 4 frames apart, %")):
+            rate = [data["frames/s"][f"{key} {name}"][1] for key in keys]
+            how = {"color": f"C{number}", "label": name if stride == 14 else None}
+            left.plot(rate, [mean(row["J&F"].values()) for row in rows], style, **how)
+            right.plot(rate, [row["drift"][1] for row in rows], style, **how)
+    for axes, title in ((left, "J&F (squares: stride 7)"), (right, "drift 4 frames apart, %")):
         axes.set(xscale="log", xlabel="frames/s", title=title)
+        axes.set_xticks([0.5, 1, 2, 5, 10], labels=["0.5", "1", "2", "5", "10"])
         axes.grid(alpha=0.3)
-    right.legend(fontsize=7)
+    left.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
@@ -153,7 +156,7 @@ def main() -> None:
                 adapter, (size[0], size[1]), options.data, options.frames
             )
             options.output.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    if "seconds" not in data:
+    if "frames/s" not in data:
         speeds(data, options.rounds)
         options.output.write_text(json.dumps(data, indent=1), encoding="utf-8")
     report(data)
