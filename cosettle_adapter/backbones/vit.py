@@ -193,7 +193,10 @@ def resize_positions(
 
 
 def _rescaled_in_graph(patches: Tensor, grid: Grid) -> Tensor:
-    """Resize as ``scale+0.1`` does to a symbolic grid, whose scales torch would make constants."""
+    """Resize ``(1, C, h0, w0)`` as ``scale+0.1`` does, to a symbolic ``(h, w)``.
+
+    ``F.interpolate`` would turn the scales of such a grid into constants.
+    """
     sides = [torch.scalar_tensor(side) for side in grid]
     other = torch.stack([a != b for a, b in zip(sides, patches.shape[-2:], strict=True)]).any()
     rows, columns = (  # centres of the new patches, in [-1, 1]

@@ -196,9 +196,8 @@ def store(options: argparse.Namespace, where: str, figures: list[Figure]) -> Non
         write_on_page(BEGIN, END, "\n".join([where, "", *table]))
 
 
-def write_on_page(begin: str, end: str, text: str, page: Path | None = None) -> None:
+def write_on_page(begin: str, end: str, text: str, page: Path = PAGE) -> None:
     """Replace what is between two marks of BENCHMARKS.md."""
-    page = page or PAGE
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import write_on_page
+from bench import PAGE, write_on_page
 
 BEGIN, END = "<!-- cards -->", "<!-- end of cards -->"
 
 
-def write_cards(folders: list[Path], page: Path | None = None) -> None:
+def write_cards(folders: list[Path], page: Path = PAGE) -> None:
     """Write a table with a column a card into BENCHMARKS.md."""
     cards: dict[str, dict[str, str]] = {}
     for folder in folders:
