@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import io
 import multiprocessing
+import runpy
 import sys
 import tempfile
 from argparse import Namespace
@@ -177,7 +178,9 @@ def crw_or_cropmae(name: str, peer: Path, root: Path, work: Path, adapter: CoSet
     if name == "crw":
         words = ["convert", "-o", f"{outside}/", "-i", f"{inside}/", "-d", str(root)]
         with mock.patch.object(sys, "argv", words):
-            module(peer / "code" / "eval", "convert_davis")
+            # imported, it would hold the lock of its import while its processes wait for that
+            sys.path.insert(0, str(code := peer / "code" / "eval"))
+            runpy.run_path(str(code / "convert_davis.py"), run_name="convert")
     else:
         convert = importlib.import_module("downstreams.propagation.src.eval.convert_davis")
         convert.main(
