@@ -176,5 +176,4 @@ def test_streams_settles_and_extracts_on_a_device(
             read_features(output).features,
         ]
     for expected, moved in zip(found[:3], found[3:], strict=True):
-        assert moved.shape == expected.shape
         assert float(torch.cosine_similarity(moved, expected, dim=1).min()) > 0.999

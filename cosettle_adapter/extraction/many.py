@@ -295,7 +295,10 @@ def _attempt(adapter: CoSettleAdapter, job: Job, **options: Any) -> Outcome:
             raise
         logger.debug("%s failed", without_secrets(job.source), exc_info=True)
         transient = not isinstance(error, CosettleError)
-        return Outcome(job, error=str(error) or type(error).__name__, transient=transient)
+        message = str(error) or type(error).__name__
+        if isinstance(error, RuntimeError) and "memory" in message:  # torch's of a CPU and of CUDA
+            message = f"memory does not suffice; give a smaller size or batch_size ({message})"
+        return Outcome(job, error=message, transient=transient)
 
 
 def _find(text: str) -> Iterator[Source]:

@@ -47,6 +47,7 @@ from cosettle_adapter.correspondence import LabelPropagator, TemporalFusion
 from cosettle_adapter.evaluation import masks as ours_masks
 from cosettle_adapter.extraction import extract
 from cosettle_adapter.training.fit import split
+from cosettle_adapter.video import open_frames
 from cosettle_adapter.visualization import write_film
 
 
@@ -142,7 +143,9 @@ def stream(options: Options) -> Iterator[Figure]:
         film = write_film(
             clip(count, options.pick((480, 854), (96, 160))), Path(name) / "clip.mp4", fps=25
         )
-        images = torch.cat([adapter.preprocess(f, size=size) for f in _frames(film)])
+        images = torch.cat(
+            [adapter.preprocess(chunk.frames, size=size) for chunk in open_frames(film)]
+        )
         same = bare_encoder(adapter, (images.shape[-2], images.shape[-1]), stop=True)
         found = interleaved(
             {
@@ -221,15 +224,9 @@ def many(options: Options) -> Iterator[Figure]:
 def _tiny(folder: Path) -> CoSettleAdapter:
     """The smallest encoder of timm, with random weights."""
     model = timm.create_model("test_vit.r160_in1k", num_classes=0)
-    save_file(model.state_dict(), folder / "weights.safetensors")
     weights = folder / "weights.safetensors"
+    save_file(model.state_dict(), weights)
     return CoSettleAdapter.raw("timm:test_vit.r160_in1k", backbone_weights=weights)
-
-
-def _frames(film: Path) -> Iterator[torch.Tensor]:
-    from cosettle_adapter.video import open_frames
-
-    return (chunk.frames for chunk in open_frames(film))
 
 
 def propagation(options: Options) -> Iterator[Figure]:

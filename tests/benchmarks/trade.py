@@ -122,11 +122,11 @@ def plot(data: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
     for number, name in enumerate(_names()):
-        for stride, style in ((14, "o-"), (7, "s")):
-            keys = [key for key in data["quality"] if key.endswith(f"stride {stride}")]
+        for stride, style in (("14", "o-"), ("7", "s")):
+            keys = [key for key in data["quality"] if key.split()[-1] == stride]
             rows = [data["quality"][key][name] for key in keys]
             rate = [data["frames/s"][f"{key} {name}"][1] for key in keys]
-            how = {"color": f"C{number}", "label": name if stride == 14 else None}
+            how = {"color": f"C{number}", "label": name if stride == "14" else None}
             left.plot(rate, [mean(row["J&F"].values()) for row in rows], style, **how)
             right.plot(rate, [row["drift"][1] for row in rows], style, **how)
     for axes, title in ((left, "J&F (squares: stride 7)"), (right, "drift 4 frames apart, %")):

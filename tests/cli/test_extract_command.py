@@ -67,6 +67,8 @@ def test_a_folder_of_videos_becomes_a_folder_of_files(
     assert f"failed: {videos / 'bad.mp4'} cannot be read as a video" in said
     assert names(tmp_path / "out") == [f"{n}.npy{s}" for n in "abc" for s in ("", ".json")]
     (videos / "bad.mp4").unlink()
+    assert main([*command[:3], str(tmp_path / "large"), "--size", "999999"]) == 1
+    assert "memory does not suffice; give a smaller size" in capsys.readouterr().out
     assert main(command) == 0
     assert "3 existing" in capsys.readouterr().out
     assert main([*command, "--overwrite"]) == 0

@@ -34,10 +34,8 @@ def random_clips(count: int, *, width: int = 3, seed: int = 0) -> list[torch.Ten
     return clips
 
 
-def collect(
-    clips: Sequence[torch.Tensor], statistics: TokenStatistics | None = None
-) -> TokenStatistics:
-    statistics = statistics or TokenStatistics(clips[0].shape[-1] if clips else 3)
+def collect(clips: Sequence[torch.Tensor], to: TokenStatistics | None = None) -> TokenStatistics:
+    statistics = to or TokenStatistics(clips[0].shape[-1] if clips else 3)
     for here, there in clips:
         statistics.add_tokens(torch.cat([here, there]))
         statistics.add_pairs(here, there)
