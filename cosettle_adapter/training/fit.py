@@ -144,13 +144,14 @@ def fit_projection(
     settings = settings or FitSettings()
     corpus = clips if isinstance(clips, Corpus) else Corpus.open(clips)
     tried = candidates(backbone, settings)
-    if len(tried) > 1 and settings.rendered < 1:
+    several = len(tried) > 1
+    if several and settings.rendered < 1:
         raise ValueError(
             f"got {len(tried)} projections to choose from but no rendered clips to choose by; set "
             "rendered to at least 1, or give one layer, solver and strength"
         )
     fitted_on, held_out = split(corpus.videos)
-    done, total = 0, len(fitted_on) + settings.rendered
+    done, total = 0, len(fitted_on) + several * settings.rendered
 
     def advance() -> None:
         nonlocal done
@@ -166,7 +167,7 @@ def fit_projection(
         for candidate in tried
     }
     scores: dict[Candidate, float] = {}
-    if settings.rendered > 0:
+    if several:
         scores = overlaps(backbone, solutions, held_out, settings, on_clip=advance)
     chosen = max(scores, key=lambda candidate: scores[candidate]) if scores else tried[0]
     names = sorted(PurePath(name).name for name in skipped)
@@ -343,7 +344,7 @@ def overlaps(
     if not photos:
         raise StatisticsError(
             f"none of the {len(clips)} held-out clips can be read, so no projection can be chosen; "
-            "give readable clips, or one layer, solver and strength with rendered=0"
+            "give readable clips, or one layer, solver and strength"
         )
     size = (_GRID[0] * backbone.patch, _GRID[1] * backbone.patch)
     adapter = CoSettleAdapter.raw(backbone)

@@ -52,7 +52,7 @@ class FitSettings:
         pairs: pairs of frames per clip and gap.
         gaps: distances of the two frames of a pair; large ones bridge occlusions.
         correspondences: hard (mutual nearest neighbours) or soft (all pairs of patches, weighted).
-        rendered: number of rendered clips to choose by; 0 if there is only one candidate.
+        rendered: number of rendered clips to choose by, if there are several candidates.
         seed: seed of the rendered motion and of perturbed positions.
     """
 

@@ -36,7 +36,7 @@ from cosettle_adapter.video import read_frames, render_clip
 from helpers import write_video
 
 QUICK = FitSettings(layers=(0, 1), size=64, pairs=2, rendered=1)
-ONE_LAYER = dataclasses.replace(QUICK, layers=(1,), rendered=0)
+ONE_LAYER = dataclasses.replace(QUICK, layers=(1,))
 
 
 @pytest.fixture(scope="module")
