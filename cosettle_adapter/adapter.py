@@ -111,9 +111,7 @@ class CoSettleAdapter(FeatureModel):
             stride=stride,
             requires_input_grad=requires_input_grad,
         )
-        adapter = cls(
-            backbone, fitted.to(device), allow_mismatched_backbone=allow_mismatched_backbone
-        )
+        adapter = cls(backbone, fitted, allow_mismatched_backbone=allow_mismatched_backbone)
         adapter._backbone_file = file
         adapter.settles = projection == "settle"
         return adapter

@@ -44,13 +44,12 @@ class FeatureModel(nn.Module):
     """A backbone and its projection: the part of an adapter that maps frames to features."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        projection: Projection,
-        *,
-        allow_mismatched_backbone: bool = False,
+        self, backbone: Backbone, projection: Projection, *, allow_mismatched_backbone: bool = False
     ) -> None:
-        """Combine a projection with its backbone; another one is a BackboneMismatchError."""
+        """Combine a projection with its backbone, on the backbone's device.
+
+        A projection of another backbone is a :class:`BackboneMismatchError`.
+        """
         super().__init__()
         config = projection.config
         width = sum(backbone.widths[backbone.block(layer)] for layer in config.layers)
@@ -70,7 +69,8 @@ class FeatureModel(nn.Module):
                 "interchangeable"
             )
         self.backbone = backbone
-        self.projection = projection  # frozen until ``projection.requires_grad_(True)``
+        # frozen until ``projection.requires_grad_(True)``
+        self.projection = projection.to(backbone.device)
         self.settles = False  # whether ``forward`` and ``stream`` settle by default
 
     @property

@@ -176,7 +176,7 @@ class Projection(nn.Module):
         return projected
 
     def followed_by(self, affine: AffineMap, fit: Mapping[str, Any]) -> Projection:
-        """Return a new projection: this one followed by an affine map of its features.
+        """Return a new projection, on the CPU: this one followed by an affine map of its features.
 
         An affine or identity projection without averaging merges with the map into one ``affine``
         projection; otherwise the map is applied last. The figures of this projection are dropped.
@@ -192,10 +192,11 @@ class Projection(nn.Module):
             last, name = self.settling, "settling"
         before = AffineMap.identity(self.config.out_width)
         if isinstance(last, nn.Linear):
-            before = AffineMap(last.weight.detach().double(), last.bias.detach().double())
-        device = before.weight.device
-        merged = affine.to(device).after(before)
-        projection = Projection(config).to(device)
+            before = AffineMap(
+                last.weight.detach().cpu().double(), last.bias.detach().cpu().double()
+            )
+        merged = affine.to("cpu").after(before)
+        projection = Projection(config)
         state = {f"{name}.weight": merged.weight.float(), f"{name}.bias": merged.bias.float()}
         projection.load_state_dict({**self.state_dict(), **state})
         return projection.requires_grad_(False).eval()

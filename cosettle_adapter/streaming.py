@@ -227,10 +227,7 @@ def _encoded(
 
 
 def _settled_and_fused(
-    model: FeatureModel,
-    items: Iterable[_Encoded | Exception],
-    options: StreamOptions,
-    name: str,
+    model: FeatureModel, items: Iterable[_Encoded | Exception], options: StreamOptions, name: str
 ) -> Iterator[FeatureChunk | Exception]:
     """Settle and fuse the chunks of one video; yield its error, if any, last."""
     settler, fusion = _new_state(model, options)

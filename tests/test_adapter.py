@@ -14,6 +14,7 @@ from cosettle_adapter import CoSettleAdapter, FrameSelection, Projection
 from cosettle_adapter.backbones import BackboneRow, VisionTransformerBackbone
 from cosettle_adapter.closed_form import AffineMap, settle_clip
 from cosettle_adapter.errors import ProjectionFormatError, WeightsUnavailableError
+from cosettle_adapter.evaluation.variants import feature_variants
 from cosettle_adapter.extraction import extract, read_features
 
 from helpers import broken_off, projection_for, write_video
@@ -157,6 +158,16 @@ def test_any_backbone_settles_without_a_projection(
     torch.testing.assert_close(found(clip()), adapter(clip()), **CLOSE)
     found.save_pretrained(tmp_path / "found")
     assert Projection.load(tmp_path / "found").config.kind == "affine"
+
+
+def test_projections_follow_their_backbone_to_its_device(tiny_adapter: CoSettleAdapter) -> None:
+    moved = copy.deepcopy(tiny_adapter.backbone).to("meta")  # which cannot be mixed with the CPU
+    other = copy.deepcopy(tiny_adapter.projection)
+    adapter = CoSettleAdapter(moved, tiny_adapter.projection)
+    tokens, features = adapter(clip(1), return_backbone=True, dense="input", upsampler="guided")
+    assert features.is_meta
+    for variant in feature_variants(adapter, baselines={"other": other}):
+        assert variant.of_frames(tokens).is_meta, variant.name
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -64,8 +64,7 @@ def translated(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["convnext", *(pytest.param(kind, marks=SLOW) for kind in ("dinov2", "clip", "rotary"))],
+    "name", ["convnext", *(pytest.param(kind, marks=SLOW) for kind in ("dinov2", "clip", "rotary"))]
 )
 def test_onnx_runtime_equals_pytorch_on_photographs(name: str, tmp_path: Path) -> None:
     adapter, size = small_adapter(name), SIZE[name]

@@ -22,12 +22,7 @@ from cosettle_adapter.cli.tables import terminal_table
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.evaluation.joint_clips import QueryFrames
 from cosettle_adapter.evaluation.point_clips import PointProtocolName
-from cosettle_adapter.evaluation.protocols import (
-    DEFAULT,
-    JointRule,
-    LabelPropagation,
-    Propagation,
-)
+from cosettle_adapter.evaluation.protocols import DEFAULT, JointRule, LabelPropagation, Propagation
 from cosettle_adapter.evaluation.run import Protocol
 from cosettle_adapter.evaluation.tables import result_notes, result_tables
 from cosettle_adapter.evaluation.variants import feature_variants

@@ -11,13 +11,7 @@ from cyclopts import Parameter
 
 from cosettle_adapter.adapter import CoSettleAdapter
 from cosettle_adapter.backbones import HubOptions
-from cosettle_adapter.cli.common import (
-    ModelOptions,
-    Output,
-    Size,
-    console,
-    frame_progress,
-)
+from cosettle_adapter.cli.common import ModelOptions, Output, Size, console, frame_progress
 from cosettle_adapter.cli.tables import terminal_table
 from cosettle_adapter.evaluation.classification import classify, retrieve, split_videos
 from cosettle_adapter.evaluation.clips import data_folder, images_in, pick

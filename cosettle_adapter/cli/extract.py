@@ -13,14 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter, validators
 
 from cosettle_adapter.adapter import CoSettleAdapter
-from cosettle_adapter.cli.common import (
-    ModelOptions,
-    Size,
-    console,
-    frame_progress,
-    frames_in,
-    rate,
-)
+from cosettle_adapter.cli.common import ModelOptions, Size, console, frame_progress, frames_in, rate
 from cosettle_adapter.errors import CosettleError
 from cosettle_adapter.extraction import (
     ExtractSettings,

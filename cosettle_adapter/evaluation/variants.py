@@ -50,8 +50,11 @@ class FeatureVariant:
 
     @torch.no_grad()
     def of_frames(self, tokens: Tensor) -> Tensor:
-        """Apply the projection to tokens ``(N, C, h, w)``; float32."""
-        return tokens.float() if self.projection is None else self.projection(tokens).float()
+        """Apply the projection to tokens ``(N, C, h, w)``, on their device; float32."""
+        if self.projection is None:
+            return tokens.float()
+        features: Tensor = self.projection.to(tokens.device)(tokens)
+        return features.float()
 
     @torch.no_grad()
     def of_clip(self, tokens: Tensor) -> Tensor:

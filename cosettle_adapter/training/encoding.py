@@ -126,7 +126,7 @@ def perturbed_positions(
     if not isinstance(backbone, VisionTransformerBackbone):
         corners = zip(crop_corners(offsets, grid, ratio), grid, strict=True)
         shifts = [corner * side // zoomed_side(side, ratio) for corner, side in corners]
-        return PerturbedPositions(shift=torch.stack(shifts, dim=1).to(backbone.device))
+        return PerturbedPositions(shift=torch.stack(shifts, dim=1))
     absolute, rotary = backbone.positions(grid).absolute, None
     if absolute is not None:
         absolute = perturb_positions(

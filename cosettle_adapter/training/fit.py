@@ -121,7 +121,7 @@ def fit(
     result = fit_projection(
         backbone, clips, settings, licence=licence, data=data, workers=workers, on_clip=on_clip
     )
-    return CoSettleAdapter(backbone, result.projection.to(backbone.device))
+    return CoSettleAdapter(backbone, result.projection)
 
 
 def fit_projection(

@@ -264,10 +264,7 @@ def propagation(options: Options) -> Iterator[Figure]:
 def masks(options: Options) -> Iterator[Figure]:
     truth, guesses = object_masks(options.pick(20, 2), options.pick((480, 854), (48, 80)))
     pairs = list(zip(truth, guesses, strict=True))
-    for name, plainly in (
-        ("dilation", boundary_f),
-        ("distance transform", boundary_f_by_distance),
-    ):
+    for name, plainly in (("dilation", boundary_f), ("distance transform", boundary_f_by_distance)):
         found = interleaved(
             {
                 "ours": lambda: [ours_masks.boundary_f(*pair) for pair in pairs],

@@ -130,10 +130,7 @@ def test_vectors_of_frames_are_written_and_told(
 
 
 def test_ray_spreads_the_videos(
-    videos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    loaded: list[dict[str, object]],
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[dict[str, object]]
 ) -> None:
     spread: list[RayOptions] = []
 

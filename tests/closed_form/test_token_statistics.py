@@ -9,19 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from cosettle_adapter.closed_form import (
-    StatisticsError,
-    TokenStatistics,
-)
+from cosettle_adapter.closed_form import StatisticsError, TokenStatistics
 from cosettle_adapter.correspondence import corresponding_patches, soft_correspondences
 
-COVARIANCES = (
-    "mean",
-    "covariance",
-    "intra_covariance",
-    "clip_covariance",
-    "leakage_covariance",
-)
+COVARIANCES = ("mean", "covariance", "intra_covariance", "clip_covariance", "leakage_covariance")
 
 
 def random_clips(count: int, *, width: int = 3, seed: int = 0) -> list[torch.Tensor]:

@@ -68,11 +68,7 @@ def dense(features: Tensor, guide: Tensor, mode: str, window: int) -> Tensor:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("frames", "window", "guided"), [(6, 3, False), (4, 1, True)])
 def test_fusion_equals_the_dense_definition(
-    mode: fusion.FusionMode,
-    frames: int,
-    window: int,
-    guided: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    mode: fusion.FusionMode, frames: int, window: int, guided: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = moving(frames)
     guide = moving(frames, noise=0.1)[:, :7] if guided else None

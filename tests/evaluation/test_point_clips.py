@@ -115,10 +115,7 @@ def test_one_bad_video_does_not_lose_the_others(tmp_path: Path) -> None:
         "pointless": (pointless, r"got \['occluded', 'tracks', 'video'\], expected video, points"),
         "no dict": (3, "got int, expected video"),
         "short": (entry(points=entry()["points"][:, :2]), r"\(3, 2, 2\) .* numbers \(N, 4, 2\)"),
-        "grey": (
-            entry(video=entry()["video"][..., 0]),
-            r"no frames, expected uint8 \(T, H, W",
-        ),
+        "grey": (entry(video=entry()["video"][..., 0]), r"no frames, expected uint8 \(T, H, W"),
         "unclear": (entry(occluded=np.full((N, T), 0.5)), r"occlusion of shape \(3, 4\), expected"),
         "text": (entry(video=["a"] * T), "no frames"),
     }

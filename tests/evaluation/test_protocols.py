@@ -21,13 +21,7 @@ from torch import Tensor
 from cosettle_adapter import evaluation
 from cosettle_adapter.backbones.rows import BackboneRow
 from cosettle_adapter.errors import FrameError
-from cosettle_adapter.evaluation import (
-    Clip,
-    Joints,
-    Propagation,
-    Protocol,
-    Tracks,
-)
+from cosettle_adapter.evaluation import Clip, Joints, Propagation, Protocol, Tracks
 from cosettle_adapter.evaluation.masks import palette, propagate_masks
 from cosettle_adapter.evaluation.points import track_queries
 from cosettle_adapter.evaluation.protocols import label_protocol

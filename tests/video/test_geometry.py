@@ -137,9 +137,7 @@ def test_padding_repeats_the_bottom_and_right_edge_and_keeps_bytes() -> None:
     torch.testing.assert_close(padded.float(), expected)
 
 
-def test_a_device_without_the_kernel_falls_back_to_the_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_device_without_the_kernel_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     interpolate = F.interpolate
 

@@ -20,14 +20,7 @@ from numbered import encode_numbered, numbers
 
 from cosettle_adapter.errors import FrameError
 from cosettle_adapter.extraction.record import identify
-from cosettle_adapter.video import (
-    FrameSelection,
-    SourceInfo,
-    decoder,
-    open_frames,
-    probe,
-    sources,
-)
+from cosettle_adapter.video import FrameSelection, SourceInfo, decoder, open_frames, probe, sources
 from cosettle_adapter.video.sources import as_input, short_name
 
 COUNT = 40

@@ -91,9 +91,7 @@ def test_similarities_are_those_of_the_library(server: ViewerServer, viewed: Vie
     np.testing.assert_array_equal(decoded(base64.b64decode(answer["heat"])), expected)
 
 
-def test_what_makes_no_sense_and_other_sites_are_refused(
-    server: ViewerServer,
-) -> None:
+def test_what_makes_no_sense_and_other_sites_are_refused(server: ViewerServer) -> None:
     similarity, port = "/similarity?kind=adapted&frame=0", server.server_port
     for path, host, status, sentence in (
         ("/frame", "localhost", 400, "'frame'"),
