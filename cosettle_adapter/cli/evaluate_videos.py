@@ -76,7 +76,7 @@ class FeatureOptions(ModelOptions):
                 "different names: rename a folder"
             )
         folders = {name: find_projection(source, hub) for name, source in by_name.items()}
-        return {name: Projection.load(folder).to(self.device) for name, folder in folders.items()}
+        return {name: Projection.load(folder) for name, folder in folders.items()}
 
     def measure(
         self, measure: Callable[..., Result], *arguments: Any, **options: Any

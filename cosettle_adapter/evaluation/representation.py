@@ -258,7 +258,8 @@ def evaluate_representation(
                 times.extend(chunk.timestamps.tolist())
                 yield square
 
-        features = dict(encode_variants(adapter, batches(), variants, size=settings.size))
+        encoded = encode_variants(adapter, batches(), variants, size=settings.size)
+        features = {name: maps.cpu() for name, maps in encoded}
         needed = metrics[variants[0].name].at_least
         if len(times) < needed:
             raise FrameError(

@@ -188,7 +188,10 @@ def encode_variants(
     size: Size | None = None,
     preprocess: Preprocess = CoSettleAdapter.preprocess,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Encode frames ``(N, 3, H, W)`` in one pass; yield names and ``(T, C, h, w)`` on the CPU."""
+    """Encode frames ``(N, 3, H, W)`` in one pass; yield names and ``(T, C, h, w)`` float32.
+
+    Features are on the adapter's device, those of one variant at a time.
+    """
     parts: dict[Reads, list[Tensor]] = {variant.reads: [] for variant in variants}
     for frames in batches:
         images = preprocess(adapter, frames, size=size)
@@ -196,7 +199,7 @@ def encode_variants(
             parts[reads].append(maps.float().cpu())
     tokens = {reads: torch.cat(parts.pop(reads)) for reads in list(parts)}
     for variant in variants:
-        yield variant.name, variant.of_clip(tokens[variant.reads].to(adapter.device)).cpu()
+        yield variant.name, variant.of_clip(tokens[variant.reads].to(adapter.device))
 
 
 def compare_features(
@@ -208,9 +211,9 @@ def compare_features(
     on_frames: Callable[[int], None] = lambda done: None,
     variants: Sequence[FeatureVariant] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a clip's features ``(T, C, h, w)`` by variant; frames are ``(T, 3, H, W)`` uint8.
+    """Return a clip's features ``(T, C, h, w)`` by variant, on the CPU.
 
-    ``on_frames`` is called with the number of frames done.
+    Frames are ``(T, 3, H, W)`` uint8. ``on_frames`` is called with the number of frames done.
     """
 
     def batches() -> Iterator[Tensor]:
@@ -219,4 +222,5 @@ def compare_features(
             on_frames(min(start + batch_size, len(frames)))
 
     variants = variants or feature_variants(adapter)
-    return dict(encode_variants(adapter, batches(), variants, size=size))
+    encoded = encode_variants(adapter, batches(), variants, size=size)
+    return {name: features.cpu() for name, features in encoded}

@@ -87,7 +87,7 @@ def view_clip(
     kinds = feature_variants(adapter, fusion=fusion)
     kinds = [kind for kind in kinds if kind.fusion is None or kind.projection is not None]
     encoded = encode_variants(adapter, batches(), kinds, size=size)
-    features = {name: maps.half() for name, maps in encoded}
+    features = {name: maps.half().cpu() for name, maps in encoded}
     config, geometry = adapter.config, adapter.geometry(*sides, size=size)
     pca = {}
     for name, basis in fit_alike(features).items():

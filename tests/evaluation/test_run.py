@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -194,6 +195,13 @@ def test_baselines_are_scored_in_the_same_pass_and_join_earlier_results(
         other.linears[0].weight.mul_(2)
     with pytest.raises(ValueError, match=r"other settings \(different: other\)"):
         run(davis, tiny_adapter, {"baselines": {"other": other}}, **common)
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_on_the_cpu(davis: Path, tiny_adapter: CoSettleAdapter) -> None:
+    expected = run(davis, tiny_adapter).total
+    for variant, values in run(davis, copy.deepcopy(tiny_adapter).to("cuda")).total.items():
+        assert values == pytest.approx(expected[variant], abs=0.02, nan_ok=True)
 
 
 def test_plain_json_has_no_nan() -> None:
