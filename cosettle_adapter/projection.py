@@ -145,6 +145,15 @@ class Projection(nn.Module):
             nn.init.eye_(self.settling.weight)
             nn.init.zeros_(self.settling.bias)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Projection:
+        # at least float32, also after adapter.half(): what is saved must not be rounded
+        def wide(tensor: Tensor) -> Tensor:
+            like = fn(tensor[..., :0])
+            return tensor.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+        super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def forward(self, features: Tensor) -> Tensor:
         """Project tokens ``(B, C, h, w)`` to ``(B, C', h, w)`` in the dtype of the weights."""
         if features.ndim != 4 or features.shape[1] != self.config.in_width:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cosettle_adapter import CoSettleAdapter
+from cosettle_adapter import CoSettleAdapter, Projection
 from cosettle_adapter.backbones import VisionTransformerBackbone
 from cosettle_adapter.closed_form import settle_clip
 from cosettle_adapter.errors import (
@@ -87,18 +88,19 @@ def test_features_are_the_projection_of_the_layers_of_what_the_row_normalises(
 
 
 def test_half_precision_keeps_the_projection_in_float32(
-    tiny_backbone: VisionTransformerBackbone,
+    tiny_backbone: VisionTransformerBackbone, tiny_adapter: CoSettleAdapter, tmp_path: Path
 ) -> None:
-    half = CoSettleAdapter(
-        copy.deepcopy(tiny_backbone).to(torch.bfloat16), projection_for(tiny_backbone)
-    )
+    half = copy.deepcopy(tiny_adapter).to(torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    saved = Projection.load(tmp_path).state_dict()
+    for name, tensor in tiny_adapter.projection.state_dict().items():
+        assert torch.equal(saved[name], tensor), name
     assert torch.equal(
         half.preprocess(frames()), CoSettleAdapter.raw(tiny_backbone).preprocess(frames())
     )
     features = half(frames())
     assert features.dtype == half.dtype == torch.bfloat16
-    full = CoSettleAdapter(tiny_backbone, projection_for(tiny_backbone))(frames())
-    cosine = torch.cosine_similarity(features.float(), full, dim=1)
+    cosine = torch.cosine_similarity(features.float(), tiny_adapter(frames()), dim=1)
     assert float(cosine.min()) > 0.98
 
 
