@@ -193,10 +193,7 @@ print(peak_mebibytes())
 
 def many(options: Options) -> Iterator[Figure]:
     """On a CPU with a tiny encoder, which waits for frames more than a real one would."""
-    count, size = (
-        options.pick(400 if options.device != "cpu" else 60, 3),
-        options.pick(224 if options.device != "cpu" else 112, 64),
-    )
+    count, size = options.pick(400, 3), options.pick(224 if options.device != "cpu" else 112, 64)
     frames = clip(16 * count, options.pick((240, 320), (64, 80)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
