@@ -151,7 +151,7 @@ def fit_projection(
             "rendered to at least 1, or give one layer, solver and strength"
         )
     fitted_on, held_out = split(corpus.videos)
-    done, total = 0, len(fitted_on) + several * settings.rendered
+    done, total = 0, len(fitted_on) + (settings.rendered if several else 0)
 
     def advance() -> None:
         nonlocal done
